@@ -1,0 +1,43 @@
+"""sslkit: self-supervised pretraining of timm image encoders.
+
+    recipe = sslkit.load_recipe("mocov3_vits", ["data.path=photos"])
+    run = sslkit.train(recipe, "runs/photos")
+
+Names are imported on first use, so that ``sslkit --help`` does not wait for torch.
+"""
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+# albumentations asks a server for updates at import, unless told not to.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+# Threads that spin while they wait take the cores from data workers and neighbours: up to ten times slower on CPUs.
+# Read when torch loads its thread pool, so it must be set before.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+if TYPE_CHECKING:
+    from sslkit.engine import Run as Run
+    from sslkit.engine import train as train
+    from sslkit.errors import UserError as UserError
+    from sslkit.recipe import Recipe as Recipe
+    from sslkit.recipe import load_recipe as load_recipe
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "Run", "UserError", "load_recipe", "train"]
+
+_HOMES = {
+    "Recipe": "sslkit.recipe",
+    "load_recipe": "sslkit.recipe",
+    "Run": "sslkit.engine",
+    "train": "sslkit.engine",
+    "UserError": "sslkit.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("evaluate", "publish", "report", "methods", "parts", "data"):
+        return importlib.import_module(f"sslkit.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'sslkit' has no attribute {name!r}")

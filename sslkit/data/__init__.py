@@ -1,0 +1,1 @@
+"""What the images are and how they are cut into views. Knows no method."""

@@ -1,0 +1,267 @@
+"""Where images come from: a folder, parquet or arrow files, a Hub dataset id, or the bundled set.
+
+`datasets` does the finding, typing and memory-mapping. Images stay encoded until a worker decodes them.
+"""
+
+import gzip
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import datasets
+import numpy as np
+import pyarrow.parquet
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from sslkit.data.decode import decode_rgb
+from sslkit.errors import UserError, near_miss
+
+BUILTIN = "builtin:"
+BUILTIN_SETS = ("fashion_mnist",)
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+LOADERS = ("imagefolder", "parquet", "arrow")
+
+
+class DataConfig(BaseModel):
+    """The ``[data]`` table of a recipe, in the words of ``datasets.load_dataset``.
+
+    Attributes:
+        path: A folder of images (with or without a folder per class), a parquet or arrow file or a folder of them,
+            a Hub dataset id, ``"imagefolder"`` / ``"parquet"`` / ``"arrow"`` with ``data_dir`` or ``data_files``, or
+            ``"builtin:fashion_mnist"``.
+        name: The dataset's configuration. ``"full"`` asks for all 70 000 images of ``builtin:fashion_mnist``.
+        data_dir: Folder for the loaders above.
+        data_files: Files for the loaders above.
+        split: Which split to read.
+        image_column: Column of images; found by its type when not given.
+        label_column: Column of class labels; found by its type when not given. Never read for pretraining.
+        workers: Processes that decode and augment; ``"auto"`` is one a core, less one on CPU-only machines.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    path: str = Field(min_length=1)
+    name: str | None = None
+    data_dir: str | None = None
+    data_files: str | list[str] | None = None
+    split: str = "train"
+    image_column: str | None = None
+    label_column: str | None = None
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """A map-style collection of encoded images and, if any, their labels.
+
+    Attributes:
+        table: The `datasets` table; its image column is not decoded by `datasets`.
+        image_column: Name of the image column.
+        label_column: Name of the label column, or None.
+        description: How to name the source in print and errors.
+    """
+
+    table: datasets.Dataset
+    image_column: str
+    label_column: str | None
+    description: str
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """Decode image ``index`` to (H, W, 3) uint8 RGB."""
+        cell = self.table[index][self.image_column]
+        name = cell.get("path") or f"image {index} of {self.description}"
+        encoded = cell.get("bytes")
+        if encoded is None:
+            try:
+                encoded = Path(cell["path"]).read_bytes()
+            except (OSError, TypeError) as error:
+                raise UserError(f"cannot read {name}: {error}") from error
+        return decode_rgb(encoded, name)
+
+    def labels(self) -> list[str]:
+        """The class of every image by name (or number, as text, where classes have no names).
+
+        Raises:
+            UserError: The source has none.
+        """
+        if self.label_column is None:
+            raise UserError(
+                f"{self.description} has no labels; evaluation needs a folder per class, or [data] label_column"
+            )
+        names = self.class_names()
+        return [names[value] if names else str(value) for value in self.table[self.label_column]]
+
+    def class_names(self) -> list[str]:
+        """Names of the classes in the order of their labels, or an empty list."""
+        feature = self.table.features[self.label_column] if self.label_column else None
+        return list(feature.names) if isinstance(feature, datasets.ClassLabel) else []
+
+    def without_labels(self) -> "ImageSource":
+        """The same images with every other column dropped, so that a label cannot reach pretraining."""
+        table = self.table.select_columns([self.image_column])
+        return ImageSource(table, self.image_column, None, self.description)
+
+    def subset(self, indices: NDArray[np.int64]) -> "ImageSource":
+        """The rows at ``indices``, in that order."""
+        table = self.table.select(indices)
+        return ImageSource(table, self.image_column, self.label_column, self.description)
+
+
+def open_source(config: DataConfig) -> ImageSource:
+    """Find the images that a ``[data]`` table names.
+
+    Raises:
+        UserError: Nothing there, no such split, no image column.
+    """
+    datasets.disable_progress_bars()
+    table = _load(config)
+    description = f"{config.data_dir or config.data_files or config.path} [{config.split}]"
+    if table.num_rows == 0:
+        raise UserError(f"[data] path: {description} holds no images")
+    image_column = _image_column(table, config)
+    table = table.cast_column(image_column, datasets.Image(decode=False))
+    return ImageSource(table, image_column, _label_column(table, config), description)
+
+
+def available_splits(config: DataConfig) -> list[str]:
+    """Names of the splits that can be asked of this source; empty where only trying would tell."""
+    if config.path.startswith(BUILTIN):
+        return ["train", "test"]
+    folder = Path(config.data_dir or config.path)
+    if folder.is_dir():
+        names = ("train", "test", "val", "validation")
+        return [name for name in names if (folder / name).is_dir()] or ["train"]
+    return []
+
+
+def _load(config: DataConfig) -> datasets.Dataset:
+    if config.path.startswith(BUILTIN):
+        return _load_builtin(config)
+    loader, files = _local_files(config)
+    try:
+        if loader is None:
+            return datasets.load_dataset(config.path, config.name, data_dir=config.data_dir, split=config.split)
+        return datasets.load_dataset(loader, data_files={"split": files}, split="split")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        what = config.data_dir or config.data_files or config.path
+        raise UserError(f"[data] path: cannot load {what!r}: {str(error).splitlines()[0][:200]}") from error
+
+
+def _local_files(config: DataConfig) -> tuple[str | None, list[str]]:
+    """The `datasets` loader for local files and the patterns to give it; no loader means a Hub id."""
+    if config.path in LOADERS:
+        if config.data_files:
+            files = [config.data_files] if isinstance(config.data_files, str) else config.data_files
+            return config.path, files
+        if not config.data_dir:
+            raise UserError(f"[data] data_dir: path = {config.path!r} needs data_dir or data_files")
+        return config.path, [_folder_pattern(Path(config.data_dir), config.split, config.path)]
+    path = Path(config.path).expanduser()
+    if path.is_dir():
+        loader = _loader_for_folder(path)
+        return loader, [_folder_pattern(path, config.split, loader)]
+    if path.is_file():
+        loaders = {".parquet": "parquet", ".arrow": "arrow"}
+        if path.suffix not in loaders:
+            raise UserError(f"[data] path: {config.path!r} is a file but neither .parquet nor .arrow")
+        return loaders[path.suffix], [str(path)]
+    if path.is_absolute() or config.path.count("/") > 1 or config.path.startswith((".", "~")):
+        raise UserError(f"[data] path: no folder or file {config.path!r}")
+    return None, []
+
+
+def _loader_for_folder(folder: Path) -> str:
+    for suffix in ("parquet", "arrow"):
+        if next(folder.glob(f"*.{suffix}"), None) or next(folder.glob(f"*/*.{suffix}"), None):
+            return suffix
+    return "imagefolder"
+
+
+def _folder_pattern(folder: Path, split: str, loader: str) -> str:
+    """Pattern of the split's files: its subfolder if there is one, else all, which is the split "train"."""
+    if not folder.is_dir():
+        raise UserError(f"[data] data_dir: no folder {str(folder)!r}")
+    inner = folder / split
+    if not inner.is_dir() and split != "train":
+        found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())[:8]
+        raise UserError(f"[data] split: {str(folder)!r} has no folder {split!r}; it has {found}")
+    root = inner if inner.is_dir() else folder
+    if next((entry for entry in root.rglob("*") if entry.is_file()), None) is None:
+        raise UserError(f"[data] path: the folder {str(root)!r} is empty")
+    return str(root / "**") if loader == "imagefolder" else str(root / "**" / f"*.{loader}")
+
+
+def _load_builtin(config: DataConfig) -> datasets.Dataset:
+    name = config.path.removeprefix(BUILTIN)
+    if name not in BUILTIN_SETS:
+        known = [BUILTIN + each for each in BUILTIN_SETS]
+        raise UserError(f"[data] path: no bundled set {config.path!r}{near_miss(config.path, known)}; there is {known}")
+    if config.split not in ("train", "test"):
+        raise UserError(f"[data] split: {config.path} has the splits 'train' and 'test', not {config.split!r}")
+    if config.name == "full":
+        return _read_idx_fashion_mnist(Path(config.data_dir or DEBIAN_FASHION_MNIST), config.split)
+    if config.name is not None:
+        raise UserError(f"[data] name: {config.path} has the configuration 'full' or none, not {config.name!r}")
+    resource = resources.files("sslkit.data") / "builtin" / name / f"{config.split}.parquet"
+    with resources.as_file(resource) as file:
+        return datasets.Dataset(pyarrow.parquet.read_table(file))
+
+
+def _read_idx_fashion_mnist(folder: Path, split: str) -> datasets.Dataset:
+    """All 60 000 + 10 000 images from the four IDX files that Debian's dataset-fashion-mnist installs."""
+    stem = "train" if split == "train" else "t10k"
+    images = _read_idx(folder / f"{stem}-images-idx3-ubyte.gz", num_axes=3)
+    labels = _read_idx(folder / f"{stem}-labels-idx1-ubyte.gz", num_axes=1)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(10)})
+
+    def rows() -> Any:
+        for pixels, label in zip(images, labels, strict=True):
+            yield {"image": pixels, "label": int(label)}
+
+    return datasets.Dataset.from_list(list(rows()), features=features)
+
+
+def _read_idx(file: Path, num_axes: int) -> NDArray[np.uint8]:
+    if not file.is_file():
+        raise UserError(
+            f"[data] name: 'full' needs {file}; install Debian's package dataset-fashion-mnist, or set data_dir"
+        )
+    try:
+        raw = gzip.decompress(file.read_bytes())
+    except (OSError, EOFError) as error:
+        raise UserError(f"[data] data_dir: {file} is not a whole gzip file: {error}") from error
+    header = 4 + 4 * num_axes
+    shape = [int(length) for length in np.frombuffer(raw[4:header], dtype=">u4")]
+    if raw[:4] != bytes((0, 0, 8, num_axes)) or len(raw) != header + int(np.prod(shape)):
+        raise UserError(f"[data] data_dir: {file} is not an IDX file of unsigned bytes with {num_axes} axes")
+    return np.frombuffer(raw, dtype=np.uint8, offset=header).reshape(shape)
+
+
+def _image_column(table: datasets.Dataset, config: DataConfig) -> str:
+    if config.image_column is not None:
+        return _named_column(table, "image_column", config.image_column)
+    typed = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    named = [name for name in ("image", "img", "jpg", "png") if name in table.column_names]
+    if not typed and not named:
+        raise UserError(f"[data] image_column: no column of images found among {table.column_names}; name it")
+    return str((typed or named)[0])
+
+
+def _label_column(table: datasets.Dataset, config: DataConfig) -> str | None:
+    if config.label_column is not None:
+        return _named_column(table, "label_column", config.label_column)
+    typed = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
+    named = [name for name in ("label", "labels", "cls") if name in table.column_names]
+    return next(iter(typed + named), None)
+
+
+def _named_column(table: datasets.Dataset, key: str, name: str) -> str:
+    if name not in table.column_names:
+        miss = near_miss(name, table.column_names)
+        raise UserError(f"[data] {key}: no column {name!r}{miss}; there are {table.column_names}")
+    return name

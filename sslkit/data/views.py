@@ -1,0 +1,191 @@
+"""Named view policies, exactly the papers', cut by albumentations.
+
+A policy is a set of numbers, not code: a recipe states them and may override each. Every draw is a pure function
+of (seed, epoch, sample, view), so views do not depend on workers, ranks or restarts.
+"""
+
+import random
+import warnings
+from typing import Annotated, Any, Literal
+
+import albumentations as A  # noqa: N812  (the library's own convention)
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor
+
+NUM_VIEWS = 2
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+PerView = Probability | tuple[Probability, Probability]
+Range = tuple[float, float]
+RGB = tuple[float, float, float]
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# Defaults of every policy over those of `ViewsConfig`; sources in docs/methods.md.
+POLICIES: dict[str, dict[str, Any]] = {
+    "moco_v1": {"jitter": (0.4, 0.4, 0.4, 0.4), "jitter_prob": 1.0, "gray_first": True, "blur_prob": 0.0},
+    "moco_v2": {"jitter": (0.4, 0.4, 0.4, 0.1), "jitter_prob": 0.8, "blur_prob": 0.5},
+    "moco_v3": {
+        "crop_scale": (0.08, 1.0),
+        "jitter": (0.4, 0.4, 0.2, 0.1),
+        "jitter_prob": 0.8,
+        "blur_prob": (1.0, 0.1),
+        "solarize_prob": (0.0, 0.2),
+    },
+    "moco_cifar10": {
+        "size": 32,
+        "crop_scale": (0.08, 1.0),
+        "jitter": (0.4, 0.4, 0.4, 0.1),
+        "jitter_prob": 0.8,
+        "blur_prob": 0.0,
+        "mean": (0.4914, 0.4822, 0.4465),
+        "std": (0.2023, 0.1994, 0.2010),
+        "crop_pct": 1.0,
+    },
+    # Colour does nothing on grey images, and half a 28-pixel shoe is not a shoe.
+    "small_gray": {
+        "size": 32,
+        "crop_scale": (0.3, 1.0),
+        "jitter": (0.4, 0.4, 0.0, 0.0),
+        "jitter_prob": 0.8,
+        "gray_prob": 0.0,
+        "blur_prob": 0.0,
+        "crop_pct": 1.0,
+    },
+}
+
+
+class ViewsConfig(BaseModel):
+    """The ``[views]`` table. Probabilities may be one number, or one per view; what is not given is the policy's.
+
+    Attributes:
+        policy: Which of `POLICIES` fills in what is not given.
+        size: Side of the square views in pixels.
+        crop_scale: Area of a random resized crop as a share of the image.
+        crop_ratio: Width over height of the crop, drawn log-uniformly.
+        interpolation: Of the crop's resize. Shrinking is always antialiased (area).
+        jitter: Strengths of brightness, contrast, saturation and hue, applied in random order.
+        jitter_prob: How often colours are jittered.
+        gray_prob: How often a view turns grey.
+        gray_first: Whether grey comes before the jitter (MoCo v1) or after (all later papers).
+        blur_prob: How often a view is blurred.
+        blur_sigma: Range of the Gaussian's standard deviation in pixels.
+        solarize_prob: How often values from 128 up are inverted.
+        flip_prob: How often a view is mirrored.
+        rotate_degrees: Largest rotation to either side; 0 leaves rotation out (no paper here rotates).
+        erase_prob: How often a rectangle of 5 to 20 % of the view is blanked (no paper here erases).
+        mean: Per-channel mean that views are normalised by on the device, for values in [0, 1].
+        std: Per-channel standard deviation, likewise.
+        crop_pct: At evaluation, the share of the shorter side that the centre crop keeps (224 of 256 = 0.875).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    policy: str
+    size: int = Field(default=224, ge=8, le=4096)
+    crop_scale: Range = (0.2, 1.0)
+    crop_ratio: Range = (0.75, 4 / 3)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    jitter: tuple[float, float, float, float]
+    jitter_prob: PerView
+    gray_prob: PerView = 0.2
+    gray_first: bool = False
+    blur_prob: PerView
+    blur_sigma: Range = (0.1, 2.0)
+    solarize_prob: PerView = 0.0
+    flip_prob: PerView = 0.5
+    rotate_degrees: float = Field(default=0.0, ge=0.0, le=180.0)
+    erase_prob: PerView = 0.0
+    mean: RGB = IMAGENET_MEAN
+    std: RGB = IMAGENET_STD
+    crop_pct: float = Field(default=0.875, gt=0.0, le=1.0)
+
+    @field_validator("crop_scale", "crop_ratio", "blur_sigma")
+    @classmethod
+    def _ordered(cls, value: Range) -> Range:
+        if not 0.0 < value[0] <= value[1]:
+            raise ValueError("must be two positive numbers, the smaller first")
+        return value
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _share(cls, value: Range) -> Range:
+        if value[1] > 1.0:
+            raise ValueError("is a share of the image's area, so at most 1")
+        return value
+
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, value: RGB) -> RGB:
+        if min(value) <= 0.0:
+            raise ValueError("must be positive")
+        return value
+
+
+class ViewPipeline:
+    """Cuts the views of an image.
+
+    Args:
+        config: Which transforms, with which numbers.
+        seed: The run's seed, the first word of every draw's key.
+    """
+
+    def __init__(self, config: ViewsConfig, seed: int) -> None:
+        self.seed = seed
+        self.pipelines = [build_pipeline(config, view) for view in range(NUM_VIEWS)]
+
+    def __call__(self, image: NDArray[np.uint8], epoch: int, sample: int) -> NDArray[np.uint8]:
+        """Cut ``image`` (H, W, 3) into (views, size, size, 3), all uint8 RGB."""
+        return np.stack([self.cut(image, epoch, sample, view) for view in range(len(self.pipelines))])
+
+    def cut(self, image: NDArray[np.uint8], epoch: int, sample: int, view: int) -> NDArray[np.uint8]:
+        """Cut one view, (size, size, 3); the same four numbers always give the same view."""
+        numpy_draws = np.random.default_rng([self.seed, epoch, sample, view])
+        python_draws = random.Random(int(numpy_draws.integers(2**63)))
+        pipeline = self.pipelines[view]
+        pipeline.set_random_state(numpy_draws, python_draws)
+        return np.asarray(pipeline(image=image)["image"], dtype=np.uint8)
+
+
+def build_pipeline(config: ViewsConfig, view: int) -> A.Compose:
+    """The transforms of one view in the paper's order. An argument albumentations does not know is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return A.Compose(_transforms(config, view))
+
+
+def _transforms(config: ViewsConfig, view: int) -> list[A.BasicTransform]:
+    def chance(prob: PerView) -> float:
+        return prob[view] if isinstance(prob, tuple) else prob
+
+    brightness, contrast, saturation, hue = config.jitter
+    gray = A.ToGray(num_output_channels=3, p=chance(config.gray_prob))
+    jitter = A.ColorJitter(brightness, contrast, saturation, hue, p=chance(config.jitter_prob))
+    colours = [gray, jitter] if config.gray_first else [jitter, gray]
+    steps: list[A.BasicTransform] = [
+        A.RandomResizedCrop(
+            size=(config.size, config.size),
+            scale=config.crop_scale,
+            ratio=config.crop_ratio,
+            interpolation={"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}[config.interpolation],
+            area_for_downscale="image",  # OpenCV's own bilinear does not antialias
+        ),
+        *colours,
+        A.GaussianBlur(blur_limit=0, sigma_limit=config.blur_sigma, p=chance(config.blur_prob)),
+        A.Solarize(threshold_range=(0.5, 0.5), p=chance(config.solarize_prob)),
+        A.HorizontalFlip(p=chance(config.flip_prob)),
+        A.Rotate(limit=(-config.rotate_degrees, config.rotate_degrees), border_mode=cv2.BORDER_CONSTANT, p=1.0),
+        A.Erasing(scale=(0.05, 0.2), p=chance(config.erase_prob)),
+    ]
+    always = not config.rotate_degrees
+    return [step for step in steps if step.p > 0 and not (always and isinstance(step, A.Rotate))]
+
+
+def normalise(pixels: Tensor, mean: RGB, std: RGB) -> Tensor:
+    """Turn uint8 pixels (B, H, W, 3) into normalised floats (B, 3, H, W), channels-last in memory, on their device."""
+    shift = torch.tensor(mean, device=pixels.device) * 255.0
+    scale = torch.tensor(std, device=pixels.device) * 255.0
+    return ((pixels.to(torch.float32) - shift) / scale).permute(0, 3, 1, 2)

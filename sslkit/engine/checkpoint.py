@@ -1,0 +1,194 @@
+"""Checkpoints: safetensors and JSON in a folder that is whole or not there. No pickle.
+
+    checkpoints/step-00001234/   model.safetensors  optimizer.safetensors  state.json  manifest.json
+    checkpoints/latest           the newest one's name
+
+A checkpoint is written aside, synced, given a manifest of sizes and SHA-256 sums, and renamed; only then does
+``latest`` move and are older ones removed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sslkit.errors import UserError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read.
+
+    Attributes:
+        step: Updates made when it was saved.
+        model: The method's state dict.
+        optimizer: Tensors by ``parameter name/key``.
+        state: What else the run needs: optimizer scalars, loss scale.
+    """
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path, step: int, method: nn.Module, optimizer: Optimizer, scaler: dict[str, Any], keep: int
+) -> Path:
+    """Save everything a resumed run needs, then remove all but the newest ``keep`` checkpoints.
+
+    Args:
+        folder: The run's ``checkpoints`` folder.
+        step: Updates made.
+        method: Unwrapped method: student, teacher, queue.
+        optimizer: Its optimizer.
+        scaler: State of the gradient scaler, plain numbers; empty without one.
+        keep: How many checkpoints stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{step:08d}"
+    aside = folder / f".step-{step:08d}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    tensors, scalars = _flatten_optimizer(method, optimizer)
+    _save_tensors(method.state_dict(), aside / "model.safetensors")
+    _save_tensors(tensors, aside / "optimizer.safetensors")
+    _write_json(aside / "state.json", {"step": step, "optimizer": scalars, "scaler": scaler})
+    _write_json(aside / "manifest.json", {"format": FORMAT, "files": _checksums(aside)})
+    for file in aside.iterdir():
+        _sync(file)
+    _sync(aside)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(aside, final)
+    _sync(folder)
+    _point_latest(folder, final.name)
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Read the newest whole checkpoint in ``folder``.
+
+    Returns:
+        The checkpoint, or None where there is none at all, and a sentence for each broken one passed over.
+
+    Raises:
+        UserError: There are checkpoints and all are broken.
+    """
+    complaints: list[str] = []
+    candidates = sorted(folder.glob("step-*"), reverse=True)
+    for candidate in candidates:
+        try:
+            return read_checkpoint(candidate), complaints
+        except UserError as error:
+            complaints.append(str(error))
+    if candidates:
+        raise UserError("no whole checkpoint left: " + "; ".join(complaints))
+    return None, complaints
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read one checkpoint and check it against its manifest.
+
+    Raises:
+        UserError: A file is missing, torn or altered; names it.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        expected = manifest["files"]
+        found = _checksums(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: checkpoint without a readable manifest ({error})") from error
+    for name, entry in expected.items():
+        if found.get(name) != entry:
+            raise UserError(f"{folder / name}: torn or altered since it was saved")
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return Checkpoint(
+        state["step"], load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors"), state
+    )
+
+
+def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> None:
+    """Put a checkpoint's tensors into a method and an optimizer built from the same recipe.
+
+    Raises:
+        UserError: They were built from another recipe.
+    """
+    try:
+        method.load_state_dict(checkpoint.model)
+    except RuntimeError as error:
+        raise UserError(f"the checkpoint's weights do not fit this recipe: {str(error).splitlines()[-1]}") from error
+    tensors: dict[str, dict[str, Any]] = {}
+    for key, tensor in checkpoint.optimizer.items():
+        name, _, slot = key.rpartition("/")
+        tensors.setdefault(name, {})[slot] = tensor
+    scalars = checkpoint.state["optimizer"]["scalars"]
+    for name, param in method.named_parameters():
+        slots = {slot: value.to(param.device) if value.ndim else value for slot, value in tensors.get(name, {}).items()}
+        if slots or name in scalars:
+            optimizer.state[param] = {**slots, **scalars.get(name, {})}
+    for group, saved in zip(optimizer.param_groups, checkpoint.state["optimizer"]["groups"], strict=True):
+        group.update(saved)
+
+
+def _flatten_optimizer(method: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by ``parameter/slot``, and the plain numbers of parameters and of groups (timm's LAMB counts there)."""
+    names: dict[Tensor, str] = {param: name for name, param in method.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for param, slots in optimizer.state.items():
+        for slot, value in slots.items():
+            if isinstance(value, Tensor):
+                tensors[f"{names[param]}/{slot}"] = value
+            elif value is not None:
+                scalars.setdefault(names[param], {})[slot] = value
+    groups = [
+        {key: value for key, value in group.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+        for group in optimizer.param_groups
+    ]
+    return tensors, {"scalars": scalars, "groups": groups}
+
+
+def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, file, metadata={"format": "pt"})
+
+
+def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
+    sums = {}
+    for file in sorted(folder.iterdir()):
+        if file.name != "manifest.json":
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            sums[file.name] = {"bytes": file.stat().st_size, "sha256": digest}
+    return sums
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _point_latest(folder: Path, name: str) -> None:
+    aside = folder / ".latest.tmp"
+    aside.write_text(name + "\n", encoding="utf-8")
+    _sync(aside)
+    os.replace(aside, folder / "latest")
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

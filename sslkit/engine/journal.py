@@ -1,0 +1,111 @@
+"""What a run says while it trains: lines of JSON for programs, one line of text for people."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+PLAIN_SECONDS = 15.0
+
+
+class Journal:
+    """Writes ``metrics.jsonl`` and ``results.jsonl`` and keeps one line of progress on the screen.
+
+    On a terminal the line is redrawn in place and cut to the width there is; elsewhere (a file, a pipe) a plain line
+    is printed every 15 seconds. Only the first process has an active journal.
+
+    Args:
+        folder: Run folder.
+        start_step: Lines of later steps, left by a run that was killed, are dropped.
+        active: Whether this process writes at all.
+        console: Where to print.
+    """
+
+    def __init__(self, folder: Path, start_step: int, *, active: bool, console: Console | None = None) -> None:
+        self.folder, self.active = folder, active
+        self.console = console or Console(stderr=False)
+        self.metrics: TextIO | None = None
+        self.live: Live | None = None
+        self.last_plain = 0.0
+        if active:
+            keep_until(folder / "metrics.jsonl", start_step)
+            keep_until(folder / "results.jsonl", start_step, only_by="monitor")
+            self.metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+
+    def __enter__(self) -> "Journal":
+        if self.active and self.console.is_terminal:
+            self.live = Live(Text(""), console=self.console, refresh_per_second=4, transient=False)
+            self.live.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def record(self, fields: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl, on disk before the next step."""
+        if self.metrics is not None:
+            self.metrics.write(json.dumps(fields) + "\n")
+            self.metrics.flush()
+
+    def result(self, fields: dict[str, Any]) -> None:
+        """Append one line to results.jsonl."""
+        if self.active:
+            append_result(self.folder, fields)
+
+    def show(self, line: str) -> None:
+        """Redraw the progress line, or print it now and then where there is no terminal."""
+        if self.live is not None:
+            self.live.update(Text(line, no_wrap=True, overflow="ellipsis"))
+        elif self.active and time.monotonic() - self.last_plain > PLAIN_SECONDS:
+            self.last_plain = time.monotonic()
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """Print a line that stays."""
+        if self.active:
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def append_result(folder: Path, fields: dict[str, Any]) -> None:
+    """Append one evaluation to a run's results.jsonl."""
+    with (folder / "results.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(fields) + "\n")
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file; a last one that was torn by a crash is left out."""
+    if not file.is_file():
+        return []
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def keep_until(file: Path, step: int, only_by: str | None = None) -> None:
+    """Drop lines of steps after ``step``, so that a resumed run repeats none."""
+    rows = read_lines(file)
+    kept = [row for row in rows if row["step"] <= step or (only_by is not None and row.get("by") != only_by)]
+    if file.is_file():
+        aside = file.with_suffix(".tmp")
+        aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        aside.replace(file)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1h02m, 3m05s or 12s."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

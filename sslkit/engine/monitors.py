@@ -1,0 +1,56 @@
+"""kNN while training, on a labelled set of its own, shared among the processes."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sslkit.data.source import DataConfig, ImageSource
+from sslkit.evaluate.features import Transform, extract_features
+from sslkit.evaluate.knn import KnnProtocol, knn_accuracy
+from sslkit.evaluate.labels import LabelledPair, open_pair
+from sslkit.parts.collectives import copy_buffers_from_first, gather_rows, rank, world_size
+from sslkit.recipe import Recipe
+
+
+class KnnMonitor:
+    """Scores the student's backbone by kNN on features, as `sslkit eval knn` would.
+
+    Args:
+        recipe: Its ``[monitor]`` table says on what and how.
+        transform: Evaluation preprocessing.
+        device: Where the encoder computes.
+        workers: Processes that decode, a process.
+    """
+
+    def __init__(self, recipe: Recipe, transform: Transform, device: torch.device, workers: int) -> None:
+        monitor = recipe.monitor
+        self.transform, self.device, self.workers = transform, device, workers
+        pair = open_pair(DataConfig(path=monitor.data, name=monitor.name), seed=recipe.train.seed)
+        self.pair = _limit_bank(pair, monitor.max_train, recipe.train.seed)
+        self.protocol = KnnProtocol(min(monitor.k, len(self.pair.train)), monitor.temperature)
+
+    def __call__(self, backbone: nn.Module) -> float:
+        """Share of the monitor's test images classified right."""
+        copy_buffers_from_first(backbone)
+        bank = self._features(backbone, self.pair.train)
+        queries = self._features(backbone, self.pair.test)
+        return knn_accuracy(bank, self.pair.train_labels, queries, self.pair.test_labels, self.protocol)
+
+    def _features(self, backbone: nn.Module, source: ImageSource) -> Tensor:
+        """Each process takes every world-size-th image; the last ones wrap around so that all have as many."""
+        share = -(-len(source) // world_size())
+        mine = (rank() + world_size() * np.arange(share)) % len(source)
+        features = extract_features(
+            backbone, source.subset(mine), self.transform, device=self.device, workers=self.workers
+        )
+        gathered = gather_rows(features.to(self.device)).cpu()
+        interleaved = gathered.view(world_size(), share, -1).transpose(0, 1).flatten(0, 1)
+        return interleaved[: len(source)]
+
+
+def _limit_bank(pair: LabelledPair, max_train: int, seed: int) -> LabelledPair:
+    if not max_train or max_train >= len(pair.train):
+        return pair
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(pair.train))[:max_train])
+    labels = pair.train_labels[torch.from_numpy(chosen)]
+    return LabelledPair(pair.train.subset(chosen), pair.test, labels, pair.test_labels, pair.classes, pair.description)

@@ -1,0 +1,273 @@
+"""From a recipe to a finished run folder: check, build, resume, train."""
+
+import importlib.metadata
+import os
+import platform
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.data import create_transform
+
+from sslkit.data.loader import GlobalBatches, make_loader, resolve_workers
+from sslkit.data.source import ImageSource, open_source
+from sslkit.data.views import ViewPipeline
+from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, restore
+from sslkit.engine.journal import Journal, read_lines
+from sslkit.engine.loop import Training, run_loop
+from sslkit.engine.monitors import KnnMonitor
+from sslkit.engine.optim import make_optimizer
+from sslkit.engine.processes import make_accelerator
+from sslkit.errors import UserError
+from sslkit.methods import Method, find_method
+from sslkit.methods.base import local_bn_groups
+from sslkit.parts.backbone import create_backbone, feature_dim
+from sslkit.parts.batchnorm import has_batch_norm, synchronise_batch_norm
+from sslkit.recipe import Recipe, changes
+
+# Keys that do not change what is learned; a run may be continued with others.
+FREE_KEYS = ("data.workers", "train.max_steps", "train.processes", "train.log_every", "checkpoint.", "reference.")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder.
+
+    Attributes:
+        folder: Where it lies.
+        step: Updates made.
+    """
+
+    folder: Path
+    step: int
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return read_lines(self.folder / "metrics.jsonl")
+
+    def results(self) -> list[dict[str, Any]]:
+        """The lines of results.jsonl."""
+        return read_lines(self.folder / "results.jsonl")
+
+
+def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
+    """Pretrain as the recipe says, in a run folder; continue where an earlier start of it stopped.
+
+    Args:
+        recipe: What `load_recipe` returned.
+        output: Run folder; created if it is not there.
+        resume: ``"auto"`` continues what the folder holds, ``"never"`` refuses to, or the path of a checkpoint
+            folder to start from.
+
+    Raises:
+        UserError: Something in recipe, data or folder is not as it must be. Nothing has been written then.
+    """
+    folder = Path(output)
+    _check_folder(folder, recipe, resume)
+    source = open_source(recipe.data).without_labels()
+    steps_per_epoch = _steps_per_epoch(recipe, source)
+    source.read(0)
+    accelerator = make_accelerator(recipe)
+    _check_batch(recipe, accelerator.num_processes)
+    torch.manual_seed(recipe.train.seed)
+    method = build_method(recipe)
+    monitor = _make_monitor(recipe, accelerator)
+    checkpoint, complaints = _find_checkpoint(folder, resume)
+    start_step = checkpoint.step if checkpoint else 0
+    last_step = _last_step(recipe, steps_per_epoch)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _open_folder(folder, recipe)
+    journal = Journal(folder, start_step, active=accelerator.is_main_process)
+    for sentence in [*complaints, *_opening(recipe, folder, source, method, accelerator, start_step, last_step)]:
+        journal.say(sentence)
+    if start_step < last_step:
+        training = _assemble(
+            recipe, folder, accelerator, method, source, checkpoint, steps_per_epoch, last_step, monitor
+        )
+        with journal:
+            run_loop(training, journal)
+        journal.say(f"done: {folder} (encoder in {folder / 'encoder'})")
+    accelerator.end_training()
+    return Run(folder, max(start_step, last_step))
+
+
+def build_method(recipe: Recipe) -> Method:
+    """The recipe's method on its backbone, on the CPU, initialised from torch's current random state."""
+    spec = recipe.backbone_spec()
+    backbone = create_backbone(spec)
+    width = feature_dim(backbone, recipe.views.size)
+    return find_method(recipe.method_name)(backbone, width, recipe.method)
+
+
+def _assemble(
+    recipe: Recipe,
+    folder: Path,
+    accelerator: Accelerator,
+    method: Method,
+    source: ImageSource,
+    checkpoint: Checkpoint | None,
+    steps_per_epoch: int,
+    last_step: int,
+    monitor: KnnMonitor | None,
+) -> Training:
+    """Wire method, optimizer and loader to the processes, and put the checkpoint in."""
+    if accelerator.num_processes > 1 and method.bn_groups == 1 and has_batch_norm(method):
+        synchronise_batch_norm(method, accelerator.device)
+    method.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = make_optimizer(recipe, method)
+    if checkpoint is not None:
+        restore(checkpoint, method, optimizer)
+    wrapped, prepared = accelerator.prepare(method, optimizer)
+    if checkpoint is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+    start_step = checkpoint.step if checkpoint else 0
+    batches = GlobalBatches(
+        len(source),
+        recipe.train.batch_size,
+        recipe.train.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        start_step=start_step,
+        total_steps=last_step,
+    )
+    loader = make_loader(
+        source,
+        ViewPipeline(recipe.views, recipe.train.seed),
+        batches,
+        workers=_workers(recipe, accelerator),
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    return Training(
+        recipe,
+        folder,
+        accelerator,
+        method,
+        wrapped,
+        prepared,
+        loader,
+        steps_per_epoch,
+        start_step,
+        last_step,
+        monitor,
+    )
+
+
+def _workers(recipe: Recipe, accelerator: Accelerator) -> int:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return resolve_workers(recipe.data.workers, on_accelerator=accelerator.device.type != "cpu", processes_here=here)
+
+
+def _make_monitor(recipe: Recipe, accelerator: Accelerator) -> KnnMonitor | None:
+    if not recipe.monitor.every_epochs:
+        return None
+    views = recipe.views
+    transform = create_transform(
+        (3, views.size, views.size),
+        is_training=False,
+        interpolation=views.interpolation,
+        mean=views.mean,
+        std=views.std,
+        crop_pct=views.crop_pct,
+    )
+    return KnnMonitor(recipe, transform, accelerator.device, _workers(recipe, accelerator))
+
+
+def _steps_per_epoch(recipe: Recipe, source: ImageSource) -> int:
+    if recipe.train.batch_size > len(source):
+        raise UserError(
+            f"[train] batch_size: {recipe.train.batch_size} is more than the {len(source)} images of "
+            f"{source.description}; take at most that many"
+        )
+    return len(source) // recipe.train.batch_size
+
+
+def _last_step(recipe: Recipe, steps_per_epoch: int) -> int:
+    total = recipe.train.epochs * steps_per_epoch
+    return min(recipe.train.max_steps or total, total)
+
+
+def _check_batch(recipe: Recipe, processes: int) -> None:
+    """The global batch must fall into equal parts for processes and for their BN groups."""
+    batch = recipe.train.batch_size
+    groups = getattr(recipe.method, "bn_groups", 1)
+    parts = processes * local_bn_groups(groups)
+    if processes < groups and groups % processes:
+        raise UserError(f"[method] bn_groups: {groups} groups cannot be shared by {processes} processes")
+    if batch % parts or batch // parts < 2:
+        raise UserError(
+            f"[train] batch_size: {batch} does not fall into {parts} equal parts of two or more images "
+            f"({processes} processes, [method] bn_groups = {groups})"
+        )
+
+
+def _check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
+    """Refuse a folder that is not ours to write to, before anything is written."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"--output {folder}: {existing} is not a folder that can be written to")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    saved = folder / "recipe.toml"
+    if not saved.is_file():
+        raise UserError(f"--output {folder}: holds something that is not a run; choose a new or empty folder")
+    if resume == "never":
+        raise UserError(f"--output {folder}: already holds a run; --resume never needs a new or empty folder")
+    before = tomllib.loads(saved.read_text(encoding="utf-8"))
+    changed = [line for line in changes(before, recipe.as_tables()) if not line.startswith(FREE_KEYS)]
+    if changed:
+        raise UserError(
+            f"--output {folder}: holds a run of another recipe; choose another folder or undo: " + "; ".join(changed)
+        )
+
+
+def _find_checkpoint(folder: Path, resume: str) -> tuple[Checkpoint | None, list[str]]:
+    if resume not in ("auto", "never"):
+        path = Path(resume)
+        if (path / "manifest.json").is_file():
+            return read_checkpoint(path), []
+        checkpoint, complaints = newest_checkpoint(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+        if checkpoint is None:
+            raise UserError(f"--resume {resume}: no checkpoint there; give a run or checkpoint folder, auto or never")
+        return checkpoint, complaints
+    return newest_checkpoint(folder / "checkpoints")
+
+
+def _open_folder(folder: Path, recipe: Recipe) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        versions = {name: importlib.metadata.version(name) for name in ("sslkit", "torch", "timm", "accelerate")}
+        header = "".join(f"# {name} {version}\n" for name, version in versions.items())
+        text = f"{header}# Python {platform.python_version()}, {platform.platform()}\n\n{recipe.to_toml()}"
+        (folder / "recipe.toml").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be written to: {error}") from error
+
+
+def _opening(
+    recipe: Recipe,
+    folder: Path,
+    source: ImageSource,
+    method: Method,
+    accelerator: Accelerator,
+    start_step: int,
+    last_step: int,
+) -> list[str]:
+    """What the user is told before the first step."""
+    trained = sum(param.numel() for param in method.parameters() if param.requires_grad)
+    train = recipe.train
+    lines = [
+        f"{recipe.method_name} on {recipe.backbone.name}: {trained / 1e6:.2f} M trained parameters",
+        f"data {source.description}: {len(source)} images, batch {train.batch_size}, {train.epochs} epochs",
+        f"{accelerator.num_processes} process(es), {accelerator.device.type}, precision {train.precision}, "
+        f"{_workers(recipe, accelerator)} data worker(s) each",
+        f"learning rate: base {recipe.optim.lr:g}, rule {recipe.optim.lr_rule} x batch / 256, peak {recipe.peak_lr:g}",
+    ]
+    if start_step >= last_step:
+        lines.append(f"{folder} is already trained to step {start_step} of {last_step}; nothing to do")
+    elif start_step:
+        lines.append(f"continuing {folder} from step {start_step} of {last_step}")
+    return lines

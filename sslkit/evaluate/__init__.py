@@ -1,0 +1,20 @@
+"""How an encoder is judged. Knows encoders that give features and sources of labelled images, never a method."""
+
+from sslkit.evaluate.features import Encoder, extract_features, load_encoder
+from sslkit.evaluate.judge import Judgement, Score, evaluate_knn, evaluate_linear
+from sslkit.evaluate.knn import KnnProtocol, knn_accuracy
+from sslkit.evaluate.linear import LinearProtocol, linear_accuracy
+
+__all__ = [
+    "Encoder",
+    "Judgement",
+    "KnnProtocol",
+    "LinearProtocol",
+    "Score",
+    "evaluate_knn",
+    "evaluate_linear",
+    "extract_features",
+    "knn_accuracy",
+    "linear_accuracy",
+    "load_encoder",
+]

@@ -1,0 +1,223 @@
+"""Encoders as functions from images to features, and the features of a whole source."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from sslkit.data.source import ImageSource
+from sslkit.errors import UserError, near_miss
+from sslkit.parts.backbone import BackboneSpec, replace_stem_for_small_images
+
+RAW_PIXEL_SIDE = 32
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen feature extractor and the preprocessing it was made for.
+
+    Attributes:
+        module: (B, 3, H, W) -> (B, D).
+        preprocessing: timm's data config: input_size, interpolation, mean, std, crop_pct, crop_mode.
+        description: How to name it in tables.
+        architecture: timm name it can be rebuilt from.
+        model_args: Arguments it can be rebuilt with.
+        small_stem: Whether its stem is `replace_stem_for_small_images`'s.
+    """
+
+    module: nn.Module
+    preprocessing: dict[str, Any]
+    description: str
+    architecture: str
+    model_args: dict[str, Any] = field(default_factory=dict)
+    small_stem: bool = False
+
+    def transform(self) -> Transform:
+        """Resize, centre crop and normalise, as timm does for evaluation."""
+        made: Transform = create_transform(**self.preprocessing, is_training=False)
+        return made
+
+    def training_transform(self) -> Transform:
+        """Random resized crop (area 0.08 to 1) and mirror: the augmentation of the papers' linear protocols."""
+        kept = ("input_size", "interpolation", "mean", "std")
+        preprocessing = {key: self.preprocessing[key] for key in kept}
+        made: Transform = create_transform(**preprocessing, is_training=True, color_jitter=0.0)
+        return made
+
+    def random_twin(self, seed: int = 0) -> "Encoder":
+        """The same architecture with the weights timm draws for it: what training has to beat."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = build(self.architecture, self.model_args, self.small_stem)
+        return Encoder(module, self.preprocessing, "random init", self.architecture, self.model_args, self.small_stem)
+
+
+def load_encoder(name: str) -> Encoder:
+    """Load an encoder that is named as on the command line.
+
+    Args:
+        name: A run folder, an exported folder, ``hf_hub:user/repo``, ``local-dir:PATH``, or a timm name, whose
+            pretrained weights are meant.
+
+    Raises:
+        UserError: Nothing of that name, or weights that do not fit.
+    """
+    folder = _encoder_folder(name)
+    if folder is not None:
+        return _load_folder(folder, name)
+    if not name.startswith(("hf_hub:", "hf-hub:")) and not timm.is_model(name):
+        miss = near_miss(name, timm.list_pretrained())
+        raise UserError(f"{name}: no run folder, no exported folder and no timm model{miss}")
+    try:
+        module = timm.create_model(name, pretrained=True, num_classes=0)
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"{name}: its pretrained weights cannot be had: {first}") from error
+    config: Any = module.pretrained_cfg
+    return Encoder(module, resolve_data_config(model=module), name, config["architecture"])
+
+
+def build(architecture: str, model_args: dict[str, Any], small_stem: bool) -> nn.Module:
+    """An encoder of this architecture with fresh weights."""
+    module: nn.Module = timm.create_model(architecture, **{**model_args, "num_classes": 0})
+    if small_stem:
+        replace_stem_for_small_images(module, BackboneSpec(name=architecture, img_size=0))
+    return module
+
+
+def _encoder_folder(name: str) -> Path | None:
+    path = Path(name.removeprefix("local-dir:")).expanduser()
+    if (path / "encoder" / "config.json").is_file():
+        return path / "encoder"
+    if (path / "config.json").is_file():
+        return path
+    if path.is_dir() or name.startswith("local-dir:"):
+        raise UserError(f"{name}: holds no encoder (no config.json, no encoder/config.json)")
+    return None
+
+
+def _load_folder(folder: Path, name: str) -> Encoder:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        architecture, preprocessing = config["architecture"], config["pretrained_cfg"]
+        model_args = dict(config.get("model_args", {}))
+        small_stem = bool(config.get("small_stem", False))
+        module = build(architecture, model_args, small_stem)
+        module.load_state_dict(load_file(folder / "model.safetensors"))
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"{name}: {folder} is not a loadable encoder: {first}") from error
+    data_config = resolve_data_config(pretrained_cfg=preprocessing)
+    return Encoder(module, data_config, name, architecture, model_args, small_stem)
+
+
+class _LayerReader(nn.Module):
+    """One block's output, averaged over positions, as features."""
+
+    def __init__(self, module: nn.Module, layer: int) -> None:
+        super().__init__()
+        self.module, self.layer = module, layer
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.module.forward_intermediates(  # type: ignore[operator]
+            images, indices=[self.layer], intermediates_only=True, norm=False
+        )
+        pooled: Tensor = maps[0].mean(dim=(2, 3))
+        return pooled
+
+
+def read_layer(encoder: Encoder, layer: int) -> nn.Module:
+    """The encoder up to block ``layer`` (timm's ``forward_intermediates`` index), mean-pooled: (B, 3, H, W) -> (B, C).
+
+    Raises:
+        UserError: No such block, or a model without intermediate outputs.
+    """
+    reader = _LayerReader(encoder.module, layer)
+    try:
+        with torch.inference_mode():
+            reader.eval()(torch.zeros(1, *encoder.preprocessing["input_size"]))
+    except (AttributeError, AssertionError, IndexError, ValueError) as error:
+        raise UserError(f"--layer {layer}: {encoder.architecture} has no such block to read ({error})") from error
+    return reader
+
+
+class _Images(Dataset[tuple[Tensor, int]]):
+    def __init__(self, source: ImageSource, transform: Transform, seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        torch.manual_seed(self.seed * 1_000_003 + index)
+        np.random.seed((self.seed * 1_000_003 + index) % 2**32)
+        return self.transform(Image.fromarray(self.source.read(index))), index
+
+
+def extract_features(
+    module: nn.Module,
+    source: ImageSource,
+    transform: Transform,
+    *,
+    device: torch.device,
+    batch_size: int = 256,
+    workers: int = 0,
+    seed: int = 0,
+) -> Tensor:
+    """Features of every image of ``source`` in order, (len(source), D) float32 on the CPU.
+
+    The module runs in eval mode and leaves as it came: same mode, same bytes.
+
+    Args:
+        module: (B, 3, H, W) -> (B, D).
+        source: Images; labels are not looked at.
+        transform: Turns a picture into the module's input; random ones draw from (seed, index).
+        device: Where the module computes.
+        batch_size: Images at a time.
+        workers: Processes that decode and transform.
+        seed: Of a random transform.
+    """
+    loader = DataLoader(_Images(source.without_labels(), transform, seed), batch_size, num_workers=workers)
+    was_training = module.training
+    before = fingerprint(module)
+    module.eval().to(device)
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        features = [module(images.to(device)).to("cpu", torch.float32) for images, _ in loader]
+    module.train(was_training)
+    if fingerprint(module) != before:
+        raise RuntimeError("the encoder changed while its features were extracted")
+    return torch.cat(features)
+
+
+def raw_pixels(source: ImageSource) -> Tensor:
+    """The images themselves as features, (len(source), 3 * side * side), at most 32 pixels a side."""
+    side = min(RAW_PIXEL_SIDE, *source.read(0).shape[:2])
+    rows = []
+    for index in range(len(source)):
+        picture = Image.fromarray(source.read(index))
+        if picture.size != (side, side):
+            picture = picture.resize((side, side), Image.Resampling.BILINEAR)
+        rows.append(np.asarray(picture, dtype=np.float32).reshape(-1) / 255.0)
+    return torch.from_numpy(np.stack(rows))
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 of every parameter and buffer, names included."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

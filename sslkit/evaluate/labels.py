@@ -1,0 +1,65 @@
+"""Labelled sources for evaluation: a set to learn or look up from, and a set to score on."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sslkit.data.source import DataConfig, ImageSource, available_splits, open_source
+from sslkit.errors import UserError
+
+HELD_OUT = 0.2
+
+
+@dataclass(frozen=True)
+class LabelledPair:
+    """Training and test images with their labels as class numbers shared by both.
+
+    Attributes:
+        train: Bank of kNN, training set of a probe.
+        test: What is scored.
+        train_labels: (len(train),) int64.
+        test_labels: (len(test),) int64.
+        classes: Class names in the order of their numbers.
+        description: Which data and which split, for print.
+    """
+
+    train: ImageSource
+    test: ImageSource
+    train_labels: Tensor
+    test_labels: Tensor
+    classes: list[str]
+    description: str
+
+
+def open_pair(config: DataConfig, train_split: str = "train", test_split: str = "", seed: int = 0) -> LabelledPair:
+    """Open both sets. Without a test split of its own, a fifth of the data is held out by a seeded draw.
+
+    Args:
+        config: The source; its own ``split`` is not used.
+        train_split: Split to learn from.
+        test_split: Split to score on; empty picks test, val or validation, whichever there is.
+        seed: Of the held-out draw.
+
+    Raises:
+        UserError: No labels, or fewer than two classes.
+    """
+    train = open_source(config.model_copy(update={"split": train_split}))
+    splits = available_splits(config)
+    test_split = test_split or next((name for name in ("test", "val", "validation") if name in splits), "")
+    if test_split:
+        test = open_source(config.model_copy(update={"split": test_split}))
+        description = f"{config.path}: {train_split} {len(train)} / {test_split} {len(test)} images"
+    else:
+        order = np.random.default_rng(seed).permutation(len(train))
+        held_out = max(round(len(train) * HELD_OUT), 1)
+        train, test = train.subset(np.sort(order[held_out:])), train.subset(np.sort(order[:held_out]))
+        description = f"{config.path}: {len(train)} images, {len(test)} held out (seed {seed})"
+    classes, numbers = np.unique([*train.labels(), *test.labels()], return_inverse=True)
+    if len(classes) < 2:
+        raise UserError(f"{config.path}: evaluation needs images of at least two classes, found {len(classes)}")
+    labels = torch.from_numpy(numbers.astype(np.int64))
+    return LabelledPair(
+        train, test, labels[: len(train)], labels[len(train) :], [str(name) for name in classes], description
+    )

@@ -1,0 +1,168 @@
+"""Linear classification of frozen features, by the papers' protocols or by regularised logistic regression."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from sslkit.errors import UserError, near_miss
+
+C_GRID = (0.001, 0.01, 0.1, 1.0, 10.0)
+HELD_OUT = 0.1
+
+
+@dataclass(frozen=True)
+class LinearProtocol:
+    """How the classifier is trained.
+
+    ``logistic`` standardises the features and minimises the full-batch loss with an L2 penalty 1 / (2 C n) by L-BFGS;
+    C is chosen from `C_GRID` on a seeded tenth of the training set, never on the test set. ``moco_v1`` (also v2's)
+    and ``moco_v3`` are the papers': SGD with momentum 0.9 on raw features, weights from N(0, 0.01), no weight decay.
+
+    Attributes:
+        name: Which protocol.
+        epochs: Passes of the SGD protocols (moco_v1 100, moco_v3 90).
+        batch_size: Of the SGD protocols (moco_v1 256, moco_v3 1024).
+        lr: Peak rate (moco_v1 30; moco_v3 0.1 for ResNet, 3 for ViT, times batch / 256).
+        decay: ``steps`` times 0.1 at 60 % and 80 %, or ``cosine``, both per epoch.
+        seed: Of held-out draw, initialisation and order.
+    """
+
+    name: Literal["logistic", "moco_v1", "moco_v3"] = "logistic"
+    epochs: int = 0
+    batch_size: int = 0
+    lr: float = 0.0
+    decay: Literal["steps", "cosine", "none"] = "none"
+    seed: int = 0
+
+    @staticmethod
+    def named(name: str, *, is_vit: bool, seed: int = 0) -> "LinearProtocol":
+        """The protocol of this name with the paper's numbers for a ViT or a ResNet."""
+        if name == "moco_v1":
+            return LinearProtocol("moco_v1", 100, 256, 30.0, "steps", seed)
+        if name == "moco_v3":
+            return LinearProtocol("moco_v3", 90, 1024, (3.0 if is_vit else 0.1) * 1024 / 256, "cosine", seed)
+        if name != "logistic":
+            known = ("logistic", "moco_v1", "moco_v3")
+            raise UserError(f"linear: unknown protocol {name!r}{near_miss(name, known)}; there are {known}")
+        return LinearProtocol("logistic", seed=seed)
+
+
+@dataclass(frozen=True)
+class LinearScore:
+    """Accuracy on the test set, and what was chosen on the way (C of ``logistic``, best epoch of SGD)."""
+
+    accuracy: float
+    chosen: str
+
+
+EpochFeatures = Callable[[int], Tensor]
+
+
+def linear_accuracy(
+    train: Tensor | EpochFeatures,
+    labels: Tensor,
+    test: Tensor,
+    truth: Tensor,
+    protocol: LinearProtocol | None = None,
+) -> LinearScore:
+    """Train a linear classifier on frozen features and score it.
+
+    Args:
+        train: (N, D) features; or, for the SGD protocols, a function from the epoch to (N, D) features of that
+            epoch's augmented images.
+        labels: (N,) int64.
+        test: (Q, D) features.
+        truth: (Q,) int64.
+        protocol: Defaults to ``logistic``.
+    """
+    protocol = protocol or LinearProtocol()
+    num_classes = int(max(labels.max(), truth.max())) + 1
+    if protocol.name == "logistic":
+        features = train(0) if callable(train) else train
+        return _logistic(features, labels, test, truth, num_classes, protocol)
+    epoch_features: EpochFeatures = train if callable(train) else (lambda _epoch: train)
+    return _sgd(epoch_features, labels, test, truth, num_classes, protocol)
+
+
+def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, c: float) -> nn.Linear:
+    """Multinomial logistic regression, mean cross-entropy + ||W||^2 / (2 C n), to convergence by L-BFGS."""
+    with torch.random.fork_rng(devices=[]):
+        classifier = nn.Linear(features.shape[1], num_classes).to(features)
+    nn.init.zeros_(classifier.weight)
+    nn.init.zeros_(classifier.bias)
+    penalty = 1.0 / (2.0 * c * len(features))
+    optimizer = torch.optim.LBFGS(
+        classifier.parameters(), max_iter=200, tolerance_grad=1e-5, tolerance_change=1e-7, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = cross_entropy(classifier(features), labels) + penalty * classifier.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return classifier
+
+
+def _logistic(
+    train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, num_classes: int, protocol: LinearProtocol
+) -> LinearScore:
+    mean, scale = train.mean(dim=0), train.std(dim=0).clamp_min(1e-6)
+    train, test = (train - mean) / scale, (test - mean) / scale
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(protocol.seed))
+    held_out = max(round(len(train) * HELD_OUT), 1)
+    choose, fit = order[:held_out], order[held_out:]
+
+    def held_out_accuracy(c: float) -> float:
+        return _accuracy(fit_logistic(train[fit], labels[fit], num_classes, c), train[choose], labels[choose])
+
+    best = max(C_GRID, key=held_out_accuracy)
+    return LinearScore(_accuracy(fit_logistic(train, labels, num_classes, best), test, truth), f"C = {best:g}")
+
+
+def _sgd(
+    epoch_features: EpochFeatures,
+    labels: Tensor,
+    test: Tensor,
+    truth: Tensor,
+    num_classes: int,
+    protocol: LinearProtocol,
+) -> LinearScore:
+    generator = torch.Generator().manual_seed(protocol.seed)
+    with torch.random.fork_rng(devices=[]):
+        classifier = nn.Linear(test.shape[1], num_classes)
+    with torch.no_grad():
+        classifier.weight.normal_(0.0, 0.01, generator=generator)
+        classifier.bias.zero_()
+    optimizer = torch.optim.SGD(classifier.parameters(), lr=protocol.lr, momentum=0.9)
+    best, best_epoch = 0.0, 0
+    for epoch in range(protocol.epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = protocol.lr * _decay(protocol, epoch)
+        features = epoch_features(epoch)
+        for batch in torch.randperm(len(features), generator=generator).split(protocol.batch_size):
+            loss = cross_entropy(classifier(features[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        accuracy = _accuracy(classifier, test, truth)
+        if accuracy > best:
+            best, best_epoch = accuracy, epoch + 1
+    return LinearScore(best, f"best of {protocol.epochs} epochs, at {best_epoch}, as the paper reports")
+
+
+def _decay(protocol: LinearProtocol, epoch: int) -> float:
+    if protocol.decay == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * epoch / protocol.epochs))
+    return float(0.1 ** sum(epoch >= share * protocol.epochs for share in (0.6, 0.8)))
+
+
+@torch.no_grad()
+def _accuracy(classifier: nn.Linear, features: Tensor, labels: Tensor) -> float:
+    return float((classifier(features).argmax(dim=1) == labels).float().mean())

@@ -1,0 +1,49 @@
+"""The catalogue of methods: the framework's table of contents."""
+
+from importlib.metadata import entry_points
+
+from sslkit.errors import UserError, near_miss
+from sslkit.methods.base import Method, MethodOptions, Progress, Step
+from sslkit.methods.moco_v1 import MoCoV1
+from sslkit.methods.moco_v2 import MoCoV2
+from sslkit.methods.moco_v3 import MoCoV3
+
+METHODS: dict[str, type[Method]] = {
+    "moco_v1": MoCoV1,
+    "moco_v2": MoCoV2,
+    "moco_v3": MoCoV3,
+}
+
+__all__ = ["METHODS", "Method", "MethodOptions", "Progress", "Step", "all_methods", "find_method"]
+
+
+def all_methods() -> dict[str, type[Method]]:
+    """`METHODS` and those that installed packages add through the entry-point group ``sslkit.methods``.
+
+    Raises:
+        UserError: Two of them claim one name.
+    """
+    found = dict(METHODS)
+    for entry in entry_points(group="sslkit.methods"):
+        if entry.name in found:
+            raise UserError(f"entry point sslkit.methods: {entry.value} claims the name {entry.name!r}, which is taken")
+        found[entry.name] = entry.load()
+    return found
+
+
+def canonical_name(name: str) -> str:
+    """The registry's spelling of a method's name: recipes say ``mocov3``, the registry ``moco_v3``.
+
+    Raises:
+        UserError: No such method.
+    """
+    known = all_methods()
+    matches = [each for each in known if each.replace("_", "") == name.lower().replace("_", "").replace("-", "")]
+    if not matches:
+        raise UserError(f"[method] name: unknown method {name!r}{near_miss(name, known)}; there are {sorted(known)}")
+    return matches[0]
+
+
+def find_method(name: str) -> type[Method]:
+    """The class of a method by name, as `canonical_name` understands it."""
+    return all_methods()[canonical_name(name)]

@@ -1,0 +1,94 @@
+"""MoCo v1: He, Fan, Wu, Xie, Girshick, "Momentum Contrast for Unsupervised Visual Representation Learning", 2020.
+
+arXiv:1911.05722. A query is compared with its own key and with a queue of keys from earlier batches. Keys come from a
+momentum teacher, and are computed among other batch companions than the queries (shuffling BN), so that the batch
+statistics cannot give the answer away.
+"""
+
+from typing import Any
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from sslkit.methods.base import Features, Method, MethodOptions, Progress, Step, Views
+from sslkit.parts.backbone import Family
+from sslkit.parts.batchnorm import has_batch_norm
+from sslkit.parts.collectives import gather_rows
+from sslkit.parts.heads import linear_head
+from sslkit.parts.losses import info_nce_with_queue, unit_rows
+from sslkit.parts.queue import KeyQueue
+from sslkit.parts.teacher import Teacher
+
+
+class MoCoV1Options(MethodOptions):
+    """Options of MoCo v1, defaults from section 3.3 and the official code.
+
+    Attributes:
+        dim: Embedding width C.
+        queue_size: Number of keys K in the dictionary.
+        temperature: Divides the similarities.
+        momentum: The teacher's momentum, constant.
+        bn_groups: Groups of the global batch with batch statistics of their own: the paper's 8 GPUs. With fewer
+            processes each runs several groups; with more, each process is a group.
+    """
+
+    dim: int = Field(default=128, ge=1)
+    queue_size: int = Field(default=65536, ge=1)
+    temperature: float = Field(default=0.07, gt=0.0)
+    momentum: float = Field(default=0.999, ge=0.0, le=1.0)
+    bn_groups: int = Field(default=8, ge=1)
+
+
+class MoCoV1(Method):
+    """Algorithm 1 of the paper, with a linear head."""
+
+    Options = MoCoV1Options
+    shuffle_keys = True
+    teacher_views = (1,)
+
+    def __init__(self, backbone: nn.Module, feature_dim: int, options: MoCoV1Options) -> None:
+        super().__init__()
+        self.options = options
+        self.backbone = backbone
+        self.projector = self.make_projector(feature_dim)
+        self.teacher_backbone = Teacher(self.backbone)
+        self.teacher_projector = Teacher(self.projector)
+        self.queue = KeyQueue(options.queue_size, options.dim)
+        self.bn_groups = options.bn_groups if has_batch_norm(backbone) else 1
+        self.new_keys: Tensor | None = None
+
+    def make_projector(self, feature_dim: int) -> nn.Module:
+        """The head from features (B, D) to embeddings (B, C)."""
+        return linear_head(feature_dim, self.options.dim)
+
+    def student(self, views: Views) -> Features:
+        return [self.backbone(views[0])]
+
+    def teacher(self, views: Views) -> Features:
+        return [self.teacher_backbone(views[1])]
+
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        query = unit_rows(self.projector(student_features[0]))
+        key = unit_rows(self.teacher_projector(teacher_features[0]))
+        loss, accuracy = info_nce_with_queue(query, key, self.queue.keys, self.options.temperature)
+        if self.training:
+            self.new_keys = gather_rows(key)
+        return Step(loss, {"accuracy": accuracy})
+
+    def after_update(self, progress: Progress) -> dict[str, float]:
+        self.teacher_backbone.update(self.backbone, self.options.momentum)
+        self.teacher_projector.update(self.projector, self.options.momentum)
+        if self.new_keys is not None:
+            self.queue.push(self.new_keys)
+            self.new_keys = None
+        return {"momentum": self.options.momentum}
+
+    @staticmethod
+    def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:
+        return {
+            "backbone": {"zero_init_last": False} if family == "resnet" else {},
+            "views": {"policy": "moco_v1"},
+            "optim": {"name": "sgd", "lr": 0.03, "weight_decay": 1e-4, "momentum": 0.9},
+            "schedule": {"decay": "steps", "milestones": [120, 160], "per": "epoch"},
+            "train": {"epochs": 200, "batch_size": 256},
+        }

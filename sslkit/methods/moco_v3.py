@@ -1,0 +1,106 @@
+"""MoCo v3: Chen, Xie, He, "An Empirical Study of Training Self-Supervised Vision Transformers", 2021, arXiv:2104.02057.
+
+No queue: the keys of the global batch are the dictionary. Each view is query once and key once (symmetric loss), a
+predictor follows the projector on the query's side only, and the teacher's momentum rises to 1. For ViTs the patch
+projection stays frozen at random, which cures the instability of their training.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from sslkit.methods.base import Features, Method, MethodOptions, Progress, Step, Views
+from sslkit.parts.backbone import Family
+from sslkit.parts.collectives import gather_rows, rank
+from sslkit.parts.heads import batch_norm_mlp
+from sslkit.parts.losses import info_nce_in_batch
+from sslkit.parts.schedules import cosine_momentum
+from sslkit.parts.teacher import Teacher
+
+
+class MoCoV3Options(MethodOptions):
+    """Options of MoCo v3, defaults for ViT from section 3 and the official code; `paper_defaults` has ResNet's.
+
+    Attributes:
+        dim: Embedding width C.
+        hidden_dim: Width inside projector and predictor.
+        temperature: Divides the similarities (ViT 0.2, ResNet 1.0).
+        momentum: The teacher's momentum at the start.
+        momentum_schedule: ``"cosine"`` rises to 1 at the end, ``"constant"`` stays.
+        projector_layers: Linear layers of the projector (ViT 3, ResNet 2).
+        predictor_last_norm: Whether the predictor ends in a BatchNorm (ViT yes, ResNet no).
+    """
+
+    dim: int = Field(default=256, ge=1)
+    hidden_dim: int = Field(default=4096, ge=1)
+    temperature: float = Field(default=0.2, gt=0.0)
+    momentum: float = Field(default=0.99, ge=0.0, le=1.0)
+    momentum_schedule: Literal["cosine", "constant"] = "cosine"
+    projector_layers: int = Field(default=3, ge=1)
+    predictor_last_norm: bool = True
+
+
+class MoCoV3(Method):
+    """Algorithm 1 of the paper."""
+
+    Options = MoCoV3Options
+    teacher_views = (0, 1)
+
+    def __init__(self, backbone: nn.Module, feature_dim: int, options: MoCoV3Options) -> None:
+        super().__init__()
+        self.options = options
+        self.backbone = backbone
+        self.projector = batch_norm_mlp(
+            feature_dim, options.hidden_dim, options.dim, num_layers=options.projector_layers, last_norm=True
+        )
+        self.predictor = batch_norm_mlp(
+            options.dim, options.hidden_dim, options.dim, num_layers=2, last_norm=options.predictor_last_norm
+        )
+        self.teacher_backbone = Teacher(self.backbone)
+        self.teacher_projector = Teacher(self.projector)
+
+    def student(self, views: Views) -> Features:
+        return [self.backbone(view) for view in views]
+
+    def teacher(self, views: Views) -> Features:
+        return [self.teacher_backbone(view) for view in views]
+
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        query_1, query_2 = (self.predictor(self.projector(features)) for features in student_features)
+        key_1, key_2 = (self.teacher_projector(features) for features in teacher_features)
+        loss_1, accuracy_1 = self.contrast(query_1, key_2)
+        loss_2, accuracy_2 = self.contrast(query_2, key_1)
+        return Step(loss_1 + loss_2, {"accuracy": (accuracy_1 + accuracy_2) / 2})
+
+    def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """One direction: queries (B, C) of this process against the keys (N, C) of all."""
+        return info_nce_in_batch(query, gather_rows(key), self.options.temperature, first_label=rank() * len(query))
+
+    def after_update(self, progress: Progress) -> dict[str, float]:
+        momentum = self.options.momentum
+        if self.options.momentum_schedule == "cosine":
+            momentum = cosine_momentum(progress.fraction, momentum)
+        self.teacher_backbone.update(self.backbone, momentum)
+        self.teacher_projector.update(self.projector, momentum)
+        return {"momentum": momentum}
+
+    @staticmethod
+    def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:
+        if family == "resnet":
+            return {
+                "method": {"temperature": 1.0, "projector_layers": 2, "predictor_last_norm": False},
+                "backbone": {"zero_init_last": True},
+                "views": {"policy": "moco_v3", "crop_scale": [0.2, 1.0]},
+                "optim": {"name": "lars", "lr": 0.6, "weight_decay": 1e-6, "momentum": 0.9},
+                "schedule": {"decay": "cosine", "warmup_epochs": 10, "per": "step"},
+                "train": {"epochs": 100, "batch_size": 4096},
+            }
+        vit = {"init": "moco_v3", "pos_embed": "sincos2d", "freeze_patch_embed": True}
+        return {
+            "backbone": vit if family == "vit" else {},
+            "views": {"policy": "moco_v3"},
+            "optim": {"name": "adamw", "lr": 1.5e-4, "weight_decay": 0.1},
+            "schedule": {"decay": "cosine", "warmup_epochs": 40, "per": "step"},
+            "train": {"epochs": 300, "batch_size": 4096},
+        }

@@ -1,0 +1,1 @@
+"""Parts that methods are made of: backbone, heads, teacher, queue, losses, collectives, schedules."""

@@ -1,0 +1,194 @@
+"""Any timm model as a feature extractor, with what MoCo v3 asks of its ViTs done through timm's public names."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import timm
+import torch
+from timm.layers import build_sincos2d_pos_embed
+from torch import Tensor, nn
+
+from sslkit.errors import UserError, near_miss
+
+Family = Literal["resnet", "vit", "other"]
+
+IMAGE_CHANNELS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSpec:
+    """What to build. Fields are the keys of a recipe's ``[backbone]`` table.
+
+    Attributes:
+        name: Any timm model name.
+        img_size: Side of the square input in pixels; handed to timm where the model's input size is fixed.
+        pretrained: False, True (timm's own weights), or ``"hf_hub:user/repo"`` / ``"local-dir:PATH"``.
+        args: Passed to timm as they are (``num_heads``, ``drop_path_rate`` ...). Must be plain data.
+        zero_init_last: Zero the last BatchNorm of each residual block of a ResNet (None: timm's default).
+        init: ``"moco_v3"`` for the ViT initialisation of arXiv:2104.02057, else timm's.
+        pos_embed: ``"sincos2d"`` for MoCo v3's fixed position embedding, else timm's.
+        freeze_patch_embed: Stop the gradient at the patch projection (MoCo v3, section 4.2).
+        small_stem: ResNets for 32-pixel images: 3 x 3 convolution of stride 1, no max-pooling.
+    """
+
+    name: str
+    img_size: int
+    pretrained: bool | str = False
+    args: dict[str, Any] = field(default_factory=dict)
+    zero_init_last: bool | None = None
+    init: Literal["timm", "moco_v3"] = "timm"
+    pos_embed: Literal["timm", "sincos2d"] = "timm"
+    freeze_patch_embed: bool = False
+    small_stem: bool = False
+
+
+def check_name(name: str) -> None:
+    """Raise `UserError` unless ``name`` is a timm model name."""
+    if not timm.is_model(name):
+        raise UserError(f"[backbone] name: timm has no model {name!r}{near_miss(name, timm.list_models())}")
+
+
+def family(name: str) -> Family:
+    """Tell which of the papers' recipes fits: a ResNet's, a plain ViT's, or neither's own."""
+    if timm.models.is_model_in_modules(name, ("resnet",)):
+        return "resnet"
+    if timm.models.is_model_in_modules(name, ("vision_transformer", "deit")):
+        return "vit"
+    return "other"
+
+
+def create_backbone(spec: BackboneSpec) -> nn.Module:
+    """Build the model that ``spec`` asks for: (B, 3, H, W) -> pooled features (B, D).
+
+    Raises:
+        UserError: Unknown name, arguments the model refuses, or an image size it cannot take.
+    """
+    check_name(spec.name)
+    model = _create_timm_model(spec)
+    if spec.small_stem:
+        replace_stem_for_small_images(model, spec)
+    if spec.init == "moco_v3":
+        initialise_vit(model)
+    if spec.pos_embed == "sincos2d":
+        fix_sincos_position_embedding(model, spec.name)
+    if spec.freeze_patch_embed:
+        freeze_patch_projection(model, spec.name)
+    return model
+
+
+def feature_dim(model: nn.Module, img_size: int) -> int:
+    """Width D of the pooled features, found by one forward pass in eval mode on a blank image.
+
+    Raises:
+        UserError: The model refuses images of this size.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            features = model(torch.zeros(1, IMAGE_CHANNELS, img_size, img_size))
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+        raise UserError(
+            f"[views] size: the backbone cannot take images of {img_size} x {img_size} pixels ({_first_line(error)})"
+        ) from error
+    finally:
+        model.train(was_training)
+    if features.ndim != 2 or 0 in features.shape:
+        raise UserError(
+            f"[backbone] args: the model returns features of shape {tuple(features.shape)[1:]} for one image of "
+            f"{img_size} pixels; it must pool them to one vector (leave global_pool at its default)"
+        )
+    return int(features.shape[1])
+
+
+def _create_timm_model(spec: BackboneSpec) -> nn.Module:
+    kwargs: dict[str, Any] = {"num_classes": 0, **spec.args}
+    if spec.zero_init_last is not None:
+        kwargs.setdefault("zero_init_last", spec.zero_init_last)
+    if takes_image_size(spec.name):
+        kwargs.setdefault("img_size", spec.img_size)
+    source = spec.pretrained if isinstance(spec.pretrained, str) else spec.name
+    try:
+        model: nn.Module = timm.create_model(source, pretrained=bool(spec.pretrained), **kwargs)
+    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, ZeroDivisionError) as error:
+        raise UserError(
+            f"[backbone] timm cannot build {source!r} for {spec.img_size}-pixel images with args {spec.args}: "
+            f"{_first_line(error)}"
+        ) from error
+    except OSError as error:
+        raise UserError(f"[backbone] pretrained: no weights for {source!r} to be had: {_first_line(error)}") from error
+    return model
+
+
+def takes_image_size(name: str) -> bool:
+    """Whether the model is built for one input size and so needs to be told it (ViT, Swin; not ResNet)."""
+    config = timm.get_pretrained_cfg(name)
+    return bool(config is not None and config.fixed_input_size)
+
+
+def replace_stem_for_small_images(model: nn.Module, spec: BackboneSpec) -> None:
+    """Give a timm ResNet the stem of the MoCo authors' CIFAR-10 notebook: 3 x 3, stride 1, no max-pooling.
+
+    timm has no argument for it, so such an encoder is rebuilt by sslkit, not by timm alone.
+    """
+    conv1 = getattr(model, "conv1", None)
+    if family(spec.name) != "resnet" or not isinstance(conv1, nn.Conv2d):
+        raise UserError(f"[backbone] small_stem: only ResNets with a plain first convolution, not {spec.name!r}")
+    small = nn.Conv2d(IMAGE_CHANNELS, conv1.out_channels, 3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
+    model.conv1 = small
+    model.maxpool = nn.Identity()
+
+
+def initialise_vit(model: nn.Module) -> None:
+    """MoCo v3's ViT initialisation: Xavier-uniform layers, q, k and v each as a matrix of its own."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            out_width = layer.out_features // 3 if name.endswith("qkv") else layer.out_features
+            _uniform(layer.weight, fan_sum=out_width + layer.in_features)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    patch_projection = getattr(getattr(model, "patch_embed", None), "proj", None)
+    if isinstance(patch_projection, nn.Conv2d):
+        fan_in = patch_projection.weight[0].numel()
+        _uniform(patch_projection.weight, fan_sum=fan_in + patch_projection.out_channels)
+        if patch_projection.bias is not None:
+            nn.init.zeros_(patch_projection.bias)
+    class_token = getattr(model, "cls_token", None)
+    if isinstance(class_token, nn.Parameter):
+        nn.init.normal_(class_token, std=1e-6)
+
+
+def _uniform(weight: Tensor, fan_sum: int) -> None:
+    bound = math.sqrt(6.0 / fan_sum)
+    nn.init.uniform_(weight, -bound, bound)
+
+
+def fix_sincos_position_embedding(model: nn.Module, name: str) -> None:
+    """Set the fixed 2-D sine-cosine position embedding (rows of prefix tokens zero) and stop its gradient."""
+    pos_embed = getattr(model, "pos_embed", None)
+    patch_embed = getattr(model, "patch_embed", None)
+    if not isinstance(pos_embed, nn.Parameter) or pos_embed.ndim != 3 or patch_embed is None:
+        raise UserError(f"[backbone] pos_embed: {name!r} has no absolute position embedding to replace; use 'timm'")
+    grid, width = list(patch_embed.grid_size), pos_embed.shape[2]
+    if width % 4:
+        raise UserError(f"[backbone] pos_embed: 'sincos2d' needs a width divisible by 4, {name!r} has {width}")
+    patches = build_sincos2d_pos_embed(grid, width, temperature=10000.0, interleave_sin_cos=True)
+    with torch.no_grad():
+        pos_embed.zero_()
+        pos_embed[0, pos_embed.shape[1] - len(patches) :] = patches
+    pos_embed.requires_grad_(False)
+
+
+def freeze_patch_projection(model: nn.Module, name: str) -> None:
+    """Stop the gradient at the patch projection: MoCo v3's cure for its instability (section 4.2)."""
+    projection = getattr(getattr(model, "patch_embed", None), "proj", None)
+    if not isinstance(projection, nn.Conv2d):
+        raise UserError(f"[backbone] freeze_patch_embed: {name!r} has no single patch projection; set it to false")
+    projection.requires_grad_(False)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]

@@ -1,0 +1,38 @@
+"""Projection and prediction heads, each with the layers, biases and norms its paper's code has.
+
+All keep PyTorch's default Linear initialisation, as the official code does.
+"""
+
+from torch import nn
+
+
+def linear_head(in_dim: int, out_dim: int) -> nn.Linear:
+    """MoCo v1's head: one Linear layer with bias, (B, in_dim) -> (B, out_dim)."""
+    return nn.Linear(in_dim, out_dim)
+
+
+def mlp_head(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+    """MoCo v2's head: Linear, ReLU, Linear, with biases and without BatchNorm (arXiv:2003.04297)."""
+    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim))
+
+
+def batch_norm_mlp(in_dim: int, hidden_dim: int, out_dim: int, *, num_layers: int, last_norm: bool) -> nn.Sequential:
+    """MoCo v3's projector and predictor: Linear layers without bias, BatchNorm and ReLU between them.
+
+    Args:
+        in_dim: Width of the input (B, in_dim).
+        hidden_dim: Width between the layers (4096 in the paper).
+        out_dim: Width of the output (B, out_dim) (256 in the paper).
+        num_layers: Number of Linear layers (projector 2 for ResNet, 3 for ViT; predictor 2).
+        last_norm: Whether a BatchNorm without scale and offset follows the last layer (the SimCLR design).
+    """
+    layers: list[nn.Module] = []
+    for index in range(num_layers):
+        last = index == num_layers - 1
+        width = out_dim if last else hidden_dim
+        layers.append(nn.Linear(in_dim if index == 0 else hidden_dim, width, bias=False))
+        if not last:
+            layers += [nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+        elif last_norm:
+            layers.append(nn.BatchNorm1d(width, affine=False))
+    return nn.Sequential(*layers)

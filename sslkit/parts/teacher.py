@@ -1,0 +1,42 @@
+"""The momentum teacher: a frozen copy of a module that follows its student slowly."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Teacher(nn.Module):
+    """A copy of ``student`` that receives no gradient and moves only by exponential moving average.
+
+    MoCo (He et al., 2020, arXiv:1911.05722, eq. 2): ``theta_k = m * theta_k + (1 - m) * theta_q``.
+
+    Only **parameters** are averaged. BatchNorm running statistics are the teacher's own, collected by its own
+    forward passes in training mode, as in the papers' code; they are never averaged.
+
+    Args:
+        student: Module to copy. The copy starts equal to it, buffers included.
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(student)
+        self.module.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the copied module without recording a graph."""
+        return self.module(*args, **kwargs)
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, momentum: float) -> None:
+        """Move every parameter towards the student's, in place.
+
+        Args:
+            student: The module this teacher was copied from, with its current parameters.
+            momentum: Weight of the teacher's own value, in [0, 1]. 1 leaves the teacher bit-identical; 0 copies.
+        """
+        own: list[Tensor] = list(self.module.parameters())
+        theirs: list[Tensor] = list(student.parameters())
+        torch._foreach_lerp_(own, theirs, 1.0 - momentum)

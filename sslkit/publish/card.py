@@ -1,0 +1,71 @@
+"""The model card: what an exported encoder is, how to load it, and how it scored."""
+
+import json
+from pathlib import Path
+
+from sslkit.recipe import Recipe
+
+
+def model_card(recipe: Recipe, run: Path, folder: Path, tag: str, license_id: str) -> str:
+    """Write the card from the run's own record.
+
+    Args:
+        recipe: The run's resolved recipe.
+        run: Run folder, for its scores.
+        folder: Where the encoder lies, for the loading example.
+        tag: timm's pretrained tag.
+        license_id: SPDX id.
+    """
+    method = recipe.method_name
+    return f"""---
+library_name: timm
+pipeline_tag: image-feature-extraction
+license: {license_id}
+tags:
+- image-feature-extraction
+- timm
+- self-supervised-learning
+- {method.replace("_", "")}
+---
+# {recipe.backbone.name}.{tag}
+
+A `{recipe.backbone.name}` image encoder pretrained without labels by `{method}` with
+[sslkit](https://pypi.org/project/sslkit/). Input {recipe.views.size} x {recipe.views.size} pixels.
+
+{_loading(recipe, folder)}
+## Training
+
+| | |
+| --- | --- |
+| method | `{method}` |
+| data | `{recipe.data.path}`, split `{recipe.data.split}` |
+| epochs, global batch | {recipe.train.epochs}, {recipe.train.batch_size} |
+| optimizer, peak learning rate | {recipe.optim.name}, {recipe.peak_lr:g} |
+
+The whole recipe, every number resolved, is in `recipe.toml` beside this card.
+
+## Scores
+
+{_scores(run)}
+"""
+
+
+def _loading(recipe: Recipe, folder: Path) -> str:
+    if recipe.backbone.small_stem:
+        return (
+            "Its stem for small images is not one timm can build, so sslkit loads it:\n\n```python\n"
+            f'from sslkit.evaluate import load_encoder\n\nencoder = load_encoder("{folder.name}").module.eval()\n```\n'
+        )
+    return (
+        "```python\nimport timm\n\n"
+        f'encoder = timm.create_model("local-dir:{folder.name}", pretrained=True, num_classes=0).eval()\n```\n'
+    )
+
+
+def _scores(run: Path) -> str:
+    file = run / "results.jsonl"
+    if not file.is_file():
+        return "None recorded."
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [f"| {row['evaluation']} | {row['data']} | {100 * row['accuracy']:.1f} % |" for row in rows]
+    return "\n".join(["| protocol | data | top-1 |", "| --- | --- | --- |", *lines])

@@ -1,0 +1,79 @@
+"""Pictures of a run: its curves, and the views it learned from."""
+
+import tomllib
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+
+from sslkit.data.source import open_source
+from sslkit.data.views import NUM_VIEWS, ViewPipeline
+from sslkit.engine.journal import read_lines
+from sslkit.errors import UserError
+from sslkit.recipe import Recipe, build_recipe
+
+mpl.use("Agg")
+
+from matplotlib import pyplot as plt
+
+NUM_IMAGES = 10
+REPEATS = 2
+
+
+def draw_run(run: Path) -> list[Path]:
+    """Draw ``pictures/curves.png`` and ``pictures/views.png`` in a run folder and return their paths.
+
+    Raises:
+        UserError: Not a run folder, or one that has not logged anything yet.
+    """
+    if not (run / "recipe.toml").is_file():
+        raise UserError(f"{run}: not a run folder (no recipe.toml)")
+    recipe = build_recipe(tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8")), name=str(run))
+    metrics = read_lines(run / "metrics.jsonl")
+    if not metrics:
+        raise UserError(f"{run}: nothing to draw yet, metrics.jsonl is empty")
+    folder = run / "pictures"
+    folder.mkdir(exist_ok=True)
+    return [_draw_curves(run, metrics, folder / "curves.png"), _draw_views(recipe, folder / "views.png")]
+
+
+def _draw_curves(run: Path, metrics: list[dict[str, float]], file: Path) -> Path:
+    """Loss, pretext accuracy, schedules, and kNN over epochs."""
+    epochs = [row["epoch"] for row in metrics]
+    scores = [row for row in read_lines(run / "results.jsonl") if row.get("by") == "monitor"]
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2), layout="constrained")
+    panels = (("loss", "loss (nats)"), ("accuracy", "pretext accuracy"), ("lr", "learning rate"))
+    for axis, (key, title) in zip(axes, panels, strict=False):
+        axis.plot(epochs, [row.get(key, np.nan) for row in metrics], color="#2f6db5", linewidth=1.2)
+        axis.set(title=title, xlabel="epoch")
+    if scores:
+        axes[3].plot([row["epoch"] for row in scores], [100 * row["accuracy"] for row in scores], "o-", color="#c4501b")
+    axes[3].set(title="kNN top-1 (%)" if scores else "kNN top-1: not monitored", xlabel="epoch")
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+    return file
+
+
+def _draw_views(recipe: Recipe, file: Path) -> Path:
+    """Each row an image: as it is, then pairs of views from successive epochs."""
+    source = open_source(recipe.data).without_labels()
+    pipeline = ViewPipeline(recipe.views, recipe.train.seed)
+    samples = np.linspace(0, len(source) - 1, min(NUM_IMAGES, len(source)), dtype=int)
+    columns = 1 + REPEATS * NUM_VIEWS
+    figure, axes = plt.subplots(len(samples), columns, figsize=(columns * 1.3, len(samples) * 1.3), squeeze=False)
+    for row, sample in zip(axes, samples, strict=True):
+        image = source.read(int(sample))
+        views = [view for epoch in range(REPEATS) for view in pipeline(image, epoch, int(sample))]
+        for axis, picture in zip(row, [image, *views], strict=True):
+            axis.imshow(picture)
+            axis.set_axis_off()
+    names = [f"view {view + 1}, epoch {epoch + 1}" for epoch in range(REPEATS) for view in range(NUM_VIEWS)]
+    for axis, name in zip(axes[0], ["image", *names], strict=True):
+        axis.set_title(name, fontsize=7)
+    figure.tight_layout(pad=0.4)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+    return file
