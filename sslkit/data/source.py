@@ -146,7 +146,9 @@ def _load(config: DataConfig) -> datasets.Dataset:
     try:
         if loader is None:
             return datasets.load_dataset(config.path, config.name, data_dir=config.data_dir, split=config.split)
-        return datasets.load_dataset(loader, data_files={"split": files}, split="split")
+        # Without a word, datasets drops the labels of a split that holds only one class.
+        extra = {"drop_labels": not _has_class_folders(files)} if loader == "imagefolder" else {}
+        return datasets.load_dataset(loader, data_files={"split": files}, split="split", **extra)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         what = config.data_dir or config.data_files or config.path
         raise UserError(f"[data] path: cannot load {what!r}: {str(error).splitlines()[0][:200]}") from error
@@ -194,6 +196,11 @@ def _folder_pattern(folder: Path, split: str, loader: str) -> str:
     if next((entry for entry in root.rglob("*") if entry.is_file()), None) is None:
         raise UserError(f"[data] path: the folder {str(root)!r} is empty")
     return str(root / "**") if loader == "imagefolder" else str(root / "**" / f"*.{loader}")
+
+
+def _has_class_folders(patterns: list[str]) -> bool:
+    roots = [Path(pattern).parent for pattern in patterns if pattern.endswith("**")]
+    return any(entry.is_dir() for root in roots for entry in root.iterdir())
 
 
 def _load_builtin(config: DataConfig) -> datasets.Dataset:

@@ -40,9 +40,6 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
         ],
     )
-    if accelerator.device.type == "cpu":
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1))
     return accelerator
 
 

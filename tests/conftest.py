@@ -1,0 +1,51 @@
+"""Small real data and recipes shared by the tests."""
+
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # every test compares CPU numbers
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors here are too small for threads to pay
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import sslkit  # sets thread waiting before torch starts threads
+from sslkit.data.source import DataConfig, open_source
+from sslkit.recipe import Recipe, build_recipe
+
+assert sslkit.__version__
+
+def small_recipe(name: str = "moco_v3", model: str = "test_vit", /, **tables: dict[str, Any]) -> Recipe:
+    """A recipe that trains in seconds on the bundled images."""
+    options: dict[str, dict[str, Any]] = {
+        "moco_v1": {"queue_size": 96, "dim": 16, "bn_groups": 2},
+        "moco_v2": {"queue_size": 96, "dim": 16, "bn_groups": 2},
+        "moco_v3": {"hidden_dim": 32, "dim": 16},
+    }
+    base: dict[str, dict[str, Any]] = {
+        "method": {"name": name, **options[name]},
+        "backbone": {"name": model},
+        "data": {"path": "builtin:fashion_mnist", "split": "test", "workers": 0},
+        "views": {"policy": "small_gray", "size": 32},
+        "train": {"epochs": 1, "batch_size": 32, "max_steps": 6, "log_every": 1},
+        "checkpoint": {"every_minutes": 0},
+        "schedule": {"warmup_epochs": 0},
+    }
+    for table, keys in tables.items():
+        base[table] = {**base.get(table, {}), **keys}
+    return build_recipe(base, name="test recipe")
+
+
+@pytest.fixture(scope="session")
+def class_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty real pictures as PNG files in a folder per class."""
+    root = tmp_path_factory.mktemp("classes")
+    source = open_source(DataConfig(path="builtin:fashion_mnist", split="test"))
+    for index, label in enumerate(source.labels()[:40]):
+        folder = root / label.replace("/", "-")
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(source.read(index)).save(folder / f"picture_test_{index:03d}.png")
+    return root

@@ -1,0 +1,90 @@
+"""LARS by its golden numbers, rates and groups by the recipes."""
+
+import pytest
+import torch
+from conftest import small_recipe
+from torch import nn
+
+from sslkit.engine.optim import Lars, learning_rate, make_optimizer
+from sslkit.engine.run import build_method
+from sslkit.recipe import build_recipe
+
+
+def test_lars_golden_numbers() -> None:
+    index = torch.arange(12, dtype=torch.float64).view(3, 4)
+    matrix = nn.Parameter(torch.sin(0.5 * index + 0.2))
+    vector = nn.Parameter(torch.cos(0.5 * index[0] + 0.2))
+    optimizer = Lars([matrix, vector], lr=0.6, weight_decay=1e-2, momentum=0.9)
+    for step in (1, 2):
+        matrix.grad = torch.cos(0.3 * index + 0.1 * step)
+        vector.grad = torch.sin(0.3 * index[0] + 0.1 * step)
+        optimizer.step()
+    assert matrix[0].tolist() == pytest.approx([0.1970112284, 0.6426922555, 0.9307842620, 0.9907951069], abs=1e-10)
+    assert matrix.sum().item() == pytest.approx(0.1109245765, abs=5e-10)
+    assert vector.tolist() == pytest.approx([0.7470548844, 0.0332499539, -0.8024640635, -1.6228458330], abs=1e-10)
+
+
+def test_first_lars_step_has_the_trust_length_and_spares_vectors() -> None:
+    torch.manual_seed(0)
+    matrix, vector = nn.Parameter(torch.randn(5, 7)), nn.Parameter(torch.randn(7))
+    before, bias = matrix.detach().clone(), vector.detach().clone()
+    matrix.grad, vector.grad = torch.randn(5, 7), torch.randn(7)
+    Lars([matrix, vector], lr=0.5, weight_decay=0.1).step()
+    assert (matrix.detach() - before).norm().item() == pytest.approx(0.5 * 0.001 * before.norm().item(), rel=1e-5)
+    torch.testing.assert_close(vector.detach(), bias - 0.5 * vector.grad)
+
+
+def test_lars_with_a_zero_norm_is_plain() -> None:
+    matrix = nn.Parameter(torch.zeros(2, 2))
+    matrix.grad = torch.ones(2, 2)
+    Lars([matrix], lr=0.5, weight_decay=0.1).step()
+    torch.testing.assert_close(matrix.detach(), torch.full((2, 2), -0.5))
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw", "lamb"])
+def test_optimizer_holds_no_teacher(name: str) -> None:
+    recipe = small_recipe("moco_v3", "test_vit", optim={"name": name, "lr": 0.1, "weight_decay": 0.5})
+    method = build_method(recipe)
+    optimizer = make_optimizer(recipe, method)
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    teacher = [*method.teacher_backbone.parameters(), *method.teacher_projector.parameters()]
+    assert not held & {id(param) for param in teacher}
+    assert held == {id(param) for param in method.parameters() if param.requires_grad}
+    before = [param.clone() for param in teacher]
+    for param in method.parameters():
+        if param.requires_grad:
+            param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, teacher, strict=True))
+
+
+def test_sgd_is_without_nesterov_and_matches_the_formula() -> None:
+    recipe = small_recipe("moco_v2", "test_resnet")
+    optimizer = make_optimizer(recipe, nn.Linear(2, 1))
+    assert not optimizer.param_groups[0]["nesterov"]
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+
+
+def test_excluding_vectors_from_decay() -> None:
+    method = build_method(small_recipe("moco_v3", "test_vit", optim={"exclude_from_decay": "norm_and_bias"}))
+    decayed, spared = make_optimizer(
+        small_recipe("moco_v3", "test_vit", optim={"exclude_from_decay": "norm_and_bias"}), method
+    ).param_groups
+    assert min(param.ndim for param in decayed["params"]) > 1
+    assert max(param.ndim for param in spared["params"]) <= 1
+    assert spared["weight_decay"] == 0
+
+
+def test_v3_rate_moves_within_an_epoch_and_v2_rate_does_not() -> None:
+    v3 = build_recipe(
+        {"method": {"name": "moco_v3"}, "backbone": {"name": "resnet50"}, "data": {"path": "x"}}, name="v3"
+    )
+    assert v3.peak_lr == pytest.approx(9.6)
+    assert learning_rate(v3, 0, 100) == 0
+    assert learning_rate(v3, 50, 100) == pytest.approx(0.48)
+    v2 = build_recipe(
+        {"method": {"name": "moco_v2"}, "backbone": {"name": "resnet50"}, "data": {"path": "x"}}, name="v2"
+    )
+    rates = [learning_rate(v2, step, 7) for step in range(14)]
+    assert len(set(rates[:7])) == len(set(rates[7:])) == 1
+    assert rates[7] == pytest.approx(0.0299981495, abs=5e-11)

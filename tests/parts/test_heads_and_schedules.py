@@ -1,0 +1,83 @@
+"""Heads by their parameter counts, names and initial spread; schedules by their golden values."""
+
+import math
+
+import pytest
+import torch
+from golden import heads as paper
+from golden.arithmetic import head_parameter_counts
+from torch import nn
+
+from sslkit.parts.heads import batch_norm_mlp, linear_head, mlp_head
+from sslkit.parts.schedules import cosine_momentum, per_epoch, warmup_then_cosine, warmup_then_steps
+
+OURS = {
+    "v1": (lambda: linear_head(2048, 128), paper.v1_head),
+    "v2": (lambda: mlp_head(2048, 2048, 128), paper.v2_head),
+    "v3_r50_projector": (
+        lambda: batch_norm_mlp(2048, 4096, 256, num_layers=2, last_norm=True),
+        paper.v3_r50_projector,
+    ),
+    "v3_vit_s_projector": (
+        lambda: batch_norm_mlp(384, 4096, 256, num_layers=3, last_norm=True),
+        paper.v3_vit_projector,
+    ),
+    "v3_r50_predictor": (
+        lambda: batch_norm_mlp(256, 4096, 256, num_layers=2, last_norm=False),
+        paper.v3_r50_predictor,
+    ),
+    "v3_vit_predictor": (lambda: batch_norm_mlp(256, 4096, 256, num_layers=2, last_norm=True), paper.v3_vit_predictor),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_head_is_the_papers(name: str) -> None:
+    ours, theirs = (make() for make in OURS[name])
+    assert sum(param.numel() for param in ours.parameters()) == head_parameter_counts()[name]
+    assert {key: value.shape for key, value in ours.state_dict().items()} == {
+        key: value.shape for key, value in theirs.state_dict().items()
+    }
+    for layer in ours.modules():
+        if isinstance(layer, nn.Linear):
+            assert layer.weight.std().item() == pytest.approx(1 / math.sqrt(3 * layer.in_features), rel=0.02)
+
+
+def test_v2_head_has_no_batch_norm_and_v3_last_norm_no_scale() -> None:
+    assert not any(isinstance(layer, nn.BatchNorm1d) for layer in mlp_head(8, 8, 4).modules())
+    last = batch_norm_mlp(8, 16, 4, num_layers=3, last_norm=True)[-1]
+    assert isinstance(last, nn.BatchNorm1d)
+    assert not last.affine
+
+
+@pytest.mark.parametrize(
+    ("epoch", "momentum"),
+    [(0, 0.99), (1, 0.9900024672), (25, 0.9914644661), (50, 0.995), (75, 0.9985355339), (99, 0.9999975328), (100, 1)],
+)
+def test_momentum_schedule(epoch: int, momentum: float) -> None:
+    assert cosine_momentum(epoch / 100, 0.99) == pytest.approx(momentum, abs=5e-11)
+
+
+@pytest.mark.parametrize(("epoch", "lr"), [(0, 0), (0.5, 0.48), (5, 4.8), (10, 9.6), (55, 4.8), (100, 0)])
+def test_v3_resnet_rate(epoch: float, lr: float) -> None:
+    assert warmup_then_cosine(epoch, 100, 10, 9.6) == pytest.approx(lr, abs=1e-12)
+
+
+@pytest.mark.parametrize(("epoch", "lr"), [(20, 1.2e-3), (40, 2.4e-3), (170, 1.2e-3)])
+def test_v3_vit_rate(epoch: float, lr: float) -> None:
+    assert warmup_then_cosine(epoch, 300, 40, 2.4e-3) == pytest.approx(lr, rel=1e-12)
+
+
+@pytest.mark.parametrize(("epoch", "lr"), [(0, 0.03), (1, 0.0299981495), (100, 0.015), (199, 1.85051e-6)])
+def test_v2_rate(epoch: float, lr: float) -> None:
+    assert warmup_then_cosine(epoch, 200, 0, 0.03) == pytest.approx(lr, abs=5e-11)
+
+
+@pytest.mark.parametrize(("epoch", "lr"), [(0, 0.03), (119, 0.03), (120, 0.003), (159, 0.003), (160, 0.0003)])
+def test_v1_rate(epoch: float, lr: float) -> None:
+    assert warmup_then_steps(epoch, [120, 160], 0.1, 0, 0.03) == pytest.approx(lr, rel=1e-12)
+
+
+def test_per_epoch_holds_between_boundaries() -> None:
+    positions = [step / 7 for step in range(21)]
+    assert [per_epoch(position) for position in positions] == [0.0] * 7 + [1.0] * 7 + [2.0] * 7
+    assert torch.tensor(positions).diff().min() > 0
