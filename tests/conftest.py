@@ -18,6 +18,7 @@ from sslkit.recipe import Recipe, build_recipe
 
 assert sslkit.__version__
 
+
 def small_recipe(name: str = "moco_v3", model: str = "test_vit", /, **tables: dict[str, Any]) -> Recipe:
     """A recipe that trains in seconds on the bundled images."""
     options: dict[str, dict[str, Any]] = {

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from sslkit.errors import UserError
 
 FORMAT = 1
+GROUP = "param_groups."
 
 
 @dataclass(frozen=True)
@@ -137,12 +138,13 @@ def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> 
         slots = {slot: value.to(param.device) if value.ndim else value for slot, value in tensors.get(name, {}).items()}
         if slots or name in scalars:
             optimizer.state[param] = {**slots, **scalars.get(name, {})}
-    for group, saved in zip(optimizer.param_groups, checkpoint.state["optimizer"]["groups"], strict=True):
-        group.update(saved)
+    for index, group in enumerate(optimizer.param_groups):
+        group.update(checkpoint.state["optimizer"]["groups"][index])
+        group.update(tensors.get(f"{GROUP}{index}", {}))
 
 
 def _flatten_optimizer(method: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by ``parameter/slot``, and the plain numbers of parameters and of groups (timm's LAMB counts there)."""
+    """Tensors by ``parameter/slot`` or ``group/slot`` (timm's LAMB counts steps there), and the plain numbers."""
     names: dict[Tensor, str] = {param: name for name, param in method.named_parameters()}
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -152,6 +154,8 @@ def _flatten_optimizer(method: nn.Module, optimizer: Optimizer) -> tuple[dict[st
                 tensors[f"{names[param]}/{slot}"] = value
             elif value is not None:
                 scalars.setdefault(names[param], {})[slot] = value
+    for index, group in enumerate(optimizer.param_groups):
+        tensors |= {f"{GROUP}{index}/{slot}": value for slot, value in group.items() if isinstance(value, Tensor)}
     groups = [
         {key: value for key, value in group.items() if isinstance(value, int | float) and not isinstance(value, bool)}
         for group in optimizer.param_groups

@@ -140,14 +140,16 @@ def test_a_view_is_a_function_of_its_key_alone() -> None:
 def test_views_differ_in_every_word_of_the_key() -> None:
     image = gray_image()
     keys = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
-    views = [ViewPipeline(policy("moco_v2"), seed).cut(image, epoch, sample, view) for seed, epoch, sample, view in keys]
+    views = [
+        ViewPipeline(policy("moco_v2"), seed).cut(image, epoch, sample, view) for seed, epoch, sample, view in keys
+    ]
     assert all(not np.array_equal(a, b) for a, b in pairwise(views))
     assert len({view.tobytes() for view in views}) == len(keys)
 
 
 def test_gray_pictures_become_three_channels() -> None:
-    views = ViewDataset(
-        open_source(DataConfig(path="builtin:fashion_mnist")), ViewPipeline(policy("moco_v2"), seed=0)
-    )[(0, 0)][0]
+    views = ViewDataset(open_source(DataConfig(path="builtin:fashion_mnist")), ViewPipeline(policy("moco_v2"), seed=0))[
+        (0, 0)
+    ][0]
     assert views.shape == (2, 32, 32, 3)
     assert views.dtype == np.uint8

@@ -42,10 +42,7 @@ def head_parameter_counts() -> dict[str, int]:
         "byol_projector": linear_count(2048, 4096, True) + bn_hidden + v3_out,
         "byol_predictor": linear_count(256, 4096, True) + bn_hidden + v3_out,
         "swav": (
-            linear_count(2048, 2048, True)
-            + 2 * 2048
-            + linear_count(2048, 128, True)
-            + linear_count(128, 3000, False)
+            linear_count(2048, 2048, True) + 2 * 2048 + linear_count(2048, 128, True) + linear_count(128, 3000, False)
         ),
     }
 

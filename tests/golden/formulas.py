@@ -140,9 +140,7 @@ def chance_level(K: int, d: int, t: float) -> float:  # noqa: N803
     return math.log(K) + log_mean_exp_similarity(d, t)
 
 
-def step_decay_lr(
-    epoch: int, base_lr: float, milestones: Sequence[int] = (120, 160), factor: float = 0.1
-) -> float:
+def step_decay_lr(epoch: int, base_lr: float, milestones: Sequence[int] = (120, 160), factor: float = 0.1) -> float:
     """MoCo v1 learning rate, constant within an epoch: times ``factor`` from each milestone on.
 
     Args:

@@ -122,9 +122,7 @@ def test_lars() -> None:
     first_row = [0.1970112284, 0.6426922555, 0.9307842620, 0.9907951069]
     assert new_p[0].tolist() == pytest.approx(first_row, abs=5e-11)
     assert new_p.sum().item() == pytest.approx(0.1109245765, abs=5e-10)
-    assert new_b.tolist() == pytest.approx(
-        [0.7470548844, 0.0332499539, -0.8024640635, -1.6228458330], abs=5e-11
-    )
+    assert new_b.tolist() == pytest.approx([0.7470548844, 0.0332499539, -0.8024640635, -1.6228458330], abs=5e-11)
 
 
 def test_lars_first_step_norm() -> None:

@@ -36,9 +36,7 @@ def views(seed: int) -> list[tuple[Tensor, Tensor]]:
 def trunk() -> nn.Sequential:
     """A seeded two-layer trunk with BN."""
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(IN, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH)
-    ).double()
+    return nn.Sequential(nn.Linear(IN, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH)).double()
 
 
 @dataclass
@@ -118,9 +116,7 @@ def test_matches_torch_building_blocks() -> None:
     run = toy.run()
     assert run.losses == pytest.approx(losses, rel=1e-12)
     torch.testing.assert_close(run.queue, queue, rtol=0, atol=1e-12)
-    torch.testing.assert_close(
-        list(run.student.values()), list(student.state_dict().values()), rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(list(run.student.values()), list(student.state_dict().values()), rtol=0, atol=1e-12)
 
 
 def test_official_move_at_step_zero_is_a_no_op() -> None:
@@ -145,9 +141,7 @@ def test_teacher_extremes() -> None:
     assert torch.equal(kept.teacher["backbone.0.weight"], trunk().state_dict()["0.weight"])
     for name, value in params(copied.student).items():
         assert torch.equal(copied.teacher[name], value)
-    assert not torch.equal(
-        copied.teacher["backbone.1.running_mean"], copied.student["backbone.1.running_mean"]
-    )
+    assert not torch.equal(copied.teacher["backbone.1.running_mean"], copied.student["backbone.1.running_mean"])
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

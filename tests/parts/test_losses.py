@@ -89,9 +89,7 @@ def test_keys_and_queue_receive_no_gradient() -> None:
 @pytest.mark.parametrize("temperature", [0.07, 0.2])
 def test_chance_level_of_random_unit_vectors(temperature: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    query, key, queue = (
-        unit_rows(torch.randn(rows, 128, generator=generator)) for rows in (1280, 1280, 4096)
-    )
+    query, key, queue = (unit_rows(torch.randn(rows, 128, generator=generator)) for rows in (1280, 1280, 4096))
     loss = info_nce_with_queue(query, key, queue, temperature)[0].item()
     standard_error = 1 / (temperature * math.sqrt(128 * 1280))
     assert abs(loss - chance_level(4096, 128, temperature)) < 4 * standard_error

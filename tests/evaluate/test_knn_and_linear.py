@@ -1,0 +1,119 @@
+"""kNN and the linear probe against golden values, naive loops and scikit-learn."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import NearestNeighbors
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from sslkit.data.source import DataConfig, open_source
+from sslkit.errors import UserError
+from sslkit.evaluate import KnnProtocol, LinearProtocol, knn_accuracy, linear_accuracy
+from sslkit.evaluate import knn as knn_module
+from sslkit.evaluate.features import extract_features, fingerprint, raw_pixels
+from sslkit.evaluate.knn import nearest, predict
+from sslkit.evaluate.linear import fit_logistic
+
+
+def wave(rows: int, scale: float, shift: float) -> Tensor:
+    return torch.sin(scale * torch.arange(rows * 16, dtype=torch.float64).view(rows, 16) + shift)
+
+
+def blobs(rows: int, seed: int, spread: float = 1.5) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(5, 12, generator=torch.Generator().manual_seed(99))
+    labels = torch.arange(rows) % 5
+    return centres[labels] + spread * torch.randn(rows, 12, generator=generator), labels
+
+
+def test_golden_predictions() -> None:
+    bank, labels, queries = wave(40, 0.21, 0.5), torch.arange(40) % 4, wave(8, 0.1, 0.3)
+    predicted = predict(queries, bank, labels, 4, KnnProtocol(k=10, temperature=0.07))
+    assert predicted.tolist() == [3, 2, 2, 1, 3, 2, 2, 3]
+
+
+def test_chunks_do_not_change_neighbours_and_sklearn_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, queries = normalize(blobs(500, 0)[0], dim=1), normalize(blobs(70, 1)[0], dim=1)
+    whole = nearest(queries, bank, 9)
+    monkeypatch.setattr(knn_module, "QUERY_CHUNK", 16)
+    monkeypatch.setattr(knn_module, "BANK_CHUNK", 7)
+    in_chunks = nearest(queries, bank, 9)
+    assert torch.equal(whole[1], in_chunks[1])
+    reference = NearestNeighbors(n_neighbors=9, algorithm="brute", metric="cosine").fit(bank.numpy())
+    assert np.array_equal(reference.kneighbors(queries.numpy(), return_distance=False), in_chunks[1].numpy())
+
+
+def test_votes_equal_a_naive_loop() -> None:
+    (bank, labels), (queries, truth) = blobs(200, 0), blobs(60, 1)
+    right = 0
+    for query, label in zip(queries, truth, strict=True):
+        similarity = torch.stack([nn.functional.cosine_similarity(query, row, dim=0) for row in bank])
+        votes = torch.zeros(5)
+        for index in similarity.argsort(descending=True)[:15]:
+            votes[labels[index]] += (similarity[index] / 0.1).exp()
+        right += int(votes.argmax() == label)
+    assert knn_accuracy(bank, labels, queries, truth, KnnProtocol(15, 0.1)) == pytest.approx(right / 60)
+
+
+def test_one_neighbour_on_the_bank_itself_is_perfect_and_small_temperatures_are_finite() -> None:
+    bank, labels = blobs(200, 0)
+    assert knn_accuracy(bank, labels, bank, labels, KnnProtocol(k=1)) == 1.0
+    assert knn_accuracy(bank, labels, bank, labels, KnnProtocol(k=20, temperature=1e-3)) == 1.0
+
+
+@pytest.mark.parametrize("k", [0, 201, -3])
+def test_impossible_numbers_of_neighbours(k: int) -> None:
+    bank, labels = blobs(200, 0)
+    with pytest.raises(UserError, match=f"k = {k} neighbours of a bank of 200"):
+        knn_accuracy(bank, labels, bank, labels, KnnProtocol(k=k))
+
+
+def test_logistic_regression_is_sklearns() -> None:
+    features, labels = blobs(300, 0)
+    ours = fit_logistic(features.double(), labels, 5, c=0.1)
+    theirs = LogisticRegression(C=0.1, tol=1e-10, max_iter=1000).fit(features.double().numpy(), labels.numpy())
+    np.testing.assert_allclose(ours.weight.detach().numpy(), theirs.coef_, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["logistic", "moco_v1", "moco_v3"])
+def test_protocols_learn_what_can_be_learned(name: str) -> None:
+    (train, labels), (test, truth) = blobs(400, 0, spread=0.3), blobs(100, 1, spread=0.3)
+    protocol = LinearProtocol.named(name, is_vit=True)
+    assert linear_accuracy(train, labels, test, truth, protocol).accuracy > 0.95
+
+
+def test_protocols_have_the_papers_numbers() -> None:
+    v1 = LinearProtocol.named("moco_v1", is_vit=False)
+    assert (v1.lr, v1.epochs, v1.batch_size, v1.decay) == (30.0, 100, 256, "steps")
+    assert LinearProtocol.named("moco_v3", is_vit=False).lr == pytest.approx(0.4)
+    assert LinearProtocol.named("moco_v3", is_vit=True).lr == pytest.approx(12.0)
+    with pytest.raises(UserError, match="did you mean 'moco_v1'"):
+        LinearProtocol.named("mocov1", is_vit=False)
+
+
+def test_extraction_leaves_the_encoder_as_it_was() -> None:
+    source = open_source(DataConfig(path="builtin:fashion_mnist", split="test")).subset(np.arange(20))
+    encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten())
+    encoder.train()
+    before = fingerprint(encoder)
+
+    def transform(picture: object) -> Tensor:
+        return torch.from_numpy(np.asarray(picture)).permute(2, 0, 1) / 255.0
+
+    features = extract_features(encoder, source, transform, device=torch.device("cpu"), batch_size=7)
+    assert features.shape == (20, 4 * 26 * 26)
+    assert fingerprint(encoder) == before
+    assert encoder.training
+    torch.testing.assert_close(features[:7], encoder.eval()(torch.stack([transform(source.read(i)) for i in range(7)])))
+
+
+def test_raw_pixels_reach_their_known_score() -> None:
+    """Fashion-MNIST, 10 000 / 2 000, mean subtracted, cosine, k = 20: 83 % by the literature's common protocol."""
+    train = open_source(DataConfig(path="builtin:fashion_mnist"))
+    test = open_source(DataConfig(path="builtin:fashion_mnist", split="test"))
+    classes = {name: number for number, name in enumerate(train.class_names())}
+    labels, truth = (torch.tensor([classes[name] for name in s.labels()]) for s in (train, test))
+    score = knn_accuracy(raw_pixels(train), labels, raw_pixels(test), truth, KnnProtocol(20, 0.07, centre=True))
+    assert 0.825 < score < 0.84

@@ -1,0 +1,78 @@
+"""Dependencies point one way: an import may only go to a lower layer or stay in its own room."""
+
+import ast
+from pathlib import Path
+
+import sslkit
+
+ROOT = Path(sslkit.__file__).parent
+LAYERS = {
+    "errors": 0,
+    "parts": 1,
+    "methods": 2,
+    "data": 2,
+    "evaluate": 3,
+    "recipe": 4,
+    "publish": 5,
+    "engine": 6,
+    "report": 7,
+    "cli": 8,
+    "pretrain": 9,
+    "__main__": 9,
+    "__init__": 9,
+}
+
+
+def imports_of(file: Path) -> list[str]:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    typing_only = [
+        child
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    ]
+    found = []
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("sslkit"):
+            names = (
+                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "sslkit" else [node.module]
+            )
+            found += names
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.startswith("sslkit.")]
+    return found
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def test_imports_go_down_only() -> None:
+    upward = []
+    for file in ROOT.rglob("*.py"):
+        own = file.relative_to(ROOT).parts[0].removesuffix(".py")
+        for target in map(room, imports_of(file)):
+            if target != own and LAYERS[target] >= LAYERS[own]:
+                upward.append(f"{file.relative_to(ROOT)} imports sslkit.{target}")
+    assert not upward, upward
+
+
+def test_accelerate_stays_in_the_engine_and_pickle_nowhere() -> None:
+    for file in ROOT.rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        assert "pickle" not in text.replace("no pickle", "").replace("No pickle", "").replace("not a pickle", ""), file
+        assert "torch.load" not in text, file
+        if "engine" not in file.parts:
+            assert "import accelerate" not in text, file
+            assert "from accelerate" not in text, file
+
+
+def test_files_and_functions_stay_short() -> None:
+    for file in ROOT.rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        assert text.count("\n") <= 400, file
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 60, f"{file}: {node.name}"
