@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -213,17 +212,19 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments, standalone_mode=False)
     except UserError as error:
         _complain(str(error))
-    except click.ClickException as error:
-        _complain(error.format_message())
-    except (click.exceptions.Exit, SystemExit) as stop:
-        sys.exit(getattr(stop, "exit_code", getattr(stop, "code", 0)))
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("stopped; what was saved is kept, and the same command continues", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        # Typer's usage errors: of click or of Typer's own copy of it, depending on its version.
+        if not hasattr(error, "format_message"):
+            raise
+        _complain(error.format_message())
 
 
 def _complain(sentence: str) -> None:
-    print(f"sslkit: {sentence}", file=sys.stderr)
+    if sentence:
+        print(f"sslkit: {sentence}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -16,7 +16,7 @@ from sslkit.data.source import DataConfig
 from sslkit.data.views import POLICIES, ViewsConfig
 from sslkit.errors import UserError, near_miss
 from sslkit.methods import MethodOptions, canonical_name, find_method
-from sslkit.parts.backbone import BackboneSpec, check_name, family
+from sslkit.parts.backbone import BackboneSpec, check_name, family, takes_image_size
 
 PRETRAINED_SOURCES = ("hf_hub:", "hf-hub:", "local-dir:")
 
@@ -344,6 +344,10 @@ def _contradictions(recipe: Recipe) -> list[str]:
         mistakes.append(
             f"[schedule] warmup_epochs: {recipe.schedule.warmup_epochs:g} epochs of warm-up do not fit in "
             f"[train] epochs = {recipe.train.epochs}"
+        )
+    if recipe.backbone.img_size and not takes_image_size(recipe.backbone.name):
+        mistakes.append(
+            f"[backbone] img_size: {recipe.backbone.name!r} takes images of any size; leave it out, [views] size rules"
         )
     if recipe.schedule.decay == "steps" and not recipe.schedule.milestones:
         mistakes.append("[schedule] milestones: decay = 'steps' needs the epochs at which the rate falls")

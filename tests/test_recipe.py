@@ -96,6 +96,7 @@ def test_continued_weights_keep_their_position_embedding() -> None:
         ({"data": {"path": "x", "workers": -1}}, r"\[data\] workers"),
         ({"data": {"path": ""}}, r"\[data\] path"),
         ({"train": 3}, r"train: must be a table"),
+        ({"backbone": {"name": "resnet50", "img_size": 64}}, r"\[backbone\] img_size: 'resnet50' takes images of any"),
         ({"method": {"name": 3}}, r"\[method\] name: must be a string, not 3"),
     ],
 )

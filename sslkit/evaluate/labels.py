@@ -55,7 +55,7 @@ def open_pair(config: DataConfig, train_split: str = "train", test_split: str = 
         order = np.random.default_rng(seed).permutation(len(train))
         held_out = max(round(len(train) * HELD_OUT), 1)
         train, test = train.subset(np.sort(order[held_out:])), train.subset(np.sort(order[:held_out]))
-        description = f"{config.path}: {len(train)} images, {len(test)} held out (seed {seed})"
+        description = f"{config.path}: {len(order)} images, {held_out} of them held out (seed {seed})"
     classes, numbers = np.unique([*train.labels(), *test.labels()], return_inverse=True)
     if len(classes) < 2:
         raise UserError(f"{config.path}: evaluation needs images of at least two classes, found {len(classes)}")

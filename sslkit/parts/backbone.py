@@ -122,9 +122,9 @@ def _create_timm_model(spec: BackboneSpec) -> nn.Module:
 
 
 def takes_image_size(name: str) -> bool:
-    """Whether the model is built for one input size and so needs to be told it (ViT, Swin; not ResNet)."""
+    """Whether the model is built for an input size and so is told it (ViT, Swin; not ResNet)."""
     config = timm.get_pretrained_cfg(name)
-    return bool(config is not None and config.fixed_input_size)
+    return family(name) == "vit" or bool(config is not None and config.fixed_input_size)
 
 
 def replace_stem_for_small_images(model: nn.Module, spec: BackboneSpec) -> None:

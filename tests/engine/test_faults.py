@@ -47,7 +47,10 @@ def test_a_loss_that_is_no_number_never_reaches_the_weights(tmp_path: Path, monk
         ({"train": {"batch_size": 4096}}, r"\[train\] batch_size: 4096 is more than the 2000 images"),
         ({"method": {"name": "moco_v2", "bn_groups": 3}}, r"\[train\] batch_size: 32 does not fall into 3 equal parts"),
         ({"data": {"path": "/no/such/photos"}}, r"\[data\] path"),
-        ({"backbone": {"name": "test_vit", "img_size": 48}}, r"\[views\] size: .* cannot take images of 32 x 32"),
+        (
+            {"backbone": {"name": "vit_tiny_patch16_224", "img_size": 48}},
+            r"\[views\] size: .* cannot take images of 32 x 32",
+        ),
         ({"train": {"processes": 2}}, "2 processes were asked for and 1 started"),
     ],
 )

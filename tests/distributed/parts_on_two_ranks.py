@@ -1,0 +1,125 @@
+"""Run by torchrun on two processes: parts of sslkit against what one process computes on the whole batch.
+
+Prints one line of JSON from rank 0: {check: largest difference}.
+"""
+
+import copy
+import json
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from golden.formulas import moco_v3_ctr
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sslkit.parts.batchnorm import synchronise_batch_norm
+from sslkit.parts.collectives import exchange_rows, gather_rows, mean_over_processes, rank, sum_with_gradient
+from sslkit.parts.losses import info_nce_in_batch
+
+CPU = torch.device("cpu")
+N = 8
+
+
+def whole(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def mine(rows: Tensor) -> Tensor:
+    return rows[rank() * 4 : (rank() + 1) * 4].clone()
+
+
+def difference(ours: Tensor, expected: Tensor) -> float:
+    return float((ours - expected).abs().max())
+
+
+def gathering() -> float:
+    return difference(gather_rows(mine(whole(N, 3))), whole(N, 3))
+
+
+def exchanging() -> float:
+    """Equal to all-gather and index, for many permutations and dtypes, and undone by the inverse."""
+    worst = 0.0
+    for seed in range(20):
+        order = np.random.default_rng(seed).permutation(N)
+        rows = whole(N, 3, 2, 2, seed=seed)
+        moved = exchange_rows(mine(rows), order)
+        worst = max(worst, difference(moved, mine(rows[torch.from_numpy(order)])))
+        worst = max(worst, difference(exchange_rows(moved, np.argsort(order)), mine(rows)))
+    return worst
+
+
+def summing() -> float:
+    values = mine(whole(N, 3)).requires_grad_()
+    (sum_with_gradient(values.sum(dim=0)) ** 2).sum().backward()
+    expected = whole(N, 3).requires_grad_()
+    # each of two processes computes the same function of the sum, so gradients add up twice
+    (expected.sum(dim=0) ** 2).sum().backward()
+    assert values.grad is not None
+    assert expected.grad is not None
+    return difference(values.grad, 2 * mine(expected.grad))
+
+
+def batch_norm() -> float:
+    """Forward, backward and running statistics of converted layers equal BatchNorm on the whole batch."""
+    worst = 0.0
+    torch.manual_seed(0)
+    nets = [
+        (nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.BatchNorm1d(5, affine=False)), (N, 6)),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)), (N, 3, 5, 5)),
+    ]
+    for net, shape in nets:
+        plain = net.double()
+        ours = DistributedDataParallel(synchronise_batch_norm(copy.deepcopy(plain), CPU), broadcast_buffers=False)
+        target = whole(*plain(whole(*shape)).shape, seed=5)
+        ((plain(whole(*shape)) * target).sum() / N).backward()
+        out = ours(mine(whole(*shape)))
+        ((out * mine(target)).sum() / 4).backward()
+        for a, b in zip(ours.module.parameters(), plain.parameters(), strict=True):
+            worst = max(worst, difference(a.grad, b.grad))
+        assert ours.module.state_dict().keys() == plain.state_dict().keys()
+        again = synchronise_batch_norm(copy.deepcopy(plain), CPU).eval()
+        worst = max(worst, difference(again(whole(*shape)), plain.eval()(whole(*shape))))
+    return worst
+
+
+def running_statistics() -> float:
+    torch.manual_seed(0)
+    plain = nn.BatchNorm1d(5).double()
+    ours = synchronise_batch_norm(copy.deepcopy(plain), CPU)
+    plain(whole(N, 5))
+    ours(mine(whole(N, 5)))
+    return max(difference(ours.running_mean, plain.running_mean), difference(ours.running_var, plain.running_var))
+
+
+def in_batch_loss() -> float:
+    """Mean of local losses, and averaged gradients, equal one process on the whole batch."""
+    query, key = whole(N, 6, seed=1), whole(N, 6, seed=2)
+    local = mine(query).requires_grad_()
+    loss = info_nce_in_batch(local, gather_rows(mine(key)), 0.2, first_label=4 * rank())[0]
+    loss.backward()
+    everyone = query.clone().requires_grad_()
+    expected = moco_v3_ctr(everyone, key, 0.2)
+    expected.backward()
+    assert local.grad is not None
+    assert everyone.grad is not None
+    return max(
+        difference(mean_over_processes(loss), expected.detach()), difference(local.grad / 2, mine(everyone.grad))
+    )
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    checks = (gathering, exchanging, summing, batch_norm, running_statistics, in_batch_loss)
+    found = {}
+    for check in checks:
+        worst = torch.tensor(check())
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        found[check.__name__] = float(worst)
+    if rank() == 0:
+        print("RESULT " + json.dumps(found))
+    dist.destroy_process_group()
+
+
+main()

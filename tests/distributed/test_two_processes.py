@@ -1,0 +1,93 @@
+"""Two gloo processes against one, on the same global batches."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_recipe
+from safetensors.torch import load_file
+
+import sslkit
+
+HERE = Path(__file__).parent
+CHECKS = ("gathering", "exchanging", "summing", "batch_norm", "running_statistics", "in_batch_loss")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def run(command: list[str], **extra: str) -> subprocess.CompletedProcess[str]:
+    env = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), **extra}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240, check=False)
+
+
+@pytest.fixture(scope="module")
+def differences() -> dict[str, float]:
+    result = run([*TORCHRUN, str(HERE / "parts_on_two_ranks.py")])
+    assert result.returncode == 0, result.stderr[-3000:]
+    line = next(line for line in result.stdout.splitlines() if line.startswith("RESULT "))
+    return json.loads(line.removeprefix("RESULT "))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_part_equals_the_whole_batch(differences: dict[str, float], check: str) -> None:
+    assert differences[check] < 1e-12
+
+
+# BatchNorm over eight images amplifies the rounding of float32 sums; without batch statistics 1e-5 holds.
+@pytest.mark.parametrize(
+    ("name", "model", "tolerance"),
+    [
+        ("moco_v2", "test_vit", 1e-5),
+        ("moco_v3", "test_vit", 1e-5),
+        ("moco_v2", "test_resnet", 3e-4),
+        ("moco_v3", "test_resnet", 3e-4),
+    ],
+)
+def test_training_on_two_processes_equals_one(name: str, model: str, tolerance: float, tmp_path: Path) -> None:
+    """Same samples, views, groups and shuffles: same losses and weights, and a resume across counts."""
+    recipe = small_recipe(
+        name,
+        model,
+        train={"max_steps": 6, "batch_size": 16},
+        optim={"name": "sgd", "lr": 0.05, "weight_decay": 1e-4},
+        checkpoint={"every_steps": 3},
+        monitor={"every_epochs": 1, "data": "builtin:fashion_mnist", "max_train": 101},
+    )
+    recipe_file = tmp_path / "recipe.toml"
+    recipe_file.write_text(recipe.to_toml())
+    alone = sslkit.train(recipe, tmp_path / "one")
+    command = [*TORCHRUN, "-m", "sslkit.pretrain", str(recipe_file), "--output", str(tmp_path / "two")]
+    result = run(command)
+    assert result.returncode == 0, result.stderr[-3000:]
+    together = sslkit.Run(tmp_path / "two", 6)
+    assert [row["loss"] for row in together.metrics()] == pytest.approx(
+        [row["loss"] for row in alone.metrics()], rel=tolerance
+    )
+    one, two = (load_file(tmp_path / n / "checkpoints/step-00000006/model.safetensors") for n in ("one", "two"))
+    trained = [key for key in one if "running" not in key and "tracked" not in key]
+    for key in trained:
+        torch.testing.assert_close(two[key], one[key], rtol=tolerance, atol=tolerance, msg=key)
+    assert together.results()[-1]["accuracy"] == pytest.approx(alone.results()[-1]["accuracy"], abs=0.003)
+    continued = sslkit.train(recipe, tmp_path / "mixed", resume=str(tmp_path / "two/checkpoints/step-00000003"))
+    assert [row["loss"] for row in continued.metrics()] == pytest.approx(
+        [row["loss"] for row in alone.metrics()][3:], rel=tolerance
+    )
+
+
+def test_accelerate_that_starts_too_few_is_refused(tmp_path: Path) -> None:
+    """`accelerate launch --cpu --num_processes 2` starts one process without a word; sslkit does not."""
+    recipe_file = tmp_path / "recipe.toml"
+    recipe_file.write_text(small_recipe().to_toml())
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    rest = ["-m", "sslkit.pretrain", str(recipe_file), "--output", str(tmp_path / "run")]
+    silent = run([*launch, "--cpu", "--num_processes", "2", *rest])
+    assert "2 processes were asked for and 1 started" in silent.stderr
+    assert silent.returncode != 0
+    assert not (tmp_path / "run").exists()
+    working = run([*launch, "--multi_gpu", "--num_processes", "2", *rest], ACCELERATE_USE_CPU="true")
+    assert working.returncode == 0, working.stderr[-3000:]
+    assert "2 process(es), cpu" in working.stdout

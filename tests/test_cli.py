@@ -1,0 +1,117 @@
+"""The command line as a stranger types it: what it prints, its exit codes, and one sentence for every mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import small_recipe
+
+import sslkit
+from sslkit.cli import main
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    try:
+        main(list(words))
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    sslkit.train(small_recipe("moco_v2", "test_resnet", train={"max_steps": 4}), folder)
+    return folder
+
+
+def test_pretrain_from_words_alone(capsys: pytest.CaptureFixture[str], class_folders: Path, tmp_path: Path) -> None:
+    words = ["--method", "moco_v2", "--backbone", "test_resnet", "--data", str(class_folders)]
+    small = ["--set", "train.batch_size=16", "--set", "views.size=32", "--set", "train.max_steps=2"]
+    fewer = ["--set", "method.queue_size=64", "--set", "data.workers=0", "--output", str(tmp_path / "run")]
+    code, out, _ = run(capsys, "pretrain", *words, *small, *fewer)
+    assert code == 0
+    assert "base 0.03, rule linear x batch / 256, peak 0.001875" in out
+    assert (tmp_path / "run" / "encoder" / "model.safetensors").is_file()
+
+
+def test_knn_and_linear_print_baselines(
+    capsys: pytest.CaptureFixture[str], trained: Path, class_folders: Path, tmp_path: Path
+) -> None:
+    for protocol in ("knn", "linear"):
+        extra = ["--k", "3"] if protocol == "knn" else []
+        code, out, _ = run(capsys, "eval", protocol, str(trained), "--data", str(class_folders), "--json", *extra)
+        assert code == 0
+        judgement = json.loads(out)
+        assert [score["encoder"] for score in judgement["scores"]] == [str(trained), "random init", "raw pixels"]
+        assert all(0 <= score["accuracy"] <= 1 for score in judgement["scores"])
+        assert "40 images, 8 of them held out" in judgement["data"]
+    rows = sslkit.Run(trained, 4).results()
+    assert [row["evaluation"] for row in rows] == ["knn k=3 temperature=0.07", "linear logistic"]
+    code, out, _ = run(
+        capsys, "eval", "linear", str(trained), "--data", str(class_folders), "--protocol", "moco_v3", "--epochs", "2"
+    )
+    assert code == 0
+    assert "raw pixels" in out
+    code, out, _ = run(capsys, "eval", "knn", str(trained), "--data", str(class_folders), "--k", "3", "--layer", "1")
+    assert code == 0
+
+
+def test_export_report_and_lists(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
+    code, out, _ = run(capsys, "export", str(trained), str(tmp_path / "out"))
+    assert code == 0
+    assert "equal bit for bit" in out
+    assert "local-dir:" in out
+    code, out, _ = run(capsys, "report", str(trained))
+    assert code == 0
+    assert (trained / "pictures" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert (trained / "pictures" / "views.png").is_file()
+    assert "moco_v3" in run(capsys, "methods")[1]
+    assert "mocov3_vitb" in run(capsys, "recipes")[1]
+    code, out, _ = run(capsys, "recipes", "show", "mocov3_vits")
+    assert "num_heads = 12" in out
+    assert out.startswith("# MoCo v3, ViT-S/16")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["pretrain", "mocov3_vitx"], "mocov3_vitx: no such file, and no recipe of that name; did you mean"),
+        (["pretrain", "quickstart", "--set", "train.epocs=3"], "[train] epocs: unknown key; did you mean 'epochs'?"),
+        (["pretrain", "quickstart", "--backbone", "resnet19"], "timm has no model 'resnet19'; did you mean"),
+        (["pretrain", "--method", "moco_v2"], "give a recipe, or all of --method, --backbone and --data"),
+        (["eval", "knn", "/no/run", "--data", "builtin:fashion_mnist"], "/no/run: no run folder"),
+        (["eval", "knn", "resnet18", "--data", "/no/data"], "[data] path"),
+        (["eval", "knn", "resnet18"], "Missing option '--data'"),
+        (["eval", "knn", "x", "--data", "y", "--k", "many"], "Invalid value for '--k'"),
+        (["export", "/no/run", "/tmp/x"], "/no/run: no run with an encoder"),
+        (["report", "/no/run"], "/no/run: not a run folder"),
+        (["pretend"], "No such command 'pretend'"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert err.startswith("sslkit: ")
+    assert sentence in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("module", ["sslkit", "sslkit.pretrain"])
+def test_module_doors_answer_help(module: str) -> None:
+    result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+    assert "Usage" in result.stdout
+    assert "torch" not in result.stderr
+
+
+def test_help_of_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["pretrain"], ["eval", "knn"], ["eval", "linear"], ["export"], ["report"], ["recipes", "show"]):
+        code, out, _ = run(capsys, *words, "--help")
+        assert code == 0
+        assert f"Example: sslkit {' '.join(words)}" in " ".join(out.split())
