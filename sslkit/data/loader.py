@@ -108,12 +108,17 @@ def make_loader(
 def resolve_workers(asked: int | str, *, on_accelerator: bool, processes_here: int) -> int:
     """How many workers a process starts; ``"auto"`` shares this machine's cores among its processes.
 
-    Where the model itself computes on the CPU, one worker is enough to keep it fed.
+    Where the model computes on the CPU, most cores are the model's: a quarter go to workers, none if there is one.
     """
     if isinstance(asked, int):
         return asked
-    cores = max(len(os.sched_getaffinity(0)) // processes_here, 1)
-    return min(cores, 16) if on_accelerator else min(1, cores - 1)
+    cores = cores_of_a_process(processes_here)
+    return min(cores, 16) if on_accelerator else min(max(cores // 4, 1), cores - 1)
+
+
+def cores_of_a_process(processes_here: int) -> int:
+    """This machine's cores, shared among the processes on it."""
+    return max(len(os.sched_getaffinity(0)) // processes_here, 1)
 
 
 def _collate(samples: list[tuple[NDArray[np.uint8], int]]) -> Batch:

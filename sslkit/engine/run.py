@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from timm.data import create_transform
 
-from sslkit.data.loader import GlobalBatches, make_loader, resolve_workers
+from sslkit.data.loader import GlobalBatches, cores_of_a_process, make_loader, resolve_workers
 from sslkit.data.source import ImageSource, open_source
 from sslkit.data.views import ViewPipeline
 from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, restore
@@ -117,6 +117,9 @@ def _assemble(
     """Wire method, optimizer and loader to the processes, and put the checkpoint in."""
     if accelerator.num_processes > 1 and method.bn_groups == 1 and has_batch_norm(method):
         synchronise_batch_norm(method, accelerator.device)
+    if accelerator.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # A thread that finds its core taken by a data worker holds up all the others.
+        torch.set_num_threads(max(cores_of_a_process(_processes_here()) - _workers(recipe, accelerator), 1))
     method.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(recipe, method)
     if checkpoint is not None:
@@ -157,8 +160,13 @@ def _assemble(
 
 
 def _workers(recipe: Recipe, accelerator: Accelerator) -> int:
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return resolve_workers(recipe.data.workers, on_accelerator=accelerator.device.type != "cpu", processes_here=here)
+    return resolve_workers(
+        recipe.data.workers, on_accelerator=accelerator.device.type != "cpu", processes_here=_processes_here()
+    )
+
+
+def _processes_here() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _make_monitor(recipe: Recipe, accelerator: Accelerator) -> KnnMonitor | None:

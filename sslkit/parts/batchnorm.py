@@ -40,22 +40,24 @@ class GlobalBatchNorm(nn.Module):
             mean, var = self._global_statistics(x)
         else:
             mean, var = self.running_mean, self.running_var
-        x = (x - mean.view(shape)) * torch.rsqrt(var + self.eps).view(shape)
+        scale = torch.rsqrt(var + self.eps)
+        y = (x - mean.to(x.dtype).view(shape)) * scale.to(x.dtype).view(shape)
         if self.weight is not None:
-            x = x * self.weight.view(shape) + self.bias.view(shape)
-        out: Tensor = self.act(self.drop(x))
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        out: Tensor = self.act(self.drop(y))
         return out
 
     def _global_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         axes = [axis for axis in range(x.ndim) if axis != 1]
+        x = x.double()  # as PyTorch's own CPU BatchNorm accumulates
         count = x.numel() // x.shape[1] * world_size()
         mean = sum_with_gradient(x.sum(dim=axes)) / count
         centred = x - mean.view(1, -1, *([1] * (x.ndim - 2)))
         var = sum_with_gradient(centred.square().sum(dim=axes)) / count
         with torch.no_grad():
             momentum = 0.1 if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean, momentum)
-            self.running_var.lerp_(var * count / max(count - 1, 1), momentum)
+            self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+            self.running_var.lerp_((var * count / max(count - 1, 1)).to(self.running_var), momentum)
             self.num_batches_tracked.add_(1)
         return mean, var
 

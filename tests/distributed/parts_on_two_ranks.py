@@ -5,15 +5,22 @@ Prints one line of JSON from rank 0: {check: largest difference}.
 
 import copy
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from conftest import small_recipe
 from golden.formulas import moco_v3_ctr
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sslkit.engine.run import build_method
+from sslkit.methods import Method, Progress
+from sslkit.parts import collectives
 from sslkit.parts.batchnorm import synchronise_batch_norm
 from sslkit.parts.collectives import exchange_rows, gather_rows, mean_over_processes, rank, sum_with_gradient
 from sslkit.parts.losses import info_nce_in_batch
@@ -109,9 +116,68 @@ def in_batch_loss() -> float:
     )
 
 
+def train_five_steps(method: Method, part: Callable[[Tensor], Tensor], *, wrap: bool) -> list[Tensor]:
+    """Losses of the global batch and final parameters, with whole batches or a rank's part of them."""
+    torch.manual_seed(0)
+    if wrap and method.bn_groups == 1:
+        synchronise_batch_norm(method, CPU)
+    wrapped: nn.Module = DistributedDataParallel(method, broadcast_buffers=False) if wrap else method
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
+    losses = []
+    for step in range(5):
+        views = [part(whole(N, 3, 32, 32, seed=10 * step + view)) for view in range(2)]
+        order = np.random.default_rng(step).permutation(N) if method.shuffle_keys else None
+        result = wrapped(views, part(torch.arange(N)), order)
+        result.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        method.after_update(Progress(step + 1, 10))
+        losses.append(mean_over_processes(result.loss) if wrap else result.loss.detach())
+    state = [value for key, value in method.state_dict().items() if "running" not in key and value.is_floating_point()]
+    return [torch.stack(losses), *state]
+
+
+def method_trains_alike(name: str, model: str) -> float:
+    torch.manual_seed(0)
+    method = build_method(small_recipe(name, model)).double()
+    # One process first, without the group that the collectives would find.
+    with alone():
+        expected = train_five_steps(copy.deepcopy(method), lambda rows: rows, wrap=False)
+    found = train_five_steps(method, mine, wrap=True)
+    return max(difference(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def v1_resnet() -> float:
+    return method_trains_alike("moco_v1", "test_resnet")
+
+
+def v2_resnet() -> float:
+    return method_trains_alike("moco_v2", "test_resnet")
+
+
+def v2_vit() -> float:
+    return method_trains_alike("moco_v2", "test_vit")
+
+
+def v3_resnet() -> float:
+    return method_trains_alike("moco_v3", "test_resnet")
+
+
+def v3_vit() -> float:
+    return method_trains_alike("moco_v3", "test_vit")
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let the collectives see one process."""
+    with patch.object(collectives.dist, "is_initialized", lambda: False):
+        yield
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     checks = (gathering, exchanging, summing, batch_norm, running_statistics, in_batch_loss)
+    checks += (v1_resnet, v2_resnet, v2_vit, v3_resnet, v3_vit)
     found = {}
     for check in checks:
         worst = torch.tensor(check())

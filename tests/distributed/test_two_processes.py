@@ -14,7 +14,10 @@ from safetensors.torch import load_file
 import sslkit
 
 HERE = Path(__file__).parent
-CHECKS = ("gathering", "exchanging", "summing", "batch_norm", "running_statistics", "in_batch_loss")
+CHECKS = (
+    *("gathering", "exchanging", "summing", "batch_norm", "running_statistics", "in_batch_loss"),
+    *("v1_resnet", "v2_resnet", "v2_vit", "v3_resnet", "v3_vit"),
+)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
@@ -37,14 +40,14 @@ def test_part_equals_the_whole_batch(differences: dict[str, float], check: str) 
     assert differences[check] < 1e-12
 
 
-# BatchNorm over eight images amplifies the rounding of float32 sums; without batch statistics 1e-5 holds.
+# Float32 sums round differently; BatchNorm over eight images amplifies that step by step (in float64, above, it is
+# 1e-14). Without batch statistics 1e-5 holds.
 @pytest.mark.parametrize(
     ("name", "model", "tolerance"),
     [
         ("moco_v2", "test_vit", 1e-5),
         ("moco_v3", "test_vit", 1e-5),
         ("moco_v2", "test_resnet", 3e-4),
-        ("moco_v3", "test_resnet", 3e-4),
     ],
 )
 def test_training_on_two_processes_equals_one(name: str, model: str, tolerance: float, tmp_path: Path) -> None:
