@@ -260,7 +260,9 @@ def _conclude(model: str, judgement: "Judgement", as_json: bool) -> None:
     if (Path(model) / "recipe.toml").is_file() and (Path(model) / "encoder").is_dir():
         own = judgement.scores[0]
         row = {"by": "eval", "evaluation": judgement.evaluation, "data": judgement.data, "accuracy": own.accuracy}
-        append_result(Path(model), {"step": 0, **row, "protocol": judgement.protocol, "scores": fields["scores"]})
+        latest = (Path(model) / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+        step = int(latest.removeprefix("step-"))
+        append_result(Path(model), {"step": step, **row, "protocol": judgement.protocol, "scores": fields["scores"]})
     if as_json:
         print(json.dumps(fields))
         return

@@ -120,7 +120,7 @@ def open_source(config: DataConfig) -> ImageSource:
     """
     datasets.disable_progress_bars()
     table = _load(config)
-    description = f"{config.data_dir or config.data_files or config.path} [{config.split}]"
+    description = f"{_what(config)} [{config.split}]"
     if table.num_rows == 0:
         raise UserError(f"[data] path: {description} holds no images")
     image_column = _image_column(table, config)
@@ -150,8 +150,17 @@ def _load(config: DataConfig) -> datasets.Dataset:
         extra = {"drop_labels": not _has_class_folders(files)} if loader == "imagefolder" else {}
         return datasets.load_dataset(loader, data_files={"split": files}, split="split", **extra)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        what = config.data_dir or config.data_files or config.path
-        raise UserError(f"[data] path: cannot load {what!r}: {str(error).splitlines()[0][:200]}") from error
+        where = "" if loader else "no folder of that name here, and as a dataset of the Hub: "
+        raise UserError(f"[data] path: cannot load {_what(config)!r}: {where}{_first_line(error)}") from error
+
+
+def _what(config: DataConfig) -> str:
+    """The words that tell a user which source is meant."""
+    return str(config.data_dir or config.data_files) if config.path in LOADERS else config.path
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _local_files(config: DataConfig) -> tuple[str | None, list[str]]:

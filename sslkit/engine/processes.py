@@ -32,6 +32,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             f"one: use `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked} ...` or "
             f"`torchrun --standalone --nproc_per_node {asked} ...`"
         )
+    if recipe.train.precision == "fp16" and _only_cpu():
+        raise UserError("[train] precision: 'fp16' needs a GPU; on CPUs take 'no' or 'bf16'")
     accelerator = Accelerator(
         mixed_precision=recipe.train.precision,
         cpu=True if _only_cpu() else None,

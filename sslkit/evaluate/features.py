@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,15 +156,18 @@ def read_layer(encoder: Encoder, layer: int) -> nn.Module:
 
 
 class _Images(Dataset[tuple[Tensor, int]]):
-    def __init__(self, source: ImageSource, transform: Transform, seed: int) -> None:
+    def __init__(self, source: ImageSource, transform: Transform, seed: int | None) -> None:
         self.source, self.transform, self.seed = source, transform, seed
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        torch.manual_seed(self.seed * 1_000_003 + index)
-        np.random.seed((self.seed * 1_000_003 + index) % 2**32)
+        if self.seed is not None:
+            # torchvision draws from torch, timm's crop from Python.
+            draw = int(np.random.SeedSequence([self.seed, index]).generate_state(1)[0])
+            torch.default_generator.manual_seed(draw)
+            random.seed(draw)
         return self.transform(Image.fromarray(self.source.read(index))), index
 
 
@@ -175,7 +179,7 @@ def extract_features(
     device: torch.device,
     batch_size: int = 256,
     workers: int = 0,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> Tensor:
     """Features of every image of ``source`` in order, (len(source), D) float32 on the CPU.
 
@@ -188,7 +192,7 @@ def extract_features(
         device: Where the module computes.
         batch_size: Images at a time.
         workers: Processes that decode and transform.
-        seed: Of a random transform.
+        seed: Of a random transform; None for one that draws nothing.
     """
     loader = DataLoader(_Images(source.without_labels(), transform, seed), batch_size, num_workers=workers)
     was_training = module.training

@@ -161,7 +161,7 @@ def _with_crop(encoder: Encoder, reading: Reading) -> Encoder:
 def _features(encoder: Encoder | None, source: ImageSource, reading: Reading) -> Tensor:
     if encoder is None:
         return raw_pixels(source)
-    return _extract(encoder, source, encoder.transform(), reading, seed=0)
+    return _extract(encoder, source, encoder.transform(), reading, seed=None)
 
 
 def _epochs_of(encoder: Encoder | None, pair: LabelledPair, reading: Reading) -> Any:
@@ -169,7 +169,7 @@ def _epochs_of(encoder: Encoder | None, pair: LabelledPair, reading: Reading) ->
     return lambda epoch: _extract(encoder, pair.train, encoder.training_transform(), reading, seed=epoch + 1)
 
 
-def _extract(encoder: Encoder, source: ImageSource, transform: Transform, reading: Reading, seed: int) -> Tensor:
+def _extract(encoder: Encoder, source: ImageSource, transform: Transform, reading: Reading, seed: int | None) -> Tensor:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = encoder.module if reading.layer is None else read_layer(encoder, reading.layer)
     return extract_features(
