@@ -266,7 +266,9 @@ def _conclude(model: str, judgement: "Judgement", as_json: bool) -> None:
     if as_json:
         print(json.dumps(fields))
         return
-    table = Table("encoder", "top-1 accuracy", "", title=f"{judgement.evaluation}  ({judgement.data})")
+    console.print(f"{judgement.evaluation}, {judgement.data}", highlight=False, markup=False)
+    with_notes = any(score.note for score in judgement.scores)
+    table = Table("encoder", "top-1 accuracy", *(["chosen"] if with_notes else []))
     for score in judgement.scores:
-        table.add_row(score.encoder, f"{score.accuracy:.2%}", score.note)
+        table.add_row(score.encoder, f"{score.accuracy:.2%}", *([score.note] if with_notes else []))
     console.print(table)

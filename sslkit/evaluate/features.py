@@ -207,15 +207,21 @@ def extract_features(
 
 
 def raw_pixels(source: ImageSource) -> Tensor:
-    """The images themselves as features, (len(source), 3 * side * side), at most 32 pixels a side."""
+    """The images themselves as features, at most 32 pixels a side.
+
+    (len(source), 3 * side * side), or a third of that where every image is grey.
+    """
     side = min(RAW_PIXEL_SIDE, *source.read(0).shape[:2])
     rows = []
     for index in range(len(source)):
         picture = Image.fromarray(source.read(index))
         if picture.size != (side, side):
             picture = picture.resize((side, side), Image.Resampling.BILINEAR)
-        rows.append(np.asarray(picture, dtype=np.float32).reshape(-1) / 255.0)
-    return torch.from_numpy(np.stack(rows))
+        rows.append(np.asarray(picture))
+    pixels = np.stack(rows)
+    if (pixels == pixels[..., :1]).all():
+        pixels = pixels[..., :1]
+    return torch.from_numpy(pixels.reshape(len(pixels), -1).astype(np.float32) / 255.0)
 
 
 def fingerprint(module: nn.Module) -> str:
