@@ -8,13 +8,13 @@ import itertools
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from sslkit.errors import UserError
+from sslkit.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from sslkit.data.source import DataConfig
@@ -34,6 +34,8 @@ app.add_typer(recipes_app, name="recipes")
 
 console = Console()
 
+INTERRUPTED = 130  # what Typer makes of Ctrl-C
+
 Model = Annotated[str, typer.Argument(help="Run folder, exported folder, hf_hub:user/repo, or timm name.")]
 Data = Annotated[str, typer.Option("--data", help="Folder with a folder per class, datasets id, or builtin:NAME.")]
 DataName = Annotated[str, typer.Option("--data-name", help="The data set's configuration, if it has several.")]
@@ -41,7 +43,9 @@ LabelColumn = Annotated[str, typer.Option(help="Column of labels, if it is not f
 TrainSplit = Annotated[str, typer.Option(help="Split to learn from.")]
 TestSplit = Annotated[str, typer.Option(help="Split to score on. Default: test or val, else a fifth held out.")]
 Layer = Annotated[int | None, typer.Option(help="Mean-pooled block of this index instead of the output.")]
-CropPct = Annotated[float, typer.Option(min=0, max=1, help="Share of the shorter side kept; 0: the model's own.")]
+CropPct = Annotated[
+    float, typer.Option(min=0, max=1, help="Share of the shorter side kept, 0.1 to 1; 0: the model's own.")
+]
 Baseline = Annotated[list[str] | None, typer.Option("--baseline", help="Also score this timm name; may repeat.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -88,8 +92,6 @@ def knn(
     """Weighted k-nearest neighbours on frozen features, beside raw pixels and random init."""
     from sslkit.evaluate import KnnProtocol, evaluate_knn
 
-    if temperature <= 0:
-        raise UserError(f"--temperature: must be positive, not {temperature:g}")
     judgement = evaluate_knn(
         model,
         _data(data, data_name, label_column),
@@ -150,7 +152,9 @@ def export(
     proof = export_encoder(run, folder, license_id)
     console.print(f"{folder}: features {proof['features']} equal bit for bit after reloading", highlight=False)
     if proof["loads_in_timm"]:
-        console.print(f'load it with timm.create_model("local-dir:{folder}", pretrained=True)', highlight=False)
+        console.print(
+            f'load it with timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0)', highlight=False
+        )
     else:
         console.print(
             "its stem for small images is not one timm can build: load it with sslkit.evaluate.load_encoder",
@@ -209,23 +213,26 @@ def show(
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; bad input becomes one sentence and exit code 2."""
     try:
-        app(arguments, standalone_mode=False)
+        code = app(arguments, standalone_mode=False)
     except UserError as error:
         _complain(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        print("stopped; what was saved is kept, and the same command continues", file=sys.stderr)
-        sys.exit(130)
+    except RunError as error:
+        _complain(str(error), code=1)
     except Exception as error:
         # Typer's usage errors: of click or of Typer's own copy of it, depending on its version.
         if not hasattr(error, "format_message"):
             raise
         _complain(error.format_message())
+    else:
+        if code == INTERRUPTED:
+            print("sslkit: stopped; the same command continues from the last checkpoint, if any", file=sys.stderr)
+        sys.exit(code or 0)
 
 
-def _complain(sentence: str) -> None:
+def _complain(sentence: str, code: int = 2) -> NoReturn:
     if sentence:
         print(f"sslkit: {sentence}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def _recipe_from_words(recipe: str, overrides: list[str], method: str, backbone: str, data: str) -> "Recipe":
@@ -243,6 +250,8 @@ def _recipe_from_words(recipe: str, overrides: list[str], method: str, backbone:
 def _data(path: str, name: str, label_column: str) -> "DataConfig":
     from sslkit.data.source import DataConfig
 
+    if not path:
+        raise UserError("--data: name a folder, a datasets id or builtin:fashion_mnist")
     return DataConfig(path=path, name=name or None, label_column=label_column or None)
 
 

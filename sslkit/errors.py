@@ -8,6 +8,10 @@ class UserError(ValueError):
     """Bad input. The doors print it as one sentence and exit with code 2."""
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on through no fault of the input. The doors print one sentence and exit with code 1."""
+
+
 def near_miss(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

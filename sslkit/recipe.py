@@ -7,7 +7,7 @@ A recipe is data; reading a stranger's runs no code. Layers, later ones win: the
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,6 +21,9 @@ from sslkit.parts.backbone import BackboneSpec, check_name, family, takes_image_
 PRETRAINED_SOURCES = ("hf_hub:", "hf-hub:", "local-dir:")
 
 
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
 class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -30,7 +33,7 @@ class BackboneConfig(_Table):
 
     name: str
     pretrained: bool | str = False
-    img_size: int = Field(default=0, ge=0)
+    img_size: int = Field(strict=True, default=0, ge=0)
     args: dict[str, Any] = Field(default_factory=dict)
     zero_init_last: bool | None = None
     init: Literal["timm", "moco_v3"] = "timm"
@@ -64,7 +67,7 @@ class OptimConfig(_Table):
     lr_rule: Literal["linear", "sqrt", "none"] = "linear"
     weight_decay: float = Field(ge=0.0)
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     exclude_from_decay: Literal["none", "norm_and_bias"] = "none"
 
 
@@ -73,7 +76,7 @@ class ScheduleConfig(_Table):
 
     decay: Literal["cosine", "steps", "constant"]
     warmup_epochs: float = Field(default=0.0, ge=0.0)
-    milestones: list[float] = Field(default_factory=list)
+    milestones: list[Annotated[float, Field(gt=0.0)]] = Field(default_factory=list)
     factor: float = Field(default=0.1, gt=0.0)
     per: Literal["step", "epoch"]
 
@@ -92,14 +95,14 @@ class TrainConfig(_Table):
         log_every: Steps between lines of metrics.jsonl.
     """
 
-    epochs: int = Field(ge=1)
-    max_steps: int = Field(default=0, ge=0)
-    batch_size: int = Field(ge=2)
+    epochs: int = Field(strict=True, ge=1, le=1_000_000)
+    max_steps: int = Field(strict=True, default=0, ge=0)
+    batch_size: int = Field(strict=True, ge=2, le=10_000_000)
     precision: Literal["no", "bf16", "fp16"] = "no"
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: int = Field(strict=True, default=0, ge=0, lt=2**63)
     clip_norm: float = Field(default=0.0, ge=0.0)
-    processes: int = Field(default=0, ge=0)
-    log_every: int = Field(default=10, ge=1)
+    processes: int = Field(strict=True, default=0, ge=0)
+    log_every: int = Field(strict=True, default=10, ge=1)
 
 
 class MonitorConfig(_Table):
@@ -114,12 +117,12 @@ class MonitorConfig(_Table):
         max_train: At most so many bank images, the first of a seeded order (0: all).
     """
 
-    every_epochs: int = Field(default=0, ge=0)
+    every_epochs: int = Field(strict=True, default=0, ge=0)
     data: str = ""
     name: str | None = None
-    k: int = Field(default=20, ge=1)
+    k: int = Field(strict=True, default=20, ge=1)
     temperature: float = Field(default=0.07, gt=0.0)
-    max_train: int = Field(default=0, ge=0)
+    max_train: int = Field(strict=True, default=0, ge=0)
 
     @model_validator(mode="after")
     def _has_data(self) -> "MonitorConfig":
@@ -131,9 +134,9 @@ class MonitorConfig(_Table):
 class CheckpointConfig(_Table):
     """``[checkpoint]``: save every so many steps and every so many minutes (0: never), keep the newest few."""
 
-    every_steps: int = Field(default=0, ge=0)
+    every_steps: int = Field(strict=True, default=0, ge=0)
     every_minutes: float = Field(default=15.0, ge=0.0)
-    keep: int = Field(default=2, ge=1)
+    keep: int = Field(strict=True, default=2, ge=1)
 
 
 TABLES: dict[str, type[BaseModel]] = {
@@ -281,10 +284,12 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    target = tables.setdefault(table, {})
-    *path, last = key.split(".")
+    target: Any = tables
+    *path, last = [table, *key.split(".")]
     for part in path:
         target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            raise UserError(f"--set {override}: {part} is no table but {target!r}")
     target[last] = value
 
 

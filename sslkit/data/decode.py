@@ -21,11 +21,14 @@ def decode_rgb(encoded: bytes, name: str) -> NDArray[np.uint8]:
         UserError: The bytes are not an image, or a broken one.
     """
     buffer = np.frombuffer(encoded, dtype=np.uint8)
-    pixels = cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB) if buffer.size else None
+    try:
+        pixels = cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB) if buffer.size else None
+    except cv2.error:  # such as an image too large to be one
+        pixels = None
     if pixels is not None:
         return np.asarray(pixels, dtype=np.uint8)
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read {name} as an image: {type(error).__name__}: {error}") from error
+        raise UserError(f"cannot read {name} as an image ({type(error).__name__})") from error

@@ -3,6 +3,7 @@
 `datasets` does the finding, typing and memory-mapping. Images stay encoded until a worker decodes them.
 """
 
+import glob
 import gzip
 from dataclasses import dataclass
 from importlib import resources
@@ -22,6 +23,7 @@ BUILTIN = "builtin:"
 BUILTIN_SETS = ("fashion_mnist",)
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 LOADERS = ("imagefolder", "parquet", "arrow")
+SPLITS = ("train", "test", "val", "validation")
 
 
 class DataConfig(BaseModel):
@@ -134,8 +136,7 @@ def available_splits(config: DataConfig) -> list[str]:
         return ["train", "test"]
     folder = Path(config.data_dir or config.path)
     if folder.is_dir():
-        names = ("train", "test", "val", "validation")
-        return [name for name in names if (folder / name).is_dir()] or ["train"]
+        return [name for name in SPLITS if (folder / name).is_dir()] or ["train"]
     return []
 
 
@@ -151,7 +152,10 @@ def _load(config: DataConfig) -> datasets.Dataset:
         return datasets.load_dataset(loader, data_files={"split": files}, split="split", **extra)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         where = "" if loader else "no folder of that name here, and as a dataset of the Hub: "
-        raise UserError(f"[data] path: cannot load {_what(config)!r}: {where}{_first_line(error)}") from error
+        reason = _first_line(error)
+        if "corresponds to no data" in reason:
+            reason = "no images in it"
+        raise UserError(f"[data] path: cannot load {_what(config)!r}: {where}{reason}") from error
 
 
 def _what(config: DataConfig) -> str:
@@ -180,9 +184,13 @@ def _local_files(config: DataConfig) -> tuple[str | None, list[str]]:
         loaders = {".parquet": "parquet", ".arrow": "arrow"}
         if path.suffix not in loaders:
             raise UserError(f"[data] path: {config.path!r} is a file but neither .parquet nor .arrow")
-        return loaders[path.suffix], [str(path)]
-    if path.is_absolute() or config.path.count("/") > 1 or config.path.startswith((".", "~")):
-        raise UserError(f"[data] path: no folder or file {config.path!r}")
+        return loaders[path.suffix], [glob.escape(str(path))]
+    if path.is_absolute() or config.path.count("/") != 1 or config.path.startswith((".", "~")):
+        here = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(
+            f"[data] path: no folder or file {config.path!r}{near_miss(path.name, here)}; a dataset of the Hub is "
+            "written user/name"
+        )
     return None, []
 
 
@@ -194,22 +202,27 @@ def _loader_for_folder(folder: Path) -> str:
 
 
 def _folder_pattern(folder: Path, split: str, loader: str) -> str:
-    """Pattern of the split's files: its subfolder if there is one, else all, which is the split "train"."""
+    """Pattern of the split's files: its subfolder where all subfolders are splits, else all, the split "train"."""
     if not folder.is_dir():
         raise UserError(f"[data] data_dir: no folder {str(folder)!r}")
-    inner = folder / split
-    if not inner.is_dir() and split != "train":
-        found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())[:8]
-        raise UserError(f"[data] split: {str(folder)!r} has no folder {split!r}; it has {found}")
-    root = inner if inner.is_dir() else folder
+    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    if set(found) & set(SPLITS) and not set(found) <= set(SPLITS):
+        raise UserError(
+            f"[data] path: {str(folder)!r} has folders of splits and others, {found[:8]}; name a folder that holds "
+            f"either splits ({', '.join(SPLITS)}) or classes"
+        )
+    if split not in found and ((found and set(found) <= set(SPLITS)) or split != "train"):
+        raise UserError(f"[data] split: {str(folder)!r} has no folder {split!r}; it has {found[:8]}")
+    root = folder / split if split in found else folder
     if next((entry for entry in root.rglob("*") if entry.is_file()), None) is None:
         raise UserError(f"[data] path: the folder {str(root)!r} is empty")
-    return str(root / "**") if loader == "imagefolder" else str(root / "**" / f"*.{loader}")
+    pattern = glob.escape(str(root))
+    return f"{pattern}/**" if loader == "imagefolder" else f"{pattern}/**/*.{loader}"
 
 
 def _has_class_folders(patterns: list[str]) -> bool:
-    roots = [Path(pattern).parent for pattern in patterns if pattern.endswith("**")]
-    return any(entry.is_dir() for root in roots for entry in root.iterdir())
+    roots = [pattern.removesuffix("/**") for pattern in patterns if pattern.endswith("/**")]
+    return any(Path(entry).is_dir() for root in roots for entry in glob.glob(f"{root}/*"))
 
 
 def _load_builtin(config: DataConfig) -> datasets.Dataset:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 NUM_VIEWS = 2
+VIEWS = 0  # what these draws are for, the second word of their key
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 PerView = Probability | tuple[Probability, Probability]
 Range = tuple[float, float]
@@ -117,6 +118,13 @@ class ViewsConfig(BaseModel):
             raise ValueError("is a share of the image's area, so at most 1")
         return value
 
+    @field_validator("jitter")
+    @classmethod
+    def _strengths(cls, value: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+        if min(value) < 0.0 or value[3] > 0.5:
+            raise ValueError("must be four strengths from 0 up, hue at most 0.5")
+        return value
+
     @field_validator("std")
     @classmethod
     def _positive(cls, value: RGB) -> RGB:
@@ -134,6 +142,7 @@ class ViewPipeline:
     """
 
     def __init__(self, config: ViewsConfig, seed: int) -> None:
+        cv2.setNumThreads(0)  # parallelism is the workers' business
         self.seed = seed
         self.pipelines = [build_pipeline(config, view) for view in range(NUM_VIEWS)]
 
@@ -143,7 +152,7 @@ class ViewPipeline:
 
     def cut(self, image: NDArray[np.uint8], epoch: int, sample: int, view: int) -> NDArray[np.uint8]:
         """Cut one view, (size, size, 3); the same four numbers always give the same view."""
-        numpy_draws = np.random.default_rng([self.seed, epoch, sample, view])
+        numpy_draws = np.random.default_rng([self.seed, VIEWS, epoch, sample, view])
         python_draws = random.Random(int(numpy_draws.integers(2**63)))
         pipeline = self.pipelines[view]
         pipeline.set_random_state(numpy_draws, python_draws)
@@ -177,11 +186,14 @@ def _transforms(config: ViewsConfig, view: int) -> list[A.BasicTransform]:
         A.GaussianBlur(blur_limit=0, sigma_limit=config.blur_sigma, p=chance(config.blur_prob)),
         A.Solarize(threshold_range=(0.5, 0.5), p=chance(config.solarize_prob)),
         A.HorizontalFlip(p=chance(config.flip_prob)),
-        A.Rotate(limit=(-config.rotate_degrees, config.rotate_degrees), border_mode=cv2.BORDER_CONSTANT, p=1.0),
+        A.Rotate(
+            limit=(-config.rotate_degrees, config.rotate_degrees),
+            border_mode=cv2.BORDER_CONSTANT,
+            p=1.0 if config.rotate_degrees else 0.0,
+        ),
         A.Erasing(scale=(0.05, 0.2), p=chance(config.erase_prob)),
     ]
-    always = not config.rotate_degrees
-    return [step for step in steps if step.p > 0 and not (always and isinstance(step, A.Rotate))]
+    return [step for step in steps if step.p > 0]
 
 
 def normalise(pixels: Tensor, mean: RGB, std: RGB) -> Tensor:

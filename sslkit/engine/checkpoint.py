@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -33,7 +34,7 @@ class Checkpoint:
         step: Updates made when it was saved.
         model: The method's state dict.
         optimizer: Tensors by ``parameter name/key``.
-        state: What else the run needs: optimizer scalars, loss scale.
+        state: What else the run needs: optimizer scalars, loss scale, and the recipe it was trained by.
     """
 
     step: int
@@ -43,7 +44,13 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, step: int, method: nn.Module, optimizer: Optimizer, scaler: dict[str, Any], keep: int
+    folder: Path,
+    step: int,
+    method: nn.Module,
+    optimizer: Optimizer,
+    scaler: dict[str, Any],
+    recipe: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Save everything a resumed run needs, then remove all but the newest ``keep`` checkpoints.
 
@@ -53,6 +60,7 @@ def save_checkpoint(
         method: Unwrapped method: student, teacher, queue.
         optimizer: Its optimizer.
         scaler: State of the gradient scaler, plain numbers; empty without one.
+        recipe: The run's recipe as tables.
         keep: How many checkpoints stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +71,7 @@ def save_checkpoint(
     tensors, scalars = _flatten_optimizer(method, optimizer)
     _save_tensors(method.state_dict(), aside / "model.safetensors")
     _save_tensors(tensors, aside / "optimizer.safetensors")
-    _write_json(aside / "state.json", {"step": step, "optimizer": scalars, "scaler": scaler})
+    _write_json(aside / "state.json", {"step": step, "optimizer": scalars, "scaler": scaler, "recipe": recipe})
     _write_json(aside / "manifest.json", {"format": FORMAT, "files": _checksums(aside)})
     for file in aside.iterdir():
         _sync(file)
@@ -72,9 +80,16 @@ def save_checkpoint(
     os.rename(aside, final)
     _sync(folder)
     _point_latest(folder, final.name)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    _prune(folder, final, keep)
     return final
+
+
+def _prune(folder: Path, newest: Path, keep: int) -> None:
+    """Remove all but the newest and the ``keep - 1`` before it; later steps are of a course that was abandoned."""
+    earlier = sorted(each for each in folder.glob("step-*") if each.name < newest.name)
+    later = [each for each in folder.glob("step-*") if each.name > newest.name]
+    for old in later + earlier[: max(len(earlier) - keep + 1, 0)]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -133,18 +148,17 @@ def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> 
     for key, tensor in checkpoint.optimizer.items():
         name, _, slot = key.rpartition("/")
         tensors.setdefault(name, {})[slot] = tensor
-    scalars = checkpoint.state["optimizer"]["scalars"]
+    scalars = checkpoint.state["optimizer"]
     for name, param in method.named_parameters():
         slots = {slot: value.to(param.device) if value.ndim else value for slot, value in tensors.get(name, {}).items()}
         if slots or name in scalars:
             optimizer.state[param] = {**slots, **scalars.get(name, {})}
     for index, group in enumerate(optimizer.param_groups):
-        group.update(checkpoint.state["optimizer"]["groups"][index])
         group.update(tensors.get(f"{GROUP}{index}", {}))
 
 
 def _flatten_optimizer(method: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by ``parameter/slot`` or ``group/slot`` (timm's LAMB counts steps there), and the plain numbers."""
+    """Tensors by ``parameter/slot`` or ``group/slot`` (timm's LAMB counts steps there), and plain numbers."""
     names: dict[Tensor, str] = {param: name for name, param in method.named_parameters()}
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -156,15 +170,14 @@ def _flatten_optimizer(method: nn.Module, optimizer: Optimizer) -> tuple[dict[st
                 scalars.setdefault(names[param], {})[slot] = value
     for index, group in enumerate(optimizer.param_groups):
         tensors |= {f"{GROUP}{index}/{slot}": value for slot, value in group.items() if isinstance(value, Tensor)}
-    groups = [
-        {key: value for key, value in group.items() if isinstance(value, int | float) and not isinstance(value, bool)}
-        for group in optimizer.param_groups
-    ]
-    return tensors, {"scalars": scalars, "groups": groups}
+    return tensors, scalars
 
 
 def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies: safetensors refuses tensors that share memory, as tied weights do.
+    plain = {
+        name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     save_file(plain, file, metadata={"format": "pt"})
 
 

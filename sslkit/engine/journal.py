@@ -95,7 +95,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 def keep_until(file: Path, step: int, only_by: str | None = None) -> None:
     """Drop lines of steps after ``step``, so that a resumed run repeats none."""
     rows = read_lines(file)
-    kept = [row for row in rows if row["step"] <= step or (only_by is not None and row.get("by") != only_by)]
+    kept = [row for row in rows if row.get("step", 0) <= step or (only_by is not None and row.get("by") != only_by)]
     if file.is_file():
         aside = file.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")

@@ -20,16 +20,17 @@ from sslkit.engine.checkpoint import save_checkpoint
 from sslkit.engine.journal import Journal, duration
 from sslkit.engine.monitors import KnnMonitor
 from sslkit.engine.optim import learning_rate, set_learning_rate
+from sslkit.errors import RunError, UserError
 from sslkit.methods import Method, Progress
 from sslkit.parts.collectives import copy_buffers_from_first, mean_over_processes
 from sslkit.publish.export import write_encoder
 from sslkit.recipe import Recipe
 
-SHUFFLE, DROPOUT = 1, 2  # what a draw is for, the second word of its key
+SHUFFLE, DROPOUT = 1, 2  # what a draw is for, the second of five words of its key; views have 0
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss is not a number; the weights are those of the last good step."""
+class NonFiniteError(RunError):
+    """Loss or gradient is not a number; the weights are those of the last good step."""
 
 
 @dataclass
@@ -72,7 +73,7 @@ def run_loop(training: Training, journal: Journal) -> None:
     for step, batch in enumerate(clock.waiting(training.loader), start=training.start_step):
         lr = learning_rate(recipe, step, training.steps_per_epoch)
         set_learning_rate(training.optimizer, lr)
-        seed_dropout(draw_key(recipe.train.seed, DROPOUT, step, accelerator.process_index), accelerator.device)
+        seed_dropout(draw_key(recipe.train.seed, DROPOUT, step, accelerator.process_index, 0), accelerator.device)
         views = [
             normalise(view.to(accelerator.device, non_blocking=True), recipe.views.mean, recipe.views.std)
             for view in batch.views
@@ -83,14 +84,11 @@ def run_loop(training: Training, journal: Journal) -> None:
         result = training.wrapped(views, sample_ids, permutation)
         late = float(save_is_due(training, step + 1, last_save))
         loss, save_votes = mean_over_processes(torch.stack([result.loss, result.loss.new_tensor(late)])).tolist()
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the loss of step {step} is {loss}; stopped before the weights moved, and the last checkpoint is "
-                "whole. Usual cures: a lower [optim] lr, a longer [schedule] warmup_epochs, [train] precision = 'bf16'"
-            )
+        check_finite("loss", loss, step)
         accelerator.backward(result.loss)
-        if recipe.train.clip_norm:
-            accelerator.clip_grad_norm_(training.wrapped.parameters(), recipe.train.clip_norm)
+        grad_norm = gradient_norm(training)
+        if accelerator.scaler is None:  # with a scaler, an overflow is expected now and then and skips the step
+            check_finite("gradient norm", grad_norm, step)
         training.optimizer.step()
         training.optimizer.zero_grad()
         moved = method.after_update(Progress(step + 1, total_steps))
@@ -99,7 +97,7 @@ def run_loop(training: Training, journal: Journal) -> None:
         done = step + 1
         epoch_ends = done % training.steps_per_epoch == 0 or done == training.last_step
         if done % recipe.train.log_every == 0 or epoch_ends:
-            fields = {"loss": loss, "lr": lr, **moved}
+            fields = {"loss": loss, "lr": lr, "grad_norm": grad_norm, **moved}
             fields |= {name: float(mean_over_processes(value)) for name, value in result.metrics.items()}
             report(training, journal, clock, done, fields)
         if training.monitor and epoch_ends and monitor_is_due(training, done):
@@ -109,6 +107,24 @@ def run_loop(training: Training, journal: Journal) -> None:
             save(training, done)
             last_save = time.monotonic()
             clock.restart()
+
+
+def check_finite(what: str, value: float, step: int) -> None:
+    """Stop before the optimizer moves if ``value`` is not a number."""
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"the {what} of step {step} is {value}; stopped before the weights moved. Usual cures: a lower [optim] lr, "
+            "a longer [schedule] warmup_epochs, [train] precision = 'bf16' or 'no'"
+        )
+
+
+def gradient_norm(training: Training) -> float:
+    """Norm of the gradient over all trained parameters, before it is clipped to ``[train] clip_norm``, if asked."""
+    clip_norm = training.recipe.train.clip_norm
+    if clip_norm:
+        return float(training.accelerator.clip_grad_norm_(training.wrapped.parameters(), clip_norm))
+    grads = [param.grad for param in training.method.parameters() if param.grad is not None]
+    return float(torch.nn.utils.get_total_norm(grads))
 
 
 def draw_key(*words: int) -> int:
@@ -125,7 +141,7 @@ def seed_dropout(seed: int, device: torch.device) -> None:
 
 def shuffle_order(recipe: Recipe, step: int) -> NDArray[np.int64]:
     """The permutation of a global batch's keys at ``step``, the same on every process."""
-    generator = np.random.default_rng([recipe.train.seed, SHUFFLE, step])
+    generator = np.random.default_rng([recipe.train.seed, SHUFFLE, step, 0, 0])
     return generator.permutation(recipe.train.batch_size)
 
 
@@ -187,6 +203,7 @@ def save(training: Training, done: int) -> None:
             training.method,
             training.optimizer.optimizer,
             scaler.state_dict() if scaler is not None else {},
+            recipe.as_tables(),
             recipe.checkpoint.keep,
         )
         tag = f"{recipe.method_name}_e{done // training.steps_per_epoch}"
@@ -210,7 +227,11 @@ class StepClock:
         batches = iter(loader)
         while True:
             asked = time.monotonic()
-            batch = next(batches, None)
+            try:
+                batch = next(batches, None)
+            except UserError as error:
+                # A worker's error arrives with its traceback; its last line is the sentence.
+                raise UserError(str(error).splitlines()[-1].split("UserError: ")[-1]) from None
             self.waited += time.monotonic() - asked
             if batch is None:
                 return

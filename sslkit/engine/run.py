@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from timm.data import create_transform
 
 from sslkit.data.loader import GlobalBatches, cores_of_a_process, make_loader, resolve_workers
@@ -71,28 +72,36 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
     steps_per_epoch = _steps_per_epoch(recipe, source)
     source.read(0)
     accelerator = make_accelerator(recipe)
-    _check_batch(recipe, accelerator.num_processes)
+    try:
+        return _train(recipe, folder, resume, source, steps_per_epoch, accelerator)
+    finally:
+        accelerator.end_training()
+        if accelerator.num_processes == 1:
+            AcceleratorState._reset_state(reset_partial_state=True)  # so that the next run may have another precision
+
+
+def _train(
+    recipe: Recipe, folder: Path, resume: str, source: ImageSource, steps_per_epoch: int, accelerator: Accelerator
+) -> Run:
     torch.manual_seed(recipe.train.seed)
     method = build_method(recipe)
+    _check_batch(recipe, method.bn_groups, accelerator.num_processes)
     monitor = _make_monitor(recipe, accelerator)
-    checkpoint, complaints = _find_checkpoint(folder, resume)
-    start_step = checkpoint.step if checkpoint else 0
+    checkpoint, complaints = _find_checkpoint(folder, recipe, resume)
     last_step = _last_step(recipe, steps_per_epoch)
+    training = _assemble(recipe, folder, accelerator, method, source, checkpoint, steps_per_epoch, last_step, monitor)
+    # All that can be refused has been: from here on the folder is written to.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _open_folder(folder, recipe)
-    journal = Journal(folder, start_step, active=accelerator.is_main_process)
-    for sentence in [*complaints, *_opening(recipe, folder, source, method, accelerator, start_step, last_step)]:
+    journal = Journal(folder, training.start_step, active=accelerator.is_main_process)
+    for sentence in [*complaints, *_opening(training, source)]:
         journal.say(sentence)
-    if start_step < last_step:
-        training = _assemble(
-            recipe, folder, accelerator, method, source, checkpoint, steps_per_epoch, last_step, monitor
-        )
-        with journal:
+    with journal:
+        if training.start_step < last_step:
             run_loop(training, journal)
-        journal.say(f"done: {folder} (encoder in {folder / 'encoder'})")
-    accelerator.end_training()
-    return Run(folder, max(start_step, last_step))
+            journal.say(f"done: {folder} (encoder in {folder / 'encoder'})")
+    return Run(folder, max(training.start_step, last_step))
 
 
 def build_method(recipe: Recipe) -> Method:
@@ -198,10 +207,9 @@ def _last_step(recipe: Recipe, steps_per_epoch: int) -> int:
     return min(recipe.train.max_steps or total, total)
 
 
-def _check_batch(recipe: Recipe, processes: int) -> None:
+def _check_batch(recipe: Recipe, groups: int, processes: int) -> None:
     """The global batch must fall into equal parts for processes and for their BN groups."""
     batch = recipe.train.batch_size
-    groups = getattr(recipe.method, "bn_groups", 1)
     parts = processes * local_bn_groups(groups)
     if processes < groups and groups % processes:
         raise UserError(f"[method] bn_groups: {groups} groups cannot be shared by {processes} processes")
@@ -214,17 +222,24 @@ def _check_batch(recipe: Recipe, processes: int) -> None:
 
 def _check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
     """Refuse a folder that is not ours to write to, before anything is written."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        filled = folder.exists() and any(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be written to: {error.strerror}") from error
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"--output {folder}: {existing} is not a folder that can be written to")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not filled:
         return
     saved = folder / "recipe.toml"
     if not saved.is_file():
         raise UserError(f"--output {folder}: holds something that is not a run; choose a new or empty folder")
     if resume == "never":
         raise UserError(f"--output {folder}: already holds a run; --resume never needs a new or empty folder")
-    before = tomllib.loads(saved.read_text(encoding="utf-8"))
+    try:
+        before = tomllib.loads(saved.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{saved}: not a readable recipe, so this run cannot be continued: {error}") from error
     changed = [line for line in changes(before, recipe.as_tables()) if not line.startswith(FREE_KEYS)]
     if changed:
         raise UserError(
@@ -232,40 +247,44 @@ def _check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
         )
 
 
-def _find_checkpoint(folder: Path, resume: str) -> tuple[Checkpoint | None, list[str]]:
-    if resume not in ("auto", "never"):
-        path = Path(resume)
-        if (path / "manifest.json").is_file():
-            return read_checkpoint(path), []
-        checkpoint, complaints = newest_checkpoint(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
-        if checkpoint is None:
+def _find_checkpoint(folder: Path, recipe: Recipe, resume: str) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to continue from, if any, and a sentence for each broken one passed over."""
+    if resume in ("auto", "never"):
+        return newest_checkpoint(folder / "checkpoints")
+    path = Path(resume)
+    complaints: list[str] = []
+    if (path / "manifest.json").is_file():
+        checkpoint = read_checkpoint(path)
+    else:
+        found, complaints = newest_checkpoint(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+        if found is None:
             raise UserError(f"--resume {resume}: no checkpoint there; give a run or checkpoint folder, auto or never")
-        return checkpoint, complaints
-    return newest_checkpoint(folder / "checkpoints")
+        checkpoint = found
+    differing = changes(checkpoint.state["recipe"], recipe.as_tables())
+    unfit = [line for line in differing if line.startswith(("method.", "backbone.", "optim.name", "optim.exclude"))]
+    if unfit:
+        raise UserError(f"--resume {resume}: was trained by another recipe, which must agree in: {'; '.join(unfit)}")
+    return checkpoint, complaints
 
 
 def _open_folder(folder: Path, recipe: Recipe) -> None:
+    """Create the run folder and write its recipe, whole or not at all."""
+    versions = {name: importlib.metadata.version(name) for name in ("sslkit", "torch", "timm", "accelerate")}
+    header = "".join(f"# {name} {version}\n" for name, version in versions.items())
+    text = f"{header}# Python {platform.python_version()}, {platform.platform()}\n\n{recipe.to_toml()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        versions = {name: importlib.metadata.version(name) for name in ("sslkit", "torch", "timm", "accelerate")}
-        header = "".join(f"# {name} {version}\n" for name, version in versions.items())
-        text = f"{header}# Python {platform.python_version()}, {platform.platform()}\n\n{recipe.to_toml()}"
-        (folder / "recipe.toml").write_text(text, encoding="utf-8")
+        aside = folder / ".recipe.tmp"
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(folder / "recipe.toml")
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be written to: {error}") from error
 
 
-def _opening(
-    recipe: Recipe,
-    folder: Path,
-    source: ImageSource,
-    method: Method,
-    accelerator: Accelerator,
-    start_step: int,
-    last_step: int,
-) -> list[str]:
+def _opening(training: Training, source: ImageSource) -> list[str]:
     """What the user is told before the first step."""
-    trained = sum(param.numel() for param in method.parameters() if param.requires_grad)
+    recipe, accelerator = training.recipe, training.accelerator
+    trained = sum(param.numel() for param in training.method.parameters() if param.requires_grad)
     train = recipe.train
     lines = [
         f"{recipe.method_name} on {recipe.backbone.name}: {trained / 1e6:.2f} M trained parameters",
@@ -274,8 +293,9 @@ def _opening(
         f"{_workers(recipe, accelerator)} data worker(s) each",
         f"learning rate: base {recipe.optim.lr:g}, rule {recipe.optim.lr_rule} x batch / 256, peak {recipe.peak_lr:g}",
     ]
-    if start_step >= last_step:
-        lines.append(f"{folder} is already trained to step {start_step} of {last_step}; nothing to do")
-    elif start_step:
-        lines.append(f"continuing {folder} from step {start_step} of {last_step}")
+    done, last = training.start_step, training.last_step
+    if done >= last:
+        lines.append(f"{training.folder} is already trained to step {done} of {last}; nothing to do")
+    elif done:
+        lines.append(f"continuing {training.folder} from step {done} of {last}")
     return lines

@@ -88,7 +88,8 @@ def load_encoder(name: str) -> Encoder:
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"{name}: its pretrained weights cannot be had: {first}") from error
     config: Any = module.pretrained_cfg
-    return Encoder(module, resolve_data_config(model=module), name, config["architecture"])
+    model_args = {key: value for key, value in getattr(module, "_model_args", {}).items() if key != "num_classes"}
+    return Encoder(module, resolve_data_config(model=module), name, config["architecture"], model_args)
 
 
 def build(architecture: str, model_args: dict[str, Any], small_stem: bool) -> nn.Module:
@@ -206,12 +207,17 @@ def extract_features(
     return torch.cat(features)
 
 
-def raw_pixels(source: ImageSource) -> Tensor:
-    """The images themselves as features, at most 32 pixels a side.
+def raw_pixel_side(source: ImageSource) -> int:
+    """Side in pixels at which raw pixels are compared: the first image's shorter side, within 8 to 32."""
+    sides: tuple[int, ...] = source.read(0).shape[:2]
+    return max(min(RAW_PIXEL_SIDE, *sides), 8)
 
-    (len(source), 3 * side * side), or a third of that where every image is grey.
+
+def raw_pixels(source: ImageSource, side: int) -> Tensor:
+    """The images themselves as features, resized to ``side`` x ``side`` pixels.
+
+    Shape (len(source), 3 * side * side).
     """
-    side = min(RAW_PIXEL_SIDE, *source.read(0).shape[:2])
     rows = []
     for index in range(len(source)):
         picture = Image.fromarray(source.read(index))
@@ -219,8 +225,6 @@ def raw_pixels(source: ImageSource) -> Tensor:
             picture = picture.resize((side, side), Image.Resampling.BILINEAR)
         rows.append(np.asarray(picture))
     pixels = np.stack(rows)
-    if (pixels == pixels[..., :1]).all():
-        pixels = pixels[..., :1]
     return torch.from_numpy(pixels.reshape(len(pixels), -1).astype(np.float32) / 255.0)
 
 

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from sslkit.data.source import DataConfig, ImageSource
-from sslkit.evaluate.features import Encoder, Transform, extract_features, load_encoder, raw_pixels, read_layer
+from sslkit.errors import UserError
+from sslkit.evaluate.features import (
+    Encoder,
+    Transform,
+    extract_features,
+    load_encoder,
+    raw_pixel_side,
+    raw_pixels,
+    read_layer,
+)
 from sslkit.evaluate.knn import KnnProtocol, knn_accuracy
 from sslkit.evaluate.labels import LabelledPair, open_pair
 from sslkit.evaluate.linear import LinearProtocol, linear_accuracy
@@ -91,7 +100,7 @@ def evaluate_knn(
     for encoder in _contestants(model, baselines, reading):
         # The brightness that all pictures share drowns their differences: raw pixels are always centred.
         used = protocol if encoder else replace(protocol, centre=True)
-        bank, queries = (_features(encoder, source, reading) for source in (pair.train, pair.test))
+        bank, queries = (_features(encoder, source, pair, reading) for source in (pair.train, pair.test))
         accuracy = knn_accuracy(bank, pair.train_labels, queries, pair.test_labels, used)
         scores.append(Score(encoder.description if encoder else RAW_PIXELS, accuracy))
     settings = {**vars(protocol), **_settings(reading), "train_split": train_split, "test_split": test_split}
@@ -133,8 +142,8 @@ def evaluate_linear(
         used = LinearProtocol.named(protocol, is_vit=encoder is not None and family(encoder.architecture) == "vit")
         used = replace(used, epochs=epochs or used.epochs)
         online = augment and encoder is not None and used.name != "logistic"
-        train = _epochs_of(encoder, pair, reading) if online else _features(encoder, pair.train, reading)
-        test = _features(encoder, pair.test, reading)
+        train = _epochs_of(encoder, pair, reading) if online else _features(encoder, pair.train, pair, reading)
+        test = _features(encoder, pair.test, pair, reading)
         score = linear_accuracy(train, pair.train_labels, test, pair.test_labels, used)
         scores.append(Score(encoder.description if encoder else RAW_PIXELS, score.accuracy, score.chosen))
         settings = settings or {**vars(used), "augment": online}
@@ -155,12 +164,14 @@ def _contestants(model: str, baselines: Sequence[str], reading: Reading) -> Iter
 def _with_crop(encoder: Encoder, reading: Reading) -> Encoder:
     if not reading.crop_pct:
         return encoder
+    if not 0.1 <= reading.crop_pct <= 1.0:
+        raise UserError(f"--crop-pct: must lie between 0.1 and 1, not {reading.crop_pct:g}")
     return replace(encoder, preprocessing={**encoder.preprocessing, "crop_pct": reading.crop_pct})
 
 
-def _features(encoder: Encoder | None, source: ImageSource, reading: Reading) -> Tensor:
+def _features(encoder: Encoder | None, source: ImageSource, pair: LabelledPair, reading: Reading) -> Tensor:
     if encoder is None:
-        return raw_pixels(source)
+        return raw_pixels(source, raw_pixel_side(pair.train))
     return _extract(encoder, source, encoder.transform(), reading, seed=None)
 
 

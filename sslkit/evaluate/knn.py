@@ -25,6 +25,10 @@ class KnnProtocol:
     temperature: float = 0.07
     centre: bool = False
 
+    def __post_init__(self) -> None:
+        if not 0.0 < self.temperature < float("inf"):
+            raise UserError(f"knn: temperature must be a positive number, not {self.temperature:g}")
+
 
 def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k most similar bank rows of every query, by inner product, most similar first.

@@ -32,11 +32,11 @@ class MoCoV1Options(MethodOptions):
             processes each runs several groups; with more, each process is a group.
     """
 
-    dim: int = Field(default=128, ge=1)
-    queue_size: int = Field(default=65536, ge=1)
+    dim: int = Field(default=128, strict=True, ge=1, le=65536)
+    queue_size: int = Field(default=65536, strict=True, ge=1, le=100_000_000)
     temperature: float = Field(default=0.07, gt=0.0)
     momentum: float = Field(default=0.999, ge=0.0, le=1.0)
-    bn_groups: int = Field(default=8, ge=1)
+    bn_groups: int = Field(default=8, strict=True, ge=1)
 
 
 class MoCoV1(Method):

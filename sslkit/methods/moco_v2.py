@@ -22,7 +22,7 @@ class MoCoV2Options(MoCoV1Options):
         temperature: Divides the similarities.
     """
 
-    hidden_dim: int = Field(default=0, ge=0)
+    hidden_dim: int = Field(default=0, strict=True, ge=0, le=65536)
     temperature: float = Field(default=0.2, gt=0.0)
 
 

@@ -32,12 +32,12 @@ class MoCoV3Options(MethodOptions):
         predictor_last_norm: Whether the predictor ends in a BatchNorm (ViT yes, ResNet no).
     """
 
-    dim: int = Field(default=256, ge=1)
-    hidden_dim: int = Field(default=4096, ge=1)
+    dim: int = Field(default=256, strict=True, ge=1, le=65536)
+    hidden_dim: int = Field(default=4096, strict=True, ge=1, le=65536)
     temperature: float = Field(default=0.2, gt=0.0)
     momentum: float = Field(default=0.99, ge=0.0, le=1.0)
     momentum_schedule: Literal["cosine", "constant"] = "cosine"
-    projector_layers: int = Field(default=3, ge=1)
+    projector_layers: int = Field(default=3, strict=True, ge=1, le=10)
     predictor_last_norm: bool = True
 
 

@@ -14,6 +14,9 @@ from sslkit.errors import UserError, near_miss
 Family = Literal["resnet", "vit", "other"]
 
 IMAGE_CHANNELS = 3
+RESERVED_ARGS = {
+    *("num_classes", "in_chans", "features_only", "pretrained", "pretrained_cfg", "checkpoint_path", "scriptable"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,11 @@ def check_name(name: str) -> None:
     """Raise `UserError` unless ``name`` is a timm model name."""
     if not timm.is_model(name):
         raise UserError(f"[backbone] name: timm has no model {name!r}{near_miss(name, timm.list_models())}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        known = timm.list_pretrained(f"{name.split('.')[0]}.*")
+        raise UserError(f"[backbone] name: timm has no weights {name!r}{near_miss(name, known)}") from error
 
 
 def family(name: str) -> Family:
@@ -103,6 +111,9 @@ def feature_dim(model: nn.Module, img_size: int) -> int:
 
 
 def _create_timm_model(spec: BackboneSpec) -> nn.Module:
+    reserved = sorted(RESERVED_ARGS & spec.args.keys())
+    if reserved:
+        raise UserError(f"[backbone] args: {reserved[0]!r} is sslkit's to set; leave it out")
     kwargs: dict[str, Any] = {"num_classes": 0, **spec.args}
     if spec.zero_init_last is not None:
         kwargs.setdefault("zero_init_last", spec.zero_init_last)
@@ -118,6 +129,11 @@ def _create_timm_model(spec: BackboneSpec) -> nn.Module:
         ) from error
     except OSError as error:
         raise UserError(f"[backbone] pretrained: no weights for {source!r} to be had: {_first_line(error)}") from error
+    config: Any = model.pretrained_cfg
+    if isinstance(spec.pretrained, str) and config["architecture"] != spec.name.split(".")[0]:
+        raise UserError(
+            f"[backbone] name: {spec.name!r}, but {source!r} holds a {config['architecture']!r}; name that instead"
+        )
     return model
 
 

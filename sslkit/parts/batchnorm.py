@@ -40,11 +40,12 @@ class GlobalBatchNorm(nn.Module):
             mean, var = self._global_statistics(x)
         else:
             mean, var = self.running_mean, self.running_var
+        work = torch.promote_types(x.dtype, torch.float32)
         scale = torch.rsqrt(var + self.eps)
-        y = (x - mean.to(x.dtype).view(shape)) * scale.to(x.dtype).view(shape)
+        y = (x.to(work) - mean.to(work).view(shape)) * scale.to(work).view(shape)
         if self.weight is not None:
             y = y * self.weight.view(shape) + self.bias.view(shape)
-        out: Tensor = self.act(self.drop(y))
+        out: Tensor = self.act(self.drop(y.to(x.dtype)))
         return out
 
     def _global_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:

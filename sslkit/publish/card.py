@@ -66,6 +66,16 @@ def _scores(run: Path) -> str:
     file = run / "results.jsonl"
     if not file.is_file():
         return "None recorded."
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    lines = [f"| {row['evaluation']} | {row['data']} | {100 * row['accuracy']:.1f} % |" for row in rows]
+    step = int((run / "checkpoints" / "latest").read_text(encoding="utf-8").strip().removeprefix("step-"))
+    newest: dict[tuple[str, str], float] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # the last line of a run that was killed
+            continue
+        if row.get("step") == step:
+            newest[row["evaluation"], row["data"]] = row["accuracy"]
+    if not newest:
+        return "None recorded for these weights."
+    lines = [f"| {name} | {data} | {100 * accuracy:.1f} % |" for (name, data), accuracy in newest.items()]
     return "\n".join(["| protocol | data | top-1 |", "| --- | --- | --- |", *lines])

@@ -8,7 +8,7 @@ bit for bit.
 import json
 import os
 import shutil
-import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from sslkit.errors import UserError
+from sslkit.errors import RunError, UserError
 from sslkit.evaluate.features import load_encoder
 from sslkit.parts.backbone import create_backbone
 from sslkit.publish.card import model_card
-from sslkit.recipe import Recipe, build_recipe
+from sslkit.recipe import Recipe, load_recipe
 
 # What timm needs of a pretrained_cfg; everything else in it belongs to the weights the architecture came with.
 KEPT_CONFIG = (
@@ -33,7 +33,7 @@ KEPT_CONFIG = (
 TRAINING_ARGS = ("num_classes", "zero_init_last", "weight_init", "pretrained")
 
 
-class EncoderFolderError(RuntimeError):
+class EncoderFolderError(RunError):
     """The exported folder does not give back the encoder's features; nothing is left behind."""
 
 
@@ -49,13 +49,12 @@ def write_encoder(recipe: Recipe, state: dict[str, Tensor], folder: Path, tag: s
         tag: timm's pretrained tag, such as ``moco_v3_e300``.
         license_id: SPDX id of the licence the weights are given under.
     """
-    backbone = create_backbone(recipe.backbone_spec())
-    backbone.load_state_dict(state)
+    backbone = _rebuild(recipe, state)
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     _write_config(recipe, backbone, aside / "config.json", tag, license_id)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    weights = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
     _swap(aside, folder)
 
@@ -81,7 +80,9 @@ def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apach
         raise UserError(f"{run}: no run with an encoder (no {source / 'model.safetensors'}); train it first")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: already holds something; export to a new or empty folder")
-    recipe = build_recipe(tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8")), name=str(run))
+    if not license_id.strip():
+        raise UserError("--license: must be the SPDX id of a licence, such as apache-2.0")
+    recipe = load_recipe(run / "recipe.toml")
     state = load_file(source / "model.safetensors")
     tag = json.loads((source / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]["tag"]
     try:
@@ -90,12 +91,19 @@ def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apach
         raise UserError(f"{folder}: cannot be written: {error}") from error
     try:
         proof = _prove(recipe, state, folder)
-    except EncoderFolderError:
+        (folder / "README.md").write_text(model_card(recipe, run, folder, tag, license_id), encoding="utf-8")
+        shutil.copy(run / "recipe.toml", folder / "recipe.toml")
+    except BaseException:
         shutil.rmtree(folder)
         raise
-    (folder / "README.md").write_text(model_card(recipe, run, folder, tag, license_id), encoding="utf-8")
-    shutil.copy(run / "recipe.toml", folder / "recipe.toml")
     return proof
+
+
+def _rebuild(recipe: Recipe, state: dict[str, Tensor]) -> nn.Module:
+    """The backbone with these weights; whatever it was continued from is not asked for again."""
+    backbone = create_backbone(replace(recipe.backbone_spec(), pretrained=False))
+    backbone.load_state_dict(state)
+    return backbone
 
 
 def _write_config(recipe: Recipe, backbone: nn.Module, file: Path, tag: str, license_id: str) -> None:
@@ -123,8 +131,7 @@ def _write_config(recipe: Recipe, backbone: nn.Module, file: Path, tag: str, lic
 
 def _prove(recipe: Recipe, state: dict[str, Tensor], folder: Path) -> dict[str, Any]:
     """Load the folder as a stranger would and compare features on noise images, bit for bit."""
-    backbone = create_backbone(recipe.backbone_spec())
-    backbone.load_state_dict(state)
+    backbone = _rebuild(recipe, state)
     by_timm = not recipe.backbone.small_stem
     if by_timm:
         reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
@@ -134,6 +141,8 @@ def _prove(recipe: Recipe, state: dict[str, Tensor], folder: Path) -> dict[str, 
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected, found = backbone.eval()(images), reloaded.eval()(images)
+    if not torch.isfinite(expected).all():
+        raise EncoderFolderError(f"{folder}: the encoder's features are not finite in evaluation; it is not usable")
     if not torch.equal(expected, found):
         raise EncoderFolderError(f"{folder}: the reloaded encoder's features differ from the run's")
     return {"features": tuple(expected.shape), "loads_in_timm": by_timm}

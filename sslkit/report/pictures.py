@@ -1,6 +1,5 @@
 """Pictures of a run: its curves, and the views it learned from."""
 
-import tomllib
 from pathlib import Path
 
 import matplotlib as mpl
@@ -10,7 +9,7 @@ from sslkit.data.source import open_source
 from sslkit.data.views import NUM_VIEWS, ViewPipeline
 from sslkit.engine.journal import read_lines
 from sslkit.errors import UserError
-from sslkit.recipe import Recipe, build_recipe
+from sslkit.recipe import Recipe, load_recipe
 
 mpl.use("Agg")
 
@@ -28,7 +27,7 @@ def draw_run(run: Path) -> list[Path]:
     """
     if not (run / "recipe.toml").is_file():
         raise UserError(f"{run}: not a run folder (no recipe.toml)")
-    recipe = build_recipe(tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8")), name=str(run))
+    recipe = load_recipe(run / "recipe.toml")
     metrics = read_lines(run / "metrics.jsonl")
     if not metrics:
         raise UserError(f"{run}: nothing to draw yet, metrics.jsonl is empty")

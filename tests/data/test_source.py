@@ -56,6 +56,18 @@ def test_split_folders_and_shared_class_numbers(class_folders: Path, tmp_path: P
     assert {pair.classes[label] for label in pair.test_labels} == {only.name}
 
 
+def test_a_class_named_like_a_split_is_refused(class_folders: Path, tmp_path: Path) -> None:
+    for name in ("car", "train"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(next(class_folders.rglob("*.png")).read_bytes())
+    with pytest.raises(UserError, match="folders of splits and others"):
+        open_source(DataConfig(path=str(tmp_path)))
+    (tmp_path / "car").rename(tmp_path / "test")
+    (tmp_path / "train").rename(tmp_path / "val")
+    with pytest.raises(UserError, match=r"\[data\] split: .* has no folder 'train'"):
+        open_source(DataConfig(path=str(tmp_path)))
+
+
 def test_held_out_fifth_without_a_test_split(class_folders: Path) -> None:
     pair = open_pair(DataConfig(path=str(class_folders)))
     assert (len(pair.train), len(pair.test)) == (32, 8)
@@ -117,6 +129,7 @@ def test_what_is_no_image_is_named(content: bytes) -> None:
         ({"path": "builtin:fashion_mnist", "split": "val"}, r"\[data\] split"),
         ({"path": "builtin:fashion_mnist", "name": "all"}, r"\[data\] name"),
         ({"path": "/no/such/folder"}, r"\[data\] path: no folder or file '/no/such/folder'"),
+        ({"path": "testz"}, r"\[data\] path: no folder or file 'testz'; did you mean 'tests'\?"),
         ({"path": "imagefolder"}, r"\[data\] data_dir"),
         ({"path": "user/no-such-set"}, r"\[data\] path: cannot load 'user/no-such-set'"),
     ],

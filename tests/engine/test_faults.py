@@ -1,14 +1,16 @@
 """What must stop a run, and what must not be written when it does."""
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import small_recipe
 
 import sslkit
 from sslkit.engine import run as run_module
-from sslkit.engine.loop import NonFiniteLossError
+from sslkit.engine.loop import NonFiniteError, draw_key, shuffle_order
 from sslkit.errors import UserError
 from sslkit.methods.base import Step
 
@@ -34,11 +36,49 @@ def test_a_loss_that_is_no_number_never_reaches_the_weights(tmp_path: Path, monk
         return method
 
     monkeypatch.setattr(run_module, "build_method", broken_at_step_3)
-    with pytest.raises(NonFiniteLossError, match="loss of step 2 is nan"):
+    with pytest.raises(NonFiniteError, match="loss of step 2 is nan"):
         sslkit.train(small_recipe(), tmp_path / "run")
     after = list(seen["method"].parameters())
     assert all(torch.equal(a, b) for a, b in zip(seen["weights"], after, strict=True))
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_gradient_that_is_no_number_never_reaches_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {}
+    build = run_module.build_method
+
+    def broken(recipe: object) -> torch.nn.Module:
+        seen["method"] = method = build(recipe)
+        next(param for param in method.parameters() if param.requires_grad).register_hook(lambda grad: grad * torch.nan)
+        seen["weights"] = [param.detach().clone() for param in method.parameters()]
+        return method
+
+    monkeypatch.setattr(run_module, "build_method", broken)
+    with pytest.raises(NonFiniteError, match="gradient norm of step 0 is nan"):
+        sslkit.train(small_recipe(), tmp_path / "run")
+    after = list(seen["method"].parameters())
+    assert all(torch.equal(a, b) for a, b in zip(seen["weights"], after, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named_in_one_sentence(workers: int, class_folders: Path, tmp_path: Path) -> None:
+    images = shutil.copytree(class_folders, tmp_path / "images [1]")
+    bad = next(images.rglob("*5.png"))
+    bad.write_bytes(bad.read_bytes()[:60])
+    data = {"path": str(images), "split": "train", "workers": workers}
+    with pytest.raises(UserError, match=r"cannot read .*5\.png as an image") as caught:
+        sslkit.train(small_recipe(data=data, train={"max_steps": 0, "batch_size": 20}), tmp_path / "run")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_draws_for_different_purposes_never_share_a_stream() -> None:
+    recipe = small_recipe("moco_v2", "test_resnet", train={"batch_size": 8})
+    crop = np.random.default_rng([0, 0, 1, 5, 0]).permutation(8)
+    assert shuffle_order(recipe, 5).tolist() != crop.tolist()
+    keys = {draw_key(0, purpose, step, 0, 0) for purpose in (0, 1, 2) for step in range(50)}
+    assert len(keys) == 150
 
 
 @pytest.mark.parametrize(

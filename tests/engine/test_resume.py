@@ -126,3 +126,52 @@ def test_starting_from_another_runs_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--resume"):
         sslkit.train(small_recipe(), tmp_path / "third", resume=str(tmp_path / "nowhere"))
     assert not (tmp_path / "third").exists()
+
+
+def test_a_broken_or_abandoned_later_checkpoint_does_not_outlive_the_good_one(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    sslkit.train(small_recipe(train={"max_steps": 6}, checkpoint={"every_steps": 2, "keep": 9}), run)
+    folder = run / "checkpoints"
+    (folder / "step-00000006" / "model.safetensors").write_bytes(b"torn")
+    sslkit.train(small_recipe(train={"max_steps": 5}, checkpoint={"every_steps": 1, "keep": 1}), run)
+    assert [each.name for each in folder.glob("step-*")] == ["step-00000005"]
+    checkpoint, complaints = newest_checkpoint(folder)
+    assert checkpoint is not None
+    assert checkpoint.step == 5
+    assert complaints == []
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    sslkit.train(small_recipe(train={"max_steps": 2}), tmp_path / "first")
+    for tables in ({"optim": {"name": "sgd", "lr": 0.1, "weight_decay": 0.0}}, {"method": {"dim": 8}}):
+        method = {"name": "moco_v3", "hidden_dim": 32, **tables.pop("method", {})}
+        with pytest.raises(UserError, match="was trained by another recipe"):
+            sslkit.train(
+                small_recipe(train={"max_steps": 4}, method=method, **tables),
+                tmp_path / "second",
+                resume=str(tmp_path / "first"),
+            )
+        assert not (tmp_path / "second").exists()
+
+
+def test_precision_may_change_between_runs_of_one_process(tmp_path: Path) -> None:
+    for precision in ("bf16", "no"):
+        recipe = small_recipe("moco_v2", "test_resnet", train={"max_steps": 2, "precision": precision})
+        run = sslkit.train(recipe, tmp_path / precision)
+        assert [row["step"] for row in run.metrics()] == [1, 2]
+
+
+def test_ctrl_c_is_not_success(tmp_path: Path) -> None:
+    recipe_file = tmp_path / "recipe.toml"
+    recipe_file.write_text(small_recipe("moco_v2", "test_resnet", train={"max_steps": 0, "epochs": 500}).to_toml())
+    command = [sys.executable, "-m", "sslkit.pretrain", str(recipe_file), "--output", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped" in err
+    assert "Traceback" not in err

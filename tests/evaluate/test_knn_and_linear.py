@@ -12,7 +12,7 @@ from sslkit.data.source import DataConfig, open_source
 from sslkit.errors import UserError
 from sslkit.evaluate import KnnProtocol, LinearProtocol, knn_accuracy, linear_accuracy
 from sslkit.evaluate import knn as knn_module
-from sslkit.evaluate.features import extract_features, fingerprint, raw_pixels
+from sslkit.evaluate.features import extract_features, fingerprint, raw_pixel_side, raw_pixels
 from sslkit.evaluate.knn import nearest, predict
 from sslkit.evaluate.linear import fit_logistic
 
@@ -115,5 +115,8 @@ def test_raw_pixels_reach_their_known_score() -> None:
     test = open_source(DataConfig(path="builtin:fashion_mnist", split="test"))
     classes = {name: number for number, name in enumerate(train.class_names())}
     labels, truth = (torch.tensor([classes[name] for name in s.labels()]) for s in (train, test))
-    score = knn_accuracy(raw_pixels(train), labels, raw_pixels(test), truth, KnnProtocol(20, 0.07, centre=True))
+    side = raw_pixel_side(train)
+    score = knn_accuracy(
+        raw_pixels(train, side), labels, raw_pixels(test, side), truth, KnnProtocol(20, 0.07, centre=True)
+    )
     assert 0.825 < score < 0.84
