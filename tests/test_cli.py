@@ -102,8 +102,13 @@ def test_export_report_and_lists(capsys: pytest.CaptureFixture[str], trained: Pa
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(
-    capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    words: list[str],
+    sentence: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where no run of an earlier quickstart lies
     code, _, err = run(capsys, *words)
     assert code == 2
     assert err.startswith("sslkit: ")

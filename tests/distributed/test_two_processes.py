@@ -40,14 +40,12 @@ def test_part_equals_the_whole_batch(differences: dict[str, float], check: str) 
     assert differences[check] < 1e-12
 
 
-# Float32 sums round differently; BatchNorm over eight images amplifies that step by step (in float64, above, it is
-# 1e-14). Without batch statistics 1e-5 holds.
+# With BatchNorm float32 rounding grows from step to step; there the float64 checks above speak (1e-12).
 @pytest.mark.parametrize(
     ("name", "model", "tolerance"),
     [
         ("moco_v2", "test_vit", 1e-5),
         ("moco_v3", "test_vit", 1e-5),
-        ("moco_v2", "test_resnet", 3e-4),
     ],
 )
 def test_training_on_two_processes_equals_one(name: str, model: str, tolerance: float, tmp_path: Path) -> None:
