@@ -214,22 +214,16 @@ def build_recipe(tables: dict[str, Any], overrides: list[str] | None = None, nam
     tables = {table: dict(keys) if isinstance(keys, dict) else keys for table, keys in tables.items()}
     for override in overrides or []:
         _apply_override(tables, override)
-    mistakes = _shape_mistakes(tables)
+    mistakes = _shape_mistakes(tables) or _name_mistakes(tables)
     if mistakes:
-        raise UserError("\n".join(f"{name} {mistake}" for mistake in mistakes))
-    try:
-        method_name = canonical_name(tables["method"]["name"])
-        check_name(tables["backbone"]["name"])
-    except UserError as error:
-        raise UserError(f"{name} {error}") from error
+        raise _refusal(name, mistakes)
+    method_name = canonical_name(tables["method"]["name"])
     method = find_method(method_name)
     layered = _lay_over(method.paper_defaults(family(tables["backbone"]["name"])), tables)
     mistakes += _fill_policy(layered)
     parsed: dict[str, Any] = {}
-    options = {key: value for key, value in layered["method"].items() if key != "name"}
-    for table, model, keys in [("method", method.Options, options)] + [
-        (table, model, layered[table]) for table, model in TABLES.items()
-    ]:
+    for table, model in [("method", method.Options), *TABLES.items()]:
+        keys = {key: value for key, value in layered[table].items() if (table, key) != ("method", "name")}
         try:
             parsed[table] = model.model_validate(keys)
         except ValidationError as error:
@@ -238,8 +232,12 @@ def build_recipe(tables: dict[str, Any], overrides: list[str] | None = None, nam
         recipe = Recipe(method_name=method_name, **parsed, reference=tables.get("reference", {}))
         mistakes += _contradictions(recipe)
     if mistakes:
-        raise UserError("\n".join(f"{name} {mistake}" for mistake in mistakes))
+        raise _refusal(name, mistakes)
     return recipe
+
+
+def _refusal(name: str, mistakes: list[str]) -> UserError:
+    return UserError("\n".join(f"{name} {mistake}" for mistake in mistakes))
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -305,6 +303,24 @@ def _shape_mistakes(tables: dict[str, Any]) -> list[str]:
             mistakes.append(f"[{table}] {key}: missing; a recipe needs [method] name, [backbone] name and [data] path")
         elif not isinstance(keys[key], str):
             mistakes.append(f"[{table}] {key}: must be a string, not {keys[key]!r}")
+    return mistakes
+
+
+def _name_mistakes(tables: dict[str, Any]) -> list[str]:
+    """Unknown method or backbone; without them defaults are unknown, but keys given wrong can be told all the same."""
+    mistakes = []
+    for check, name in ((canonical_name, tables["method"]["name"]), (check_name, tables["backbone"]["name"])):
+        try:
+            check(name)
+        except UserError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        for table, model in TABLES.items():
+            try:
+                model.model_validate(tables.get(table, {}))
+            except ValidationError as error:
+                given_wrong = [item for item in error.errors() if item["type"] != "missing"]
+                mistakes += [_sentence(table, model, item) for item in given_wrong]
     return mistakes
 
 

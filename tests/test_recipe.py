@@ -2,6 +2,7 @@
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -178,3 +179,17 @@ def test_cifar_recipe_is_the_notebooks() -> None:
     assert (recipe.backbone.name, recipe.backbone.small_stem) == ("resnet18", True)
     assert (recipe.train.batch_size, recipe.peak_lr, recipe.optim.weight_decay) == (512, 0.06, 5e-4)
     assert recipe.reference["knn_by_epoch"]["200"] == 82.58
+
+
+def test_an_unknown_method_does_not_hide_other_mistakes() -> None:
+    tables: dict[str, Any] = {
+        "method": {"name": "mocov4"},
+        "backbone": {"name": "resnet51x"},
+        "data": {"path": "x"},
+        "train": {"epochz": 3},
+    }
+    with pytest.raises(UserError) as caught:
+        build_recipe(tables, name="r.toml")
+    sentences = str(caught.value).splitlines()
+    assert ["mocov4" in sentences[0], "resnet51x" in sentences[1], "epochz" in sentences[2]] == [True] * 3
+    assert len(sentences) == 3

@@ -82,11 +82,11 @@ def _parameter_groups(method: nn.Module, weight_decay: float, spare_vectors: boo
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """The rate of update ``step`` (from 0), by the recipe's schedule."""
+    """The rate of update ``step`` (from 0), by the recipe's schedule; warm-up always moves with the step."""
     schedule = recipe.schedule
     epoch = step / steps_per_epoch
-    if schedule.per == "epoch":
-        epoch = per_epoch(epoch)
+    if schedule.per == "epoch" and epoch >= schedule.warmup_epochs:
+        epoch = max(per_epoch(epoch), schedule.warmup_epochs)
     if schedule.decay == "cosine":
         return warmup_then_cosine(epoch, recipe.train.epochs, schedule.warmup_epochs, recipe.peak_lr)
     milestones = schedule.milestones if schedule.decay == "steps" else []

@@ -88,3 +88,12 @@ def test_v3_rate_moves_within_an_epoch_and_v2_rate_does_not() -> None:
     rates = [learning_rate(v2, step, 7) for step in range(14)]
     assert len(set(rates[:7])) == len(set(rates[7:])) == 1
     assert rates[7] == pytest.approx(0.0299981495, abs=5e-11)
+
+
+def test_warm_up_moves_with_the_step_even_where_the_decay_moves_per_epoch() -> None:
+    tables = {"method": {"name": "moco_v2"}, "backbone": {"name": "resnet50"}, "data": {"path": "x"}}
+    recipe = build_recipe({**tables, "schedule": {"warmup_epochs": 1.5}}, name="v2")
+    rates = [learning_rate(recipe, step, 10) for step in range(31)]
+    assert rates[:16] == pytest.approx([recipe.peak_lr * step / 15 for step in range(16)])
+    assert len(set(rates[15:20])) == len(set(rates[20:30])) == 1
+    assert rates[20] < rates[15] == recipe.peak_lr
