@@ -18,6 +18,10 @@ from sslkit.errors import UserError, near_miss
 from sslkit.methods import MethodOptions, canonical_name, find_method
 from sslkit.parts.backbone import BackboneSpec, check_name, family, takes_image_size
 
+ACCUMULATION = (
+    "accumulating the gradients of small batches is another loss, in which every image meets fewer negatives; "
+    "[train] micro_batch = n gives the whole batch's loss and gradient in the memory of n images"
+)
 PRETRAINED_SOURCES = ("hf_hub:", "hf-hub:", "local-dir:")
 
 
@@ -37,7 +41,7 @@ class BackboneConfig(_Table):
     args: dict[str, Any] = Field(default_factory=dict)
     zero_init_last: bool | None = None
     init: Literal["timm", "moco_v3"] = "timm"
-    pos_embed: Literal["timm", "sincos2d"] = "timm"
+    pos_embed: Literal["timm", "sincos2d", "none"] = "timm"
     freeze_patch_embed: bool = False
     small_stem: bool = False
 
@@ -52,17 +56,18 @@ class OptimConfig(_Table):
     """``[optim]``.
 
     Attributes:
-        name: ``sgd`` and ``lars`` have momentum without Nesterov; ``lars`` is MoCo v3's.
+        name: ``sgd``, ``lars`` (MoCo v3's and BYOL's), ``lars_simclr`` and ``larc`` (SwAV's) have momentum without
+            Nesterov; ``adamw`` and ``lamb`` have betas.
         lr: The paper's base rate, for a batch of 256.
         lr_rule: How the peak rate follows from it: ``linear`` times batch / 256, ``sqrt`` times its root, ``none``.
         weight_decay: Added to the gradient (sgd, lars) or decoupled (adamw, lamb).
-        momentum: Of sgd and lars.
+        momentum: Of sgd, lars and larc.
         betas: Of adamw and lamb.
         exclude_from_decay: ``norm_and_bias`` frees tensors of at most one axis from weight decay; the papers decay
             everything, except that lars always frees them.
     """
 
-    name: Literal["sgd", "lars", "adamw", "lamb"]
+    name: Literal["sgd", "lars", "lars_simclr", "larc", "adamw", "lamb"]
     lr: float = Field(ge=0.0)
     lr_rule: Literal["linear", "sqrt", "none"] = "linear"
     weight_decay: float = Field(ge=0.0)
@@ -72,10 +77,21 @@ class OptimConfig(_Table):
 
 
 class ScheduleConfig(_Table):
-    """``[schedule]`` of the learning rate, set every ``step`` or once per ``epoch`` as the paper does."""
+    """``[schedule]`` of the learning rate.
+
+    Attributes:
+        decay: How it falls from its peak.
+        warmup_epochs: Linear rise before that, with every step.
+        warmup_start: Rate at the start of the warm-up, as a share of the peak.
+        final: Rate at the end of the cosine, as a share of the peak.
+        milestones: Epochs at which ``steps`` multiplies the rate by ``factor``.
+        per: Whether the decay moves every ``step`` or once per ``epoch``, as the paper does.
+    """
 
     decay: Literal["cosine", "steps", "constant"]
     warmup_epochs: float = Field(default=0.0, ge=0.0)
+    warmup_start: float = Field(default=0.0, ge=0.0, le=1.0)
+    final: float = Field(default=0.0, ge=0.0, le=1.0)
     milestones: list[Annotated[float, Field(gt=0.0)]] = Field(default_factory=list)
     factor: float = Field(default=0.1, gt=0.0)
     per: Literal["step", "epoch"]
@@ -88,6 +104,8 @@ class TrainConfig(_Table):
         epochs: Passes over the data; the schedules span them.
         max_steps: Stop after so many updates (0: never); the schedules still span ``epochs``.
         batch_size: Global batch, over all processes.
+        micro_batch: Send the batch through the backbone so many images at a time on each process, with the loss and
+            gradient of the whole batch; memory follows the slice (0: all at once). See docs/large-batches.md.
         precision: Of autocast; ``no`` is float32.
         seed: Key of the sample order and of every random draw.
         clip_norm: Largest norm of the gradient; 0 leaves it alone, as the papers do.
@@ -98,6 +116,7 @@ class TrainConfig(_Table):
     epochs: int = Field(strict=True, ge=1, le=1_000_000)
     max_steps: int = Field(strict=True, default=0, ge=0)
     batch_size: int = Field(strict=True, ge=2, le=10_000_000)
+    micro_batch: int = Field(strict=True, default=0, ge=0)
     precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = Field(strict=True, default=0, ge=0, lt=2**63)
     clip_norm: float = Field(default=0.0, ge=0.0)
@@ -349,6 +368,8 @@ def _fill_policy(layered: dict[str, dict[str, Any]]) -> list[str]:
 def _sentence(table: str, model: type[BaseModel], item: Any) -> str:
     """One pydantic error as a sentence with table, key and near miss."""
     key = str(item["loc"][0]) if item["loc"] else ""
+    if table == "train" and "accumulat" in key:
+        return f"[train] {key}: {ACCUMULATION}"
     if item["type"] == "extra_forbidden":
         return f"[{table}] {key}: unknown key{near_miss(key, model.model_fields)}"
     if item["type"] == "missing":

@@ -25,16 +25,28 @@ def small_recipe(name: str = "moco_v3", model: str = "test_vit", /, **tables: di
         "moco_v1": {"queue_size": 96, "dim": 16, "bn_groups": 2},
         "moco_v2": {"queue_size": 96, "dim": 16, "bn_groups": 2},
         "moco_v3": {"hidden_dim": 32, "dim": 16},
+        "simclr": {"dim": 16},
+        "byol": {"hidden_dim": 32, "dim": 16},
+        "swav": {"hidden_dim": 32, "dim": 16, "prototypes": 12, "freeze_prototypes_steps": 2},
+        "instdisc": {"dim": 16, "negatives": 24},
+        "end_to_end": {"dim": 16, "bn_groups": 2},
+        "memory_bank": {"dim": 16, "negatives": 24},
     }
     base: dict[str, dict[str, Any]] = {
         "method": {"name": name, **options[name]},
         "backbone": {"name": model},
         "data": {"path": "builtin:fashion_mnist", "split": "test", "workers": 0},
-        "views": {"policy": "small_gray", "size": 32},
+        "views": {
+            "policy": "small_gray",
+            "size": 32,
+            **({"small_crops": 2, "small_size": 16} if name == "swav" else {}),
+        },
         "train": {"epochs": 1, "batch_size": 32, "max_steps": 6, "log_every": 1},
         "checkpoint": {"every_minutes": 0},
         "schedule": {"warmup_epochs": 0},
     }
+    if name == "swav":
+        base["views"] |= {"small_crops": 2, "small_size": 32, "small_scale": [0.1, 0.4]}
     for table, keys in tables.items():
         base[table] = {**base.get(table, {}), **keys}
     return build_recipe(base, name="test recipe")

@@ -40,6 +40,8 @@ def test_v3_defaults_follow_the_backbone() -> None:
         "momentum_schedule": "cosine",
         "projector_layers": 2,
         "predictor_last_norm": False,
+        "predictor": True,
+        "head_norm": True,
     }
     assert (resnet.views.crop_scale, resnet.schedule.warmup_epochs) == ((0.2, 1.0), 10)
     assert (vit.optim.name, vit.peak_lr, vit.optim.weight_decay) == ("adamw", pytest.approx(2.4e-3), 0.1)
@@ -134,6 +136,11 @@ PUBLISHED = {
     "mocov3_vits": ("moco_v3", "vit_small_patch16_224", 300, 4096, 73.2),
     "mocov3_vitb": ("moco_v3", "vit_base_patch16_224", 300, 4096, 76.7),
     "mocov3_vitl": ("moco_v3", "vit_large_patch16_224", 300, 4096, 77.6),
+    "simclr_r50": ("simclr", "resnet50", 100, 4096, 64.5),
+    "byol_r50": ("byol", "resnet50", 1000, 4096, 74.3),
+    "byol_r50_300ep": ("byol", "resnet50", 300, 4096, 72.5),
+    "swav_r50": ("swav", "resnet50", 800, 4096, 75.3),
+    "memory_bank_r50": ("memory_bank", "resnet50", 200, 256, 58.0),
 }
 
 
@@ -174,6 +181,7 @@ def test_cifar_recipe_is_the_notebooks() -> None:
     recipe = load_recipe("mocov2_cifar10")
     assert recipe.method.model_dump() == {
         **{"dim": 128, "queue_size": 4096, "temperature": 0.1, "momentum": 0.99, "bn_groups": 8},
+        "symmetric": False,
     }
     assert recipe.method_name == "moco_v1"  # the notebook has v1's linear head
     assert (recipe.backbone.name, recipe.backbone.small_stem) == ("resnet18", True)

@@ -78,13 +78,13 @@ class GlobalBatches(Sampler[list[Key]]):
             yield [(epoch, int(sample)) for sample in order[first : first + local]]
 
 
-class ViewDataset(Dataset[tuple[NDArray[np.uint8], int]]):
+class ViewDataset(Dataset[tuple[list[NDArray[np.uint8]], int]]):
     """Decodes a sample once and cuts its views; asked for by (epoch, sample)."""
 
     def __init__(self, source: ImageSource, pipeline: ViewPipeline) -> None:
         self.source, self.pipeline = source, pipeline
 
-    def __getitem__(self, key: Key) -> tuple[NDArray[np.uint8], int]:
+    def __getitem__(self, key: Key) -> tuple[list[NDArray[np.uint8]], int]:
         epoch, sample = key
         return self.pipeline(self.source.read(sample), epoch, sample), sample
 
@@ -121,9 +121,9 @@ def cores_of_a_process(processes_here: int) -> int:
     return max(len(os.sched_getaffinity(0)) // processes_here, 1)
 
 
-def _collate(samples: list[tuple[NDArray[np.uint8], int]]) -> Batch:
-    stacked = torch.from_numpy(np.stack([views for views, _ in samples], axis=1))
-    return Batch(list(stacked.unbind(0)), torch.tensor([sample for _, sample in samples]))
+def _collate(samples: list[tuple[list[NDArray[np.uint8]], int]]) -> Batch:
+    views = [torch.from_numpy(np.stack(view)) for view in zip(*(views for views, _ in samples), strict=True)]
+    return Batch(views, torch.tensor([sample for _, sample in samples]))
 
 
 def _start_worker(_worker: int) -> None:

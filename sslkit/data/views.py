@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
-NUM_VIEWS = 2
+LARGE_VIEWS = 2
 VIEWS = 0  # what these draws are for, the second word of their key
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 PerView = Probability | tuple[Probability, Probability]
@@ -35,6 +35,32 @@ POLICIES: dict[str, dict[str, Any]] = {
         "jitter_prob": 0.8,
         "blur_prob": (1.0, 0.1),
         "solarize_prob": (0.0, 0.2),
+    },
+    # Pixels in [0, 1] are not normalised further.
+    "simclr": {
+        "crop_scale": (0.08, 1.0),
+        "interpolation": "bicubic",
+        "jitter": (0.8, 0.8, 0.8, 0.2),
+        "jitter_prob": 0.8,
+        "blur_prob": 0.5,
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+    },
+    "byol": {
+        "crop_scale": (0.08, 1.0),
+        "interpolation": "bicubic",
+        "jitter": (0.4, 0.4, 0.2, 0.1),
+        "jitter_prob": 0.8,
+        "blur_prob": (1.0, 0.1),
+        "solarize_prob": (0.0, 0.2),
+    },
+    "swav": {
+        "crop_scale": (0.14, 1.0),
+        "small_crops": 6,
+        "jitter": (0.8, 0.8, 0.8, 0.2),
+        "jitter_prob": 0.8,
+        "blur_prob": 0.5,
+        "std": (0.228, 0.224, 0.225),
     },
     "moco_cifar10": {
         "size": 32,
@@ -64,8 +90,12 @@ class ViewsConfig(BaseModel):
 
     Attributes:
         policy: Which of `POLICIES` fills in what is not given.
-        size: Side of the square views in pixels.
+        size: Side of the two square views in pixels.
         crop_scale: Area of a random resized crop as a share of the image.
+        small_crops: Further views, small ones (SwAV's multi-crop). Of probabilities given per view, they have the
+            second's.
+        small_size: Their side in pixels.
+        small_scale: Their area as a share of the image.
         crop_ratio: Width over height of the crop, drawn log-uniformly.
         interpolation: Of the crop's resize. Shrinking is always antialiased (area).
         jitter: Strengths of brightness, contrast, saturation and hue, applied in random order.
@@ -88,6 +118,9 @@ class ViewsConfig(BaseModel):
     policy: str
     size: int = Field(default=224, ge=8, le=4096)
     crop_scale: Range = (0.2, 1.0)
+    small_crops: int = Field(default=0, strict=True, ge=0, le=100)
+    small_size: int = Field(default=96, strict=True, ge=8, le=4096)
+    small_scale: Range = (0.05, 0.14)
     crop_ratio: Range = (0.75, 4 / 3)
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     jitter: tuple[float, float, float, float]
@@ -104,14 +137,14 @@ class ViewsConfig(BaseModel):
     std: RGB = IMAGENET_STD
     crop_pct: float = Field(default=0.875, gt=0.0, le=1.0)
 
-    @field_validator("crop_scale", "crop_ratio", "blur_sigma")
+    @field_validator("crop_scale", "small_scale", "crop_ratio", "blur_sigma")
     @classmethod
     def _ordered(cls, value: Range) -> Range:
         if not 0.0 < value[0] <= value[1]:
             raise ValueError("must be two positive numbers, the smaller first")
         return value
 
-    @field_validator("crop_scale")
+    @field_validator("crop_scale", "small_scale")
     @classmethod
     def _share(cls, value: Range) -> Range:
         if value[1] > 1.0:
@@ -144,14 +177,14 @@ class ViewPipeline:
     def __init__(self, config: ViewsConfig, seed: int) -> None:
         cv2.setNumThreads(0)  # parallelism is the workers' business
         self.seed = seed
-        self.pipelines = [build_pipeline(config, view) for view in range(NUM_VIEWS)]
+        self.pipelines = [build_pipeline(config, view) for view in range(LARGE_VIEWS + config.small_crops)]
 
-    def __call__(self, image: NDArray[np.uint8], epoch: int, sample: int) -> NDArray[np.uint8]:
-        """Cut ``image`` (H, W, 3) into (views, size, size, 3), all uint8 RGB."""
-        return np.stack([self.cut(image, epoch, sample, view) for view in range(len(self.pipelines))])
+    def __call__(self, image: NDArray[np.uint8], epoch: int, sample: int) -> list[NDArray[np.uint8]]:
+        """Cut ``image`` (H, W, 3) into its views, each (size, size, 3), all uint8 RGB; large ones first."""
+        return [self.cut(image, epoch, sample, view) for view in range(len(self.pipelines))]
 
     def cut(self, image: NDArray[np.uint8], epoch: int, sample: int, view: int) -> NDArray[np.uint8]:
-        """Cut one view, (size, size, 3); the same four numbers always give the same view."""
+        """Cut one view, (size, size, 3); seed, epoch, sample and view always give the same one."""
         numpy_draws = np.random.default_rng([self.seed, VIEWS, epoch, sample, view])
         python_draws = random.Random(int(numpy_draws.integers(2**63)))
         pipeline = self.pipelines[view]
@@ -168,16 +201,18 @@ def build_pipeline(config: ViewsConfig, view: int) -> A.Compose:
 
 def _transforms(config: ViewsConfig, view: int) -> list[A.BasicTransform]:
     def chance(prob: PerView) -> float:
-        return prob[view] if isinstance(prob, tuple) else prob
+        return prob[min(view, 1)] if isinstance(prob, tuple) else prob
 
+    small = view >= LARGE_VIEWS
+    size = config.small_size if small else config.size
     brightness, contrast, saturation, hue = config.jitter
     gray = A.ToGray(num_output_channels=3, p=chance(config.gray_prob))
     jitter = A.ColorJitter(brightness, contrast, saturation, hue, p=chance(config.jitter_prob))
     colours = [gray, jitter] if config.gray_first else [jitter, gray]
     steps: list[A.BasicTransform] = [
         A.RandomResizedCrop(
-            size=(config.size, config.size),
-            scale=config.crop_scale,
+            size=(size, size),
+            scale=config.small_scale if small else config.crop_scale,
             ratio=config.crop_ratio,
             interpolation={"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}[config.interpolation],
             area_for_downscale="image",  # OpenCV's own bilinear does not antialias

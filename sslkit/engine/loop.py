@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,9 @@ from sslkit.engine.checkpoint import save_checkpoint
 from sslkit.engine.journal import Journal, duration
 from sslkit.engine.monitors import KnnMonitor
 from sslkit.engine.optim import learning_rate, set_learning_rate
+from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.errors import RunError, UserError
-from sslkit.methods import Method, Progress
+from sslkit.methods import Method, Progress, Step
 from sslkit.parts.collectives import copy_buffers_from_first, mean_over_processes
 from sslkit.publish.export import write_encoder
 from sslkit.recipe import Recipe
@@ -73,25 +75,17 @@ def run_loop(training: Training, journal: Journal) -> None:
     for step, batch in enumerate(clock.waiting(training.loader), start=training.start_step):
         lr = learning_rate(recipe, step, training.steps_per_epoch)
         set_learning_rate(training.optimizer, lr)
-        seed_dropout(draw_key(recipe.train.seed, DROPOUT, step, accelerator.process_index, 0), accelerator.device)
-        views = [
-            normalise(view.to(accelerator.device, non_blocking=True), recipe.views.mean, recipe.views.std)
-            for view in batch.views
-        ]
-        sample_ids = batch.sample_ids.to(accelerator.device, non_blocking=True)
-        permutation = shuffle_order(recipe, step) if method.shuffle_keys else None
-
-        result = training.wrapped(views, sample_ids, permutation)
+        result = forward_and_backward(training, batch, step)
         late = float(save_is_due(training, step + 1, last_save))
         loss, save_votes = mean_over_processes(torch.stack([result.loss, result.loss.new_tensor(late)])).tolist()
         check_finite("loss", loss, step)
-        accelerator.backward(result.loss)
+        method.before_update(Progress(step, total_steps, training.steps_per_epoch))
         grad_norm = gradient_norm(training)
         if accelerator.scaler is None:  # with a scaler, an overflow is expected now and then and skips the step
             check_finite("gradient norm", grad_norm, step)
         training.optimizer.step()
         training.optimizer.zero_grad()
-        moved = method.after_update(Progress(step + 1, total_steps))
+        moved = method.after_update(Progress(step + 1, total_steps, training.steps_per_epoch))
         clock.finish_step()
 
         done = step + 1
@@ -107,6 +101,26 @@ def run_loop(training: Training, journal: Journal) -> None:
             save(training, done)
             last_save = time.monotonic()
             clock.restart()
+
+
+def forward_and_backward(training: Training, batch: Batch, step: int) -> Step:
+    """Loss and gradients of a global batch, in slices if the recipe asks for them."""
+    recipe, accelerator = training.recipe, training.accelerator
+
+    def seed_slice(index: int) -> None:
+        key = draw_key(recipe.train.seed, DROPOUT, step, accelerator.process_index, index)
+        seed_dropout(key, accelerator.device)
+
+    seed_slice(0)
+    here = GlobalBatch(
+        [view.to(accelerator.device, non_blocking=True) for view in batch.views],
+        batch.sample_ids.to(accelerator.device, non_blocking=True),
+        shuffle_order(recipe, step) if training.method.shuffle_keys else None,
+        partial(normalise, mean=recipe.views.mean, std=recipe.views.std),
+    )
+    if recipe.train.micro_batch:
+        return sliced_step(accelerator, training.method, here, recipe.train.micro_batch, seed_slice)
+    return whole_batch_step(accelerator, training.wrapped, here)
 
 
 def check_finite(what: str, value: float, step: int) -> None:

@@ -30,6 +30,8 @@ from sslkit.parts.batchnorm import has_batch_norm, synchronise_batch_norm
 from sslkit.recipe import Recipe, changes
 
 # Keys that do not change what is learned; a run may be continued with others.
+BACKBONES = ("backbone", "teacher_backbone")
+
 FREE_KEYS = ("data.workers", "train.max_steps", "train.processes", "train.log_every", "checkpoint.", "reference.")
 
 
@@ -84,7 +86,7 @@ def _train(
     recipe: Recipe, folder: Path, resume: str, source: ImageSource, steps_per_epoch: int, accelerator: Accelerator
 ) -> Run:
     torch.manual_seed(recipe.train.seed)
-    method = build_method(recipe)
+    method = build_method(recipe, len(source))
     _check_batch(recipe, method.bn_groups, accelerator.num_processes)
     monitor = _make_monitor(recipe, accelerator)
     checkpoint, complaints = _find_checkpoint(folder, recipe, resume)
@@ -104,12 +106,24 @@ def _train(
     return Run(folder, max(training.start_step, last_step))
 
 
-def build_method(recipe: Recipe) -> Method:
-    """The recipe's method on its backbone, on the CPU, initialised from torch's current random state."""
+def build_method(recipe: Recipe, num_samples: int = 0) -> Method:
+    """The recipe's method on its backbone, on the CPU, initialised from torch's current random state.
+
+    Args:
+        recipe: What to build.
+        num_samples: Images of the data: the rows of a memory bank.
+    """
     spec = recipe.backbone_spec()
     backbone = create_backbone(spec)
     width = feature_dim(backbone, recipe.views.size)
-    return find_method(recipe.method_name)(backbone, width, recipe.method)
+    if recipe.views.small_crops:
+        feature_dim(backbone, recipe.views.small_size, key="small_size")
+    method = find_method(recipe.method_name)(backbone, width, recipe.method)
+    method.meet_data(num_samples)
+    if recipe.train.micro_batch and has_batch_norm(backbone):
+        # A slice can only have batch statistics of its own, whatever process it lies on.
+        method.bn_groups = max(recipe.train.batch_size // recipe.train.micro_batch, method.bn_groups)
+    return method
 
 
 def _assemble(
@@ -124,8 +138,8 @@ def _assemble(
     monitor: KnnMonitor | None,
 ) -> Training:
     """Wire method, optimizer and loader to the processes, and put the checkpoint in."""
-    if accelerator.num_processes > 1 and method.bn_groups == 1 and has_batch_norm(method):
-        synchronise_batch_norm(method, accelerator.device)
+    if accelerator.num_processes > 1 and has_batch_norm(method):
+        synchronise_batch_norm(method, accelerator.device, spare=BACKBONES if method.bn_groups > 1 else ())
     if accelerator.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # A thread that finds its core taken by a data worker holds up all the others.
         torch.set_num_threads(max(cores_of_a_process(_processes_here()) - _workers(recipe, accelerator), 1))
@@ -208,8 +222,13 @@ def _last_step(recipe: Recipe, steps_per_epoch: int) -> int:
 
 
 def _check_batch(recipe: Recipe, groups: int, processes: int) -> None:
-    """The global batch must fall into equal parts for processes and for their BN groups."""
-    batch = recipe.train.batch_size
+    """The global batch must fall into equal parts for processes, for their BN groups and for slices."""
+    batch, micro = recipe.train.batch_size, recipe.train.micro_batch
+    if micro and batch % (processes * micro):
+        raise UserError(
+            f"[train] micro_batch: {micro} does not divide the {batch / processes:g} images of each process's part of "
+            f"[train] batch_size = {batch}; take a divisor"
+        )
     parts = processes * local_bn_groups(groups)
     if processes < groups and groups % processes:
         raise UserError(f"[method] bn_groups: {groups} groups cannot be shared by {processes} processes")

@@ -4,14 +4,25 @@ from importlib.metadata import entry_points
 
 from sslkit.errors import UserError, near_miss
 from sslkit.methods.base import Method, MethodOptions, Progress, Step
+from sslkit.methods.byol import BYOL
+from sslkit.methods.instdisc import InstDisc
+from sslkit.methods.mechanisms import EndToEnd, MemoryBankMechanism
 from sslkit.methods.moco_v1 import MoCoV1
 from sslkit.methods.moco_v2 import MoCoV2
 from sslkit.methods.moco_v3 import MoCoV3
+from sslkit.methods.simclr import SimCLR
+from sslkit.methods.swav import SwAV
 
 METHODS: dict[str, type[Method]] = {
     "moco_v1": MoCoV1,
     "moco_v2": MoCoV2,
     "moco_v3": MoCoV3,
+    "simclr": SimCLR,
+    "byol": BYOL,
+    "swav": SwAV,
+    "instdisc": InstDisc,
+    "end_to_end": EndToEnd,
+    "memory_bank": MemoryBankMechanism,
 }
 
 __all__ = ["METHODS", "Method", "MethodOptions", "Progress", "Step", "all_methods", "find_method"]

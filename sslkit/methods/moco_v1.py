@@ -7,6 +7,7 @@ statistics cannot give the answer away.
 
 from typing import Any
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ class MoCoV1Options(MethodOptions):
         momentum: The teacher's momentum, constant.
         bn_groups: Groups of the global batch with batch statistics of their own: the paper's 8 GPUs. With fewer
             processes each runs several groups; with more, each process is a group.
+        symmetric: Let each view be query once and key once; the two losses add up, and 2N keys are queued.
     """
 
     dim: int = Field(default=128, strict=True, ge=1, le=65536)
@@ -37,6 +39,7 @@ class MoCoV1Options(MethodOptions):
     temperature: float = Field(default=0.07, gt=0.0)
     momentum: float = Field(default=0.999, ge=0.0, le=1.0)
     bn_groups: int = Field(default=8, strict=True, ge=1)
+    symmetric: bool = False
 
 
 class MoCoV1(Method):
@@ -44,7 +47,6 @@ class MoCoV1(Method):
 
     Options = MoCoV1Options
     shuffle_keys = True
-    teacher_views = (1,)
 
     def __init__(self, backbone: nn.Module, feature_dim: int, options: MoCoV1Options) -> None:
         super().__init__()
@@ -55,6 +57,8 @@ class MoCoV1(Method):
         self.teacher_projector = Teacher(self.projector)
         self.queue = KeyQueue(options.queue_size, options.dim)
         self.bn_groups = options.bn_groups if has_batch_norm(backbone) else 1
+        self.student_views = (0, 1) if options.symmetric else (0,)
+        self.teacher_views = (0, 1) if options.symmetric else (1,)
         self.new_keys: Tensor | None = None
 
     def make_projector(self, feature_dim: int) -> nn.Module:
@@ -62,18 +66,24 @@ class MoCoV1(Method):
         return linear_head(feature_dim, self.options.dim)
 
     def student(self, views: Views) -> Features:
-        return [self.backbone(views[0])]
+        return [self.backbone(views[view]) for view in self.student_views]
 
     def teacher(self, views: Views) -> Features:
-        return [self.teacher_backbone(views[1])]
+        return [self.teacher_backbone(views[view]) for view in self.teacher_views]
 
     def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
-        query = unit_rows(self.projector(student_features[0]))
-        key = unit_rows(self.teacher_projector(teacher_features[0]))
-        loss, accuracy = info_nce_with_queue(query, key, self.queue.keys, self.options.temperature)
+        queries = [unit_rows(self.projector(features)) for features in student_features]
+        keys = [unit_rows(self.teacher_projector(features)) for features in teacher_features]
+        # A view is compared with the other view's key; keys come in the order of the views.
+        terms = [self.contrast(query, key) for query, key in zip(queries, reversed(keys), strict=True)]
         if self.training:
-            self.new_keys = gather_rows(key)
-        return Step(loss, {"accuracy": accuracy})
+            self.new_keys = torch.cat([gather_rows(key) for key in keys])
+        losses, accuracies = zip(*terms, strict=True)
+        return Step(sum(losses), {"accuracy": sum(accuracies) / len(accuracies)})
+
+    def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (B, C) against their own keys (B, C) and the queue."""
+        return info_nce_with_queue(query, key, self.queue.keys, self.options.temperature)
 
     def after_update(self, progress: Progress) -> dict[str, float]:
         self.teacher_backbone.update(self.backbone, self.options.momentum)

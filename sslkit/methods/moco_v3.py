@@ -30,6 +30,8 @@ class MoCoV3Options(MethodOptions):
         momentum_schedule: ``"cosine"`` rises to 1 at the end, ``"constant"`` stays.
         projector_layers: Linear layers of the projector (ViT 3, ResNet 2).
         predictor_last_norm: Whether the predictor ends in a BatchNorm (ViT yes, ResNet no).
+        predictor: False leaves the predictor out (the paper's ablation, table 2).
+        head_norm: False leaves BatchNorm out of the heads (table 3).
     """
 
     dim: int = Field(default=256, strict=True, ge=1, le=65536)
@@ -39,6 +41,8 @@ class MoCoV3Options(MethodOptions):
     momentum_schedule: Literal["cosine", "constant"] = "cosine"
     projector_layers: int = Field(default=3, strict=True, ge=1, le=10)
     predictor_last_norm: bool = True
+    predictor: bool = True
+    head_norm: bool = True
 
 
 class MoCoV3(Method):
@@ -52,11 +56,23 @@ class MoCoV3(Method):
         self.options = options
         self.backbone = backbone
         self.projector = batch_norm_mlp(
-            feature_dim, options.hidden_dim, options.dim, num_layers=options.projector_layers, last_norm=True
+            feature_dim,
+            options.hidden_dim,
+            options.dim,
+            num_layers=options.projector_layers,
+            last_norm=True,
+            norm=options.head_norm,
         )
-        self.predictor = batch_norm_mlp(
-            options.dim, options.hidden_dim, options.dim, num_layers=2, last_norm=options.predictor_last_norm
-        )
+        self.predictor: nn.Module = nn.Identity()
+        if options.predictor:
+            self.predictor = batch_norm_mlp(
+                options.dim,
+                options.hidden_dim,
+                options.dim,
+                num_layers=2,
+                last_norm=options.predictor_last_norm,
+                norm=options.head_norm,
+            )
         self.teacher_backbone = Teacher(self.backbone)
         self.teacher_projector = Teacher(self.projector)
 
@@ -74,8 +90,10 @@ class MoCoV3(Method):
         return Step(loss_1 + loss_2, {"accuracy": (accuracy_1 + accuracy_2) / 2})
 
     def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """One direction: queries (B, C) of this process against the keys (N, C) of all."""
-        return info_nce_in_batch(query, gather_rows(key), self.options.temperature, first_label=rank() * len(query))
+        """One direction: queries (B, C) of this process against the keys (N, C) of all; the scale is the paper's."""
+        temperature = self.options.temperature
+        loss, accuracy = info_nce_in_batch(query, gather_rows(key), temperature, first_label=rank() * len(query))
+        return 2 * temperature * loss, accuracy
 
     def after_update(self, progress: Progress) -> dict[str, float]:
         momentum = self.options.momentum

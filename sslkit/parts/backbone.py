@@ -30,7 +30,8 @@ class BackboneSpec:
         args: Passed to timm as they are (``num_heads``, ``drop_path_rate`` ...). Must be plain data.
         zero_init_last: Zero the last BatchNorm of each residual block of a ResNet (None: timm's default).
         init: ``"moco_v3"`` for the ViT initialisation of arXiv:2104.02057, else timm's.
-        pos_embed: ``"sincos2d"`` for MoCo v3's fixed position embedding, else timm's.
+        pos_embed: ``"sincos2d"`` for MoCo v3's fixed position embedding, ``"none"`` for none (its ablation), else
+            timm's learned one.
         freeze_patch_embed: Stop the gradient at the patch projection (MoCo v3, section 4.2).
         small_stem: ResNets for 32-pixel images: 3 x 3 convolution of stride 1, no max-pooling.
     """
@@ -41,7 +42,7 @@ class BackboneSpec:
     args: dict[str, Any] = field(default_factory=dict)
     zero_init_last: bool | None = None
     init: Literal["timm", "moco_v3"] = "timm"
-    pos_embed: Literal["timm", "sincos2d"] = "timm"
+    pos_embed: Literal["timm", "sincos2d", "none"] = "timm"
     freeze_patch_embed: bool = False
     small_stem: bool = False
 
@@ -85,8 +86,13 @@ def create_backbone(spec: BackboneSpec) -> nn.Module:
     return model
 
 
-def feature_dim(model: nn.Module, img_size: int) -> int:
+def feature_dim(model: nn.Module, img_size: int, key: str = "size") -> int:
     """Width D of the pooled features, found by one forward pass in eval mode on a blank image.
+
+    Args:
+        model: From `create_backbone`.
+        img_size: Side of the image in pixels.
+        key: Which key of ``[views]`` an error names.
 
     Raises:
         UserError: The model refuses images of this size.
@@ -98,7 +104,7 @@ def feature_dim(model: nn.Module, img_size: int) -> int:
             features = model(torch.zeros(1, IMAGE_CHANNELS, img_size, img_size))
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         raise UserError(
-            f"[views] size: the backbone cannot take images of {img_size} x {img_size} pixels ({_first_line(error)})"
+            f"[views] {key}: the backbone cannot take images of {img_size} x {img_size} pixels ({_first_line(error)})"
         ) from error
     finally:
         model.train(was_training)
@@ -119,6 +125,8 @@ def _create_timm_model(spec: BackboneSpec) -> nn.Module:
         kwargs.setdefault("zero_init_last", spec.zero_init_last)
     if takes_image_size(spec.name):
         kwargs.setdefault("img_size", spec.img_size)
+    if spec.pos_embed == "none":
+        kwargs["pos_embed"] = "none"
     source = spec.pretrained if isinstance(spec.pretrained, str) else spec.name
     try:
         model: nn.Module = timm.create_model(source, pretrained=bool(spec.pretrained), **kwargs)

@@ -4,6 +4,8 @@ PyTorch's SyncBatchNorm refuses CPU tensors. The papers' heads need one, and tes
 show that several processes equal one, so there is a plain version here; GPUs get PyTorch's own.
 """
 
+from collections.abc import Collection
+
 import torch
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
@@ -63,19 +65,19 @@ class GlobalBatchNorm(nn.Module):
         return mean, var
 
 
-def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Replace every BatchNorm in ``module`` by one over the global batch; names and parameters stay."""
-    if device.type == "cuda":
-        converted: nn.Module = convert_sync_batchnorm(module)
-        return converted
-    return _replace(module)
+def synchronise_batch_norm(module: nn.Module, device: torch.device, spare: Collection[str] = ()) -> nn.Module:
+    """Replace every BatchNorm in ``module`` by one over the global batch; names and parameters stay.
 
-
-def _replace(module: nn.Module) -> nn.Module:
+    Args:
+        module: Changed in place.
+        device: GPUs get PyTorch's own, CPUs `GlobalBatchNorm`.
+        spare: Names of children to leave as they are.
+    """
     if isinstance(module, _BatchNorm):
-        return GlobalBatchNorm(module)
+        return convert_sync_batchnorm(module) if device.type == "cuda" else GlobalBatchNorm(module)
     for name, child in list(module.named_children()):
-        setattr(module, name, _replace(child))
+        if name not in spare:
+            setattr(module, name, synchronise_batch_norm(child, device))
     return module
 
 

@@ -32,11 +32,23 @@ def gather_rows(rows: Tensor) -> Tensor:
     return gathered
 
 
-@torch.no_grad()
+def gather_rows_with_gradient(rows: Tensor) -> Tensor:
+    """Collect the rows of all processes in rank order, (B, ...) -> (N, ...), and let the gradient travel back.
+
+    Each process gets the sum of all processes' gradients of its own rows. DDP's mean over processes then makes the
+    gradient that one process has on the whole batch; without gradient it would be another.
+    """
+    if world_size() == 1:
+        return rows
+    result: Tensor = _GatherRows.apply(rows)
+    return result
+
+
 def exchange_rows(rows: Tensor, permutation: NDArray[np.int64]) -> Tensor:
     """Permute the global batch, moving to each process only the rows it will own.
 
-    Equal to ``gather_rows(rows)[permutation][rank * B : (rank + 1) * B]``, at 1 / world_size of the traffic.
+    Equal to ``gather_rows(rows)[permutation][rank * B : (rank + 1) * B]``, at 1 / world_size of the traffic. A
+    gradient goes back the same way.
 
     Args:
         rows: (B, ...), this process's part of the global batch.
@@ -45,6 +57,11 @@ def exchange_rows(rows: Tensor, permutation: NDArray[np.int64]) -> Tensor:
     """
     if world_size() == 1:
         return rows[torch.from_numpy(permutation).to(rows.device)]
+    result: Tensor = _ExchangeRows.apply(rows, permutation)
+    return result
+
+
+def _exchange(rows: Tensor, permutation: NDArray[np.int64]) -> Tensor:
     batch, me = rows.shape[0], rank()
     owner_of_source = permutation // batch
     owner_of_target = np.arange(len(permutation)) // batch
@@ -70,13 +87,25 @@ def sum_with_gradient(values: Tensor) -> Tensor:
     return result
 
 
-def mean_over_processes(values: Tensor) -> Tensor:
-    """Average a tensor over processes, without gradient; used for what is logged."""
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Sum a tensor over processes, without gradient."""
     values = values.detach().clone()
     if world_size() > 1:
         dist.all_reduce(values)
-        values /= world_size()
     return values
+
+
+def max_over_processes(values: Tensor) -> Tensor:
+    """The largest of each element over processes, without gradient."""
+    values = values.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """Average a tensor over processes, without gradient; used for what is logged."""
+    return sum_over_processes(values) / world_size()
 
 
 @torch.no_grad()
@@ -85,6 +114,45 @@ def copy_buffers_from_first(module: nn.Module) -> None:
     if world_size() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
+
+
+@torch.no_grad()
+def average_gradients(module: nn.Module) -> None:
+    """Average the gradients of ``module`` over processes, in one reduction for each dtype."""
+    if world_size() == 1:
+        return
+    grads = [param.grad for param in module.parameters() if param.grad is not None]
+    for dtype in {grad.dtype for grad in grads}:
+        alike = [grad for grad in grads if grad.dtype == dtype]
+        flat = torch.cat([grad.flatten() for grad in alike])
+        dist.all_reduce(flat)
+        flat /= world_size()
+        for grad, part in zip(alike, flat.split([grad.numel() for grad in alike]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.batch = rows.shape[0]
+        return gather_rows(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad[rank() * ctx.batch : (rank() + 1) * ctx.batch]
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, permutation: NDArray[np.int64]) -> Tensor:
+        ctx.permutation = permutation
+        return _exchange(rows, permutation)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _exchange(grads[0], np.argsort(ctx.permutation)), None
 
 
 class _AllReduceSum(torch.autograd.Function):

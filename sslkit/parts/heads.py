@@ -16,7 +16,9 @@ def mlp_head(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim))
 
 
-def batch_norm_mlp(in_dim: int, hidden_dim: int, out_dim: int, *, num_layers: int, last_norm: bool) -> nn.Sequential:
+def batch_norm_mlp(
+    in_dim: int, hidden_dim: int, out_dim: int, *, num_layers: int, last_norm: bool, norm: bool = True
+) -> nn.Sequential:
     """MoCo v3's projector and predictor: Linear layers without bias, BatchNorm and ReLU between them.
 
     Args:
@@ -25,6 +27,7 @@ def batch_norm_mlp(in_dim: int, hidden_dim: int, out_dim: int, *, num_layers: in
         out_dim: Width of the output (B, out_dim) (256 in the paper).
         num_layers: Number of Linear layers (projector 2 for ResNet, 3 for ViT; predictor 2).
         last_norm: Whether a BatchNorm without scale and offset follows the last layer (the SimCLR design).
+        norm: False leaves every BatchNorm out: the paper's ablation (table 3).
     """
     layers: list[nn.Module] = []
     for index in range(num_layers):
@@ -32,7 +35,42 @@ def batch_norm_mlp(in_dim: int, hidden_dim: int, out_dim: int, *, num_layers: in
         width = out_dim if last else hidden_dim
         layers.append(nn.Linear(in_dim if index == 0 else hidden_dim, width, bias=False))
         if not last:
-            layers += [nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
-        elif last_norm:
+            layers += [nn.BatchNorm1d(width), nn.ReLU(inplace=True)] if norm else [nn.ReLU(inplace=True)]
+        elif last_norm and norm:
             layers.append(nn.BatchNorm1d(width, affine=False))
     return nn.Sequential(*layers)
+
+
+def simclr_head(in_dim: int, hidden_dim: int, out_dim: int, *, num_layers: int) -> nn.Sequential:
+    """SimCLR's head: as `batch_norm_mlp`, but the last BatchNorm has a scale; its offset stays 0.
+
+    Args:
+        in_dim: Width of the features (B, in_dim).
+        hidden_dim: Width between the layers (the feature width in the paper).
+        out_dim: Width of the embeddings (B, out_dim) (128).
+        num_layers: 2 in SimCLR, 3 in SimCLR v2 (arXiv:2006.10029).
+    """
+    layers = batch_norm_mlp(in_dim, hidden_dim, out_dim, num_layers=num_layers, last_norm=False)
+    scale_only = nn.BatchNorm1d(out_dim)
+    scale_only.bias.requires_grad_(False)
+    return layers.append(scale_only)
+
+
+def byol_mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+    """BYOL's projector and predictor: Linear with bias, BatchNorm, ReLU, Linear without (arXiv:2006.07733)."""
+    return nn.Sequential(
+        nn.Linear(in_dim, hidden_dim),
+        nn.BatchNorm1d(hidden_dim),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden_dim, out_dim, bias=False),
+    )
+
+
+def swav_head(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+    """SwAV's projector: Linear, BatchNorm, ReLU, Linear, with biases (arXiv:2006.09882)."""
+    return nn.Sequential(
+        nn.Linear(in_dim, hidden_dim),
+        nn.BatchNorm1d(hidden_dim),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden_dim, out_dim),
+    )

@@ -12,21 +12,26 @@ def per_epoch(epoch: float) -> float:
     return float(math.floor(epoch + 1e-9))
 
 
-def warmup_then_cosine(epoch: float, epochs: float, warmup_epochs: float, peak: float) -> float:
-    """Linear from 0 to ``peak`` over ``warmup_epochs``, then half a cosine to 0 at ``epochs``.
+def warmup_then_cosine(
+    epoch: float, epochs: float, warmup_epochs: float, peak: float, start: float = 0.0, final: float = 0.0
+) -> float:
+    """Linear from ``start`` to ``peak`` over ``warmup_epochs``, then half a cosine to ``final`` at ``epochs``.
 
-    With ``warmup_epochs = 0`` this is MoCo v2's cosine; with warm-up it is MoCo v3's (arXiv:2104.02057, app. A).
+    With ``warmup_epochs = 0`` this is MoCo v2's cosine; with warm-up it is MoCo v3's (arXiv:2104.02057, app. A),
+    SimCLR's and BYOL's; with ``start`` and ``final`` SwAV's.
     """
     if epoch < warmup_epochs:
-        return peak * epoch / warmup_epochs
+        return start + (peak - start) * epoch / warmup_epochs
     progress = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-12)
-    return peak * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+    return final + (peak - final) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def warmup_then_steps(epoch: float, milestones: list[float], factor: float, warmup_epochs: float, peak: float) -> float:
+def warmup_then_steps(
+    epoch: float, milestones: list[float], factor: float, warmup_epochs: float, peak: float, start: float = 0.0
+) -> float:
     """Linear warm-up, then ``peak`` times ``factor`` for each milestone passed (MoCo v1: 0.1 at epochs 120, 160)."""
     if epoch < warmup_epochs:
-        return peak * epoch / warmup_epochs
+        return start + (peak - start) * epoch / warmup_epochs
     return peak * factor ** sum(epoch >= milestone for milestone in milestones)
 
 

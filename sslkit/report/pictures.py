@@ -6,7 +6,7 @@ import matplotlib as mpl
 import numpy as np
 
 from sslkit.data.source import open_source
-from sslkit.data.views import NUM_VIEWS, ViewPipeline
+from sslkit.data.views import LARGE_VIEWS, ViewPipeline
 from sslkit.engine.journal import read_lines
 from sslkit.errors import UserError
 from sslkit.recipe import Recipe, load_recipe
@@ -61,15 +61,15 @@ def _draw_views(recipe: Recipe, file: Path) -> Path:
     source = open_source(recipe.data).without_labels()
     pipeline = ViewPipeline(recipe.views, recipe.train.seed)
     samples = np.linspace(0, len(source) - 1, min(NUM_IMAGES, len(source)), dtype=int)
-    columns = 1 + REPEATS * NUM_VIEWS
+    columns = 1 + REPEATS * LARGE_VIEWS
     figure, axes = plt.subplots(len(samples), columns, figsize=(columns * 1.3, len(samples) * 1.3), squeeze=False)
     for row, sample in zip(axes, samples, strict=True):
         image = source.read(int(sample))
-        views = [view for epoch in range(REPEATS) for view in pipeline(image, epoch, int(sample))]
+        views = [view for epoch in range(REPEATS) for view in pipeline(image, epoch, int(sample))[:LARGE_VIEWS]]
         for axis, picture in zip(row, [image, *views], strict=True):
             axis.imshow(picture)
             axis.set_axis_off()
-    names = [f"view {view + 1}, epoch {epoch + 1}" for epoch in range(REPEATS) for view in range(NUM_VIEWS)]
+    names = [f"view {view + 1}, epoch {epoch + 1}" for epoch in range(REPEATS) for view in range(LARGE_VIEWS)]
     for axis, name in zip(axes[0], ["image", *names], strict=True):
         axis.set_title(name, fontsize=7)
     figure.tight_layout(pad=0.4)

@@ -146,8 +146,22 @@ def test_views_differ_in_every_word_of_the_key() -> None:
 
 
 def test_gray_pictures_become_three_channels() -> None:
-    views = ViewDataset(open_source(DataConfig(path="builtin:fashion_mnist")), ViewPipeline(policy("moco_v2"), seed=0))[
-        (0, 0)
-    ][0]
-    assert views.shape == (2, 32, 32, 3)
-    assert views.dtype == np.uint8
+    source = open_source(DataConfig(path="builtin:fashion_mnist"))
+    views, sample = ViewDataset(source, ViewPipeline(policy("moco_v2"), seed=0))[(0, 7)]
+    assert sample == 7
+    assert [(view.shape, view.dtype) for view in views] == [((32, 32, 3), np.uint8)] * 2
+
+
+def test_multi_crop_has_six_small_views_of_small_parts() -> None:
+    """SwAV: two crops of 14 to 100 % at 224 pixels, six of 5 to 14 % at 96; small ones share the second's chances."""
+    config = ViewsConfig.model_validate({"policy": "swav", **POLICIES["swav"]})
+    ramp = np.repeat(np.linspace(0, 255, 256).astype(np.uint8)[None, :, None], 3, axis=2).repeat(256, axis=0)
+    plain = config.model_copy(update={"jitter_prob": 0.0, "gray_prob": 0.0, "blur_prob": 0.0, "flip_prob": 0.0})
+    views = ViewPipeline(plain, seed=0)(ramp, 0, 0)
+    assert [view.shape[0] for view in views] == [224, 224] + [96] * 6
+    pipeline = ViewPipeline(plain, seed=0)
+    widths = [[np.ptp(pipeline.cut(ramp, 0, sample, view)[..., 0]) / 255 for sample in range(200)] for view in (0, 2)]
+    # Width over the image's is the root of area times ratio: at most sqrt(0.14 * 4 / 3) for small crops.
+    assert max(widths[1]) <= (0.14 * 4 / 3) ** 0.5 + 0.01
+    assert min(widths[0]) >= (0.14 * 3 / 4) ** 0.5 - 0.02
+    assert max(widths[0]) > 0.9

@@ -4,6 +4,7 @@ Prints one line of JSON from rank 0: {check: largest difference}.
 """
 
 import copy
+import functools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,21 +13,24 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from conftest import small_recipe
 from golden.formulas import moco_v3_ctr
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sslkit.engine.run import build_method
-from sslkit.methods import Method, Progress
-from sslkit.parts import collectives
+from sslkit.engine.run import BACKBONES, build_method
+from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
+from sslkit.methods import Method, Progress, base, mechanisms, moco_v1, moco_v3, simclr
+from sslkit.parts import bank, collectives, losses
 from sslkit.parts.batchnorm import synchronise_batch_norm
 from sslkit.parts.collectives import exchange_rows, gather_rows, mean_over_processes, rank, sum_with_gradient
 from sslkit.parts.losses import info_nce_in_batch
 
 CPU = torch.device("cpu")
-N = 8
+N, SAMPLES = 16, 40
+HALF = N // 2
 
 
 def whole(*shape: int, seed: int = 0) -> Tensor:
@@ -34,7 +38,7 @@ def whole(*shape: int, seed: int = 0) -> Tensor:
 
 
 def mine(rows: Tensor) -> Tensor:
-    return rows[rank() * 4 : (rank() + 1) * 4].clone()
+    return rows[rank() * HALF : (rank() + 1) * HALF].clone()
 
 
 def difference(ours: Tensor, expected: Tensor) -> float:
@@ -82,7 +86,7 @@ def batch_norm() -> float:
         target = whole(*plain(whole(*shape)).shape, seed=5)
         ((plain(whole(*shape)) * target).sum() / N).backward()
         out = ours(mine(whole(*shape)))
-        ((out * mine(target)).sum() / 4).backward()
+        ((out * mine(target)).sum() / HALF).backward()
         for a, b in zip(ours.module.parameters(), plain.parameters(), strict=True):
             worst = max(worst, difference(a.grad, b.grad))
         assert ours.module.state_dict().keys() == plain.state_dict().keys()
@@ -104,7 +108,7 @@ def in_batch_loss() -> float:
     """Mean of local losses, and averaged gradients, equal one process on the whole batch."""
     query, key = whole(N, 6, seed=1), whole(N, 6, seed=2)
     local = mine(query).requires_grad_()
-    loss = info_nce_in_batch(local, gather_rows(mine(key)), 0.2, first_label=4 * rank())[0]
+    loss = 2 * 0.2 * info_nce_in_batch(local, gather_rows(mine(key)), 0.2, first_label=HALF * rank())[0]
     loss.backward()
     everyone = query.clone().requires_grad_()
     expected = moco_v3_ctr(everyone, key, 0.2)
@@ -116,19 +120,35 @@ def in_batch_loss() -> float:
     )
 
 
-def train_five_steps(method: Method, part: Callable[[Tensor], Tensor], *, wrap: bool) -> list[Tensor]:
+@functools.cache
+def accelerator() -> Accelerator:
+    """Made once, while the process group can be seen."""
+    return Accelerator(cpu=True)
+
+
+def views_of(method: Method, step: int) -> list[Tensor]:
+    sizes = (32, 32, 16, 16) if hasattr(method, "prototypes") else (32, 32)
+    return [whole(N, 3, size, size, seed=10 * step + view) for view, size in enumerate(sizes)]
+
+
+def train_five_steps(method: Method, part: Callable[[Tensor], Tensor], *, wrap: bool, micro: int) -> list[Tensor]:
     """Losses of the global batch and final parameters, with whole batches or a rank's part of them."""
     torch.manual_seed(0)
-    if wrap and method.bn_groups == 1:
-        synchronise_batch_norm(method, CPU)
+    if wrap:
+        synchronise_batch_norm(method, CPU, spare=BACKBONES if method.bn_groups > 1 else ())
     wrapped: nn.Module = DistributedDataParallel(method, broadcast_buffers=False) if wrap else method
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
     losses = []
     for step in range(5):
-        views = [part(whole(N, 3, 32, 32, seed=10 * step + view)) for view in range(2)]
+        views = [part(view) for view in views_of(method, step)]
+        ids = part(torch.from_numpy(np.random.default_rng(step).permutation(SAMPLES)[:N]))
         order = np.random.default_rng(step).permutation(N) if method.shuffle_keys else None
-        result = wrapped(views, part(torch.arange(N)), order)
-        result.loss.backward()
+        batch = GlobalBatch(views, ids, order, lambda view: view)
+        if micro:
+            result = sliced_step(accelerator(), method, batch, micro, lambda _: None)
+        else:
+            result = whole_batch_step(accelerator(), wrapped, batch)
+        method.before_update(Progress(step, 10))
         optimizer.step()
         optimizer.zero_grad()
         method.after_update(Progress(step + 1, 10))
@@ -137,34 +157,61 @@ def train_five_steps(method: Method, part: Callable[[Tensor], Tensor], *, wrap: 
     return [torch.stack(losses), *state]
 
 
-def method_trains_alike(name: str, model: str) -> float:
+# Check: method, backbone, options, images of a slice on the two processes (0: no slices; the one never slices).
+TRAININGS: dict[str, tuple[str, str, dict[str, object], int]] = {
+    "v1_resnet": ("moco_v1", "test_resnet", {}, 0),
+    "v2_resnet": ("moco_v2", "test_resnet", {}, 0),
+    "v2_vit": ("moco_v2", "test_vit", {}, 0),
+    "v2_symmetric": ("moco_v2", "test_resnet", {"symmetric": True}, 0),
+    "v3_resnet": ("moco_v3", "test_resnet", {}, 0),
+    "v3_vit": ("moco_v3", "test_vit", {}, 0),
+    "simclr_resnet": ("simclr", "test_resnet", {}, 0),
+    "simclr_vit": ("simclr", "test_vit", {}, 0),
+    "byol_resnet": ("byol", "test_resnet", {}, 0),
+    "swav_resnet": ("swav", "test_resnet", {"queue_size": 16, "queue_start_epoch": 0.0}, 0),
+    "instdisc_vit": ("instdisc", "test_vit", {}, 0),
+    "softmax_vit": ("instdisc", "test_vit", {"loss": "softmax"}, 0),
+    "memory_bank_vit": ("memory_bank", "test_vit", {}, 0),
+    "end_to_end_resnet": ("end_to_end", "test_resnet", {"symmetric": True}, 0),
+    "end_to_end_vit": ("end_to_end", "test_vit", {}, 0),
+    "v2_in_slices": ("moco_v2", "test_resnet", {"bn_groups": 4}, 4),
+    "v3_in_slices": ("moco_v3", "test_vit", {}, 2),
+    "simclr_in_slices": ("simclr", "test_vit", {}, 1),
+    "end_to_end_in_slices": ("end_to_end", "test_resnet", {"bn_groups": 4}, 4),
+}
+
+
+def method_trains_alike(name: str, model: str, options: dict[str, object], micro: int) -> float:
     torch.manual_seed(0)
-    method = build_method(small_recipe(name, model)).double()
+    method = build_method(small_recipe(name, model, method=options), num_samples=SAMPLES).double()
     # One process first, without the group that the collectives would find.
     with alone():
-        expected = train_five_steps(copy.deepcopy(method), lambda rows: rows, wrap=False)
-    found = train_five_steps(method, mine, wrap=True)
+        expected = train_five_steps(copy.deepcopy(method), lambda rows: rows, wrap=False, micro=0)
+    found = train_five_steps(method, mine, wrap=True, micro=micro)
     return max(difference(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def v1_resnet() -> float:
-    return method_trains_alike("moco_v1", "test_resnet")
+def mistake(module: object, name: str, wrong: object, training: str) -> float:
+    """What the comparison sees when a classic mistake of distributed code is made on the two processes."""
+    torch.manual_seed(0)
+    method_name, model, options, _ = TRAININGS[training]
+    method = build_method(small_recipe(method_name, model, method=options), num_samples=SAMPLES).double()
+    with alone():
+        expected = train_five_steps(copy.deepcopy(method), lambda rows: rows, wrap=False, micro=0)
+    with patch.object(module, name, wrong):
+        found = train_five_steps(method, mine, wrap=True, micro=0)
+    return max(difference(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def v2_resnet() -> float:
-    return method_trains_alike("moco_v2", "test_resnet")
-
-
-def v2_vit() -> float:
-    return method_trains_alike("moco_v2", "test_vit")
-
-
-def v3_resnet() -> float:
-    return method_trains_alike("moco_v3", "test_resnet")
-
-
-def v3_vit() -> float:
-    return method_trains_alike("moco_v3", "test_vit")
+MISTAKES: dict[str, tuple[object, str, object, str]] = {
+    "gather without gradient": (simclr, "gather_rows_with_gradient", gather_rows, "simclr_vit"),
+    "keys gathered without gradient": (mechanisms, "gather_rows_with_gradient", gather_rows, "end_to_end_vit"),
+    "labels without the rank's offset": (moco_v3, "rank", lambda: 0, "v3_vit"),
+    "own keys queued only": (moco_v1, "gather_rows", lambda rows: rows.detach(), "v2_vit"),
+    "codes of the local batch": (losses, "sum_over_processes", lambda values: values, "swav_resnet"),
+    "shuffle inside the process": (base, "exchange_rows", lambda rows, _: rows, "v2_resnet"),
+    "noise drawn per process": (bank, "rank", lambda: 0, "memory_bank_vit"),
+}
 
 
 @contextmanager
@@ -176,13 +223,16 @@ def alone() -> Iterator[None]:
 
 def main() -> None:
     dist.init_process_group("gloo")
-    checks = (gathering, exchanging, summing, batch_norm, running_statistics, in_batch_loss)
-    checks += (v1_resnet, v2_resnet, v2_vit, v3_resnet, v3_vit)
+    accelerator()
+    parts = (gathering, exchanging, summing, batch_norm, running_statistics, in_batch_loss)
+    checks: dict[str, Callable[[], float]] = {part.__name__: part for part in parts}
+    checks |= {name: functools.partial(method_trains_alike, *training) for name, training in TRAININGS.items()}
+    checks |= {f"mistake: {name}": functools.partial(mistake, *made) for name, made in MISTAKES.items()}
     found = {}
-    for check in checks:
+    for name, check in checks.items():
         worst = torch.tensor(check())
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        found[check.__name__] = float(worst)
+        found[name] = float(worst)
     if rank() == 0:
         print("RESULT " + json.dumps(found))
     dist.destroy_process_group()

@@ -19,8 +19,8 @@ def test_a_loss_that_is_no_number_never_reaches_the_weights(tmp_path: Path, monk
     seen = {}
     build = run_module.build_method
 
-    def broken_at_step_3(recipe: object) -> torch.nn.Module:
-        method = build(recipe)
+    def broken_at_step_3(*arguments: object) -> torch.nn.Module:
+        method = build(*arguments)
         objective = method.objective
 
         def poisoned(*args: object) -> Step:
@@ -49,8 +49,8 @@ def test_a_gradient_that_is_no_number_never_reaches_the_weights(
     seen = {}
     build = run_module.build_method
 
-    def broken(recipe: object) -> torch.nn.Module:
-        seen["method"] = method = build(recipe)
+    def broken(*arguments: object) -> torch.nn.Module:
+        seen["method"] = method = build(*arguments)
         next(param for param in method.parameters() if param.requires_grad).register_hook(lambda grad: grad * torch.nan)
         seen["weights"] = [param.detach().clone() for param in method.parameters()]
         return method

@@ -1,1 +1,1 @@
-"""Independent plain-PyTorch oracles for MoCo v1, v2 and v3, written from the facts document alone."""
+"""Independent plain-PyTorch oracles for the self-supervised methods, written from the facts document alone."""

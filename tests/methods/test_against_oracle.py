@@ -139,7 +139,9 @@ def views_of(recipe: Recipe, steps: int) -> list[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("name", ["moco_v2", "moco_v3"])
 def test_the_engine_follows_the_oracle(name: str, tmp_path: Path) -> None:
     backbone = {"moco_v2": "test_resnet", "moco_v3": "test_vit"}[name]
-    recipe = small_recipe(name, backbone, schedule={"warmup_epochs": 0.05})
+    # A low rate for v2: over groups of 16 images BatchNorm makes float32 rounding grow with every step.
+    optim = {"lr": 0.003} if name == "moco_v2" else {}
+    recipe = small_recipe(name, backbone, schedule={"warmup_epochs": 0.05}, optim=optim)
     run = sslkit.train(recipe, tmp_path / "run")
     torch.manual_seed(recipe.train.seed)
     method = build_method(recipe)

@@ -33,7 +33,7 @@ def one_batch(size: int = 32, batch: int = 8) -> list[torch.Tensor]:
 def make(name: str, model: str, /, **tables: dict[str, object]) -> tuple[Method, torch.optim.Optimizer, object]:
     recipe = small_recipe(name, model, train={"batch_size": 8}, **tables)
     torch.manual_seed(0)
-    method = build_method(recipe)
+    method = build_method(recipe, num_samples=20)
     return method, make_optimizer(recipe, method), shuffle_order(recipe, 0) if method.shuffle_keys else None
 
 

@@ -20,11 +20,14 @@ Q, K = wave("sin", 0.1, 0.3), wave("cos", 0.07, 0.1)
 Q2, K2 = wave("sin", 0.13, 0.2), wave("cos", 0.05, 0.4)
 
 
+def ctr(query: Tensor, keys: Tensor, temperature: float, first_label: int) -> tuple[Tensor, Tensor]:
+    """MoCo v3's scale."""
+    loss, accuracy = info_nce_in_batch(query, keys, temperature, first_label)
+    return 2 * temperature * loss, accuracy
+
+
 def v3_loss(q1: Tensor, k2: Tensor, q2: Tensor, k1: Tensor, temperature: float) -> Tensor:
-    return (
-        info_nce_in_batch(q1, k2, temperature, first_label=0)[0]
-        + info_nce_in_batch(q2, k1, temperature, first_label=0)[0]
-    )
+    return ctr(q1, k2, temperature, first_label=0)[0] + ctr(q2, k1, temperature, first_label=0)[0]
 
 
 @pytest.mark.parametrize(("temperature", "expected"), [(0.07, 2.741382635681802), (0.2, 2.0178494603864183)])
@@ -52,14 +55,14 @@ def test_in_batch_gradient_has_the_golden_norm(temperature: float, expected: flo
 
 def test_labels_of_a_rank_start_at_its_offset() -> None:
     halves = [
-        info_nce_in_batch(Q[start : start + 4], K2, 0.2, first_label=start)[0]
-        + info_nce_in_batch(Q2[start : start + 4], K, 0.2, first_label=start)[0]
+        ctr(Q[start : start + 4], K2, 0.2, first_label=start)[0]
+        + ctr(Q2[start : start + 4], K, 0.2, first_label=start)[0]
         for start in (0, 4)
     ]
     assert [half.item() for half in halves] == pytest.approx([1.8190445587, 5.9949394215], abs=1e-9)
     assert sum(half.item() for half in halves) / 2 == pytest.approx(3.906991990131815, rel=1e-12)
-    aligned = info_nce_in_batch(Q[4:], Q, 0.2, first_label=4)[0]
-    assert aligned < info_nce_in_batch(Q[4:], Q, 0.2, first_label=0)[0]
+    aligned = ctr(Q[4:], Q, 0.2, first_label=4)[0]
+    assert aligned < ctr(Q[4:], Q, 0.2, first_label=0)[0]
 
 
 def test_views_may_be_swapped_in_v3() -> None:
@@ -69,9 +72,9 @@ def test_views_may_be_swapped_in_v3() -> None:
 def test_joint_permutation_leaves_losses_alone_and_a_single_one_does_not() -> None:
     order = torch.tensor([3, 0, 1, 2, 7, 6, 4, 5])
     near = Q + 0.01 * K
-    loss = info_nce_in_batch(Q, near, 0.2, 0)[0].item()
-    assert info_nce_in_batch(Q[order], near[order], 0.2, 0)[0].item() == pytest.approx(loss, rel=1e-12)
-    assert info_nce_in_batch(Q, near[order], 0.2, 0)[0].item() > loss
+    loss = ctr(Q, near, 0.2, 0)[0].item()
+    assert ctr(Q[order], near[order], 0.2, 0)[0].item() == pytest.approx(loss, rel=1e-12)
+    assert ctr(Q, near[order], 0.2, 0)[0].item() > loss
     queue = unit_rows(wave("sin", 0.37, 1.1, 32, 16))
     joint = info_nce_with_queue(unit_rows(Q)[order], unit_rows(near)[order], queue, 0.2)[0].item()
     assert joint == pytest.approx(info_nce_with_queue(unit_rows(Q), unit_rows(near), queue, 0.2)[0].item(), rel=1e-12)

@@ -1,0 +1,80 @@
+"""BYOL: Grill, Strub, Altché, Tallec, Richemond et al., "Bootstrap Your Own Latent", 2020, arXiv:2006.07733.
+
+No negatives. The online network predicts, from one view, what a slowly moving target network says of the other; the
+predictor and the target's inertia keep the two from agreeing on nothing.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from sslkit.methods.base import Features, Method, MethodOptions, Progress, Step, Views
+from sslkit.parts.backbone import Family
+from sslkit.parts.heads import byol_mlp
+from sslkit.parts.losses import regression_loss
+from sslkit.parts.schedules import cosine_momentum
+from sslkit.parts.teacher import Teacher
+
+
+class BYOLOptions(MethodOptions):
+    """Options of BYOL, defaults from section 3.2 and the official code.
+
+    Attributes:
+        dim: Width C of projections and predictions.
+        hidden_dim: Width inside projector and predictor.
+        momentum: The target's momentum at the start (0.996 for 1000 epochs, 0.99 for 100 and 300).
+        momentum_schedule: ``"cosine"`` rises to 1 at the end, ``"constant"`` stays.
+    """
+
+    dim: int = Field(default=256, strict=True, ge=1, le=65536)
+    hidden_dim: int = Field(default=4096, strict=True, ge=1, le=65536)
+    momentum: float = Field(default=0.996, ge=0.0, le=1.0)
+    momentum_schedule: Literal["cosine", "constant"] = "cosine"
+
+
+class BYOL(Method):
+    """Algorithm 1 of the paper. The target starts as a copy; the authors saw no difference to a fresh draw."""
+
+    Options = BYOLOptions
+    teacher_views = (0, 1)
+
+    def __init__(self, backbone: nn.Module, feature_dim: int, options: BYOLOptions) -> None:
+        super().__init__()
+        self.options = options
+        self.backbone = backbone
+        self.projector = byol_mlp(feature_dim, options.hidden_dim, options.dim)
+        self.predictor = byol_mlp(options.dim, options.hidden_dim, options.dim)
+        self.teacher_backbone = Teacher(self.backbone)
+        self.teacher_projector = Teacher(self.projector)
+
+    def student(self, views: Views) -> Features:
+        return [self.backbone(view) for view in views]
+
+    def teacher(self, views: Views) -> Features:
+        return [self.teacher_backbone(view) for view in views]
+
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        prediction_1, prediction_2 = (self.predictor(self.projector(features)) for features in student_features)
+        target_1, target_2 = (self.teacher_projector(features) for features in teacher_features)
+        loss = regression_loss(prediction_1, target_2) + regression_loss(prediction_2, target_1)
+        return Step(loss, {"similarity": 1.0 - loss.detach() / 4.0})
+
+    def after_update(self, progress: Progress) -> dict[str, float]:
+        momentum = self.options.momentum
+        if self.options.momentum_schedule == "cosine":
+            # The official clock starts at 0 with the first update's move; MoCo v3's is one step further.
+            momentum = cosine_momentum((progress.updates - 1) / progress.total_updates, momentum)
+        self.teacher_backbone.update(self.backbone, momentum)
+        self.teacher_projector.update(self.projector, momentum)
+        return {"momentum": momentum}
+
+    @staticmethod
+    def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:
+        return {
+            "backbone": {"zero_init_last": False} if family == "resnet" else {},
+            "views": {"policy": "byol"},
+            "optim": {"name": "lars", "lr": 0.2, "weight_decay": 1.5e-6, "momentum": 0.9},
+            "schedule": {"decay": "cosine", "warmup_epochs": 10, "per": "step"},
+            "train": {"epochs": 1000, "batch_size": 4096},
+        }

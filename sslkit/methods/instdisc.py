@@ -1,0 +1,94 @@
+"""InstDisc: Wu, Xiong, Yu, Lin, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", 2018.
+
+arXiv:1805.01978. Every image is a class of its own, whose weight vector is the memory of its own embedding. The
+softmax over all images is too large for large data, so noise-contrastive estimation takes its place.
+"""
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from sslkit.methods.base import Features, Method, MethodOptions, Progress, Step, Views
+from sslkit.parts.backbone import Family
+from sslkit.parts.bank import MemoryBank
+from sslkit.parts.collectives import gather_rows, mean_over_processes
+from sslkit.parts.heads import linear_head
+from sslkit.parts.losses import inner_products, nce_against_noise, unit_rows
+
+
+class InstDiscOptions(MethodOptions):
+    """Options of InstDisc, defaults from section 3 and the official code.
+
+    Attributes:
+        dim: Embedding width C.
+        loss: ``"nce"``, or ``"softmax"`` over all images (the official code's CIFAR-10 form).
+        negatives: Noise samples K of a query under ``"nce"``.
+        temperature: Divides the similarities (0.07; 0.1 on CIFAR-10).
+        bank_momentum: Weight of a memory's old value.
+    """
+
+    dim: int = Field(default=128, strict=True, ge=1, le=65536)
+    loss: Literal["nce", "softmax"] = "nce"
+    negatives: int = Field(default=4096, strict=True, ge=1, le=10_000_000)
+    temperature: float = Field(default=0.07, gt=0.0)
+    bank_momentum: float = Field(default=0.5, ge=0.0, le=1.0)
+
+
+class InstDisc(Method):
+    """The paper's section 3. Only the first view is looked at."""
+
+    Options = InstDiscOptions
+    bank: MemoryBank
+    normaliser: Tensor
+
+    def __init__(self, backbone: nn.Module, feature_dim: int, options: InstDiscOptions) -> None:
+        super().__init__()
+        self.options = options
+        self.backbone = backbone
+        self.projector = linear_head(feature_dim, options.dim)
+        self.register_buffer("normaliser", torch.zeros(()))  # Z of eq. 4; 0 until the first batch estimates it
+        self.new_embeddings: tuple[Tensor, Tensor] | None = None
+
+    def meet_data(self, num_samples: int) -> None:
+        self.bank = MemoryBank(num_samples, self.options.dim)
+
+    def student(self, views: Views) -> Features:
+        return [self.backbone(views[0])]
+
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        query = unit_rows(self.projector(student_features[0]))
+        logits = inner_products(query, self.bank.rows) / self.options.temperature
+        loss = self.nce(logits, sample_ids) if self.options.loss == "nce" else cross_entropy(logits, sample_ids)
+        if self.training:
+            self.new_embeddings = gather_rows(sample_ids), gather_rows(query)
+        accuracy = (logits.argmax(dim=1) == sample_ids).float().mean()
+        return Step(loss, {"accuracy": accuracy})
+
+    def nce(self, logits: Tensor, sample_ids: Tensor) -> Tensor:
+        """NCE of (B, n) logits; Z is estimated once, from the first batch, and kept."""
+        noise = self.bank.draw_noise(len(logits), self.options.negatives)
+        positive = logits.gather(1, sample_ids[:, None])[:, 0].exp()
+        negatives = logits.gather(1, noise).exp()
+        if self.training and not self.normaliser:
+            seen = torch.cat([positive[:, None], negatives], dim=1)
+            self.normaliser.copy_(mean_over_processes(seen.mean()) * len(self.bank.rows))
+        return nce_against_noise(positive / self.normaliser, negatives / self.normaliser, 1 / len(self.bank.rows))
+
+    def after_update(self, progress: Progress) -> dict[str, float]:
+        if self.new_embeddings is not None:
+            self.bank.update(*self.new_embeddings, self.options.bank_momentum)
+            self.new_embeddings = None
+        return {}
+
+    @staticmethod
+    def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:
+        return {
+            "backbone": {"zero_init_last": False} if family == "resnet" else {},
+            "views": {"policy": "moco_v1"},
+            "optim": {"name": "sgd", "lr": 0.03, "weight_decay": 1e-4, "momentum": 0.9},
+            "schedule": {"decay": "steps", "milestones": [120, 160], "per": "epoch"},
+            "train": {"epochs": 200, "batch_size": 256},
+        }

@@ -1,0 +1,130 @@
+"""The two dictionaries that MoCo is compared with: end-to-end and memory bank.
+
+He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", 2020, arXiv:1911.05722, figure 2 and
+section 4.1. Encoder, head, views and loss are MoCo v1's; only where the keys come from differs.
+"""
+
+from typing import Any
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from sslkit.methods.base import Features, Method, MethodOptions, Progress, Step, Views
+from sslkit.methods.moco_v1 import MoCoV1
+from sslkit.parts.backbone import Family
+from sslkit.parts.bank import MemoryBank
+from sslkit.parts.batchnorm import has_batch_norm
+from sslkit.parts.collectives import gather_rows, gather_rows_with_gradient, rank
+from sslkit.parts.heads import linear_head
+from sslkit.parts.losses import info_nce_in_batch, info_nce_of_similarities, inner_products, unit_rows
+
+
+class EndToEndOptions(MethodOptions):
+    """Options of the end-to-end mechanism.
+
+    Attributes:
+        dim: Embedding width C.
+        temperature: Divides the similarities.
+        bn_groups: Groups of the global batch with batch statistics of their own; keys are shuffled across them, as
+            the paper does for this mechanism too (section 3.3).
+        symmetric: Add the loss of the keys looking for their queries.
+    """
+
+    dim: int = Field(default=128, strict=True, ge=1, le=65536)
+    temperature: float = Field(default=0.07, gt=0.0)
+    bn_groups: int = Field(default=8, strict=True, ge=1)
+    symmetric: bool = False
+
+
+class EndToEnd(Method):
+    """Keys are the batch itself, made by the same encoder; the gradient reaches queries and keys (figure 2a)."""
+
+    Options = EndToEndOptions
+    shuffle_keys = True
+    student_key_views = (1,)
+
+    def __init__(self, backbone: nn.Module, feature_dim: int, options: EndToEndOptions) -> None:
+        super().__init__()
+        self.options = options
+        self.backbone = backbone
+        self.projector = linear_head(feature_dim, options.dim)
+        self.bn_groups = options.bn_groups if has_batch_norm(backbone) else 1
+
+    def student(self, views: Views) -> Features:
+        return [self.backbone(view) for view in views]
+
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        query, key = (self.projector(features) for features in student_features)
+        loss, accuracy = self.contrast(query, key)
+        if self.options.symmetric:
+            back, _ = self.contrast(key, query)
+            loss = loss + back
+        return Step(loss, {"accuracy": accuracy})
+
+    def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (B, C) of this process against the keys (N, C) of all, which carry gradient."""
+        keys = gather_rows_with_gradient(key)
+        return info_nce_in_batch(query, keys, self.options.temperature, first_label=rank() * len(query))
+
+    @staticmethod
+    def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:
+        return MoCoV1.paper_defaults(family)
+
+
+class MemoryBankOptions(MethodOptions):
+    """Options of the memory-bank mechanism.
+
+    Attributes:
+        dim: Embedding width C.
+        negatives: Memories K drawn for each query.
+        temperature: Divides the similarities.
+        bank_momentum: Weight of a memory's old value (InstDisc's).
+    """
+
+    dim: int = Field(default=128, strict=True, ge=1, le=65536)
+    negatives: int = Field(default=65536, strict=True, ge=1, le=100_000_000)
+    temperature: float = Field(default=0.07, gt=0.0)
+    bank_momentum: float = Field(default=0.5, ge=0.0, le=1.0)
+
+
+class MemoryBankMechanism(Method):
+    """Keys are stored embeddings of all images; the positive is the image's own from an earlier epoch (figure 2b).
+
+    No shuffling: a positive that was made in another batch cannot be told by batch statistics (section 3.3).
+    """
+
+    Options = MemoryBankOptions
+    bank: MemoryBank
+
+    def __init__(self, backbone: nn.Module, feature_dim: int, options: MemoryBankOptions) -> None:
+        super().__init__()
+        self.options = options
+        self.backbone = backbone
+        self.projector = linear_head(feature_dim, options.dim)
+        self.new_embeddings: tuple[Tensor, Tensor] | None = None
+
+    def meet_data(self, num_samples: int) -> None:
+        self.bank = MemoryBank(num_samples, self.options.dim)
+
+    def student(self, views: Views) -> Features:
+        return [self.backbone(views[0])]
+
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        query = unit_rows(self.projector(student_features[0]))
+        similarities = inner_products(query, self.bank.rows)
+        positive = similarities.gather(1, sample_ids[:, None])[:, 0]
+        negatives = similarities.gather(1, self.bank.draw_noise(len(query), self.options.negatives))
+        loss, accuracy = info_nce_of_similarities(positive, negatives, self.options.temperature)
+        if self.training:
+            self.new_embeddings = gather_rows(sample_ids), gather_rows(query)
+        return Step(loss, {"accuracy": accuracy})
+
+    def after_update(self, progress: Progress) -> dict[str, float]:
+        if self.new_embeddings is not None:
+            self.bank.update(*self.new_embeddings, self.options.bank_momentum)
+            self.new_embeddings = None
+        return {}
+
+    @staticmethod
+    def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:
+        return MoCoV1.paper_defaults(family)

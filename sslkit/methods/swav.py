@@ -1,0 +1,137 @@
+"""SwAV: Caron, Misra, Mairal, Goyal, Bojanowski, Joulin, "Unsupervised Learning of Visual Features by Contrasting
+Cluster Assignments", 2020, arXiv:2006.09882.
+
+Embeddings are compared with learned prototypes. The two large crops get codes, spread evenly over the prototypes by
+Sinkhorn-Knopp; every other crop, small ones too, must predict them.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from sslkit.methods.base import Features, Method, MethodOptions, Progress, Step, Views
+from sslkit.parts.backbone import Family
+from sslkit.parts.collectives import gather_rows, rank, world_size
+from sslkit.parts.heads import swav_head
+from sslkit.parts.losses import inner_products, sinkhorn_codes, swapped_prediction, unit_rows
+from sslkit.parts.queue import KeyQueue
+
+ASSIGNMENT_CROPS = 2
+
+
+class SwAVOptions(MethodOptions):
+    """Options of SwAV, defaults from section 3 and the official scripts (batch 4096).
+
+    Attributes:
+        dim: Embedding width C.
+        hidden_dim: Width inside the projector.
+        prototypes: Number of prototypes P.
+        temperature: Divides the scores.
+        epsilon: Temperature of the codes.
+        sinkhorn_iterations: Rounds of normalisation.
+        freeze_prototypes_steps: Updates during which prototypes stay (313 at batch 4096, 5005 at 256).
+        queue_size: Embeddings kept for small batches; 0 for none (3840 at batch 256). Used once it is full.
+        queue_start_epoch: When it starts to fill.
+    """
+
+    dim: int = Field(default=128, strict=True, ge=1, le=65536)
+    hidden_dim: int = Field(default=2048, strict=True, ge=1, le=65536)
+    prototypes: int = Field(default=3000, strict=True, ge=2, le=1_000_000)
+    temperature: float = Field(default=0.1, gt=0.0)
+    epsilon: float = Field(default=0.05, gt=0.0)
+    sinkhorn_iterations: int = Field(default=3, strict=True, ge=1, le=1000)
+    freeze_prototypes_steps: int = Field(default=313, strict=True, ge=0)
+    queue_size: int = Field(default=0, strict=True, ge=0)
+    queue_start_epoch: float = Field(default=15.0, ge=0.0)
+
+
+class SwAV(Method):
+    """Algorithm 1 of the paper, with multi-crop (views after the second are small crops) and queue."""
+
+    Options = SwAVOptions
+    queue_open: Tensor
+    queue_filled: Tensor
+
+    def __init__(self, backbone: nn.Module, feature_dim: int, options: SwAVOptions) -> None:
+        super().__init__()
+        self.options = options
+        self.backbone = backbone
+        self.projector = swav_head(feature_dim, options.hidden_dim, options.dim)
+        self.prototypes = nn.Linear(options.dim, options.prototypes, bias=False)
+        num_queues = ASSIGNMENT_CROPS if options.queue_size else 0
+        self.queues = nn.ModuleList(KeyQueue(options.queue_size, options.dim) for _ in range(num_queues))
+        self.register_buffer("queue_open", torch.tensor(options.queue_start_epoch == 0.0))
+        self.register_buffer("queue_filled", torch.zeros((), dtype=torch.long))
+        self.new_embeddings: list[Tensor] = []
+
+    def student(self, views: Views) -> Features:
+        """One pass for each run of crops of one size, so that a pass's batch statistics are of that size."""
+        features: Features = []
+        for _, group in itertools.groupby(views, key=lambda view: view.shape[-1]):
+            crops = list(group)
+            features += self.backbone(torch.cat(crops)).chunk(len(crops))
+        return features
+
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        if self.training:
+            self.normalise_prototypes()
+        crops = len(student_features)
+        embeddings = unit_rows(self.projector(torch.cat(student_features))).chunk(crops)
+        scores = [inner_products(embedding, self.prototypes.weight) for embedding in embeddings]
+        codes = [self.codes(scores[crop], crop) for crop in range(ASSIGNMENT_CROPS)]
+        if self.training:
+            self.new_embeddings = [gather_rows(embeddings[crop]) for crop in range(len(self.queues))]
+        loss = swapped_prediction(codes, scores, self.options.temperature)
+        agreement = (scores[0].argmax(dim=1) == scores[1].argmax(dim=1)).float().mean()
+        return Step(loss, {"agreement": agreement})
+
+    @torch.no_grad()
+    def normalise_prototypes(self) -> None:
+        """Bring every prototype to unit norm, in place, before it is used."""
+        self.prototypes.weight.copy_(unit_rows(self.prototypes.weight))
+
+    @torch.no_grad()
+    def codes(self, scores: Tensor, crop: int) -> Tensor:
+        """Codes (B, P) of an assignment crop's scores; a full queue's scores help to spread them."""
+        batch = len(scores)
+        if self.queues and int(self.queue_filled) >= self.options.queue_size:
+            queue = self.queue(crop).keys[rank() :: world_size()]  # every process counts its share
+            scores = torch.cat([inner_products(queue, self.prototypes.weight), scores])
+        return sinkhorn_codes(scores, self.options.epsilon, self.options.sinkhorn_iterations)[-batch:]
+
+    def queue(self, crop: int) -> KeyQueue:
+        """Earlier embeddings of an assignment crop."""
+        queue = self.queues[crop]
+        assert isinstance(queue, KeyQueue)
+        return queue
+
+    def before_update(self, progress: Progress) -> None:
+        if progress.updates < self.options.freeze_prototypes_steps:
+            self.prototypes.weight.grad = None
+
+    def after_update(self, progress: Progress) -> dict[str, float]:
+        if self.queue_open:
+            for crop, embeddings in enumerate(self.new_embeddings):
+                self.queue(crop).push(embeddings)
+            self.queue_filled += len(self.new_embeddings[0]) if self.new_embeddings else 0
+        self.queue_open.fill_(progress.epoch >= self.options.queue_start_epoch)
+        return {}
+
+    @staticmethod
+    def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:
+        return {
+            "backbone": {"zero_init_last": False} if family == "resnet" else {},
+            "views": {"policy": "swav"},
+            "optim": {"name": "larc", "lr": 4.8, "lr_rule": "none", "weight_decay": 1e-6, "momentum": 0.9},
+            "schedule": {
+                "decay": "cosine",
+                "warmup_epochs": 10,
+                "warmup_start": 0.0625,
+                "final": 0.001,
+                "per": "step",
+            },
+            "train": {"epochs": 800, "batch_size": 4096},
+        }
