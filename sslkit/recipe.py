@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import timm
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -109,6 +110,7 @@ class TrainConfig(_Table):
         precision: Of autocast; ``no`` is float32.
         seed: Key of the sample order and of every random draw.
         clip_norm: Largest norm of the gradient; 0 leaves it alone, as the papers do.
+        head_warmup_epochs: Epochs at the start in which only the heads learn: for a backbone that is continued.
         processes: How many processes this run must have; 0 takes what the launcher starts.
         log_every: Steps between lines of metrics.jsonl.
     """
@@ -120,6 +122,7 @@ class TrainConfig(_Table):
     precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = Field(strict=True, default=0, ge=0, lt=2**63)
     clip_norm: float = Field(default=0.0, ge=0.0)
+    head_warmup_epochs: float = Field(default=0.0, ge=0.0)
     processes: int = Field(strict=True, default=0, ge=0)
     log_every: int = Field(strict=True, default=10, ge=1)
 
@@ -350,6 +353,9 @@ def _lay_over(defaults: dict[str, dict[str, Any]], tables: dict[str, Any]) -> di
         for key in ("init", "pos_embed"):
             if key not in tables["backbone"]:
                 layered["backbone"].pop(key, None)
+        if layered["backbone"]["pretrained"] is True:
+            config: Any = timm.get_pretrained_cfg(tables["backbone"]["name"])
+            layered["views"] = {"mean": config.mean, "std": config.std, **layered["views"]}
     asked, paper = tables.get("optim", {}).get("name"), defaults.get("optim", {}).get("name")
     if asked not in (None, paper):
         # The paper's rates belong to the paper's optimizer; another one must bring its own.

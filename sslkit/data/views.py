@@ -107,7 +107,8 @@ class ViewsConfig(BaseModel):
         solarize_prob: How often values from 128 up are inverted.
         flip_prob: How often a view is mirrored.
         rotate_degrees: Largest rotation to either side; 0 leaves rotation out (no paper here rotates).
-        erase_prob: How often a rectangle of 5 to 20 % of the view is blanked (no paper here erases).
+        erase_prob: How often a rectangle of the view is blanked (no paper here erases).
+        erase_scale: Its area as a share of the view.
         mean: Per-channel mean that views are normalised by on the device, for values in [0, 1].
         std: Per-channel standard deviation, likewise.
         crop_pct: At evaluation, the share of the shorter side that the centre crop keeps (224 of 256 = 0.875).
@@ -133,18 +134,19 @@ class ViewsConfig(BaseModel):
     flip_prob: PerView = 0.5
     rotate_degrees: float = Field(default=0.0, ge=0.0, le=180.0)
     erase_prob: PerView = 0.0
+    erase_scale: Range = (0.05, 0.2)
     mean: RGB = IMAGENET_MEAN
     std: RGB = IMAGENET_STD
     crop_pct: float = Field(default=0.875, gt=0.0, le=1.0)
 
-    @field_validator("crop_scale", "small_scale", "crop_ratio", "blur_sigma")
+    @field_validator("crop_scale", "small_scale", "erase_scale", "crop_ratio", "blur_sigma")
     @classmethod
     def _ordered(cls, value: Range) -> Range:
         if not 0.0 < value[0] <= value[1]:
             raise ValueError("must be two positive numbers, the smaller first")
         return value
 
-    @field_validator("crop_scale", "small_scale")
+    @field_validator("crop_scale", "small_scale", "erase_scale")
     @classmethod
     def _share(cls, value: Range) -> Range:
         if value[1] > 1.0:
@@ -226,7 +228,7 @@ def _transforms(config: ViewsConfig, view: int) -> list[A.BasicTransform]:
             border_mode=cv2.BORDER_CONSTANT,
             p=1.0 if config.rotate_degrees else 0.0,
         ),
-        A.Erasing(scale=(0.05, 0.2), p=chance(config.erase_prob)),
+        A.Erasing(scale=config.erase_scale, p=chance(config.erase_prob)),
     ]
     return [step for step in steps if step.p > 0]
 

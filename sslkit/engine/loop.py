@@ -80,6 +80,8 @@ def run_loop(training: Training, journal: Journal) -> None:
         loss, save_votes = mean_over_processes(torch.stack([result.loss, result.loss.new_tensor(late)])).tolist()
         check_finite("loss", loss, step)
         method.before_update(Progress(step, total_steps, training.steps_per_epoch))
+        if step < recipe.train.head_warmup_epochs * training.steps_per_epoch:
+            rest(method.backbone)
         grad_norm = gradient_norm(training)
         if accelerator.scaler is None:  # with a scaler, an overflow is expected now and then and skips the step
             check_finite("gradient norm", grad_norm, step)
@@ -121,6 +123,12 @@ def forward_and_backward(training: Training, batch: Batch, step: int) -> Step:
     if recipe.train.micro_batch:
         return sliced_step(accelerator, training.method, here, recipe.train.micro_batch, seed_slice)
     return whole_batch_step(accelerator, training.wrapped, here)
+
+
+def rest(backbone: nn.Module) -> None:
+    """Drop the backbone's gradients: optimizers leave alone, decay and all, what has none."""
+    for param in backbone.parameters():
+        param.grad = None
 
 
 def check_finite(what: str, value: float, step: int) -> None:
