@@ -35,6 +35,7 @@ test-slow: $(BIN)/.installed
 
 bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/micro_batch_memory.py
 
 docs: $(BIN)/.installed
 	$(BIN)/zensical build --strict

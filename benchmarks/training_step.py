@@ -21,16 +21,18 @@ from sslkit.engine.run import build_method
 from sslkit.methods import METHODS, Progress
 from sslkit.recipe import Recipe, build_recipe
 
+NUM_SAMPLES = 10_000  # rows of a memory bank
+
 
 def recipe_of(method: str, backbone: str, size: int, batch: int) -> Recipe:
     """The paper's recipe at this size; BN in one group, so that both sides make the same calls."""
-    options = {"bn_groups": 1} if method != "moco_v3" else {}
+    options = {"bn_groups": 1} if "bn_groups" in METHODS[method].Options.model_fields else {}
     return build_recipe(
         {
             "method": {"name": method, **options},
             "backbone": {"name": backbone},
             "data": {"path": "builtin:fashion_mnist"},
-            "views": {"size": size},
+            "views": {"size": size, "small_crops": 0},
             "train": {"batch_size": batch},
         }
     )
@@ -39,7 +41,7 @@ def recipe_of(method: str, backbone: str, size: int, batch: int) -> Recipe:
 def whole_step(recipe: Recipe, views: list[torch.Tensor]) -> Callable[[], None]:
     """One training step as the engine makes it, without data."""
     torch.manual_seed(0)
-    method = build_method(recipe).to(memory_format=torch.channels_last)
+    method = build_method(recipe, NUM_SAMPLES).to(memory_format=torch.channels_last)
     optimizer = make_optimizer(recipe, method)
     ids = torch.arange(len(views[0]))
 
@@ -53,17 +55,19 @@ def whole_step(recipe: Recipe, views: list[torch.Tensor]) -> Callable[[], None]:
     return step
 
 
-def bare_passes(recipe: Recipe, views: list[torch.Tensor], both: bool) -> Callable[[], None]:
-    """Forward and backward of the backbone, and forward of a copy, on one or both views."""
+def bare_passes(recipe: Recipe, views: list[torch.Tensor]) -> Callable[[], None]:
+    """Forward and backward of the backbone on the student's views, and forward of a copy on the teacher's."""
     torch.manual_seed(0)
-    student = build_method(recipe).backbone.to(memory_format=torch.channels_last)
+    method = build_method(recipe, NUM_SAMPLES).to(memory_format=torch.channels_last)
+    student = method.backbone
     teacher = copy.deepcopy(student)
+    student_views = len(method.student([view[:2] for view in views]))
 
     def step() -> None:
-        sum(student(view).sum() for view in (views if both else views[:1])).backward()
+        sum(student(view).sum() for view in views[:student_views]).backward()
         with torch.no_grad():
-            for view in views if both else views[1:]:
-                teacher(view)
+            for index in method.teacher_views:
+                teacher(views[index])
 
     return step
 
@@ -90,7 +94,7 @@ def main() -> None:
             torch.randn(arguments.batch, 3, arguments.size, arguments.size).to(memory_format=torch.channels_last)
             for _ in range(2)
         ]
-        whole, bare = whole_step(recipe, views), bare_passes(recipe, views, both=name == "moco_v3")
+        whole, bare = whole_step(recipe, views), bare_passes(recipe, views)
         pairs = [(seconds(whole), seconds(bare)) for _ in range(arguments.repeats + 2)][2:]
         ratios = sorted(a / b for a, b in pairs)
         print(
