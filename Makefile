@@ -10,7 +10,7 @@ LONG := runs/quickstart-long
 export OMP_WAIT_POLICY := PASSIVE
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: quickstart quickstart-long test test-slow bench docs clean
+.PHONY: quickstart quickstart-long test test-slow bench ablations docs clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	@echo "== installing into $(VENV) (about 6 GB with torch; some minutes)"
@@ -36,6 +36,9 @@ test-slow: $(BIN)/.installed
 bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/micro_batch_memory.py
+
+ablations: $(BIN)/.installed
+	$(BIN)/python benchmarks/ablations.py
 
 docs: $(BIN)/.installed
 	$(BIN)/zensical build --strict

@@ -137,6 +137,7 @@ class MonitorConfig(_Table):
         k: Neighbours.
         temperature: Of the neighbours' weights, exp(similarity / temperature).
         max_train: At most so many bank images, the first of a seeded order (0: all).
+        layer_gradients: Log the gradient norm of every layer of the backbone: where instability begins (MoCo v3).
     """
 
     every_epochs: int = Field(strict=True, default=0, ge=0)
@@ -145,6 +146,7 @@ class MonitorConfig(_Table):
     k: int = Field(strict=True, default=20, ge=1)
     temperature: float = Field(default=0.07, gt=0.0)
     max_train: int = Field(strict=True, default=0, ge=0)
+    layer_gradients: bool = False
 
     @model_validator(mode="after")
     def _has_data(self) -> "MonitorConfig":

@@ -19,7 +19,7 @@ from sslkit.data.loader import Batch
 from sslkit.data.views import normalise
 from sslkit.engine.checkpoint import save_checkpoint
 from sslkit.engine.journal import Journal, duration
-from sslkit.engine.monitors import KnnMonitor
+from sslkit.engine.monitors import KnnMonitor, layer_gradients
 from sslkit.engine.optim import learning_rate, set_learning_rate
 from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.errors import RunError, UserError
@@ -83,6 +83,7 @@ def run_loop(training: Training, journal: Journal) -> None:
         if step < recipe.train.head_warmup_epochs * training.steps_per_epoch:
             rest(method.backbone)
         grad_norm = gradient_norm(training)
+        layers = layer_gradients(method.backbone) if recipe.monitor.layer_gradients else {}
         if accelerator.scaler is None:  # with a scaler, an overflow is expected now and then and skips the step
             check_finite("gradient norm", grad_norm, step)
         training.optimizer.step()
@@ -95,7 +96,7 @@ def run_loop(training: Training, journal: Journal) -> None:
         if done % recipe.train.log_every == 0 or epoch_ends:
             fields = {"loss": loss, "lr": lr, "grad_norm": grad_norm, **moved}
             fields |= {name: float(mean_over_processes(value)) for name, value in result.metrics.items()}
-            report(training, journal, clock, done, fields)
+            report(training, journal, clock, done, fields, layers)
         if training.monitor and epoch_ends and monitor_is_due(training, done):
             measure_knn(training, journal, done)
             clock.restart()
@@ -167,11 +168,19 @@ def shuffle_order(recipe: Recipe, step: int) -> NDArray[np.int64]:
     return generator.permutation(recipe.train.batch_size)
 
 
-def report(training: Training, journal: Journal, clock: "StepClock", done: int, fields: dict[str, float]) -> None:
-    """One line of metrics and the progress line. ``done`` counts updates made."""
+def report(
+    training: Training,
+    journal: Journal,
+    clock: "StepClock",
+    done: int,
+    fields: dict[str, float],
+    layers: dict[str, float],
+) -> None:
+    """One line of metrics and the progress line, on which ``layers`` are left out. ``done`` counts updates made."""
     epoch = done / training.steps_per_epoch
     rate, waiting = clock.window()
-    journal.record({"step": done, "epoch": round(epoch, 6), **fields, "images_per_second": rate, "data_wait": waiting})
+    speed = {"images_per_second": rate, "data_wait": waiting}
+    journal.record({"step": done, "epoch": round(epoch, 6), **fields, **speed, **layers})
     left = (training.last_step - done) * training.recipe.train.batch_size / max(rate, 1e-9)
     shown = "  ".join(f"{name} {value:.4g}" for name, value in fields.items())
     epochs = training.recipe.train.epochs

@@ -1,4 +1,4 @@
-"""kNN while training, on a labelled set of its own, shared among the processes."""
+"""What is watched while training: kNN on a labelled set, shared among the processes, and gradients by layer."""
 
 import numpy as np
 import torch
@@ -54,3 +54,17 @@ def _limit_bank(pair: LabelledPair, max_train: int, seed: int) -> LabelledPair:
     chosen = np.sort(np.random.default_rng(seed).permutation(len(pair.train))[:max_train])
     labels = pair.train_labels[torch.from_numpy(chosen)]
     return LabelledPair(pair.train.subset(chosen), pair.test, labels, pair.test_labels, pair.classes, pair.description)
+
+
+def layer_gradients(backbone: nn.Module) -> dict[str, float]:
+    """Gradient norm of each layer in the order of the forward pass, as ``gradient/blocks.3``.
+
+    A layer is a direct child of the backbone, or an element of a child that is a list.
+    """
+    squares: dict[str, Tensor] = {}
+    for name, param in backbone.named_parameters():
+        if param.grad is not None:
+            first, *rest = name.split(".")
+            layer = f"{first}.{rest[0]}" if rest and rest[0].isdigit() else first
+            squares[layer] = squares.get(layer, param.new_zeros(())) + param.grad.float().square().sum()
+    return {f"gradient/{layer}": float(square.sqrt()) for layer, square in squares.items()}

@@ -88,7 +88,7 @@ def _train(
     torch.manual_seed(recipe.train.seed)
     method = build_method(recipe, len(source))
     _check_batch(recipe, method.bn_groups, accelerator.num_processes)
-    monitor = _make_monitor(recipe, accelerator)
+    monitor = make_monitor(recipe, accelerator)
     checkpoint, complaints = _find_checkpoint(folder, recipe, resume)
     last_step = _last_step(recipe, steps_per_epoch)
     training = _assemble(recipe, folder, accelerator, method, source, checkpoint, steps_per_epoch, last_step, monitor)
@@ -192,7 +192,8 @@ def _processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _make_monitor(recipe: Recipe, accelerator: Accelerator) -> KnnMonitor | None:
+def make_monitor(recipe: Recipe, accelerator: Accelerator) -> KnnMonitor | None:
+    """The kNN that the recipe's ``[monitor]`` asks for, or None."""
     if not recipe.monitor.every_epochs:
         return None
     views = recipe.views

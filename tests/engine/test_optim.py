@@ -42,7 +42,7 @@ def test_lars_with_a_zero_norm_is_plain() -> None:
     torch.testing.assert_close(matrix.detach(), torch.full((2, 2), -0.5))
 
 
-@pytest.mark.parametrize("name", ["sgd", "lars", "adamw", "lamb"])
+@pytest.mark.parametrize("name", ["sgd", "lars", "lars_simclr", "larc", "adamw", "lamb"])
 def test_optimizer_holds_no_teacher(name: str) -> None:
     recipe = small_recipe("moco_v3", "test_vit", optim={"name": name, "lr": 0.1, "weight_decay": 0.5})
     method = build_method(recipe)

@@ -6,9 +6,12 @@ import pytest
 import torch
 from golden import heads as paper
 from golden.arithmetic import head_parameter_counts
+from golden.byol import byol_predictor, byol_projector
+from golden.simclr import simclr_projector
+from golden.swav import swav_projector
 from torch import nn
 
-from sslkit.parts.heads import batch_norm_mlp, linear_head, mlp_head
+from sslkit.parts.heads import batch_norm_mlp, byol_mlp, linear_head, mlp_head, simclr_head, swav_head
 from sslkit.parts.schedules import cosine_momentum, per_epoch, warmup_then_cosine, warmup_then_steps
 
 OURS = {
@@ -40,6 +43,25 @@ def test_head_is_the_papers(name: str) -> None:
     for layer in ours.modules():
         if isinstance(layer, nn.Linear):
             assert layer.weight.std().item() == pytest.approx(1 / math.sqrt(3 * layer.in_features), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "count"),
+    [
+        (byol_mlp(2048, 4096, 256), byol_projector(), 9_449_472),
+        (byol_mlp(256, 4096, 256), byol_predictor(), 2_109_440),
+        (swav_head(2048, 2048, 128), swav_projector(), 4_846_720 - 3000 * 128),
+        (simclr_head(2048, 2048, 128, num_layers=2), simclr_projector(layers=2), None),
+        (simclr_head(2048, 2048, 128, num_layers=3), simclr_projector(layers=3), None),
+    ],
+)
+def test_compared_heads_are_the_papers(ours: nn.Module, theirs: nn.Module, count: int | None) -> None:
+    assert count in (None, sum(param.numel() for param in ours.parameters()))
+    assert {key: value.shape for key, value in ours.state_dict().items()} == {
+        key: value.shape for key, value in theirs.state_dict().items()
+    }
+    trained = [param.requires_grad for param in ours.parameters()]
+    assert trained == [param.requires_grad for param in theirs.parameters()]
 
 
 def test_v2_head_has_no_batch_norm_and_v3_last_norm_no_scale() -> None:
@@ -81,3 +103,8 @@ def test_per_epoch_holds_between_boundaries() -> None:
     positions = [step / 7 for step in range(21)]
     assert [per_epoch(position) for position in positions] == [0.0] * 7 + [1.0] * 7 + [2.0] * 7
     assert torch.tensor(positions).diff().min() > 0
+
+
+@pytest.mark.parametrize(("epoch", "lr"), [(0, 0.3), (5, 2.55), (10, 4.8), (405, 2.4024), (800, 0.0048)])
+def test_swav_rate_starts_and_ends_above_zero(epoch: float, lr: float) -> None:
+    assert warmup_then_cosine(epoch, 800, 10, 4.8, start=0.3, final=0.0048) == pytest.approx(lr, rel=1e-12)

@@ -1,0 +1,201 @@
+"""Run the ablations of `ablations.toml`, every cell with every seed, and write docs/ablations.md with a picture.
+
+    python benchmarks/ablations.py [--jobs 2] [--only "Momentum"] [--seeds 1] [--report]
+
+Each cell is a training run in `runs/ablations`, in a process of its own; one that has ended is not run again, and one
+that was stopped continues. `--report` only writes the page from what is there.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from ablations_page import write_page
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+import sslkit
+from sslkit.data.source import DataConfig, open_source
+from sslkit.engine.run import build_method, make_monitor
+from sslkit.recipe import Recipe, build_recipe
+
+HERE = Path(__file__).parent
+RUNS = HERE.parent / "runs" / "ablations"
+COLOURED = RUNS / "coloured"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting of one lever, with one seed."""
+
+    group: str
+    label: str
+    seed: int
+    shows: str
+    tables: dict[str, dict[str, Any]]
+
+    def recipe(self) -> Recipe:
+        """What is trained."""
+        return build_recipe(self.tables, name=f"ablations.toml {self.group}: {self.label}")
+
+    @property
+    def folder(self) -> Path:
+        """Its run; another group or recipe is another folder."""
+        text = json.dumps([self.group, self.recipe().as_tables()], sort_keys=True)
+        return RUNS / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def lay_over(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Tables over tables; one that brings a name starts afresh."""
+    laid = {table: dict(keys) for table, keys in base.items()}
+    for table, keys in over.items():
+        laid[table] = dict(keys) if "name" in keys else {**laid.get(table, {}), **keys}
+    return laid
+
+
+def read_cells(only: str, seeds: int) -> list[Cell]:
+    """Every cell of `ablations.toml`, seed by seed, so that an early stop leaves whole rows."""
+    text = (HERE / "ablations.toml").read_text(encoding="utf-8").replace("COLOURED", str(COLOURED))
+    spec = tomllib.loads(text)
+    cells = []
+    for seed in spec["seeds"][: seeds or None]:
+        for group in spec["group"]:
+            if only.lower() not in group["name"].lower():
+                continue
+            for cell in group["cells"]:
+                tables = spec["base"]
+                for over in [*(spec["preset"][name] for name in cell.get("use", [])), cell.get("set", {})]:
+                    tables = lay_over(tables, over)
+                tables = lay_over(tables, {"train": {"seed": seed}})
+                cells.append(Cell(group["name"], cell["label"], seed, group.get("shows", ""), tables))
+    return cells
+
+
+def make_coloured() -> None:
+    """The bundled garments, each in two colours drawn for it alone: colour tells images apart, but not classes."""
+    if (COLOURED / "test").is_dir():
+        return
+    for split in ("train", "test"):
+        source = open_source(DataConfig(path="builtin:fashion_mnist", split=split))
+        labels, names = source.labels(), source.class_names()
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        rows = {"image": list(coloured(source, split)), "label": [names.index(label) for label in labels]}
+        (COLOURED / split).mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(COLOURED / split / "data.parquet")
+
+
+def coloured(source: Any, split: str) -> Iterator[dict[str, Any]]:
+    """PNG bytes of every image, its grey a blend of a dark and a bright colour."""
+    draws = np.random.default_rng([0, split == "test"])
+    for index in range(len(source)):
+        share = source.read(index)[..., :1].astype(np.float64) / 255
+        dark, bright = draws.uniform(0, 130, 3), draws.uniform(125, 255, 3)
+        pixels = np.rint(dark * (1 - share) + bright * share).astype(np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="PNG")
+        yield {"bytes": buffer.getvalue(), "path": None}
+
+
+def train_cell(cell: Cell) -> None:
+    """Train it, if that has not been done, and write cell.json beside its run."""
+    run = sslkit.train(cell.recipe(), cell.folder)
+    metrics = run.metrics()
+    result: dict[str, Any] = {"knn": run.results()[-1]["accuracy"]}
+    result["pretext"] = float(np.mean([row["accuracy"] for row in metrics[-20:]]))
+    if cell.shows == "spikes":
+        result |= spikes(metrics)
+    if cell.shows == "head":
+        result["after_head"] = knn_after_head(cell, run.folder)
+    (cell.folder / "cell.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def spikes(metrics: list[dict[str, Any]], window: int = 20, factor: float = 3.0) -> dict[str, int]:
+    """Steps whose gradient is over ``factor`` times the median of the window before, and where they began.
+
+    A spike is counted as the first layer's if the first block's norm had jumped by then and the last block's had not
+    jumped more.
+    """
+    layers = [key for key in metrics[0] if key.startswith("gradient/")]
+    first, last = layers[0], [layer for layer in layers if "blocks" in layer][-1]
+    jumps = {
+        key: np.array(
+            [
+                row[key] / np.median([before[key] for before in metrics[max(step - window, 0) : step]])
+                for step, row in enumerate(metrics)
+                if step >= window
+            ]
+        )
+        for key in ("grad_norm", first, last)
+    }
+    spiking = jumps["grad_norm"] > factor
+    return {"spikes": int(spiking.sum()), "first_layer": int((spiking & (jumps[first] > jumps[last])).sum())}
+
+
+def knn_after_head(cell: Cell, folder: Path) -> float:
+    """kNN on the projector's output, with the monitor's protocol."""
+    recipe = cell.recipe()
+    method = build_method(recipe)
+    newest = (folder / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+    method.load_state_dict(load_file(folder / "checkpoints" / newest / "model.safetensors"))
+    monitor = make_monitor(recipe, Accelerator(cpu=True))
+    assert monitor is not None
+    return monitor(nn.Sequential(method.backbone, method.projector))
+
+
+def run_cell(cell: Cell) -> str:
+    """Run one cell in a process of its own; returns what to print."""
+    name = f"{cell.group}: {cell.label}, seed {cell.seed}"
+    if not (cell.folder / "cell.json").is_file():
+        command = [sys.executable, __file__, "--cell", cell.group, cell.label, str(cell.seed)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+        if done.returncode:
+            return f"{name}: FAILED: {(done.stderr.strip().splitlines() or ['no word'])[-1]}"
+    result = json.loads((cell.folder / "cell.json").read_text(encoding="utf-8"))
+    return f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in result.items())
+
+
+def main() -> None:
+    """Run what is missing, then write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", default="", help="part of a group's name")
+    parser.add_argument("--seeds", type=int, default=0, help="the first so many; 0: all")
+    parser.add_argument("--report", action="store_true", help="only write the page")
+    parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    cells = read_cells(arguments.only, arguments.seeds)
+    if arguments.cell:
+        group, label, seed = arguments.cell
+        train_cell(next(c for c in cells if (c.group, c.label, c.seed) == (group, label, int(seed))))
+        return
+    if not arguments.report:
+        make_coloured()
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            for line in pool.map(run_cell, cells):
+                print(line, flush=True)
+    spec = tomllib.loads((HERE / "ablations.toml").read_text(encoding="utf-8"))
+    found = {
+        (cell.group, cell.label, cell.seed): json.loads((cell.folder / "cell.json").read_text(encoding="utf-8"))
+        for cell in read_cells("", 0)
+        if (cell.folder / "cell.json").is_file()
+    }
+    print(write_page(spec, found, HERE.parent / "docs"))
+
+
+if __name__ == "__main__":
+    main()

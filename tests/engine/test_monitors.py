@@ -1,0 +1,32 @@
+"""What is watched while training."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_recipe
+from torch import nn
+
+import sslkit
+from sslkit.engine.monitors import layer_gradients
+
+
+def test_layers_are_named_in_order_and_their_norms_add_up() -> None:
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"stem": nn.Linear(4, 4), "blocks": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
+    net["blocks"][1].requires_grad_(False)
+    x = net["blocks"][1](net["blocks"][0](net["stem"](torch.randn(3, 4))))
+    x.square().sum().backward()
+    found = layer_gradients(net)
+    assert list(found) == ["gradient/stem", "gradient/blocks.0"]
+    total = torch.nn.utils.get_total_norm([param.grad for param in net.parameters() if param.grad is not None])
+    assert sum(norm**2 for norm in found.values()) == pytest.approx(total.item() ** 2, rel=1e-5)
+
+
+def test_a_run_logs_them_only_if_asked(tmp_path: Path) -> None:
+    for asked in (True, False):
+        recipe = small_recipe("moco_v3", "test_vit", monitor={"layer_gradients": asked}, train={"max_steps": 2})
+        run = sslkit.train(recipe, tmp_path / str(asked))
+        layers = [key for key in run.metrics()[0] if key.startswith("gradient/")]
+        assert ("gradient/blocks.0" in layers) == asked
+        assert "gradient/patch_embed" not in layers  # frozen
