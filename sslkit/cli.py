@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sslkit.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from sslkit.data.source import DataConfig
+    from sslkit.doctor import Report
     from sslkit.evaluate.judge import Judgement, Reading
     from sslkit.recipe import Recipe
 
@@ -34,6 +36,7 @@ app.add_typer(recipes_app, name="recipes")
 
 console = Console()
 
+BAD_INPUT = 2
 INTERRUPTED = 130  # what Typer makes of Ctrl-C
 
 Model = Annotated[str, typer.Argument(help="Run folder, exported folder, hf_hub:user/repo, or timm name.")]
@@ -171,6 +174,32 @@ def report(run: Annotated[str, typer.Argument(help="Run folder.")]) -> None:
         console.print(str(picture), highlight=False)
 
 
+@app.command(epilog="Example: sslkit doctor mocov3_vits --data photos")
+def doctor(
+    recipe: Annotated[str, typer.Argument(help="TOML file, or the name of a shipped recipe.")] = "",
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="table.key=value; may repeat.")] = None,
+    method: Annotated[str, typer.Option(help="Method, such as moco_v2.")] = "",
+    backbone: Annotated[str, typer.Option(help="timm name, such as resnet18.")] = "",
+    data: Annotated[str, typer.Option(help="Folder of images or datasets id.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Check a recipe's wiring on its own data, and advise; without a recipe, say what this machine can do.
+
+    Exit code 2 if there is a fault. Warnings are advice and leave it 0. Nothing is written to disk.
+    """
+    from sslkit.doctor import Report, examine, examine_machine
+
+    if recipe or overrides or method or backbone or data:
+        loaded = _recipe_from_words(recipe, overrides or [], method, backbone, data)
+        examined = examine(loaded, lambda stage: print(f"sslkit: {stage} ...", file=sys.stderr))
+    else:
+        examined = Report(examine_machine())
+    if examined.findings:
+        _show_report(examined, as_json)
+    if examined.of("fault"):
+        raise typer.Exit(BAD_INPUT)
+
+
 @app.command(epilog="Example: sslkit methods")
 def methods() -> None:
     """List the methods."""
@@ -242,7 +271,7 @@ def _recipe_from_words(recipe: str, overrides: list[str], method: str, backbone:
         given = {"method.name": method, "backbone.name": backbone, "data.path": data}
         return load_recipe(recipe, [f"{key}={json.dumps(word)}" for key, word in given.items() if word] + overrides)
     if not (method and backbone and data):
-        raise UserError("pretrain: give a recipe, or all of --method, --backbone and --data")
+        raise UserError("give a recipe, or all of --method, --backbone and --data")
     tables = {"method": {"name": method}, "backbone": {"name": backbone}, "data": {"path": data}}
     return build_recipe(tables, overrides, name="command line")
 
@@ -259,6 +288,22 @@ def _reading(layer: int | None, crop_pct: float, workers: int) -> "Reading":
     from sslkit.evaluate.judge import Reading
 
     return Reading(layer, crop_pct, workers)
+
+
+def _show_report(report: "Report", as_json: bool) -> None:
+    """Print an examination: what applies as a table, the worst first; all of it, in its own order, as JSON."""
+    counts = {verdict: len(report.of(verdict)) for verdict in ("fault", "warning", "ok")}
+    if as_json:
+        print(json.dumps({**counts, "findings": [dataclasses.asdict(finding) for finding in report.findings]}))
+        return
+    colours = {"fault": "bold red", "warning": "yellow", "ok": "green"}
+    table = Table("check", "verdict", "what was seen")
+    for finding in [*report.of("fault"), *report.of("warning"), *report.of("ok")]:
+        table.add_row(finding.check, Text(finding.verdict, colours[finding.verdict]), Text(finding.sentence))
+    console.print(table)
+    absent = [finding.check for finding in report.of("not applicable")]
+    console.print("not applicable here: " + (", ".join(absent) or "none"), highlight=False)
+    console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()), highlight=False)
 
 
 def _conclude(model: str, judgement: "Judgement", as_json: bool) -> None:

@@ -24,8 +24,6 @@ ACCUMULATION = (
     "[train] micro_batch = n gives the whole batch's loss and gradient in the memory of n images"
 )
 PRETRAINED_SOURCES = ("hf_hub:", "hf-hub:", "local-dir:")
-
-
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -105,8 +103,7 @@ class TrainConfig(_Table):
         epochs: Passes over the data; the schedules span them.
         max_steps: Stop after so many updates (0: never); the schedules still span ``epochs``.
         batch_size: Global batch, over all processes.
-        micro_batch: Send the batch through the backbone so many images at a time on each process, with the loss and
-            gradient of the whole batch; memory follows the slice (0: all at once). See docs/large-batches.md.
+        micro_batch: Images of a process in the backbone at a time, loss and gradient as ever (0: all at once).
         precision: Of autocast; ``no`` is float32.
         seed: Key of the sample order and of every random draw.
         clip_norm: Largest norm of the gradient; 0 leaves it alone, as the papers do.
@@ -238,8 +235,7 @@ def build_recipe(tables: dict[str, Any], overrides: list[str] | None = None, nam
     tables = {table: dict(keys) if isinstance(keys, dict) else keys for table, keys in tables.items()}
     for override in overrides or []:
         _apply_override(tables, override)
-    mistakes = _shape_mistakes(tables) or _name_mistakes(tables)
-    if mistakes:
+    if mistakes := _shape_mistakes(tables) or _name_mistakes(tables):
         raise _refusal(name, mistakes)
     method_name = canonical_name(tables["method"]["name"])
     method = find_method(method_name)
@@ -252,10 +248,10 @@ def build_recipe(tables: dict[str, Any], overrides: list[str] | None = None, nam
             parsed[table] = model.model_validate(keys)
         except ValidationError as error:
             mistakes += [_sentence(table, model, item) for item in error.errors()]
-    if not mistakes:
-        recipe = Recipe(method_name=method_name, **parsed, reference=tables.get("reference", {}))
-        mistakes += _contradictions(recipe)
     if mistakes:
+        raise _refusal(name, mistakes)
+    recipe = Recipe(method_name=method_name, **parsed, reference=tables.get("reference", {}))
+    if mistakes := _contradictions(recipe):
         raise _refusal(name, mistakes)
     return recipe
 
@@ -343,8 +339,7 @@ def _name_mistakes(tables: dict[str, Any]) -> list[str]:
             try:
                 model.model_validate(tables.get(table, {}))
             except ValidationError as error:
-                given_wrong = [item for item in error.errors() if item["type"] != "missing"]
-                mistakes += [_sentence(table, model, item) for item in given_wrong]
+                mistakes += [_sentence(table, model, item) for item in error.errors() if item["type"] != "missing"]
     return mistakes
 
 

@@ -16,6 +16,7 @@ LAYERS = {
     "publish": 5,
     "engine": 6,
     "report": 7,
+    "doctor": 7,
     "cli": 8,
     "pretrain": 9,
     "__main__": 9,

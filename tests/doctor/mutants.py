@@ -1,0 +1,433 @@
+"""Real methods with one defect each, and the check that must name it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from sslkit.methods import Method
+from sslkit.methods.base import Features, Progress, Step, Views, encode_in_slices, exchange_rows, shuffle_views
+from sslkit.methods.byol import BYOL
+from sslkit.methods.instdisc import InstDisc
+from sslkit.methods.mechanisms import EndToEnd, MemoryBankMechanism
+from sslkit.methods.moco_v1 import MoCoV1
+from sslkit.methods.moco_v2 import MoCoV2
+from sslkit.methods.moco_v3 import MoCoV3
+from sslkit.methods.simclr import SimCLR
+from sslkit.methods.swav import SwAV
+from sslkit.parts.collectives import gather_rows
+from sslkit.parts.losses import (
+    info_nce_in_batch,
+    info_nce_with_queue,
+    inner_products,
+    nt_xent,
+    regression_loss,
+    swapped_prediction,
+    unit_rows,
+)
+
+MUTANTS: dict[str, tuple[type[Method], str, str]] = {}  # name -> (class, the method it breaks, the check that sees it)
+
+
+def breaks(method: str, check: str) -> Any:
+    def add(mutant: type[Method]) -> type[Method]:
+        MUTANTS[mutant.__name__] = (mutant, method, check)
+        return mutant
+
+    return add
+
+
+@breaks("moco_v2", "step")
+class Crashes(MoCoV2):
+    def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return info_nce_with_queue(query, key, self.queue.keys.T, self.options.temperature)
+
+
+@breaks("moco_v3", "step")
+class LossIsNotANumber(MoCoV3):
+    def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        loss, accuracy = super().contrast(query, key)
+        return loss - torch.tensor(torch.inf), accuracy
+
+
+@breaks("moco_v2", "positive")
+class KeysQueuedBeforeTheLoss(MoCoV2):
+    def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        self.queue.push(gather_rows(key))
+        return super().contrast(query, key)
+
+
+@breaks("moco_v1", "positive")
+class KeysAlsoAmongNegatives(MoCoV1):
+    def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return info_nce_with_queue(query, key, torch.cat([self.queue.keys, key]), self.options.temperature)
+
+
+@breaks("moco_v2", "positive")
+class NewestKeysOverlaid(MoCoV2):
+    """Negatives without a push: the newest keys stand where the oldest were, for this loss only."""
+
+    def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        negatives = torch.cat([key, self.queue.keys[len(key) :]])
+        return info_nce_with_queue(query, key, negatives, self.options.temperature)
+
+
+@breaks("simclr", "positive")
+class FindsItself(SimCLR):
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        first, second = (unit_rows(z) for z in self.projector(torch.cat(student_features)).chunk(2))
+        everyone, twins = torch.cat([first, second]), torch.arange(2 * len(first)).roll(len(first))
+        logits = inner_products(everyone, everyone) / self.options.temperature
+        return Step(2 * cross_entropy(logits, twins))
+
+
+@breaks("memory_bank", "positive")
+class MemoriesMovedBeforeTheLoss(MemoryBankMechanism):
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        query = unit_rows(self.projector(student_features[0])).detach()
+        self.bank.update(sample_ids, query, self.options.bank_momentum)
+        return super().objective(student_features, teacher_features, sample_ids)
+
+
+@breaks("moco_v3", "teacher frozen")
+class TeacherLearns(MoCoV3):
+    def __init__(self, *words: Any) -> None:
+        super().__init__(*words)
+        self.teacher_backbone.requires_grad_(True)
+
+
+@breaks("byol", "teacher frozen")
+class TeacherHeadLearns(BYOL):
+    def __init__(self, *words: Any) -> None:
+        super().__init__(*words)
+        self.teacher_projector.requires_grad_(True)
+
+
+@breaks("moco_v2", "teacher still")
+class TeacherMovesInForward(MoCoV2):
+    def teacher(self, views: Views) -> Features:
+        self.teacher_backbone.update(self.backbone, self.options.momentum)
+        return super().teacher(views)
+
+
+@breaks("moco_v3", "teacher moves")
+class TeacherHeadForgotten(MoCoV3):
+    def after_update(self, progress: Progress) -> dict[str, float]:
+        self.teacher_backbone.update(self.backbone, self.options.momentum)
+        return {"momentum": self.options.momentum}
+
+
+@breaks("byol", "teacher moves")
+class TeacherForgotten(BYOL):
+    def after_update(self, progress: Progress) -> dict[str, float]:
+        return {"momentum": self.options.momentum}
+
+
+@breaks("moco_v3", "teacher moves")
+class MomentumTurnedRound(MoCoV3):
+    def after_update(self, progress: Progress) -> dict[str, float]:
+        momentum = 1 - self.options.momentum
+        self.teacher_backbone.update(self.backbone, momentum)
+        self.teacher_projector.update(self.projector, momentum)
+        return {"momentum": momentum}
+
+
+@breaks("byol", "teacher moves")
+class StudentFollows(BYOL):
+    def after_update(self, progress: Progress) -> dict[str, float]:
+        logged = super().after_update(progress)
+        with torch.no_grad():
+            for own, theirs in zip(self.projector.parameters(), self.teacher_projector.parameters(), strict=True):
+                own.lerp_(theirs, 1e-3)
+        return logged
+
+
+@breaks("moco_v2", "teacher moves")
+class StatisticsAveraged(MoCoV2):
+    def after_update(self, progress: Progress) -> dict[str, float]:
+        for own, theirs in zip(self.teacher_backbone.buffers(), self.backbone.buffers(), strict=True):
+            if own.is_floating_point():
+                own.lerp_(theirs + 0.01, 0.5)
+        return super().after_update(progress)
+
+
+@breaks("moco_v1", "teacher start")
+class TeacherDrawnAnew(MoCoV1):
+    def __init__(self, *words: Any) -> None:
+        super().__init__(*words)
+        for param in self.teacher_backbone.parameters():
+            param.mul_(1.5)
+
+
+@breaks("moco_v2", "teacher asked")
+class StudentsHeadMakesTheKeys(MoCoV2):
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        query, key = (unit_rows(self.projector(each[0])) for each in (student_features, teacher_features))
+        loss, accuracy = self.contrast(query, key.detach())
+        self.new_keys = gather_rows(key)
+        return Step(loss, {"accuracy": accuracy})
+
+
+@breaks("moco_v3", "teacher asked")
+class TeacherInEvalMode(MoCoV3):
+    def train(self, mode: bool = True) -> Method:
+        super().train(mode)
+        self.teacher_backbone.eval()
+        return self
+
+
+@breaks("moco_v3", "stop-gradient")
+class StudentMakesTheKeys(MoCoV3):
+    def teacher(self, views: Views) -> Features:
+        return [self.backbone(view) for view in views]
+
+
+@breaks("byol", "stop-gradient")
+class TargetsThroughTheStudentsHead(BYOL):
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        predictions = [self.predictor(self.projector(features)) for features in student_features]
+        targets = [unit_rows(self.projector(features)) for features in reversed(teacher_features)]
+        pairs = zip(predictions, targets, strict=True)
+        return Step(sum(2 - 2 * (unit_rows(one) * other).sum(dim=1).mean() for one, other in pairs))
+
+
+@breaks("swav", "stop-gradient")
+class CodesCarryGradient(SwAV):
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        embeddings = unit_rows(self.projector(torch.cat(student_features))).chunk(len(student_features))
+        scores = [inner_products(embedding, unit_rows(self.prototypes.weight)) for embedding in embeddings]
+        codes = [(each / self.options.epsilon).softmax(dim=1) for each in scores[:2]]
+        return Step(swapped_prediction(codes, scores, self.options.temperature))
+
+
+@breaks("byol", "gradient")
+class PredictorDetached(BYOL):
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        predictions = [self.predictor(self.projector(features).detach()) for features in student_features]
+        targets = [self.teacher_projector(features) for features in reversed(teacher_features)]
+        return Step(sum(regression_loss(one, other) for one, other in zip(predictions, targets, strict=True)))
+
+
+@breaks("moco_v3", "gradient")
+class PredictorLeftOut(MoCoV3):
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        queries = [self.projector(features) for features in student_features]
+        keys = [self.teacher_projector(features) for features in reversed(teacher_features)]
+        return Step(sum(self.contrast(query, key)[0] for query, key in zip(queries, keys, strict=True)))
+
+
+@breaks("moco_v1", "gradient")
+class FeaturesDetached(MoCoV1):
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        return super().objective([each.detach() for each in student_features], teacher_features, sample_ids)
+
+
+@breaks("simclr", "gradient")
+class LossDetached(SimCLR):
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        return Step(super().objective(student_features, teacher_features, sample_ids).loss.detach())
+
+
+@breaks("end_to_end", "gradient")
+class KeysWithoutGradient(EndToEnd):
+    def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return info_nce_in_batch(query, gather_rows(key), self.options.temperature, first_label=0)
+
+
+@breaks("simclr", "gradient exact")
+class GatherWithoutGradient(SimCLR):
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        first, second = self.projector(torch.cat(student_features)).chunk(2)
+        everyones = gather_rows(first), gather_rows(second)
+        return Step(nt_xent(first, second, *everyones, self.options.temperature, 0)[0])
+
+
+@breaks("moco_v2", "key order")
+class ShuffleNotUndone(MoCoV2):
+    def teacher_in_slices(self, views: Views, slices: int, permutation: Any = None, *words: Any) -> Features:
+        return encode_in_slices(self.teacher, shuffle_views(views, self.teacher_views, permutation), slices, *words)
+
+
+@breaks("end_to_end", "key order")
+class UndoneTheWrongWay(EndToEnd):
+    def student_in_slices(self, views: Views, slices: int, permutation: Any = None, *words: Any) -> Features:
+        shuffled = shuffle_views(views, self.student_key_views, permutation)
+        query, key = encode_in_slices(self.student, shuffled, slices, *words)
+        return [query, key if permutation is None else exchange_rows(key, permutation)]
+
+
+@breaks("moco_v1", "batch norm leak")
+class ShuffleForgotten(MoCoV1):
+    shuffle_keys = False
+
+
+@breaks("moco_v2", "batch norm leak")
+class ShuffledInsideTheGroups(MoCoV2):
+    def teacher_in_slices(self, views: Views, slices: int, permutation: Any = None, *words: Any) -> Features:
+        return super().teacher_in_slices(views, slices, None, *words)
+
+
+@breaks("end_to_end", "batch norm leak")
+class KeysNotShuffled(EndToEnd):
+    student_key_views = ()
+
+
+@breaks("moco_v3", "pairs")
+class ViewMeetsItself(MoCoV3):
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        return super().objective(student_features, teacher_features[::-1], sample_ids)
+
+
+@breaks("moco_v3", "pairs")
+class LabelsShifted(MoCoV3):
+    def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return super().contrast(query, key.roll(1, dims=0))
+
+
+@breaks("instdisc", "pairs")
+class MemoryOfAnother(InstDisc):
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        return super().objective(student_features, teacher_features, sample_ids.roll(1))
+
+
+@breaks("moco_v2", "views used")
+class TeacherSeesTheFirstView(MoCoV2):
+    def teacher(self, views: Views) -> Features:
+        return [self.teacher_backbone(views[0])]
+
+
+@breaks("moco_v2", "loss level")
+class TemperatureLeftOutOfV2(MoCoV2):
+    def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return info_nce_with_queue(query, key, self.queue.keys, 1.0)
+
+
+@breaks("moco_v3", "loss level")
+class ScaleLeftOut(MoCoV3):
+    def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        loss, accuracy = super().contrast(query, key)
+        return loss / (2 * self.options.temperature), accuracy
+
+
+@breaks("moco_v3", "loss level")
+class OneDirectionOnly(MoCoV3):
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        step = super().objective(student_features, teacher_features, sample_ids)
+        return Step(step.loss / 2, step.metrics)
+
+
+@breaks("simclr", "loss level")
+class TemperatureLeftOutOfSimCLR(SimCLR):
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        first, second = self.projector(torch.cat(student_features)).chunk(2)
+        return Step(nt_xent(first, second, first, second, 1.0, 0)[0])
+
+
+@breaks("end_to_end", "loss level")
+class SummedOverTheBatch(EndToEnd):
+    def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        loss, accuracy = super().contrast(query, key)
+        return len(query) * loss, accuracy
+
+
+@breaks("memory_bank", "loss level")
+class HalfTheNegatives(MemoryBankMechanism):
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        drawn = self.bank.draw_noise
+        self.bank.draw_noise = lambda batch, negatives: drawn(batch, negatives // 2)
+        step = super().objective(student_features, teacher_features, sample_ids)
+        del self.bank.draw_noise
+        return step
+
+
+@breaks("byol", "loss level")
+class NotNormalised(BYOL):
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        step = super().objective(student_features, teacher_features, sample_ids)
+        return Step(step.loss / 2)
+
+
+@breaks("swav", "loss level")
+class TemperatureLeftOutOfSwAV(SwAV):
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        embeddings = unit_rows(self.projector(torch.cat(student_features))).chunk(len(student_features))
+        scores = [inner_products(embedding, unit_rows(self.prototypes.weight)) for embedding in embeddings]
+        return Step(swapped_prediction([self.codes(scores[crop], crop) for crop in (0, 1)], scores, 1.0))
+
+
+@breaks("instdisc", "loss level")
+class TemperatureLeftOutOfInstDisc(InstDisc):
+    def nce(self, logits: Tensor, sample_ids: Tensor) -> Tensor:
+        return super().nce(logits * self.options.temperature, sample_ids)
+
+
+@breaks("moco_v2", "dictionary fed")
+class QueueNotFed(MoCoV2):
+    def after_update(self, progress: Progress) -> dict[str, float]:
+        self.new_keys = None
+        return super().after_update(progress)
+
+
+@breaks("moco_v1", "dictionary fed")
+class QueriesQueued(MoCoV1):
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        step = super().objective(student_features, teacher_features, sample_ids)
+        self.new_keys = unit_rows(self.projector(student_features[0])).detach()
+        return step
+
+
+@breaks("instdisc", "dictionary fed")
+class MemoriesStand(InstDisc):
+    def after_update(self, progress: Progress) -> dict[str, float]:
+        return {}
+
+
+@breaks("moco_v1", "first loss")
+class KeysPointAway(MoCoV1):
+    def teacher(self, views: Views) -> Features:
+        return [-30 * features for features in super().teacher(views)]
+
+
+@breaks("moco_v3", "teacher frozen")
+class TeacherIsTheStudent(MoCoV3):
+    def __init__(self, *words: Any) -> None:
+        super().__init__(*words)
+        self.teacher_backbone = self.backbone
+
+    def after_update(self, progress: Progress) -> dict[str, float]:
+        self.teacher_projector.update(self.projector, self.options.momentum)
+        return {}
+
+
+@breaks("moco_v1", "loss level")
+class KeysNotNormalised(MoCoV1):
+    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        query, key = self.projector(student_features[0]), self.teacher_projector(teacher_features[0])
+        self.new_keys = unit_rows(key)
+        loss, accuracy = self.contrast(unit_rows(query), key)
+        return Step(loss, {"accuracy": accuracy})
+
+
+@breaks("moco_v2", "dictionary fed")
+class SameRowsOverwritten(MoCoV2):
+    def after_update(self, progress: Progress) -> dict[str, float]:
+        logged = super().after_update(progress)
+        self.queue.pointer.zero_()
+        return logged
+
+
+@breaks("byol", "teacher moves")
+class MomentumFalls(BYOL):
+    def after_update(self, progress: Progress) -> dict[str, float]:
+        momentum = self.options.momentum - 0.5 * progress.fraction
+        self.teacher_backbone.update(self.backbone, momentum)
+        self.teacher_projector.update(self.projector, momentum)
+        return {"momentum": momentum}
+
+
+@breaks("moco_v3", "gradient")
+class PredictorFrozen(MoCoV3):
+    def __init__(self, *words: Any) -> None:
+        super().__init__(*words)
+        self.predictor.requires_grad_(False)

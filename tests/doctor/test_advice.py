@@ -1,0 +1,109 @@
+"""Each piece of advice: what calls for it, and what does not."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_recipe
+
+from sslkit.data.source import DataConfig, open_source
+from sslkit.doctor.advice import advise
+from sslkit.doctor.images import ImageFacts, check_pixels, look_at
+from sslkit.recipe import Recipe, load_recipe, shipped_recipes
+
+IMAGENET = ImageFacts(1_281_167, 350, 400, grey=False)
+CIFAR = ImageFacts(50_000, 32, 32, grey=False)
+FASHION = ImageFacts(10_000, 28, 28, grey=True)
+
+
+def warned(recipe: Recipe, facts: ImageFacts) -> dict[str, str]:
+    return {finding.check: finding.sentence for finding in advise(recipe, facts) if finding.verdict == "warning"}
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_no_warning_on_a_shipped_recipe(name: str) -> None:
+    assert warned(load_recipe(name), IMAGENET) == {}
+    if "cifar" in name:
+        assert warned(load_recipe(name), CIFAR) == {}
+    if load_recipe(name).data.path.startswith("builtin"):
+        assert warned(load_recipe(name), FASHION) == {}
+
+
+# Shipped recipe, what is set, data, and the one check that must warn.
+CALLS: list[tuple[str, list[str], ImageFacts, str]] = [
+    ("mocov2_r50", [], ImageFacts(40_000, 350, 400, False), "queue length"),
+    ("mocov2_r50", ["method.queue_size=128"], IMAGENET, "queue length"),
+    ("memory_bank_r50", [], ImageFacts(40_000, 350, 400, False), "queue length"),
+    ("mocov2_r50", ["method.momentum=1.0"], IMAGENET, "momentum"),
+    ("mocov2_r50", ["method.momentum=0.0"], IMAGENET, "momentum"),
+    ("mocov2_r50", ["method.momentum=0.5"], IMAGENET, "momentum"),
+    ("mocov1_small_cpu", ["method.momentum=0.999"], FASHION, "momentum"),
+    ("mocov3_vits", ["method.momentum=0.99999"], IMAGENET, "momentum"),
+    ("mocov2_r50", ["method.temperature=0.01"], IMAGENET, "temperature"),
+    ("simclr_r50", ["method.temperature=5.0"], IMAGENET, "temperature"),
+    ("mocov2_r50", ["optim.lr=0.3"], IMAGENET, "learning rate"),
+    ("mocov2_r50", ["optim.lr=0.0"], IMAGENET, "learning rate"),
+    ("mocov2_r50", ["optim.lr=0.003"], IMAGENET, "learning rate"),
+    ("mocov3_vitb", ["optim.lr_rule=none"], IMAGENET, "learning rate"),
+    ("mocov2_cifar10", ["optim.lr_rule=none"], IMAGENET, "learning rate"),
+    ("swav_r50", ["train.batch_size=256", "method.queue_size=3840"], IMAGENET, "learning rate"),
+    ("mocov1_small_cpu", ["optim.name=adamw", "optim.lr=0.1", "optim.weight_decay=0.1"], FASHION, "learning rate"),
+    ("mocov2_r50", ["optim.weight_decay=0.1"], IMAGENET, "weight decay"),
+    ("mocov3_vits", ["optim.weight_decay=1.0"], IMAGENET, "weight decay"),
+    ("simclr_r50", ["train.batch_size=64"], IMAGENET, "batch size"),
+    ("byol_r50", ["train.batch_size=128"], IMAGENET, "batch size"),
+    ("mocov3_vits", ["train.batch_size=64"], IMAGENET, "batch size"),
+    ("instdisc_r50", ["train.batch_size=16"], IMAGENET, "batch size"),
+    ("mocov2_r50", ["method.bn_groups=64"], IMAGENET, "batch size"),
+    ("swav_r50_200ep_b256", ["method.queue_size=0"], IMAGENET, "batch size"),
+    ("mocov1_r50", ["train.epochs=100"], IMAGENET, "schedule"),
+    ("mocov3_vits", ["schedule.warmup_epochs=200"], IMAGENET, "schedule"),
+    ("mocov3_vits", ["schedule.warmup_epochs=0"], IMAGENET, "schedule"),
+    ("mocov1_small_cpu", ["train.epochs=2", "method.momentum=0.9"], FASHION, "schedule"),
+    ("mocov3_continue", ["train.head_warmup_epochs=50"], IMAGENET, "schedule"),
+    ("swav_r50_200ep_b256", ["method.freeze_prototypes_steps=900000"], IMAGENET, "schedule"),
+    ("swav_r50_200ep_b256", ["method.queue_start_epoch=200"], IMAGENET, "schedule"),
+    ("mocov2_r50", ["checkpoint.every_minutes=0"], IMAGENET, "saving"),
+    ("mocov2_r50", [], ImageFacts(1_281_167, 350, 400, grey=True), "colour"),
+    ("mocov1_small_cpu", ["views.jitter=[0.4,0.4,0.4,0.1]"], FASHION, "colour"),
+    ("mocov3_vit_small_cpu", ["views.crop_scale=[0.05,1.0]"], FASHION, "crops"),
+    ("mocov2_r50", ["views.crop_scale=[0.01,0.05]"], IMAGENET, "crops"),
+    ("swav_r50", ["views.small_scale=[0.0001,0.05]"], IMAGENET, "crops"),
+    ("mocov1_small_cpu", ["views.size=224"], FASHION, "view size"),
+    ("mocov2_cifar10", ["views.blur_prob=0.5"], CIFAR, "blur"),
+]
+
+
+@pytest.mark.parametrize(("name", "words", "facts", "check"), CALLS, ids=lambda value: str(value)[:40])
+def test_advice_is_given_where_it_is_due(name: str, words: list[str], facts: ImageFacts, check: str) -> None:
+    assert set(warned(load_recipe(name, words), facts)) == {check}
+
+
+def test_thresholds_are_where_the_sentences_say() -> None:
+    for symmetric, epochs in (("false", "2.0 epochs"), ("true", "1.0 epochs")):
+        words = ["method.queue_size=20000", f"method.symmetric={symmetric}"]
+        assert epochs in warned(load_recipe("mocov1_small_cpu", words), FASHION)["queue length"]
+    continued = load_recipe("mocov3_continue")
+    assert continued.peak_lr == pytest.approx(1e-4)
+    assert "learning rate" in warned(load_recipe("mocov3_vits", ["optim.lr=2.5e-5"]), IMAGENET)
+
+
+def test_advice_for_any_method_and_optimizer() -> None:
+    tables: list[dict[str, Any]] = [{"optim": {"name": "lamb", "lr": 1e-2, "weight_decay": 0.1}}, {}]
+    for name in ("moco_v3", "byol", "swav", "end_to_end", "instdisc"):
+        for extra in tables:
+            assert advise(small_recipe(name, "test_resnet", **extra), CIFAR)
+
+
+def test_images_are_looked_at() -> None:
+    facts = look_at(open_source(DataConfig(path="builtin:fashion_mnist", split="test")))
+    assert facts == ImageFacts(2000, 28, 28, grey=True)
+
+
+def test_pixels_out_of_range() -> None:
+    torch.manual_seed(0)
+    sound = torch.randn(4, 3, 8, 8)
+    assert check_pixels(sound).verdict == "ok"
+    assert check_pixels(sound * 0.25 + 0.5).verdict == "ok"  # SimCLR leaves pixels in [0, 1]
+    for broken in (sound - 500, sound * 100, sound * 0.001):
+        assert check_pixels(broken).verdict == "warning"

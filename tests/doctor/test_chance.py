@@ -1,0 +1,59 @@
+"""Chance levels against numbers that scipy's Bessel functions gave, and against random vectors."""
+
+import math
+
+import pytest
+import torch
+from conftest import small_recipe
+from torch.nn.functional import cross_entropy, normalize
+
+from sslkit.doctor.chance import InfoNCE, chance_level, contrast_of, log_mean_exp
+from sslkit.engine.run import build_method
+
+
+@pytest.mark.parametrize(
+    ("dim", "temperature", "expected"),
+    [(128, 0.07, 0.79238), (128, 0.2, 0.09758), (128, 0.1, 0.38946), (256, 0.2, 0.04882), (256, 1.0, 0.00195)],
+)
+def test_log_mean_exp(dim: int, temperature: float, expected: float) -> None:
+    assert log_mean_exp(dim, temperature) == pytest.approx(expected, abs=5e-6)
+
+
+def test_log_mean_exp_has_no_overflow() -> None:
+    # On a circle E is the Bessel function I_0, about exp(x) / sqrt(2 pi x).
+    assert log_mean_exp(2, 1e-3) == pytest.approx(1000 - 0.5 * math.log(2 * math.pi * 1000), abs=1e-3)
+    assert log_mean_exp(65536, 1e-3) == pytest.approx(1e6 / (2 * 65536), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("contrast", "expected"),
+    [
+        (InfoNCE(1, 65536, 0.07, 128), 11.88),
+        (InfoNCE(1, 65536, 0.2, 128), 11.188),
+        (InfoNCE(1, 4096, 0.1, 128), 8.707),
+        (InfoNCE(4, 4095, 1.0, 256), 33.279),
+        (InfoNCE(0.8, 4095, 0.2, 256), 6.693),
+        (InfoNCE(1, 510, 0.5, 128), 6.25),
+    ],
+)
+def test_levels_of_the_papers(contrast: InfoNCE, expected: float) -> None:
+    assert contrast.level(0.0) == pytest.approx(expected, abs=3e-3)
+
+
+def test_level_and_tolerance_hold_on_random_vectors() -> None:
+    torch.manual_seed(0)
+    query, queue = (normalize(torch.randn(rows, 32, dtype=torch.float64), dim=1) for rows in (256, 2048))
+    contrast = InfoNCE(1.0, 2048, 0.15, 32)
+    for similarity in (0.0, 1.0):
+        positive = torch.full((256, 1), similarity, dtype=torch.float64)
+        logits = torch.cat([positive, query @ queue.T], dim=1) / 0.15
+        loss = float(cross_entropy(logits, torch.zeros(256, dtype=torch.long)))
+        assert abs(loss - contrast.level(similarity)) < contrast.tolerance(256)
+        assert abs(loss - math.log(2049)) > contrast.tolerance(256)
+
+
+def test_methods_without_a_formula_have_none() -> None:
+    method = build_method(small_recipe("byol", "test_resnet"), num_samples=20)
+    assert contrast_of(method, 8) is None
+    assert chance_level(method, 8) == (4.0, "2 - 2 cos in both directions")
+    assert chance_level(build_method(small_recipe("moco_v2", "test_resnet")), 8) is not None

@@ -1,0 +1,126 @@
+"""Forecasts, threads, precision, slices, and what the machine says of itself. No timing is asserted."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_recipe
+
+from sslkit.data.source import ImageSource, open_source
+from sslkit.doctor import cost, machine
+from sslkit.doctor.patient import Observation, Patient, admit, watching
+from sslkit.recipe import Recipe
+
+
+@pytest.fixture(scope="module")
+def source() -> ImageSource:
+    return open_source(small_recipe().data).without_labels()
+
+
+def observed(recipe: Recipe, source: ImageSource) -> tuple[Patient, Observation]:
+    patient = admit(recipe, source, lambda _: None)
+    return patient, patient.observe(backward=True)
+
+
+def bytes_of(sentence: str) -> float:
+    """The forecast's first figure."""
+    return float(sentence.split("forecast ")[1].split(" GiB")[0])
+
+
+def test_memory_grows_with_the_images_at_once(source: ImageSource) -> None:
+    figures = {}
+    for batch, micro in ((64, 0), (256, 0), (256, 64)):
+        recipe = small_recipe("moco_v3", "test_vit", train={"batch_size": batch, "micro_batch": micro})
+        figures[batch, micro] = bytes_of(cost.forecast_memory(*observed(recipe, source)).sentence)
+    assert figures[64, 0] < 0.5 * figures[256, 0]
+    assert figures[256, 64] == pytest.approx(figures[64, 0], rel=0.05)
+
+
+def test_what_autograd_keeps_is_counted(source: ImageSource) -> None:
+    """A stack of ReLUs on known shapes: each keeps its output, (B, 64) in float32."""
+    patient, _ = observed(small_recipe("simclr", "test_vit"), source)
+    with watching(patient.method) as seen:
+        x = torch.randn(8, 64, requires_grad=True)
+        y = x.relu().relu().relu()
+        y.sum().backward()
+    assert seen.saved_bytes == 3 * 8 * 64 * 4
+
+
+def test_too_little_memory_asks_for_slices(source: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = small_recipe("moco_v3", "test_vit", train={"batch_size": 256})
+    patient, seen = observed(recipe, source)
+    assert cost.forecast_memory(patient, seen).verdict == "ok"
+    needed = bytes_of(cost.forecast_memory(patient, seen).sentence)
+    monkeypatch.setattr(cost, "memory_of_device", lambda _: int(needed * (1 << 30) / 2))
+    found = cost.forecast_memory(patient, seen)
+    assert found.verdict == "warning"
+    micro = int(found.sentence.split("micro_batch = ")[1].split(",")[0])
+    assert 256 % micro == 0
+    sliced = small_recipe("moco_v3", "test_vit", train={"batch_size": 256, "micro_batch": micro})
+    assert cost.forecast_memory(*observed(sliced, source)).verdict == "ok"
+
+
+@pytest.mark.parametrize(("computing", "loading", "verdict"), [(0.01, 0.001, "ok"), (0.001, 0.01, "warning")])
+def test_who_waits_for_whom(computing: float, loading: float, verdict: str) -> None:
+    found = cost.judge_speed(small_recipe(data={"workers": 1}), computing, loading, images=2000)
+    assert found.verdict == verdict
+    assert found.sentence.startswith("compute bound" if verdict == "ok" else "data-loader bound")
+    assert "62 steps" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads", "verdict"), [(1, "1", "ok"), (9, "1", "warning"), (1, "64", "warning"), (0, "1", "warning")]
+)
+def test_threads(workers: int, threads: str, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "cores_of_a_process", lambda _: 2 if workers else 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert cost.check_threads(small_recipe(data={"workers": workers})).verdict == verdict
+
+
+def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    for native, precision, verdict in ((True, "bf16", "ok"), (False, "bf16", "warning"), (False, "no", "ok")):
+        monkeypatch.setattr(cost, "has_bf16", lambda _, native=native: native)
+        assert cost.check_precision(small_recipe(train={"precision": precision})).verdict == verdict
+    assert cost.check_precision(small_recipe(train={"precision": "fp16"})).verdict == "warning"
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "micro", "verdict"),
+    [
+        ("moco_v3", "test_vit", 8, "ok"),
+        ("moco_v3", "test_resnet", 0, "ok"),
+        ("moco_v2", "test_resnet", 8, "ok"),
+        ("moco_v3", "test_resnet", 8, "warning"),
+        ("simclr", "test_resnet", 8, "warning"),
+        ("moco_v2", "test_resnet", 4, "warning"),
+    ],
+)
+def test_slices(name: str, model: str, micro: int, verdict: str, source: ImageSource) -> None:
+    recipe = small_recipe(name, model, train={"micro_batch": micro})
+    assert cost.check_slices(admit(recipe, source, lambda _: None)).verdict == verdict
+
+
+def test_the_machine_is_described() -> None:
+    findings = {finding.check: finding for finding in machine.examine_machine()}
+    assert "torch" in findings["versions"].sentence
+    assert "timm" in findings["versions"].sentence
+    assert "GiB" in findings["memory"].sentence
+    assert findings["GPU"].sentence == "none: training runs on the CPU"
+    assert not [finding for finding in findings.values() if "could not be checked" in finding.sentence]
+
+
+def test_what_is_wrong_with_a_machine_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "999")
+    real = machine.importlib.metadata.version
+    monkeypatch.setattr(
+        machine.importlib.metadata, "version", lambda name: "2.0" if name == "albumentationsx" else real(name)
+    )
+
+    def mismatch(_name: str) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(machine.importlib, "import_module", mismatch)
+    monkeypatch.setattr(machine.os, "statvfs", lambda _: machine.os.statvfs_result((4096, 4096, 16384, *[0] * 7)))
+    monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path)
+    warned = {finding.check for finding in machine.examine_machine() if finding.verdict == "warning"}
+    assert warned == {"threads", "albumentations", "torchvision", "shared memory"}

@@ -1,0 +1,41 @@
+"""No shipped recipe has a fault, whatever advice its small stand-in calls for."""
+
+import tomllib
+from typing import Any
+
+import pytest
+
+import sslkit.doctor
+from sslkit.doctor import examine
+from sslkit.doctor.findings import ok
+from sslkit.parts.backbone import family
+from sslkit.recipe import Recipe, build_recipe, shipped_recipes
+
+FITTING = ("zero_init_last", "init", "pos_embed", "freeze_patch_embed")
+SMALLER = {"hidden_dim": 64, "queue_size": 512, "negatives": 256, "prototypes": 64, "bn_groups": 2}
+
+
+def stand_in(name: str) -> Recipe:
+    """The recipe on the bundled images, with a small net of its backbone's family, narrow heads and short queues."""
+    tables = tomllib.loads(shipped_recipes()[name].read_text(encoding="utf-8"))
+    backbone = tables["backbone"]
+    if not backbone["name"].startswith("test_"):
+        kept = {key: backbone[key] for key in FITTING if key in backbone}
+        small = "test_vit" if family(backbone["name"]) == "vit" else "test_resnet"
+        tables["backbone"] = {**kept, "name": small}
+        tables["views"]["size"] = 32
+    tables["views"]["small_size"] = 16
+    tables["data"] = {"path": "builtin:fashion_mnist", "split": "test", "workers": 0}
+    method: dict[str, Any] = tables["method"]
+    method |= {key: min(method[key], value) for key, value in SMALLER.items() if method.get(key)}
+    tables["train"] |= {"batch_size": 8, "micro_batch": min(tables["train"].get("micro_batch", 0), 4)}
+    tables.pop("monitor", None)
+    return build_recipe(tables, name=name)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_no_fault(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sslkit.doctor, "weigh_loading", lambda *_: ok("data loading", "not timed here"))
+    report = examine(stand_in(name))
+    assert report.of("fault") == []
+    assert not [finding for finding in report.findings if "could not be checked" in finding.sentence]
