@@ -166,7 +166,7 @@ def _learning_rate(recipe: Recipe) -> Finding:
     if unscaled or too_high or ratio < lowest or not peak:
         cure = "set [optim] lr_rule = 'linear'" if unscaled else "check [optim] lr and lr_rule"
         return warning(
-            RATE, f"peak {peak:.3g} is {ratio:.2g} times what batch {batch} asks for: {by_rule:.3g} by {rule}; {cure}"
+            RATE, f"peak {peak:.3g} is {ratio:.3g} times what batch {batch} asks for: {by_rule:.3g} by {rule}; {cure}"
         )
     return ok(RATE, f"peak {peak:.3g}; {rule}: {by_rule:.3g}")
 

@@ -32,8 +32,9 @@ def forecast_memory(patient: Patient, seen: Observation) -> Finding:
     at_once = min(recipe.train.micro_batch or local, local)
     state, learning = _state_bytes(patient)
     for_one = seen.saved_bytes / patient.batch * (HALF_PRECISION if recipe.train.precision != "no" else 1.0)
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
     fixed = state + learning + (CUDA_ITSELF if device.type == "cuda" else 0)
-    needed, there = fixed + for_one * at_once, memory_of_device(device)
+    needed, there = fixed + for_one * at_once, memory_of_device(device) // sharing
     said = (
         f"forecast {_gib(needed)} a process of {_gib(there)}: {_gib(state)} for weights, teacher and dictionary, "
         f"{_gib(learning)} for gradients and optimizer, {_gib(for_one * at_once)} for {at_once} images at once"

@@ -11,12 +11,13 @@ from torch import Tensor
 from sslkit.data.loader import Batch, GlobalBatches, make_loader
 from sslkit.data.source import ImageSource
 from sslkit.data.views import ViewPipeline, normalise
-from sslkit.doctor.findings import Finding, judge, not_applicable
+from sslkit.doctor.findings import Finding, fault, first_line, judge, not_applicable
 from sslkit.engine.loop import SHUFFLE
 from sslkit.engine.optim import make_optimizer, set_learning_rate
 from sslkit.engine.processes import make_accelerator
 from sslkit.engine.run import BACKBONES, build_method
 from sslkit.engine.step import GlobalBatch, whole_batch_step
+from sslkit.errors import UserError
 from sslkit.methods import Method, Progress
 from sslkit.parts.batchnorm import has_batch_norm, synchronise_batch_norm
 from sslkit.parts.collectives import gather_rows, world_size
@@ -47,6 +48,10 @@ def check_processes(recipe: Recipe, source: ImageSource) -> Finding:
     accelerator = make_accelerator(recipe)
     try:
         return train_and_compare(accelerator, recipe, source)
+    except UserError:
+        raise
+    except Exception as error:
+        return fault(AGREE, f"the method stops on {world_size()} processes: {first_line(error)}")
     finally:
         accelerator.end_training()
         accelerator.state._reset_state(reset_partial_state=True)
@@ -56,7 +61,9 @@ def train_and_compare(accelerator: Any, recipe: Recipe, source: ImageSource) -> 
     """Train a few steps on all processes and compare checksums of everything that must be the same."""
     torch.manual_seed(recipe.train.seed)
     method = build_method(recipe, len(source)).train()
-    method.bn_groups = min(method.bn_groups, 2 * world_size())
+    images_each = min(IMAGES_EACH, recipe.train.batch_size // world_size())
+    groups_each = 2 if images_each % 4 == 0 else 1
+    method.bn_groups = min(method.bn_groups, groups_each * world_size())
     if has_batch_norm(method):
         synchronise_batch_norm(method, accelerator.device, spare=BACKBONES if method.bn_groups > 1 else ())
     method.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -64,7 +71,7 @@ def train_and_compare(accelerator: Any, recipe: Recipe, source: ImageSource) -> 
     set_learning_rate(optimizer, recipe.peak_lr)
     batches = GlobalBatches(
         len(source),
-        IMAGES_EACH * world_size(),
+        images_each * world_size(),
         recipe.train.seed,
         rank=accelerator.process_index,
         world_size=world_size(),

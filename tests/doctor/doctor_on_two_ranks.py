@@ -11,9 +11,8 @@ from unittest.mock import patch
 from conftest import small_recipe
 from torch import Tensor
 
-import sslkit.doctor
 from sslkit.data.source import ImageSource
-from sslkit.doctor import Finding, examine
+from sslkit.doctor import Finding, examine, visit
 from sslkit.doctor.ranks import train_and_compare
 from sslkit.engine.processes import make_accelerator
 from sslkit.methods import mechanisms, moco_v1
@@ -63,7 +62,7 @@ def check_all(recipe: Recipe, source: ImageSource) -> Finding:
 
 
 def main() -> None:
-    with patch.object(sslkit.doctor, "check_processes", check_all):
+    with patch.object(visit, "check_processes", check_all):
         report = examine(small_recipe("moco_v2", "test_resnet"))
     if os.environ["RANK"] != "0":
         assert report.findings == []

@@ -50,6 +50,12 @@ def test_without_a_recipe_it_describes_the_machine(capsys: pytest.CaptureFixture
     assert "cores" in out
 
 
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "doctor", "--help")
+    assert code == 0
+    assert "Example: sslkit doctor" in " ".join(out.split())
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

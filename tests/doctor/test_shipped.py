@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-import sslkit.doctor
-from sslkit.doctor import examine
+from sslkit.doctor import examine, visit
 from sslkit.doctor.findings import ok
 from sslkit.parts.backbone import family
 from sslkit.recipe import Recipe, build_recipe, shipped_recipes
@@ -35,7 +34,7 @@ def stand_in(name: str) -> Recipe:
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_no_fault(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sslkit.doctor, "weigh_loading", lambda *_: ok("data loading", "not timed here"))
+    monkeypatch.setattr(visit, "weigh_loading", lambda *_: ok("data loading", "not timed here"))
     report = examine(stand_in(name))
     assert report.of("fault") == []
     assert not [finding for finding in report.findings if "could not be checked" in finding.sentence]
