@@ -18,7 +18,7 @@ from sslkit.doctor.images import check_pixels, look_at
 from sslkit.doctor.ranks import check_processes, launched, not_launched
 from sslkit.doctor.sight import check_views
 from sslkit.doctor.wiring import examine_wiring
-from sslkit.engine.run import _steps_per_epoch
+from sslkit.engine.run import steps_per_epoch
 from sslkit.recipe import Recipe
 
 
@@ -40,7 +40,7 @@ def examine(recipe: Recipe, say: Say = _quiet) -> Report:
         UserError: The recipe, the data or the machine cannot be used at all, for a reason that one sentence tells.
     """
     source = open_source(recipe.data).without_labels()
-    _steps_per_epoch(recipe, source)
+    steps_per_epoch(recipe, source)
     agreement = not_launched()
     if launched() > 1:
         agreement = check_processes(recipe, source)

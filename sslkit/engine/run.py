@@ -29,9 +29,8 @@ from sslkit.parts.backbone import create_backbone, feature_dim
 from sslkit.parts.batchnorm import has_batch_norm, synchronise_batch_norm
 from sslkit.recipe import Recipe, changes
 
-# Keys that do not change what is learned; a run may be continued with others.
 BACKBONES = ("backbone", "teacher_backbone")
-
+# Keys that do not change what is learned; a run may be continued with others.
 FREE_KEYS = ("data.workers", "train.max_steps", "train.processes", "train.log_every", "checkpoint.", "reference.")
 
 
@@ -71,11 +70,11 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
     folder = Path(output)
     _check_folder(folder, recipe, resume)
     source = open_source(recipe.data).without_labels()
-    steps_per_epoch = _steps_per_epoch(recipe, source)
+    epoch_steps = steps_per_epoch(recipe, source)
     source.read(0)
     accelerator = make_accelerator(recipe)
     try:
-        return _train(recipe, folder, resume, source, steps_per_epoch, accelerator)
+        return _train(recipe, folder, resume, source, epoch_steps, accelerator)
     finally:
         accelerator.end_training()
         if accelerator.num_processes == 1:
@@ -87,7 +86,7 @@ def _train(
 ) -> Run:
     torch.manual_seed(recipe.train.seed)
     method = build_method(recipe, len(source))
-    _check_batch(recipe, method.bn_groups, accelerator.num_processes)
+    check_batch(recipe, method.bn_groups, accelerator.num_processes)
     monitor = make_monitor(recipe, accelerator)
     checkpoint, complaints = _find_checkpoint(folder, recipe, resume)
     last_step = _last_step(recipe, steps_per_epoch)
@@ -208,7 +207,12 @@ def make_monitor(recipe: Recipe, accelerator: Accelerator) -> KnnMonitor | None:
     return KnnMonitor(recipe, transform, accelerator.device, _workers(recipe, accelerator))
 
 
-def _steps_per_epoch(recipe: Recipe, source: ImageSource) -> int:
+def steps_per_epoch(recipe: Recipe, source: ImageSource) -> int:
+    """Whole batches in an epoch; the rest of the images wait for the next one's order.
+
+    Raises:
+        UserError: Not even one.
+    """
     if recipe.train.batch_size > len(source):
         raise UserError(
             f"[train] batch_size: {recipe.train.batch_size} is more than the {len(source)} images of "
@@ -222,8 +226,12 @@ def _last_step(recipe: Recipe, steps_per_epoch: int) -> int:
     return min(recipe.train.max_steps or total, total)
 
 
-def _check_batch(recipe: Recipe, groups: int, processes: int) -> None:
-    """The global batch must fall into equal parts for processes, for their BN groups and for slices."""
+def check_batch(recipe: Recipe, groups: int, processes: int) -> None:
+    """See that the global batch falls into equal parts for processes, for their BN groups and for slices.
+
+    Raises:
+        UserError: It does not.
+    """
     batch, micro = recipe.train.batch_size, recipe.train.micro_batch
     if micro and batch % (processes * micro):
         raise UserError(
@@ -313,6 +321,12 @@ def _opening(training: Training, source: ImageSource) -> list[str]:
         f"{_workers(recipe, accelerator)} data worker(s) each",
         f"learning rate: base {recipe.optim.lr:g}, rule {recipe.optim.lr_rule} x batch / 256, peak {recipe.peak_lr:g}",
     ]
+    if train.micro_batch and has_batch_norm(training.method.backbone):
+        slices = train.batch_size // train.micro_batch
+        lines.append(
+            f"{slices} slices, each with BatchNorm statistics of its own, as {slices} GPUs would have; slices change "
+            "nothing in a backbone without BatchNorm"
+        )
     done, last = training.start_step, training.last_step
     if done >= last:
         lines.append(f"{training.folder} is already trained to step {done} of {last}; nothing to do")

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from sslkit.errors import UserError, near_miss
 
-C_GRID = (0.001, 0.01, 0.1, 1.0, 10.0)
+C_GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 1.0, 10.0)
 HELD_OUT = 0.1
 
 

@@ -90,9 +90,9 @@ class Method(nn.Module, ABC):
     def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:
         """The paper's recipe for a backbone of this family: recipe tables that a user's recipe is laid over."""
 
-    @abstractmethod
     def student(self, views: Views) -> Features:
-        """Features of the views the student looks at, each (B, D), with gradient."""
+        """Features of the views the student looks at, each (B, D), with gradient; all of them, unless overridden."""
+        return [self.backbone(view) for view in views]
 
     def teacher(self, views: Views) -> Features:
         """Features of `teacher_views` by the teacher, each (B, D), without gradient; empty without a teacher."""

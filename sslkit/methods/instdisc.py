@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from sslkit.methods.base import Features, Method, MethodOptions, Progress, Step, Views
 from sslkit.parts.backbone import Family
 from sslkit.parts.bank import MemoryBank
-from sslkit.parts.collectives import gather_rows, mean_over_processes
+from sslkit.parts.collectives import mean_over_processes
 from sslkit.parts.heads import linear_head
 from sslkit.parts.losses import inner_products, nce_against_noise, unit_rows
 
@@ -26,14 +26,14 @@ class InstDiscOptions(MethodOptions):
         dim: Embedding width C.
         loss: ``"nce"``, or ``"softmax"`` over all images (the official code's CIFAR-10 form).
         negatives: Noise samples K of a query under ``"nce"``.
-        temperature: Divides the similarities (0.07; 0.1 on CIFAR-10).
+        temperature: Divides the similarities (0.07; 0.1 on CIFAR-10). Below 0.0125, exp(1 / temperature) overflows.
         bank_momentum: Weight of a memory's old value.
     """
 
     dim: int = Field(default=128, strict=True, ge=1, le=65536)
     loss: Literal["nce", "softmax"] = "nce"
     negatives: int = Field(default=4096, strict=True, ge=1, le=10_000_000)
-    temperature: float = Field(default=0.07, gt=0.0)
+    temperature: float = Field(default=0.07, ge=0.0125)
     bank_momentum: float = Field(default=0.5, ge=0.0, le=1.0)
 
 
@@ -50,7 +50,6 @@ class InstDisc(Method):
         self.backbone = backbone
         self.projector = linear_head(feature_dim, options.dim)
         self.register_buffer("normaliser", torch.zeros(()))  # Z of eq. 4; 0 until the first batch estimates it
-        self.new_embeddings: tuple[Tensor, Tensor] | None = None
 
     def meet_data(self, num_samples: int) -> None:
         self.bank = MemoryBank(num_samples, self.options.dim)
@@ -63,7 +62,7 @@ class InstDisc(Method):
         logits = inner_products(query, self.bank.rows) / self.options.temperature
         loss = self.nce(logits, sample_ids) if self.options.loss == "nce" else cross_entropy(logits, sample_ids)
         if self.training:
-            self.new_embeddings = gather_rows(sample_ids), gather_rows(query)
+            self.bank.remember(sample_ids, query)
         accuracy = (logits.argmax(dim=1) == sample_ids).float().mean()
         return Step(loss, {"accuracy": accuracy})
 
@@ -78,9 +77,7 @@ class InstDisc(Method):
         return nce_against_noise(positive / self.normaliser, negatives / self.normaliser, 1 / len(self.bank.rows))
 
     def after_update(self, progress: Progress) -> dict[str, float]:
-        if self.new_embeddings is not None:
-            self.bank.update(*self.new_embeddings, self.options.bank_momentum)
-            self.new_embeddings = None
+        self.bank.update_with_seen(self.options.bank_momentum)
         return {}
 
     @staticmethod

@@ -14,7 +14,7 @@ from sslkit.methods.moco_v1 import MoCoV1
 from sslkit.parts.backbone import Family
 from sslkit.parts.bank import MemoryBank
 from sslkit.parts.batchnorm import has_batch_norm
-from sslkit.parts.collectives import gather_rows, gather_rows_with_gradient, rank
+from sslkit.parts.collectives import gather_rows_with_gradient, rank
 from sslkit.parts.heads import linear_head
 from sslkit.parts.losses import info_nce_in_batch, info_nce_of_similarities, inner_products, unit_rows
 
@@ -49,9 +49,6 @@ class EndToEnd(Method):
         self.backbone = backbone
         self.projector = linear_head(feature_dim, options.dim)
         self.bn_groups = options.bn_groups if has_batch_norm(backbone) else 1
-
-    def student(self, views: Views) -> Features:
-        return [self.backbone(view) for view in views]
 
     def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
         query, key = (self.projector(features) for features in student_features)
@@ -101,7 +98,6 @@ class MemoryBankMechanism(Method):
         self.options = options
         self.backbone = backbone
         self.projector = linear_head(feature_dim, options.dim)
-        self.new_embeddings: tuple[Tensor, Tensor] | None = None
 
     def meet_data(self, num_samples: int) -> None:
         self.bank = MemoryBank(num_samples, self.options.dim)
@@ -116,13 +112,11 @@ class MemoryBankMechanism(Method):
         negatives = similarities.gather(1, self.bank.draw_noise(len(query), self.options.negatives))
         loss, accuracy = info_nce_of_similarities(positive, negatives, self.options.temperature)
         if self.training:
-            self.new_embeddings = gather_rows(sample_ids), gather_rows(query)
+            self.bank.remember(sample_ids, query)
         return Step(loss, {"accuracy": accuracy})
 
     def after_update(self, progress: Progress) -> dict[str, float]:
-        if self.new_embeddings is not None:
-            self.bank.update(*self.new_embeddings, self.options.bank_momentum)
-            self.new_embeddings = None
+        self.bank.update_with_seen(self.options.bank_momentum)
         return {}
 
     @staticmethod

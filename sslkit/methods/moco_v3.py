@@ -76,9 +76,6 @@ class MoCoV3(Method):
         self.teacher_backbone = Teacher(self.backbone)
         self.teacher_projector = Teacher(self.projector)
 
-    def student(self, views: Views) -> Features:
-        return [self.backbone(view) for view in views]
-
     def teacher(self, views: Views) -> Features:
         return [self.teacher_backbone(view) for view in views]
 

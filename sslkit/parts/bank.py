@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sslkit.parts.collectives import rank, world_size
+from sslkit.parts.collectives import gather_rows, rank, world_size
 
 
 class MemoryBank(nn.Module):
@@ -34,6 +34,7 @@ class MemoryBank(nn.Module):
         self.register_buffer("rows", torch.empty(num_samples, dim).uniform_(-bound, bound))
         self.register_buffer("draws", torch.zeros((), dtype=torch.long))
         self.register_buffer("seed", torch.randint(2**40, ()))
+        self.seen: tuple[Tensor, Tensor] | None = None
 
     def draw_noise(self, batch: int, num_negatives: int) -> Tensor:
         """Draw (B, K) row numbers for this process's ``batch``: uniform, with replacement, the positive not spared.
@@ -44,6 +45,17 @@ class MemoryBank(nn.Module):
         shape = (batch * world_size(), num_negatives)
         drawn = torch.randint(len(self.rows), shape, generator=generator, device=self.rows.device)
         return drawn[rank() * batch : (rank() + 1) * batch]
+
+    @torch.no_grad()
+    def remember(self, sample_ids: Tensor, embeddings: Tensor) -> None:
+        """Keep this process's (B,) samples and (B, C) embeddings, with everyone's, for `update_with_seen`."""
+        self.seen = gather_rows(sample_ids), gather_rows(embeddings)
+
+    def update_with_seen(self, momentum: float) -> None:
+        """`update` with what `remember` kept since the last time, if anything."""
+        if self.seen is not None:
+            self.update(*self.seen, momentum)
+            self.seen = None
 
     @torch.no_grad()
     def update(self, sample_ids: Tensor, embeddings: Tensor, momentum: float) -> None:

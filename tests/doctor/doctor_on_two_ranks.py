@@ -15,7 +15,8 @@ from sslkit.data.source import ImageSource
 from sslkit.doctor import Finding, examine, visit
 from sslkit.doctor.ranks import train_and_compare
 from sslkit.engine.processes import make_accelerator
-from sslkit.methods import mechanisms, moco_v1
+from sslkit.methods import moco_v1
+from sslkit.parts import bank
 from sslkit.parts.collectives import rank
 from sslkit.parts.teacher import Teacher
 from sslkit.recipe import Recipe
@@ -37,7 +38,7 @@ def mistakes() -> dict[str, tuple[str, Any]]:
     """What is done wrong, by which method, and how."""
     return {
         "own keys queued only": ("moco_v2", patch.object(moco_v1, "gather_rows", as_is)),
-        "own memories kept only": ("memory_bank", patch.object(mechanisms, "gather_rows", as_is)),
+        "own memories kept only": ("memory_bank", patch.object(bank, "gather_rows", as_is)),
         "teacher moved on one": ("moco_v3", patch.object(Teacher, "update", move_on_first)),
     }
 
