@@ -6,7 +6,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.optim import Optimizer
 
-from sslkit.engine.layerwise import Larc, Lars
+from sslkit.parts.layerwise import Larc, Lars
 from sslkit.parts.schedules import per_epoch, warmup_then_cosine, warmup_then_steps
 from sslkit.recipe import Recipe
 

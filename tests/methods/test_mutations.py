@@ -10,7 +10,7 @@ import test_compared_methods as compared
 import torch
 from torch import Tensor, nn
 
-from sslkit.engine.layerwise import Larc, Lars
+from sslkit.parts.layerwise import Larc, Lars
 from sslkit.methods import base, moco_v1
 from sslkit.methods.byol import BYOL
 from sslkit.methods.mechanisms import EndToEnd
