@@ -61,6 +61,20 @@ def test_knn_and_linear_print_baselines(
     assert code == 0
 
 
+def test_finetune_says_what_it_does_and_judges(
+    capsys: pytest.CaptureFixture[str], trained: Path, class_folders: Path
+) -> None:
+    words = ["--data", str(class_folders), "--labels", "1-shot", "--protocol", "swav", "--epochs", "1"]
+    code, out, err = run(capsys, "eval", "finetune", str(trained), *words, "--head-layers", "1")
+    assert code == 0
+    assert "finetune swav, 1 epochs, 1-shot of the labels" in " ".join(out.split())
+    assert "from scratch" in out
+    assert "epoch 1/1: loss" in err
+    code, _, err = run(capsys, "eval", "finetune", str(trained), "--data", str(class_folders), "--labels", "a few")
+    assert code == 2
+    assert "--labels a few: no such file; write 10%, 5-shot, all or a file" in err
+
+
 def test_export_report_and_lists(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
     code, out, _ = run(capsys, "export", str(trained), str(tmp_path / "out"))
     assert code == 0

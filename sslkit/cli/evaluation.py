@@ -1,5 +1,8 @@
 """``sslkit eval``: judge an encoder on labelled images."""
 
+import dataclasses
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -91,6 +94,67 @@ def linear(
         baselines=baseline or [],
         train_split=train_split,
         test_split=test_split,
+    )
+    conclude(model, judgement, as_json)
+
+
+@evaluation.command(epilog="Example: sslkit eval finetune runs/photos --data flowers --labels 10% --protocol swav")
+def finetune(
+    model: Model,
+    data: Data,
+    protocol: Annotated[
+        str, typer.Option(help="deit, moco_v3 (transfer), simclr or swav (both: few labels).")
+    ] = "deit",
+    labels: Annotated[str, typer.Option(help="all, 10%, 5-shot, or a file that names images, one a line.")] = "all",
+    epochs: Annotated[int, typer.Option(min=0, help="0: the protocol's.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=0, help="0: the protocol's.")] = 0,
+    lr: Annotated[float, typer.Option(min=0, help="At the protocol's reference batch; 0: the protocol's.")] = 0.0,
+    layer_decay: Annotated[
+        float, typer.Option(min=0.1, max=1, help="Each block's rate is the next one's times this.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the choice of labels and of training.")] = 0,
+    head_layers: Annotated[
+        int, typer.Option(min=0, help="Keep so many layers of a run's projector, as SimCLR v2 does with 1.")
+    ] = 0,
+    scratch: Annotated[bool, typer.Option(help="Also train the architecture from random weights.")] = True,
+    data_name: DataName = "",
+    label_column: LabelColumn = "",
+    train_split: TrainSplit = "train",
+    test_split: TestSplit = "",
+    baseline: Baseline = None,
+    workers: Workers = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train the whole encoder on all or a few of the labels, beside the same from random weights."""
+    from sslkit.evaluate.finetune import FinetuneProtocol
+    from sslkit.evaluate.judge import evaluate_finetune
+
+    own = FinetuneProtocol.named(protocol, labels)
+    own = dataclasses.replace(
+        own,
+        epochs=epochs or own.epochs,
+        batch_size=batch_size or own.batch_size,
+        base_lr=lr or own.base_lr,
+        layer_decay=layer_decay,
+        seed=seed,
+    )
+    neck = None
+    if head_layers:
+        from sslkit.engine.projector import first_projector_layers
+
+        neck = first_projector_layers(Path(model), head_layers)
+    judgement = evaluate_finetune(
+        model,
+        _data(data, data_name, label_column),
+        own,
+        labels=labels,
+        neck=neck,
+        scratch=scratch,
+        baselines=baseline or [],
+        train_split=train_split,
+        test_split=test_split,
+        workers=workers,
+        say=lambda sentence: print(f"sslkit: {sentence}", file=sys.stderr),
     )
     conclude(model, judgement, as_json)
 

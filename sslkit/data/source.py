@@ -98,6 +98,15 @@ class ImageSource:
         names = self.class_names()
         return [names[value] if names else str(value) for value in self.table[self.label_column]]
 
+    def paths(self) -> list[str]:
+        """The file every image came from, as the data knows it; empty text where it does not."""
+        batches = self.table.select_columns([self.image_column]).with_format("arrow").iter(1024)
+        return [
+            path or ""
+            for batch in batches
+            for path in batch[self.image_column].combine_chunks().field("path").to_pylist()
+        ]
+
     def class_names(self) -> list[str]:
         """Names of the classes in the order of their labels, or an empty list."""
         feature = self.table.features[self.label_column] if self.label_column else None

@@ -156,19 +156,28 @@ def read_layer(encoder: Encoder, layer: int) -> nn.Module:
     return reader
 
 
-class _Images(Dataset[tuple[Tensor, int]]):
-    def __init__(self, source: ImageSource, transform: Transform, seed: int | None) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
+class TransformedImages(Dataset[tuple[Tensor, int]]):
+    """Every image of a source through a transform, and its position.
+
+    Args:
+        source: Images.
+        transform: To the encoder's input.
+        key: What a random transform draws from, beside the position; None for one that draws nothing.
+    """
+
+    def __init__(self, source: ImageSource, transform: Transform, key: tuple[int, ...] | None = None) -> None:
+        self.source, self.transform, self.key = source, transform, key
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        if self.seed is not None:
-            # torchvision draws from torch, timm's crop from Python.
-            draw = int(np.random.SeedSequence([self.seed, index]).generate_state(1)[0])
+        if self.key is not None:
+            # torchvision draws from torch, timm's crop from Python, its RandAugment from NumPy.
+            draw = int(np.random.SeedSequence([*self.key, index]).generate_state(1)[0])
             torch.default_generator.manual_seed(draw)
             random.seed(draw)
+            np.random.seed(draw)
         return self.transform(Image.fromarray(self.source.read(index))), index
 
 
@@ -195,7 +204,8 @@ def extract_features(
         workers: Processes that decode and transform.
         seed: Of a random transform; None for one that draws nothing.
     """
-    loader = DataLoader(_Images(source.without_labels(), transform, seed), batch_size, num_workers=workers)
+    key = None if seed is None else (seed,)
+    loader = DataLoader(TransformedImages(source.without_labels(), transform, key), batch_size, num_workers=workers)
     was_training = module.training
     before = fingerprint(module)
     module.eval().to(device)

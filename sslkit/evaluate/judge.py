@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslkit.data.source import DataConfig, ImageSource
 from sslkit.errors import UserError
@@ -22,9 +22,11 @@ from sslkit.evaluate.features import (
     raw_pixels,
     read_layer,
 )
+from sslkit.evaluate.finetune import FinetuneProtocol, Say, classify, finetune
 from sslkit.evaluate.knn import KnnProtocol, knn_accuracy
 from sslkit.evaluate.labels import LabelledPair, open_pair
 from sslkit.evaluate.linear import LinearProtocol, linear_accuracy
+from sslkit.evaluate.subsets import choose_subset
 from sslkit.parts.backbone import family
 
 RAW_PIXELS = "raw pixels"
@@ -149,6 +151,56 @@ def evaluate_linear(
         settings = settings or {**vars(used), "augment": online}
     settings |= {**_settings(reading), "train_split": train_split, "test_split": test_split}
     return Judgement(f"linear {protocol}", pair.description, settings, scores)
+
+
+def evaluate_finetune(
+    model: str,
+    data: DataConfig,
+    protocol: FinetuneProtocol,
+    *,
+    labels: str = "all",
+    neck: nn.Module | None = None,
+    scratch: bool = True,
+    baselines: Sequence[str] = (),
+    train_split: str = "train",
+    test_split: str = "",
+    workers: int = 0,
+    say: Say = lambda _sentence: None,
+) -> Judgement:
+    """Fine-tune the encoder and score it, at the last epoch, beside the same training from random weights.
+
+    Args:
+        model: As `load_encoder` takes it.
+        data: Labelled images.
+        protocol: How; see `FinetuneProtocol.named`.
+        labels: How many of the labels; see `choose_subset`.
+        neck: First layers of the model's projector, to be fine-tuned with it.
+        scratch: Whether the architecture is also trained from random weights, without ``neck``.
+        baselines: timm names to fine-tune too.
+        train_split: What is learned from.
+        test_split: What is scored on; see `open_pair`.
+        workers: Processes that decode and augment.
+        say: Told of every epoch.
+    """
+    pair = open_pair(data, train_split, test_split)
+    chosen = choose_subset(pair.train, pair.train_labels.numpy(), labels, protocol.seed)
+    source, known = pair.train.subset(chosen), pair.train_labels[torch.from_numpy(chosen)]
+    encoder = load_encoder(model)
+    contestants = [(encoder, neck)]
+    contestants += [(encoder.random_twin(protocol.seed), None)] if scratch else []
+    contestants += [(load_encoder(name), None) for name in baselines]
+    scores = []
+    for contestant, its_neck in contestants:
+        name = "from scratch" if contestant.description == "random init" else contestant.description
+        say(name)
+        options: dict[str, Any] = {"neck": its_neck, "workers": workers, "say": say}
+        classifier = finetune(contestant, source, known, len(pair.classes), protocol, **options)
+        right = classify(classifier, contestant, pair.test, workers) == pair.test_labels
+        scores.append(Score(name, float(right.float().mean())))
+    settings = {**vars(protocol), "labels": labels, "neck": neck is not None}
+    settings |= {"train_split": train_split, "test_split": test_split}
+    named = f"finetune {protocol.name}, {protocol.epochs} epochs, {labels} of the labels ({len(chosen)})"
+    return Judgement(named, pair.description, settings, scores)
 
 
 def _contestants(model: str, baselines: Sequence[str], reading: Reading) -> Iterator[Encoder | None]:

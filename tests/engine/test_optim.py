@@ -5,9 +5,9 @@ import torch
 from conftest import small_recipe
 from torch import nn
 
-from sslkit.parts.layerwise import Lars
 from sslkit.engine.optim import learning_rate, make_optimizer
 from sslkit.engine.run import build_method
+from sslkit.parts.layerwise import Lars
 from sslkit.recipe import build_recipe
 
 

@@ -10,7 +10,6 @@ import test_compared_methods as compared
 import torch
 from torch import Tensor, nn
 
-from sslkit.parts.layerwise import Larc, Lars
 from sslkit.methods import base, moco_v1
 from sslkit.methods.byol import BYOL
 from sslkit.methods.mechanisms import EndToEnd
@@ -18,6 +17,7 @@ from sslkit.methods.moco_v1 import MoCoV1
 from sslkit.methods.moco_v3 import MoCoV3
 from sslkit.methods.swav import SwAV
 from sslkit.parts.bank import MemoryBank
+from sslkit.parts.layerwise import Larc, Lars
 from sslkit.parts.teacher import Teacher
 
 Patch = pytest.MonkeyPatch

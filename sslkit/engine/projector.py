@@ -1,0 +1,43 @@
+"""The first layers of a run's projector: SimCLR v2 fine-tunes from them instead of from the backbone's features."""
+
+from pathlib import Path
+
+from torch import nn
+
+from sslkit.engine.checkpoint import newest_checkpoint
+from sslkit.engine.run import build_method
+from sslkit.errors import UserError
+from sslkit.recipe import load_recipe
+
+
+def first_projector_layers(run: Path, count: int) -> nn.Sequential:
+    """The projector of the run's newest checkpoint up to, and without, its linear layer number ``count`` + 1.
+
+    Args:
+        run: Run folder.
+        count: Linear layers to keep, each with the norm and activation behind it (SimCLR v2: 1).
+
+    Returns:
+        (B, D) -> (B, width of the last layer kept).
+
+    Raises:
+        UserError: No run, no projector, or one of too few layers.
+    """
+    if not (run / "recipe.toml").is_file():
+        raise UserError(f"--head-layers: {run} is not a run folder, and an encoder alone has no projector")
+    checkpoint, _ = newest_checkpoint(run / "checkpoints")
+    if checkpoint is None:
+        raise UserError(f"--head-layers: {run} holds no checkpoint to read its projector from")
+    projector = getattr(build_method(load_recipe(str(run / "recipe.toml"))), "projector", nn.Identity())
+    layers = list(projector) if isinstance(projector, nn.Sequential) else [projector]
+    linear = [place for place, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
+    if not 0 < count < len(linear):
+        raise UserError(
+            f"--head-layers {count}: the projector of {run} has {len(linear)} linear layer(s), and the last is "
+            "never kept"
+        )
+    own = "projector."
+    projector.load_state_dict(
+        {key.removeprefix(own): value for key, value in checkpoint.model.items() if key.startswith(own)}
+    )
+    return nn.Sequential(*layers[: linear[count]])

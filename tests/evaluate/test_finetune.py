@@ -1,0 +1,156 @@
+"""Fine-tuning: protocols' numbers, parameter groups, the classifier's place, and what it learns."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import small_recipe
+from safetensors.torch import load_file
+from torch import nn
+
+import sslkit
+from sslkit.data.source import DataConfig, ImageSource, open_source
+from sslkit.engine.projector import first_projector_layers
+from sslkit.errors import UserError
+from sslkit.evaluate.features import Encoder, fingerprint
+from sslkit.evaluate.finetune import FinetuneProtocol, _make_optimizer, classify, finetune, make_classifier
+from sslkit.evaluate.judge import evaluate_finetune
+
+SIZE = {"input_size": (3, 32, 32), "interpolation": "bilinear", "mean": (0.3,) * 3, "std": (0.35,) * 3, "crop_pct": 1.0}
+QUICK = FinetuneProtocol("quick", epochs=3, batch_size=32, base_lr=0.05, smallest_crop=0.8)
+
+
+def encoder_of(name: str, **model_args: object) -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(timm.create_model(name, num_classes=0, **model_args), SIZE, name, name, dict(model_args))
+
+
+@pytest.fixture(scope="module")
+def two_classes() -> tuple[ImageSource, torch.Tensor]:
+    """192 real pictures of trousers and boots."""
+    source = open_source(DataConfig(path="builtin:fashion_mnist", split="test"))
+    labels = source.labels()
+    chosen = [index for index, label in enumerate(labels) if label in ("Trouser", "Ankle boot")][:192]
+    numbers = torch.tensor([int(labels[index] == "Trouser") for index in chosen])
+    return source.subset(np.array(chosen)), numbers
+
+
+def test_protocols_have_their_sources_numbers() -> None:
+    deit = FinetuneProtocol.named("deit")
+    assert (deit.peak_lr(1024), deit.weight_decay, deit.warmup_epochs) == (pytest.approx(1e-3), 0.05, 5)
+    assert (deit.mixup, deit.cutmix, deit.smoothing, deit.erase, deit.drop_path) == (0.8, 1.0, 0.1, 0.25, 0.1)
+    transfer = FinetuneProtocol.named("moco_v3")
+    assert (transfer.epochs, transfer.weight_decay, transfer.warmup_epochs, transfer.erase) == (100, 0.1, 3, 0.0)
+    simclr = FinetuneProtocol.named("simclr", "1%")
+    assert simclr.peak_lr(1024) == pytest.approx(0.005 * math.sqrt(1024))
+    assert (simclr.epochs, simclr.weight_decay, simclr.optimizer) == (60, 0.0, "lars")
+    for labels, trunk, head in (("10%", 0.01, 0.2), ("1%", 0.02, 5.0)):
+        swav = FinetuneProtocol.named("swav", labels)
+        assert (swav.epochs, swav.batch_size, swav.base_lr) == (20, 256, trunk)
+        assert swav.base_lr * swav.head_lr == pytest.approx(head)
+    with pytest.raises(UserError, match="did you mean 'simclr'"):
+        FinetuneProtocol.named("simclrr")
+
+
+@pytest.mark.parametrize(
+    "name", ["test_resnet", "test_vit", "test_convnext", "test_mambaout", "mobilenetv4_conv_small"]
+)
+def test_the_classifier_sits_where_timm_has_it(name: str) -> None:
+    encoder = encoder_of(name, **({"img_size": 32} if name == "test_vit" else {}))
+    model, head = make_classifier(encoder, 7, drop_path=0.1)
+    images = torch.randn(2, 3, 32, 32)
+    assert model.get_classifier() is head
+    with torch.no_grad():
+        logits = model.eval()(images)
+        torch.testing.assert_close(logits, head(encoder.module.eval()(images)))
+    assert logits.shape == (2, 7)
+
+
+def test_layer_decay_and_the_heads_rate() -> None:
+    model, head = make_classifier(encoder_of("test_vit", img_size=32), 5)
+    protocol = replace(QUICK, optimizer="adamw", layer_decay=0.5, head_lr=3.0, weight_decay=0.1)
+    groups = _make_optimizer(model, head, protocol, 1.0).param_groups
+    scale_of = {param: (group["scale"], group["weight_decay"]) for group in groups for param in group["params"]}
+    assert set(scale_of) == set(model.parameters())
+    assert scale_of[head.weight] == (3.0, 0.1)
+    assert scale_of[head.bias] == (3.0, 0.0)
+    depth = len(model.blocks)
+    assert scale_of[model.blocks[depth - 1].mlp.fc1.weight] == (0.5, 0.1)
+    assert scale_of[model.blocks[0].mlp.fc1.weight] == (0.5**depth, 0.1)
+    assert scale_of[model.patch_embed.proj.weight] == (0.5 ** (depth + 1), 0.1)
+    assert scale_of[model.patch_embed.proj.bias][1] == 0.0
+
+
+def test_it_learns_repeats_and_leaves_the_encoder_alone(two_classes: tuple[ImageSource, torch.Tensor]) -> None:
+    source, labels = two_classes
+    train, test = np.arange(128), np.arange(128, 192)
+    encoder = encoder_of("test_resnet")
+    before, state = fingerprint(encoder.module), torch.get_rng_state()
+    protocol = replace(QUICK, epochs=10, drop_path=0.1, mixup=0.2)
+    models = [finetune(encoder, source.subset(train), labels[:128], 2, protocol, workers=each) for each in (0, 1)]
+    assert fingerprint(models[0]) == fingerprint(models[1])
+    assert fingerprint(encoder.module) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    right = classify(models[0], encoder, source.subset(test)) == labels[128:]
+    assert float(right.float().mean()) > 0.9
+
+
+@pytest.mark.parametrize("name", ["deit", "moco_v3", "simclr", "swav"])
+def test_every_protocol_runs(two_classes: tuple[ImageSource, torch.Tensor], name: str) -> None:
+    source, labels = two_classes
+    said: list[str] = []
+    protocol = replace(FinetuneProtocol.named(name), epochs=1, batch_size=16)
+    encoder = encoder_of("test_resnet")
+    model = finetune(encoder, source.subset(np.arange(33)), labels[:33], 2, protocol, say=said.append)
+    assert said[0].startswith("epoch 1/1: loss ")
+    assert fingerprint(model) != fingerprint(make_classifier(encoder, 2)[0])
+
+
+def test_a_rate_too_high_is_said_before_the_weights_are_lost(two_classes: tuple[ImageSource, torch.Tensor]) -> None:
+    source, labels = two_classes
+    with pytest.raises(UserError, match="take a lower --lr"):
+        finetune(encoder_of("test_vit", img_size=32), source, labels, 2, replace(QUICK, base_lr=1e30))
+
+
+@pytest.fixture(scope="module")
+def simclr_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finetune") / "run"
+    recipe = small_recipe("simclr", "test_resnet", train={"max_steps": 2}, method={"projector_layers": 3})
+    sslkit.train(recipe, folder)
+    return folder
+
+
+def test_simclr_v2_keeps_the_first_layer_of_its_head(simclr_run: Path) -> None:
+    neck = first_projector_layers(simclr_run, 1).eval()
+    newest = sorted((simclr_run / "checkpoints").glob("step-*"))[-1]
+    saved = load_file(newest / "model.safetensors")
+    assert [type(layer).__name__ for layer in neck] == ["Linear", "BatchNorm1d", "ReLU"]
+    features = torch.randn(4, neck[0].in_features)
+    hidden = features @ saved["projector.0.weight"].T
+    mean, variance = saved["projector.1.running_mean"], saved["projector.1.running_var"]
+    normed = (hidden - mean) / (variance + 1e-5).sqrt() * saved["projector.1.weight"] + saved["projector.1.bias"]
+    torch.testing.assert_close(neck(features), normed.clamp_min(0), atol=1e-5, rtol=1e-5)
+    model, head = make_classifier(encoder_of("test_resnet"), 3, neck=neck)
+    assert head.in_features == neck[0].out_features
+    assert isinstance(model.get_classifier(), nn.Sequential)
+    for count in (0, 3):
+        with pytest.raises(UserError, match=f"--head-layers {count}: the projector .* has 3 linear"):
+            first_projector_layers(simclr_run, count)
+    with pytest.raises(UserError, match="is not a run folder"):
+        first_projector_layers(simclr_run / "encoder", 1)
+
+
+def test_judged_beside_the_same_training_from_scratch(simclr_run: Path, class_folders: Path) -> None:
+    data = DataConfig(path=str(class_folders))
+    judgement = evaluate_finetune(
+        str(simclr_run), data, replace(QUICK, epochs=1), labels="1-shot", neck=first_projector_layers(simclr_run, 1)
+    )
+    assert [score.encoder for score in judgement.scores] == [str(simclr_run), "from scratch"]
+    assert judgement.protocol["labels"] == "1-shot"
+    assert judgement.protocol["neck"] is True
+    assert json.dumps(judgement.protocol)
