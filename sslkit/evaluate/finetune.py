@@ -170,6 +170,7 @@ def finetune(
     Returns:
         The classifier in eval mode, (B, 3, H, W) -> (B, num_classes).
     """
+    source = source.without_labels()
     batch_size = min(protocol.batch_size, len(source) - len(source) % 2)
     if batch_size < 2:
         raise UserError(f"fine-tuning needs at least two labelled images, not {len(source)}")
@@ -183,18 +184,12 @@ def finetune(
         target_of = _Targets(protocol, num_classes)
         steps = len(source) // batch_size
         for epoch in range(protocol.epochs):
-            loader = DataLoader(
-                TransformedImages(source.without_labels(), transform, (protocol.seed, epoch)),
-                batch_size,
-                shuffle=True,
-                generator=torch.Generator().manual_seed(protocol.seed * 1_000_003 + epoch),
-                num_workers=workers,
-                drop_last=True,
-            )
+            key = (protocol.seed, epoch)
+            loader = _epoch_loader(TransformedImages(source, transform, key), batch_size, workers)
             total = 0.0
             for step, (images, positions) in enumerate(loader):
                 _set_rates(optimizer, protocol, epoch + step / steps, batch_size)
-                _seed_all(protocol.seed, epoch, step)
+                _seed_all(*key, step)
                 images, targets = target_of(images.to(device), labels[positions].to(device))
                 with torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else nullcontext():
                     loss = target_of.loss(model(images).float(), targets)
@@ -206,6 +201,12 @@ def finetune(
                 total += float(loss.detach())
             say(f"epoch {epoch + 1}/{protocol.epochs}: loss {total / steps:.3f}")
     return model.eval()
+
+
+def _epoch_loader(images: TransformedImages, batch_size: int, workers: int) -> DataLoader[tuple[Tensor, int]]:
+    """Whole batches in an order that the images' key decides."""
+    order = torch.Generator().manual_seed(int(np.random.SeedSequence(images.key).generate_state(1)[0]))
+    return DataLoader(images, batch_size, shuffle=True, generator=order, num_workers=workers, drop_last=True)
 
 
 def make_classifier(
