@@ -1,17 +1,19 @@
 """``sslkit eval``: judge an encoder on labelled images."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sslkit.cli.show import AsJson, conclude
+from sslkit.cli.show import AsJson, conclude, show_comparison
 from sslkit.errors import UserError
 
 if TYPE_CHECKING:
     from sslkit.data.source import DataConfig
+    from sslkit.evaluate.compare import Row
     from sslkit.evaluate.judge import Reading
 
 evaluation = typer.Typer(help="Judge an encoder on labelled images.", no_args_is_help=True)
@@ -157,6 +159,31 @@ def finetune(
         say=lambda sentence: print(f"sslkit: {sentence}", file=sys.stderr),
     )
     conclude(model, judgement, as_json)
+
+
+@evaluation.command(epilog="Example: sslkit eval compare runs/a runs/b")
+def compare(
+    models: Annotated[list[str], typer.Argument(help="Run folders, or files that hold what --json printed.")],
+    protocol: Annotated[str, typer.Option(help="Only evaluations whose name starts so, such as knn.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Scores side by side, of the same protocol or not at all."""
+    from sslkit.evaluate.compare import comparable
+
+    show_comparison(comparable({model: _judged(Path(model)) for model in models}, protocol), as_json)
+
+
+def _judged(path: Path) -> "list[Row]":
+    """Evaluations of a run folder, or of a file that holds a judgement."""
+    from sslkit.engine.journal import read_lines
+
+    if (path / "recipe.toml").is_file():
+        return [row for row in read_lines(path / "results.jsonl") if row.get("by") == "eval"]
+    try:
+        judgement = json.loads(path.read_text(encoding="utf-8"))
+        return [{**judgement, **judgement["scores"][0]}]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"eval compare: {path} is neither a run folder nor a file that --json wrote") from error
 
 
 def _data(path: str, name: str, label_column: str) -> "DataConfig":

@@ -39,10 +39,11 @@ def conclude(model: str, judgement: "Judgement", as_json: bool) -> None:
     """Print a judgement and, if the model is a run, add it to the run's results."""
     from sslkit.engine.journal import append_result
 
-    fields: dict[str, Any] = dataclasses.asdict(judgement)
+    fields: dict[str, Any] = {**dataclasses.asdict(judgement), "protocol_hash": judgement.protocol_hash}
     if (Path(model) / "recipe.toml").is_file() and (Path(model) / "encoder").is_dir():
         own = judgement.scores[0]
         row = {"by": "eval", "evaluation": judgement.evaluation, "data": judgement.data, "accuracy": own.accuracy}
+        row |= {"interval": own.interval, "protocol_hash": judgement.protocol_hash}
         latest = (Path(model) / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
         step = int(latest.removeprefix("step-"))
         append_result(Path(model), {"step": step, **row, "protocol": judgement.protocol, "scores": fields["scores"]})
@@ -51,7 +52,22 @@ def conclude(model: str, judgement: "Judgement", as_json: bool) -> None:
         return
     console.print(f"{judgement.evaluation}, {judgement.data}", highlight=False, markup=False)
     with_notes = any(score.note for score in judgement.scores)
-    table = Table("encoder", "top-1 accuracy", *(["chosen"] if with_notes else []))
+    table = Table("encoder", "top-1 accuracy", "95 % interval", *(["chosen"] if with_notes else []))
     for score in judgement.scores:
-        table.add_row(score.encoder, f"{score.accuracy:.2%}", *([score.note] if with_notes else []))
+        interval = "{:.1%} to {:.1%}".format(*score.interval)
+        table.add_row(score.encoder, f"{score.accuracy:.2%}", interval, *([score.note] if with_notes else []))
     console.print(table)
+
+
+def show_comparison(groups: list[dict[str, dict[str, Any]]], as_json: bool) -> None:
+    """Print a table for each protocol, best first."""
+    if as_json:
+        print(json.dumps(groups))
+        return
+    for group in groups:
+        first = next(iter(group.values()))
+        console.print(f"{first['evaluation']}, protocol {first['protocol_hash']}", highlight=False, markup=False)
+        table = Table("model", "top-1 accuracy", "95 % interval")
+        for model, row in sorted(group.items(), key=lambda item: -item[1]["accuracy"]):
+            table.add_row(model, f"{row['accuracy']:.2%}", "{:.1%} to {:.1%}".format(*row["interval"]))
+        console.print(table)

@@ -26,6 +26,7 @@ from sslkit.evaluate.finetune import FinetuneProtocol, Say, classify, finetune
 from sslkit.evaluate.knn import KnnProtocol, knn_accuracy
 from sslkit.evaluate.labels import LabelledPair, open_pair
 from sslkit.evaluate.linear import LinearProtocol, linear_accuracy
+from sslkit.evaluate.protocol import bootstrap_interval, data_settings, protocol_hash
 from sslkit.evaluate.subsets import choose_subset
 from sslkit.parts.backbone import family
 
@@ -51,10 +52,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy of one encoder, in [0, 1], and what was chosen on the way."""
+    """Accuracy of one encoder, in [0, 1], its bootstrap 95 % interval, and what was chosen on the way."""
 
     encoder: str
     accuracy: float
+    interval: tuple[float, float]
     note: str = ""
 
 
@@ -65,7 +67,7 @@ class Judgement:
     Attributes:
         evaluation: Name of the protocol.
         data: Which images.
-        protocol: Every setting the scores depend on.
+        protocol: Every setting the scores depend on, the encoder aside.
         scores: The encoder's, then the baselines'.
     """
 
@@ -73,6 +75,11 @@ class Judgement:
     data: str
     protocol: dict[str, Any]
     scores: list[Score]
+
+    @property
+    def protocol_hash(self) -> str:
+        """Equal for scores that may be compared; see `protocol_hash`."""
+        return protocol_hash(self.protocol)
 
 
 def evaluate_knn(
@@ -104,8 +111,8 @@ def evaluate_knn(
         used = protocol if encoder else replace(protocol, centre=True)
         bank, queries = (_features(encoder, source, pair, reading) for source in (pair.train, pair.test))
         accuracy = knn_accuracy(bank, pair.train_labels, queries, pair.test_labels, used)
-        scores.append(Score(encoder.description if encoder else RAW_PIXELS, accuracy))
-    settings = {**vars(protocol), **_settings(reading), "train_split": train_split, "test_split": test_split}
+        scores.append(_score(encoder.description if encoder else RAW_PIXELS, accuracy, pair))
+    settings = {"kind": "knn", **vars(protocol), **_settings(reading), **data_settings(pair)}
     name = f"knn k={protocol.k} temperature={protocol.temperature:g}" + (" centred" if protocol.centre else "")
     return Judgement(name, pair.description, settings, scores)
 
@@ -147,9 +154,9 @@ def evaluate_linear(
         train = _epochs_of(encoder, pair, reading) if online else _features(encoder, pair.train, pair, reading)
         test = _features(encoder, pair.test, pair, reading)
         score = linear_accuracy(train, pair.train_labels, test, pair.test_labels, used)
-        scores.append(Score(encoder.description if encoder else RAW_PIXELS, score.accuracy, score.chosen))
-        settings = settings or {**vars(used), "augment": online}
-    settings |= {**_settings(reading), "train_split": train_split, "test_split": test_split}
+        scores.append(_score(encoder.description if encoder else RAW_PIXELS, score.accuracy, pair, score.chosen))
+        settings = settings or {"kind": "linear", **vars(used), "augment": online}
+    settings |= {**_settings(reading), **data_settings(pair)}
     return Judgement(f"linear {protocol}", pair.description, settings, scores)
 
 
@@ -196,11 +203,14 @@ def evaluate_finetune(
         options: dict[str, Any] = {"neck": its_neck, "workers": workers, "say": say}
         classifier = finetune(contestant, source, known, len(pair.classes), protocol, **options)
         right = classify(classifier, contestant, pair.test, workers) == pair.test_labels
-        scores.append(Score(name, float(right.float().mean())))
-    settings = {**vars(protocol), "labels": labels, "neck": neck is not None}
-    settings |= {"train_split": train_split, "test_split": test_split}
+        scores.append(_score(name, float(right.float().mean()), pair))
+    settings = {"kind": "finetune", **vars(protocol), "share": labels, "neck": neck is not None, **data_settings(pair)}
     named = f"finetune {protocol.name}, {protocol.epochs} epochs, {labels} of the labels ({len(chosen)})"
     return Judgement(named, pair.description, settings, scores)
+
+
+def _score(encoder: str, accuracy: float, pair: LabelledPair, note: str = "") -> Score:
+    return Score(encoder, accuracy, bootstrap_interval(accuracy, len(pair.test)), note)
 
 
 def _contestants(model: str, baselines: Sequence[str], reading: Reading) -> Iterator[Encoder | None]:
