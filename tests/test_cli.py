@@ -101,7 +101,7 @@ def test_export_report_and_lists(capsys: pytest.CaptureFixture[str], trained: Pa
         (["eval", "knn", "/no/run", "--data", "builtin:fashion_mnist"], "/no/run: no run folder"),
         (["eval", "knn", "resnet18", "--data", "/no/data"], "[data] path"),
         (["eval", "knn", "resnet18"], "Missing option '--data'"),
-        (["eval", "knn", "x", "--data", "y", "--k", "many"], "Invalid value for '--k'"),
+        (["eval", "knn", "x", "--data", "y", "--k", "many"], "--k many: write a number, or several"),
         (["eval", "knn", "x", "--data", ""], "--data: name a folder"),
         (["eval", "knn", "x", "--data", "y", "--temperature", "nan"], "temperature must be a positive number"),
         (["pretrain", "quickstart", "--set", "data.path.x=1"], "--set data.path.x=1: path is no table"),

@@ -1,10 +1,11 @@
 """``sslkit eval``: judge an encoder on labelled images."""
 
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -12,9 +13,13 @@ from sslkit.cli.show import AsJson, conclude, show_comparison
 from sslkit.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sslkit.data.source import DataConfig
     from sslkit.evaluate.compare import Row
     from sslkit.evaluate.judge import Reading
+
+Number = TypeVar("Number", int, float)
 
 evaluation = typer.Typer(help="Judge an encoder on labelled images.", no_args_is_help=True)
 
@@ -36,8 +41,11 @@ Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.
 def knn(
     model: Model,
     data: Data,
-    k: Annotated[int, typer.Option(help="Neighbours.")] = 20,
-    temperature: Annotated[float, typer.Option(help="Votes weigh exp(similarity / temperature).")] = 0.07,
+    k: Annotated[str, typer.Option(help="Neighbours; several, such as 10,20,200, cost no more than one.")] = "20",
+    temperature: Annotated[
+        str, typer.Option(help="Votes weigh exp(similarity / temperature); several as with k.")
+    ] = "0.07",
+    protocol: Annotated[str, typer.Option(help="dino or instdisc, instead of k and temperature.")] = "",
     centre: Annotated[bool, typer.Option("--centre", help="Subtract the bank's mean first (no paper does).")] = False,
     layer: Layer = None,
     crop_pct: CropPct = 0.0,
@@ -50,18 +58,31 @@ def knn(
     as_json: AsJson = False,
 ) -> None:
     """Weighted k-nearest neighbours on frozen features, beside raw pixels and random init."""
-    from sslkit.evaluate import KnnProtocol, evaluate_knn
+    from sslkit.evaluate import KnnProtocol, evaluate_knn_grid
 
-    judgement = evaluate_knn(
+    if protocol:
+        protocols = [dataclasses.replace(each, centre=centre) for each in KnnProtocol.named(protocol)]
+    else:
+        grid = itertools.product(_numbers("--k", k, int), _numbers("--temperature", temperature, float))
+        protocols = [KnnProtocol(neighbours, each, centre) for neighbours, each in grid]
+    judgements = evaluate_knn_grid(
         model,
         _data(data, data_name, label_column),
-        KnnProtocol(k, temperature, centre),
+        protocols,
         _reading(layer, crop_pct, workers),
         baselines=baseline or [],
         train_split=train_split,
         test_split=test_split,
     )
-    conclude(model, judgement, as_json)
+    conclude(model, judgements, as_json)
+
+
+def _numbers(option: str, words: str, kind: "Callable[[str], Number]") -> "list[Number]":
+    """Numbers with commas between."""
+    try:
+        return list(dict.fromkeys(kind(word) for word in words.split(",")))
+    except ValueError:
+        raise UserError(f"{option} {words}: write a number, or several with commas between") from None
 
 
 @evaluation.command(epilog="Example: sslkit eval linear runs/quickstart --data builtin:fashion_mnist")
@@ -97,7 +118,7 @@ def linear(
         train_split=train_split,
         test_split=test_split,
     )
-    conclude(model, judgement, as_json)
+    conclude(model, [judgement], as_json)
 
 
 @evaluation.command(epilog="Example: sslkit eval finetune runs/photos --data flowers --labels 10% --protocol swav")
@@ -158,7 +179,7 @@ def finetune(
         workers=workers,
         say=lambda sentence: print(f"sslkit: {sentence}", file=sys.stderr),
     )
-    conclude(model, judgement, as_json)
+    conclude(model, [judgement], as_json)
 
 
 @evaluation.command(epilog="Example: sslkit eval compare runs/a runs/b")

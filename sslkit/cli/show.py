@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,21 +36,32 @@ def show_report(report: "Report", as_json: bool) -> None:
     console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()), highlight=False)
 
 
-def conclude(model: str, judgement: "Judgement", as_json: bool) -> None:
-    """Print a judgement and, if the model is a run, add it to the run's results."""
+def conclude(model: str, judgements: "Sequence[Judgement]", as_json: bool) -> None:
+    """Print judgements and, if the model is a run, add them to the run's results."""
+    is_run = (Path(model) / "recipe.toml").is_file() and (Path(model) / "encoder").is_dir()
+    for judgement in judgements:
+        if is_run:
+            _store(Path(model), judgement)
+        if not as_json:
+            _show_judgement(judgement)
+    if as_json:
+        fields = [{**dataclasses.asdict(each), "protocol_hash": each.protocol_hash} for each in judgements]
+        print(json.dumps(fields[0] if len(fields) == 1 else fields))
+
+
+def _store(run: Path, judgement: "Judgement") -> None:
     from sslkit.engine.journal import append_result
 
-    fields: dict[str, Any] = {**dataclasses.asdict(judgement), "protocol_hash": judgement.protocol_hash}
-    if (Path(model) / "recipe.toml").is_file() and (Path(model) / "encoder").is_dir():
-        own = judgement.scores[0]
-        row = {"by": "eval", "evaluation": judgement.evaluation, "data": judgement.data, "accuracy": own.accuracy}
-        row |= {"interval": own.interval, "protocol_hash": judgement.protocol_hash}
-        latest = (Path(model) / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
-        step = int(latest.removeprefix("step-"))
-        append_result(Path(model), {"step": step, **row, "protocol": judgement.protocol, "scores": fields["scores"]})
-    if as_json:
-        print(json.dumps(fields))
-        return
+    own = judgement.scores[0]
+    row = {"by": "eval", "evaluation": judgement.evaluation, "data": judgement.data, "accuracy": own.accuracy}
+    row |= {"interval": own.interval, "protocol_hash": judgement.protocol_hash}
+    latest = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+    scores = [dataclasses.asdict(score) for score in judgement.scores]
+    step = int(latest.removeprefix("step-"))
+    append_result(run, {"step": step, **row, "protocol": judgement.protocol, "scores": scores})
+
+
+def _show_judgement(judgement: "Judgement") -> None:
     console.print(f"{judgement.evaluation}, {judgement.data}", highlight=False, markup=False)
     with_notes = any(score.note for score in judgement.scores)
     table = Table("encoder", "top-1 accuracy", "95 % interval", *(["chosen"] if with_notes else []))

@@ -1,17 +1,23 @@
 """How an encoder is judged. Knows encoders that give features and sources of labelled images, never a method."""
 
+from sslkit.evaluate.compare import comparable
 from sslkit.evaluate.features import Encoder, extract_features, load_encoder
-from sslkit.evaluate.judge import Judgement, Score, evaluate_knn, evaluate_linear
+from sslkit.evaluate.finetune import FinetuneProtocol
+from sslkit.evaluate.judge import Judgement, Score, evaluate_finetune, evaluate_knn, evaluate_knn_grid, evaluate_linear
 from sslkit.evaluate.knn import KnnProtocol, knn_accuracy
 from sslkit.evaluate.linear import LinearProtocol, linear_accuracy
 
 __all__ = [
     "Encoder",
+    "FinetuneProtocol",
     "Judgement",
     "KnnProtocol",
     "LinearProtocol",
     "Score",
+    "comparable",
+    "evaluate_finetune",
     "evaluate_knn",
+    "evaluate_knn_grid",
     "evaluate_linear",
     "extract_features",
     "knn_accuracy",

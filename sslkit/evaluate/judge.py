@@ -23,7 +23,7 @@ from sslkit.evaluate.features import (
     read_layer,
 )
 from sslkit.evaluate.finetune import FinetuneProtocol, Say, classify, finetune
-from sslkit.evaluate.knn import KnnProtocol, knn_accuracy
+from sslkit.evaluate.knn import KnnProtocol, predict_all
 from sslkit.evaluate.labels import LabelledPair, open_pair
 from sslkit.evaluate.linear import LinearProtocol, linear_accuracy
 from sslkit.evaluate.protocol import bootstrap_interval, data_settings, protocol_hash
@@ -92,29 +92,54 @@ def evaluate_knn(
     train_split: str = "train",
     test_split: str = "",
 ) -> Judgement:
-    """Weighted k-nearest neighbours on frozen features.
+    """Weighted k-nearest neighbours on frozen features, by default cosine, k = 20, temperature 0.07.
+
+    Arguments are those of `evaluate_knn_grid`.
+    """
+    protocols = [protocol or KnnProtocol()]
+    options: dict[str, Any] = {"baselines": baselines, "train_split": train_split, "test_split": test_split}
+    return evaluate_knn_grid(model, data, protocols, reading, **options)[0]
+
+
+def evaluate_knn_grid(
+    model: str,
+    data: DataConfig,
+    protocols: Sequence[KnnProtocol],
+    reading: Reading | None = None,
+    *,
+    baselines: Sequence[str] = (),
+    train_split: str = "train",
+    test_split: str = "",
+) -> list[Judgement]:
+    """Several kNN protocols at the cost of one: features and neighbours are found once.
 
     Args:
         model: As `load_encoder` takes it.
         data: Labelled images.
-        protocol: Defaults to cosine, k = 20, temperature 0.07.
+        protocols: What to count.
         reading: Which layer, which crop.
         baselines: timm names to score too.
         train_split: The bank.
         test_split: The queries; see `open_pair`.
     """
-    protocol, reading = protocol or KnnProtocol(), reading or Reading()
+    reading = reading or Reading()
     pair = open_pair(data, train_split, test_split)
-    scores = []
+    scores: list[list[Score]] = [[] for _ in protocols]
     for encoder in _contestants(model, baselines, reading):
         # The brightness that all pictures share drowns their differences: raw pixels are always centred.
-        used = protocol if encoder else replace(protocol, centre=True)
+        used = [protocol if encoder else replace(protocol, centre=True) for protocol in protocols]
         bank, queries = (_features(encoder, source, pair, reading) for source in (pair.train, pair.test))
-        accuracy = knn_accuracy(bank, pair.train_labels, queries, pair.test_labels, used)
-        scores.append(_score(encoder.description if encoder else RAW_PIXELS, accuracy, pair))
-    settings = {"kind": "knn", **vars(protocol), **_settings(reading), **data_settings(pair)}
-    name = f"knn k={protocol.k} temperature={protocol.temperature:g}" + (" centred" if protocol.centre else "")
-    return Judgement(name, pair.description, settings, scores)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        predicted = predict_all(queries.to(device), bank, pair.train_labels, len(pair.classes), used)
+        for found, classes in zip(scores, predicted, strict=True):
+            accuracy = float((classes.cpu() == pair.test_labels).float().mean())
+            found.append(_score(encoder.description if encoder else RAW_PIXELS, accuracy, pair))
+    judgements = []
+    for protocol, found in zip(protocols, scores, strict=True):
+        settings = {"kind": "knn", **vars(protocol), **_settings(reading), **data_settings(pair)}
+        name = f"knn k={protocol.k} temperature={protocol.temperature:g}" + (" centred" if protocol.centre else "")
+        judgements.append(Judgement(name, pair.description, settings, found))
+    return judgements
 
 
 def evaluate_linear(

@@ -1,14 +1,18 @@
 """Weighted k-nearest-neighbour classification of frozen features: exact, in chunks, in bounded memory."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sslkit.errors import UserError
+from sslkit.errors import UserError, near_miss
 
 QUERY_CHUNK, BANK_CHUNK = 1024, 16384
+
+Prepare = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -25,38 +29,83 @@ class KnnProtocol:
     temperature: float = 0.07
     centre: bool = False
 
+    @staticmethod
+    def named(name: str) -> "list[KnnProtocol]":
+        """A paper's protocol, for every k it reports.
+
+        ``dino`` (Caron et al., 2021): k of 10, 20, 100 and 200, temperature 0.07. ``instdisc`` (Wu et al., 2018):
+        k = 200, temperature 0.07; theirs looks at the embedding after the head, this one at the features.
+        """
+        neighbours = {"dino": (10, 20, 100, 200), "instdisc": (200,)}
+        if name not in neighbours:
+            raise UserError(f"knn: unknown protocol {name!r}{near_miss(name, neighbours)}; there are dino and instdisc")
+        return [KnnProtocol(k, 0.07) for k in neighbours[name]]
+
     def __post_init__(self) -> None:
         if not 0.0 < self.temperature < float("inf"):
             raise UserError(f"knn: temperature must be a positive number, not {self.temperature:g}")
 
 
-def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def nearest(queries: Tensor, bank: Tensor, k: int, prepare: Prepare = lambda rows: rows) -> tuple[Tensor, Tensor]:
     """The k most similar bank rows of every query, by inner product, most similar first.
 
-    Never holds more than a chunk of queries times a chunk of the bank.
+    The bank is read once, a chunk at a time, so that it may be memory-mapped and larger than memory; what is held is
+    the queries, k similarities of each, and a chunk of queries times a chunk of the bank.
 
     Args:
         queries: (Q, D).
         bank: (N, D), N >= k.
         k: Neighbours.
+        prepare: Applied to chunks of rows of both, such as a normalisation.
 
     Returns:
-        Similarities (Q, k) and bank rows (Q, k).
+        Similarities (Q, k) and bank rows (Q, k), on the queries' device.
     """
-    similarities, rows = [], []
-    for chunk in queries.split(QUERY_CHUNK):
-        best = chunk.new_full((len(chunk), 0), 0.0)
-        best_rows = torch.empty((len(chunk), 0), dtype=torch.long, device=chunk.device)
-        for start in range(0, len(bank), BANK_CHUNK):
-            part = chunk @ bank[start : start + BANK_CHUNK].T
-            values, index = part.topk(min(k, part.shape[1]), dim=1)
-            best = torch.cat([best, values], dim=1)
-            best_rows = torch.cat([best_rows, index + start], dim=1)
-            best, order = best.topk(min(k, best.shape[1]), dim=1)
-            best_rows = best_rows.gather(1, order)
-        similarities.append(best)
-        rows.append(best_rows)
-    return torch.cat(similarities), torch.cat(rows)
+    parts = [prepare(chunk) for chunk in queries.split(QUERY_CHUNK)]
+    best = [part.new_empty((len(part), 0)) for part in parts]
+    rows = [torch.empty((len(part), 0), dtype=torch.long, device=part.device) for part in parts]
+    for start in range(0, len(bank), BANK_CHUNK):
+        chunk = prepare(bank[start : start + BANK_CHUNK].to(queries.device))
+        for index, part in enumerate(parts):
+            values, places = (part @ chunk.T).topk(min(k, len(chunk)), dim=1)
+            values, places = torch.cat([best[index], values], dim=1), torch.cat([rows[index], places + start], dim=1)
+            best[index], order = values.topk(min(k, values.shape[1]), dim=1)
+            rows[index] = places.gather(1, order)
+    return torch.cat(best), torch.cat(rows)
+
+
+def predict_all(
+    queries: Tensor, bank: Tensor, labels: Tensor, num_classes: int, protocols: Sequence[KnnProtocol]
+) -> list[Tensor]:
+    """What `predict` gives under each protocol; neighbours are looked for once, and once more if some are centred."""
+    predicted: dict[KnnProtocol, Tensor] = {}
+    for centre in {protocol.centre for protocol in protocols}:
+        alike = [protocol for protocol in protocols if protocol.centre == centre]
+        for protocol in alike:
+            if not 1 <= protocol.k <= len(bank):
+                raise UserError(
+                    f"knn: k = {protocol.k} neighbours of a bank of {len(bank)} images; k must be within 1 and it"
+                )
+        mean = bank.mean(dim=0).to(queries.device) if centre else 0.0
+        unit = partial(_unit, mean)
+        similarity, rows = nearest(queries, bank, max(protocol.k for protocol in alike), unit)
+        for protocol in alike:
+            predicted[protocol] = _vote(similarity, labels.to(queries.device)[rows], num_classes, protocol)
+    return [predicted[protocol] for protocol in protocols]
+
+
+def _unit(mean: Tensor | float, rows: Tensor) -> Tensor:
+    return normalize(rows - mean, dim=1)
+
+
+def _vote(similarity: Tensor, neighbours: Tensor, num_classes: int, protocol: KnnProtocol) -> Tensor:
+    """Class of every query from its most similar neighbours' classes, (Q, at least k), most similar first."""
+    similarity, neighbours = similarity[:, : protocol.k], neighbours[:, : protocol.k]
+    votes = torch.zeros(len(similarity), num_classes, device=similarity.device, dtype=torch.float64)
+    # Shifting by the best similarity changes no winner and keeps the exponential finite.
+    weights = ((similarity - similarity[:, :1]).double() / protocol.temperature).exp()
+    votes.scatter_add_(1, neighbours, weights)
+    return votes.argmax(dim=1)
 
 
 def predict(queries: Tensor, bank: Tensor, labels: Tensor, num_classes: int, protocol: KnnProtocol) -> Tensor:
@@ -69,17 +118,7 @@ def predict(queries: Tensor, bank: Tensor, labels: Tensor, num_classes: int, pro
         num_classes: Number of classes.
         protocol: How to count.
     """
-    if not 1 <= protocol.k <= len(bank):
-        raise UserError(f"knn: k = {protocol.k} neighbours of a bank of {len(bank)} images; k must be within 1 and it")
-    if protocol.centre:
-        mean = bank.mean(dim=0)
-        queries, bank = queries - mean, bank - mean
-    similarity, rows = nearest(normalize(queries, dim=1), normalize(bank, dim=1), protocol.k)
-    votes = torch.zeros(len(queries), num_classes, device=queries.device, dtype=torch.float64)
-    # Shifting by the best similarity changes no winner and keeps the exponential finite.
-    weights = ((similarity - similarity[:, :1]).double() / protocol.temperature).exp()
-    votes.scatter_add_(1, labels.to(queries.device)[rows], weights)
-    return votes.argmax(dim=1)
+    return predict_all(queries, bank, labels, num_classes, [protocol])[0]
 
 
 def knn_accuracy(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -13,8 +14,8 @@ from sslkit.errors import UserError
 from sslkit.evaluate import KnnProtocol, LinearProtocol, knn_accuracy, linear_accuracy
 from sslkit.evaluate import knn as knn_module
 from sslkit.evaluate.features import extract_features, fingerprint, raw_pixel_side, raw_pixels
-from sslkit.evaluate.knn import nearest, predict
-from sslkit.evaluate.linear import fit_logistic
+from sslkit.evaluate.knn import nearest, predict, predict_all
+from sslkit.evaluate.linear import C_GRID, fit_logistic
 
 
 def wave(rows: int, scale: float, shift: float) -> Tensor:
@@ -63,6 +64,17 @@ def test_one_neighbour_on_the_bank_itself_is_perfect_and_small_temperatures_are_
     assert knn_accuracy(bank, labels, bank, labels, KnnProtocol(k=20, temperature=1e-3)) == 1.0
 
 
+def test_several_protocols_at_once_are_each_alone() -> None:
+    (bank, labels), (queries, _) = blobs(300, 0), blobs(60, 1)
+    protocols = [KnnProtocol(5), KnnProtocol(200, 0.5), KnnProtocol(20, centre=True), *KnnProtocol.named("dino")]
+    together = predict_all(queries, bank, labels, 5, protocols)
+    for protocol, predicted in zip(protocols, together, strict=True):
+        assert torch.equal(predicted, predict(queries, bank, labels, 5, protocol))
+    assert [protocol.k for protocol in KnnProtocol.named("instdisc")] == [200]
+    with pytest.raises(UserError, match="did you mean 'dino'"):
+        KnnProtocol.named("dinov")
+
+
 @pytest.mark.parametrize("k", [0, 201, -3])
 def test_impossible_numbers_of_neighbours(k: int) -> None:
     bank, labels = blobs(200, 0)
@@ -75,6 +87,19 @@ def test_logistic_regression_is_sklearns() -> None:
     ours = fit_logistic(features.double(), labels, 5, c=0.1)
     theirs = LogisticRegression(C=0.1, tol=1e-10, max_iter=1000).fit(features.double().numpy(), labels.numpy())
     np.testing.assert_allclose(ours.weight.detach().numpy(), theirs.coef_, atol=2e-3)
+
+
+def test_the_penalty_is_the_one_whose_held_out_log_loss_is_lowest() -> None:
+    (train, labels), (test, truth) = blobs(400, 0, spread=2.5), blobs(100, 1, spread=2.5)
+    chosen = float(linear_accuracy(train, labels, test, truth).chosen.removeprefix("C = "))
+    units = ((train - train.mean(0)) / train.std(0)).double().numpy()
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(0)).numpy()
+    held_out, rest = order[:40], order[40:]
+    losses = {}
+    for c in C_GRID:
+        model = LogisticRegression(C=c, tol=1e-8, max_iter=2000).fit(units[rest], labels[rest].numpy())
+        losses[c] = log_loss(labels[held_out].numpy(), model.predict_proba(units[held_out]))
+    assert chosen == min(losses, key=losses.__getitem__)
 
 
 @pytest.mark.parametrize("name", ["logistic", "moco_v1", "moco_v3"])
