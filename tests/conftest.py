@@ -1,9 +1,11 @@
 """Small real data and recipes shared by the tests."""
 
 import os
+import tempfile
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # every test compares CPU numbers
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["SSLKIT_CACHE"] = (cache := tempfile.TemporaryDirectory(prefix="sslkit-features-")).name
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors here are too small for threads to pay
 
 from pathlib import Path

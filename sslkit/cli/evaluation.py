@@ -30,10 +30,12 @@ LabelColumn = Annotated[str, typer.Option(help="Column of labels, if it is not f
 TrainSplit = Annotated[str, typer.Option(help="Split to learn from.")]
 TestSplit = Annotated[str, typer.Option(help="Split to score on. Default: test or val, else a fifth held out.")]
 Layer = Annotated[int | None, typer.Option(help="Mean-pooled block of this index instead of the output.")]
+LastBlocks = Annotated[int, typer.Option(min=0, help="Class tokens of so many last blocks side by side, as DINO.")]
 CropPct = Annotated[
     float, typer.Option(min=0, max=1, help="Share of the shorter side kept, 0.1 to 1; 0: the model's own.")
 ]
 Baseline = Annotated[list[str] | None, typer.Option("--baseline", help="Also score this timm name; may repeat.")]
+Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Keep features on disk for the next evaluation.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
 
 
@@ -48,12 +50,14 @@ def knn(
     protocol: Annotated[str, typer.Option(help="dino or instdisc, instead of k and temperature.")] = "",
     centre: Annotated[bool, typer.Option("--centre", help="Subtract the bank's mean first (no paper does).")] = False,
     layer: Layer = None,
+    last_blocks: LastBlocks = 0,
     crop_pct: CropPct = 0.0,
     data_name: DataName = "",
     label_column: LabelColumn = "",
     train_split: TrainSplit = "train",
     test_split: TestSplit = "",
     baseline: Baseline = None,
+    cache: Cache = True,
     workers: Workers = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -69,7 +73,7 @@ def knn(
         model,
         _data(data, data_name, label_column),
         protocols,
-        _reading(layer, crop_pct, workers),
+        _reading(layer, last_blocks, crop_pct, workers, cache),
         baselines=baseline or [],
         train_split=train_split,
         test_split=test_split,
@@ -89,18 +93,20 @@ def _numbers(option: str, words: str, kind: "Callable[[str], Number]") -> "list[
 def linear(
     model: Model,
     data: Data,
-    protocol: Annotated[str, typer.Option(help="logistic, moco_v1 (also v2's) or moco_v3.")] = "logistic",
+    protocol: Annotated[str, typer.Option(help="logistic, moco_v1 (also v2's), moco_v3, simclr or dino.")] = "logistic",
     augment: Annotated[
         bool, typer.Option(help="Random crops and mirrors in the SGD protocols, as in the papers.")
     ] = True,
     epochs: Annotated[int, typer.Option(min=0, help="Of the SGD protocols; 0: the paper's.")] = 0,
     layer: Layer = None,
+    last_blocks: LastBlocks = 0,
     crop_pct: CropPct = 0.0,
     data_name: DataName = "",
     label_column: LabelColumn = "",
     train_split: TrainSplit = "train",
     test_split: TestSplit = "",
     baseline: Baseline = None,
+    cache: Cache = True,
     workers: Workers = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -111,7 +117,7 @@ def linear(
         model,
         _data(data, data_name, label_column),
         protocol,
-        _reading(layer, crop_pct, workers),
+        _reading(layer, last_blocks, crop_pct, workers, cache),
         augment=augment,
         epochs=epochs,
         baselines=baseline or [],
@@ -119,6 +125,62 @@ def linear(
         test_split=test_split,
     )
     conclude(model, [judgement], as_json)
+
+
+@evaluation.command(epilog="Example: sslkit eval sweep runs/photos --data flowers --layers out,-2")
+def sweep(
+    model: Model,
+    data: Data,
+    lr: Annotated[str, typer.Option(help="Rates at batch 256.")] = "0.003,0.01,0.03,0.1,0.3,1,3,10",
+    weight_decay: Annotated[str, typer.Option(help="Penalties.")] = "0,1e-5",
+    norm: Annotated[
+        str, typer.Option(help="BatchNorm without parameters before the head: no, yes or no,yes.")
+    ] = "no,yes",
+    layers: Annotated[
+        str, typer.Option(help="out, blocks by number (-2: last but one), and last4: DINO's four class tokens.")
+    ] = "out",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the features.")] = 50,
+    batch_size: Annotated[int, typer.Option(min=2, help="Features of an update.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of held-out draw, initialisation and order.")] = 0,
+    crop_pct: CropPct = 0.0,
+    data_name: DataName = "",
+    label_column: LabelColumn = "",
+    train_split: TrainSplit = "train",
+    test_split: TestSplit = "",
+    baseline: Baseline = None,
+    workers: Workers = 0,
+    cache: Cache = True,
+    as_json: AsJson = False,
+) -> None:
+    """Many linear heads in one pass over frozen features; the best on held-out images is scored."""
+    from sslkit.evaluate.judge import evaluate_sweep
+    from sslkit.evaluate.sweep import SweepProtocol
+
+    rates, decays = _numbers("--lr", lr, float), _numbers("--weight-decay", weight_decay, float)
+    words = norm.split(",")
+    if not set(words) <= {"no", "yes"}:
+        raise UserError(f"--norm {norm}: write no, yes or no,yes")
+    norms = tuple(word == "yes" for word in words)
+    judgement = evaluate_sweep(
+        model,
+        _data(data, data_name, label_column),
+        SweepProtocol(tuple(rates), tuple(decays), norms, epochs, batch_size, seed),
+        [_named_reading(word, crop_pct, workers, cache) for word in layers.split(",")],
+        baselines=baseline or [],
+        train_split=train_split,
+        test_split=test_split,
+    )
+    conclude(model, [judgement], as_json)
+
+
+def _named_reading(word: str, crop_pct: float, workers: int, cache: bool) -> "Reading":
+    """What `--layers` means by ``out``, ``-2`` or ``last4``."""
+    try:
+        last = int(word.removeprefix("last")) if word.startswith("last") else 0
+        layer = None if word == "out" or last else int(word)
+    except ValueError:
+        raise UserError(f"--layers: {word!r} is not out, a block's number, or last and a number") from None
+    return _reading(layer, last, crop_pct, workers, cache)
 
 
 @evaluation.command(epilog="Example: sslkit eval finetune runs/photos --data flowers --labels 10% --protocol swav")
@@ -215,7 +277,8 @@ def _data(path: str, name: str, label_column: str) -> "DataConfig":
     return DataConfig(path=path, name=name or None, label_column=label_column or None)
 
 
-def _reading(layer: int | None, crop_pct: float, workers: int) -> "Reading":
+def _reading(layer: int | None, last_blocks: int, crop_pct: float, workers: int, cache: bool) -> "Reading":
     from sslkit.evaluate.judge import Reading
+    from sslkit.evaluate.store import FeatureStore
 
-    return Reading(layer, crop_pct, workers)
+    return Reading(layer, last_blocks, crop_pct, workers, store=FeatureStore.default() if cache else None)

@@ -69,6 +69,11 @@ def _show_judgement(judgement: "Judgement") -> None:
         interval = "{:.1%} to {:.1%}".format(*score.interval)
         table.add_row(score.encoder, f"{score.accuracy:.2%}", interval, *([score.note] if with_notes else []))
     console.print(table)
+    if judgement.grid:
+        grid = Table(*judgement.grid[0], title="every head, best first on the held-out images")
+        for head in judgement.grid:
+            grid.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in head.values()))
+        console.print(grid)
 
 
 def show_comparison(groups: list[dict[str, dict[str, Any]]], as_json: bool) -> None:

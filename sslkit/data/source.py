@@ -5,6 +5,8 @@
 
 import glob
 import gzip
+import hashlib
+import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -106,6 +108,18 @@ class ImageSource:
             for batch in batches
             for path in batch[self.image_column].combine_chunks().field("path").to_pylist()
         ]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what the images are: their bytes, or the paths, sizes and times of their files."""
+        digest = hashlib.sha256()
+        for batch in self.table.select_columns([self.image_column]).with_format("arrow").iter(256):
+            for cell in batch[self.image_column].to_pylist():
+                if cell["bytes"] is not None:
+                    digest.update(hashlib.sha256(cell["bytes"]).digest())
+                else:
+                    status = os.stat(cell["path"])
+                    digest.update(f"{cell['path']}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        return digest.hexdigest()
 
     def class_names(self) -> list[str]:
         """Names of the classes in the order of their labels, or an empty list."""

@@ -156,6 +156,46 @@ def read_layer(encoder: Encoder, layer: int) -> nn.Module:
     return reader
 
 
+class _BlocksReader(nn.Module):
+    """The last blocks' class tokens (or position means, where there is no such token), side by side."""
+
+    def __init__(self, module: nn.Module, blocks: int, mean: bool) -> None:
+        super().__init__()
+        self.module, self.blocks, self.mean = module, blocks, mean
+        self.has_class_token = getattr(module, "cls_token", None) is not None
+
+    def forward(self, images: Tensor) -> Tensor:
+        options = {"indices": self.blocks, "intermediates_only": True}
+        if not self.has_class_token:
+            maps = self.module.forward_intermediates(images, norm=False, **options)  # type: ignore[operator]
+            return torch.cat([each.mean(dim=(2, 3)) for each in maps], dim=1)
+        pairs = self.module.forward_intermediates(  # type: ignore[operator]
+            images, norm=True, return_prefix_tokens=True, **options
+        )
+        tokens = [prefix[:, 0] for _, prefix in pairs]
+        return torch.cat([*tokens, *([pairs[-1][0].mean(dim=(2, 3))] if self.mean else [])], dim=1)
+
+
+def read_last_blocks(encoder: Encoder, blocks: int, mean: bool = False) -> nn.Module:
+    """DINO's features (arXiv:2104.14294, appendix F.2): (B, 3, H, W) -> (B, blocks x C), one C more with ``mean``.
+
+    Args:
+        encoder: A ViT gives its normed class tokens; others mean-pooled maps, which may differ in width.
+        blocks: How many, from the last (DINO: 4 for ViT-S, 1 for ViT-B).
+        mean: Add the mean of the last block's patches (DINO: for ViT-B).
+
+    Raises:
+        UserError: Fewer blocks than asked for, or a model without intermediate outputs.
+    """
+    reader = _BlocksReader(encoder.module, blocks, mean)
+    try:
+        with torch.inference_mode():
+            reader.eval()(torch.zeros(1, *encoder.preprocessing["input_size"]))
+    except (AttributeError, AssertionError, IndexError, ValueError) as error:
+        raise UserError(f"--last-blocks {blocks}: {encoder.architecture} cannot be read so ({error})") from error
+    return reader
+
+
 class TransformedImages(Dataset[tuple[Tensor, int]]):
     """Every image of a source through a transform, and its position.
 
@@ -215,6 +255,13 @@ def extract_features(
     if fingerprint(module) != before:
         raise RuntimeError("the encoder changed while its features were extracted")
     return torch.cat(features)
+
+
+def features_key(encoder: Encoder, source: ImageSource, transform: str, reading: str) -> str:
+    """Hexadecimal name of the features of an encoder, a source and a transform: equal only if all of them are."""
+    said = [fingerprint(encoder.module), encoder.architecture, repr(sorted(encoder.model_args.items())), reading]
+    said += [transform, source.fingerprint(), timm.__version__, torch.__version__]
+    return hashlib.sha256("\0".join(said).encode()).hexdigest()[:32]
 
 
 def raw_pixel_side(source: ImageSource) -> int:

@@ -5,9 +5,10 @@ A pretraining that does not beat them has learned nothing.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +18,11 @@ from sslkit.evaluate.features import (
     Encoder,
     Transform,
     extract_features,
+    features_key,
     load_encoder,
     raw_pixel_side,
     raw_pixels,
+    read_last_blocks,
     read_layer,
 )
 from sslkit.evaluate.finetune import FinetuneProtocol, Say, classify, finetune
@@ -27,7 +30,9 @@ from sslkit.evaluate.knn import KnnProtocol, predict_all
 from sslkit.evaluate.labels import LabelledPair, open_pair
 from sslkit.evaluate.linear import LinearProtocol, linear_accuracy
 from sslkit.evaluate.protocol import bootstrap_interval, data_settings, protocol_hash
+from sslkit.evaluate.store import FeatureStore
 from sslkit.evaluate.subsets import choose_subset
+from sslkit.evaluate.sweep import SweepProtocol, sweep
 from sslkit.parts.backbone import family
 
 RAW_PIXELS = "raw pixels"
@@ -39,15 +44,39 @@ class Reading:
 
     Attributes:
         layer: Mean over positions of this block's output (timm's index); None is the model's own pooled output.
+        last_blocks: Class tokens of so many last blocks instead, side by side, as DINO has them; 0 for none.
         crop_pct: Share of the shorter side that the centre crop keeps; 0 is the model's own.
         workers: Processes that decode images.
         batch_size: Images at a time.
+        store: Where features are kept and looked for; None extracts them anew.
     """
 
     layer: int | None = None
+    last_blocks: int = 0
     crop_pct: float = 0.0
     workers: int = 0
     batch_size: int = 256
+    store: FeatureStore | None = None
+
+    def __str__(self) -> str:
+        """Its name in tables."""
+        return (
+            f"last {self.last_blocks} blocks"
+            if self.last_blocks
+            else "output"
+            if self.layer is None
+            else f"block {self.layer}"
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Its part of a protocol."""
+        return {"layer": self.layer, "last_blocks": self.last_blocks, "crop_pct": self.crop_pct}
+
+    def of(self, encoder: Encoder) -> nn.Module:
+        """The encoder as it is read: (B, 3, H, W) -> (B, D)."""
+        if self.last_blocks:
+            return read_last_blocks(encoder, self.last_blocks)
+        return encoder.module if self.layer is None else read_layer(encoder, self.layer)
 
 
 @dataclass(frozen=True)
@@ -69,12 +98,14 @@ class Judgement:
         data: Which images.
         protocol: Every setting the scores depend on, the encoder aside.
         scores: The encoder's, then the baselines'.
+        grid: Of a sweep: every setting tried on the encoder, best first on the held-out images.
     """
 
     evaluation: str
     data: str
     protocol: dict[str, Any]
     scores: list[Score]
+    grid: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def protocol_hash(self) -> str:
@@ -136,7 +167,7 @@ def evaluate_knn_grid(
             found.append(_score(encoder.description if encoder else RAW_PIXELS, accuracy, pair))
     judgements = []
     for protocol, found in zip(protocols, scores, strict=True):
-        settings = {"kind": "knn", **vars(protocol), **_settings(reading), **data_settings(pair)}
+        settings = {"kind": "knn", **vars(protocol), **reading.settings(), **data_settings(pair)}
         name = f"knn k={protocol.k} temperature={protocol.temperature:g}" + (" centred" if protocol.centre else "")
         judgements.append(Judgement(name, pair.description, settings, found))
     return judgements
@@ -181,8 +212,48 @@ def evaluate_linear(
         score = linear_accuracy(train, pair.train_labels, test, pair.test_labels, used)
         scores.append(_score(encoder.description if encoder else RAW_PIXELS, score.accuracy, pair, score.chosen))
         settings = settings or {"kind": "linear", **vars(used), "augment": online}
-    settings |= {**_settings(reading), **data_settings(pair)}
+    settings |= {**reading.settings(), **data_settings(pair)}
     return Judgement(f"linear {protocol}", pair.description, settings, scores)
+
+
+def evaluate_sweep(
+    model: str,
+    data: DataConfig,
+    protocol: SweepProtocol | None = None,
+    readings: Sequence[Reading] = (),
+    *,
+    baselines: Sequence[str] = (),
+    train_split: str = "train",
+    test_split: str = "",
+) -> Judgement:
+    """Many linear heads at once on frozen features; each encoder is scored by the one that its held-out images chose.
+
+    Args:
+        model: As `load_encoder` takes it.
+        data: Labelled images.
+        protocol: The grid.
+        readings: Layers and poolings to try; by default the output. Raw pixels have but one.
+        baselines: timm names to score too.
+        train_split: What the heads learn from, and a tenth of which chooses.
+        test_split: What is scored on; see `open_pair`.
+    """
+    protocol, readings = protocol or SweepProtocol(), readings or [Reading()]
+    pair = open_pair(data, train_split, test_split)
+    scores: list[Score] = []
+    grid: list[dict[str, Any]] = []
+    for encoder in _contestants(model, baselines, readings[0]):
+        sides = [
+            {str(reading): _features(encoder, source, pair, reading) for reading in readings[: None if encoder else 1]}
+            for source in (pair.train, pair.test)
+        ]
+        result = sweep(sides[0], pair.train_labels, sides[1], pair.test_labels, protocol)
+        best = result.chosen
+        note = f"{best.reading}, lr {best.lr:g}, decay {best.weight_decay:g}" + (", normed" if best.norm else "")
+        scores.append(_score(encoder.description if encoder else RAW_PIXELS, result.accuracy, pair, note))
+        grid = grid or [vars(head) for head in result.grid]
+    settings = {"kind": "linear sweep", **vars(protocol), "readings": [reading.settings() for reading in readings]}
+    name = f"linear sweep of {len(grid)} heads"
+    return Judgement(name, pair.description, {**settings, **data_settings(pair)}, scores, grid)
 
 
 def evaluate_finetune(
@@ -269,17 +340,11 @@ def _epochs_of(encoder: Encoder | None, pair: LabelledPair, reading: Reading) ->
 
 def _extract(encoder: Encoder, source: ImageSource, transform: Transform, reading: Reading, seed: int | None) -> Tensor:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module = encoder.module if reading.layer is None else read_layer(encoder, reading.layer)
-    return extract_features(
-        module,
-        source,
-        transform,
-        device=device,
-        batch_size=reading.batch_size,
-        workers=reading.workers,
-        seed=seed,
+    module = reading.of(encoder)
+    options: dict[str, Any] = {"device": device, "batch_size": reading.batch_size, "workers": reading.workers}
+    if reading.store is None or seed is not None:
+        return extract_features(module, source, transform, seed=seed, **options)
+    key = features_key(encoder, source, str(transform), str(reading))
+    return reading.store.features(
+        key, len(source), lambda rows: extract_features(module, source.subset(np.array(rows)), transform, **options)
     )
-
-
-def _settings(reading: Reading) -> dict[str, Any]:
-    return {"layer": reading.layer, "crop_pct": reading.crop_pct}

@@ -21,24 +21,30 @@ class LinearProtocol:
 
     ``logistic`` standardises the features and minimises the full-batch loss with an L2 penalty 1 / (2 C n) by L-BFGS;
     C is chosen from `C_GRID` by the log loss of a seeded tenth of the training set, never on the test set: accuracies
-    on so few images differ by chance alone. ``moco_v1`` (also v2's)
-    and ``moco_v3`` are the papers': SGD with momentum 0.9 on raw features, weights from N(0, 0.01), no weight decay.
+    on so few images differ by chance alone. The others are the papers': SGD with momentum 0.9 on raw features, the rate
+    set per epoch.
 
     Attributes:
         name: Which protocol.
-        epochs: Passes of the SGD protocols (moco_v1 100, moco_v3 90).
-        batch_size: Of the SGD protocols (moco_v1 256, moco_v3 1024).
-        lr: Peak rate (moco_v1 30; moco_v3 0.1 for ResNet, 3 for ViT, times batch / 256).
+        epochs: Passes of the SGD protocols (moco_v1 and dino 100, moco_v3 and simclr 90).
+        batch_size: Of the SGD protocols (moco_v1 256, moco_v3 and dino 1024, simclr 4096).
+        lr: Peak rate (moco_v1 30; times batch / 256: moco_v3 0.1 for ResNet, 3 for ViT, simclr 0.1, dino 0.001).
         decay: ``steps`` times 0.1 at 60 % and 80 %, or ``cosine``, both per epoch.
         seed: Of held-out draw, initialisation and order.
+        weight_decay: L2 penalty (simclr 1e-6, else none).
+        nesterov: Whether the momentum looks ahead (simclr).
+        init_std: Of the first weights: 0.01, but simclr begins at zero.
     """
 
-    name: Literal["logistic", "moco_v1", "moco_v3"] = "logistic"
+    name: Literal["logistic", "moco_v1", "moco_v3", "simclr", "dino"] = "logistic"
     epochs: int = 0
     batch_size: int = 0
     lr: float = 0.0
     decay: Literal["steps", "cosine", "none"] = "none"
     seed: int = 0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    init_std: float = 0.01
 
     @staticmethod
     def named(name: str, *, is_vit: bool, seed: int = 0) -> "LinearProtocol":
@@ -47,8 +53,14 @@ class LinearProtocol:
             return LinearProtocol("moco_v1", 100, 256, 30.0, "steps", seed)
         if name == "moco_v3":
             return LinearProtocol("moco_v3", 90, 1024, (3.0 if is_vit else 0.1) * 1024 / 256, "cosine", seed)
+        if name == "simclr":
+            return LinearProtocol(
+                "simclr", 90, 4096, 0.1 * 4096 / 256, "cosine", seed, 1e-6, nesterov=True, init_std=0.0
+            )
+        if name == "dino":
+            return LinearProtocol("dino", 100, 1024, 0.001 * 1024 / 256, "cosine", seed)
         if name != "logistic":
-            known = ("logistic", "moco_v1", "moco_v3")
+            known = ("logistic", "moco_v1", "moco_v3", "simclr", "dino")
             raise UserError(f"linear: unknown protocol {name!r}{near_miss(name, known)}; there are {known}")
         return LinearProtocol("logistic", seed=seed)
 
@@ -151,9 +163,15 @@ def _sgd(
     with torch.random.fork_rng(devices=[]):
         classifier = nn.Linear(test.shape[1], num_classes)
     with torch.no_grad():
-        classifier.weight.normal_(0.0, 0.01, generator=generator)
+        classifier.weight.normal_(0.0, protocol.init_std, generator=generator)
         classifier.bias.zero_()
-    optimizer = torch.optim.SGD(classifier.parameters(), lr=protocol.lr, momentum=0.9)
+    optimizer = torch.optim.SGD(
+        classifier.parameters(),
+        lr=protocol.lr,
+        momentum=0.9,
+        weight_decay=protocol.weight_decay,
+        nesterov=protocol.nesterov,
+    )
     best, best_epoch = 0.0, 0
     for epoch in range(protocol.epochs):
         for group in optimizer.param_groups:

@@ -102,7 +102,7 @@ def test_the_penalty_is_the_one_whose_held_out_log_loss_is_lowest() -> None:
     assert chosen == min(losses, key=losses.__getitem__)
 
 
-@pytest.mark.parametrize("name", ["logistic", "moco_v1", "moco_v3"])
+@pytest.mark.parametrize("name", ["logistic", "moco_v1", "moco_v3", "simclr"])
 def test_protocols_learn_what_can_be_learned(name: str) -> None:
     (train, labels), (test, truth) = blobs(400, 0, spread=0.3), blobs(100, 1, spread=0.3)
     protocol = LinearProtocol.named(name, is_vit=True)
@@ -114,6 +114,10 @@ def test_protocols_have_the_papers_numbers() -> None:
     assert (v1.lr, v1.epochs, v1.batch_size, v1.decay) == (30.0, 100, 256, "steps")
     assert LinearProtocol.named("moco_v3", is_vit=False).lr == pytest.approx(0.4)
     assert LinearProtocol.named("moco_v3", is_vit=True).lr == pytest.approx(12.0)
+    simclr, dino = (LinearProtocol.named(name, is_vit=True) for name in ("simclr", "dino"))
+    assert (simclr.lr, simclr.weight_decay, simclr.epochs, simclr.nesterov) == (pytest.approx(1.6), 1e-6, 90, True)
+    assert (simclr.batch_size, simclr.init_std, simclr.decay) == (4096, 0.0, "cosine")
+    assert (dino.lr, dino.weight_decay, dino.epochs, dino.decay) == (pytest.approx(0.004), 0.0, 100, "cosine")
     with pytest.raises(UserError, match="did you mean 'moco_v1'"):
         LinearProtocol.named("mocov1", is_vit=False)
 

@@ -1,0 +1,121 @@
+"""Features kept on disk: extracted once for an encoder, images and a transform, then memory-mapped."""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sslkit.errors import UserError
+
+SHARD = 16384
+MERGED = "features.safetensors"
+
+Extract = Callable[[range], Tensor]
+
+
+@dataclass(frozen=True)
+class FeatureStore:
+    """A folder of features, each in a folder named by what they are of.
+
+    An extraction that stops half-way keeps its finished shards and goes on from them. Several processes may work on
+    the same features: each begins at another shard and leaves out what is there. What was not used for longest is
+    removed when the limit is passed.
+
+    Attributes:
+        folder: Where to keep them.
+        max_bytes: Limit of the whole folder.
+        shard: Images of a shard.
+    """
+
+    folder: Path
+    max_bytes: int = 20 * 10**9
+    shard: int = SHARD
+
+    @staticmethod
+    def default() -> "FeatureStore":
+        """In ``$SSLKIT_CACHE``, else in ``$XDG_CACHE_HOME/sslkit`` or ``~/.cache/sslkit``."""
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return FeatureStore(Path(os.environ.get("SSLKIT_CACHE") or Path(cache) / "sslkit") / "features")
+
+    def features(self, key: str, count: int, extract: Extract) -> Tensor:
+        """The (count, D) float32 features of ``key``, memory-mapped; extracted first if they are not there.
+
+        Args:
+            key: Hexadecimal name of what they are of: encoder, images, transform.
+            count: Images.
+            extract: Gives the rows of a range of images.
+        """
+        entry = self.folder / key
+        try:
+            if not (entry / MERGED).is_file():
+                self._fill(entry, count, extract)
+            os.utime(entry)
+            return load_file(entry / MERGED)["features"]
+        except OSError as error:
+            raise UserError(
+                f"feature store {self.folder}: {error}; free it, or leave it out with --no-cache"
+            ) from error
+
+    def _fill(self, entry: Path, count: int, extract: Extract) -> None:
+        entry.mkdir(parents=True, exist_ok=True)
+        shards = [range(start, min(start + self.shard, count)) for start in range(0, count, self.shard)]
+        first = int(os.environ.get("RANK", os.getpid())) % len(shards)
+        for number in [*range(first, len(shards)), *range(first)]:
+            if not _part(entry, number).is_file() and not (entry / MERGED).is_file():
+                rows = extract(shards[number]).float().contiguous()
+                _replace(_part(entry, number), partial(save_file, {"features": rows}))
+        try:
+            if not (entry / MERGED).is_file():
+                parts = [_part(entry, number) for number in range(len(shards))]
+                _replace(entry / MERGED, partial(_merge, parts, count))
+        except FileNotFoundError:
+            if not (entry / MERGED).is_file():  # else another process has merged them, and removed its parts
+                raise
+        for part in entry.glob("part-*"):
+            part.unlink(missing_ok=True)
+        self._make_room(entry)
+
+    def _make_room(self, newest: Path) -> None:
+        entries = sorted(
+            (each for each in self.folder.iterdir() if each.is_dir()), key=lambda each: each.stat().st_mtime
+        )
+        sizes = {each: sum(file.stat().st_size for file in each.iterdir()) for each in entries}
+        for entry in entries:
+            if sum(sizes.values()) <= self.max_bytes:
+                break
+            if entry != newest:
+                shutil.rmtree(entry, ignore_errors=True)
+                del sizes[entry]
+
+
+def _part(entry: Path, number: int) -> Path:
+    return entry / f"part-{number:05d}.safetensors"
+
+
+def _replace(file: Path, write: Callable[[Path], None]) -> None:
+    """Whole or not at all, whoever else writes the same."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        write(aside)
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _merge(parts: list[Path], count: int, file: Path) -> None:
+    """One safetensors file of all parts, of which never more than one is in memory."""
+    width = load_file(parts[0])["features"].shape[1]
+    bytes_in_all = 4 * count * width
+    header = json.dumps({"features": {"dtype": "F32", "shape": [count, width], "data_offsets": [0, bytes_in_all]}})
+    header += " " * (-len(header) % 8)
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(header)) + header.encode())
+        for part in parts:
+            stream.write(load_file(part)["features"].numpy().tobytes())

@@ -1,0 +1,161 @@
+"""Many linear heads trained in one pass over frozen features: rates, weight decays and norms at the cost of about one.
+
+A probe's score depends on its rate more than on anything else, and the best rate on the scale of the features. So all
+are trained at once, on the same batches, and one is chosen on images held out of the training set.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import batch_norm, cross_entropy, one_hot
+
+from sslkit.errors import UserError
+
+HELD_OUT = 0.1
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class SweepProtocol:
+    """The grid, and how its heads are trained: SGD with momentum 0.9, cosine to 0 by step, weights from N(0, 0.01).
+
+    Attributes:
+        lrs: Peak rates at a batch of 256; they grow with the batch.
+        weight_decays: L2 penalties.
+        norms: Whether a BatchNorm without parameters stands before the head (MAE, arXiv:2111.06377, appendix A.1).
+        epochs: Passes over the features.
+        batch_size: Features of an update.
+        seed: Of held-out draw, initialisation and order.
+    """
+
+    lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    weight_decays: tuple[float, ...] = (0.0, 1e-5)
+    norms: tuple[bool, ...] = (False, True)
+    epochs: int = 50
+    batch_size: int = 256
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Head:
+    """One point of the grid and its score on the held-out images."""
+
+    reading: str
+    lr: float
+    weight_decay: float
+    norm: bool
+    held_out: float
+
+
+@dataclass(frozen=True)
+class SweepScore:
+    """Test accuracy of the head that was best on the held-out images; and the whole grid, best first."""
+
+    accuracy: float
+    chosen: Head
+    grid: list[Head]
+
+
+class _Heads:
+    """All heads of one kind of features and one choice of norm, their weights side by side: (D, heads x classes)."""
+
+    def __init__(
+        self, width: int, classes: int, settings: Sequence[tuple[float, float]], norm: bool, seed: int
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        one = torch.empty(width, classes).normal_(0.0, 0.01, generator=generator)
+        self.classes, self.norm, self.settings = classes, norm, settings
+        self.weight, self.bias = one.repeat(1, len(settings)), torch.zeros(classes * len(settings))
+        self.velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        self.lr, self.decay = torch.tensor(settings).repeat_interleave(classes, dim=0).T
+        self.mean, self.variance = torch.zeros(width), torch.ones(width)
+
+    def logits(self, features: Tensor, training: bool = False) -> tuple[Tensor, Tensor]:
+        """Inputs (B, D) as the heads see them, and logits (B, heads, classes)."""
+        if self.norm:
+            features = batch_norm(features, self.mean, self.variance, training=training)
+        outputs = torch.addmm(self.bias, features, self.weight)
+        return features, outputs.view(len(features), -1, self.classes)
+
+    def update(self, features: Tensor, labels: Tensor, factor: float) -> None:
+        """One step of SGD for every head; the gradient of a softmax regression is short enough to write down."""
+        inputs, logits = self.logits(features, training=True)
+        error = (logits.softmax(dim=-1) - one_hot(labels, self.classes)[:, None]) / len(labels)
+        error = error.flatten(1)
+        for param, speed, gradient in zip(
+            (self.weight, self.bias), self.velocity, (inputs.T @ error, error.sum(dim=0)), strict=True
+        ):
+            speed.mul_(MOMENTUM).add_(gradient).addcmul_(param, self.decay)
+            param.sub_(self.lr * factor * speed)
+
+    def scores(self, features: Tensor, labels: Tensor) -> list[tuple[float, float]]:
+        """Accuracy and, to tell equals apart, minus the loss of each head."""
+        logits = self.logits(features)[1]
+        right = (logits.argmax(dim=-1) == labels[:, None]).float().mean(dim=0)
+        losses = [float(cross_entropy(each, labels)) for each in logits.unbind(dim=1)]
+        return [
+            (float(share), -loss if math.isfinite(loss) else -math.inf)
+            for share, loss in zip(right, losses, strict=True)
+        ]
+
+
+@torch.no_grad()
+def sweep(
+    train: dict[str, Tensor], labels: Tensor, test: dict[str, Tensor], truth: Tensor, protocol: SweepProtocol
+) -> SweepScore:
+    """Train the whole grid, choose on held-out images, score the chosen head on the test set.
+
+    Args:
+        train: By reading (layer, pooling), (N, D) features.
+        labels: (N,) int64.
+        test: (Q, D) features for each reading.
+        truth: (Q,) int64.
+        protocol: The grid.
+    """
+    if not (protocol.lrs and protocol.weight_decays and protocol.norms and train):
+        raise UserError("linear sweep: the grid is empty; give at least one rate, weight decay and reading")
+    classes = int(max(labels.max(), truth.max())) + 1
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(protocol.seed))
+    held_out = max(round(len(labels) * HELD_OUT), 1)
+    choose, fit = order[:held_out], order[held_out:]
+    scale = protocol.batch_size / 256
+    settings = [(lr * scale, decay) for lr, decay in itertools.product(protocol.lrs, protocol.weight_decays)]
+    heads = {
+        (reading, norm): _Heads(features.shape[1], classes, settings, norm, protocol.seed)
+        for reading, features in train.items()
+        for norm in protocol.norms
+    }
+    _train(heads, train, labels, fit, protocol)
+    ranked: list[tuple[tuple[float, float], Head, int]] = []
+    for (reading, norm), group in heads.items():
+        for place, score in enumerate(group.scores(train[reading][choose], labels[choose])):
+            lr, decay = settings[place]
+            ranked.append((score, Head(reading, lr / scale, decay, norm, score[0]), place))
+    ranked.sort(key=lambda item: item[0], reverse=True)
+    _, best, place = ranked[0]
+    accuracy = heads[best.reading, best.norm].scores(test[best.reading], truth)[place][0]
+    return SweepScore(accuracy, best, [head for _, head, _ in ranked])
+
+
+def _train(
+    heads: dict[tuple[str, bool], _Heads],
+    train: dict[str, Tensor],
+    labels: Tensor,
+    fit: Tensor,
+    protocol: SweepProtocol,
+) -> None:
+    generator = torch.Generator().manual_seed(protocol.seed + 1)
+    steps, step = protocol.epochs * -(-len(fit) // protocol.batch_size), 0
+    for _ in range(protocol.epochs):
+        for rows in fit[torch.randperm(len(fit), generator=generator)].split(protocol.batch_size):
+            factor = 0.5 * (1.0 + math.cos(math.pi * step / steps))
+            step += 1
+            if len(rows) == 1:  # no batch statistics of one
+                continue
+            batches = {reading: features[rows] for reading, features in train.items()}
+            for (reading, _), group in heads.items():
+                group.update(batches[reading], labels[rows], factor)
