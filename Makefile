@@ -36,6 +36,7 @@ test-slow: $(BIN)/.installed
 bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/micro_batch_memory.py
+	$(BIN)/python benchmarks/evaluation.py
 
 ablations: $(BIN)/.installed
 	$(BIN)/python benchmarks/ablations.py

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import batch_norm, cross_entropy, one_hot
+from torch.nn.functional import batch_norm, cross_entropy
 
 from sslkit.errors import UserError
 
@@ -61,7 +61,7 @@ class SweepScore:
 
 
 class _Heads:
-    """All heads of one kind of features and one choice of norm, their weights side by side: (D, heads x classes)."""
+    """All heads of one kind of features and one choice of norm, their weights side by side: (D, classes x heads)."""
 
     def __init__(
         self, width: int, classes: int, settings: Sequence[tuple[float, float]], norm: bool, seed: int
@@ -69,34 +69,36 @@ class _Heads:
         generator = torch.Generator().manual_seed(seed)
         one = torch.empty(width, classes).normal_(0.0, 0.01, generator=generator)
         self.classes, self.norm, self.settings = classes, norm, settings
-        self.weight, self.bias = one.repeat(1, len(settings)), torch.zeros(classes * len(settings))
+        self.weight, self.bias = one.repeat_interleave(len(settings), dim=1), torch.zeros(classes * len(settings))
         self.velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
-        self.lr, self.decay = torch.tensor(settings).repeat_interleave(classes, dim=0).T
+        self.lr, self.decay = torch.tensor(settings).repeat(classes, 1).T
         self.mean, self.variance = torch.zeros(width), torch.ones(width)
 
     def logits(self, features: Tensor, training: bool = False) -> tuple[Tensor, Tensor]:
-        """Inputs (B, D) as the heads see them, and logits (B, heads, classes)."""
+        """Inputs (B, D) as the heads see them, and logits (B, classes, heads)."""
         if self.norm:
             features = batch_norm(features, self.mean, self.variance, training=training)
         outputs = torch.addmm(self.bias, features, self.weight)
-        return features, outputs.view(len(features), -1, self.classes)
+        return features, outputs.view(len(features), self.classes, -1)
 
     def update(self, features: Tensor, labels: Tensor, factor: float) -> None:
         """One step of SGD for every head; the gradient of a softmax regression is short enough to write down."""
         inputs, logits = self.logits(features, training=True)
-        error = (logits.softmax(dim=-1) - one_hot(labels, self.classes)[:, None]) / len(labels)
+        # CPUs are ten times slower on numbers as small as a saturated softmax has.
+        error = torch.threshold_(logits.softmax(dim=1), 1e-20, 0.0).div_(len(labels))
+        error[torch.arange(len(labels)), labels] -= 1.0 / len(labels)
         error = error.flatten(1)
         for param, speed, gradient in zip(
             (self.weight, self.bias), self.velocity, (inputs.T @ error, error.sum(dim=0)), strict=True
         ):
             speed.mul_(MOMENTUM).add_(gradient).addcmul_(param, self.decay)
-            param.sub_(self.lr * factor * speed)
+            param.addcmul_(self.lr, speed, value=-factor)
 
     def scores(self, features: Tensor, labels: Tensor) -> list[tuple[float, float]]:
         """Accuracy and, to tell equals apart, minus the loss of each head."""
         logits = self.logits(features)[1]
-        right = (logits.argmax(dim=-1) == labels[:, None]).float().mean(dim=0)
-        losses = [float(cross_entropy(each, labels)) for each in logits.unbind(dim=1)]
+        right = (logits.argmax(dim=1) == labels[:, None]).float().mean(dim=0)
+        losses = [float(cross_entropy(each, labels)) for each in logits.unbind(dim=2)]
         return [
             (float(share), -loss if math.isfinite(loss) else -math.inf)
             for share, loss in zip(right, losses, strict=True)
