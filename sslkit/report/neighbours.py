@@ -1,0 +1,154 @@
+"""Which images an encoder holds for alike, and where it puts them."""
+
+import importlib
+import importlib.util
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import plotly.graph_objects as go
+import torch
+from torch import Tensor
+
+from sslkit.evaluate.knn import nearest
+from sslkit.report.figures import PALETTE, lay_out, plain
+from sslkit.report.sample import SEED, Sample
+from sslkit.report.thumbnails import Sprite, data_uri, make_sprite
+
+NUM_QUERIES, NUM_NEIGHBOURS = 12, 6
+MAX_POINTS, TILE, SIDE = 500, 48, 96
+MAX_CLASSES = 16
+SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "star", "hexagon")
+OTHERS = "other classes"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of a gallery.
+
+    Attributes:
+        address: Its ``data:`` address.
+        label: Its class, or empty.
+        similarity: Cosine similarity to the query; 1 for the query.
+        right: Whether its class is the query's; None without labels.
+    """
+
+    address: str
+    label: str
+    similarity: float = 1.0
+    right: bool | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A query and its nearest images, the nearest first."""
+
+    query: Picture
+    neighbours: list[Picture]
+
+
+def find_neighbours(sample: Sample, bank: Tensor, queries: Tensor) -> list[Row]:
+    """A dozen queries, drawn by lot and spread over the classes, with their nearest images of the bank.
+
+    Args:
+        sample: The images.
+        bank: (N, D) unit rows.
+        queries: (Q, D) unit rows.
+    """
+    chosen = _spread(sample.query_labels, len(queries))
+    similarity, rows = nearest(queries[torch.tensor(chosen)], bank, min(NUM_NEIGHBOURS, len(bank)))
+    gallery = []
+    for query, near, values in zip(chosen, rows.tolist(), similarity.tolist(), strict=True):
+        truth = sample.query_labels[query] if sample.query_labels else ""
+        found = []
+        for row, value in zip(near, values, strict=True):
+            label = sample.bank_labels[row] if sample.bank_labels else ""
+            address = data_uri(sample.bank.read(row), SIDE)
+            found.append(Picture(address, label, value, label == truth if sample.bank_labels else None))
+        gallery.append(Row(Picture(data_uri(sample.queries.read(query), SIDE), truth), found))
+    return gallery
+
+
+def _spread(labels: list[str] | None, count: int) -> list[int]:
+    """Positions of queries: of each class in turn one, in a seeded order."""
+    order = np.random.default_rng(SEED).permutation(count).tolist()
+    if labels is None:
+        return order[:NUM_QUERIES]
+    met: Counter[str] = Counter()
+    turn = {}
+    for index in order:
+        turn[index] = met[labels[index]]
+        met[labels[index]] += 1
+    return sorted(order, key=lambda index: (turn[index], labels[index]))[:NUM_QUERIES]
+
+
+@dataclass(frozen=True)
+class Map:
+    """Images in the plane, near each other where their features are.
+
+    Attributes:
+        figure: Plotly's JSON; each point's ``customdata`` is its tile in the sprite.
+        sprite: The images, for hover.
+        note: How it was made.
+    """
+
+    figure: str
+    sprite: Sprite
+    note: str
+
+
+def draw_map(sample: Sample, queries: Tensor) -> Map:
+    """At most 500 of the queries in two dimensions, by UMAP if it is installed, else by PCA."""
+    count = min(len(queries), MAX_POINTS)
+    points, note, axes = _flatten(queries[:count])
+    groups = _groups(sample.query_labels[:count] if sample.query_labels else [""] * count)
+    figure = go.Figure()
+    for place, (name, members) in enumerate(groups.items()):
+        colour = "#9a9a9a" if name == OTHERS else PALETTE[place % len(PALETTE)]
+        symbol = SYMBOLS[(place + place // len(PALETTE)) % len(SYMBOLS)]
+        figure.add_trace(
+            go.Scatter(
+                x=points[members, 0].tolist(),
+                y=points[members, 1].tolist(),
+                customdata=members,
+                text=[plain(sample.query_labels[index]) if sample.query_labels else "" for index in members],
+                mode="markers",
+                name=plain(name),
+                marker={"color": colour, "symbol": symbol, "size": 8, "opacity": 0.85},
+                hovertemplate="%{text}",
+            )
+        )
+    plane = {"showticklabels": False, "zeroline": False}
+    layout = {
+        "showlegend": len(groups) > 1,
+        "yaxis": {**plane, "title": {"text": axes[1]}},
+        "xaxis": {**plane, "title": {"text": axes[0]}},
+        "legend": {"orientation": "h", "y": -0.1, "yanchor": "top", "x": 0},
+    }
+    sprite = make_sprite([sample.queries.read(index) for index in range(count)], TILE)
+    return Map(lay_out(figure, height=560, **layout), sprite, note)
+
+
+def _groups(labels: list[str]) -> dict[str, list[int]]:
+    """Positions by class; of many classes, those with fewest images are put together."""
+    counts = Counter(labels)
+    kept = {name for name, _ in counts.most_common(MAX_CLASSES)} if len(counts) > MAX_CLASSES else set(counts)
+    groups: dict[str, list[int]] = {name: [] for name in sorted(kept)}
+    for index, label in enumerate(labels):
+        groups.setdefault(label if label in kept else OTHERS, []).append(index)
+    return groups
+
+
+def _flatten(features: Tensor) -> tuple["np.ndarray[tuple[int, int], np.dtype[np.float64]]", str, tuple[str, str]]:
+    """Points (N, 2), how they were made, and the axes' titles."""
+    if importlib.util.find_spec("umap") is not None and len(features) > 3:
+        umap = importlib.import_module("umap")
+        reducer = umap.UMAP(n_neighbors=min(15, len(features) - 1), metric="cosine", random_state=SEED, n_jobs=1)
+        return reducer.fit_transform(features.numpy()), "UMAP, 15 neighbours, cosine: only nearness has meaning.", ("", "")
+    centred = (features - features.mean(dim=0)).double()
+    left, scales, _ = torch.linalg.svd(centred, full_matrices=False)
+    points = torch.zeros(len(features), 2, dtype=torch.float64)
+    points[:, : min(2, len(scales))] = left[:, :2] * scales[:2]
+    shares = (scales.square() / scales.square().sum().clamp_min(1e-30)).tolist() + [0.0, 0.0]
+    note = "PCA of unit features: what lies apart in other directions falls together here; UMAP is used if installed."
+    return points.numpy(), note, (f"{shares[0]:.0%} of variance", f"{shares[1]:.0%} of variance")
