@@ -44,7 +44,8 @@ def last_attention(module: nn.Module, images: Tensor) -> Tensor:
     """
     model: Any = copy.deepcopy(module)
     blocks = getattr(model, "blocks", None)
-    if getattr(model, "cls_token", None) is None or not hasattr(model, "patch_embed") or not blocks:
+    grid = getattr(getattr(model, "patch_embed", None), "dynamic_feat_size", None)
+    if getattr(model, "cls_token", None) is None or grid is None or not blocks:
         raise UserError("attention maps need a ViT with a class token")
     for part in model.modules():
         if hasattr(part, "fused_attn"):
@@ -54,9 +55,9 @@ def last_attention(module: nn.Module, images: Tensor) -> Tensor:
         raise UserError("attention maps need blocks whose attention timm can lay open")
     with torch.inference_mode():
         weights: Tensor = AttentionExtract(model, names=[name], method="hook")(images)[name]
-    rows, columns = model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
-    patches = weights[:, :, 0, -rows * columns :]
-    return patches.unflatten(-1, (rows, columns))
+    rows, columns = grid(tuple(images.shape[-2:]))
+    patches: Tensor = weights[:, :, 0, -rows * columns :].unflatten(-1, (rows, columns))
+    return patches
 
 
 def draw_attention(encoder: Encoder, sample: Sample) -> list[AttentionRow]:

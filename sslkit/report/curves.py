@@ -1,4 +1,4 @@
-"""Figures of how training went: loss beside chance, schedules, speed, and accuracy on labels beside published figures."""
+"""Figures of how training went: loss beside chance, schedules, speed, and accuracy beside published figures."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -112,7 +112,9 @@ def _scores(run: RunRecord, rows: list[Row], name: str, line: dict[str, Any]) ->
         bars = {
             "type": "data",
             "symmetric": False,
-            "array": [100 * (ends[1] - row["accuracy"]) if ends else 0.0 for row, ends in zip(rows, intervals, strict=True)],
+            "array": [
+                100 * (ends[1] - row["accuracy"]) if ends else 0.0 for row, ends in zip(rows, intervals, strict=True)
+            ],
             "arrayminus": [
                 100 * (row["accuracy"] - ends[0]) if ends else 0.0 for row, ends in zip(rows, intervals, strict=True)
             ],
@@ -140,7 +142,9 @@ def _trajectory(published: Any, name: str, run: int) -> Iterator[go.Scatter]:
     """A recipe's ``[reference.*_by_epoch]`` table, in the published unit."""
     if not isinstance(published, dict):
         return
-    numbered = {epoch: value for epoch, value in published.items() if str(epoch).isdecimal() and number(value) is not None}
+    numbered = {
+        epoch: value for epoch, value in published.items() if str(epoch).isdecimal() and number(value) is not None
+    }
     points = sorted((int(epoch), value) for epoch, value in numbered.items())
     yield go.Scatter(
         x=[epoch for epoch, _ in points],

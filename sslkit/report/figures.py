@@ -1,4 +1,4 @@
-"""What all figures share: panels, colours that stand on light and dark ground, and fewer points where there are many."""
+"""What all figures share: panels, colours for light and dark ground, and fewer points where there are many."""
 
 import html
 from collections.abc import Sequence

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import plotly.graph_objects as go
+from numpy.typing import NDArray
 
 from sslkit.report.figures import PALETTE, Panel, Style, curve, lay_out, plain, values_of
 from sslkit.report.runs import Row, RunRecord, number
@@ -21,7 +22,10 @@ NO_DIAGNOSTICS = "Not logged: there is no diagnostics.jsonl in the run's folder.
 COLLAPSE = {
     "embedding_std": ("Spread of the embeddings", "Near 0 when all images get the same embedding."),
     "effective_rank": ("Effective rank", "How many directions the embeddings use; a fall is dimensional collapse."),
-    "alpha_req": ("Alpha-ReQ", "Decay of the covariance's eigenvalues; about 1 is good, far above it few directions rule."),
+    "alpha_req": (
+        "Alpha-ReQ",
+        "Decay of the covariance's eigenvalues; about 1 is good, far above it few directions rule.",
+    ),
     "lidar": ("LiDAR", "How many directions tell images apart, views of one image aside."),
     "alignment": ("Alignment", "Distance between two views of an image; falls while the method learns."),
     "uniformity": ("Uniformity", "Lower is more evenly spread on the sphere; near 0 is collapse."),
@@ -99,7 +103,7 @@ def gradient_panel(run: RunRecord, title: str) -> Panel:
     return Panel(title, note, figure_json, wide=True)
 
 
-def _largest(rows: list[Row], stretch: Sequence[int], layer: str) -> float | None:
+def _largest(rows: list[Row], stretch: NDArray[np.int64], layer: str) -> float | None:
     """The largest norm of some rows; None where there is none, or only zeros, which have no logarithm."""
     return max((row for index in stretch if (row := number(rows[index].get(layer)))), default=None)
 
@@ -129,7 +133,10 @@ def _similarity_panel(run: RunRecord, num_runs: int) -> list[Panel]:
     figure = go.Figure()
     last = kept[-1]
     edges = np.asarray(last["histogram_edges"], dtype=float)
-    names = (("negative_histogram", "different images", PALETTE[1]), ("positive_histogram", "views of one image", PALETTE[0]))
+    names = (
+        ("negative_histogram", "different images", PALETTE[1]),
+        ("positive_histogram", "views of one image", PALETTE[0]),
+    )
     for key, name, colour in names:
         figure.add_trace(
             go.Bar(
@@ -152,19 +159,22 @@ def _similarity_panel(run: RunRecord, num_runs: int) -> list[Panel]:
     ]
     slider = {"active": len(steps) - 1, "steps": steps, "currentvalue": {"prefix": "epoch "}, "pad": {"t": 44}}
     title = "Similarities" if num_runs == 1 else f"Similarities, {run.name}"
-    note = "Cosine similarity of embeddings. Apart is good; both heaps at 1 is collapse. The slider moves through epochs."
+    note = (
+        "Cosine similarity of embeddings. Apart is good; both heaps at 1 is collapse. The slider moves through epochs."
+    )
     layout = {"barmode": "overlay", "bargap": 0, "sliders": [slider], "legend": {"orientation": "h", "y": 1.12, "x": 0}}
-    return [Panel(title, note, lay_out(figure, x="cosine similarity", y="share of pairs", height=400, **layout), wide=True)]
+    return [
+        Panel(title, note, lay_out(figure, x="cosine similarity", y="share of pairs", height=400, **layout), wide=True)
+    ]
 
 
 def _is_histogram(row: Row) -> bool:
-    edges, positive, negative = (
-        row.get(key) for key in ("histogram_edges", "positive_histogram", "negative_histogram")
-    )
-    if not all(isinstance(part, list) and part for part in (edges, positive, negative)):
+    parts = [row.get(key) for key in ("histogram_edges", "positive_histogram", "negative_histogram")]
+    lists = [part for part in parts if isinstance(part, list)]
+    if len(lists) < len(parts) or any(number(value) is None for part in lists for value in part):
         return False
-    numbers = [number(value) for part in (edges, positive, negative) for value in part]
-    return None not in numbers and len(edges) == len(positive) + 1 == len(negative) + 1
+    bins = len(lists[0]) - 1
+    return bins > 0 and all(len(counts) == bins for counts in lists[1:])
 
 
 def _shares(counts: list[float]) -> list[float]:

@@ -4,10 +4,12 @@ import importlib
 import importlib.util
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sslkit.evaluate.knn import nearest
@@ -71,7 +73,7 @@ def find_neighbours(sample: Sample, bank: Tensor, queries: Tensor) -> list[Row]:
 
 def _spread(labels: list[str] | None, count: int) -> list[int]:
     """Positions of queries: of each class in turn one, in a seeded order."""
-    order = np.random.default_rng(SEED).permutation(count).tolist()
+    order: list[int] = np.random.default_rng(SEED).permutation(count).tolist()
     if labels is None:
         return order[:NUM_QUERIES]
     met: Counter[str] = Counter()
@@ -119,7 +121,7 @@ def draw_map(sample: Sample, queries: Tensor) -> Map:
             )
         )
     plane = {"showticklabels": False, "zeroline": False}
-    layout = {
+    layout: dict[str, Any] = {
         "showlegend": len(groups) > 1,
         "yaxis": {**plane, "title": {"text": axes[1]}},
         "xaxis": {**plane, "title": {"text": axes[0]}},
@@ -139,16 +141,20 @@ def _groups(labels: list[str]) -> dict[str, list[int]]:
     return groups
 
 
-def _flatten(features: Tensor) -> tuple["np.ndarray[tuple[int, int], np.dtype[np.float64]]", str, tuple[str, str]]:
+def _flatten(features: Tensor) -> tuple[NDArray[np.float64], str, tuple[str, str]]:
     """Points (N, 2), how they were made, and the axes' titles."""
     if importlib.util.find_spec("umap") is not None and len(features) > 3:
         umap = importlib.import_module("umap")
         reducer = umap.UMAP(n_neighbors=min(15, len(features) - 1), metric="cosine", random_state=SEED, n_jobs=1)
-        return reducer.fit_transform(features.numpy()), "UMAP, 15 neighbours, cosine: only nearness has meaning.", ("", "")
+        return (
+            reducer.fit_transform(features.numpy()),
+            "UMAP, 15 neighbours, cosine: only nearness has meaning.",
+            ("", ""),
+        )
     centred = (features - features.mean(dim=0)).double()
     left, scales, _ = torch.linalg.svd(centred, full_matrices=False)
     points = torch.zeros(len(features), 2, dtype=torch.float64)
     points[:, : min(2, len(scales))] = left[:, :2] * scales[:2]
-    shares = (scales.square() / scales.square().sum().clamp_min(1e-30)).tolist() + [0.0, 0.0]
+    shares = [*(scales.square() / scales.square().sum().clamp_min(1e-30)).tolist(), 0.0]
     note = "PCA of unit features: what lies apart in other directions falls together here; UMAP is used if installed."
     return points.numpy(), note, (f"{shares[0]:.0%} of variance", f"{shares[1]:.0%} of variance")

@@ -41,7 +41,7 @@ class RunRecord:
     def steps_per_epoch(self) -> int:
         """Updates in a pass over the data, as the last line of metrics implies."""
         last = self.metrics[-1]
-        return max(round(last["step"] / last["epoch"]), 1)
+        return max(round(float(last["step"]) / float(last["epoch"])), 1)
 
     @property
     def num_images(self) -> int:
@@ -58,7 +58,7 @@ class RunRecord:
 def number(value: Any) -> float | None:
     """A finite number, or None: a page has no place for NaN."""
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return value
+        return float(value)
     return None
 
 
@@ -80,7 +80,9 @@ def read_run(folder: Path, name: str = "") -> RunRecord:
         raise UserError(f"{folder}: nothing to draw yet, metrics.jsonl is empty")
     for line, row in enumerate(metrics, start=1):
         if any((number(row.get(key)) or 0.0) <= 0.0 for key in ("step", "epoch")):
-            raise UserError(f"{folder / 'metrics.jsonl'} line {line}: has no positive step and epoch, as every line must")
+            raise UserError(
+                f"{folder / 'metrics.jsonl'} line {line}: has no positive step and epoch, as every line must"
+            )
     return RunRecord(
         folder,
         name or folder.resolve().name,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sslkit.data.source import DataConfig, ImageSource, open_source
@@ -66,7 +67,7 @@ def draw_sample(recipe: Recipe, data: str = "") -> Sample:
     return Sample(bank, queries, None, None, f"{source.description}, without labels")
 
 
-def _some(source: ImageSource, at_most: int) -> tuple[ImageSource, "np.ndarray[tuple[int], np.dtype[np.int64]]"]:
+def _some(source: ImageSource, at_most: int) -> tuple[ImageSource, NDArray[np.int64]]:
     rows = np.sort(np.random.default_rng(SEED).permutation(len(source))[:at_most])
     return source.subset(rows), rows
 
