@@ -25,7 +25,8 @@ NOT_CURVES = {"step", "epoch", "loss", *KNOWN}
 
 def training_panels(runs: Runs) -> list[Panel]:
     """Loss, what is known of a run, and whatever else its method logged."""
-    others = sorted({key for run in runs for key in run.metrics[-1] if key not in NOT_CURVES and "/" not in key})
+    logged = {key for run in runs for row in run.metrics for key, value in row.items() if number(value) is not None}
+    others = sorted(key for key in logged - NOT_CURVES if "/" not in key)
     panels = [loss_panel(runs)]
     panels += [metric_panel(runs, key, title, unit, absent) for key, (title, unit, absent) in KNOWN.items()]
     return panels + [metric_panel(runs, key, key, "", "") for key in others]
@@ -33,7 +34,8 @@ def training_panels(runs: Runs) -> list[Panel]:
 
 def loss_panel(runs: Runs) -> Panel:
     """Loss, its level at chance, the phase in which a queue fills, and a published trajectory."""
-    style, figure, notes = Style(len(runs)), go.Figure(), []
+    style, figure = Style(len(runs)), go.Figure()
+    notes: list[tuple[str, str]] = []
     for index, run in enumerate(runs):
         line = style.line(index)
         figure.add_trace(curve(run, run.metrics, "loss", name=style.name(run, "loss"), line=line))
@@ -42,29 +44,42 @@ def loss_panel(runs: Runs) -> Panel:
         if known is not None:
             colour = line["color"] if len(runs) > 1 else CHANCE
             figure.add_trace(level(span, known[0], style.name(run, f"chance, {known[0]:.4g}"), color=colour))
-            notes.append(f"{run.name}: chance is {known[0]:.4g} = {known[1]}.")
+            notes.append((run.name, f"chance is {known[0]:.4g} = {known[1]}."))
         else:
-            notes.append(f"{run.name}: the level at chance of {run.recipe.method_name} is not known.")
+            notes.append((run.name, f"the level at chance of {run.recipe.method_name} is not known."))
         published = run.recipe.reference.get("loss_by_epoch")
-        figure.add_traces(list(_trajectory(published, style.name(run, "published"), index)))
-        _mark_queue(figure, run, str(line["color"]), notes)
-    thinned = any(len(run.metrics) > MAX_POINTS for run in runs)
-    notes += ["Of each stretch of steps the lowest and the highest value are drawn."] if thinned else []
-    return Panel("Loss", " ".join(notes), lay_out(figure, y="loss", height=360), wide=True)
+        figure.add_traces(list(_trajectory(published, style.name(run, "published"))))
+        notes += [(run.name, sentence) for sentence in _mark_queue(figure, run, str(line["color"]))]
+    note = _tell(notes, len(runs))
+    if len({sentence for _, sentence in notes if sentence.startswith("chance")}) > 1:
+        note += " Losses with different levels at chance cannot be compared."
+    if any(len(run.metrics) > MAX_POINTS for run in runs):
+        note += " Of each stretch of steps the lowest and the highest value are drawn."
+    return Panel("Loss", note, lay_out(figure, y="loss", height=360), wide=True)
 
 
-def _mark_queue(figure: go.Figure, run: RunRecord, colour: str, notes: list[str]) -> None:
+def _mark_queue(figure: go.Figure, run: RunRecord, colour: str) -> list[str]:
     steps = queue_full_at(run.recipe)
     if not steps:
-        return
+        return []
     end = steps / run.steps_per_epoch
     # A queue that never fills must not stretch the axis.
     shown = min(end, float(run.metrics[-1]["epoch"]))
     figure.add_vrect(x0=0, x1=shown, fillcolor=colour, opacity=0.14, line_width=0, layer="below")
-    notes.append(
-        f"{run.name}: until step {steps}, epoch {end:.3g} (shaded), the queue still holds some of the random keys it "
-        "starts with; a loss that rises meanwhile is no fault."
-    )
+    return [
+        f"until step {steps}, epoch {end:.3g} (shaded), the queue still holds some of the random keys it starts with; "
+        "a loss that rises meanwhile is no fault."
+    ]
+
+
+def _tell(notes: list[tuple[str, str]], num_runs: int) -> str:
+    """Sentences as one note; each once, after the names of the runs it holds for if there are several."""
+    names: dict[str, list[str]] = {}
+    for name, sentence in notes:
+        names.setdefault(sentence, []).append(name)
+    if num_runs == 1:
+        return " ".join(sentence[0].upper() + sentence[1:] for sentence in names)
+    return " ".join(f"{', '.join(of)}: {sentence}" for sentence, of in names.items())
 
 
 def metric_panel(runs: Runs, key: str, title: str, unit: str, absent: str) -> Panel:
@@ -72,35 +87,37 @@ def metric_panel(runs: Runs, key: str, title: str, unit: str, absent: str) -> Pa
     style, figure = Style(len(runs)), go.Figure()
     for index, run in enumerate(runs):
         if values_of(run.metrics, key):
-            figure.add_trace(curve(run, run.metrics, key, name=style.name(run, key), line=style.line(index)))
+            figure.add_trace(curve(run, run.metrics, key, name=run.name, line=style.line(index)))
     if not figure.data:
-        return Panel(plain(title), absent=absent)
+        return Panel(title, absent=absent)
     return Panel(title, "", lay_out(figure, y=unit, showlegend=len(runs) > 1))
 
 
 def accuracy_panel(runs: Runs) -> Panel:
-    """kNN and linear accuracy over epochs with their intervals, baselines, and published figures."""
+    """kNN and linear accuracy over epochs with their intervals, and published figures."""
     style, figure = Style(len(runs)), go.Figure()
-    sources = []
+    sources: list[tuple[str, str]] = []
     for index, run in enumerate(runs):
         names = dict.fromkeys(str(row.get("evaluation", "accuracy")) for row in values_of(run.results, "accuracy"))
         for place, name in enumerate(names):
             rows = [row for row in values_of(run.results, "accuracy") if str(row.get("evaluation", "accuracy")) == name]
             figure.add_trace(_scores(run, rows, style.name(run, name), style.line(index, place)))
         reference = run.recipe.reference
-        figure.add_traces(list(_trajectory(reference.get("knn_by_epoch"), style.name(run, "published kNN"), index)))
+        figure.add_traces(list(_trajectory(reference.get("knn_by_epoch"), style.name(run, "published kNN"))))
         span = [0.0, float(run.metrics[-1]["epoch"])]
         for key, protocol in (("knn_top1", "kNN"), ("linear_top1", "linear")):
             published = number(reference.get(key))
             if published is not None:
                 figure.add_trace(level(span, published, style.name(run, f"published {protocol}"), color=CHANCE))
         if reference.get("source") and figure.data:
-            sources.append(f"{run.name}: published figures are from {reference['source']}, on that source's own data.")
+            sources.append((run.name, f"published: {reference['source']}, on that source's own data."))
     if not any(run.results for run in runs):
         how = "Nothing was scored: set [monitor] every_epochs and data, or run `sslkit eval knn RUN --data DIR`."
         return Panel("Accuracy on labels", absent=how)
+    end = max(float(run.metrics[-1]["epoch"]) for run in runs)
+    layout: dict[str, Any] = {"showlegend": True, "xaxis": {"range": [0, 1.03 * end]}}
     return Panel(
-        "Accuracy on labels", " ".join(dict.fromkeys(sources)), lay_out(figure, y="top-1 (%)", height=360), wide=True
+        "Accuracy on labels", _tell(sources, len(runs)), lay_out(figure, y="top-1 (%)", height=360, **layout), wide=True
     )
 
 
@@ -138,7 +155,7 @@ def _interval(row: Row) -> tuple[float, float] | None:
     return None
 
 
-def _trajectory(published: Any, name: str, run: int) -> Iterator[go.Scatter]:
+def _trajectory(published: Any, name: str) -> Iterator[go.Scatter]:
     """A recipe's ``[reference.*_by_epoch]`` table, in the published unit."""
     if not isinstance(published, dict):
         return
@@ -158,25 +175,39 @@ def _trajectory(published: Any, name: str, run: int) -> Iterator[go.Scatter]:
 
 
 def score_rows(runs: Runs) -> list[dict[str, str]]:
-    """Every score of every run as table rows, baselines with it; the monitor's earlier ones are left to the figure."""
+    """Every score of every run as table rows, its baselines beside it.
+
+    Of the monitor's, only the last, and not that if the same protocol was scored again by `sslkit eval`.
+    """
     rows = []
     for run in runs:
         scored = values_of(run.results, "accuracy")
         last = next((row for row in reversed(scored) if row.get("by") == "monitor"), None)
+        again = {(row.get("evaluation"), row.get("step")) for row in scored if row.get("by") != "monitor"}
         for row in scored:
-            if row.get("by") == "monitor" and row is not last:
+            repeated = (row.get("evaluation"), row.get("step")) in again
+            if row.get("by") == "monitor" and (row is not last or repeated):
                 continue
-            listed = row.get("scores") or [{"encoder": run.name, **row}]
-            for place, score in enumerate(values_of(listed, "accuracy")):
-                ends = _interval(score) or (_interval(row) if place == 0 else None)
-                rows.append(
-                    {
-                        "run": run.name,
-                        "evaluation": str(row.get("evaluation", "")),
-                        "data": str(row.get("data", "")),
-                        "encoder": run.name if place == 0 else str(score.get("encoder", "")),
-                        "accuracy": f"{score['accuracy']:.2%}",
-                        "interval": f"{ends[0]:.2%} to {ends[1]:.2%}" if ends else "",
-                    }
-                )
+            ends = _interval(row)
+            rows.append(
+                {
+                    "run": run.name,
+                    "evaluation": str(row.get("evaluation", "")),
+                    "data": str(row.get("data", "")),
+                    "accuracy": f"{row['accuracy']:.2%}",
+                    "interval": _in_words(ends),
+                    "beside": ", ".join(_baselines(row)),
+                }
+            )
     return rows
+
+
+def _baselines(row: Row) -> Iterator[str]:
+    scores = row.get("scores")
+    for score in values_of(scores[1:], "accuracy") if isinstance(scores, list) else []:
+        ends = _in_words(_interval(score))
+        yield f"{score.get('encoder', '')} {score['accuracy']:.2%}" + (f" ({ends})" if ends else "")
+
+
+def _in_words(ends: tuple[float, float] | None) -> str:
+    return f"{ends[0]:.2%} to {ends[1]:.2%}" if ends else ""

@@ -54,8 +54,8 @@ class Style:
         return {"color": colour, "dash": dash, "width": 1.8}
 
     def name(self, run: RunRecord, curve: str) -> str:
-        """What the legend calls it."""
-        return plain(f"{run.name}: {curve}" if self.num_runs > 1 else curve)
+        """What the legend, or a note, calls it: with the run's name if there are several."""
+        return f"{run.name}: {curve}" if self.num_runs > 1 else curve
 
 
 def plain(text: str) -> str:
@@ -101,7 +101,7 @@ def level(x: Sequence[float], y: float, name: str, **line: object) -> go.Scatter
         x=[x[0], x[-1]],
         y=[y, y],
         mode="lines",
-        name=plain(name),
+        name=name,
         line={"dash": "dot", "width": 1.5, **line},
         hovertemplate="%{y:.4g}",
     )
@@ -109,6 +109,8 @@ def level(x: Sequence[float], y: float, name: str, **line: object) -> go.Scatter
 
 def lay_out(figure: go.Figure, *, y: str = "", x: str = "epoch", height: int = HEIGHT, **layout: object) -> str:
     """Give a figure the page's layout and return its JSON. Ink and grid get their colours in the browser, by theme."""
+    for trace in figure.data:
+        trace.name = None if trace.name is None else plain(trace.name)
     figure.update_layout(
         template=None,
         height=height,
@@ -118,7 +120,7 @@ def lay_out(figure: go.Figure, *, y: str = "", x: str = "epoch", height: int = H
         font={"size": 12},
         legend={"orientation": "h", "y": -0.22, "yanchor": "top", "x": 0, "xanchor": "left"},
         hovermode="closest",
-        xaxis={"title": {"text": x, "standoff": 6}, "zeroline": False, "automargin": True},
+        xaxis={"title": {"text": x, "standoff": 6}, "zeroline": False, "automargin": True, "rangemode": "tozero"},
         yaxis={"title": {"text": y, "standoff": 6}, "zeroline": False, "automargin": True},
     )
     figure.update_layout(**layout)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -99,7 +100,8 @@ def gradient_panel(run: RunRecord, title: str) -> Panel:
     if len(rows) > MAX_COLUMNS:
         note += " Each column shows the largest norm of its stretch of steps."
     height = 120 + ROW_HEIGHT * len(layers)
-    figure_json = lay_out(figure, x="step", height=height, yaxis={"autorange": "reversed", "automargin": True})
+    axes: dict[str, Any] = {"yaxis": {"autorange": "reversed"}, "xaxis": {"rangemode": "normal"}}
+    figure_json = lay_out(figure, x="step", height=height, **axes)
     return Panel(title, note, figure_json, wide=True)
 
 
@@ -117,7 +119,7 @@ def collapse_panels(runs: Sequence[RunRecord]) -> list[Panel]:
         figure = go.Figure()
         for index, run in enumerate(runs):
             if values_of(run.diagnostics, key):
-                figure.add_trace(curve(run, run.diagnostics, key, name=style.name(run, key), line=style.line(index)))
+                figure.add_trace(curve(run, run.diagnostics, key, name=run.name, line=style.line(index)))
         if figure.data:
             panels.append(Panel(title, note, lay_out(figure, showlegend=len(runs) > 1)))
     panels += [panel for run in runs for panel in _similarity_panel(run, len(runs))]
@@ -157,15 +159,26 @@ def _similarity_panel(run: RunRecord, num_runs: int) -> list[Panel]:
         for row in kept
         if list(row["histogram_edges"]) == list(last["histogram_edges"])
     ]
-    slider = {"active": len(steps) - 1, "steps": steps, "currentvalue": {"prefix": "epoch "}, "pad": {"t": 44}}
+    grey = "rgba(127, 127, 127, 0.5)"
+    layout: dict[str, Any] = {
+        "barmode": "overlay",
+        "bargap": 0,
+        "sliders": [
+            {
+                "active": len(steps) - 1,
+                "steps": steps,
+                "currentvalue": {"prefix": "epoch "},
+                "pad": {"t": 44},
+                **{"bgcolor": grey, "bordercolor": grey, "activebgcolor": grey, "tickcolor": grey},
+            }
+        ],
+        "xaxis": {"range": [-1, 1]},
+        "legend": {"y": 1.02, "yanchor": "bottom"},
+    }
     title = "Similarities" if num_runs == 1 else f"Similarities, {run.name}"
-    note = (
-        "Cosine similarity of embeddings. Apart is good; both heaps at 1 is collapse. The slider moves through epochs."
-    )
-    layout = {"barmode": "overlay", "bargap": 0, "sliders": [slider], "legend": {"orientation": "h", "y": 1.12, "x": 0}}
-    return [
-        Panel(title, note, lay_out(figure, x="cosine similarity", y="share of pairs", height=400, **layout), wide=True)
-    ]
+    note = "Cosine similarity of embeddings. Apart is good; both heaps at 1 is collapse. The slider is over epochs."
+    figure_json = lay_out(figure, x="cosine similarity", y="share of pairs", height=400, **layout)
+    return [Panel(title, note, figure_json, wide=True)]
 
 
 def _is_histogram(row: Row) -> bool:

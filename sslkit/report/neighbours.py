@@ -10,16 +10,19 @@ import numpy as np
 import plotly.graph_objects as go
 import torch
 from numpy.typing import NDArray
+from plotly.colors import qualitative
 from torch import Tensor
 
 from sslkit.evaluate.knn import nearest
-from sslkit.report.figures import PALETTE, lay_out, plain
+from sslkit.report.figures import lay_out, plain
 from sslkit.report.sample import SEED, Sample
 from sslkit.report.thumbnails import Sprite, data_uri, make_sprite
 
 NUM_QUERIES, NUM_NEIGHBOURS = 12, 6
 MAX_POINTS, TILE, SIDE = 500, 48, 96
 MAX_CLASSES = 16
+# Tableau's ten: more classes than curves must be told apart, and marks have symbols too.
+COLOURS = tuple(qualitative.T10)
 SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "star", "hexagon")
 OTHERS = "other classes"
 
@@ -106,8 +109,8 @@ def draw_map(sample: Sample, queries: Tensor) -> Map:
     groups = _groups(sample.query_labels[:count] if sample.query_labels else [""] * count)
     figure = go.Figure()
     for place, (name, members) in enumerate(groups.items()):
-        colour = "#9a9a9a" if name == OTHERS else PALETTE[place % len(PALETTE)]
-        symbol = SYMBOLS[(place + place // len(PALETTE)) % len(SYMBOLS)]
+        colour = "#808080" if name == OTHERS else COLOURS[place % len(COLOURS)]
+        symbol = SYMBOLS[place % len(SYMBOLS)]
         figure.add_trace(
             go.Scatter(
                 x=points[members, 0].tolist(),
@@ -115,7 +118,7 @@ def draw_map(sample: Sample, queries: Tensor) -> Map:
                 customdata=members,
                 text=[plain(sample.query_labels[index]) if sample.query_labels else "" for index in members],
                 mode="markers",
-                name=plain(name),
+                name=name,
                 marker={"color": colour, "symbol": symbol, "size": 8, "opacity": 0.85},
                 hovertemplate="%{text}",
             )
@@ -124,7 +127,7 @@ def draw_map(sample: Sample, queries: Tensor) -> Map:
     layout: dict[str, Any] = {
         "showlegend": len(groups) > 1,
         "yaxis": {**plane, "title": {"text": axes[1]}},
-        "xaxis": {**plane, "title": {"text": axes[0]}},
+        "xaxis": {**plane, "rangemode": "normal", "title": {"text": axes[0]}},
         "legend": {"orientation": "h", "y": -0.1, "yanchor": "top", "x": 0},
     }
     sprite = make_sprite([sample.queries.read(index) for index in range(count)], TILE)

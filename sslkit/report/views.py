@@ -98,22 +98,21 @@ def _steps(config: ViewsConfig, view: int) -> list[str]:
         f"a crop of {low:.0%} to {high:.0%} of the area, {narrow:.2f} to {wide:.2f} times as wide as high, resized to "
         f"{side} x {side} pixels ({config.interpolation})"
     )
-    jitter = _often(config.jitter_prob, view, f"colours jittered: {_jitter(config)}")
-    grey = _often(config.gray_prob, view, "turned grey")
-    sigma = f"blurred by a Gaussian of {config.blur_sigma[0]:g} to {config.blur_sigma[1]:g} pixels"
-    erased = f"a rectangle of {config.erase_scale[0]:.0%} to {config.erase_scale[1]:.0%} of the area blanked"
+    jitter = (_share(config.jitter_prob, view) if any(config.jitter) else 0.0, "colours jittered", _jitter(config))
+    grey = (_share(config.gray_prob, view), "turned grey", "")
+    blur = f"by a Gaussian of {config.blur_sigma[0]:g} to {config.blur_sigma[1]:g} pixels"
+    hole = f"a rectangle of {config.erase_scale[0]:.0%} to {config.erase_scale[1]:.0%} of the area"
     steps = [
-        crop,
         *([grey, jitter] if config.gray_first else [jitter, grey]),
-        _often(config.blur_prob, view, sigma),
-        _often(config.solarize_prob, view, "solarised: values from 128 up inverted"),
-        _often(config.flip_prob, view, "mirrored left to right"),
-        f"rotated by up to {config.rotate_degrees:g} degrees to either side"
-        if config.rotate_degrees
-        else "never rotated",
-        _often(config.erase_prob, view, erased),
+        (_share(config.blur_prob, view), "blurred", blur),
+        (_share(config.solarize_prob, view), "solarised", "values from 128 up inverted"),
+        (_share(config.flip_prob, view), "mirrored", "left to right"),
+        (float(config.rotate_degrees > 0), "rotated", f"by up to {config.rotate_degrees:g} degrees to either side"),
+        (_share(config.erase_prob, view), "blanked in part", hole),
     ]
-    return steps
+    told = [f"{_often(share)} {what}" + (f": {how}" if how else "") for share, what, how in steps if share]
+    never = [what for share, what, _ in steps if not share]
+    return [crop, *told, *([f"never {', '.join(never)}"] if never else [])]
 
 
 def _jitter(config: ViewsConfig) -> str:
@@ -123,12 +122,12 @@ def _jitter(config: ViewsConfig) -> str:
         for name, strength in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation))
         if strength
     ]
-    parts += [f"hue turned by up to {360 * hue:.0f} degrees of 360"] if hue else []
-    return ", ".join(parts) or "by nothing"
+    return ", ".join(parts + ([f"hue turned by up to {360 * hue:.0f} degrees of 360"] if hue else []))
 
 
-def _often(probability: PerView, view: int, what: str) -> str:
-    share = probability[min(view, 1)] if isinstance(probability, tuple) else probability
-    if share == 0:
-        return f"never {what.partition(':')[0]}"
-    return f"always {what}" if share == 1 else f"in {share:.0%} of draws {what}"
+def _share(probability: PerView, view: int) -> float:
+    return probability[min(view, 1)] if isinstance(probability, tuple) else probability
+
+
+def _often(share: float) -> str:
+    return "always" if share == 1 else f"in {share:.0%} of draws"

@@ -49,8 +49,16 @@
     const { data, layout } = JSON.parse(document.getElementById(element.dataset.figure).textContent);
     put(layout, themed());
     // A finger that drags over a figure means to scroll the page.
-    if (matchMedia("(pointer: coarse)").matches) layout.dragmode = false;
-    const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+    const coarse = matchMedia("(pointer: coarse)").matches;
+    if (coarse) layout.dragmode = false;
+    const config = {
+      responsive: true,
+      displaylogo: false,
+      displayModeBar: coarse ? false : "hover",
+      showSendToCloud: false, // plotly offers to upload the figure, unless told not to
+      plotlyServerURL: "",
+      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+    };
     Plotly.newPlot(element, data, layout, config);
     drawn.add(element);
     const map = element.closest(".map");
