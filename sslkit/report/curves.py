@@ -43,12 +43,14 @@ def loss_panel(runs: Runs) -> Panel:
         known = chance_of(run.recipe, run.num_images)
         if known is not None:
             colour = line["color"] if len(runs) > 1 else CHANCE
-            figure.add_trace(level(span, known[0], style.name(run, f"chance, {known[0]:.4g}"), color=colour))
+            figure.add_trace(
+                level(span, known[0], style.name(run, f"chance, {known[0]:.4g}"), color=colour, dash="dot")
+            )
             notes.append((run.name, f"chance is {known[0]:.4g} = {known[1]}."))
         else:
             notes.append((run.name, f"the level at chance of {run.recipe.method_name} is not known."))
         published = run.recipe.reference.get("loss_by_epoch")
-        figure.add_traces(list(_trajectory(published, style.name(run, "published"))))
+        figure.add_traces(list(_trajectory(published, style.name(run, "published loss by epoch"))))
         notes += [(run.name, sentence) for sentence in _mark_queue(figure, run, str(line["color"]))]
     note = _tell(notes, len(runs))
     if len({sentence for _, sentence in notes if sentence.startswith("chance")}) > 1:
@@ -90,7 +92,17 @@ def metric_panel(runs: Runs, key: str, title: str, unit: str, absent: str) -> Pa
             figure.add_trace(curve(run, run.metrics, key, name=run.name, line=style.line(index)))
     if not figure.data:
         return Panel(title, absent=absent)
-    return Panel(title, "", lay_out(figure, y=unit, showlegend=len(runs) > 1))
+    return Panel(title, "", lay_out(figure, y=unit, showlegend=len(runs) > 1, yaxis=_around_constant(figure)))
+
+
+def _around_constant(figure: go.Figure) -> dict[str, Any]:
+    """A range of a tenth around curves that never move, for which plotly would take one from nought to double."""
+    seen = {value for trace in figure.data for value in trace.y}
+    if len(seen) > 1:
+        return {}
+    constant = seen.pop()
+    reach = abs(constant) / 20 or 1.0
+    return {"range": [constant - reach, constant + reach]}
 
 
 def accuracy_panel(runs: Runs) -> Panel:
@@ -103,12 +115,13 @@ def accuracy_panel(runs: Runs) -> Panel:
             rows = [row for row in values_of(run.results, "accuracy") if str(row.get("evaluation", "accuracy")) == name]
             figure.add_trace(_scores(run, rows, style.name(run, name), style.line(index, place)))
         reference = run.recipe.reference
-        figure.add_traces(list(_trajectory(reference.get("knn_by_epoch"), style.name(run, "published kNN"))))
+        figure.add_traces(list(_trajectory(reference.get("knn_by_epoch"), style.name(run, "published kNN by epoch"))))
         span = [0.0, float(run.metrics[-1]["epoch"])]
-        for key, protocol in (("knn_top1", "kNN"), ("linear_top1", "linear")):
+        for key, protocol, dash in (("knn_top1", "kNN", "dot"), ("linear_top1", "linear", "dash")):
             published = number(reference.get(key))
             if published is not None:
-                figure.add_trace(level(span, published, style.name(run, f"published {protocol}"), color=CHANCE))
+                name = style.name(run, f"published {protocol}, {published:g}")
+                figure.add_trace(level(span, published, name, color=CHANCE, dash=dash))
         if reference.get("source") and figure.data:
             sources.append((run.name, f"published: {reference['source']}, on that source's own data."))
     if not any(run.results for run in runs):

@@ -102,7 +102,7 @@ def level(x: Sequence[float], y: float, name: str, **line: object) -> go.Scatter
         y=[y, y],
         mode="lines",
         name=name,
-        line={"dash": "dot", "width": 1.5, **line},
+        line={"width": 1.5, **line},
         hovertemplate="%{y:.4g}",
     )
 
@@ -114,14 +114,14 @@ def lay_out(figure: go.Figure, *, y: str = "", x: str = "epoch", height: int = H
     figure.update_layout(
         template=None,
         height=height,
-        margin={"l": 52, "r": 12, "t": 12, "b": 44},
+        margin={"l": 64, "r": 12, "t": 12, "b": 44},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"size": 12},
         legend={"orientation": "h", "y": -0.22, "yanchor": "top", "x": 0, "xanchor": "left"},
         hovermode="closest",
-        xaxis={"title": {"text": x, "standoff": 6}, "zeroline": False, "automargin": True, "rangemode": "tozero"},
-        yaxis={"title": {"text": y, "standoff": 6}, "zeroline": False, "automargin": True},
+        xaxis={"title": {"text": x, "standoff": 6}, "zeroline": False, "rangemode": "tozero"},
+        yaxis={"title": {"text": y, "standoff": 6}, "zeroline": False},
     )
     figure.update_layout(**layout)
     # "</script>" inside a name must not end the script element that holds the figure.

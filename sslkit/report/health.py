@@ -100,7 +100,7 @@ def gradient_panel(run: RunRecord, title: str) -> Panel:
     if len(rows) > MAX_COLUMNS:
         note += " Each column shows the largest norm of its stretch of steps."
     height = 120 + ROW_HEIGHT * len(layers)
-    axes: dict[str, Any] = {"yaxis": {"autorange": "reversed"}, "xaxis": {"rangemode": "normal"}}
+    axes: dict[str, Any] = {"yaxis": {"autorange": "reversed", "automargin": True}, "xaxis": {"rangemode": "normal"}}
     figure_json = lay_out(figure, x="step", height=height, **axes)
     return Panel(title, note, figure_json, wide=True)
 

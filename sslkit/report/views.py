@@ -98,19 +98,23 @@ def _steps(config: ViewsConfig, view: int) -> list[str]:
         f"a crop of {low:.0%} to {high:.0%} of the area, {narrow:.2f} to {wide:.2f} times as wide as high, resized to "
         f"{side} x {side} pixels ({config.interpolation})"
     )
-    jitter = (_share(config.jitter_prob, view) if any(config.jitter) else 0.0, "colours jittered", _jitter(config))
+    jitter = (
+        _share(config.jitter_prob, view) if any(config.jitter) else 0.0,
+        "colours jittered",
+        f": {_jitter(config)}",
+    )
     grey = (_share(config.gray_prob, view), "turned grey", "")
-    blur = f"by a Gaussian of {config.blur_sigma[0]:g} to {config.blur_sigma[1]:g} pixels"
-    hole = f"a rectangle of {config.erase_scale[0]:.0%} to {config.erase_scale[1]:.0%} of the area"
+    blur = f" by a Gaussian of {config.blur_sigma[0]:g} to {config.blur_sigma[1]:g} pixels"
+    hole = f": a rectangle of {config.erase_scale[0]:.0%} to {config.erase_scale[1]:.0%} of the area"
     steps = [
         *([grey, jitter] if config.gray_first else [jitter, grey]),
         (_share(config.blur_prob, view), "blurred", blur),
-        (_share(config.solarize_prob, view), "solarised", "values from 128 up inverted"),
-        (_share(config.flip_prob, view), "mirrored", "left to right"),
-        (float(config.rotate_degrees > 0), "rotated", f"by up to {config.rotate_degrees:g} degrees to either side"),
+        (_share(config.solarize_prob, view), "solarised", ": values from 128 up inverted"),
+        (_share(config.flip_prob, view), "mirrored", " left to right"),
+        (float(config.rotate_degrees > 0), "rotated", f" by up to {config.rotate_degrees:g} degrees to either side"),
         (_share(config.erase_prob, view), "blanked in part", hole),
     ]
-    told = [f"{_often(share)} {what}" + (f": {how}" if how else "") for share, what, how in steps if share]
+    told = [f"{_often(share)} {what}{how}" for share, what, how in steps if share]
     never = [what for share, what, _ in steps if not share]
     return [crop, *told, *([f"never {', '.join(never)}"] if never else [])]
 
@@ -130,4 +134,4 @@ def _share(probability: PerView, view: int) -> float:
 
 
 def _often(share: float) -> str:
-    return "always" if share == 1 else f"in {share:.0%} of draws"
+    return "always" if share == 1 else f"in {100 * share:.3g}% of draws"
