@@ -46,7 +46,7 @@ def loss_panel(runs: Runs) -> Panel:
             figure.add_trace(
                 level(span, known[0], style.name(run, f"chance, {known[0]:.4g}"), color=colour, dash="dot")
             )
-            notes.append((run.name, f"chance is {known[0]:.4g} = {known[1]}."))
+            notes.append((run.name, f"chance is {known[0]:.4g}, about {known[1]}."))
         else:
             notes.append((run.name, f"the level at chance of {run.recipe.method_name} is not known."))
         published = run.recipe.reference.get("loss_by_epoch")

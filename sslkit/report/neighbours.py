@@ -105,8 +105,8 @@ class Map:
 def draw_map(sample: Sample, queries: Tensor) -> Map:
     """At most 500 of the queries in two dimensions, by UMAP if it is installed, else by PCA."""
     count = min(len(queries), MAX_POINTS)
-    points, note, axes = _flatten(queries[:count])
-    groups = _groups(sample.query_labels[:count] if sample.query_labels else [""] * count)
+    points, note, axes = flatten(queries[:count])
+    groups = group_by_class(sample.query_labels[:count] if sample.query_labels else [""] * count)
     figure = go.Figure()
     for place, (name, members) in enumerate(groups.items()):
         colour = "#808080" if name == OTHERS else COLOURS[place % len(COLOURS)]
@@ -134,7 +134,7 @@ def draw_map(sample: Sample, queries: Tensor) -> Map:
     return Map(lay_out(figure, height=560, **layout), sprite, note)
 
 
-def _groups(labels: list[str]) -> dict[str, list[int]]:
+def group_by_class(labels: list[str]) -> dict[str, list[int]]:
     """Positions by class; of many classes, those with fewest images are put together."""
     counts = Counter(labels)
     kept = {name for name, _ in counts.most_common(MAX_CLASSES)} if len(counts) > MAX_CLASSES else set(counts)
@@ -144,7 +144,7 @@ def _groups(labels: list[str]) -> dict[str, list[int]]:
     return groups
 
 
-def _flatten(features: Tensor) -> tuple[NDArray[np.float64], str, tuple[str, str]]:
+def flatten(features: Tensor) -> tuple[NDArray[np.float64], str, tuple[str, str]]:
     """Points (N, 2), how they were made, and the axes' titles."""
     if importlib.util.find_spec("umap") is not None and len(features) > 3:
         umap = importlib.import_module("umap")

@@ -5,9 +5,11 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import small_recipe
 from report.reading import Page
+from scipy.special import gamma, iv
 
 import sslkit
 from sslkit.cli import main
@@ -114,8 +116,9 @@ def test_curves_are_the_log(page: Page, run: Path) -> None:
     )
     assert figures["Effective rank"]["data"][0]["y"] == [10.0, 12.0, 14.0]
     chance = figures["Loss"]["data"][1]
-    # 4 T (ln 31 + ln E) at T = 1 in 16 dimensions; ln E = 1 / (2 d T^2) to first order
-    assert chance["y"][0] == pytest.approx(0.8 * (3.433987 + 0.735), abs=0.05)
+    # 4 T ln(1 + 31 E), E = Gamma(d/2) (2 T)^(d/2 - 1) I_(d/2 - 1)(1/T) with d = 16 and T = 0.2
+    mean_exp = gamma(8) * 0.4**7 * iv(7, 5.0)
+    assert chance["y"] == pytest.approx([0.8 * np.log(1 + 31 * mean_exp)] * 2, rel=1e-9)
 
 
 def test_summary_scores_and_alarms(page: Page, run: Path) -> None:
