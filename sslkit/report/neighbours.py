@@ -1,7 +1,6 @@
 """Which images an encoder holds for alike, and where it puts them."""
 
 import importlib
-import importlib.util
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from sslkit.report.sample import SEED, Sample
 from sslkit.report.thumbnails import Sprite, data_uri, make_sprite
 
 NUM_QUERIES, NUM_NEIGHBOURS = 12, 6
+UMAP_NEIGHBOURS = 15  # its own default
 MAX_POINTS, TILE, SIDE = 500, 48, 96
 MAX_CLASSES = 16
 # Tableau's ten: more classes than curves must be told apart, and marks have symbols too.
@@ -145,15 +145,19 @@ def group_by_class(labels: list[str]) -> dict[str, list[int]]:
 
 
 def flatten(features: Tensor) -> tuple[NDArray[np.float64], str, tuple[str, str]]:
-    """Points (N, 2), how they were made, and the axes' titles."""
-    if importlib.util.find_spec("umap") is not None and len(features) > 3:
+    """Points (N, 2), how they were made, and the axes' titles. Features are (N, D), N at least 3."""
+    if len(features) <= UMAP_NEIGHBOURS:
+        return _principal_axes(features)
+    try:
         umap = importlib.import_module("umap")
-        reducer = umap.UMAP(n_neighbors=min(15, len(features) - 1), metric="cosine", random_state=SEED, n_jobs=1)
-        return (
-            reducer.fit_transform(features.numpy()),
-            "UMAP, 15 neighbours, cosine: only nearness has meaning.",
-            ("", ""),
-        )
+    except ImportError:
+        return _principal_axes(features)
+    reducer = umap.UMAP(n_neighbors=UMAP_NEIGHBOURS, metric="cosine", random_state=SEED, n_jobs=1)
+    note = f"UMAP, {UMAP_NEIGHBOURS} neighbours, cosine: only nearness has meaning."
+    return reducer.fit_transform(features.numpy()), note, ("", "")
+
+
+def _principal_axes(features: Tensor) -> tuple[NDArray[np.float64], str, tuple[str, str]]:
     centred = (features - features.mean(dim=0)).double()
     left, scales, _ = torch.linalg.svd(centred, full_matrices=False)
     points = torch.zeros(len(features), 2, dtype=torch.float64)

@@ -83,7 +83,7 @@ def test_neighbours_are_the_nearest_and_marks_are_labels(sample: Sample) -> None
 
 
 def test_the_map_is_pca_where_umap_is_not_installed(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "umap", None)
     _, queries = features_of(encoder(), sample)
     drawn = draw_map(sample, queries)
     points = np.zeros((500, 2))
@@ -107,13 +107,13 @@ def test_the_map_is_umaps_where_it_is_installed(sample: Sample, monkeypatch: pyt
         def fit_transform(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
             return features[:, :2] + 7
 
-    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=Reducer, __spec__=object()))
-    monkeypatch.setattr(neighbours.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=Reducer))
     _, queries = features_of(encoder(), sample)
     points, note, _ = neighbours.flatten(queries)
     np.testing.assert_array_equal(points, queries.numpy()[:, :2] + 7)
     assert asked == {"n_neighbors": 15, "metric": "cosine", "random_state": 0, "n_jobs": 1}
     assert note.startswith("UMAP")
+    assert neighbours.flatten(queries[:9])[1].startswith("PCA")  # too few for it
 
 
 def test_many_classes_leave_the_rare_ones_together(sample: Sample) -> None:
