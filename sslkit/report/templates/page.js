@@ -51,6 +51,9 @@
     // A finger that drags over a figure means to scroll the page.
     const coarse = matchMedia("(pointer: coarse)").matches;
     if (coarse) layout.dragmode = false;
+    // On a narrow page the legend has a row for each curve, which must not eat the plot.
+    const rows = data.filter(({ name }) => name).length;
+    if (innerWidth < 560 && rows > 3) layout.height += 20 * (rows - 3);
     const config = {
       responsive: true,
       displaylogo: false,
