@@ -41,6 +41,7 @@ PYTHON
 
 minutes=$((($(date +%s) - started) / 60))
 step "done in $minutes minutes"
+echo "report    $run/report.html"
 echo "curves    $run/pictures/curves.png"
 echo "views     $run/pictures/views.png"
 echo "encoder   $encoder"

@@ -138,7 +138,15 @@ def test_module_doors_answer_help(module: str) -> None:
 
 
 def test_help_of_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["pretrain"], ["eval", "knn"], ["eval", "linear"], ["export"], ["report"], ["recipes", "show"]):
+    for words in (
+        ["pretrain"],
+        ["eval", "knn"],
+        ["eval", "linear"],
+        ["export"],
+        ["report"],
+        ["views"],
+        ["recipes", "show"],
+    ):
         code, out, _ = run(capsys, *words, "--help")
         assert code == 0
         assert f"Example: sslkit {' '.join(words)}" in " ".join(out.split())

@@ -15,12 +15,12 @@ LAYERS = {
     "recipe": 4,
     "publish": 5,
     "engine": 6,
-    "report": 7,
     "doctor": 7,
-    "cli": 8,
-    "pretrain": 9,
-    "__main__": 9,
-    "__init__": 9,
+    "report": 8,
+    "cli": 9,
+    "pretrain": 10,
+    "__main__": 10,
+    "__init__": 10,
 }
 
 

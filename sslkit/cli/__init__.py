@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 
 from sslkit.cli.evaluation import evaluation
+from sslkit.cli.look import report, views
 from sslkit.cli.show import AsJson, console, show_report
 from sslkit.errors import RunError, UserError
 
@@ -76,13 +77,8 @@ def export(
         )
 
 
-@app.command(epilog="Example: sslkit report runs/quickstart")
-def report(run: Annotated[str, typer.Argument(help="Run folder.")]) -> None:
-    """Draw a run: its curves and the views it learned from, as PNG pictures."""
-    from sslkit.report import draw_run
-
-    for picture in draw_run(Path(run)):
-        console.print(str(picture), highlight=False)
+app.command(epilog="Example: sslkit report runs/quickstart")(report)
+app.command(epilog="Example: sslkit views mocov3_vits --data photos")(views)
 
 
 @app.command(epilog="Example: sslkit doctor mocov3_vits --data photos")

@@ -94,7 +94,7 @@ def _train(
     # All that can be refused has been: from here on the folder is written to.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _open_folder(folder, recipe)
+        _open_folder(folder, recipe, accelerator)
     journal = Journal(folder, training.start_step, active=accelerator.is_main_process)
     for sentence in [*complaints, *_opening(training, source)]:
         journal.say(sentence)
@@ -295,15 +295,16 @@ def _find_checkpoint(folder: Path, recipe: Recipe, resume: str) -> tuple[Checkpo
     return checkpoint, complaints
 
 
-def _open_folder(folder: Path, recipe: Recipe) -> None:
+def _open_folder(folder: Path, recipe: Recipe, accelerator: Accelerator) -> None:
     """Create the run folder and write its recipe, whole or not at all."""
     versions = {name: importlib.metadata.version(name) for name in ("sslkit", "torch", "timm", "accelerate")}
     header = "".join(f"# {name} {version}\n" for name, version in versions.items())
-    text = f"{header}# Python {platform.python_version()}, {platform.platform()}\n\n{recipe.to_toml()}"
+    header += f"# Python {platform.python_version()}, {platform.platform()}\n"
+    header += f"# processes {accelerator.num_processes}, {accelerator.device.type}\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / ".recipe.tmp"
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(f"{header}\n{recipe.to_toml()}", encoding="utf-8")
         aside.replace(folder / "recipe.toml")
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be written to: {error}") from error

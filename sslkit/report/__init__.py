@@ -1,5 +1,17 @@
 """How a run is looked at."""
 
+from sslkit.report.page import write_report, write_views
 from sslkit.report.pictures import draw_run
+from sslkit.report.runs import RunRecord, read_run, read_runs
+from sslkit.report.summary import Summary, summarise
 
-__all__ = ["draw_run"]
+__all__ = [
+    "RunRecord",
+    "Summary",
+    "draw_run",
+    "read_run",
+    "read_runs",
+    "summarise",
+    "write_report",
+    "write_views",
+]

@@ -22,6 +22,8 @@ REPEATS = 2
 def draw_run(run: Path) -> list[Path]:
     """Draw ``pictures/curves.png`` and ``pictures/views.png`` in a run folder and return their paths.
 
+    Where the run's data is no longer there, the curves are drawn alone.
+
     Raises:
         UserError: Not a run folder, or one that has not logged anything yet.
     """
@@ -33,7 +35,11 @@ def draw_run(run: Path) -> list[Path]:
         raise UserError(f"{run}: nothing to draw yet, metrics.jsonl is empty")
     folder = run / "pictures"
     folder.mkdir(exist_ok=True)
-    return [_draw_curves(run, metrics, folder / "curves.png"), _draw_views(recipe, folder / "views.png")]
+    pictures = [_draw_curves(run, metrics, folder / "curves.png")]
+    try:
+        return [*pictures, _draw_views(recipe, folder / "views.png")]
+    except UserError:
+        return pictures
 
 
 def _draw_curves(run: Path, metrics: list[dict[str, float]], file: Path) -> Path:

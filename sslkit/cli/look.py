@@ -1,0 +1,75 @@
+"""``sslkit report`` and ``sslkit views``: pages to look at, and a few numbers for those who stay in the terminal."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from sslkit.cli.show import console
+from sslkit.errors import UserError
+
+if TYPE_CHECKING:
+    from sslkit.report import Summary
+
+
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Run folders.", metavar="RUN...")],
+    output: Annotated[str, typer.Option(help="HTML file to write. Default, for one run: RUN/report.html.")] = "",
+    data: Annotated[
+        str, typer.Option(help="Labelled images for the galleries. Default: the monitor's, else the run's own.")
+    ] = "",
+    gallery: Annotated[bool, typer.Option(help="Look at images, with the encoder's features of at most 2000.")] = True,
+) -> None:
+    """Write one HTML page about a run, or about several side by side, that opens anywhere, offline.
+
+    For a single run the pictures of its curves and views are written too, as PNG.
+    """
+    from sslkit.report import draw_run, read_runs, summarise, write_report
+
+    if len(runs) > 1 and not output:
+        raise UserError("several runs: name the page to write with --output FILE.html")
+    records = read_runs([Path(run) for run in runs])
+    summaries = [summarise(record) for record in records]
+    file = Path(output) if output else records[0].folder / "report.html"
+    write_report(records, summaries, file, galleries=gallery, data=data)
+    written = [file, *(draw_run(records[0].folder) if len(records) == 1 else [])]
+    _print_summaries(summaries)
+    for path in written:
+        console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+
+
+def views(
+    recipe: Annotated[str, typer.Argument(help="TOML file, or the name of a shipped recipe.")],
+    data: Annotated[str, typer.Option(help="Folder of images or datasets id. Default: the recipe's.")] = "",
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="table.key=value; may repeat.")] = None,
+    output: Annotated[str, typer.Option(help="HTML file to write.")] = "views.html",
+) -> None:
+    """Write one HTML page of what a recipe's augmentations do to its images, with every step in words."""
+    import json
+
+    from sslkit.recipe import load_recipe
+    from sslkit.report import write_views
+
+    given = [f"data.path={json.dumps(data)}"] if data else []
+    write_views(load_recipe(recipe, given + (overrides or [])), Path(recipe).stem, Path(output))
+    console.print(output, highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_summaries(summaries: list["Summary"]) -> None:
+    table = Table("run", "epoch", "last loss", "chance", "pretext accuracy", "kNN first -> best -> last")
+    for its in summaries:
+        table.add_row(
+            Text(its.name),
+            f"{its.epoch:g} of {its.epochs}",
+            "-" if its.loss is None else f"{its.loss:.4g}",
+            "not known" if its.chance is None else f"{its.chance:.4g}",
+            "-" if its.accuracy is None else f"{its.accuracy:.1%}",
+            " -> ".join(f"{value:.1%}" for value in its.knn) if its.knn else "not monitored",
+        )
+    console.print(table)
+    for alarm in (alarm for its in summaries for alarm in its.alarms):
+        when = f"epoch {alarm.first:.3g}" + (f" to {alarm.last:.3g}" if alarm.last > alarm.first else "")
+        colour = "bold red" if alarm.standing else "yellow"
+        console.print(Text(f"alarm, {alarm.run}, {when}: {alarm.sentence}", colour))

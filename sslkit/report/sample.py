@@ -1,0 +1,82 @@
+"""A few images of a run's labelled data with their features: what the galleries look at."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sslkit.data.source import DataConfig, ImageSource, open_source
+from sslkit.errors import UserError
+from sslkit.evaluate.features import Encoder, extract_features
+from sslkit.evaluate.labels import open_pair
+from sslkit.recipe import Recipe
+
+MAX_BANK, MAX_QUERIES = 1500, 500
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Images to search in and images to search for.
+
+    Attributes:
+        bank: At most 1500 images.
+        queries: At most 500 others.
+        bank_labels: Class names, one an image, or None if the data has none.
+        query_labels: Likewise.
+        description: Which data.
+    """
+
+    bank: ImageSource
+    queries: ImageSource
+    bank_labels: list[str] | None
+    query_labels: list[str] | None
+    description: str
+
+
+def draw_sample(recipe: Recipe, data: str = "") -> Sample:
+    """Draw images of ``data``, else of the monitor's labelled set, else of what the run learned from.
+
+    The draw is seeded. Without labels, or with one class only, the images are shown without right and wrong.
+
+    Raises:
+        UserError: The data cannot be read, or holds fewer than three images.
+    """
+    if data:
+        config = DataConfig(path=data)
+    elif recipe.monitor.data:
+        config = DataConfig(path=recipe.monitor.data, name=recipe.monitor.name)
+    else:
+        config = recipe.data
+    source = open_source(config)
+    if source.label_column is not None and len(set(source.labels())) > 1:
+        pair = open_pair(config, config.split)
+        bank, bank_rows = _some(pair.train, MAX_BANK)
+        queries, query_rows = _some(pair.test, MAX_QUERIES)
+        names = [pair.classes[number] for number in pair.train_labels[torch.from_numpy(bank_rows)].tolist()]
+        truth = [pair.classes[number] for number in pair.test_labels[torch.from_numpy(query_rows)].tolist()]
+        return Sample(bank, queries, names, truth, pair.description)
+    if len(source) < 3:
+        raise UserError(f"{source.description}: a gallery of neighbours needs at least three images, not {len(source)}")
+    order = np.random.default_rng(SEED).permutation(len(source))[: MAX_BANK + MAX_QUERIES]
+    cut = max(len(order) // 4, 1)
+    unlabelled = source.without_labels()
+    bank, queries = unlabelled.subset(np.sort(order[cut:])), unlabelled.subset(np.sort(order[:cut]))
+    return Sample(bank, queries, None, None, f"{source.description}, without labels")
+
+
+def _some(source: ImageSource, at_most: int) -> tuple[ImageSource, NDArray[np.int64]]:
+    rows = np.sort(np.random.default_rng(SEED).permutation(len(source))[:at_most])
+    return source.subset(rows), rows
+
+
+def features_of(encoder: Encoder, sample: Sample) -> tuple[Tensor, Tensor]:
+    """The encoder's features of bank and queries, unit rows (N, D) and (Q, D)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bank, queries = (
+        extract_features(encoder.module, source, encoder.transform(), device=device)
+        for source in (sample.bank, sample.queries)
+    )
+    return torch.nn.functional.normalize(bank, dim=1), torch.nn.functional.normalize(queries, dim=1)

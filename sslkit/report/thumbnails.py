@@ -1,0 +1,68 @@
+"""Images small enough to travel inside a page."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+SMALL = 64  # pixels a side up to which a picture is kept as it is, without loss
+
+
+def data_uri(pixels: NDArray[np.uint8], side: int) -> str:
+    """A picture as a ``data:`` address, at most ``side`` pixels a side; PNG if small, else JPEG.
+
+    Args:
+        pixels: (H, W, 3) uint8 RGB.
+        side: Longer side that is not exceeded.
+    """
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return _encode(picture, lossless=max(picture.size) <= SMALL)
+
+
+@dataclass(frozen=True)
+class Sprite:
+    """Many thumbnails as the tiles of one picture, row by row.
+
+    Attributes:
+        address: The picture, as a ``data:`` address.
+        tile: Side of a tile in pixels.
+        columns: Tiles in a row.
+        count: Tiles in all.
+    """
+
+    address: str
+    tile: int
+    columns: int
+    count: int
+
+
+def make_sprite(images: Sequence[NDArray[np.uint8]], tile: int) -> Sprite:
+    """Shrink images to fit square tiles, put them side by side, and encode them as one JPEG."""
+    columns = max(int(np.ceil(np.sqrt(len(images)))), 1)
+    sheet = Image.new("RGB", (columns * tile, -(-len(images) // columns) * tile))
+    for index, pixels in enumerate(images):
+        picture = Image.fromarray(pixels)
+        picture = picture.resize(_fit(picture.size, tile), Image.Resampling.BILINEAR)
+        left, top = index % columns * tile, index // columns * tile
+        sheet.paste(picture, (left + (tile - picture.width) // 2, top + (tile - picture.height) // 2))
+    return Sprite(_encode(sheet, lossless=False), tile, columns, len(images))
+
+
+def _fit(size: tuple[int, int], tile: int) -> tuple[int, int]:
+    scale = tile / max(size)
+    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
+
+
+def _encode(picture: Image.Image, *, lossless: bool) -> str:
+    stream = io.BytesIO()
+    if lossless:
+        picture.save(stream, "PNG", optimize=True)
+    else:
+        picture.save(stream, "JPEG", quality=82)
+    kind = "png" if lossless else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
