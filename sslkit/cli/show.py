@@ -43,6 +43,7 @@ def conclude(model: str, judgement: "Judgement", as_json: bool) -> None:
     if (Path(model) / "recipe.toml").is_file() and (Path(model) / "encoder").is_dir():
         own = judgement.scores[0]
         row = {"by": "eval", "evaluation": judgement.evaluation, "data": judgement.data, "accuracy": own.accuracy}
+        row["measure"] = judgement.measure
         latest = (Path(model) / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
         step = int(latest.removeprefix("step-"))
         append_result(Path(model), {"step": step, **row, "protocol": judgement.protocol, "scores": fields["scores"]})
@@ -51,7 +52,9 @@ def conclude(model: str, judgement: "Judgement", as_json: bool) -> None:
         return
     console.print(f"{judgement.evaluation}, {judgement.data}", highlight=False, markup=False)
     with_notes = any(score.note for score in judgement.scores)
-    table = Table("encoder", "top-1 accuracy", *(["chosen"] if with_notes else []))
+    measures = list(judgement.scores[0].measures) or [judgement.measure]
+    table = Table("encoder", *measures, *(["chosen"] if with_notes else []))
     for score in judgement.scores:
-        table.add_row(score.encoder, f"{score.accuracy:.2%}", *([score.note] if with_notes else []))
+        numbers = [f"{value:.2%}" for value in score.measures.values() or [score.accuracy]]
+        table.add_row(score.encoder, *numbers, *([score.note] if with_notes else []))
     console.print(table)

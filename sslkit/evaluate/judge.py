@@ -5,7 +5,7 @@ A pretraining that does not beat them has learned nothing.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,11 +51,19 @@ class Reading:
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy of one encoder, in [0, 1], and what was chosen on the way."""
+    """How one encoder did.
+
+    Attributes:
+        encoder: Which.
+        accuracy: In [0, 1]; of what, `Judgement.measure` says.
+        note: What was chosen on the way.
+        measures: All numbers by name, where there is more than one, each in [0, 1].
+    """
 
     encoder: str
     accuracy: float
     note: str = ""
+    measures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,12 +75,14 @@ class Judgement:
         data: Which images.
         protocol: Every setting the scores depend on.
         scores: The encoder's, then the baselines'.
+        measure: What the scores' ``accuracy`` is.
     """
 
     evaluation: str
     data: str
     protocol: dict[str, Any]
     scores: list[Score]
+    measure: str = "top-1 accuracy"
 
 
 def evaluate_knn(
