@@ -200,14 +200,20 @@ class RegionPool(MultiScaleRoIAlign):  # type: ignore[misc]
         regions = torch.cat(boxes)
         owners = torch.cat([torch.full_like(each[:, :1], number) for number, each in enumerate(boxes)])
         rows = torch.cat([owners, regions], dim=1)
+        if len(self.strides) == 1:
+            return self._cut(x["0"], rows, 0)
         level_of = self.levels_of(regions)
         features = x["0"]
         pooled = features.new_zeros(len(rows), features.shape[1], self.side, self.side)
-        for level, stride in enumerate(self.strides):
+        for level in range(len(self.strides)):
             chosen = (level_of == level).nonzero().flatten()
-            cut = roi_align(x[str(level)], rows[chosen], self.side, 1 / stride, sampling_ratio=0, aligned=True)
-            pooled = pooled.index_copy(0, chosen, cut.to(pooled.dtype))
+            pooled[chosen] = self._cut(x[str(level)], rows[chosen], level)
         return pooled
+
+    def _cut(self, features: Tensor, rows: Tensor, level: int) -> Tensor:
+        scale = 1 / self.strides[level]
+        cut: Tensor = roi_align(features, rows, self.side, scale, sampling_ratio=0, aligned=True)
+        return cut
 
     def levels_of(self, regions: Tensor) -> Tensor:
         """The map each region is read from, (N,): one level up for each doubling of its side (arXiv:1612.03144)."""
