@@ -58,7 +58,7 @@ class DetectProtocol:
             trained with AdamW as in ViTDet (arXiv:2203.16527), 2.5e-5, its 1e-4 at 64 pictures.
         warmup_steps: Linear, from a thousandth of the rate; never more than a tenth of the steps.
         precise_bn_steps: Batches over which BatchNorm's statistics are measured after the last update; never more
-            than there were steps.
+            than a tenth of the steps.
         seed: Of new layers, order and augmentation.
     """
 
@@ -196,7 +196,7 @@ def train_detector(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vit = _is_vit(encoder)
-    measured = min(protocol.precise_bn_steps, protocol.steps)
+    measured = min(protocol.precise_bn_steps, max(protocol.steps // 10, 1))
     with torch.random.fork_rng():
         torch.manual_seed(protocol.seed)
         kept = ("short_sides", "longest_side", "anchor_sizes", "regions")
