@@ -14,6 +14,7 @@ import timm
 import torch
 from conftest import small_recipe
 from torch import nn
+from torch.optim import AdamW
 
 import sslkit
 from sslkit.cli import main
@@ -21,6 +22,7 @@ from sslkit.data.source import DataConfig, open_source
 from sslkit.errors import UserError
 from sslkit.evaluate.detect import (
     DetectProtocol,
+    _make_optimizer,
     _measure_batchnorm,
     _TrainingPictures,
     evaluate_detect,
@@ -405,6 +407,24 @@ def test_training_repeats_moves_everything_and_leaves_the_encoder_alone(rendered
         assert f"backbone.stages.{name}" in moved
 
 
+def test_vits_are_trained_as_vitdets(rendered: Callable[[str], Path]) -> None:
+    encoder = encoder_of("test_vit", img_size=32)
+    detector = make_detector(encoder, 2, "fpn", masks=False, **SHAPE)
+    optimizer = _make_optimizer(detector, 1e-4, vit=True)
+    decay_of = {param: group["weight_decay"] for group in optimizer.param_groups for param in group["params"]}
+    assert isinstance(optimizer, AdamW)
+    assert set(decay_of) == set(detector.parameters())
+    vit = detector.backbone.model
+    assert [decay_of[each] for each in (vit.pos_embed, vit.blocks[0].norm1.weight, vit.norm.bias)] == [0.0] * 3
+    assert [decay_of[each] for each in (vit.patch_embed.proj.weight, vit.blocks[0].mlp.fc1.bias)] == [0.1] * 2
+    pair = open_annotated(rendered("coco"))
+    trained = train_detector(encoder, pair, replace(QUICK, steps=1, base_lr=0.0), arch="fpn")
+    # AdamW's first step is the rate itself, whatever the gradient: 2.5e-5 at 16 pictures, of which QUICK has 2.
+    moved = (trained.backbone.model.blocks[0].norm1.weight - vit.blocks[0].norm1.weight).abs()
+    assert moved.max().item() == pytest.approx(replace(QUICK, base_lr=0.0).lr_at(0, vit=True), rel=0.02)
+    assert replace(QUICK, base_lr=0.0).peak_lr(vit=True) == pytest.approx(2.5e-5 / 8)
+
+
 def test_a_rate_too_high_is_said(rendered: Callable[[str], Path]) -> None:
     pair = open_annotated(rendered("coco"))
     with pytest.raises(UserError, match="take a lower --lr"):
@@ -429,8 +449,9 @@ def test_the_command_tabulates_and_records(
     row = json.loads((run / "results.jsonl").read_text().splitlines()[-1])
     assert (row["measure"], row["evaluation"]) == ("box AP", "detect voc c4 masks, 2 steps of 2")
     with pytest.raises(SystemExit) as left:
-        main(["eval", "detect", str(run), "--data", str(tmp_path), "--arch", "c5"])
+        main(["eval", "detect", str(run), "--data", str(rendered("coco")), "--arch", "c5"])
     assert left.value.code == 2
+    assert capsys.readouterr().err == "sslkit: --arch: must be c4 or fpn, not 'c5'\n"
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def open_annotated(folder: str | Path, train_split: str = "", test_split: str = 
         folder: The data set.
         train_split: What is learned from; empty takes VOC's trainval where there is a test split, else train; COCO's
             split whose name starts with ``train``.
-        test_split: What is scored on; empty takes test, else val, with or without a year after it.
+        test_split: What is scored on; empty takes test, else val, valid or validation, with or without a year after it.
 
     Raises:
         UserError: Neither format, a split that is not there, or annotations that cannot be read.
@@ -55,7 +55,7 @@ def open_annotated(folder: str | Path, train_split: str = "", test_split: str = 
     if not years and not files:
         raise UserError(f"--data: {folder} is in neither format: {LAYOUTS}")
     splits = voc.splits_of(years) if years else list(files)
-    test_split = _choose(folder, splits, test_split, "--test-split", ("test", "val"))
+    test_split = _choose(folder, splits, test_split, "--test-split", ("test", "val", "valid", "validation"))
     preferred = ("trainval", "train") if test_split.startswith("test") else ("train",)
     train_split = _choose(folder, splits, train_split, "--train-split", preferred)
     if train_split == test_split:

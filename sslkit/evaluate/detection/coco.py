@@ -32,7 +32,7 @@ def find_splits(folder: Path) -> dict[str, Split]:
         name = file.stem.removeprefix("instances_")
         splits[name] = Split(file, (folder / name, folder / "images" / name, folder / "images", folder))
     for file in sorted(folder.glob(f"*/{EXPORTED}")):
-        splits[file.parent.name.replace("valid", "val")] = Split(file, (file.parent,))
+        splits[file.parent.name] = Split(file, (file.parent,))
     return splits
 
 
@@ -48,10 +48,10 @@ def read_split(split: Split) -> tuple[list[Picture], dict[int, str]]:
             objects[int(thing["image_id"])].append(thing)
         folder = _folder_of(split, content["images"])
         pictures = [_read_picture(image, objects[int(image["id"])], folder) for image in content["images"]]
+    except UserError:
+        raise
     except (OSError, KeyError, TypeError, ValueError) as error:
         missing = f"no {error}" if isinstance(error, KeyError) else str(error)
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{split.file}: is not a readable COCO annotation ({missing})") from error
     return pictures, names
 
