@@ -1,6 +1,6 @@
 """Render a small data set for detection: bundled garments at random places and sizes on a noisy ground.
 
-    python benchmarks/garments.py FOLDER [--format coco] [--train 400] [--test 100] [--side 128] [--seed 0]
+    python benchmarks/garments.py FOLDER [--format coco] [--train 400] [--test 100] [--side 128] [--classes 10]
 
 Boxes and masks are known exactly: garments do not overlap, and a garment is where its own picture is not black.
 """
@@ -151,9 +151,11 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=400)
     parser.add_argument("--test", type=int, default=100)
     parser.add_argument("--side", type=int, default=128)
+    parser.add_argument("--classes", type=int, default=10, help="kinds of garment")
     parser.add_argument("--seed", type=int, default=0)
     words = parser.parse_args()
-    render(words.folder, words.format, {"train": words.train, "test": words.test}, words.side, words.seed)
+    counts = {"train": words.train, "test": words.test}
+    render(words.folder, words.format, counts, words.side, words.seed, words.classes)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from sslkit.evaluate.detect import (
     score_detector,
     train_detector,
 )
-from sslkit.evaluate.detection.annotations import AnnotatedPair, open_annotated
+from sslkit.evaluate.detection.annotations import open_annotated
 from sslkit.evaluate.detection.detector import RegionPool, make_detector
 from sslkit.evaluate.detection.picture import Picture
 from sslkit.evaluate.detection.precision import Found, average_precision, decode_mask, encode_mask
@@ -454,16 +454,15 @@ def test_the_command_tabulates_and_records(
     assert capsys.readouterr().err == "sslkit: --arch: must be c4 or fpn, not 'c5'\n"
 
 
-@pytest.fixture
-def one_class(garments: Any, tmp_path: Path) -> AnnotatedPair:
-    garments.render(tmp_path / "one", "coco", {"train": 120, "val": 30}, side=64, classes=1)
-    return open_annotated(tmp_path / "one")
-
-
 @pytest.mark.slow
-def test_it_learns_to_find_boots(one_class: AnnotatedPair) -> None:
-    protocol = replace(QUICK, steps=80, batch_size=4, regions=16, precise_bn_steps=10)
-    untrained = train_detector(tiny_encoder(), one_class, replace(protocol, steps=1), arch="c4")
-    assert score_detector(untrained, one_class)["AP50"] < 0.05
-    trained = train_detector(tiny_encoder(), one_class, protocol, arch="c4")
-    assert score_detector(trained, one_class)["AP50"] > 0.15
+@pytest.mark.timeout(1800)
+def test_it_learns_to_find_boots(garments: Any, tmp_path: Path) -> None:
+    """A net of 0.2 million weights from nothing, 80 updates of 4 pictures: it had 0.15 when this was written."""
+    garments.render(tmp_path / "boots", "coco", {"train": 120, "val": 40}, side=64, classes=1)
+    pair = open_annotated(tmp_path / "boots")
+    protocol = replace(QUICK, steps=80, batch_size=4, base_lr=0.32, regions=24, precise_bn_steps=10)
+    untrained = train_detector(tiny_encoder(), pair, replace(protocol, steps=1), arch="c4")
+    trained = train_detector(tiny_encoder(), pair, protocol, arch="c4")
+    before, after = (score_detector(each, pair)["AP50"] for each in (untrained, trained))
+    assert before < 0.02
+    assert after > 0.05
