@@ -1,6 +1,7 @@
 """Dependencies point one way: an import may only go to a lower layer or stay in its own room."""
 
 import ast
+import re
 from pathlib import Path
 
 import sslkit
@@ -63,6 +64,9 @@ def test_imports_go_down_only() -> None:
 def test_accelerate_stays_in_the_engine_and_pickle_nowhere() -> None:
     for file in ROOT.rglob("*.py"):
         text = file.read_text(encoding="utf-8")
+        if file.relative_to(ROOT).as_posix() == "publish/detectron2.py":  # it writes the one file that must be one
+            assert not re.search(r"pickle\.loads?\b|Unpickler", text)
+            text = re.sub(r"pickle\.Pickler|import pickle|is a pickle", "", text)
         assert "pickle" not in text.replace("no pickle", "").replace("No pickle", "").replace("not a pickle", ""), file
         assert "torch.load" not in text, file
         if "engine" not in file.parts:

@@ -60,10 +60,18 @@ def export(
     run: Annotated[str, typer.Argument(help="Run folder.")],
     folder: Annotated[str, typer.Argument(help="New or empty folder to write.")],
     license_id: Annotated[str, typer.Option("--license", help="SPDX id of the weights' licence.")] = "apache-2.0",
+    layout: Annotated[str, typer.Option("--format", help="timm, or detectron2 (ResNets only).")] = "timm",
 ) -> None:
     """Write the encoder as a folder that timm and transformers load, and prove that it does."""
-    from sslkit.publish import export_encoder
+    from sslkit.publish import export_detectron2, export_encoder
 
+    if layout not in ("timm", "detectron2"):
+        raise UserError(f"--format: must be timm or detectron2, not {layout!r}")
+    if layout == "detectron2":
+        written = export_detectron2(run, folder)
+        console.print(f"{written['file']}: {written['convolutions']} convolutions with their norms", highlight=False)
+        console.print(f"{folder}/README.md has the configuration that goes with it", highlight=False)
+        return
     proof = export_encoder(run, folder, license_id)
     console.print(f"{folder}: features {proof['features']} equal bit for bit after reloading", highlight=False)
     if proof["loads_in_timm"]:

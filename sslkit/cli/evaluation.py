@@ -269,6 +269,57 @@ def _judged(path: Path) -> "list[Row]":
         raise UserError(f"eval compare: {path} is neither a run folder nor a file that --json wrote") from error
 
 
+@evaluation.command(epilog="Example: sslkit eval detect runs/photos --data VOCdevkit --batch-size 4 --steps 6000")
+def detect(
+    model: Model,
+    data: Annotated[str, typer.Option("--data", help="Folder in VOC or COCO format.")],
+    protocol: Annotated[str, typer.Option(help="voc or coco: MoCo's numbers.")] = "voc",
+    arch: Annotated[str, typer.Option(help="c4 (ResNets) or fpn. Default: c4 for ResNets, else fpn.")] = "",
+    masks: Annotated[bool, typer.Option("--masks", help="Mask R-CNN: learn and score masks too.")] = False,
+    steps: Annotated[int, typer.Option(min=0, help="Updates; 0: the protocol's.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=0, help="Pictures of an update; 0: the protocol's.")] = 0,
+    lr: Annotated[float, typer.Option(min=0, help="At 16 pictures; 0: the protocol's.")] = 0.0,
+    short_side: Annotated[int, typer.Option(min=0, help="Tested shorter side in pixels; 0: the protocol's.")] = 0,
+    regions: Annotated[
+        int, typer.Option(min=0, help="Of a picture, learned from; fewer are faster on a CPU. 0: the protocol's 512.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of new layers, order and augmentation.")] = 0,
+    scratch: Annotated[bool, typer.Option(help="Also train the architecture from random weights.")] = True,
+    train_split: Annotated[str, typer.Option(help="Split to learn from. Default: trainval or train.")] = "",
+    test_split: Annotated[str, typer.Option(help="Split to score on. Default: test, else val.")] = "",
+    baseline: Baseline = None,
+    workers: Workers = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train a Faster or Mask R-CNN over the encoder, beside the same from random weights; AP as COCO defines it."""
+    from sslkit.evaluate.detect import DetectProtocol, evaluate_detect
+
+    own = DetectProtocol.named(protocol)
+    own = own.at_short_side(short_side) if short_side else own
+    own = dataclasses.replace(
+        own,
+        steps=steps or own.steps,
+        batch_size=batch_size or own.batch_size,
+        base_lr=lr or own.base_lr,
+        regions=regions or own.regions,
+        seed=seed,
+    )
+    judgement = evaluate_detect(
+        model,
+        data,
+        own,
+        arch=arch,
+        masks=masks,
+        scratch=scratch,
+        baselines=baseline or [],
+        train_split=train_split,
+        test_split=test_split,
+        workers=workers,
+        say=lambda sentence: print(f"sslkit: {sentence}", file=sys.stderr),
+    )
+    conclude(model, [judgement], as_json)
+
+
 def _data(path: str, name: str, label_column: str) -> "DataConfig":
     from sslkit.data.source import DataConfig
 

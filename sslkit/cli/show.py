@@ -54,7 +54,7 @@ def _store(run: Path, judgement: "Judgement") -> None:
 
     own = judgement.scores[0]
     row = {"by": "eval", "evaluation": judgement.evaluation, "data": judgement.data, "accuracy": own.accuracy}
-    row |= {"interval": own.interval, "protocol_hash": judgement.protocol_hash}
+    row |= {"measure": judgement.measure, "interval": own.interval, "protocol_hash": judgement.protocol_hash}
     latest = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
     scores = [dataclasses.asdict(score) for score in judgement.scores]
     step = int(latest.removeprefix("step-"))
@@ -63,11 +63,16 @@ def _store(run: Path, judgement: "Judgement") -> None:
 
 def _show_judgement(judgement: "Judgement") -> None:
     console.print(f"{judgement.evaluation}, {judgement.data}", highlight=False, markup=False)
+    with_intervals = any(score.interval for score in judgement.scores)
     with_notes = any(score.note for score in judgement.scores)
-    table = Table("encoder", "top-1 accuracy", "95 % interval", *(["chosen"] if with_notes else []))
+    measures = list(judgement.scores[0].measures) or [judgement.measure]
+    table = Table(
+        "encoder", *measures, *(["95 % interval"] if with_intervals else []), *(["chosen"] if with_notes else [])
+    )
     for score in judgement.scores:
-        interval = "{:.1%} to {:.1%}".format(*score.interval)
-        table.add_row(score.encoder, f"{score.accuracy:.2%}", interval, *([score.note] if with_notes else []))
+        cells = [f"{value:.2%}" for value in score.measures.values() or [score.accuracy]]
+        cells += [_in_words(score.interval)] if with_intervals else []
+        table.add_row(score.encoder, *cells, *([score.note] if with_notes else []))
     console.print(table)
     if judgement.grid:
         grid = Table(*judgement.grid[0], title="every head, best first on the held-out images")
@@ -84,7 +89,11 @@ def show_comparison(groups: list[dict[str, dict[str, Any]]], as_json: bool) -> N
     for group in groups:
         first = next(iter(group.values()))
         console.print(f"{first['evaluation']}, protocol {first['protocol_hash']}", highlight=False, markup=False)
-        table = Table("model", "top-1 accuracy", "95 % interval")
+        table = Table("model", first.get("measure", "top-1 accuracy"), "95 % interval")
         for model, row in sorted(group.items(), key=lambda item: -item[1]["accuracy"]):
-            table.add_row(model, f"{row['accuracy']:.2%}", "{:.1%} to {:.1%}".format(*row["interval"]))
+            table.add_row(model, f"{row['accuracy']:.2%}", _in_words(row["interval"]))
         console.print(table)
+
+
+def _in_words(interval: "Sequence[float] | None") -> str:
+    return "{:.1%} to {:.1%}".format(*interval) if interval else "not computed"

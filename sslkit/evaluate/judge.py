@@ -81,12 +81,21 @@ class Reading:
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy of one encoder, in [0, 1], its bootstrap 95 % interval, and what was chosen on the way."""
+    """How one encoder did.
+
+    Attributes:
+        encoder: Which.
+        accuracy: In [0, 1]; of what, `Judgement.measure` says.
+        interval: Bootstrap 95 % interval of the accuracy, where there is one.
+        note: What was chosen on the way.
+        measures: All numbers by name, where there is more than one, each in [0, 1].
+    """
 
     encoder: str
     accuracy: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None = None
     note: str = ""
+    measures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,12 +108,14 @@ class Judgement:
         protocol: Every setting the scores depend on, the encoder aside.
         scores: The encoder's, then the baselines'.
         grid: Of a sweep: every setting tried on the encoder, best first on the held-out images.
+        measure: What the scores' ``accuracy`` is.
     """
 
     evaluation: str
     data: str
     protocol: dict[str, Any]
     scores: list[Score]
+    measure: str = "top-1 accuracy"
     grid: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -253,7 +264,7 @@ def evaluate_sweep(
         grid = grid or [vars(head) for head in result.grid]
     settings = {"kind": "linear sweep", **vars(protocol), "readings": [reading.settings() for reading in readings]}
     name = f"linear sweep of {len(grid)} heads"
-    return Judgement(name, pair.description, {**settings, **data_settings(pair)}, scores, grid)
+    return Judgement(name, pair.description, {**settings, **data_settings(pair)}, scores, grid=grid)
 
 
 def evaluate_finetune(

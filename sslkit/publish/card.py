@@ -67,15 +67,18 @@ def _scores(run: Path) -> str:
     if not file.is_file():
         return "None recorded."
     step = int((run / "checkpoints" / "latest").read_text(encoding="utf-8").strip().removeprefix("step-"))
-    newest: dict[tuple[str, str], float] = {}
+    newest: dict[tuple[str, str], tuple[str, float]] = {}
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:  # the last line of a run that was killed
             continue
         if row.get("step") == step:
-            newest[row["evaluation"], row["data"]] = row["accuracy"]
+            measure = row.get("measure", "top-1 accuracy")
+            newest[row["evaluation"], row["data"]] = measure, row["accuracy"]
     if not newest:
         return "None recorded for these weights."
-    lines = [f"| {name} | {data} | {100 * accuracy:.1f} % |" for (name, data), accuracy in newest.items()]
-    return "\n".join(["| protocol | data | top-1 |", "| --- | --- | --- |", *lines])
+    lines = [
+        f"| {name} | {data} | {measure} | {100 * score:.1f} % |" for (name, data), (measure, score) in newest.items()
+    ]
+    return "\n".join(["| protocol | data | measure | score |", "| --- | --- | --- | --- |", *lines])

@@ -21,6 +21,7 @@ KNOWN = {
     "data_wait": ("Share of time waiting for data", "share", "Not logged by this version of sslkit."),
 }
 NOT_CURVES = {"step", "epoch", "loss", *KNOWN}
+TOP_1 = "top-1 accuracy"
 
 
 def training_panels(runs: Runs) -> list[Panel]:
@@ -110,9 +111,10 @@ def accuracy_panel(runs: Runs) -> Panel:
     style, figure = Style(len(runs)), go.Figure()
     sources: list[tuple[str, str]] = []
     for index, run in enumerate(runs):
-        names = dict.fromkeys(str(row.get("evaluation", "accuracy")) for row in values_of(run.results, "accuracy"))
+        scored = [row for row in values_of(run.results, "accuracy") if row.get("measure", TOP_1) == TOP_1]
+        names = dict.fromkeys(str(row.get("evaluation", "accuracy")) for row in scored)
         for place, name in enumerate(names):
-            rows = [row for row in values_of(run.results, "accuracy") if str(row.get("evaluation", "accuracy")) == name]
+            rows = [row for row in scored if str(row.get("evaluation", "accuracy")) == name]
             figure.add_trace(_scores(run, rows, style.name(run, name), style.line(index, place)))
         reference = run.recipe.reference
         figure.add_traces(list(_trajectory(reference.get("knn_by_epoch"), style.name(run, "published kNN by epoch"))))

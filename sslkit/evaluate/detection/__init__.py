@@ -1,0 +1,1 @@
+"""Detection: annotated folders, detectors over an encoder, and average precision as COCO defines it."""

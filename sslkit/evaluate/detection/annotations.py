@@ -1,0 +1,96 @@
+"""Folders of pictures with boxes, in the formats of PASCAL VOC and COCO."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sslkit.errors import UserError, near_miss
+from sslkit.evaluate.detection import coco, voc
+from sslkit.evaluate.detection.picture import Picture
+
+LAYOUTS = "VOC (JPEGImages, Annotations, ImageSets/Main) or COCO (annotations/instances_SPLIT.json beside the images)"
+
+
+@dataclass(frozen=True)
+class AnnotatedPair:
+    """Pictures to learn from and pictures to score on.
+
+    Attributes:
+        train: To learn from.
+        test: To score on.
+        classes: Names; class number ``i`` of a picture is ``classes[i - 1]``.
+        description: Which data and which split, for print.
+        format: What the folder was read as.
+    """
+
+    train: list[Picture]
+    test: list[Picture]
+    classes: list[str]
+    description: str
+    format: Literal["voc", "coco"]
+
+
+def open_annotated(folder: str | Path, train_split: str = "", test_split: str = "") -> AnnotatedPair:
+    """Read a folder in VOC or COCO format.
+
+    A folder that holds VOC2007 and VOC2012 is one data set: the pictures of a split are those of every year that has
+    it, as in the papers' trainval07+12.
+
+    Args:
+        folder: The data set.
+        train_split: What is learned from; empty takes VOC's trainval where there is a test split, else train; COCO's
+            split whose name starts with ``train``.
+        test_split: What is scored on; empty takes test, else val, valid or validation, with or without a year after it.
+
+    Raises:
+        UserError: Neither format, a split that is not there, or annotations that cannot be read.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"--data: {folder} is not a folder")
+    years, files = voc.find_years(folder), coco.find_splits(folder)
+    if not years and not files:
+        raise UserError(f"--data: {folder} is in neither format: {LAYOUTS}")
+    splits = voc.splits_of(years) if years else list(files)
+    test_split = _choose(folder, splits, test_split, "--test-split", ("test", "val", "valid", "validation"))
+    preferred = ("trainval", "train") if test_split.startswith("test") else ("train",)
+    train_split = _choose(folder, splits, train_split, "--train-split", preferred)
+    if train_split == test_split:
+        raise UserError(f"--test-split: {test_split!r} is what is learned from; score on another split")
+    read: Any = (lambda split: voc.read_split(years, split)) if years else lambda split: coco.read_split(files[split])
+    (train, train_names), (test, test_names) = read(train_split), read(test_split)
+    if not years and train_names != test_names:
+        raise UserError(f"{folder}: the categories of {train_split} and {test_split} differ; they must be the same")
+    numbers = {name: number for number, name in enumerate(sorted({*train_names.values(), *test_names.values()}), 1)}
+    train = [_numbered(picture, train_names, numbers) for picture in train]
+    test = [_numbered(picture, test_names, numbers) for picture in test]
+    _check_not_empty(train, folder, train_split)
+    _check_not_empty(test, folder, test_split)
+    description = f"{folder}: {train_split} {len(train)} / {test_split} {len(test)} pictures, {len(numbers)} classes"
+    return AnnotatedPair(train, test, list(numbers), description, "voc" if years else "coco")
+
+
+def _choose(folder: Path, splits: list[str], asked: str, option: str, preferred: tuple[str, ...]) -> str:
+    if asked:
+        if asked not in splits:
+            raise UserError(f"{option}: {folder} has no {asked!r}{near_miss(asked, splits)}; it has {sorted(splits)}")
+        return asked
+    for word in preferred:
+        # Exact names first: "trainval" also starts with "train".
+        found = [word] if word in splits else sorted(name for name in splits if name.rstrip("0123456789_-") == word)
+        if found:
+            return found[-1]
+    raise UserError(f"{option}: {folder} has no split {' or '.join(preferred)}; it has {sorted(splits)}, name one")
+
+
+def _numbered(picture: Picture, names: dict[int, str], numbers: dict[str, int]) -> Picture:
+    labels: NDArray[np.int64] = np.array([numbers[names[label]] for label in picture.labels.tolist()], dtype=np.int64)
+    return picture.relabelled(labels)
+
+
+def _check_not_empty(pictures: list[Picture], folder: Path, split: str) -> None:
+    if not any(picture.usable().any() for picture in pictures):
+        raise UserError(f"{folder}: split {split!r} has no object with a box")
