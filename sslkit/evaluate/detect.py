@@ -162,14 +162,8 @@ def evaluate_detect(
         detector = train_detector(contestant, pair, protocol, arch=chosen, masks=masks, workers=workers, say=say)
         measures = score_detector(detector, pair, masks=masks, workers=workers)
         scores.append(Score(name, measures["AP"], measures=measures))
-    settings = {
-        "kind": "detect",
-        **vars(protocol),
-        "arch": chosen,
-        "masks": masks,
-        "peak_lr": protocol.peak_lr(_is_vit(encoder)),
-    }
-    settings |= {"train_images": len(pair.train), "test_images": len(pair.test)}
+    settings = {"kind": "detect", **vars(protocol), "arch": chosen, "masks": masks}
+    settings |= {"peak_lr": protocol.peak_lr(_is_vit(encoder)), "images": [len(pair.train), len(pair.test)]}
     named = (
         f"detect {protocol.name} {chosen}{' masks' if masks else ''}, {protocol.steps} steps of {protocol.batch_size}"
     )
