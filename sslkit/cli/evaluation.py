@@ -1,4 +1,4 @@
-"""``sslkit eval``: judge an encoder on labelled images."""
+"""``sslkit eval``: judge an encoder, with labels or without."""
 
 import dataclasses
 import sys
@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sslkit.cli.show import AsJson, conclude
+from sslkit.cli.show import AsJson, conclude, show_diagnosis
 from sslkit.errors import UserError
 
 if TYPE_CHECKING:
     from sslkit.data.source import DataConfig
     from sslkit.evaluate.judge import Reading
 
-evaluation = typer.Typer(help="Judge an encoder on labelled images.", no_args_is_help=True)
+evaluation = typer.Typer(help="Judge an encoder, with labels or without.", no_args_is_help=True)
 
 Model = Annotated[str, typer.Argument(help="Run folder, exported folder, hf_hub:user/repo, or timm name.")]
 Data = Annotated[str, typer.Option("--data", help="Folder with a folder per class, datasets id, or builtin:NAME.")]
@@ -157,6 +157,27 @@ def finetune(
         say=lambda sentence: print(f"sslkit: {sentence}", file=sys.stderr),
     )
     conclude(model, judgement, as_json)
+
+
+@evaluation.command(epilog="Example: sslkit eval diagnose runs/quickstart --data builtin:fashion_mnist")
+def diagnose(
+    model: Model,
+    data: Annotated[str, typer.Option("--data", help="Any images: folder, datasets id, or builtin:NAME.")],
+    images: Annotated[int, typer.Option(min=2, help="At most so many, drawn by --seed.")] = 1000,
+    views: Annotated[int, typer.Option(min=2, help="Random crops and mirrors of each.")] = 8,
+    split: Annotated[str, typer.Option(help="Split to draw from.")] = "train",
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw, the views and the random twin.")] = 0,
+    layer: Layer = None,
+    data_name: DataName = "",
+    workers: Workers = 0,
+    as_json: AsJson = False,
+) -> None:
+    """What features tell without labels: do they collapse, how many directions do they use, do views agree."""
+    from sslkit.evaluate.diagnose import diagnose_encoder
+
+    source = _data(data, data_name, "").model_copy(update={"split": split})
+    reading = _reading(layer, 0.0, workers)
+    show_diagnosis(diagnose_encoder(model, source, reading, images=images, views=views, seed=seed), as_json)
 
 
 def _data(path: str, name: str, label_column: str) -> "DataConfig":

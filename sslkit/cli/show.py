@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
     from sslkit.doctor import Report
+    from sslkit.evaluate.diagnose import Diagnosis
     from sslkit.evaluate.judge import Judgement
 
 console = Console()
@@ -55,3 +57,33 @@ def conclude(model: str, judgement: "Judgement", as_json: bool) -> None:
     for score in judgement.scores:
         table.add_row(score.encoder, f"{score.accuracy:.2%}", *([score.note] if with_notes else []))
     console.print(table)
+
+
+def show_diagnosis(diagnosis: "Diagnosis", as_json: bool) -> None:
+    """Print label-free numbers, a column for each encoder, and what is alarming about the first."""
+    from sslkit.engine.alarms import collapse_alarm
+
+    own = diagnosis.contestants[0]
+    alarms = collapse_alarm(own.numbers.embedding_std, own.numbers.effective_rank, own.dim)
+    if as_json:
+        print(json.dumps({**dataclasses.asdict(diagnosis), "alarms": alarms}))
+        return
+    rows = min(2 * diagnosis.images, own.dim)
+    meanings = {
+        "embedding_std": f"0: collapsed, {own.dim**-0.5:.3g}: spread evenly",
+        "effective_rank": f"directions in use, 1 to {rows}",
+        "alpha_req": "decay of the spectrum; 1 is best by the paper",
+        "lidar": f"directions that tell images apart, 1 to {min(diagnosis.images - 1, own.dim)}",
+        "alignment": "0: views agree, 2: they have nothing in common",
+        "uniformity": "0: collapsed, -4: spread evenly",
+        "pretext_top1": "share of images found again by another view",
+    }
+    opening = f"{diagnosis.images} images of {diagnosis.data}, {diagnosis.views} views each"
+    console.print(opening, highlight=False, markup=False)
+    table = Table("", *(escape(each.encoder) for each in diagnosis.contestants), "reads as")
+    for name, meaning in meanings.items():
+        values = [getattr(each.numbers, name) for each in diagnosis.contestants]
+        table.add_row(name, *("-" if value is None else f"{value:.4g}" for value in values), meaning)
+    console.print(table)
+    for alarm in alarms:
+        console.print(alarm, style="bold red", highlight=False, markup=False, soft_wrap=True)
