@@ -70,13 +70,13 @@ def show_diagnosis(diagnosis: "Diagnosis", as_json: bool) -> None:
         return
     rows = min(2 * diagnosis.images, own.dim)
     meanings = {
-        "embedding_std": f"0: collapsed, {own.dim**-0.5:.3g}: spread evenly",
-        "effective_rank": f"directions in use, 1 to {rows}",
-        "alpha_req": "decay of the spectrum; 1 is best by the paper",
-        "lidar": f"directions that tell images apart, 1 to {min(diagnosis.images - 1, own.dim)}",
-        "alignment": "0: views agree, 2: they have nothing in common",
-        "uniformity": "0: collapsed, -4: spread evenly",
-        "pretext_top1": "share of images found again by another view",
+        "embedding_std": f"0 collapsed, {own.dim**-0.5:.3g} even",
+        "effective_rank": f"1 to {rows} directions",
+        "alpha_req": "decay, best near 1",
+        "lidar": f"1 to {min(diagnosis.images - 1, own.dim)} directions",
+        "alignment": "0 alike, 2 unrelated",
+        "uniformity": "0 collapsed, -4 even",
+        "pretext_top1": "found by its view",
     }
     opening = f"{diagnosis.images} images of {diagnosis.data}, {diagnosis.views} views each"
     console.print(opening, highlight=False, markup=False)

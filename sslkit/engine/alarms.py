@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-COLLAPSED_STD = 0.02  # as a share of 1 / sqrt(D); healthy runs here: 0.13 and more
-COLLAPSED_RANK = 1.5  # healthy runs here: 6 and more
+COLLAPSED_STD = 0.05  # as a share of 1 / sqrt(D); healthy runs: 0.12 and more
+COLLAPSED_RANK = 2.0  # healthy runs: 5 and more
 SPIKE_FACTOR, SPIKE_WINDOW = 5.0, 20
 AHEAD = 3  # rows; in MoCo v3's study the last layers follow the first by a couple of iterations
 DIP = 0.03
