@@ -207,8 +207,8 @@ def leak_alarm(curve: Sequence[Measured], test_images: int) -> list[str]:
             return [
                 f"leak: from epoch {then.epoch:g} to {now.epoch:g} pretext accuracy rose by {100 * rise:.0f} points to "
                 f"{now.pretext:.0%} (alarm above {100 * limit:.0f}) while kNN went from {then.knn:.1%} to "
-                f"{now.knn:.1%}, so the task is solved by something else than the picture; try [method] bn_groups or "
-                "shuffling as in the paper, a norm without batch statistics, or stronger [views]"
+                f"{now.knn:.1%}, as when batch statistics give the answer away or the task is too easy; try [method] "
+                "bn_groups as in the paper, a backbone without BatchNorm, or stronger [views]"
             ]
     return []
 
