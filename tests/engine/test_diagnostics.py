@@ -23,7 +23,12 @@ from sslkit.methods.moco_v1 import MoCoV1
 
 BASE = {"step", "epoch", "embedding_std", "effective_rank", "alpha_req", "alignment", "uniformity"}
 HISTOGRAMS = {"positive_histogram", "negative_histogram", "histogram_edges"}
-MONITORED = {"every_epochs": 1, "data": "builtin:fashion_mnist", "max_train": 200}
+
+
+@pytest.fixture
+def monitored(class_folders: Path) -> dict[str, Any]:
+    """kNN on forty pictures."""
+    return {"every_epochs": 1, "data": str(class_folders), "k": 3}
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -41,7 +46,7 @@ def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_has_them_and_no_bit_changes(name: str, tmp_path: Path) -> None:
+def test_every_method_has_them_and_no_bit_changes(name: str, monitored: dict[str, Any], tmp_path: Path) -> None:
     """BatchNorm, dropped paths, queues, banks and draws of noise: all as without diagnostics."""
     model = "test_vit" if name == "moco_v3" else "test_resnet"
     for every in (1, 0):
@@ -50,7 +55,7 @@ def test_every_method_has_them_and_no_bit_changes(name: str, tmp_path: Path) -> 
             model,
             backbone={"args": {"drop_path_rate": 0.2}},
             train={"max_steps": 3},
-            monitor={**MONITORED, "diagnose_every": every, "layer_gradients": True},
+            monitor={**monitored, "diagnose_every": every, "layer_gradients": True},
         )
         sslkit.train(recipe, tmp_path / str(every))
     assert_same_bits(weights(tmp_path / "1", 3), weights(tmp_path / "0", 3))
@@ -99,13 +104,13 @@ def test_the_numbers_are_those_of_the_batch_and_of_the_sample() -> None:
         assert row["alignment"] == pytest.approx(expected.alignment, rel=1e-3)
 
 
-def test_a_resumed_run_has_the_lines_of_an_undisturbed_one(tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_lines_of_an_undisturbed_one(monitored: dict[str, Any], tmp_path: Path) -> None:
     def recipe(steps: int) -> Any:
         return small_recipe(
             "moco_v2",
             "test_resnet",
             train={"max_steps": steps, "batch_size": 500},
-            monitor={**MONITORED, "diagnose_every": 1},
+            monitor={**monitored, "diagnose_every": 1},
             checkpoint={"every_steps": 2},
         )
 
@@ -168,7 +173,7 @@ def test_a_rate_far_too_high_is_seen(tmp_path: Path) -> None:
             "test_vit",
             backbone={"freeze_patch_embed": False},
             optim={"name": "adamw", "lr": lr, "lr_rule": "none", "weight_decay": 0.1},
-            train={"max_steps": 60, "epochs": 4, "batch_size": 64},
+            train={"max_steps": 50, "log_every": 10},
             monitor={"diagnose_every": 10, "layer_gradients": True},
         )
         sslkit.train(recipe, tmp_path / str(lr))
@@ -177,7 +182,9 @@ def test_a_rate_far_too_high_is_seen(tmp_path: Path) -> None:
         assert all("layer" in alarm for alarm in alarms if alarm.startswith("spike"))
 
 
-def test_a_fall_of_knn_is_written_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fall_of_knn_is_written_beside_it(
+    monitored: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The curves of a leak, played to a real run: kNN sinks while the pretext task is solved."""
     scores = iter([0.8, 0.5])
     monkeypatch.setattr("sslkit.engine.monitors.KnnMonitor.__call__", lambda _self, _backbone: next(scores))
@@ -185,7 +192,11 @@ def test_a_fall_of_knn_is_written_beside_it(tmp_path: Path, monkeypatch: pytest.
     contrast = MoCoV1.contrast
     monkeypatch.setattr(MoCoV1, "contrast", lambda *args: (contrast(*args)[0], next(pretext)))
     recipe = small_recipe(
-        "moco_v2", "test_vit", train={"batch_size": 500, "max_steps": 0, "epochs": 2}, monitor=MONITORED
+        "moco_v2",
+        "test_vit",
+        optim={"name": "adamw", "lr": 1e-4, "weight_decay": 0.0},
+        train={"batch_size": 500, "max_steps": 0, "epochs": 2},
+        monitor={**monitored, "data": "builtin:fashion_mnist"},
     )
     sslkit.train(recipe, tmp_path / "run")
     rows = {row["step"]: row["alarms"] for row in lines(tmp_path / "run")}
