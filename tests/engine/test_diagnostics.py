@@ -109,7 +109,8 @@ def test_a_resumed_run_has_the_lines_of_an_undisturbed_one(monitored: dict[str, 
         return small_recipe(
             "moco_v2",
             "test_resnet",
-            train={"max_steps": steps, "batch_size": 500},
+            data={"path": monitored["data"], "split": "train"},
+            train={"max_steps": steps, "batch_size": 10},
             monitor={**monitored, "diagnose_every": 1},
             checkpoint={"every_steps": 2},
         )
@@ -195,7 +196,8 @@ def test_a_fall_of_knn_is_written_beside_it(
         "moco_v2",
         "test_vit",
         optim={"name": "adamw", "lr": 1e-4, "weight_decay": 0.0},
-        train={"batch_size": 500, "max_steps": 0, "epochs": 2},
+        data={"path": monitored["data"], "split": "train"},
+        train={"batch_size": 10, "max_steps": 0, "epochs": 2},
         monitor={**monitored, "data": "builtin:fashion_mnist"},
     )
     sslkit.train(recipe, tmp_path / "run")
