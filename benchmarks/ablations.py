@@ -30,12 +30,17 @@ from torch import nn
 
 import sslkit
 from sslkit.data.source import DataConfig, open_source
+from sslkit.engine.alarms import find_spikes
 from sslkit.engine.run import build_method, make_monitor
 from sslkit.recipe import Recipe, build_recipe
+from sslkit.recipe_tables import TABLES
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent / "runs" / "ablations"
 COLOURED = RUNS / "coloured"
+# Keys that recipes have got since the first cells were run. At its default such a key is not part of a cell's name, so
+# that what was run before it came is found.
+LATER_KEYS = (("monitor", "diagnose_every"),)
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,17 @@ class Cell:
     @property
     def folder(self) -> Path:
         """Its run; another group or recipe is another folder."""
-        text = json.dumps([self.group, self.recipe().as_tables()], sort_keys=True)
+        text = json.dumps([self.group, without_later_keys(self.recipe().as_tables())], sort_keys=True)
         return RUNS / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def without_later_keys(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The tables of a recipe without the `LATER_KEYS` that stand at their default."""
+    kept = {table: dict(keys) for table, keys in tables.items()}
+    for table, key in LATER_KEYS:
+        if kept[table].get(key) == TABLES[table].model_fields[key].default:
+            kept[table].pop(key, None)
+    return kept
 
 
 def lay_over(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -123,26 +137,10 @@ def train_cell(cell: Cell) -> None:
     (cell.folder / "cell.json").write_text(json.dumps(result), encoding="utf-8")
 
 
-def spikes(metrics: list[dict[str, Any]], window: int = 20, factor: float = 3.0) -> dict[str, int]:
-    """Steps whose gradient is over ``factor`` times the median of the window before, and where they began.
-
-    A spike is counted as the first layer's if the first block's norm had jumped by then and the last block's had not
-    jumped more.
-    """
-    layers = [key for key in metrics[0] if key.startswith("gradient/")]
-    first, last = layers[0], [layer for layer in layers if "blocks" in layer][-1]
-    jumps = {
-        key: np.array(
-            [
-                row[key] / np.median([before[key] for before in metrics[max(step - window, 0) : step]])
-                for step, row in enumerate(metrics)
-                if step >= window
-            ]
-        )
-        for key in ("grad_norm", first, last)
-    }
-    spiking = jumps["grad_norm"] > factor
-    return {"spikes": int(spiking.sum()), "first_layer": int((spiking & (jumps[first] > jumps[last])).sum())}
+def spikes(metrics: list[dict[str, Any]]) -> dict[str, int]:
+    """How many steps have over three times the gradient of the twenty before, and in how many the first layer led."""
+    found = find_spikes(metrics, factor=3.0)
+    return {"spikes": len(found), "first_layer": sum(bool(spike.first_layer_first) for spike in found)}
 
 
 def knn_after_head(cell: Cell, folder: Path) -> float:

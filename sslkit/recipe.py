@@ -7,169 +7,31 @@ A recipe is data; reading a stranger's runs no code. Layers, later ones win: the
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import timm
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
 from sslkit.data.source import DataConfig
 from sslkit.data.views import POLICIES, ViewsConfig
 from sslkit.errors import UserError, near_miss
 from sslkit.methods import MethodOptions, canonical_name, find_method
 from sslkit.parts.backbone import BackboneSpec, check_name, family, takes_image_size
+from sslkit.recipe_tables import (
+    TABLES,
+    BackboneConfig,
+    CheckpointConfig,
+    MonitorConfig,
+    OptimConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 
 ACCUMULATION = (
     "accumulating the gradients of small batches is another loss, in which every image meets fewer negatives; "
     "[train] micro_batch = n gives the whole batch's loss and gradient in the memory of n images"
 )
-PRETRAINED_SOURCES = ("hf_hub:", "hf-hub:", "local-dir:")
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class BackboneConfig(_Table):
-    """``[backbone]``; see `sslkit.parts.backbone.BackboneSpec`. ``img_size`` 0 means the size of the views."""
-
-    name: str
-    pretrained: bool | str = False
-    img_size: int = Field(strict=True, default=0, ge=0)
-    args: dict[str, Any] = Field(default_factory=dict)
-    zero_init_last: bool | None = None
-    init: Literal["timm", "moco_v3"] = "timm"
-    pos_embed: Literal["timm", "sincos2d", "none"] = "timm"
-    freeze_patch_embed: bool = False
-    small_stem: bool = False
-
-    @model_validator(mode="after")
-    def _pretrained_source(self) -> "BackboneConfig":
-        if isinstance(self.pretrained, str) and not self.pretrained.startswith(PRETRAINED_SOURCES):
-            raise ValueError("pretrained is true, false, 'hf_hub:user/name' or 'local-dir:PATH'")
-        return self
-
-
-class OptimConfig(_Table):
-    """``[optim]``.
-
-    Attributes:
-        name: ``sgd``, ``lars`` (MoCo v3's and BYOL's), ``lars_simclr`` and ``larc`` (SwAV's) have momentum without
-            Nesterov; ``adamw`` and ``lamb`` have betas.
-        lr: The paper's base rate, for a batch of 256.
-        lr_rule: How the peak rate follows from it: ``linear`` times batch / 256, ``sqrt`` times its root, ``none``.
-        weight_decay: Added to the gradient (sgd, lars) or decoupled (adamw, lamb).
-        momentum: Of sgd, lars and larc.
-        betas: Of adamw and lamb.
-        exclude_from_decay: ``norm_and_bias`` frees tensors of at most one axis from weight decay; the papers decay
-            everything, except that lars always frees them.
-    """
-
-    name: Literal["sgd", "lars", "lars_simclr", "larc", "adamw", "lamb"]
-    lr: float = Field(ge=0.0)
-    lr_rule: Literal["linear", "sqrt", "none"] = "linear"
-    weight_decay: float = Field(ge=0.0)
-    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    exclude_from_decay: Literal["none", "norm_and_bias"] = "none"
-
-
-class ScheduleConfig(_Table):
-    """``[schedule]`` of the learning rate.
-
-    Attributes:
-        decay: How it falls from its peak.
-        warmup_epochs: Linear rise before that, with every step.
-        warmup_start: Rate at the start of the warm-up, as a share of the peak.
-        final: Rate at the end of the cosine, as a share of the peak.
-        milestones: Epochs at which ``steps`` multiplies the rate by ``factor``.
-        per: Whether the decay moves every ``step`` or once per ``epoch``, as the paper does.
-    """
-
-    decay: Literal["cosine", "steps", "constant"]
-    warmup_epochs: float = Field(default=0.0, ge=0.0)
-    warmup_start: float = Field(default=0.0, ge=0.0, le=1.0)
-    final: float = Field(default=0.0, ge=0.0, le=1.0)
-    milestones: list[Annotated[float, Field(gt=0.0)]] = Field(default_factory=list)
-    factor: float = Field(default=0.1, gt=0.0)
-    per: Literal["step", "epoch"]
-
-
-class TrainConfig(_Table):
-    """``[train]``.
-
-    Attributes:
-        epochs: Passes over the data; the schedules span them.
-        max_steps: Stop after so many updates (0: never); the schedules still span ``epochs``.
-        batch_size: Global batch, over all processes.
-        micro_batch: Images of a process in the backbone at a time, loss and gradient as ever (0: all at once).
-        precision: Of autocast; ``no`` is float32.
-        seed: Key of the sample order and of every random draw.
-        clip_norm: Largest norm of the gradient; 0 leaves it alone, as the papers do.
-        head_warmup_epochs: Epochs at the start in which only the heads learn: for a backbone that is continued.
-        processes: How many processes this run must have; 0 takes what the launcher starts.
-        log_every: Steps between lines of metrics.jsonl.
-    """
-
-    epochs: int = Field(strict=True, ge=1, le=1_000_000)
-    max_steps: int = Field(strict=True, default=0, ge=0)
-    batch_size: int = Field(strict=True, ge=2, le=10_000_000)
-    micro_batch: int = Field(strict=True, default=0, ge=0)
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    seed: int = Field(strict=True, default=0, ge=0, lt=2**63)
-    clip_norm: float = Field(default=0.0, ge=0.0)
-    head_warmup_epochs: float = Field(default=0.0, ge=0.0)
-    processes: int = Field(strict=True, default=0, ge=0)
-    log_every: int = Field(strict=True, default=10, ge=1)
-
-
-class MonitorConfig(_Table):
-    """``[monitor]``: kNN on a labelled set of its own, every so many epochs (0: never).
-
-    Attributes:
-        every_epochs: How often, and once at the end.
-        data: A labelled source, in the words of ``[data] path``.
-        name: Its configuration, if it has several.
-        k: Neighbours.
-        temperature: Of the neighbours' weights, exp(similarity / temperature).
-        max_train: At most so many bank images, the first of a seeded order (0: all).
-        layer_gradients: Log the gradient norm of every layer of the backbone: where instability begins (MoCo v3).
-    """
-
-    every_epochs: int = Field(strict=True, default=0, ge=0)
-    data: str = ""
-    name: str | None = None
-    k: int = Field(strict=True, default=20, ge=1)
-    temperature: float = Field(default=0.07, gt=0.0)
-    max_train: int = Field(strict=True, default=0, ge=0)
-    layer_gradients: bool = False
-
-    @model_validator(mode="after")
-    def _has_data(self) -> "MonitorConfig":
-        if self.every_epochs and not self.data:
-            raise ValueError("every_epochs needs data, a labelled source")
-        return self
-
-
-class CheckpointConfig(_Table):
-    """``[checkpoint]``: save every so many steps and every so many minutes (0: never), keep the newest few."""
-
-    every_steps: int = Field(strict=True, default=0, ge=0)
-    every_minutes: float = Field(default=15.0, ge=0.0)
-    keep: int = Field(strict=True, default=2, ge=1)
-
-
-TABLES: dict[str, type[BaseModel]] = {
-    "backbone": BackboneConfig,
-    "data": DataConfig,
-    "views": ViewsConfig,
-    "optim": OptimConfig,
-    "schedule": ScheduleConfig,
-    "train": TrainConfig,
-    "monitor": MonitorConfig,
-    "checkpoint": CheckpointConfig,
-}
 ALL_TABLES = ("method", *TABLES, "reference")
 
 

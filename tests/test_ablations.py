@@ -34,6 +34,14 @@ def test_every_cell_resolves_to_a_recipe_of_its_own(ablations: object) -> None:
     assert (pair.crop_scale, pair.jitter_prob, pair.gray_prob, pair.blur_prob) == ((1.0, 1.0), 0.8, 0.5, 0.0)
 
 
+def test_runs_from_before_a_key_came_are_found(ablations: object) -> None:
+    """The name of a folder that was trained before [monitor] diagnose_every existed, and of one that asks for it."""
+    cell = next(cell for cell in ablations.read_cells("Momentum", 1) if cell.label == "0")
+    assert cell.folder.name == "0edffcbb73ec84eb"
+    asked = ablations.lay_over(cell.tables, {"monitor": {"diagnose_every": 10}})
+    assert ablations.Cell(cell.group, cell.label, cell.seed, cell.shows, asked).folder != cell.folder
+
+
 def test_the_page_tells_what_was_not_run(ablations: object, tmp_path: Path) -> None:
     spec = {"group": [{"name": "G", "claim": "c", "cells": [{"label": "a"}, {"label": "b"}]}]}
     found = {("G", "a", seed): {"knn": 0.8 + 0.01 * seed, "pretext": 0.5} for seed in range(3)}
@@ -45,7 +53,7 @@ def test_the_page_tells_what_was_not_run(ablations: object, tmp_path: Path) -> N
 
 def test_a_spike_is_blamed_on_the_layer_that_jumped_more(ablations: object) -> None:
     calm = {"grad_norm": 1.0, "gradient/patch_embed": 1.0, "gradient/blocks.5": 1.0, "gradient/norm": 1.0}
-    metrics = [dict(calm) for _ in range(40)]
+    metrics = [{"step": step, **calm} for step in range(40)]
     metrics[30] |= {"grad_norm": 9.0, "gradient/patch_embed": 8.0, "gradient/blocks.5": 4.0}
     metrics[35] |= {"grad_norm": 9.0, "gradient/patch_embed": 2.0, "gradient/blocks.5": 4.0}
     assert ablations.spikes(metrics) == {"spikes": 2, "first_layer": 1}

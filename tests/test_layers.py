@@ -13,6 +13,7 @@ LAYERS = {
     "methods": 2,
     "data": 2,
     "evaluate": 3,
+    "recipe_tables": 3,
     "recipe": 4,
     "publish": 5,
     "engine": 6,

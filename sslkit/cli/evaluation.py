@@ -1,4 +1,4 @@
-"""``sslkit eval``: judge an encoder on labelled images."""
+"""``sslkit eval``: judge an encoder, with labels or without."""
 
 import dataclasses
 import itertools
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from sslkit.cli.show import AsJson, conclude, show_comparison
+from sslkit.cli.show import AsJson, conclude, show_comparison, show_diagnosis
 from sslkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Number = TypeVar("Number", int, float)
 
-evaluation = typer.Typer(help="Judge an encoder on labelled images.", no_args_is_help=True)
+evaluation = typer.Typer(help="Judge an encoder, with labels or without.", no_args_is_help=True)
 
 Model = Annotated[str, typer.Argument(help="Run folder, exported folder, hf_hub:user/repo, or timm name.")]
 Data = Annotated[str, typer.Option("--data", help="Folder with a folder per class, datasets id, or builtin:NAME.")]
@@ -263,8 +263,9 @@ def _judged(path: Path) -> "list[Row]":
     if (path / "recipe.toml").is_file():
         return [row for row in read_lines(path / "results.jsonl") if row.get("by") == "eval"]
     try:
-        judgement = json.loads(path.read_text(encoding="utf-8"))
-        return [{**judgement, **judgement["scores"][0]}]
+        printed = json.loads(path.read_text(encoding="utf-8"))
+        judgements = printed if isinstance(printed, list) else [printed]
+        return [{**judgement, **judgement["scores"][0]} for judgement in judgements]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"eval compare: {path} is neither a run folder nor a file that --json wrote") from error
 
@@ -318,6 +319,27 @@ def detect(
         say=lambda sentence: print(f"sslkit: {sentence}", file=sys.stderr),
     )
     conclude(model, [judgement], as_json)
+
+
+@evaluation.command(epilog="Example: sslkit eval diagnose runs/quickstart --data builtin:fashion_mnist")
+def diagnose(
+    model: Model,
+    data: Annotated[str, typer.Option("--data", help="Any images: folder, datasets id, or builtin:NAME.")],
+    images: Annotated[int, typer.Option(min=2, help="At most so many, drawn by --seed.")] = 1000,
+    views: Annotated[int, typer.Option(min=2, help="Random crops and mirrors of each.")] = 8,
+    split: Annotated[str, typer.Option(help="Split to draw from.")] = "train",
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw, the views and the random twin.")] = 0,
+    layer: Layer = None,
+    data_name: DataName = "",
+    workers: Workers = 0,
+    as_json: AsJson = False,
+) -> None:
+    """What features tell without labels: do they collapse, how many directions do they use, do views agree."""
+    from sslkit.evaluate.diagnose import diagnose_encoder
+
+    source = _data(data, data_name, "").model_copy(update={"split": split})
+    reading = _reading(layer, 0, 0.0, workers, cache=False)
+    show_diagnosis(diagnose_encoder(model, source, reading, images=images, views=views, seed=seed), as_json)
 
 
 def _data(path: str, name: str, label_column: str) -> "DataConfig":

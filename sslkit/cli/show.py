@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
     from sslkit.doctor import Report
+    from sslkit.evaluate.diagnose import Diagnosis
     from sslkit.evaluate.judge import Judgement
 
 console = Console()
@@ -97,3 +99,33 @@ def show_comparison(groups: list[dict[str, dict[str, Any]]], as_json: bool) -> N
 
 def _in_words(interval: "Sequence[float] | None") -> str:
     return "{:.1%} to {:.1%}".format(*interval) if interval else "not computed"
+
+
+def show_diagnosis(diagnosis: "Diagnosis", as_json: bool) -> None:
+    """Print label-free numbers, a column for each encoder, and what is alarming about the first."""
+    from sslkit.engine.alarms import collapse_alarm
+
+    own = diagnosis.contestants[0]
+    alarms = collapse_alarm(own.numbers.embedding_std, own.numbers.effective_rank, own.dim)
+    if as_json:
+        print(json.dumps({**dataclasses.asdict(diagnosis), "alarms": alarms}))
+        return
+    rows = min(2 * diagnosis.images, own.dim)
+    meanings = {
+        "embedding_std": f"0 collapsed, {own.dim**-0.5:.3g} even",
+        "effective_rank": f"1 to {rows} directions",
+        "alpha_req": "decay, best near 1",
+        "lidar": f"1 to {min(diagnosis.images - 1, own.dim)} directions",
+        "alignment": "0 alike, 2 unrelated",
+        "uniformity": "0 collapsed, -4 even",
+        "pretext_top1": "found by its view",
+    }
+    opening = f"{diagnosis.images} images of {diagnosis.data}, {diagnosis.views} views each"
+    console.print(opening, highlight=False, markup=False)
+    table = Table("", *(escape(each.encoder) for each in diagnosis.contestants), "reads as")
+    for name, meaning in meanings.items():
+        values = [getattr(each.numbers, name) for each in diagnosis.contestants]
+        table.add_row(name, *("-" if value is None else f"{value:.4g}" for value in values), meaning)
+    console.print(table)
+    for alarm in alarms:
+        console.print(alarm, style="bold red", highlight=False, markup=False, soft_wrap=True)

@@ -13,7 +13,7 @@ PLAIN_SECONDS = 15.0
 
 
 class Journal:
-    """Writes ``metrics.jsonl`` and ``results.jsonl`` and keeps one line of progress on the screen.
+    """Writes ``metrics.jsonl``, ``results.jsonl`` and ``diagnostics.jsonl`` and keeps one line on the screen.
 
     On a terminal the line is redrawn in place and cut to the width there is; elsewhere (a file, a pipe) a plain line
     is printed every 15 seconds. Only the first process has an active journal.
@@ -31,9 +31,13 @@ class Journal:
         self.metrics: TextIO | None = None
         self.live: Live | None = None
         self.last_plain = 0.0
+        self.said: set[str] = set()
         if active:
             keep_until(folder / "metrics.jsonl", start_step)
             keep_until(folder / "results.jsonl", start_step, only_by="monitor")
+            keep_until(folder / "diagnostics.jsonl", start_step)
+            for row in read_lines(folder / "diagnostics.jsonl"):
+                self.said.update(map(kind_of, row["alarms"]))
             self.metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
 
     def __enter__(self) -> "Journal":
@@ -59,6 +63,16 @@ class Journal:
         if self.active:
             append_result(self.folder, fields)
 
+    def diagnosis(self, fields: dict[str, Any]) -> None:
+        """Append one line to diagnostics.jsonl, and say each kind of alarm the first time a run has it."""
+        if not self.active:
+            return
+        _append(self.folder / "diagnostics.jsonl", fields)
+        for alarm in fields["alarms"]:
+            if kind_of(alarm) not in self.said:
+                self.said.add(kind_of(alarm))
+                self.say(f"ALARM at step {fields['step']}: {alarm}")
+
     def show(self, line: str) -> None:
         """Redraw the progress line, or print it now and then where there is no terminal."""
         if self.live is not None:
@@ -75,8 +89,17 @@ class Journal:
 
 def append_result(folder: Path, fields: dict[str, Any]) -> None:
     """Append one evaluation to a run's results.jsonl."""
-    with (folder / "results.jsonl").open("a", encoding="utf-8") as stream:
+    _append(folder / "results.jsonl", fields)
+
+
+def _append(file: Path, fields: dict[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(fields) + "\n")
+
+
+def kind_of(alarm: str) -> str:
+    """The word that an alarm's sentence opens with; see `sslkit.engine.alarms`."""
+    return alarm.partition(":")[0]
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader
 
 from sslkit.data.loader import Batch
 from sslkit.data.views import normalise
+from sslkit.engine.alarms import dip_alarm, leak_alarm, read_curve
 from sslkit.engine.checkpoint import save_checkpoint
-from sslkit.engine.journal import Journal, duration
+from sslkit.engine.diagnostics import Diagnostics
+from sslkit.engine.journal import Journal, duration, read_lines
 from sslkit.engine.monitors import KnnMonitor, layer_gradients
 from sslkit.engine.optim import learning_rate, set_learning_rate
 from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
@@ -51,6 +53,7 @@ class Training:
         start_step: Updates made before this process started.
         last_step: Updates after which to stop.
         monitor: kNN on a labelled set, or None.
+        diagnostics: What is watched without labels, or None.
     """
 
     recipe: Recipe
@@ -64,6 +67,7 @@ class Training:
     start_step: int
     last_step: int
     monitor: KnnMonitor | None
+    diagnostics: Diagnostics | None
 
 
 def run_loop(training: Training, journal: Journal) -> None:
@@ -97,8 +101,13 @@ def run_loop(training: Training, journal: Journal) -> None:
             fields = {"loss": loss, "lr": lr, "grad_norm": grad_norm, **moved}
             fields |= {name: float(mean_over_processes(value)) for name, value in result.metrics.items()}
             report(training, journal, clock, done, fields, layers)
-        if training.monitor and epoch_ends and monitor_is_due(training, done):
+        measures = bool(training.monitor and epoch_ends and monitor_is_due(training, done))
+        if measures:
             measure_knn(training, journal, done)
+        if training.diagnostics:
+            training.diagnostics.see(done, grad_norm, layers)
+            diagnose(training, training.diagnostics, journal, batch, done, with_knn=measures)
+        if measures:
             clock.restart()
         if done == training.last_step or save_votes > 0:
             save(training, done)
@@ -213,6 +222,26 @@ def measure_knn(training: Training, journal: Journal, done: int) -> None:
         }
     )
     journal.say(f"epoch {epoch:g}: kNN {accuracy:.2%} ({duration(time.monotonic() - started)})")
+
+
+def diagnose(
+    training: Training, diagnostics: Diagnostics, journal: Journal, batch: Batch, done: int, *, with_knn: bool
+) -> None:
+    """Write a line of diagnostics if one is due: of the batch, or of a fixed sample and the curves beside a kNN."""
+    backbone = training.method.backbone
+    if with_knn:
+        fields = diagnostics.of_sample(backbone)
+    elif diagnostics.is_due(done) or done == training.last_step:
+        fields = diagnostics.of_batch(backbone, batch.views)
+    else:
+        return
+    if not journal.active:
+        return
+    if with_knn and training.monitor:
+        curve = read_curve(*(read_lines(journal.folder / name) for name in ("metrics.jsonl", "results.jsonl")))
+        test_images = len(training.monitor.pair.test)
+        fields["alarms"] += dip_alarm(curve, test_images) + leak_alarm(curve, test_images)
+    journal.diagnosis({"step": done, "epoch": round(done / training.steps_per_epoch, 6), **fields})
 
 
 def save_is_due(training: Training, done: int, last_save: float) -> bool:

@@ -59,10 +59,11 @@ def _limit_bank(pair: LabelledPair, max_train: int, seed: int) -> LabelledPair:
 def layer_gradients(backbone: nn.Module) -> dict[str, float]:
     """Gradient norm of each layer in the order of the forward pass, as ``gradient/blocks.3``.
 
-    A layer is a direct child of the backbone, or an element of a child that is a list.
+    A layer is a direct child of the backbone, or an element of a child that is a list. Parameters of no layer, such as
+    a class token, come last.
     """
     squares: dict[str, Tensor] = {}
-    for name, param in backbone.named_parameters():
+    for name, param in sorted(backbone.named_parameters(), key=lambda named: "." not in named[0]):
         if param.grad is not None:
             first, *rest = name.split(".")
             layer = f"{first}.{rest[0]}" if rest and rest[0].isdigit() else first

@@ -17,6 +17,7 @@ from sslkit.data.loader import GlobalBatches, cores_of_a_process, make_loader, r
 from sslkit.data.source import ImageSource, open_source
 from sslkit.data.views import ViewPipeline
 from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, restore
+from sslkit.engine.diagnostics import Diagnostics
 from sslkit.engine.journal import Journal, read_lines
 from sslkit.engine.loop import Training, run_loop
 from sslkit.engine.monitors import KnnMonitor
@@ -31,7 +32,10 @@ from sslkit.recipe import Recipe, changes
 
 BACKBONES = ("backbone", "teacher_backbone")
 # Keys that do not change what is learned; a run may be continued with others.
-FREE_KEYS = ("data.workers", "train.max_steps", "train.processes", "train.log_every", "checkpoint.", "reference.")
+FREE_KEYS = (
+    *("data.workers", "train.max_steps", "train.processes", "train.log_every"),
+    *("monitor.diagnose_every", "checkpoint.", "reference."),
+)
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,7 @@ def _assemble(
         start_step,
         last_step,
         monitor,
+        Diagnostics(recipe, source, accelerator) if recipe.monitor.diagnose_every else None,
     )
 
 

@@ -341,15 +341,18 @@ def _with_crop(encoder: Encoder, reading: Reading) -> Encoder:
 def _features(encoder: Encoder | None, source: ImageSource, pair: LabelledPair, reading: Reading) -> Tensor:
     if encoder is None:
         return raw_pixels(source, raw_pixel_side(pair.train))
-    return _extract(encoder, source, encoder.transform(), reading, seed=None)
+    return read_features(encoder, source, encoder.transform(), reading, seed=None)
 
 
 def _epochs_of(encoder: Encoder | None, pair: LabelledPair, reading: Reading) -> Any:
     assert encoder is not None
-    return lambda epoch: _extract(encoder, pair.train, encoder.training_transform(), reading, seed=epoch + 1)
+    return lambda epoch: read_features(encoder, pair.train, encoder.training_transform(), reading, seed=epoch + 1)
 
 
-def _extract(encoder: Encoder, source: ImageSource, transform: Transform, reading: Reading, seed: int | None) -> Tensor:
+def read_features(
+    encoder: Encoder, source: ImageSource, transform: Transform, reading: Reading, seed: int | None
+) -> Tensor:
+    """Features of every image, as asked for, on a GPU if there is one; see `extract_features`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = reading.of(encoder)
     options: dict[str, Any] = {"device": device, "batch_size": reading.batch_size, "workers": reading.workers}

@@ -18,7 +18,7 @@ MAX_HISTOGRAMS = 40
 ROW_HEIGHT = 22
 
 NO_GRADIENTS = "Not logged: set [monitor] layer_gradients = true to see which layer's gradient jumps first."
-NO_DIAGNOSTICS = "Not logged: there is no diagnostics.jsonl in the run's folder."
+NO_DIAGNOSTICS = "Not logged: set [monitor] diagnose_every, which is on unless set to 0."
 # What a diagnosis may hold, with its title and how to read it.
 COLLAPSE = {
     "embedding_std": ("Spread of the embeddings", "Near 0 when all images get the same embedding."),

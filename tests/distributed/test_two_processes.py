@@ -12,6 +12,7 @@ from conftest import small_recipe
 from safetensors.torch import load_file
 
 import sslkit
+from sslkit.engine.journal import read_lines
 
 HERE = Path(__file__).parent
 CHECKS = (
@@ -68,7 +69,7 @@ def test_training_on_two_processes_equals_one(name: str, model: str, tolerance: 
         train={"max_steps": 6, "batch_size": 16},
         optim={"name": "sgd", "lr": 0.05, "weight_decay": 1e-4},
         checkpoint={"every_steps": 3},
-        monitor={"every_epochs": 1, "data": "builtin:fashion_mnist", "max_train": 101},
+        monitor={"every_epochs": 1, "data": "builtin:fashion_mnist", "max_train": 101, "diagnose_every": 2},
     )
     recipe_file = tmp_path / "recipe.toml"
     recipe_file.write_text(recipe.to_toml())
@@ -85,6 +86,15 @@ def test_training_on_two_processes_equals_one(name: str, model: str, tolerance: 
     for key in trained:
         torch.testing.assert_close(two[key], one[key], rtol=tolerance, atol=tolerance, msg=key)
     assert together.results()[-1]["accuracy"] == pytest.approx(alone.results()[-1]["accuracy"], abs=0.003)
+    ones, twos = (read_lines(tmp_path / n / "diagnostics.jsonl") for n in ("one", "two"))
+    assert [row["step"] for row in twos] == [2, 4, 6]
+    for mine, theirs in zip(ones, twos, strict=True):
+        assert mine.keys() == theirs.keys()
+        # The batch is the same, so its first images are; a similarity on an edge may fall to either side of it.
+        for key in ("embedding_std", "effective_rank", "alignment", "uniformity"):
+            assert theirs[key] == pytest.approx(mine[key], rel=1e-3), key
+        assert sum(theirs["negative_histogram"]) == 16 * 15
+    assert twos[-1]["lidar"] == pytest.approx(ones[-1]["lidar"], rel=1e-2)
     continued = sslkit.train(recipe, tmp_path / "mixed", resume=str(tmp_path / "two/checkpoints/step-00000003"))
     assert [row["loss"] for row in continued.metrics()] == pytest.approx(
         [row["loss"] for row in alone.metrics()][3:], rel=tolerance

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from conftest import small_recipe
 from torch import nn
@@ -21,6 +22,15 @@ def test_layers_are_named_in_order_and_their_norms_add_up() -> None:
     assert list(found) == ["gradient/stem", "gradient/blocks.0"]
     total = torch.nn.utils.get_total_norm([param.grad for param in net.parameters() if param.grad is not None])
     assert sum(norm**2 for norm in found.values()) == pytest.approx(total.item() ** 2, rel=1e-5)
+
+
+def test_parameters_of_no_layer_come_last() -> None:
+    """The first name is the first layer: a ViT's patch projection, not its class token."""
+    net = timm.create_model("test_vit", num_classes=0, img_size=32)
+    net(torch.randn(2, 3, 32, 32)).sum().backward()
+    found = list(layer_gradients(net))
+    assert found[:2] == ["gradient/patch_embed", "gradient/blocks.0"]
+    assert set(found[-2:]) == {"gradient/cls_token", "gradient/pos_embed"}
 
 
 def test_a_run_logs_them_only_if_asked(tmp_path: Path) -> None:

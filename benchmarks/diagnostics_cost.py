@@ -1,0 +1,68 @@
+"""What diagnostics cost: training with and without them by turns, as a ratio of CPU time.
+
+    python benchmarks/diagnostics_cost.py [--recipe quickstart] [--steps 100] [--pairs 3] [--set table.key=value]
+
+CPU time of this process, in which everything happens (data workers are off), says more than the clock on a machine that
+does other things too. Beside the ratio it prints the share of the time that is spent inside the diagnostics themselves,
+which noise hardly touches. Everything before the first step is left out.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import sslkit
+from sslkit.engine import loop, run
+
+
+def measure(recipe: str, overrides: list[str], steps: int, every: int) -> tuple[float, float]:
+    """CPU seconds of the steps, and of the diagnostics among them."""
+    spent = {"steps": 0.0, "inside": 0.0}
+
+    def timed(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started = time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[name] += time.process_time() - started
+
+        return call
+
+    keys = ["data.workers=0", "monitor.every_epochs=0", f"monitor.diagnose_every={every}", f"train.max_steps={steps}"]
+    loaded = sslkit.load_recipe(recipe, [*overrides, *keys])
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(loop, "diagnose", timed("inside", loop.diagnose)),
+        patch.object(run, "run_loop", timed("steps", run.run_loop)),
+    ):
+        sslkit.train(loaded, Path(folder) / "run")
+    return spent["steps"], spent["inside"]
+
+
+def main() -> None:
+    """Measure by turns and print medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="quickstart")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--every", type=int, default=50)
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    arguments = parser.parse_args()
+    ratios, shares = [], []
+    for _ in range(arguments.pairs):
+        without, _ = measure(arguments.recipe, arguments.overrides, arguments.steps, 0)
+        with_them, inside = measure(arguments.recipe, arguments.overrides, arguments.steps, arguments.every)
+        ratios.append(with_them / without)
+        shares.append(inside / (with_them - inside))
+    print(f"{arguments.recipe}, {arguments.steps} steps, diagnostics every {arguments.every}, {arguments.pairs} pairs:")
+    print(f"  with / without: {median(ratios):.4f} ({', '.join(f'{ratio:.4f}' for ratio in ratios)})")
+    print(f"  inside, of the rest: {median(shares):.2%} ({', '.join(f'{share:.2%}' for share in shares)})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Alarms on curves: rung where they must be, silent where a healthy run merely wobbles."""
+
+import numpy as np
+import pytest
+
+from sslkit.engine.alarms import (
+    Measured,
+    collapse_alarm,
+    dip_alarm,
+    dip_score,
+    find_spikes,
+    leak_alarm,
+    read_curve,
+    spike_alarm,
+)
+
+Row = dict[str, float]
+
+
+def calm(steps: int, seed: int = 0) -> list[Row]:
+    """Norms that wobble by a fifth, as a healthy run's do."""
+    wobble = np.exp(0.2 * np.random.default_rng(seed).normal(size=(steps, 3)))
+    return [
+        {"step": step + 1, "grad_norm": whole, "gradient/patch_embed": first, "gradient/blocks.5": last}
+        for step, (whole, first, last) in enumerate(wobble)
+    ]
+
+
+def multiply(rows: list[Row], step: int, **factors: float) -> None:
+    names = {"whole": "grad_norm", "first": "gradient/patch_embed", "last": "gradient/blocks.5"}
+    for name, factor in factors.items():
+        rows[step - 1][names[name]] *= factor
+
+
+def test_a_spike_is_measured_against_the_median_before_it() -> None:
+    rows = calm(100)
+    assert find_spikes(rows) == []
+    multiply(rows, 60, whole=20.0, first=20.0)
+    (spike,) = find_spikes(rows)
+    before = np.median([row["grad_norm"] for row in rows[39:59]])
+    assert spike.step == 60
+    assert spike.ratio == pytest.approx(rows[59]["grad_norm"] / before)
+    assert find_spikes(calm(100)[:30] + [{**row, "grad_norm": 0.5} for row in calm(100)[30:]]) == []
+    multiply(rows, 10, whole=50.0)  # before there is a window
+    assert [each.step for each in find_spikes(rows)] == [60]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "expected"),
+    [(57, 60, True), (60, 58, False), (60, None, True), (None, 60, False), (50, 60, False)],
+)
+def test_which_layer_moved_first(first: int | None, last: int | None, expected: bool) -> None:
+    """The whole norm spikes at step 60; a jump ten steps earlier is another story."""
+    rows = calm(80)
+    multiply(rows, 60, whole=30.0)
+    if first:
+        multiply(rows, first, first=30.0)
+    if last:
+        multiply(rows, last, last=30.0)
+    assert [spike.first_layer_first for spike in find_spikes(rows)] == [expected]
+
+
+def test_at_the_same_step_the_larger_jump_leads() -> None:
+    for first, last in ((40.0, 20.0), (20.0, 40.0)):
+        rows = [{**row, "gradient/patch_embed": 1.0, "gradient/blocks.5": 1.0} for row in calm(50)]
+        multiply(rows, 40, whole=30.0, first=first, last=last)
+        assert [spike.first_layer_first for spike in find_spikes(rows)] == [first > last]
+
+
+def test_layers_may_be_missing_and_numbers_infinite() -> None:
+    rows = [{"step": row["step"], "grad_norm": row["grad_norm"]} for row in calm(60)]
+    rows[40]["grad_norm"] *= 30
+    rows[50]["grad_norm"] = float("inf")  # fp16: the step is skipped
+    assert [(spike.step, spike.first_layer_first) for spike in find_spikes(rows)] == [(41, None)]
+    rested = rows[:30] + calm(60)[30:]  # the backbone's layers come later
+    assert find_spikes(rested) == []
+
+
+def test_the_sentence_of_a_spike_names_the_worst() -> None:
+    rows = calm(100)
+    multiply(rows, 60, whole=20.0, first=20.0)
+    multiply(rows, 80, whole=90.0, last=90.0)
+    spikes = find_spikes(rows)
+    (sentence,) = spike_alarm(spikes)
+    assert sentence.startswith("spike: the gradient norm of step 80 is ")
+    assert "(alarm above 5; 2 such since the last line); the first layer did not move first; try" in sentence
+    assert "freeze_patch_embed" in spike_alarm(spikes[:1])[0]
+    assert spike_alarm([]) == []
+
+
+def test_dip_score_is_the_deepest_fall_below_the_running_best() -> None:
+    curve = [0.5, 0.7, 0.65, 0.8, 0.72, 0.81]
+    running = np.maximum.accumulate(curve)
+    assert dip_score(curve) == pytest.approx((running - curve).max())
+    assert dip_score([0.1, 0.2, 0.3]) == 0.0
+    assert dip_score([]) == 0.0
+
+
+def points(*knn: float, pretext: list[float] | None = None) -> list[Measured]:
+    return [Measured(float(epoch), accuracy, pretext[epoch] if pretext else None) for epoch, accuracy in enumerate(knn)]
+
+
+def test_a_dip_must_be_deeper_than_chance() -> None:
+    curve = points(0.5, 0.8, 0.75)
+    (sentence,) = dip_alarm(curve, 50_000)
+    assert sentence.startswith(
+        "dip: kNN is 75.0% at epoch 2, 5.0 points below its best of epoch 1 (alarm above 3.0); try"
+    )
+    assert dip_alarm(curve, 100) == []
+    assert dip_alarm(points(0.5, 0.8, 0.75, 0.79), 50_000) == []  # over again
+    assert dip_alarm(points(0.8), 50_000) == []
+
+
+def test_leaking_batch_statistics_as_in_moco_v1() -> None:
+    """Figure 5 of the paper: without shuffling pretext accuracy soars and kNN sinks; with it both rise."""
+    leaking = points(0.30, 0.34, 0.33, 0.28, pretext=[0.4, 0.8, 0.99, 0.999])
+    (sentence,) = leak_alarm(leaking, 50_000)
+    assert sentence.startswith(
+        "leak: from epoch 0 to 3 pretext accuracy rose by 60 points to 100% (alarm above 10) while kNN went from 30.0%"
+    )
+    solved = points(0.30, 0.30, 0.30, pretext=[0.4, 0.8, 0.99])
+    assert "(alarm above 30)" in leak_alarm(solved, 50_000)[0]
+    healthy = points(0.30, 0.38, 0.44, 0.46, pretext=[0.3, 0.45, 0.6, 0.7])
+    assert all(leak_alarm(healthy[:epoch], 50_000) == [] for epoch in range(1, 5))
+    late = points(0.867, 0.867, pretext=[0.40, 0.62])  # flat at the end of a good run, the task far from solved
+    assert leak_alarm(late, 2000) == []
+    easy = points(0.79, 0.81, 0.815, pretext=[0.5, 0.9, 0.96])  # a small batch to choose from, kNN still rising
+    assert leak_alarm(easy, 2000) == []
+    assert leak_alarm(points(0.8, 0.5), 2000) == []  # a method without pretext accuracy
+
+
+def test_the_curve_of_a_run_is_read_from_its_rows() -> None:
+    metrics = [{"step": step, "accuracy": step / 10} for step in range(1, 7)]
+    results = [
+        {"by": "monitor", "step": 2, "epoch": 1.0, "accuracy": 0.5},
+        {"by": "eval", "step": 2, "epoch": 1.0, "accuracy": 0.9},
+        {"by": "monitor", "step": 6, "epoch": 3.0, "accuracy": 0.6},
+    ]
+    first, second = read_curve(metrics, results)
+    assert (first.epoch, first.knn, first.pretext) == (1.0, 0.5, pytest.approx(0.15))
+    assert (second.epoch, second.knn, second.pretext) == (3.0, 0.6, pytest.approx(0.45))
+    assert read_curve([{"step": 1, "loss": 2.0}], results)[0].pretext is None
+
+
+def test_collapse_by_std_or_by_rank() -> None:
+    assert "features, whose std is 0.016 times" in collapse_alarm(0.001, 30.0, 256)[0]
+    assert "effective rank is 1.20 of 256 (alarm below 2)" in collapse_alarm(0.05, 1.2, 256)[0]
+    assert collapse_alarm(0.132 / 8, 6.0, 64) == []  # a ViT that learned
+    assert collapse_alarm(0.156 / 2048**0.5, 15.0, 2048) == []  # a ResNet-50 before training

@@ -1,0 +1,218 @@
+"""Diagnostics while training: there for every method, right, harmless, resumed without a line twice."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import small_recipe
+from safetensors.torch import load_file
+from torch import Tensor
+
+import sslkit
+from sslkit.data.source import open_source
+from sslkit.data.views import ViewPipeline, normalise
+from sslkit.engine.diagnostics import Diagnostics
+from sslkit.engine.run import build_method
+from sslkit.evaluate.collapse import label_free
+from sslkit.methods import METHODS
+from sslkit.methods.moco_v1 import MoCoV1
+
+BASE = {"step", "epoch", "embedding_std", "effective_rank", "alpha_req", "alignment", "uniformity"}
+HISTOGRAMS = {"positive_histogram", "negative_histogram", "histogram_edges"}
+
+
+@pytest.fixture
+def monitored(class_folders: Path) -> dict[str, Any]:
+    """kNN on forty pictures."""
+    return {"every_epochs": 1, "data": str(class_folders), "k": 3}
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "diagnostics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path, step: int) -> dict[str, Tensor]:
+    checkpoint = folder / "checkpoints" / f"step-{step:08d}"
+    return load_file(checkpoint / "model.safetensors") | load_file(checkpoint / "optimizer.safetensors")
+
+
+def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_them_and_no_bit_changes(name: str, monitored: dict[str, Any], tmp_path: Path) -> None:
+    """BatchNorm, dropped paths, queues, banks and draws of noise: all as without diagnostics."""
+    model = "test_vit" if name == "moco_v3" else "test_resnet"
+    for every in (1, 0):
+        recipe = small_recipe(
+            name,
+            model,
+            backbone={"args": {"drop_path_rate": 0.2}},
+            train={"max_steps": 3},
+            monitor={**monitored, "diagnose_every": every, "layer_gradients": True},
+        )
+        sslkit.train(recipe, tmp_path / str(every))
+    assert_same_bits(weights(tmp_path / "1", 3), weights(tmp_path / "0", 3))
+    assert not (tmp_path / "0" / "diagnostics.jsonl").exists()
+    rows = lines(tmp_path / "1")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows[:2]:
+        assert set(row) == BASE | HISTOGRAMS | {"alarms"}
+    assert set(rows[2]) == BASE | HISTOGRAMS | {"alarms", "lidar"}
+    assert sum(rows[0]["positive_histogram"]) == 32
+    assert sum(rows[0]["negative_histogram"]) == 32 * 31
+    assert len(rows[0]["histogram_edges"]) == len(rows[0]["positive_histogram"]) + 1
+
+
+def test_the_numbers_are_those_of_the_batch_and_of_the_sample() -> None:
+    recipe = small_recipe("instdisc", "test_resnet", train={"batch_size": 20, "micro_batch": 5})
+    source = open_source(recipe.data).without_labels()
+    torch.manual_seed(0)
+    backbone = build_method(recipe, len(source)).backbone.train()
+    backbone.bn1.eval()  # some part may be frozen: each keeps its own mode
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    watch = Diagnostics(recipe, source, Accelerator(cpu=True))
+    pipeline = ViewPipeline(recipe.views, recipe.train.seed)
+    order = np.random.default_rng(recipe.train.seed).permutation(len(source))[:20]
+
+    def views(epoch: int) -> list[Tensor]:
+        pairs = [pipeline(source.read(int(index)), epoch, int(index))[:2] for index in order]
+        return [torch.from_numpy(np.stack(view)) for view in zip(*pairs, strict=True)]
+
+    of_batch, of_sample = watch.of_batch(backbone, views(0)), watch.of_sample(backbone)
+    assert not backbone.bn1.training
+    assert backbone.training
+    assert backbone.layer1.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in backbone.state_dict().items())
+    backbone.eval()
+    with torch.no_grad():
+        encoded = [
+            backbone(normalise(view, recipe.views.mean, recipe.views.std))
+            for epoch in range(4)
+            for view in views(epoch)
+        ]
+    expected = label_free(torch.stack(encoded, dim=1))
+    assert of_sample["lidar"] == pytest.approx(expected.lidar, rel=1e-3)
+    for row in (of_batch, of_sample):
+        assert row["effective_rank"] == pytest.approx(expected.effective_rank, rel=1e-3)
+        assert row["alignment"] == pytest.approx(expected.alignment, rel=1e-3)
+
+
+def test_a_resumed_run_has_the_lines_of_an_undisturbed_one(monitored: dict[str, Any], tmp_path: Path) -> None:
+    def recipe(steps: int) -> Any:
+        return small_recipe(
+            "moco_v2",
+            "test_resnet",
+            data={"path": monitored["data"], "split": "train"},
+            train={"max_steps": steps, "batch_size": 10},
+            monitor={**monitored, "diagnose_every": 1},
+            checkpoint={"every_steps": 2},
+        )
+
+    sslkit.train(recipe(0), tmp_path / "whole")
+    sslkit.train(recipe(2), tmp_path / "parts")
+    with (tmp_path / "parts" / "diagnostics.jsonl").open("a") as stream:
+        stream.write('{"step": 3, "epoch": 0.75, "alarms": []}\n{"step": 4, "ep')  # killed after its last checkpoint
+    sslkit.train(recipe(0), tmp_path / "parts")
+    whole, parts = lines(tmp_path / "whole"), lines(tmp_path / "parts")
+    assert [row["step"] for row in parts] == [1, 2, 3, 4]
+    # Stopping at step 2 measured kNN there, so that line is of the sample.
+    assert [row for row in parts if row["step"] != 2] == [row for row in whole if row["step"] != 2]
+    assert sslkit.train(recipe(0), tmp_path / "parts").step == 4
+    assert lines(tmp_path / "parts") == parts
+
+
+def test_a_run_from_before_diagnostics_is_continued(tmp_path: Path) -> None:
+    sslkit.train(small_recipe(train={"max_steps": 2}), tmp_path / "run")
+    saved = tmp_path / "run" / "recipe.toml"
+    saved.write_text("".join(line for line in saved.read_text().splitlines(True) if "diagnose_every" not in line))
+    (tmp_path / "run" / "diagnostics.jsonl").unlink()
+    sslkit.train(small_recipe(train={"max_steps": 4}), tmp_path / "run")
+    assert [row["step"] for row in lines(tmp_path / "run")] == [4]
+
+
+def train_by_adamw(folder: Path, lr: float, momentum: float, steps: int = 20) -> list[dict[str, Any]]:
+    recipe = small_recipe(
+        "moco_v2",
+        "test_mambaout",
+        method={"momentum": momentum},
+        optim={"name": "adamw", "lr": lr, "lr_rule": "none", "weight_decay": 0.01},
+        train={"max_steps": steps, "batch_size": 64},
+        monitor={"diagnose_every": 10},
+    )
+    sslkit.train(recipe, folder)
+    return lines(folder)
+
+
+def test_a_teacher_without_momentum_collapses_and_one_with_does_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sound = train_by_adamw(tmp_path / "sound", 0.03, 0.99)
+    assert [row["alarms"] for row in sound] == [[], []]
+    assert "ALARM" not in capsys.readouterr().out
+    broken = train_by_adamw(tmp_path / "broken", 0.03, 0.0)
+    assert [len(row["alarms"]) for row in broken] == [1, 1]
+    assert broken[-1]["alarms"][0].startswith("collapse: all images get almost the same features, whose std is ")
+    said = capsys.readouterr().out
+    assert said.count("ALARM at step 10: collapse: ") == 1
+    assert said.count("ALARM") == 1
+    train_by_adamw(tmp_path / "broken", 0.03, 0.0, steps=30)
+    assert len(lines(tmp_path / "broken")[-1]["alarms"]) >= 1
+    assert "ALARM at step 30: collapse" not in capsys.readouterr().out
+
+
+def test_a_rate_far_too_high_is_seen(tmp_path: Path) -> None:
+    for lr, expected in ((1e-3, set()), (1.0, {"collapse", "spike"})):
+        recipe = small_recipe(
+            "moco_v3",
+            "test_vit",
+            backbone={"freeze_patch_embed": False},
+            optim={"name": "adamw", "lr": lr, "lr_rule": "none", "weight_decay": 0.1},
+            train={"max_steps": 50, "log_every": 10},
+            monitor={"diagnose_every": 10, "layer_gradients": True},
+        )
+        sslkit.train(recipe, tmp_path / str(lr))
+        alarms = [alarm for row in lines(tmp_path / str(lr)) for alarm in row["alarms"]]
+        assert {alarm.partition(":")[0] for alarm in alarms} == expected
+        assert all("layer" in alarm for alarm in alarms if alarm.startswith("spike"))
+
+
+def test_a_fall_of_knn_is_written_beside_it(
+    monitored: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The curves of a leak, played to a real run: kNN sinks while the pretext task is solved."""
+    scores = iter([0.8, 0.5])
+    monkeypatch.setattr("sslkit.engine.monitors.KnnMonitor.__call__", lambda _self, _backbone: next(scores))
+    pretext = iter(torch.linspace(0.1, 1.0, 8))
+    contrast = MoCoV1.contrast
+    monkeypatch.setattr(MoCoV1, "contrast", lambda *args: (contrast(*args)[0], next(pretext)))
+    recipe = small_recipe(
+        "moco_v2",
+        "test_vit",
+        optim={"name": "adamw", "lr": 1e-4, "weight_decay": 0.0},
+        data={"path": monitored["data"], "split": "train"},
+        train={"batch_size": 10, "max_steps": 0, "epochs": 2},
+        monitor={**monitored, "data": "builtin:fashion_mnist"},
+    )
+    sslkit.train(recipe, tmp_path / "run")
+    rows = {row["step"]: row["alarms"] for row in lines(tmp_path / "run")}
+    assert rows[4] == []
+    assert [alarm.partition(":")[0] for alarm in rows[8]] == ["dip", "leak"]
+    assert "kNN is 50.0% at epoch 2, 30.0 points below its best of epoch 1" in rows[8][0]
+    assert "from epoch 1 to 2 pretext accuracy rose by 51 points" in rows[8][1]
+
+
+def test_features_that_are_no_numbers_are_an_alarm_and_no_crash() -> None:
+    recipe = small_recipe("simclr", "test_vit")
+    source = open_source(recipe.data).without_labels()
+    backbone = build_method(recipe, len(source)).backbone
+    with torch.no_grad():
+        backbone.norm.weight.fill_(float("nan"))
+    line = Diagnostics(recipe, source, Accelerator(cpu=True)).of_sample(backbone)
+    assert line == {"alarms": ["collapse: features are not finite; try a lower [optim] lr"]}
