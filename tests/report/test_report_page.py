@@ -148,7 +148,7 @@ def test_a_run_without_monitor_says_how_to_get_one(bare: Path, tmp_path: Path) -
     words = written([bare], tmp_path / "bare.html").words()
     assert "Nothing was scored: set [monitor] every_epochs and data" in words
     assert "Not logged: set [monitor] layer_gradients = true" in words
-    assert "there is no diagnostics.jsonl" in words
+    assert "set [monitor] diagnose_every" in words
     assert "Left out, as --no-gallery asked." in words
     # 96 keys, 32 a step
     assert "Until step 3, epoch 0.0484 (shaded), the queue still holds" in words
