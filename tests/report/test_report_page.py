@@ -63,7 +63,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, class_folders: Path) -> Path:
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained ResNet without monitor, gradients by layer or diagnosis."""
     folder = tmp_path_factory.mktemp("report") / "bare"
-    sslkit.train(small_recipe("moco_v2", "test_resnet", train={"max_steps": 4}), folder)
+    recipe = small_recipe("moco_v2", "test_resnet", train={"max_steps": 4}, monitor={"diagnose_every": 0})
+    sslkit.train(recipe, folder)
     return folder
 
 
