@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -34,7 +35,9 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         )
     if recipe.train.precision == "fp16" and _only_cpu():
         raise UserError("[train] precision: 'fp16' needs a GPU; on CPUs take 'no' or 'bf16'")
-    accelerator = Accelerator(
+    # accelerate knows the option by the name that torch 2.15 gives up.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    return Accelerator(
         mixed_precision=recipe.train.precision,
         cpu=True if _only_cpu() else None,
         kwargs_handlers=[
@@ -42,7 +45,6 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
         ],
     )
-    return accelerator
 
 
 def _only_cpu() -> bool:
