@@ -86,7 +86,7 @@ class FinetuneProtocol:
         """The protocol of this name; SwAV's rates differ between 1 % and more ``labels``.
 
         ``deit`` is DeiT's code as MoCo v3 fine-tunes with it (without its repeated augmentation and weight average),
-        ``moco_v3`` is MoCo v3's transfer, ``simclr`` and ``swav`` are their semi-supervised protocols.
+        ``moco_v3`` is MoCo v3's transfer with its numbers for CIFAR-10, ``simclr`` and ``swav`` are their semi-supervised protocols.
         """
         protocols = {
             "deit": _DEIT,
@@ -132,9 +132,8 @@ _MOCO_V3_TRANSFER = replace(
     base_lr=3e-4,
     weight_decay=0.1,
     warmup_epochs=3,
-    mixup=0.8,
-    cutmix=1.0,
     erase=0.0,
+    auto_augment="",
     smallest_crop=0.05,
 )
 _SIMCLR = FinetuneProtocol(

@@ -45,6 +45,7 @@ def test_protocols_have_their_sources_numbers() -> None:
     assert (deit.peak_lr(1024), deit.weight_decay, deit.warmup_epochs) == (pytest.approx(1e-3), 0.05, 5)
     assert (deit.mixup, deit.cutmix, deit.smoothing, deit.erase, deit.drop_path) == (0.8, 1.0, 0.1, 0.25, 0.1)
     transfer = FinetuneProtocol.named("moco_v3")
+    assert (transfer.auto_augment, transfer.smallest_crop, transfer.peak_lr(1024)) == ("", 0.05, pytest.approx(6e-4))
     assert (transfer.epochs, transfer.weight_decay, transfer.warmup_epochs, transfer.erase) == (100, 0.1, 3, 0.0)
     simclr = FinetuneProtocol.named("simclr", "1%")
     assert simclr.peak_lr(1024) == pytest.approx(0.005 * math.sqrt(1024))
