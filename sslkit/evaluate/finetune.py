@@ -86,7 +86,8 @@ class FinetuneProtocol:
         """The protocol of this name; SwAV's rates differ between 1 % and more ``labels``.
 
         ``deit`` is DeiT's code as MoCo v3 fine-tunes with it (without its repeated augmentation and weight average),
-        ``moco_v3`` is MoCo v3's transfer with its numbers for CIFAR-10, ``simclr`` and ``swav`` are their semi-supervised protocols.
+        ``moco_v3`` is MoCo v3's transfer with its numbers for CIFAR-10, ``simclr`` and ``swav`` are their
+        semi-supervised protocols.
         """
         protocols = {
             "deit": _DEIT,
