@@ -159,9 +159,9 @@ def read_layer(encoder: Encoder, layer: int) -> nn.Module:
 class _BlocksReader(nn.Module):
     """The last blocks' class tokens (or position means, where there is no such token), side by side."""
 
-    def __init__(self, module: nn.Module, blocks: int, mean: bool) -> None:
+    def __init__(self, module: nn.Module, blocks: int) -> None:
         super().__init__()
-        self.module, self.blocks, self.mean = module, blocks, mean
+        self.module, self.blocks = module, blocks
         self.has_class_token = getattr(module, "cls_token", None) is not None
 
     def forward(self, images: Tensor) -> Tensor:
@@ -172,22 +172,20 @@ class _BlocksReader(nn.Module):
         pairs = self.module.forward_intermediates(  # type: ignore[operator]
             images, norm=True, return_prefix_tokens=True, **options
         )
-        tokens = [prefix[:, 0] for _, prefix in pairs]
-        return torch.cat([*tokens, *([pairs[-1][0].mean(dim=(2, 3))] if self.mean else [])], dim=1)
+        return torch.cat([prefix[:, 0] for _, prefix in pairs], dim=1)
 
 
-def read_last_blocks(encoder: Encoder, blocks: int, mean: bool = False) -> nn.Module:
-    """DINO's features (arXiv:2104.14294, appendix F.2): (B, 3, H, W) -> (B, blocks x C), one C more with ``mean``.
+def read_last_blocks(encoder: Encoder, blocks: int) -> nn.Module:
+    """DINO's features (arXiv:2104.14294, appendix F.2): (B, 3, H, W) -> (B, blocks x C).
 
     Args:
         encoder: A ViT gives its normed class tokens; others mean-pooled maps, which may differ in width.
-        blocks: How many, from the last (DINO: 4 for ViT-S, 1 for ViT-B).
-        mean: Add the mean of the last block's patches (DINO: for ViT-B).
+        blocks: How many, from the last (DINO: 4 for ViT-S).
 
     Raises:
         UserError: Fewer blocks than asked for, or a model without intermediate outputs.
     """
-    reader = _BlocksReader(encoder.module, blocks, mean)
+    reader = _BlocksReader(encoder.module, blocks)
     try:
         with torch.inference_mode():
             reader.eval()(torch.zeros(1, *encoder.preprocessing["input_size"]))

@@ -93,8 +93,6 @@ def test_dinos_features_are_the_last_class_tokens() -> None:
         tokens.append(vit.norm(seen))
     expected = torch.cat([each[:, 0] for each in tokens[-3:]], dim=1)
     torch.testing.assert_close(read_last_blocks(encoder, 3)(images), expected)
-    with_mean = torch.cat([tokens[-1][:, 0], tokens[-1][:, vit.num_prefix_tokens :].mean(dim=1)], dim=1)
-    torch.testing.assert_close(read_last_blocks(encoder, 1, mean=True)(images), with_mean)
     resnet = Encoder(timm.create_model("test_resnet", num_classes=0), settings, "test_resnet", "test_resnet")
     assert read_last_blocks(resnet, 2)(images).shape == (2, 192 + 96)
     with pytest.raises(UserError, match="--last-blocks 99"):
