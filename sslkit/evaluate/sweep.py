@@ -1,4 +1,4 @@
-"""Many linear heads trained in one pass over frozen features: rates, weight decays and norms at the cost of about one.
+"""Many linear heads trained in one pass over frozen features: a grid of rates, weight decays and norms.
 
 A probe's score depends on its rate more than on anything else, and the best rate on the scale of the features. So all
 are trained at once, on the same batches, and one is chosen on images held out of the training set.
