@@ -1,9 +1,10 @@
 """Run the ablations of `ablations.toml`, every cell with every seed, and write docs/ablations.md with a picture.
 
-    python benchmarks/ablations.py [--jobs 2] [--only "Momentum"] [--seeds 1] [--report]
+    python benchmarks/ablations.py [--jobs 2] [--only "Momentum"] [--seeds 1] [--fill] [--report]
 
 Each cell is a training run in `runs/ablations`, in a process of its own; one that has ended is not run again, and one
-that was stopped continues. `--report` only writes the page from what is there.
+that was stopped continues. What was measured is kept in `ablations_measured.json`, and the page is written from that;
+`--fill` trains only the cells it lacks, `--report` none.
 """
 
 import argparse
@@ -33,14 +34,11 @@ from sslkit.data.source import DataConfig, open_source
 from sslkit.engine.alarms import find_spikes
 from sslkit.engine.run import build_method, make_monitor
 from sslkit.recipe import Recipe, build_recipe
-from sslkit.recipe_tables import TABLES
 
 HERE = Path(__file__).parent
+MEASURED = HERE / "ablations_measured.json"
 RUNS = HERE.parent / "runs" / "ablations"
 COLOURED = RUNS / "coloured"
-# Keys that recipes have got since the first cells were run. At its default such a key is not part of a cell's name, so
-# that what was run before it came is found.
-LATER_KEYS = (("monitor", "diagnose_every"),)
 
 
 @dataclass(frozen=True)
@@ -58,19 +56,15 @@ class Cell:
         return build_recipe(self.tables, name=f"ablations.toml {self.group}: {self.label}")
 
     @property
+    def key(self) -> str:
+        """A name for what is trained: changes with anything that `ablations.toml` says of it."""
+        text = json.dumps([self.group, self.tables], sort_keys=True).replace(str(COLOURED), "COLOURED")
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
     def folder(self) -> Path:
-        """Its run; another group or recipe is another folder."""
-        text = json.dumps([self.group, without_later_keys(self.recipe().as_tables())], sort_keys=True)
-        return RUNS / hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def without_later_keys(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The tables of a recipe without the `LATER_KEYS` that stand at their default."""
-    kept = {table: dict(keys) for table, keys in tables.items()}
-    for table, key in LATER_KEYS:
-        if kept[table].get(key) == TABLES[table].model_fields[key].default:
-            kept[table].pop(key, None)
-    return kept
+        """Its run."""
+        return RUNS / self.key
 
 
 def lay_over(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -138,8 +132,8 @@ def train_cell(cell: Cell) -> None:
 
 
 def spikes(metrics: list[dict[str, Any]]) -> dict[str, int]:
-    """How many steps have over three times the gradient of the twenty before, and in how many the first layer led."""
-    found = find_spikes(metrics, factor=3.0)
+    """How many steps have over twice the gradient of the twenty before, and in how many the first layer led."""
+    found = find_spikes(metrics, factor=2.0)
     return {"spikes": len(found), "first_layer": sum(bool(spike.first_layer_first) for spike in found)}
 
 
@@ -167,12 +161,32 @@ def run_cell(cell: Cell) -> str:
     return f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in result.items())
 
 
+def read_measured() -> dict[str, dict[str, float]]:
+    """Results by the cells' keys: this machine's runs, then what was committed."""
+    measured: dict[str, dict[str, float]] = (
+        json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
+    )
+    for cell in read_cells("", 0):
+        if (cell.folder / "cell.json").is_file():
+            measured[cell.key] = json.loads((cell.folder / "cell.json").read_text(encoding="utf-8"))
+    return measured
+
+
+def save_measured() -> dict[tuple[str, str, int], dict[str, float]]:
+    """Write `ablations_measured.json`, without what is no longer in `ablations.toml`; by group, label and seed."""
+    measured, cells = read_measured(), read_cells("", 0)
+    kept = {cell.key: measured[cell.key] for cell in cells if cell.key in measured}
+    MEASURED.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    return {(cell.group, cell.label, cell.seed): kept[cell.key] for cell in cells if cell.key in kept}
+
+
 def main() -> None:
     """Run what is missing, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="", help="part of a group's name")
     parser.add_argument("--seeds", type=int, default=0, help="the first so many; 0: all")
+    parser.add_argument("--fill", action="store_true", help="train only what ablations_measured.json lacks")
     parser.add_argument("--report", action="store_true", help="only write the page")
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -183,16 +197,13 @@ def main() -> None:
         return
     if not arguments.report:
         make_coloured()
+        there = read_measured() if arguments.fill else {}
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            for line in pool.map(run_cell, cells):
+            for line in pool.map(run_cell, [cell for cell in cells if cell.key not in there]):
                 print(line, flush=True)
+                save_measured()
     spec = tomllib.loads((HERE / "ablations.toml").read_text(encoding="utf-8"))
-    found = {
-        (cell.group, cell.label, cell.seed): json.loads((cell.folder / "cell.json").read_text(encoding="utf-8"))
-        for cell in read_cells("", 0)
-        if (cell.folder / "cell.json").is_file()
-    }
-    print(write_page(spec, found, HERE.parent / "docs"))
+    print(write_page(spec, save_measured(), HERE.parent / "docs"))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,10 @@ BASE = (
 )
 EXTRA = {
     "pretext": ("pretext accuracy", lambda cell: f"{cell['pretext']:.1%}"),
-    "spikes": ("spikes (of these, first layer's)", lambda cell: f"{cell['spikes']:.0f} ({cell['first_layer']:.0f})"),
+    "spikes": (
+        "steps of twice the usual gradient (first layer led)",
+        lambda cell: f"{cell['spikes']:.0f} ({cell['first_layer']:.0f})",
+    ),
     "head": ("kNN after the head", lambda cell: f"{cell['after_head']:.1%}"),
 }
 
@@ -42,7 +45,8 @@ def write_page(spec: dict[str, Any], found: Found, docs: Path) -> Path:
     sections = [HEAD.format(base=BASE)]
     for group in spec["group"]:
         rows = _rows(group, found)
-        sections.append(f"## {group['name']}\n\nThe papers: {group['claim']}.\n\n" + "\n".join(rows) + "\n")
+        said = f"The papers: {group['claim']}." + (f" **Here:** {group['here']}." if "here" in group else "")
+        sections.append(f"## {group['name']}\n\n{said}\n\n" + "\n".join(rows) + "\n")
     page = docs / "ablations.md"
     page.write_text("\n".join(sections), encoding="utf-8")
     _draw(spec, found, docs / "pictures" / "ablations.png")
@@ -70,7 +74,7 @@ def _rows(group: dict[str, Any], found: Found) -> list[str]:
 
 
 def _draw(spec: dict[str, Any], found: Found, file: Path) -> None:
-    """A panel for each group: every seed a dot, the mean a bar."""
+    """A panel for each group: every seed a dot, their mean a line across."""
     groups = [g for g in spec["group"] if any(_scores(g["name"], c["label"], found) for c in g["cells"])]
     if not groups:
         return
@@ -81,7 +85,7 @@ def _draw(spec: dict[str, Any], found: Found, file: Path) -> None:
     figure, axes = plt.subplots(
         len(heights),
         columns,
-        figsize=(11, sum(0.34 * n + 1.0 for n in heights.values())),
+        figsize=(11, sum(0.3 * n + 1.0 for n in heights.values())),
         squeeze=False,
         height_ratios=[n + 2.5 for n in heights.values()],
         layout="constrained",
@@ -89,20 +93,29 @@ def _draw(spec: dict[str, Any], found: Found, file: Path) -> None:
     for axis in axes.flat[len(groups) :]:
         axis.set_axis_off()
     for axis, group in zip(axes.flat, groups, strict=False):
-        labels = [cell["label"] for cell in group["cells"]]
-        for height, label in enumerate(labels):
-            knn = [run["knn"] * 100 for run in _scores(group["name"], label, found)]
-            if knn:
-                axis.barh(height, np.mean(knn), color="#9ecae1", height=0.6)
-                axis.plot(knn, [height] * len(knn), "o", color="#08519c", markersize=4)
-        scores = [run["knn"] * 100 for c in group["cells"] for run in _scores(group["name"], c["label"], found)]
-        axis.set_xlim(min(scores) - 2, max(scores) + 1)
-        axis.set_yticks(range(len(labels)), labels)
-        axis.invert_yaxis()
-        axis.set_title(group["name"], loc="left", fontsize=10, fontweight="bold")
-        axis.set_xlabel("kNN top-1, %", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+        _draw_group(axis, group, found)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def _draw_group(axis: Any, group: dict[str, Any], found: Found) -> None:
+    """Every cell a row; at least five points of accuracy wide, so that noise does not look like an effect."""
+    labels = [cell["label"] for cell in group["cells"]]
+    drawn: list[float] = []
+    for height, label in enumerate(labels):
+        knn = [run["knn"] * 100 for run in _scores(group["name"], label, found)]
+        if knn:
+            axis.plot([np.mean(knn)] * 2, [height - 0.3, height + 0.3], color="#6baed6", linewidth=3, zorder=1)
+            axis.plot(knn, [height] * len(knn), "o", color="#08519c", markersize=5, alpha=0.8)
+        drawn += knn
+    middle, half = (min(drawn) + max(drawn)) / 2, max((max(drawn) - min(drawn)) / 2 * 1.08, 2.5)
+    axis.set_xlim(middle - half, middle + half)
+    axis.set_ylim(len(labels) - 0.4, -0.6)
+    axis.set_yticks(range(len(labels)), labels)
+    axis.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.set_title(group["name"], loc="left", fontsize=10, fontweight="bold")
+    axis.set_xlabel("kNN top-1, %", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)

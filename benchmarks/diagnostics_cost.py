@@ -16,7 +16,8 @@ from typing import Any
 from unittest.mock import patch
 
 import sslkit
-from sslkit.engine import loop, run
+from sslkit.engine import measure as measure_module
+from sslkit.engine import run
 
 
 def measure(recipe: str, overrides: list[str], steps: int, every: int) -> tuple[float, float]:
@@ -37,7 +38,7 @@ def measure(recipe: str, overrides: list[str], steps: int, every: int) -> tuple[
     loaded = sslkit.load_recipe(recipe, [*overrides, *keys])
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(loop, "diagnose", timed("inside", loop.diagnose)),
+        patch.object(measure_module, "diagnose", timed("inside", measure_module.diagnose)),
         patch.object(run, "run_loop", timed("steps", run.run_loop)),
     ):
         sslkit.train(loaded, Path(folder) / "run")

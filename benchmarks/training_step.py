@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 import sslkit
-from sslkit.engine.loop import shuffle_order
+from sslkit.engine.draws import shuffle_order
 from sslkit.engine.optim import make_optimizer
 from sslkit.engine.run import build_method
 from sslkit.methods import METHODS, Progress

@@ -5,7 +5,15 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Bad input. The doors print it as one sentence and exit with code 2."""
+    """Bad input. The doors print it as one sentence and exit with code 2.
+
+    A DataLoader makes a worker's error anew from the text of its traceback, of which only the sentence is kept.
+    """
+
+    def __init__(self, sentence: str = "") -> None:
+        if sentence.startswith("Caught ") and " in DataLoader worker process " in sentence:
+            sentence = sentence.strip().splitlines()[-1].partition(": ")[2]
+        super().__init__(sentence)
 
 
 class RunError(RuntimeError):

@@ -22,6 +22,7 @@ from sslkit.recipe_tables import (
     TABLES,
     BackboneConfig,
     CheckpointConfig,
+    GuardConfig,
     MonitorConfig,
     OptimConfig,
     ScheduleConfig,
@@ -49,6 +50,7 @@ class Recipe:
     train: TrainConfig
     monitor: MonitorConfig
     checkpoint: CheckpointConfig
+    guard: GuardConfig
     reference: dict[str, Any]
 
     @property
@@ -255,6 +257,11 @@ def _contradictions(recipe: Recipe) -> list[str]:
     if recipe.backbone.img_size and not takes_image_size(recipe.backbone.name):
         mistakes.append(
             f"[backbone] img_size: {recipe.backbone.name!r} takes images of any size; leave it out, [views] size rules"
+        )
+    if recipe.checkpoint.keep_best and not recipe.monitor.every_epochs:
+        mistakes.append(
+            f"[checkpoint] keep_best: {recipe.checkpoint.keep_best!r} is measured by the monitor only; give "
+            "[monitor] every_epochs and data"
         )
     if recipe.schedule.decay == "steps" and not recipe.schedule.milestones:
         mistakes.append("[schedule] milestones: decay = 'steps' needs the epochs at which the rate falls")

@@ -94,6 +94,7 @@ class TrainConfig(_Table):
         head_warmup_epochs: Epochs at the start in which only the heads learn: for a backbone that is continued.
         processes: How many processes this run must have; 0 takes what the launcher starts.
         log_every: Steps between lines of metrics.jsonl.
+        max_hours: Hours after which to save and stop, as a signal would; the same command continues. 0: no limit.
     """
 
     epochs: int = Field(strict=True, ge=1, le=1_000_000)
@@ -106,6 +107,7 @@ class TrainConfig(_Table):
     head_warmup_epochs: float = Field(default=0.0, ge=0.0)
     processes: int = Field(strict=True, default=0, ge=0)
     log_every: int = Field(strict=True, default=10, ge=1)
+    max_hours: float = Field(default=0.0, ge=0.0)
 
 
 class MonitorConfig(_Table):
@@ -139,11 +141,45 @@ class MonitorConfig(_Table):
 
 
 class CheckpointConfig(_Table):
-    """``[checkpoint]``: save every so many steps and every so many minutes (0: never), keep the newest few."""
+    """``[checkpoint]``: when the run is saved, and which of its checkpoints stay.
+
+    Attributes:
+        every_steps: Save every so many steps (0: never); the end of the run is always saved.
+        every_minutes: Save every so many minutes (0: never).
+        keep: The newest so many stay.
+        keep_every_epochs: Save at the end of every so many epochs too, and keep these for good (0: none).
+        keep_best: ``"knn"``: save whenever ``[monitor]`` measures kNN too, and keep the best of these. Empty: none.
+    """
 
     every_steps: int = Field(strict=True, default=0, ge=0)
     every_minutes: float = Field(default=15.0, ge=0.0)
     keep: int = Field(strict=True, default=2, ge=1)
+    keep_every_epochs: int = Field(strict=True, default=0, ge=0)
+    keep_best: Literal["", "knn"] = ""
+
+
+class GuardConfig(_Table):
+    """``[guard]``: what is done when numbers or processes go wrong.
+
+    Attributes:
+        policy: For a step whose loss or gradient is not finite, or whose loss is a spike: ``stop`` the run, or
+            ``skip`` the step. Either way it never reaches weights, teacher or queue.
+        loss_spike: A loss above so many times the median of the last 50 is a spike; 0: none is.
+        max_skips: Steps in a row that may be skipped; then the run goes back to its last checkpoint and takes the
+            images in another order from there.
+        max_rewinds: How often it may go back before it stops after all.
+        rewind_lr: Factor on the learning rate each time it goes back.
+        compare_every: Steps between comparisons of the processes' weights; 0: never.
+        timeout_seconds: How long a process may keep the others waiting before the run is ended.
+    """
+
+    policy: Literal["stop", "skip"] = "stop"
+    loss_spike: float = Field(default=0.0, ge=0.0)
+    max_skips: int = Field(strict=True, default=10, ge=0)
+    max_rewinds: int = Field(strict=True, default=1, ge=0)
+    rewind_lr: float = Field(default=1.0, gt=0.0, le=1.0)
+    compare_every: int = Field(strict=True, default=500, ge=0)
+    timeout_seconds: float = Field(default=600.0, gt=0.0, le=86400.0)
 
 
 TABLES: dict[str, type[BaseModel]] = {
@@ -155,4 +191,5 @@ TABLES: dict[str, type[BaseModel]] = {
     "train": TrainConfig,
     "monitor": MonitorConfig,
     "checkpoint": CheckpointConfig,
+    "guard": GuardConfig,
 }

@@ -1,6 +1,7 @@
 """The ablation cells resolve, differ as they say, and their page is written from what was run."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -34,12 +35,18 @@ def test_every_cell_resolves_to_a_recipe_of_its_own(ablations: object) -> None:
     assert (pair.crop_scale, pair.jitter_prob, pair.gray_prob, pair.blur_prob) == ((1.0, 1.0), 0.8, 0.5, 0.0)
 
 
-def test_runs_from_before_a_key_came_are_found(ablations: object) -> None:
-    """The name of a folder that was trained before [monitor] diagnose_every existed, and of one that asks for it."""
-    cell = next(cell for cell in ablations.read_cells("Momentum", 1) if cell.label == "0")
-    assert cell.folder.name == "0edffcbb73ec84eb"
-    asked = ablations.lay_over(cell.tables, {"monitor": {"diagnose_every": 10}})
-    assert ablations.Cell(cell.group, cell.label, cell.seed, cell.shows, asked).folder != cell.folder
+def test_a_measured_cell_is_known_by_what_the_table_says_of_it(
+    ablations: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = ablations.read_cells("Momentum", 1)
+    monkeypatch.setattr(ablations, "RUNS", tmp_path)
+    monkeypatch.setattr(ablations, "MEASURED", tmp_path / "measured.json")
+    (tmp_path / "measured.json").write_text(json.dumps({cells[0].key: {"knn": 0.1}, "of an older table": {"knn": 1.0}}))
+    cells[1].folder.mkdir()
+    (cells[1].folder / "cell.json").write_text('{"knn": 0.8}')
+    found = ablations.save_measured()
+    assert found == {("Momentum", "0", 0): {"knn": 0.1}, ("Momentum", "0.9", 0): {"knn": 0.8}}
+    assert set(json.loads((tmp_path / "measured.json").read_text())) == {cells[0].key, cells[1].key}
 
 
 def test_the_page_tells_what_was_not_run(ablations: object, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import sslkit
 ROOT = Path(sslkit.__file__).parent
 LAYERS = {
     "errors": 0,
+    "durable": 1,
     "parts": 1,
     "methods": 2,
     "data": 2,

@@ -1,6 +1,6 @@
 """The command line: parse, call, print. Heavy imports wait inside the commands, so that ``--help`` is quick.
 
-Exit codes: 0 done, 2 bad input (one sentence), 1 a fault of ours.
+Exit codes: 0 done, 2 bad input (one sentence), 1 a fault of ours, 75 stopped on request, to be continued.
 """
 
 import itertools
@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.table import Table
 
+from sslkit.cli.data import data_app
 from sslkit.cli.evaluation import evaluation
 from sslkit.cli.look import report, views
+from sslkit.cli.replay import replay
 from sslkit.cli.show import AsJson, console, show_report
 from sslkit.errors import RunError, UserError
 
@@ -28,9 +30,11 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="The recipes that come with sslkit.", invoke_without_command=True)
 app.add_typer(evaluation, name="eval")
+app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
 
 BAD_INPUT = 2
+RESUMABLE = 75  # sslkit.engine.stopping has it too, behind heavy imports
 INTERRUPTED = 130  # what Typer makes of Ctrl-C
 
 
@@ -46,13 +50,15 @@ def pretrain(
 ) -> None:
     """Pretrain an encoder; the same command again continues it.
 
-    Give a recipe, or all of --method, --backbone and --data. Given both, the options win.
+    Give a recipe, or all of --method, --backbone and --data. Given both, the options win. SIGTERM, SIGUSR1 and Ctrl-C
+    save and end it with exit code 75; the second one ends it at once.
     """
     from sslkit.engine import train
 
     loaded = _recipe_from_words(recipe, overrides or [], method, backbone, data)
     name = Path(recipe).stem if recipe else f"{loaded.method_name}_{loaded.backbone.name}"
-    train(loaded, output or Path("runs") / name, resume)
+    if train(loaded, output or Path("runs") / name, resume).stopped:
+        raise typer.Exit(RESUMABLE)
 
 
 @app.command(epilog="Example: sslkit export runs/quickstart my-encoder")
@@ -87,6 +93,7 @@ def export(
 
 app.command(epilog="Example: sslkit report runs/quickstart")(report)
 app.command(epilog="Example: sslkit views mocov3_vits --data photos")(views)
+app.command(epilog="Example: sslkit replay runs/photos/capsules/step-00012345")(replay)
 
 
 @app.command(epilog="Example: sslkit doctor mocov3_vits --data photos")

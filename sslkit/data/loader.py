@@ -1,6 +1,7 @@
 """The order of samples as a pure function of (seed, epoch); workers, ranks and resume offsets are slices of it."""
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sslkit.data.posts import Posts
+from sslkit.data.replace import BadSample, read_or_replace
 from sslkit.data.source import ImageSource
 from sslkit.data.views import ViewPipeline
 
 Key = tuple[int, int]  # (epoch, sample)
+WORKER_GRACE = 30  # seconds a worker lives on after SIGTERM
 
 
 @dataclass(frozen=True)
@@ -24,20 +28,26 @@ class Batch:
 
     Attributes:
         views: One (B, size, size, 3) uint8 tensor per view.
-        sample_ids: (B,) int64, positions in the source.
+        sample_ids: (B,) int64, positions in the source of the images that the views show. Where an image could not
+            be read, it is the position of the one that took its place: an embedding is kept with what it is of.
+        bad: The images that could not be read.
     """
 
     views: list[Tensor]
     sample_ids: Tensor
+    bad: tuple[BadSample, ...] = ()
 
     def pin_memory(self) -> "Batch":
         """Called by the DataLoader; pinned pages make the copy to a GPU asynchronous."""
-        return Batch([view.pin_memory() for view in self.views], self.sample_ids.pin_memory())
+        return Batch([view.pin_memory() for view in self.views], self.sample_ids.pin_memory(), self.bad)
 
 
-def epoch_order(seed: int, epoch: int, num_samples: int) -> NDArray[np.int64]:
-    """The permutation of ``range(num_samples)`` that an epoch follows; the tail short of a batch is dropped."""
-    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+def epoch_order(seed: int, epoch: int, num_samples: int, detour: int = 0) -> NDArray[np.int64]:
+    """The permutation of ``range(num_samples)`` that an epoch follows; the tail short of a batch is dropped.
+
+    ``detour`` counts how often the run went back to a checkpoint to take another order from there.
+    """
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch + (detour << 32)]))
     return generator.permutation(num_samples)
 
 
@@ -58,11 +68,25 @@ class GlobalBatches(Sampler[list[Key]]):
         world_size: int = 1,
         start_step: int = 0,
         total_steps: int,
+        detour: int = 0,
     ) -> None:
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.start_step, self.total_steps = start_step, total_steps
+        self.start_step, self.total_steps, self.detour = start_step, total_steps, detour
         self.steps_per_epoch = num_samples // batch_size
+
+    def starting_at(self, step: int) -> "GlobalBatches":
+        """The same batches from another step on."""
+        return GlobalBatches(
+            self.num_samples,
+            self.batch_size,
+            self.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+            start_step=step,
+            total_steps=self.total_steps,
+            detour=self.detour,
+        )
 
     def __len__(self) -> int:
         return self.total_steps - self.start_step
@@ -73,34 +97,64 @@ class GlobalBatches(Sampler[list[Key]]):
         for step in range(self.start_step, self.total_steps):
             epoch, position = divmod(step, self.steps_per_epoch)
             if epoch != current:
-                current, order = epoch, epoch_order(self.seed, epoch, self.num_samples)
+                current, order = epoch, epoch_order(self.seed, epoch, self.num_samples, self.detour)
             first = position * self.batch_size + self.rank * local
             yield [(epoch, int(sample)) for sample in order[first : first + local]]
 
 
-class ViewDataset(Dataset[tuple[list[NDArray[np.uint8]], int]]):
-    """Decodes a sample once and cuts its views; asked for by (epoch, sample)."""
+Item = tuple[list[NDArray[np.uint8]], int, tuple[BadSample, ...]]
 
-    def __init__(self, source: ImageSource, pipeline: ViewPipeline) -> None:
-        self.source, self.pipeline = source, pipeline
 
-    def __getitem__(self, key: Key) -> tuple[list[NDArray[np.uint8]], int]:
+class ViewDataset(Dataset[Item]):
+    """Decodes a sample once and cuts its views; asked for by (epoch, sample).
+
+    The draws of the views are those of the sample that was asked for, also where another image took its place.
+    """
+
+    def __init__(self, source: ImageSource, pipeline: ViewPipeline, posts: Posts | None = None) -> None:
+        self.source, self.pipeline, self.posts = source, pipeline, posts
+
+    def __getitem__(self, key: Key) -> Item:
         epoch, sample = key
-        return self.pipeline(self.source.read(sample), epoch, sample), sample
+        if self.posts is not None:
+            self.posts.begin(sample)
+        found = read_or_replace(self.source, self.pipeline.seed, epoch, sample)
+        views = self.pipeline(found.pixels, epoch, sample)
+        if self.posts is not None:
+            self.posts.end()
+        return views, found.index, found.bad
 
 
 def make_loader(
-    source: ImageSource, pipeline: ViewPipeline, batches: GlobalBatches, *, workers: int, pin_memory: bool
+    source: ImageSource,
+    pipeline: ViewPipeline,
+    batches: GlobalBatches,
+    *,
+    workers: int,
+    pin_memory: bool,
+    timeout: float = 0.0,
+    posts: Posts | None = None,
 ) -> "DataLoader[Batch]":
-    """A loader over the whole rest of the run; its workers live as long as it does."""
+    """A loader over the whole rest of the run; its workers live as long as it does.
+
+    Args:
+        source: Images; labels are not looked at.
+        pipeline: Cuts the views.
+        batches: Which samples, in which order.
+        workers: Processes; 0 works in this one.
+        pin_memory: Whether batches are copied to pinned pages.
+        timeout: Seconds after which waiting for workers is an error; 0 waits for ever.
+        posts: Where workers write what they are at, or None.
+    """
     loader: DataLoader[Any] = DataLoader(
-        ViewDataset(source.without_labels(), pipeline),
+        ViewDataset(source.without_labels(), pipeline, posts),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         prefetch_factor=4 if workers else None,
+        timeout=timeout if workers else 0.0,
     )
     return loader
 
@@ -121,11 +175,21 @@ def cores_of_a_process(processes_here: int) -> int:
     return max(len(os.sched_getaffinity(0)) // processes_here, 1)
 
 
-def _collate(samples: list[tuple[list[NDArray[np.uint8]], int]]) -> Batch:
-    views = [torch.from_numpy(np.stack(view)) for view in zip(*(views for views, _ in samples), strict=True)]
-    return Batch(views, torch.tensor([sample for _, sample in samples]))
+def _collate(items: list[Item]) -> Batch:
+    views = [torch.from_numpy(np.stack(view)) for view in zip(*(views for views, _, _ in items), strict=True)]
+    bad = tuple(each for _, _, tried in items for each in tried)
+    return Batch(views, torch.tensor([index for _, index, _ in items]), bad)
 
 
-def _start_worker(_worker: int) -> None:
+def start_worker(_worker: int) -> None:
+    """What every data worker does first: one thread, and no signal of its own.
+
+    A scheduler or a terminal signals the whole group. That is for the process that trains: it needs one more batch to
+    stop well. A worker that nobody asks any more leaves by itself.
+    """
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))

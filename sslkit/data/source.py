@@ -4,9 +4,9 @@
 """
 
 import glob
-import gzip
 import hashlib
 import os
+from collections import Counter
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,9 +16,12 @@ import datasets
 import numpy as np
 import pyarrow.parquet
 from numpy.typing import NDArray
+from pyarrow import compute
 from pydantic import BaseModel, ConfigDict, Field
 
-from sslkit.data.decode import decode_rgb
+from sslkit.data.decode import UnreadableImage, decode_rgb, read_file
+from sslkit.data.folder import folders_in, has_metadata, list_images, printable, to_path
+from sslkit.data.idx import read_idx
 from sslkit.errors import UserError, near_miss
 
 BUILTIN = "builtin:"
@@ -42,6 +45,9 @@ class DataConfig(BaseModel):
         image_column: Column of images; found by its type when not given.
         label_column: Column of class labels; found by its type when not given. Never read for pretraining.
         workers: Processes that decode and augment; ``"auto"`` is one a core, less one on CPU-only machines.
+        worker_timeout: Seconds that a batch may take before its worker counts as stuck (0: for ever).
+        max_bad_share: The run stops when more than this share of the images, rounded up to whole images, has proved
+            unreadable. Until then another image takes the place of each.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -54,6 +60,8 @@ class DataConfig(BaseModel):
     image_column: str | None = None
     label_column: str | None = None
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    worker_timeout: float = Field(default=300.0, ge=0.0)
+    max_bad_share: float = Field(default=0.01, ge=0.0, le=1.0)
 
 
 @dataclass(frozen=True)
@@ -76,16 +84,36 @@ class ImageSource:
         return int(self.table.num_rows)
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        """Decode image ``index`` to (H, W, 3) uint8 RGB."""
-        cell = self.table[index][self.image_column]
-        name = cell.get("path") or f"image {index} of {self.description}"
-        encoded = cell.get("bytes")
-        if encoded is None:
-            try:
-                encoded = Path(cell["path"]).read_bytes()
-            except (OSError, TypeError) as error:
-                raise UserError(f"cannot read {name}: {error}") from error
+        """Decode image ``index`` to (H, W, 3) uint8 RGB.
+
+        Raises:
+            UnreadableImage: It cannot be.
+        """
+        name, encoded = self.encoded(index)
         return decode_rgb(encoded, name)
+
+    def encoded(self, index: int) -> tuple[str, bytes]:
+        """The printable name of image ``index``, and its bytes as they are stored.
+
+        Raises:
+            UnreadableImage: There are none, or they cannot be read.
+        """
+        cell = self.table[index][self.image_column] or {}
+        name = printable(cell.get("path") or f"image {index} of {self.description}")
+        encoded = cell.get("bytes")
+        if encoded is not None:
+            return name, encoded
+        if not cell.get("path"):
+            raise UnreadableImage(name, "the row holds no image")
+        try:
+            return name, read_file(to_path(cell["path"]))
+        except OSError as error:
+            raise UnreadableImage(name, error.strerror or str(error)) from error
+
+    def name(self, index: int) -> str:
+        """What to call image ``index`` in print, on one line."""
+        cell = self.table[index][self.image_column] or {}
+        return printable(cell.get("path") or f"image {index} of {self.description}")
 
     def labels(self) -> list[str]:
         """The class of every image by name (or number, as text, where classes have no names).
@@ -101,7 +129,7 @@ class ImageSource:
         return [names[value] if names else str(value) for value in self.table[self.label_column]]
 
     def paths(self) -> list[str]:
-        """The file every image came from, as the data knows it; empty text where it does not."""
+        """The file every image came from, as `to_text` writes it; empty text where the data does not know."""
         batches = self.table.select_columns([self.image_column]).with_format("arrow").iter(1024)
         return [
             path or ""
@@ -117,9 +145,38 @@ class ImageSource:
                 if cell["bytes"] is not None:
                     digest.update(hashlib.sha256(cell["bytes"]).digest())
                 else:
-                    status = os.stat(cell["path"])
+                    try:
+                        status = os.stat(to_path(cell["path"]))
+                    except OSError as error:
+                        raise UnreadableImage(printable(cell["path"]), error.strerror or str(error)) from error
                     digest.update(f"{cell['path']}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         return digest.hexdigest()
+
+    def names_digest(self) -> str:
+        """SHA-256 of how many images there are and what they are called, below the folder that holds them all.
+
+        Nothing is opened: images without a name count by their size in bytes. About a second for a million.
+        """
+        column = self.table.select_columns([self.image_column]).with_format("arrow")
+        root = self._common_folder()
+        digest = hashlib.sha256(str(len(self)).encode())
+        for batch in column.iter(4096):
+            images = batch[self.image_column].combine_chunks()
+            sizes = compute.binary_length(images.field("bytes")).to_pylist()
+            paths = images.field("path").to_pylist()
+            for path, size in zip(paths, sizes, strict=True):
+                digest.update(f"{(path or '')[root:]}\0{size}\0".encode())
+        return digest.hexdigest()
+
+    def _common_folder(self) -> int:
+        """Length of the folders that all paths begin with."""
+        column = self.table.select_columns([self.image_column]).with_format("arrow")
+        ends: list[str] = []
+        for batch in column.iter(4096):
+            bounds = compute.min_max(batch[self.image_column].combine_chunks().field("path")).as_py()
+            ends = [end for end in (*ends, *bounds.values()) if end is not None]
+            ends = [min(ends), max(ends)] if ends else []
+        return os.path.commonprefix(ends).rfind("/") + 1  # noqa: RUF071 - cut at a slash
 
     def class_names(self) -> list[str]:
         """Names of the classes in the order of their labels, or an empty list."""
@@ -149,7 +206,8 @@ def open_source(config: DataConfig) -> ImageSource:
     if table.num_rows == 0:
         raise UserError(f"[data] path: {description} holds no images")
     image_column = _image_column(table, config)
-    table = table.cast_column(image_column, datasets.Image(decode=False))
+    if table.features[image_column] != datasets.Image(decode=False):
+        table = table.cast_column(image_column, datasets.Image(decode=False))
     return ImageSource(table, image_column, _label_column(table, config), description)
 
 
@@ -163,9 +221,17 @@ def available_splits(config: DataConfig) -> list[str]:
     return []
 
 
+def files_left_out(config: DataConfig) -> Counter[str]:
+    """How many files of a folder were not taken for images, by suffix; empty for data of another kind."""
+    root = _image_folder(config)
+    return list_images(root).left_out if root and not has_metadata(root) else Counter()
+
+
 def _load(config: DataConfig) -> datasets.Dataset:
     if config.path.startswith(BUILTIN):
         return _load_builtin(config)
+    if (root := _image_folder(config)) and not has_metadata(root):
+        return list_images(root).table
     loader, files = _local_files(config)
     try:
         if loader is None:
@@ -179,6 +245,16 @@ def _load(config: DataConfig) -> datasets.Dataset:
         if "corresponds to no data" in reason:
             reason = "no images in it"
         raise UserError(f"[data] path: cannot load {_what(config)!r}: {where}{reason}") from error
+
+
+def _image_folder(config: DataConfig) -> Path | None:
+    """The folder below which every image is one of the split, or None where the data are of another kind."""
+    if config.path == "imagefolder" and config.data_dir and not config.data_files:
+        return _split_folder(Path(config.data_dir), config.split)
+    path = Path(config.path).expanduser()
+    if config.path not in LOADERS and path.is_dir() and _loader_for_folder(path) == "imagefolder":
+        return _split_folder(path, config.split)
+    return None
 
 
 def _what(config: DataConfig) -> str:
@@ -225,10 +301,15 @@ def _loader_for_folder(folder: Path) -> str:
 
 
 def _folder_pattern(folder: Path, split: str, loader: str) -> str:
-    """Pattern of the split's files: its subfolder where all subfolders are splits, else all, the split "train"."""
+    pattern = glob.escape(str(_split_folder(folder, split)))
+    return f"{pattern}/**" if loader == "imagefolder" else f"{pattern}/**/*.{loader}"
+
+
+def _split_folder(folder: Path, split: str) -> Path:
+    """The split's subfolder where all subfolders are splits, else the folder itself, as the split "train"."""
     if not folder.is_dir():
         raise UserError(f"[data] data_dir: no folder {str(folder)!r}")
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    found = folders_in(folder)
     if set(found) & set(SPLITS) and not set(found) <= set(SPLITS):
         raise UserError(
             f"[data] path: {str(folder)!r} has folders of splits and others, {found[:8]}; name a folder that holds "
@@ -237,10 +318,9 @@ def _folder_pattern(folder: Path, split: str, loader: str) -> str:
     if split not in found and ((found and set(found) <= set(SPLITS)) or split != "train"):
         raise UserError(f"[data] split: {str(folder)!r} has no folder {split!r}; it has {found[:8]}")
     root = folder / split if split in found else folder
-    if next((entry for entry in root.rglob("*") if entry.is_file()), None) is None:
+    if next((entry for entry in root.rglob("*") if not entry.is_dir()), None) is None:
         raise UserError(f"[data] path: the folder {str(root)!r} is empty")
-    pattern = glob.escape(str(root))
-    return f"{pattern}/**" if loader == "imagefolder" else f"{pattern}/**/*.{loader}"
+    return root
 
 
 def _has_class_folders(patterns: list[str]) -> bool:
@@ -267,8 +347,13 @@ def _load_builtin(config: DataConfig) -> datasets.Dataset:
 def _read_idx_fashion_mnist(folder: Path, split: str) -> datasets.Dataset:
     """All 60 000 + 10 000 images from the four IDX files that Debian's dataset-fashion-mnist installs."""
     stem = "train" if split == "train" else "t10k"
-    images = _read_idx(folder / f"{stem}-images-idx3-ubyte.gz", num_axes=3)
-    labels = _read_idx(folder / f"{stem}-labels-idx1-ubyte.gz", num_axes=1)
+    images = read_idx(folder / f"{stem}-images-idx3-ubyte.gz", num_axes=3)
+    labels = read_idx(folder / f"{stem}-labels-idx1-ubyte.gz", num_axes=1)
+    if len(images) != len(labels) or labels.max() > 9:
+        raise UserError(
+            f"[data] data_dir: {folder} has {len(images)} images and {len(labels)} labels up to "
+            f"{labels.max()}; there must be one, of 0 to 9, for each image"
+        )
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(10)})
 
     def rows() -> Any:
@@ -276,22 +361,6 @@ def _read_idx_fashion_mnist(folder: Path, split: str) -> datasets.Dataset:
             yield {"image": pixels, "label": int(label)}
 
     return datasets.Dataset.from_list(list(rows()), features=features)
-
-
-def _read_idx(file: Path, num_axes: int) -> NDArray[np.uint8]:
-    if not file.is_file():
-        raise UserError(
-            f"[data] name: 'full' needs {file}; install Debian's package dataset-fashion-mnist, or set data_dir"
-        )
-    try:
-        raw = gzip.decompress(file.read_bytes())
-    except (OSError, EOFError) as error:
-        raise UserError(f"[data] data_dir: {file} is not a whole gzip file: {error}") from error
-    header = 4 + 4 * num_axes
-    shape = [int(length) for length in np.frombuffer(raw[4:header], dtype=">u4")]
-    if raw[:4] != bytes((0, 0, 8, num_axes)) or len(raw) != header + int(np.prod(shape)):
-        raise UserError(f"[data] data_dir: {file} is not an IDX file of unsigned bytes with {num_axes} axes")
-    return np.frombuffer(raw, dtype=np.uint8, offset=header).reshape(shape)
 
 
 def _image_column(table: datasets.Dataset, config: DataConfig) -> str:

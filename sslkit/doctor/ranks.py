@@ -12,7 +12,7 @@ from sslkit.data.loader import Batch, GlobalBatches, make_loader
 from sslkit.data.source import ImageSource
 from sslkit.data.views import ViewPipeline, normalise
 from sslkit.doctor.findings import Finding, fault, first_line, judge, not_applicable
-from sslkit.engine.loop import SHUFFLE
+from sslkit.engine.draws import SHUFFLE
 from sslkit.engine.optim import make_optimizer, set_learning_rate
 from sslkit.engine.processes import make_accelerator
 from sslkit.engine.run import BACKBONES, build_method

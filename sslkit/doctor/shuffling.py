@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sslkit.doctor.findings import Finding, fault, not_applicable, ok
 from sslkit.doctor.patient import Patient, key_queue
-from sslkit.engine.loop import shuffle_order
+from sslkit.engine.draws import shuffle_order
 from sslkit.methods.base import Features, Permutation, Views, local_bn_groups
 from sslkit.parts.batchnorm import has_batch_norm
 

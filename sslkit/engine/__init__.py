@@ -1,5 +1,6 @@
 """How training runs: the loop, its optimizer, checkpoints, journal and monitors."""
 
-from sslkit.engine.run import Run, train
+from sslkit.engine.folder import Run
+from sslkit.engine.run import train
 
 __all__ = ["Run", "train"]

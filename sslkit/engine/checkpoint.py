@@ -3,20 +3,16 @@
     checkpoints/step-00001234/   model.safetensors  optimizer.safetensors  state.json  manifest.json
     checkpoints/latest           the newest one's name
 
-A checkpoint is written aside, synced, given a manifest of sizes and SHA-256 sums, and renamed; only then does
-``latest`` move and are older ones removed.
+Reading them, and what an optimizer's state is called in them; `sslkit.engine.saver` writes them.
 """
 
 import hashlib
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -41,55 +37,6 @@ class Checkpoint:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
-
-
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    method: nn.Module,
-    optimizer: Optimizer,
-    scaler: dict[str, Any],
-    recipe: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Save everything a resumed run needs, then remove all but the newest ``keep`` checkpoints.
-
-    Args:
-        folder: The run's ``checkpoints`` folder.
-        step: Updates made.
-        method: Unwrapped method: student, teacher, queue.
-        optimizer: Its optimizer.
-        scaler: State of the gradient scaler, plain numbers; empty without one.
-        recipe: The run's recipe as tables.
-        keep: How many checkpoints stay.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{step:08d}"
-    aside = folder / f".step-{step:08d}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    tensors, scalars = _flatten_optimizer(method, optimizer)
-    _save_tensors(method.state_dict(), aside / "model.safetensors")
-    _save_tensors(tensors, aside / "optimizer.safetensors")
-    _write_json(aside / "state.json", {"step": step, "optimizer": scalars, "scaler": scaler, "recipe": recipe})
-    _write_json(aside / "manifest.json", {"format": FORMAT, "files": _checksums(aside)})
-    for file in aside.iterdir():
-        _sync(file)
-    _sync(aside)
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(aside, final)
-    _sync(folder)
-    _point_latest(folder, final.name)
-    _prune(folder, final, keep)
-    return final
-
-
-def _prune(folder: Path, newest: Path, keep: int) -> None:
-    """Remove all but the newest and the ``keep - 1`` before it; later steps are of a course that was abandoned."""
-    earlier = sorted(each for each in folder.glob("step-*") if each.name < newest.name)
-    later = [each for each in folder.glob("step-*") if each.name > newest.name]
-    for old in later + earlier[: max(len(earlier) - keep + 1, 0)]:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -157,8 +104,11 @@ def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> 
         group.update(tensors.get(f"{GROUP}{index}", {}))
 
 
-def _flatten_optimizer(method: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by ``parameter/slot`` or ``group/slot`` (timm's LAMB counts steps there), and plain numbers."""
+def flatten_optimizer(method: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by ``parameter/slot`` or ``group/slot`` (timm's LAMB counts steps there), and plain numbers.
+
+    The tensors are the optimizer's own, not copies.
+    """
     names: dict[Tensor, str] = {param: name for name, param in method.named_parameters()}
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -173,14 +123,6 @@ def _flatten_optimizer(method: nn.Module, optimizer: Optimizer) -> tuple[dict[st
     return tensors, scalars
 
 
-def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    # Copies: safetensors refuses tensors that share memory, as tied weights do.
-    plain = {
-        name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-    save_file(plain, file, metadata={"format": "pt"})
-
-
 def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
     sums = {}
     for file in sorted(folder.iterdir()):
@@ -189,23 +131,3 @@ def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
             sums[file.name] = {"bytes": file.stat().st_size, "sha256": digest}
     return sums
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def _point_latest(folder: Path, name: str) -> None:
-    aside = folder / ".latest.tmp"
-    aside.write_text(name + "\n", encoding="utf-8")
-    _sync(aside)
-    os.replace(aside, folder / "latest")
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from sslkit.data.replace import read_or_replace
 from sslkit.data.source import ImageSource
 from sslkit.data.views import LARGE_VIEWS, ViewPipeline, normalise
 from sslkit.engine.alarms import Spike, SpikeWatch, collapse_alarm, spike_alarm
@@ -76,7 +77,8 @@ class Diagnostics:
     def _cut_sample(self) -> Iterator[list[Tensor]]:
         for start in range(0, self.share, self.chunk):
             indices = [int(index) for index in self.sample[start : start + self.chunk]]
-            images = [self.source.read(index) for index in indices]
+            seed = self.recipe.train.seed
+            images = [read_or_replace(self.source, seed, epoch=0, sample=index).pixels for index in indices]
             # The views of the run's first epochs: what it is trained on.
             cut = [
                 [self.pipeline.cut(image, epoch, index, view) for image, index in zip(images, indices, strict=True)]

@@ -1,6 +1,7 @@
 """What a run says while it trains: lines of JSON for programs, one line of text for people."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,13 +33,7 @@ class Journal:
         self.live: Live | None = None
         self.last_plain = 0.0
         self.said: set[str] = set()
-        if active:
-            keep_until(folder / "metrics.jsonl", start_step)
-            keep_until(folder / "results.jsonl", start_step, only_by="monitor")
-            keep_until(folder / "diagnostics.jsonl", start_step)
-            for row in read_lines(folder / "diagnostics.jsonl"):
-                self.said.update(map(kind_of, row["alarms"]))
-            self.metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self.go_back(start_step)
 
     def __enter__(self) -> "Journal":
         if self.active and self.console.is_terminal:
@@ -52,10 +47,23 @@ class Journal:
         if self.metrics is not None:
             self.metrics.close()
 
-    def record(self, fields: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl, on disk before the next step."""
+    def go_back(self, step: int) -> None:
+        """Drop the lines of later steps, which will be written again."""
+        if not self.active:
+            return
         if self.metrics is not None:
-            self.metrics.write(json.dumps(fields) + "\n")
+            self.metrics.close()
+        keep_until(self.folder / "metrics.jsonl", step)
+        keep_until(self.folder / "results.jsonl", step, only_by="monitor")
+        keep_until(self.folder / "diagnostics.jsonl", step)
+        self.said = {kind_of(alarm) for row in read_lines(self.folder / "diagnostics.jsonl") for alarm in row["alarms"]}
+        self.metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+
+    def record(self, fields: dict[str, float]) -> None:
+        """Append one line to metrics.jsonl; JSON has no word for a number that is none, so it becomes null."""
+        if self.metrics is not None:
+            finite = {name: value if math.isfinite(value) else None for name, value in fields.items()}
+            self.metrics.write(json.dumps(finite) + "\n")
             self.metrics.flush()
 
     def result(self, fields: dict[str, Any]) -> None:

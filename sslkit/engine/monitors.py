@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from sslkit.data.source import DataConfig, ImageSource
+from sslkit.errors import UserError
 from sslkit.evaluate.features import Transform, extract_features
 from sslkit.evaluate.knn import KnnProtocol, knn_accuracy
 from sslkit.evaluate.labels import LabelledPair, open_pair
@@ -28,24 +29,47 @@ class KnnMonitor:
         pair = open_pair(DataConfig(path=monitor.data, name=monitor.name), seed=recipe.train.seed)
         self.pair = _limit_bank(pair, monitor.max_train, recipe.train.seed)
         self.protocol = KnnProtocol(min(monitor.k, len(self.pair.train)), monitor.temperature)
+        self.left_out = 0
 
     def __call__(self, backbone: nn.Module) -> float:
-        """Share of the monitor's test images classified right."""
-        copy_buffers_from_first(backbone)
-        bank = self._features(backbone, self.pair.train)
-        queries = self._features(backbone, self.pair.test)
-        return knn_accuracy(bank, self.pair.train_labels, queries, self.pair.test_labels, self.protocol)
+        """Share of the monitor's test images classified right.
 
-    def _features(self, backbone: nn.Module, source: ImageSource) -> Tensor:
-        """Each process takes every world-size-th image; the last ones wrap around so that all have as many."""
+        Images that cannot be read are left out, of the bank and of the test, and counted in ``left_out``: a file that
+        vanishes must not end a run.
+
+        Raises:
+            UserError: Fewer than k images of the bank, or none of the test, can be read.
+        """
+        copy_buffers_from_first(backbone)
+        bank, kept = self._features(backbone, self.pair.train)
+        queries, asked = self._features(backbone, self.pair.test)
+        self.left_out = int((~kept).sum() + (~asked).sum())
+        if kept.sum() < self.protocol.k or not asked.any():
+            raise UserError(f"[monitor] data: {self.left_out} images of {self.pair.description} cannot be read")
+        labels, truth = self.pair.train_labels[kept], self.pair.test_labels[asked]
+        return knn_accuracy(bank[kept], labels, queries[asked], truth, self.protocol)
+
+    def _features(self, backbone: nn.Module, source: ImageSource) -> tuple[Tensor, Tensor]:
+        """Features (N, D) and which of them are of readable images, (N,) bool.
+
+        Each process takes every world-size-th image; the last ones wrap around so that all have as many.
+        """
         share = -(-len(source) // world_size())
         mine = (rank() + world_size() * np.arange(share)) % len(source)
+        unreadable: list[int] = []
         features = extract_features(
-            backbone, source.subset(mine), self.transform, device=self.device, workers=self.workers
+            backbone,
+            source.subset(mine),
+            self.transform,
+            device=self.device,
+            workers=self.workers,
+            unreadable=unreadable,
         )
-        gathered = gather_rows(features.to(self.device)).cpu()
-        interleaved = gathered.view(world_size(), share, -1).transpose(0, 1).flatten(0, 1)
-        return interleaved[: len(source)]
+        readable = torch.ones(share, 1)
+        readable[unreadable] = 0.0
+        gathered = gather_rows(torch.cat([features, readable], dim=1).to(self.device)).cpu()
+        interleaved = gathered.view(world_size(), share, -1).transpose(0, 1).flatten(0, 1)[: len(source)]
+        return interleaved[:, :-1], interleaved[:, -1] > 0
 
 
 def _limit_bank(pair: LabelledPair, max_train: int, seed: int) -> LabelledPair:

@@ -13,8 +13,6 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from sslkit.errors import UserError
 from sslkit.recipe import Recipe
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """Join the processes that the launcher started.
@@ -42,7 +40,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         cpu=True if _only_cpu() else None,
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.guard.timeout_seconds)),
         ],
     )
 

@@ -2,9 +2,7 @@
 
 import importlib.metadata
 import os
-import platform
-import tomllib
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +11,28 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from timm.data import create_transform
 
-from sslkit.data.loader import GlobalBatches, cores_of_a_process, make_loader, resolve_workers
+from sslkit.data.crew import SteadyLoader
+from sslkit.data.loader import GlobalBatches, cores_of_a_process, resolve_workers
+from sslkit.data.replace import read_or_replace
 from sslkit.data.source import ImageSource, open_source
 from sslkit.data.views import ViewPipeline
-from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, restore
+from sslkit.engine.agreement import compare_facts
+from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, restore
 from sslkit.engine.diagnostics import Diagnostics
-from sslkit.engine.journal import Journal, read_lines
-from sslkit.engine.loop import Training, run_loop
+from sslkit.engine.folder import FREE_KEYS, Run, check_folder, find_checkpoint, open_folder
+from sslkit.engine.guard import BadStepError, Course, RewindError
+from sslkit.engine.heartbeat import Heartbeat, is_others_fault
+from sslkit.engine.images import BadSamples, check_same_images
+from sslkit.engine.journal import Journal
+from sslkit.engine.lock import hold_folder
+from sslkit.engine.loop import run_loop
 from sslkit.engine.monitors import KnnMonitor
 from sslkit.engine.optim import make_optimizer
 from sslkit.engine.processes import make_accelerator
+from sslkit.engine.retention import checkpoint_name
+from sslkit.engine.saver import Saver
+from sslkit.engine.stopping import StopRequest, leave_marker, remove_marker
+from sslkit.engine.training import Training
 from sslkit.errors import UserError
 from sslkit.methods import Method, find_method
 from sslkit.methods.base import local_bn_groups
@@ -31,32 +41,6 @@ from sslkit.parts.batchnorm import has_batch_norm, synchronise_batch_norm
 from sslkit.recipe import Recipe, changes
 
 BACKBONES = ("backbone", "teacher_backbone")
-# Keys that do not change what is learned; a run may be continued with others.
-FREE_KEYS = (
-    *("data.workers", "train.max_steps", "train.processes", "train.log_every"),
-    *("monitor.diagnose_every", "checkpoint.", "reference."),
-)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run folder.
-
-    Attributes:
-        folder: Where it lies.
-        step: Updates made.
-    """
-
-    folder: Path
-    step: int
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        return read_lines(self.folder / "metrics.jsonl")
-
-    def results(self) -> list[dict[str, Any]]:
-        """The lines of results.jsonl."""
-        return read_lines(self.folder / "results.jsonl")
 
 
 def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
@@ -72,10 +56,11 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
         UserError: Something in recipe, data or folder is not as it must be. Nothing has been written then.
     """
     folder = Path(output)
-    _check_folder(folder, recipe, resume)
+    check_folder(folder, recipe, resume)
     source = open_source(recipe.data).without_labels()
     epoch_steps = steps_per_epoch(recipe, source)
-    source.read(0)
+    check_same_images(folder, source)
+    read_or_replace(source, recipe.train.seed, epoch=0, sample=0)  # images can be read at all
     accelerator = make_accelerator(recipe)
     try:
         return _train(recipe, folder, resume, source, epoch_steps, accelerator)
@@ -88,25 +73,122 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
 def _train(
     recipe: Recipe, folder: Path, resume: str, source: ImageSource, steps_per_epoch: int, accelerator: Accelerator
 ) -> Run:
+    stop = StopRequest(recipe.train.max_hours)
     torch.manual_seed(recipe.train.seed)
     method = build_method(recipe, len(source))
     check_batch(recipe, method.bn_groups, accelerator.num_processes)
     monitor = make_monitor(recipe, accelerator)
-    checkpoint, complaints = _find_checkpoint(folder, recipe, resume)
+    checkpoint, complaints = find_checkpoint(folder, recipe, resume)
+    compare_facts(_facts(recipe, source, checkpoint), accelerator.device)
     last_step = _last_step(recipe, steps_per_epoch)
     training = _assemble(recipe, folder, accelerator, method, source, checkpoint, steps_per_epoch, last_step, monitor)
     # All that can be refused has been: from here on the folder is written to.
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _open_folder(folder, recipe, accelerator)
-    journal = Journal(folder, training.start_step, active=accelerator.is_main_process)
-    for sentence in [*complaints, *_opening(training, source)]:
-        journal.say(sentence)
-    with journal:
-        if training.start_step < last_step:
-            run_loop(training, journal)
-            journal.say(f"done: {folder} (encoder in {folder / 'encoder'})")
-    return Run(folder, max(training.start_step, last_step))
+    first = accelerator.is_main_process
+    with hold_folder(folder, active=first) as taken_over:
+        if first:
+            open_folder(folder, recipe, accelerator, source)
+            remove_marker(folder)
+        journal = Journal(folder, training.start_step, active=first)
+        for sentence in [*taken_over, *complaints, *_opening(training, source)]:
+            journal.say(sentence)
+        saver = Saver(folder, recipe, steps_per_epoch, training.start_step, journal.say, active=first)
+        with journal, saver, stop:
+            if training.start_step >= last_step:
+                saver.complete(training.start_step, method.backbone)
+                return Run(folder, training.start_step)
+            with Heartbeat(recipe.guard.timeout_seconds) as heart:
+                step, reason = _run_through(training, source, journal, saver, stop, heart)
+            _close(training, journal, saver, step, reason)
+    return Run(folder, step, reason)
+
+
+def _close(training: Training, journal: Journal, saver: Saver, step: int, reason: str) -> None:
+    """Say how the run ended, and leave a mark for scripts if it was stopped."""
+    folder = training.folder
+    if reason:
+        if training.accelerator.is_main_process:
+            leave_marker(folder, step, reason)
+        journal.say(f"stopped at step {step} by {reason}; the same command continues")
+        return
+    for kept, why in saver.kept().items():
+        journal.say(f"kept {folder / 'checkpoints' / checkpoint_name(kept)}: {why}")
+    journal.say(f"done: {folder} (encoder in {folder / 'encoder'})")
+
+
+def _facts(recipe: Recipe, source: ImageSource, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """What must be the same on all processes before a step is made."""
+    kept = [line for line in changes({}, recipe.as_tables()) if not line.startswith(FREE_KEYS)]
+    return {
+        "recipe": kept,
+        "set of images": [len(source), source.names_digest()],
+        "checkpoint to continue from": checkpoint.step if checkpoint else None,
+        "version of sslkit, torch or timm": [importlib.metadata.version(name) for name in ("sslkit", "torch", "timm")],
+    }
+
+
+def _run_through(
+    training: Training, source: ImageSource, journal: Journal, saver: Saver, stop: StopRequest, heart: Heartbeat
+) -> tuple[int, str]:
+    """The loop, begun again from the last checkpoint as often as ``[guard]`` allows."""
+    while True:
+        try:
+            return run_loop(training, journal, saver, stop, heart)
+        except RewindError as error:
+            saver.wait()
+            training.accelerator.wait_for_everyone()
+            training = _go_back(training, source, journal, str(error))
+        except RuntimeError as error:
+            if training.accelerator.num_processes > 1 and is_others_fault(error):
+                raise heart.blame(error) from error
+            raise
+
+
+def _go_back(training: Training, source: ImageSource, journal: Journal, why: str) -> Training:
+    """The same training as its last checkpoint has it, with another order of the images from there."""
+    config, course = training.recipe.guard, training.course
+    if course.rewinds >= config.max_rewinds:
+        raise BadStepError(f"{why}; went back {course.rewinds} time(s) before, [guard] max_rewinds allows no more")
+    checkpoint, _ = newest_checkpoint(training.folder / "checkpoints")
+    if checkpoint is None:
+        raise BadStepError(f"{why}; there is no checkpoint yet to go back to")
+    restore(checkpoint, training.method, training.optimizer.optimizer)
+    if training.accelerator.scaler is not None:
+        training.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+    course = replace(
+        Course.from_json(checkpoint.state.get("course", {})),
+        rewinds=course.rewinds + 1,
+        lr_factor=course.lr_factor * config.rewind_lr,
+    )
+    journal.go_back(checkpoint.step)
+    journal.say(f"{why}; back to step {checkpoint.step}, with another order of the images from there")
+    loader = _make_loader(
+        training.recipe, training.accelerator, source, checkpoint.step, training.last_step, course.rewinds
+    )
+    return replace(training, start_step=checkpoint.step, course=course, loader=loader)
+
+
+def _make_loader(
+    recipe: Recipe, accelerator: Accelerator, source: ImageSource, start_step: int, last_step: int, detour: int
+) -> SteadyLoader:
+    batches = GlobalBatches(
+        len(source),
+        recipe.train.batch_size,
+        recipe.train.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        start_step=start_step,
+        total_steps=last_step,
+        detour=detour,
+    )
+    return SteadyLoader(
+        source,
+        ViewPipeline(recipe.views, recipe.train.seed),
+        batches,
+        workers=_workers(recipe, accelerator),
+        pin_memory=accelerator.device.type == "cuda",
+        timeout=recipe.data.worker_timeout,
+    )
 
 
 def build_method(recipe: Recipe, num_samples: int = 0) -> Method:
@@ -154,22 +236,7 @@ def _assemble(
     if checkpoint is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
     start_step = checkpoint.step if checkpoint else 0
-    batches = GlobalBatches(
-        len(source),
-        recipe.train.batch_size,
-        recipe.train.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        start_step=start_step,
-        total_steps=last_step,
-    )
-    loader = make_loader(
-        source,
-        ViewPipeline(recipe.views, recipe.train.seed),
-        batches,
-        workers=_workers(recipe, accelerator),
-        pin_memory=accelerator.device.type == "cuda",
-    )
+    course = Course.from_json(checkpoint.state.get("course", {}) if checkpoint else {})
     return Training(
         recipe,
         folder,
@@ -177,12 +244,15 @@ def _assemble(
         method,
         wrapped,
         prepared,
-        loader,
+        _make_loader(recipe, accelerator, source, start_step, last_step, course.rewinds),
+        len(source),
         steps_per_epoch,
         start_step,
         last_step,
         monitor,
         Diagnostics(recipe, source, accelerator) if recipe.monitor.diagnose_every else None,
+        course,
+        BadSamples(folder, source, recipe.data.max_bad_share, start_step, active=accelerator.is_main_process),
     )
 
 
@@ -251,68 +321,6 @@ def check_batch(recipe: Recipe, groups: int, processes: int) -> None:
             f"[train] batch_size: {batch} does not fall into {parts} equal parts of two or more images "
             f"({processes} processes, [method] bn_groups = {groups})"
         )
-
-
-def _check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
-    """Refuse a folder that is not ours to write to, before anything is written."""
-    try:
-        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-        filled = folder.exists() and any(folder.iterdir())
-    except OSError as error:
-        raise UserError(f"--output {folder}: cannot be written to: {error.strerror}") from error
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"--output {folder}: {existing} is not a folder that can be written to")
-    if not filled:
-        return
-    saved = folder / "recipe.toml"
-    if not saved.is_file():
-        raise UserError(f"--output {folder}: holds something that is not a run; choose a new or empty folder")
-    if resume == "never":
-        raise UserError(f"--output {folder}: already holds a run; --resume never needs a new or empty folder")
-    try:
-        before = tomllib.loads(saved.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{saved}: not a readable recipe, so this run cannot be continued: {error}") from error
-    changed = [line for line in changes(before, recipe.as_tables()) if not line.startswith(FREE_KEYS)]
-    if changed:
-        raise UserError(
-            f"--output {folder}: holds a run of another recipe; choose another folder or undo: " + "; ".join(changed)
-        )
-
-
-def _find_checkpoint(folder: Path, recipe: Recipe, resume: str) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint to continue from, if any, and a sentence for each broken one passed over."""
-    if resume in ("auto", "never"):
-        return newest_checkpoint(folder / "checkpoints")
-    path = Path(resume)
-    complaints: list[str] = []
-    if (path / "manifest.json").is_file():
-        checkpoint = read_checkpoint(path)
-    else:
-        found, complaints = newest_checkpoint(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
-        if found is None:
-            raise UserError(f"--resume {resume}: no checkpoint there; give a run or checkpoint folder, auto or never")
-        checkpoint = found
-    differing = changes(checkpoint.state["recipe"], recipe.as_tables())
-    unfit = [line for line in differing if line.startswith(("method.", "backbone.", "optim.name", "optim.exclude"))]
-    if unfit:
-        raise UserError(f"--resume {resume}: was trained by another recipe, which must agree in: {'; '.join(unfit)}")
-    return checkpoint, complaints
-
-
-def _open_folder(folder: Path, recipe: Recipe, accelerator: Accelerator) -> None:
-    """Create the run folder and write its recipe, whole or not at all."""
-    versions = {name: importlib.metadata.version(name) for name in ("sslkit", "torch", "timm", "accelerate")}
-    header = "".join(f"# {name} {version}\n" for name, version in versions.items())
-    header += f"# Python {platform.python_version()}, {platform.platform()}\n"
-    header += f"# processes {accelerator.num_processes}, {accelerator.device.type}\n"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / ".recipe.tmp"
-        aside.write_text(f"{header}\n{recipe.to_toml()}", encoding="utf-8")
-        aside.replace(folder / "recipe.toml")
-    except OSError as error:
-        raise UserError(f"--output {folder}: cannot be written to: {error}") from error
 
 
 def _opening(training: Training, source: ImageSource) -> list[str]:

@@ -17,11 +17,13 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from sslkit.data.decode import UnreadableImage
 from sslkit.data.source import ImageSource
 from sslkit.errors import UserError, near_miss
 from sslkit.parts.backbone import BackboneSpec, replace_stem_for_small_images
 
 RAW_PIXEL_SIDE = 32
+BLANK_SIDE = 256
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -201,10 +203,14 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
         source: Images.
         transform: To the encoder's input.
         key: What a random transform draws from, beside the position; None for one that draws nothing.
+        refuse: Whether an unreadable image is an error; else a black one comes, with its position less its source's
+            length.
     """
 
-    def __init__(self, source: ImageSource, transform: Transform, key: tuple[int, ...] | None = None) -> None:
-        self.source, self.transform, self.key = source, transform, key
+    def __init__(
+        self, source: ImageSource, transform: Transform, key: tuple[int, ...] | None = None, *, refuse: bool = True
+    ) -> None:
+        self.source, self.transform, self.key, self.refuse = source, transform, key, refuse
 
     def __len__(self) -> int:
         return len(self.source)
@@ -216,7 +222,12 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
             torch.default_generator.manual_seed(draw)
             random.seed(draw)
             np.random.seed(draw)
-        return self.transform(Image.fromarray(self.source.read(index))), index
+        try:
+            return self.transform(Image.fromarray(self.source.read(index))), index
+        except UnreadableImage:
+            if self.refuse:
+                raise
+            return self.transform(Image.new("RGB", (BLANK_SIDE, BLANK_SIDE))), index - len(self.source)
 
 
 def extract_features(
@@ -228,6 +239,7 @@ def extract_features(
     batch_size: int = 256,
     workers: int = 0,
     seed: int | None = None,
+    unreadable: list[int] | None = None,
 ) -> Tensor:
     """Features of every image of ``source`` in order, (len(source), D) float32 on the CPU.
 
@@ -241,14 +253,24 @@ def extract_features(
         batch_size: Images at a time.
         workers: Processes that decode and transform.
         seed: Of a random transform; None for one that draws nothing.
+        unreadable: Takes the positions of images that cannot be read, whose features are then meaningless; None makes
+            such an image an error.
+
+    Raises:
+        UnreadableImage: An image cannot be read, and no list was given.
     """
     key = None if seed is None else (seed,)
-    loader = DataLoader(TransformedImages(source.without_labels(), transform, key), batch_size, num_workers=workers)
+    images = TransformedImages(source.without_labels(), transform, key, refuse=unreadable is None)
+    loader = DataLoader(images, batch_size, num_workers=workers)
     was_training = module.training
     before = fingerprint(module)
     module.eval().to(device)
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
-        features = [module(images.to(device)).to("cpu", torch.float32) for images, _ in loader]
+        features = []
+        for pixels, positions in loader:
+            features.append(module(pixels.to(device)).to("cpu", torch.float32))
+            if unreadable is not None:
+                unreadable += (positions[positions < 0] + len(source)).tolist()
     module.train(was_training)
     if fingerprint(module) != before:
         raise RuntimeError("the encoder changed while its features were extracted")

@@ -79,7 +79,7 @@ class Method(nn.Module, ABC):
     """
 
     Options: ClassVar[type[MethodOptions]]
-    shuffle_keys: ClassVar[bool] = False
+    shuffle_keys: bool = False
     teacher_views: tuple[int, ...] = ()
     student_key_views: tuple[int, ...] = ()
     backbone: nn.Module

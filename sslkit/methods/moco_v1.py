@@ -31,6 +31,8 @@ class MoCoV1Options(MethodOptions):
         momentum: The teacher's momentum, constant.
         bn_groups: Groups of the global batch with batch statistics of their own: the paper's 8 GPUs. With fewer
             processes each runs several groups; with more, each process is a group.
+        shuffle: Compute keys among other companions than their queries (section 3.3). Off, the groups' statistics
+            give the answer away: for the paper's ablation, not for training.
         symmetric: Let each view be query once and key once; the two losses add up, and 2N keys are queued.
     """
 
@@ -39,6 +41,7 @@ class MoCoV1Options(MethodOptions):
     temperature: float = Field(default=0.07, gt=0.0)
     momentum: float = Field(default=0.999, ge=0.0, le=1.0)
     bn_groups: int = Field(default=8, strict=True, ge=1)
+    shuffle: bool = True
     symmetric: bool = False
 
 
@@ -46,7 +49,6 @@ class MoCoV1(Method):
     """Algorithm 1 of the paper, with a linear head."""
 
     Options = MoCoV1Options
-    shuffle_keys = True
 
     def __init__(self, backbone: nn.Module, feature_dim: int, options: MoCoV1Options) -> None:
         super().__init__()
@@ -57,6 +59,7 @@ class MoCoV1(Method):
         self.teacher_projector = Teacher(self.projector)
         self.queue = KeyQueue(options.queue_size, options.dim)
         self.bn_groups = options.bn_groups if has_batch_norm(backbone) else 1
+        self.shuffle_keys = options.shuffle
         self.student_views = (0, 1) if options.symmetric else (0,)
         self.teacher_views = (0, 1) if options.symmetric else (1,)
         self.new_keys: Tensor | None = None

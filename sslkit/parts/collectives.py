@@ -3,13 +3,37 @@
 Every process holds the same number of rows B; the global batch is the N = B * world_size rows in rank order.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+Words = ParamSpec("Words")
+Result = TypeVar("Result")
+_under_way: list[str] = []
+
+
+def named(function: Callable[Words, Result]) -> Callable[Words, Result]:
+    """Let `under_way` know while ``function`` waits for other processes."""
+
+    @wraps(function)
+    def call(*args: Words.args, **kwargs: Words.kwargs) -> Result:
+        _under_way[:] = [function.__name__.strip("_")]
+        result = function(*args, **kwargs)
+        _under_way.clear()  # not in a `finally`: where it failed is what one wants to know
+        return result
+
+    return call
+
+
+def under_way() -> str:
+    """The collective that this process waits in, or failed in; empty if none."""
+    return _under_way[0] if _under_way else ""
 
 
 def world_size() -> int:
@@ -22,6 +46,7 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+@named
 @torch.no_grad()
 def gather_rows(rows: Tensor) -> Tensor:
     """Collect the rows of all processes in rank order, (B, ...) -> (N, ...). Carries **no** gradient."""
@@ -44,6 +69,7 @@ def gather_rows_with_gradient(rows: Tensor) -> Tensor:
     return result
 
 
+@named
 def exchange_rows(rows: Tensor, permutation: NDArray[np.int64]) -> Tensor:
     """Permute the global batch, moving to each process only the rows it will own.
 
@@ -79,6 +105,7 @@ def _exchange(rows: Tensor, permutation: NDArray[np.int64]) -> Tensor:
     return result
 
 
+@named
 def sum_with_gradient(values: Tensor) -> Tensor:
     """Sum a tensor over processes; the gradient of the sum reaches every process's own addend."""
     if world_size() == 1:
@@ -87,6 +114,7 @@ def sum_with_gradient(values: Tensor) -> Tensor:
     return result
 
 
+@named
 def sum_over_processes(values: Tensor) -> Tensor:
     """Sum a tensor over processes, without gradient."""
     values = values.detach().clone()
@@ -95,6 +123,7 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
+@named
 def max_over_processes(values: Tensor) -> Tensor:
     """The largest of each element over processes, without gradient."""
     values = values.detach().clone()
@@ -108,6 +137,17 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return sum_over_processes(values) / world_size()
 
 
+@named
+def gather_objects(value: Result) -> list[Result]:
+    """Every process's plain value, in rank order. For what is rare and small: it is slow."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+@named
 @torch.no_grad()
 def copy_buffers_from_first(module: nn.Module) -> None:
     """Give every process the first one's buffers: the running statistics that evaluation and export use."""
@@ -116,6 +156,7 @@ def copy_buffers_from_first(module: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
+@named
 @torch.no_grad()
 def average_gradients(module: nn.Module) -> None:
     """Average the gradients of ``module`` over processes, in one reduction for each dtype."""

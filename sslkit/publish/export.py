@@ -6,18 +6,19 @@ bit for bit.
 """
 
 import json
-import os
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
+from sslkit.durable import whole_folder, write_json, write_tensors
 from sslkit.errors import RunError, UserError
 from sslkit.evaluate.features import load_encoder
 from sslkit.parts.backbone import create_backbone
@@ -37,26 +38,54 @@ class EncoderFolderError(RunError):
     """The exported folder does not give back the encoder's features; nothing is left behind."""
 
 
-def write_encoder(recipe: Recipe, state: dict[str, Tensor], folder: Path, tag: str, license_id: str) -> None:
-    """Write ``config.json`` and ``model.safetensors`` for the backbone with these weights.
-
-    The folder is written aside and renamed, so that a reader finds the old encoder or the new one, whole.
+def encoder_config(recipe: Recipe, license_id: str) -> dict[str, Any]:
+    """What ``config.json`` says of every encoder of this recipe.
 
     Args:
         recipe: Names the backbone and its preprocessing.
-        state: The backbone's state dict, under timm's own names.
-        folder: Where to write.
-        tag: timm's pretrained tag, such as ``moco_v3_e300``.
         license_id: SPDX id of the licence the weights are given under.
     """
-    backbone = _rebuild(recipe, state)
-    aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    _write_config(recipe, backbone, aside / "config.json", tag, license_id)
-    weights = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
-    _swap(aside, folder)
+    views = recipe.views
+    data_config = {
+        "input_size": (3, views.size, views.size),
+        "interpolation": "bicubic" if views.interpolation == "bicubic" else "bilinear",
+        "mean": views.mean,
+        "std": views.std,
+        "crop_pct": views.crop_pct,
+        "crop_mode": "center",
+    }
+    model_config = {"pretrained_cfg": {"license": license_id}}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        save_config_for_hf(_build(recipe), str(file), model_config=model_config, data_config=data_config)
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    kept = {key: config["pretrained_cfg"][key] for key in KEPT_CONFIG if key in config["pretrained_cfg"]}
+    config["pretrained_cfg"] = kept
+    # transformers passes num_classes itself and fails on a second one.
+    for key in TRAINING_ARGS:
+        config.get("model_args", {}).pop(key, None)
+    if recipe.backbone.small_stem:
+        config["small_stem"] = True
+    return config
+
+
+def write_encoder(config: dict[str, Any], tag: str, state: dict[str, Tensor], folder: Path, **metadata: str) -> None:
+    """Write ``config.json`` and ``model.safetensors``; a reader finds the old folder or the new one, whole.
+
+    Args:
+        config: From `encoder_config`.
+        tag: timm's pretrained tag, such as ``moco_v3_e300``.
+        state: The backbone's state dict, under timm's own names, contiguous and on the CPU.
+        folder: Where to write.
+        **metadata: Said in the header of the weights.
+
+    Raises:
+        OSError: It could not be written; what was there before still is.
+    """
+    tagged = {**config, "pretrained_cfg": {**config["pretrained_cfg"], "tag": tag}}
+    with whole_folder(folder) as aside:
+        write_json(aside / "config.json", tagged)
+        write_tensors(aside / "model.safetensors", state, **metadata)
 
 
 def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apache-2.0") -> dict[str, Any]:
@@ -86,7 +115,8 @@ def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apach
     state = load_file(source / "model.safetensors")
     tag = json.loads((source / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]["tag"]
     try:
-        write_encoder(recipe, state, folder, tag, license_id)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_encoder(encoder_config(recipe, license_id), tag, state, folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error}") from error
     try:
@@ -99,39 +129,15 @@ def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apach
     return proof
 
 
-def _rebuild(recipe: Recipe, state: dict[str, Tensor]) -> nn.Module:
-    """The backbone with these weights; whatever it was continued from is not asked for again."""
-    backbone = create_backbone(replace(recipe.backbone_spec(), pretrained=False))
-    backbone.load_state_dict(state)
-    return backbone
-
-
-def _write_config(recipe: Recipe, backbone: nn.Module, file: Path, tag: str, license_id: str) -> None:
-    views = recipe.views
-    data_config = {
-        "input_size": (3, views.size, views.size),
-        "interpolation": "bicubic" if views.interpolation == "bicubic" else "bilinear",
-        "mean": views.mean,
-        "std": views.std,
-        "crop_pct": views.crop_pct,
-        "crop_mode": "center",
-    }
-    pretrained = {"tag": tag, "license": license_id}
-    save_config_for_hf(backbone, str(file), model_config={"pretrained_cfg": pretrained}, data_config=data_config)
-    config = json.loads(file.read_text(encoding="utf-8"))
-    kept = {key: config["pretrained_cfg"][key] for key in KEPT_CONFIG if key in config["pretrained_cfg"]}
-    config["pretrained_cfg"] = kept
-    # transformers passes num_classes itself and fails on a second one.
-    for key in TRAINING_ARGS:
-        config.get("model_args", {}).pop(key, None)
-    if recipe.backbone.small_stem:
-        config["small_stem"] = True
-    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def _build(recipe: Recipe) -> nn.Module:
+    """The backbone; whatever it was continued from is not asked for again."""
+    return create_backbone(replace(recipe.backbone_spec(), pretrained=False))
 
 
 def _prove(recipe: Recipe, state: dict[str, Tensor], folder: Path) -> dict[str, Any]:
     """Load the folder as a stranger would and compare features on noise images, bit for bit."""
-    backbone = _rebuild(recipe, state)
+    backbone = _build(recipe)
+    backbone.load_state_dict(state)
     by_timm = not recipe.backbone.small_stem
     if by_timm:
         reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
@@ -146,13 +152,3 @@ def _prove(recipe: Recipe, state: dict[str, Tensor], folder: Path) -> dict[str, 
     if not torch.equal(expected, found):
         raise EncoderFolderError(f"{folder}: the reloaded encoder's features differ from the run's")
     return {"features": tuple(expected.shape), "loads_in_timm": by_timm}
-
-
-def _swap(aside: Path, folder: Path) -> None:
-    """Put the finished folder in the place of the old one."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(aside, folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -147,7 +147,7 @@ def test_views_differ_in_every_word_of_the_key() -> None:
 
 def test_gray_pictures_become_three_channels() -> None:
     source = open_source(DataConfig(path="builtin:fashion_mnist"))
-    views, sample = ViewDataset(source, ViewPipeline(policy("moco_v2"), seed=0))[(0, 7)]
+    views, sample, _ = ViewDataset(source, ViewPipeline(policy("moco_v2"), seed=0))[(0, 7)]
     assert sample == 7
     assert [(view.shape, view.dtype) for view in views] == [((32, 32, 3), np.uint8)] * 2
 

@@ -259,7 +259,9 @@ class UndoneTheWrongWay(EndToEnd):
 
 @breaks("moco_v1", "batch norm leak")
 class ShuffleForgotten(MoCoV1):
-    shuffle_keys = False
+    def __init__(self, *words: Any) -> None:
+        super().__init__(*words)
+        self.shuffle_keys = False
 
 
 @breaks("moco_v2", "batch norm leak")

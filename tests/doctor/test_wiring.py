@@ -79,6 +79,11 @@ def test_one_group_makes_shuffling_useless(source: ImageSource) -> None:
     assert complaints(examined(recipe_of("end_to_end", bn_groups=1), source)) == {}
 
 
+@pytest.mark.parametrize("name", ["moco_v1", "moco_v2"])
+def test_switching_shuffling_off_is_named_a_leak(name: str, source: ImageSource) -> None:
+    assert complaints(examined(recipe_of(name, shuffle=False), source)) == {"batch norm leak": "fault"}
+
+
 def simsiam() -> type[Method]:
     spec = importlib.util.spec_from_file_location("simsiam", EXAMPLE)
     assert spec is not None

@@ -10,7 +10,8 @@ from conftest import small_recipe
 
 import sslkit
 from sslkit.engine import run as run_module
-from sslkit.engine.loop import NonFiniteError, draw_key, shuffle_order
+from sslkit.engine.draws import draw_key, shuffle_order
+from sslkit.engine.guard import BadStepError
 from sslkit.errors import UserError
 from sslkit.methods.base import Step
 
@@ -36,7 +37,7 @@ def test_a_loss_that_is_no_number_never_reaches_the_weights(tmp_path: Path, monk
         return method
 
     monkeypatch.setattr(run_module, "build_method", broken_at_step_3)
-    with pytest.raises(NonFiniteError, match="loss of step 2 is nan"):
+    with pytest.raises(BadStepError, match="step 2: the loss is nan"):
         sslkit.train(small_recipe(), tmp_path / "run")
     after = list(seen["method"].parameters())
     assert all(torch.equal(a, b) for a, b in zip(seen["weights"], after, strict=True))
@@ -56,7 +57,7 @@ def test_a_gradient_that_is_no_number_never_reaches_the_weights(
         return method
 
     monkeypatch.setattr(run_module, "build_method", broken)
-    with pytest.raises(NonFiniteError, match="gradient norm of step 0 is nan"):
+    with pytest.raises(BadStepError, match="step 0: the gradient norm is nan"):
         sslkit.train(small_recipe(), tmp_path / "run")
     after = list(seen["method"].parameters())
     assert all(torch.equal(a, b) for a, b in zip(seen["weights"], after, strict=True))

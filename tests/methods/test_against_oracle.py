@@ -15,7 +15,7 @@ import sslkit
 from sslkit.data.loader import epoch_order
 from sslkit.data.source import open_source
 from sslkit.data.views import ViewPipeline, normalise
-from sslkit.engine.loop import shuffle_order
+from sslkit.engine.draws import shuffle_order
 from sslkit.engine.optim import learning_rate, make_optimizer, set_learning_rate
 from sslkit.engine.run import build_method
 from sslkit.methods import Progress

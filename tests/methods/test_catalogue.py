@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import small_recipe
 
-from sslkit.engine.loop import shuffle_order
+from sslkit.engine.draws import shuffle_order
 from sslkit.engine.optim import make_optimizer
 from sslkit.engine.run import build_method
 from sslkit.errors import UserError

@@ -1,0 +1,133 @@
+"""``sslkit data check``: what is wrong with a folder of images, before a run finds out."""
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from sslkit.cli.show import AsJson, console
+
+FINDINGS = 2  # exit code of --strict
+SHOWN = 10  # of a list, on the screen
+
+data_app = typer.Typer(help="Look at images before training on them.", no_args_is_help=True)
+
+
+@data_app.callback()
+def _group() -> None:
+    """Look at images before training on them."""
+
+
+@data_app.command(epilog="Example: sslkit data check photos --strict")
+def check(
+    path: Annotated[str, typer.Argument(help="Folder of images or datasets id.", metavar="DIR|ID")],
+    split: Annotated[str, typer.Option(help="Split to read.")] = "train",
+    name: Annotated[str, typer.Option(help="Configuration of the dataset.")] = "",
+    workers: Annotated[int, typer.Option(help="Processes that read; -1: one a core.", min=-1)] = -1,
+    strict: Annotated[bool, typer.Option(help="Exit with 2 if an image is unreadable or occurs twice.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read every image as training would, and report what they are and which of them are bad.
+
+    Formats, modes and sizes; unreadable, tiny, huge and long images; exact and near duplicates; the channels' mean and
+    standard deviation for a recipe; the share of grey images, which colour jitter does nothing for; class counts.
+    """
+    from sslkit.data.loader import cores_of_a_process
+    from sslkit.data.source import DataConfig, files_left_out, open_source
+    from sslkit.data.survey import survey
+
+    config = DataConfig(path=path, split=split, name=name or None)
+    source = open_source(config)
+    with _progress(len(source)) as advance:
+        found = survey(source, cores_of_a_process(1) if workers < 0 else workers, advance)
+    found["left_out"] = dict(files_left_out(config).most_common())
+    if as_json:
+        print(json.dumps(found))
+    else:
+        _show(found)
+    if strict and (found["unreadable"]["count"] or found.get("exact_duplicates", {}).get("groups")):
+        raise typer.Exit(FINDINGS)
+
+
+def _progress(total: int) -> AbstractContextManager[Any]:
+    """A bar on the terminal's error stream, or nothing elsewhere."""
+    errors = Console(stderr=True)
+    if not errors.is_terminal:
+        return nullcontext(lambda count: None)
+    return _Bar(errors, total)
+
+
+class _Bar(Progress):
+    def __init__(self, errors: Console, total: int) -> None:
+        super().__init__(console=errors, transient=True)
+        self.images = self.add_task("images", total=total)
+
+    def __enter__(self) -> Any:
+        super().__enter__()
+        return lambda count: self.advance(self.images, count)
+
+
+def _show(found: dict[str, Any]) -> None:
+    _say(f"{found['data']}: {found['images']} images, {found['readable']} of them readable")
+    if left_out := found["left_out"]:
+        _say(f"files not taken for images: {_counts(left_out)}")
+    if found["readable"]:
+        _show_readable(found)
+    if found["classes"]:
+        least, most = min(found["classes"].values()), max(found["classes"].values())
+        _say(f"{len(found['classes'])} classes of {least} to {most} images")
+    _show_list("unreadable", found, lambda image: f"{image['name']}: {image['reason']}")
+    for kind, meaning in (("tiny", "shorter side below 32"), ("huge", "over 16 million pixels"), ("long", "over 8:1")):
+        _show_list(kind, found, lambda image: f"{image['name']}: {image['width']} x {image['height']}", meaning)
+    for kind in ("exact_duplicates", "near_duplicates"):
+        _show_groups(kind, found)
+
+
+def _show_readable(found: dict[str, Any]) -> None:
+    _say(f"formats: {_counts(found['formats'])}; modes: {_counts(found['modes'])}")
+    _say(f"turned by EXIF: {found['exif_rotated']}; grey: {found['grey_share']:.1%}")
+    _say(f"[views] mean = {found['mean']}, std = {found['std']}")
+    table = Table("quantile", *found["quantiles"])
+    for share in found["quantiles"]["width"]:
+        table.add_row(f"{float(share):.0%}", *(str(values[share]) for values in found["quantiles"].values()))
+    console.print(table)
+    if found["grey_share"] == 1.0:
+        _say("every image is grey: jitter of saturation and hue, and turning grey, change nothing")
+
+
+def _show_list(kind: str, found: dict[str, Any], line: Any, meaning: str = "") -> None:
+    listed = found.get(kind)
+    if not listed or not listed["count"]:
+        return
+    _say(f"{kind}{f' ({meaning})' if meaning else ''}: {listed['count']}", "yellow" if meaning else "bold red")
+    for image in listed["images"][:SHOWN]:
+        _say(f"  {line(image)}")
+    _say_rest(listed["count"])
+
+
+def _show_groups(kind: str, found: dict[str, Any]) -> None:
+    listed = found.get(kind)
+    if not listed or not listed["groups"]:
+        return
+    _say(f"{kind.replace('_', ' ')}: {listed['surplus']} images too many, in {listed['groups']} groups", "yellow")
+    for group in listed["images"][:SHOWN]:
+        _say(f"  {' = '.join(group[:3])}{f' and {len(group) - 3} more' if len(group) > 3 else ''}")
+    _say_rest(listed["groups"])
+
+
+def _say_rest(count: int) -> None:
+    if count > SHOWN:
+        _say(f"  and {count - SHOWN} more; --json lists up to 1000")
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{word} {count}" for word, count in counts.items())
+
+
+def _say(line: str, style: str = "") -> None:
+    console.print(Text(line, style), soft_wrap=True)

@@ -1,0 +1,238 @@
+"""A look at every image of a source before hours are spent on it: what it is, and what is wrong with it."""
+
+import hashlib
+import multiprocessing
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from sslkit.data.decode import UnreadableImage, decode_rgb, read_header
+from sslkit.data.duplicates import difference_hash, exact_groups, near_groups
+from sslkit.data.posts import Posts
+from sslkit.data.source import ImageSource
+from sslkit.errors import RunError
+
+CHUNK = 32  # images that a worker hands over at a time
+LISTED = 1000  # names in a list, groups in a list of groups; counts are of all
+TINY, HUGE, LONG = 32, 16_000_000, 8  # pixels of the shorter side, pixels in all, longer side over shorter
+COLOURLESS = 3  # levels between red, green and blue, up to which a pixel is grey
+QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What was seen of one image; of an unreadable one, only ``index`` and ``reason``."""
+
+    index: int
+    reason: str = ""
+    format: str = ""
+    mode: str = ""
+    width: int = 0
+    height: int = 0
+    orientation: int = 1
+    num_bytes: int = 0
+    content: bytes = b""
+    likeness: int = 0
+    grey: bool = False
+    mean: tuple[float, ...] = ()
+    square: tuple[float, ...] = ()
+
+
+def look(source: ImageSource, index: int) -> Sight:
+    """Read image ``index`` as training would, and measure it."""
+    try:
+        name, encoded = source.encoded(index)
+        header, pixels = read_header(encoded, name), decode_rgb(encoded, name)
+    except UnreadableImage as error:
+        return Sight(index, error.reason)
+    height, width = pixels.shape[:2]
+    means, deviations = (values[:, 0] / 255.0 for values in cv2.meanStdDev(pixels))
+    spread = pixels.max(axis=2).astype(np.int16) - pixels.min(axis=2)
+    return Sight(
+        index,
+        "",
+        header.format,
+        header.mode,
+        width,
+        height,
+        header.orientation,
+        len(encoded),
+        hashlib.blake2b(encoded, digest_size=16).digest(),
+        difference_hash(pixels),
+        bool((spread <= COLOURLESS).all()),
+        tuple(means.tolist()),
+        tuple((deviations**2 + means**2).tolist()),
+    )
+
+
+@dataclass
+class _Tally:
+    """The sum of what was seen, some forty bytes an image."""
+
+    formats: Counter[str] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
+    orientations: Counter[int] = field(default_factory=Counter)
+    grey: int = 0
+    bad: int = 0
+    unreadable: list[tuple[int, str]] = field(default_factory=list)
+    positions: array[int] = field(default_factory=lambda: array("Q"))
+    sizes: array[int] = field(default_factory=lambda: array("Q"))
+    likenesses: array[int] = field(default_factory=lambda: array("Q"))
+    contents: bytearray = field(default_factory=bytearray)
+    mean: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
+    square: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
+
+    def add(self, sight: Sight) -> None:
+        if sight.reason:
+            self.bad += 1
+            if self.bad <= LISTED:
+                self.unreadable.append((sight.index, sight.reason))
+            return
+        self.formats[sight.format] += 1
+        self.modes[sight.mode] += 1
+        if sight.orientation != 1:
+            self.orientations[sight.orientation] += 1
+        self.grey += sight.grey
+        self.positions.append(sight.index)
+        self.sizes.extend((sight.width, sight.height, sight.num_bytes))
+        self.likenesses.append(sight.likeness)
+        self.contents += sight.content
+        self.mean += sight.mean
+        self.square += sight.square
+
+
+def survey(
+    source: ImageSource, workers: int, progress: Callable[[int], None] = lambda count: None, timeout: float = 300.0
+) -> dict[str, Any]:
+    """Look at every image of a source, in memory that grows by some forty bytes an image.
+
+    Args:
+        source: Images and, if any, labels.
+        workers: Processes that read; 0 reads in this one.
+        progress: Told, again and again, how many more images have been looked at.
+        timeout: Seconds that a chunk may take.
+
+    Returns:
+        Plain data by the names in docs/data.md. A list holds the first 1000; its count is of all.
+
+    Raises:
+        RunError: A worker died or hung; the sentence names the images that were being read.
+    """
+    tally, posts = _Tally(), Posts(workers)
+    loader: DataLoader[Any] = DataLoader(
+        _Sights(source.without_labels(), posts),
+        CHUNK,
+        num_workers=workers,
+        collate_fn=list,
+        timeout=timeout if workers else 0.0,
+        worker_init_fn=_start_worker,
+    )
+    try:
+        for sights in loader:
+            for sight in sights:
+                tally.add(sight)
+            progress(len(sights))
+    except RuntimeError as error:
+        at = [source.name(post.sample) for post in posts.read() if post.sample is not None]
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise RunError(f"a worker died or hung ({str(error).splitlines()[0]}) at one of: {'; '.join(at)}") from error
+    return _findings(source, tally)
+
+
+class _Sights(Dataset[Sight]):
+    def __init__(self, source: ImageSource, posts: Posts) -> None:
+        self.source, self.posts = source, posts
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sight:
+        self.posts.begin(index)
+        sight = look(self.source, index)
+        self.posts.end()
+        return sight
+
+
+def _start_worker(_worker: int) -> None:
+    cv2.setNumThreads(0)
+
+
+def _findings(source: ImageSource, tally: _Tally) -> dict[str, Any]:
+    positions = np.frombuffer(tally.positions, np.uint64).astype(np.int64)
+    good = len(positions)
+    found: dict[str, Any] = {"data": source.description, "images": len(source), "readable": good}
+    found["unreadable"] = {
+        "count": tally.bad,
+        "images": [
+            {"index": index, "name": source.name(index), "reason": reason} for index, reason in tally.unreadable
+        ],
+    }
+    found["classes"] = _class_counts(source)
+    if not good:
+        return found
+    mean = tally.mean / good
+    return {
+        **found,
+        "formats": dict(tally.formats.most_common()),
+        "modes": dict(tally.modes.most_common()),
+        "exif_rotated": tally.orientations.total(),
+        "grey_share": tally.grey / good,
+        "mean": mean.round(4).tolist(),
+        "std": np.sqrt(np.maximum(tally.square / good - mean**2, 0)).round(4).tolist(),
+        **_sizes(source, positions, np.frombuffer(tally.sizes, np.uint64).reshape(-1, 3).astype(np.int64)),
+        **_duplicates(source, positions, tally),
+    }
+
+
+def _sizes(source: ImageSource, positions: NDArray[np.int64], sizes: NDArray[np.int64]) -> dict[str, Any]:
+    width, height, num_bytes = sizes.T
+    shorter, longer = np.minimum(width, height), np.maximum(width, height)
+    odd = {"tiny": shorter < TINY, "huge": width * height > HUGE, "long": longer > LONG * shorter}
+    quantities = {"width": width, "height": height, "shorter_side": shorter, "bytes": num_bytes}
+    quantiles = {
+        name: {f"{share:g}": int(value) for share, value in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)}
+        for name, values in quantities.items()
+    }
+    listed = {
+        name: {
+            "count": int(which.sum()),
+            "images": [
+                {"name": source.name(int(positions[row])), "width": int(width[row]), "height": int(height[row])}
+                for row in np.flatnonzero(which)[:LISTED]
+            ],
+        }
+        for name, which in odd.items()
+    }
+    return {"quantiles": quantiles, **listed}
+
+
+def _duplicates(source: ImageSource, positions: NDArray[np.int64], tally: _Tally) -> dict[str, Any]:
+    exact = exact_groups(np.frombuffer(bytes(tally.contents), np.dtype("V16")))
+    copies = np.zeros(len(positions), dtype=bool)
+    for group in exact:
+        copies[group[1:]] = True
+    originals = np.flatnonzero(~copies)
+    near = [originals[group] for group in near_groups(np.frombuffer(tally.likenesses, np.uint64)[originals])]
+    return {
+        name: {
+            "groups": len(groups),
+            "surplus": sum(len(group) - 1 for group in groups),
+            "images": [[source.name(int(positions[row])) for row in group] for group in groups[:LISTED]],
+        }
+        for name, groups in (("exact_duplicates", exact), ("near_duplicates", near))
+    }
+
+
+def _class_counts(source: ImageSource) -> dict[str, int] | None:
+    """Images of each class, or None without labels."""
+    if source.label_column is None:
+        return None
+    return dict(sorted(Counter(source.labels()).items()))

@@ -1,0 +1,169 @@
+"""Files and folders that are whole or not there, also when the process is killed or the power goes.
+
+What is written lies aside, under a hidden name that ends in ``.tmp``, until it is on the disk; then it is renamed, and
+the folder that holds the name is synced. What a killed process left aside is swept at the next start.
+"""
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 16 * 2**20  # bytes
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
+# What safetensors calls them; its header names no others that a module or an optimizer has.
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """Give an empty folder to fill; on leaving, it takes the place of ``final``. After an error nothing has changed.
+
+    Files in it must be written by this module's functions, which sync them.
+    """
+    aside = _aside(final)
+    remove(aside)
+    aside.mkdir()
+    try:
+        yield aside
+        sync(aside)
+        _swap(aside, final)
+        sync(final.parent)
+    finally:
+        remove(aside)
+
+
+def write_file(file: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Write a file, sync it, and read it back to see that the disk holds what was meant.
+
+    Nothing here holds the GIL for long, so that another thread may train meanwhile.
+
+    Returns:
+        The manifest's entry, ``{"bytes": size, "sha256": of what was handed over}``.
+
+    Raises:
+        OSError: It could not be written (disk full, quota, ...) or reads back differently; names the file.
+    """
+    digest, size = hashlib.sha256(), 0
+    try:
+        with file.open("wb") as stream:
+            for chunk in chunks:
+                digest.update(chunk)
+                size += stream.write(chunk)
+            stream.flush()
+            os.fsync(stream.fileno())
+            if sys.platform == "linux":  # out of the page cache, else reading would show the cache and not the disk
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with file.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").digest() != digest.digest():
+                raise OSError(errno.EIO, "the disk returns other bytes than were written")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def write_json(file: Path, value: dict[str, Any]) -> dict[str, Any]:
+    """Write plain data as JSON; see `write_file`."""
+    return write_file(file, [(json.dumps(value, indent=1) + "\n").encode()])
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], **metadata: str) -> dict[str, Any]:
+    """Write contiguous tensors in host memory as safetensors, straight from where they lie; see `write_file`."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    # The format wants the data in order of alignment.
+    ordered = dict(sorted(tensors.items(), key=lambda named: (-named[1].element_size(), named[0])))
+    for name, tensor in ordered.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return write_file(file, [len(text).to_bytes(8, "little"), text, *_chunks(ordered.values())])
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a small text file in the place of an older one, whole at every instant."""
+    write_file(_aside(file), [text.encode()])
+    os.replace(_aside(file), file)
+    sync(file.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there; a folder goes out of sight first, so that no one finds half of it."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        hidden = path if path.name.endswith(".tmp") else _aside(path)
+        if hidden != path:
+            remove(hidden)
+            os.rename(path, hidden)
+        shutil.rmtree(hidden)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left aside in ``folder``."""
+    for left in folder.glob(".*.tmp"):
+        remove(left)
+
+
+def sync(path: Path) -> None:
+    """Put a file's content, or a folder's names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _chunks(tensors: Iterable[Tensor]) -> Iterator[memoryview]:
+    for tensor in tensors:
+        if tensor.nbytes:
+            whole = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+            yield from (whole[start : start + CHUNK] for start in range(0, tensor.nbytes, CHUNK))
+
+
+def _swap(aside: Path, final: Path) -> None:
+    """Rename ``aside`` to ``final``; what stood there is then aside."""
+    if not final.exists():
+        os.rename(aside, final)
+    elif not _exchange(aside, final):
+        # Where the file system cannot exchange two names (NFS, macOS), there is an instant with neither.
+        old = _aside(final.with_name(f"{final.name}.old"))
+        remove(old)
+        os.rename(final, old)
+        os.rename(aside, final)
+        remove(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one operation, if the system can."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return rename is not None and not rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)

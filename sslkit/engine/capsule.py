@@ -1,0 +1,112 @@
+"""A capsule: all that a bad step was computed from, small enough to keep, to compute it again at a desk.
+
+    capsules/step-00001234/   model.safetensors   capsule.json
+
+The images are not in it but their keys are: views are a function of (seed, epoch, sample, view), and so is every other
+draw. The weights are those before the step, with teacher and queue.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sslkit.data.loader import GlobalBatches
+from sslkit.engine.training import Training
+from sslkit.errors import UserError
+from sslkit.recipe import Recipe
+
+FORMAT = 1
+MOST = 5  # capsules of a run; a bad night must not fill the disk
+
+
+def try_to_write_capsule(training: Training, step: int, complaint: str, loss: float, grad_norm: float) -> str:
+    """Write a capsule of a step that was not taken; the first process does.
+
+    Returns:
+        Its folder, on every process; empty if there is none: enough have been written, or the disk is full.
+    """
+    folder = training.folder / "capsules" / f"step-{step:08d}"
+    if training.course.skipped or len(list(folder.parent.glob("step-*"))) >= MOST:
+        return ""
+    if not training.accelerator.is_main_process:
+        return str(folder)
+    aside = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_file(_on_host(training.method.state_dict()), aside / "model.safetensors")
+        facts = _facts(training, step, complaint, loss, grad_norm)
+        facts["sha256"] = _sha256(aside / "model.safetensors")
+        (aside / "capsule.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        os.replace(aside, folder)
+    except (OSError, SafetensorError):
+        shutil.rmtree(aside, ignore_errors=True)
+        return ""
+    return str(folder)
+
+
+def _facts(training: Training, step: int, complaint: str, loss: float, grad_norm: float) -> dict[str, Any]:
+    accelerator = training.accelerator
+    batches = batches_of(training.recipe, training.course.rewinds, step, training.images)
+    return {
+        "format": FORMAT,
+        "step": step,
+        "complaint": complaint,
+        "loss": repr(loss),  # JSON has no word for what is not a number
+        "grad_norm": repr(grad_norm),
+        "detour": training.course.rewinds,
+        "processes": accelerator.num_processes,
+        "device": accelerator.device.type,
+        "torch": torch.__version__,
+        "sample_ids": [sample for _, sample in next(iter(batches))],
+        "images": training.images,
+        "recipe": training.recipe.as_tables(),
+    }
+
+
+def batches_of(recipe: Recipe, detour: int, step: int, images: int) -> GlobalBatches:
+    """The whole global batch of one step."""
+    train = recipe.train
+    return GlobalBatches(images, train.batch_size, train.seed, start_step=step, total_steps=step + 1, detour=detour)
+
+
+def read_capsule(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Facts and weights of a capsule.
+
+    Raises:
+        UserError: It is none, or torn.
+    """
+    try:
+        facts = json.loads((folder / "capsule.json").read_text(encoding="utf-8"))
+        if facts["format"] != FORMAT:
+            raise UserError(f"{folder}: a capsule of format {facts['format']!r}; this version reads {FORMAT}")
+        if facts["sha256"] != _sha256(folder / "model.safetensors"):
+            raise UserError(f"{folder / 'model.safetensors'}: torn or altered since it was written")
+        step, images, detour = (int(facts[name]) for name in ("step", "images", "detour"))
+        then = [float(facts[name]) for name in ("loss", "grad_norm")]
+        if min(step, images, detour) < 0 or not isinstance(facts["recipe"], dict) or len(then) != 2:
+            raise ValueError("numbers that cannot be")
+        return facts, load_file(folder / "model.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder}: not a capsule ({type(error).__name__}: {error})") from error
+
+
+def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

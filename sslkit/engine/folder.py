@@ -1,0 +1,111 @@
+"""The run folder: whether it may be written to, what it holds to continue from, and what is read from it."""
+
+import importlib.metadata
+import os
+import platform
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from sslkit.data.source import ImageSource
+from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from sslkit.engine.images import write_images
+from sslkit.engine.journal import read_lines
+from sslkit.errors import UserError
+from sslkit.recipe import Recipe, changes
+
+# Keys that do not change what is learned; a run may be continued with others.
+FREE_KEYS = (
+    *("data.workers", "data.worker_timeout", "data.max_bad_share"),
+    *("train.max_steps", "train.processes", "train.log_every"),
+    *("train.max_hours", "monitor.diagnose_every", "checkpoint.", "guard.", "reference."),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder.
+
+    Attributes:
+        folder: Where it lies.
+        step: Updates made.
+        stopped: Why it stopped before its end, though it could go on; empty if it did not.
+    """
+
+    folder: Path
+    step: int
+    stopped: str = ""
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return read_lines(self.folder / "metrics.jsonl")
+
+    def results(self) -> list[dict[str, Any]]:
+        """The lines of results.jsonl."""
+        return read_lines(self.folder / "results.jsonl")
+
+
+def check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
+    """Refuse a folder that is not ours to write to, before anything is written."""
+    try:
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        filled = folder.exists() and any(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be written to: {error.strerror}") from error
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"--output {folder}: {existing} is not a folder that can be written to")
+    if not filled:
+        return
+    saved = folder / "recipe.toml"
+    if not saved.is_file():
+        raise UserError(f"--output {folder}: holds something that is not a run; choose a new or empty folder")
+    if resume == "never":
+        raise UserError(f"--output {folder}: already holds a run; --resume never needs a new or empty folder")
+    try:
+        before = tomllib.loads(saved.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{saved}: not a readable recipe, so this run cannot be continued: {error}") from error
+    changed = [line for line in changes(before, recipe.as_tables()) if not line.startswith(FREE_KEYS)]
+    if changed:
+        raise UserError(
+            f"--output {folder}: holds a run of another recipe; choose another folder or undo: " + "; ".join(changed)
+        )
+
+
+def find_checkpoint(folder: Path, recipe: Recipe, resume: str) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to continue from, if any, and a sentence for each broken one passed over."""
+    if resume in ("auto", "never"):
+        return newest_checkpoint(folder / "checkpoints")
+    path = Path(resume)
+    complaints: list[str] = []
+    if (path / "manifest.json").is_file():
+        checkpoint = read_checkpoint(path)
+    else:
+        found, complaints = newest_checkpoint(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+        if found is None:
+            raise UserError(f"--resume {resume}: no checkpoint there; give a run or checkpoint folder, auto or never")
+        checkpoint = found
+    differing = changes(checkpoint.state["recipe"], recipe.as_tables())
+    unfit = [line for line in differing if line.startswith(("method.", "backbone.", "optim.name", "optim.exclude"))]
+    if unfit:
+        raise UserError(f"--resume {resume}: was trained by another recipe, which must agree in: {'; '.join(unfit)}")
+    return checkpoint, complaints
+
+
+def open_folder(folder: Path, recipe: Recipe, accelerator: Accelerator, source: ImageSource) -> None:
+    """Create the run folder and write its recipe and which images it is of, whole or not at all."""
+    versions = {name: importlib.metadata.version(name) for name in ("sslkit", "torch", "timm", "accelerate")}
+    header = "".join(f"# {name} {version}\n" for name, version in versions.items())
+    header += f"# Python {platform.python_version()}, {platform.platform()}\n"
+    header += f"# processes {accelerator.num_processes}, {accelerator.device.type}\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / ".recipe.tmp"
+        aside.write_text(f"{header}\n{recipe.to_toml()}", encoding="utf-8")
+        write_images(folder, source)
+        aside.replace(folder / "recipe.toml")
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be written to: {error}") from error

@@ -1,0 +1,110 @@
+"""What a run measures on its way: lines of metrics, kNN when it is due, diagnostics."""
+
+import time
+
+import torch
+
+from sslkit.data.loader import Batch
+from sslkit.engine.alarms import dip_alarm, leak_alarm, read_curve
+from sslkit.engine.clock import StepClock
+from sslkit.engine.diagnostics import Diagnostics
+from sslkit.engine.journal import Journal, duration, read_lines
+from sslkit.engine.training import Training
+from sslkit.parts.collectives import max_over_processes
+
+
+def report(
+    training: Training,
+    journal: Journal,
+    clock: StepClock,
+    done: int,
+    fields: dict[str, float],
+    layers: dict[str, float],
+) -> None:
+    """One line of metrics and the progress line, on which ``layers`` are left out. ``done`` counts updates made."""
+    epoch = done / training.steps_per_epoch
+    rate, waiting = clock.window()
+    speed = {"images_per_second": rate, "data_wait": waiting}
+    journal.record({"step": done, "epoch": round(epoch, 6), **fields, **speed, **layers})
+    left = (training.last_step - done) * training.recipe.train.batch_size / max(rate, 1e-9)
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in fields.items())
+    epochs = training.recipe.train.epochs
+    journal.show(
+        f"epoch {epoch:.2f}/{epochs}  {shown}  {rate:.0f} img/s  waiting for data {waiting:.0%}  ETA {duration(left)}"
+    )
+
+
+def epoch_ends(training: Training, done: int) -> bool:
+    """Whether an epoch, or the run, ends with update ``done``."""
+    return done % training.steps_per_epoch == 0 or done == training.last_step
+
+
+def monitor_is_due(training: Training, done: int) -> bool:
+    """Every so many whole epochs, and at the end."""
+    if training.monitor is None:
+        return False
+    every = training.recipe.monitor.every_epochs * training.steps_per_epoch
+    return done % every == 0 or done == training.last_step
+
+
+def measure_what_is_owed(training: Training, journal: Journal) -> None:
+    """The kNN of the checkpoint that a run continues from, if it was stopped before that was measured."""
+    start = training.start_step
+    if not start or not monitor_is_due(training, start):
+        return
+    missing = journal.active and not any(
+        row.get("by") == "monitor" and row.get("step") == start for row in read_lines(journal.folder / "results.jsonl")
+    )
+    if max_over_processes(torch.tensor(float(missing), device=training.accelerator.device)) > 0:
+        measure(training, journal, None, start, with_knn=True)
+
+
+def measure(training: Training, journal: Journal, batch: Batch | None, done: int, *, with_knn: bool) -> None:
+    """kNN if it is asked for, and what diagnostics are due."""
+    if with_knn:
+        measure_knn(training, journal, done)
+    diagnose(training, journal, None if with_knn else batch, done)
+
+
+def measure_knn(training: Training, journal: Journal, done: int) -> None:
+    """Score the backbone by kNN and write it down."""
+    assert training.monitor is not None
+    started = time.monotonic()
+    accuracy = training.monitor(training.method.backbone)
+    protocol = training.monitor.protocol
+    epoch = done / training.steps_per_epoch
+    left_out = training.monitor.left_out
+    journal.result(
+        {
+            "by": "monitor",
+            "step": done,
+            "epoch": epoch,
+            "evaluation": f"knn k={protocol.k} temperature={protocol.temperature:g}",
+            "data": training.monitor.pair.description,
+            "accuracy": accuracy,
+            **({"left_out": left_out} if left_out else {}),
+        }
+    )
+    without = f", without {left_out} images that cannot be read" if left_out else ""
+    journal.say(f"epoch {epoch:g}: kNN {accuracy:.2%}{without} ({duration(time.monotonic() - started)})")
+
+
+def diagnose(training: Training, journal: Journal, batch: Batch | None, done: int) -> None:
+    """Write a line of diagnostics if one is due: of the batch, or, without one, of a fixed sample after a kNN."""
+    diagnostics: Diagnostics | None = training.diagnostics
+    if diagnostics is None:
+        return
+    backbone = training.method.backbone
+    if batch is None:
+        fields = diagnostics.of_sample(backbone)
+    elif diagnostics.is_due(done) or done == training.last_step:
+        fields = diagnostics.of_batch(backbone, batch.views)
+    else:
+        return
+    if not journal.active:
+        return
+    if batch is None and training.monitor:
+        curve = read_curve(*(read_lines(journal.folder / name) for name in ("metrics.jsonl", "results.jsonl")))
+        test_images = len(training.monitor.pair.test)
+        fields["alarms"] += dip_alarm(curve, test_images) + leak_alarm(curve, test_images)
+    journal.diagnosis({"step": done, "epoch": round(done / training.steps_per_epoch, 6), **fields})

@@ -1,0 +1,72 @@
+"""Stopping on request. A signal or the clock raises a flag and no more; the loop sees it, agrees, saves once, and ends.
+
+Schedulers differ in what they send before they take a machine away: SIGTERM, SIGUSR1 (Slurm), or SIGINT from a person.
+All three mean the same here. The second one means "now".
+"""
+
+import math
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+RESUMABLE = 75  # exit code of a run that was stopped and can go on: EX_TEMPFAIL of sysexits.h
+MARKER = "PREEMPTED"  # file in the run folder, for scripts: launchers hide exit codes
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Listens, while it is entered, for signals, and watches the clock.
+
+    Signals reach the main thread only; in another one there is just the clock. One that the parent had ignored, as a
+    shell does with SIGINT for jobs in the background, stays ignored.
+
+    Args:
+        max_hours: The run's budget from now on; 0 has none.
+    """
+
+    def __init__(self, max_hours: float) -> None:
+        self.deadline = time.monotonic() + 3600 * max_hours if max_hours else math.inf
+        self.max_hours = max_hours
+        self.heard = ""
+        self.before: dict[signal.Signals, Any] = {}
+
+    @property
+    def reason(self) -> str:
+        """Why to stop; empty as long as there is no reason."""
+        if self.heard:
+            return self.heard
+        return f"[train] max_hours = {self.max_hours:g} are over" if time.monotonic() > self.deadline else ""
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before.clear()
+
+    def _hear(self, number: int, _frame: FrameType | None) -> None:
+        if self.heard:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.heard = signal.Signals(number).name
+
+
+def leave_marker(folder: Path, step: int, reason: str) -> None:
+    """Tell scripts that the run stopped on request after ``step`` updates, and may be started again."""
+    aside = folder / f".{MARKER}.tmp"
+    aside.write_text(f"step {step}: {reason}\n", encoding="utf-8")
+    aside.replace(folder / MARKER)
+
+
+def remove_marker(folder: Path) -> None:
+    """The run goes on."""
+    (folder / MARKER).unlink(missing_ok=True)

@@ -1,0 +1,227 @@
+"""Bad numbers never reach the weights: stop, skip, or go back; and the capsule computes them again."""
+
+import json
+import math
+import shutil
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_recipe
+from launching import finish, saboteur, start, tensors, write_recipe
+
+import sslkit
+from sslkit.cli import main
+from sslkit.data.loader import epoch_order
+from sslkit.engine import run as run_module
+from sslkit.engine.checkpoint import newest_checkpoint
+from sslkit.engine.guard import BadStepError, Course, Guard
+from sslkit.engine.journal import read_lines
+from sslkit.engine.replay import replay_capsule
+from sslkit.errors import UserError
+from sslkit.methods import METHODS
+from sslkit.methods.base import Step
+from sslkit.recipe_tables import GuardConfig
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int], factor: float) -> dict[str, Any]:
+    """Multiply the loss of some calls of the objective; keeps the method and its state before each of them."""
+    seen: dict[str, Any] = {"calls": 0, "before": {}}
+    build = run_module.build_method
+
+    def broken(*arguments: Any) -> Any:
+        seen["method"] = method = build(*arguments)
+        objective = method.objective
+
+        def objective_with_poison(*args: Any) -> Step:
+            seen["calls"] += 1
+            step: Step = objective(*args)
+            if seen["calls"] in calls:
+                step.loss = step.loss * factor
+            return step
+
+        method.objective = objective_with_poison
+        return method
+
+    monkeypatch.setattr(run_module, "build_method", broken)
+    return seen
+
+
+def state(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint, _ = newest_checkpoint(run / "checkpoints")
+    assert checkpoint is not None
+    return checkpoint.model
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_skipped_step_leaves_no_trace(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skipping the last step leaves weights, teacher, queue and running statistics as they were without it."""
+    options = {"optim": {"name": "sgd", "lr": 0.05, "weight_decay": 1e-4}, "guard": {"policy": "skip"}}
+    model = "test_vit" if name == "moco_v3" else "test_resnet"
+    sslkit.train(small_recipe(name, model, **options, train={"max_steps": 3}), tmp_path / "short")
+    poison(monkeypatch, {4}, math.nan)
+    run = sslkit.train(small_recipe(name, model, **options, train={"max_steps": 4}), tmp_path / "run")
+    one, other = state(tmp_path / "short"), state(tmp_path / "run")
+    if name == "swav":  # brings its prototypes to unit length at the start of a step, a good one's or a bad one's
+        one["prototypes.weight"] = torch.nn.functional.normalize(one["prototypes.weight"])
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    rows = run.metrics()
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert (rows[3]["loss"], rows[3]["skipped"]) == (None, 1.0)
+
+
+def test_a_spike_is_skipped_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, {25}, 100.0)
+    recipe = small_recipe(train={"max_steps": 30}, guard={"policy": "skip", "loss_spike": 5.0})
+    run = sslkit.train(recipe, tmp_path / "run")
+    assert [row["step"] for row in run.metrics() if "skipped" in row] == [25]
+    assert run.step == 30
+
+
+def test_too_many_in_a_row_go_back_and_take_another_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps 5, 6 and 7 are bad; two may be skipped; back to the checkpoint of step 4 at half the rate."""
+    poison(monkeypatch, {5, 6, 7}, math.nan)
+    tables = {
+        "train": {"max_steps": 10},
+        "checkpoint": {"every_steps": 2, "keep": 9},
+        "optim": {"name": "sgd", "lr": 0.05, "lr_rule": "none", "weight_decay": 0.0},
+        "schedule": {"decay": "constant", "per": "step"},
+        "guard": {"policy": "skip", "max_skips": 2, "rewind_lr": 0.5},
+    }
+    run = sslkit.train(small_recipe(**tables), tmp_path / "run")
+    assert "back to step 4" in capsys.readouterr().out
+    rows = run.metrics()
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert [row["lr"] for row in rows] == [0.05] * 4 + [0.025] * 6
+    assert not any("skipped" in row for row in rows)
+    # A run that is stopped after it went back must go on in the new order.
+    monkeypatch.undo()
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    for step in (8, 10):
+        shutil.rmtree(tmp_path / f"again/checkpoints/step-{step:08d}")
+    again = sslkit.train(small_recipe(**tables), tmp_path / "again")
+    assert [row["loss"] for row in again.metrics()] == [row["loss"] for row in rows]
+    first, second = tensors(tmp_path / "run", 10), tensors(tmp_path / "again", 10)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_orders_after_going_back_differ_and_stay_permutations() -> None:
+    orders = [epoch_order(3, 5, 1000, detour) for detour in range(4)]
+    assert len({tuple(order) for order in orders}) == 4
+    assert all(sorted(order) == list(range(1000)) for order in orders)
+    assert (orders[0] == epoch_order(3, 5, 1000)).all()
+
+
+def test_what_stays_bad_stops_the_run_with_a_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, set(range(5, 100)), math.nan)
+    recipe = small_recipe(
+        train={"max_steps": 30}, checkpoint={"every_steps": 2}, guard={"policy": "skip", "max_skips": 2}
+    )
+    with pytest.raises(BadStepError, match=r"step 6: the loss is nan.*went back 1 time"):
+        sslkit.train(recipe, tmp_path / "run")
+    assert all(torch.isfinite(tensor).all() for tensor in state(tmp_path / "run").values())
+    assert len(list((tmp_path / "run/capsules").iterdir())) == 1
+
+
+def test_a_spike_is_told_by_the_median_of_good_steps() -> None:
+    course = Course(losses=deque([1.0, 2.0, 3.0] * 10, maxlen=50))
+    guard = Guard(GuardConfig(loss_spike=4.0), course)
+    assert guard.complaint(7.9, 1.0) == ""
+    assert "over 4 times 2, the median of the last 30" in guard.complaint(8.1, 1.0)
+    assert guard.complaint(1.0, math.inf) == "the gradient norm is inf"
+    assert guard.complaint(1.0, None) == ""
+    few = Guard(GuardConfig(loss_spike=4.0), Course(losses=deque([1.0] * 19, maxlen=50)))
+    assert few.complaint(1e9, 1.0) == ""
+    restored = Course.from_json(json.loads(json.dumps(course.as_json())))
+    assert restored == course
+    assert restored.losses.maxlen == 50
+
+
+def test_one_process_has_a_bad_loss_and_all_skip_it(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, train={"max_steps": 6}, guard={"policy": "skip", "compare_every": 1})
+    process = start(saboteur("nan", 3, 1, recipe, tmp_path / "run"), processes=2)
+    said = finish(process)
+    assert process.returncode == 0, said
+    rows = read_lines(tmp_path / "run/metrics.jsonl")
+    assert [row["step"] for row in rows if "skipped" in row] == [3]
+    assert rows[-1]["step"] == 6
+
+
+def bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight that makes the third block's output infinite, from the fourth step on."""
+    after_update = METHODS["moco_v3"].after_update
+    updates: list[int] = []
+
+    def spoil(self: Any, progress: Any) -> dict[str, float]:
+        updates.append(progress.updates)
+        moved: dict[str, float] = after_update(self, progress)
+        if len(updates) == 3:
+            with torch.no_grad():
+                self.backbone.blocks[2].mlp.fc1.weight.fill_(torch.inf)
+        return moved
+
+    monkeypatch.setattr(METHODS["moco_v3"], "after_update", spoil)
+
+
+def test_a_capsule_computes_the_step_again_and_names_the_culprit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad_input(monkeypatch)
+    with pytest.raises(BadStepError, match=r"step 3: the loss is nan.*sslkit replay .*capsules/step-00000003"):
+        sslkit.train(small_recipe("moco_v3", "test_vit"), tmp_path / "run")
+    monkeypatch.undo()
+    found = replay_capsule(tmp_path / "run/capsules/step-00000003")
+    assert found.same
+    assert found.culprit == "backbone.blocks.2.mlp.fc1"
+    assert found.bad_gradients
+    with pytest.raises(SystemExit) as ended:
+        main(["replay", str(tmp_path / "run/capsules/step-00000003")])
+    assert ended.value.code == 0
+    assert "first output that is not finite: backbone.blocks.2.mlp.fc1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_spike_is_computed_again_to_the_last_bit(name: str, tmp_path: Path) -> None:
+    """A factor so low that the first step that may be called a spike is one; with drop path, queue and teacher."""
+    model = "test_vit" if name == "moco_v3" else "test_resnet"
+    recipe = small_recipe(
+        name,
+        model,
+        backbone={"name": model, "args": {"drop_path_rate": 0.2}},
+        train={"max_steps": 30},
+        guard={"loss_spike": 0.01},
+    )
+    with pytest.raises(BadStepError, match="the loss is"):
+        sslkit.train(recipe, tmp_path / "run")
+    (capsule,) = (tmp_path / "run/capsules").iterdir()
+    found = replay_capsule(capsule)
+    assert found.then["loss"] > 0
+    if name == "swav":  # its prototypes are brought to unit length once more
+        assert found.now == pytest.approx(found.then, rel=1e-5)
+    else:
+        assert found.same, (found.then, found.now)
+    assert (found.culprit, found.bad_gradients) == ("", [])
+
+
+def test_capsules_that_cannot_be_replayed_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, {2}, math.nan)
+    with pytest.raises(BadStepError):
+        sslkit.train(small_recipe(), tmp_path / "run")
+    monkeypatch.undo()
+    capsule = tmp_path / "run/capsules/step-00000001"
+    with pytest.raises(UserError, match="not a capsule"):
+        replay_capsule(tmp_path)
+    facts = json.loads((capsule / "capsule.json").read_text())
+    for change, words in (({"images": 7}, "made with 7 images"), ({"step": "x"}, "not a capsule")):
+        (capsule / "capsule.json").write_text(json.dumps(facts | change))
+        with pytest.raises(UserError, match=words):
+            replay_capsule(capsule)
+    (capsule / "capsule.json").write_text(json.dumps(facts))
+    with (capsule / "model.safetensors").open("r+b") as stream:
+        stream.truncate(1000)
+    with pytest.raises(UserError, match="torn or altered"):
+        replay_capsule(capsule)

@@ -1,0 +1,66 @@
+"""Two processes, one of which dies, hangs, drifts or differs: the run ends soon, and says whose fault it was."""
+
+from pathlib import Path
+
+import pytest
+from launching import finish, pretrain, saboteur, start, write_recipe
+
+from sslkit.engine.journal import read_lines
+
+GUARD = {"timeout_seconds": 6.0, "compare_every": 2}
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("kill", "process 1 is dead or frozen; last heard of at step 3"),
+        ("freeze", "process 1 is dead or frozen; last heard of at step 3"),
+        ("sleep", "process 1 lives and is at step 3, in forward and backward"),
+        ("raise", "process 1 stopped by ValueError: out of luck"),
+        ("mismatch", "process 1 "),
+    ],
+)
+def test_the_other_process_names_it(what: str, words: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, train={"max_steps": 0, "epochs": 40}, checkpoint={"every_steps": 2}, guard=GUARD)
+    process = start(saboteur(what, 4, 1, recipe, tmp_path / "run"), processes=2)
+    said = finish(process, timeout=120)
+    assert process.returncode not in (0, None)
+    assert words in said, said
+    assert "process 0 cannot go on at step 3" in said
+    assert (tmp_path / "run/checkpoints/step-00000002/manifest.json").is_file()
+
+
+def test_weights_that_drift_apart_are_found_by_name(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, train={"max_steps": 0, "epochs": 40}, guard=GUARD)
+    process = start(saboteur("drift", 3, 1, recipe, tmp_path / "run"), processes=2)
+    said = finish(process, timeout=120)
+    assert process.returncode not in (0, None)
+    assert "step 4: the processes have drifted apart: process 1 has another projector." in said, said
+    assert len(read_lines(tmp_path / "run/metrics.jsonl")) <= 4
+
+
+def test_processes_with_different_recipes_do_not_start(tmp_path: Path) -> None:
+    """Each rank reads the recipe of its own node; one was not updated."""
+    for rank, seed in ((0, 1), (1, 2)):
+        folder = tmp_path / f"node{rank}"
+        folder.mkdir()
+        write_recipe(folder, train={"max_steps": 6, "seed": seed})
+    script = tmp_path / "by_rank.py"
+    script.write_text(
+        "import os, sys\nfrom sslkit.cli import main\n"
+        f"main(['pretrain', f'{tmp_path}/node' + os.environ['RANK'] + '/recipe.toml', '--output', sys.argv[1]])\n"
+    )
+    process = start([str(script), str(tmp_path / "run")], processes=2)
+    said = finish(process, timeout=120)
+    assert process.returncode not in (0, None)
+    assert "the processes do not agree: process 1 has another recipe than process 0" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_healthy_pair_is_left_alone(tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path, "swav", "test_resnet", train={"max_steps": 5}, guard={"timeout_seconds": 60.0, "compare_every": 1}
+    )
+    process = start(pretrain(recipe, tmp_path / "run"), processes=2)
+    said = finish(process)
+    assert process.returncode == 0, said

@@ -1,0 +1,130 @@
+"""A run that is asked to stop saves once, says so with exit code 75, and goes on as if nothing had been."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_recipe
+from launching import finish, pretrain, saboteur, start, tensors, wait_for_lines, write_recipe
+
+import sslkit
+from sslkit.engine.journal import read_lines
+
+LONG = {"max_steps": 0, "epochs": 40}
+
+
+def assert_continues_to_the_same_bits(recipe: Path, whole: Path, stopped: Path, steps: int) -> None:
+    one, other = tensors(whole, steps), tensors(stopped, steps)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    rows = [read_lines(run / "metrics.jsonl") for run in (whole, stopped)]
+    assert [(row["step"], row["loss"]) for row in rows[0]] == [(row["step"], row["loss"]) for row in rows[1]]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_to_the_whole_group_saves_and_exits_with_75(name: str, tmp_path: Path) -> None:
+    """Data workers get it too, as from a terminal or a scheduler."""
+    recipe = write_recipe(tmp_path, train={"max_steps": 40}, data={"workers": 1})
+    process = start(pretrain(recipe, tmp_path / "run"))
+    wait_for_lines(tmp_path / "run/metrics.jsonl", 5, process)
+    os.killpg(process.pid, signal.Signals[name])
+    said = finish(process)
+    assert process.returncode == 75, said
+    assert f"by {name}" in said
+    assert "Traceback" not in said
+    marker = (tmp_path / "run/PREEMPTED").read_text()
+    step = int(marker.split()[1].rstrip(":"))
+    assert name in marker
+    assert [each.name for each in (tmp_path / "run/checkpoints").glob("step-*")] == [f"step-{step:08d}"]
+    assert len(read_lines(tmp_path / "run/metrics.jsonl")) == step
+    if name == "SIGTERM":
+        for run in ("run", "whole"):
+            process = start(pretrain(recipe, tmp_path / run))
+            said = finish(process)
+            assert process.returncode == 0, said
+        assert not (tmp_path / "run/PREEMPTED").exists()
+        assert_continues_to_the_same_bits(recipe, tmp_path / "whole", tmp_path / "run", 40)
+
+
+def test_the_second_signal_stops_at_once(tmp_path: Path) -> None:
+    """The first is heard; before the step ends, which hangs, comes the second."""
+    recipe = write_recipe(tmp_path, train=LONG)
+    process = start(saboteur("sleep", 4, 0, recipe, tmp_path / "run"))
+    wait_for_lines(tmp_path / "run/metrics.jsonl", 3, process)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.0)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    finish(process, timeout=20)
+    assert process.returncode == -signal.SIGTERM
+    assert not (tmp_path / "run/PREEMPTED").exists()
+
+
+def test_one_process_hears_it_and_both_stop_at_the_same_step(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, train=LONG)
+    process = start(pretrain(recipe, tmp_path / "run"), processes=2)
+    wait_for_lines(tmp_path / "run/metrics.jsonl", 3, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    second = next(pid for pid in children if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(int(second), signal.SIGUSR1)
+    said = finish(process)
+    marker = (tmp_path / "run/PREEMPTED").read_text()
+    assert "a signal to another process" in marker, said
+    step = int(marker.split()[1].rstrip(":"))
+    assert (tmp_path / f"run/checkpoints/step-{step:08d}/manifest.json").is_file()
+    assert said.count("exitcode  : 75") == 2 or "75" in said
+
+
+@pytest.mark.slow
+def test_a_restart_by_the_launcher_continues(tmp_path: Path) -> None:
+    """torchrun --max_restarts after one process died: the same command, and nothing is lost."""
+    recipe = write_recipe(tmp_path, train={"max_steps": 12}, checkpoint={"every_steps": 4})
+    whole = start(pretrain(recipe, tmp_path / "whole"), processes=2)
+    said = finish(whole)
+    assert whole.returncode == 0, said
+    process = start(pretrain(recipe, tmp_path / "run"), processes=2, launcher=["--max_restarts", "1"])
+    wait_for_lines(tmp_path / "run/metrics.jsonl", 6, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    second = next(pid for pid in children if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(int(second), signal.SIGKILL)
+    said = finish(process)
+    assert process.returncode == 0, said
+    assert "continuing" in said
+    assert_continues_to_the_same_bits(recipe, tmp_path / "whole", tmp_path / "run", 12)
+
+
+def test_the_budget_of_hours(tmp_path: Path) -> None:
+    recipe = small_recipe(train={"max_steps": 0, "epochs": 40, "max_hours": 1e-4})
+    run = sslkit.train(recipe, tmp_path / "run")
+    assert "max_hours = 0.0001" in run.stopped
+    assert 0 < run.step < 40 * 62
+    assert f"step {run.step}:" in (tmp_path / "run/PREEMPTED").read_text()
+    unlimited = small_recipe(train={"max_steps": run.step + 2, "epochs": 40})
+    assert sslkit.train(unlimited, tmp_path / "run").stopped == ""
+
+
+def test_a_knn_that_was_owed_is_measured_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal in the last step of an epoch leaves no time for kNN; the next start measures it, of the same weights."""
+    tables = {
+        "train": {"max_steps": 6, "batch_size": 500, "epochs": 2},
+        "monitor": {"every_epochs": 1, "data": "builtin:fashion_mnist", "max_train": 100, "diagnose_every": 0},
+    }
+    recipe = small_recipe("moco_v3", "test_vit", **tables)
+    whole = sslkit.train(recipe, tmp_path / "whole")
+    votes = iter([False] * 3 + [True] + [False] * 9)
+    monkeypatch.setattr(
+        "sslkit.engine.stopping.StopRequest.reason", property(lambda _self: "SIGTERM" if next(votes) else "")
+    )
+    stopped = sslkit.train(recipe, tmp_path / "run")
+    assert stopped.step == 4
+    assert stopped.results() == []
+    monkeypatch.undo()
+    again = sslkit.train(recipe, tmp_path / "run")
+    assert [(row["step"], row["accuracy"]) for row in again.results()] == [
+        (row["step"], row["accuracy"]) for row in whole.results()
+    ]
+    assert [row["step"] for row in again.results()] == [4, 6]
