@@ -181,6 +181,7 @@ def test_cifar_recipe_is_the_notebooks() -> None:
     recipe = load_recipe("mocov2_cifar10")
     assert recipe.method.model_dump() == {
         **{"dim": 128, "queue_size": 4096, "temperature": 0.1, "momentum": 0.99, "bn_groups": 8},
+        "shuffle": True,
         "symmetric": False,
     }
     assert recipe.method_name == "moco_v1"  # the notebook has v1's linear head

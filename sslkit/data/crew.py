@@ -14,6 +14,7 @@ from sslkit.data.views import ViewPipeline
 from sslkit.errors import RunError
 
 POLL = 5.0  # seconds between looks at the workers while a batch is awaited
+DYING = 2.0  # seconds
 RESTARTS = 2  # of the loader, without a batch in between
 
 
@@ -75,7 +76,7 @@ class _Crew:
     """One loader's workers."""
 
     def __init__(self, run: SteadyLoader, step: int) -> None:
-        self.run, self.step = run, step
+        self.run, self.step, self.stuck = run, step, ""
         self.posts = Posts(run.workers)
         before = set(multiprocessing.active_children())
         loader = make_loader(
@@ -96,33 +97,56 @@ class _Crew:
     def next_batch(self) -> Batch:
         """The next batch, or the error of a worker that read it."""
         asked = time.monotonic()
-        while True:
-            try:
-                batch: Batch = next(self.loaded)
-            except (RuntimeError, OSError) as error:
-                self._look(error, time.monotonic() - asked)
-            else:
-                self.step += 1
-                return batch
+        watchdog = threading.Timer(self.run.timeout + 2 * POLL, self._end_stuck)
+        watchdog.daemon = True
+        if self.run.timeout:
+            watchdog.start()
+        try:
+            while True:
+                try:
+                    batch: Batch = next(self.loaded)
+                except (RuntimeError, OSError, EOFError) as error:
+                    self._look(error, time.monotonic() - asked)
+                else:
+                    self.step += 1
+                    return batch
+        finally:
+            watchdog.cancel()
+
+    def _end_stuck(self) -> None:
+        """End workers of which one stopped while it handed over a batch: torch waits for that without a limit."""
+        self.stuck = self._stuck()
+        for worker in self.workers:
+            worker.kill()
 
     def _look(self, error: Exception, waited: float) -> None:
         """Raise what is the matter; return if it is only that a batch takes its time."""
+        if self.stuck:
+            raise _WorkerLostError(self.stuck)
+        timed_out = "timed out" in str(error)
         posts = self.posts.read()
         for worker in self.workers:
+            if not timed_out:
+                worker.join(DYING / len(self.workers))  # its connection is gone a moment before it is
             if not worker.is_alive():
                 at = next((post for post in posts if post.pid == worker.pid), None)
                 raise _WorkerLostError(
                     f"{self._opening()}: a data worker (process id {worker.pid}) ended with {worker.exitcode}"
                     f"{self._where(at)}; -9 is the kernel's way where memory runs out: fewer [data] workers need less"
                 )
-        if "timed out" not in str(error):
+        if not timed_out:
             raise error
         if self.run.timeout and waited >= self.run.timeout:
-            at = max((post for post in posts if post.sample is not None), key=lambda post: post.seconds, default=None)
-            raise _WorkerLostError(
-                f"{self._opening()}: no batch in [data] worker_timeout = {self.run.timeout:g} seconds, a data worker is"
-                f" stuck{self._where(at)}"
-            )
+            raise _WorkerLostError(self._stuck())
+
+    def _stuck(self) -> str:
+        at = max(
+            (post for post in self.posts.read() if post.sample is not None), key=lambda post: post.seconds, default=None
+        )
+        return (
+            f"{self._opening()}: no batch in [data] worker_timeout = {self.run.timeout:g} seconds, a data worker is"
+            f" stuck{self._where(at)}"
+        )
 
     def _opening(self) -> str:
         return f"step {self.step}, process {self.run.batches.rank}"

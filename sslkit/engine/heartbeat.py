@@ -19,6 +19,7 @@ from sslkit.errors import RunError
 from sslkit.parts.collectives import rank, under_way, world_size
 
 INTERVAL = 1.0
+WAITING, IN_VAIN = "in the collective ", "waiting for others in vain"
 PATIENT = ("starting", "evaluating", "saving")  # what may take longer than any timeout
 
 
@@ -33,7 +34,7 @@ class Heartbeat:
         self.timeout = timeout
         self.step, self.doing, self.since = 0, "starting", time.monotonic()
         self.ended = threading.Event()
-        self.count = 0
+        self.count, self.in_vain = 0, False
         self.store: Any = None
         self.thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -61,9 +62,10 @@ class Heartbeat:
         Args:
             error: What the collective raised, if it did.
         """
-        where = f"in {under_way()}" if under_way() else f"while {self.doing}"
+        where = self._doing()
         reason = f" ({str(error).splitlines()[0][-160:]})" if error else ""
         opening = f"process {rank()} cannot go on at step {self.step}, {where}"
+        self.in_vain = True
         try:
             before = self._beats()
             time.sleep(2.5 * INTERVAL)
@@ -82,6 +84,11 @@ class Heartbeat:
         keys = [f"beat/{other}" for other in range(world_size())]
         return [json.loads(self.store.get(key)) if self.store.check([key]) else {} for key in keys]
 
+    def _doing(self) -> str:
+        if self.in_vain:
+            return IN_VAIN
+        return f"{WAITING}{under_way()}" if under_way() else self.doing
+
     def _tell(self, doing: str) -> None:
         self.count += 1
         beat = {"count": self.count, "step": self.step, "doing": doing}
@@ -91,8 +98,9 @@ class Heartbeat:
             self.ended.set()  # no store, no launcher: the collectives will fail too
 
     def _beat(self) -> None:
+        self._tell(self.doing)
         while not self.ended.wait(INTERVAL):
-            self._tell(f"in {under_way()}" if under_way() else self.doing)
+            self._tell(self._doing())
             if self.doing not in PATIENT and time.monotonic() - self.since > self.timeout + 5 * INTERVAL:
                 self._give_up()
 
@@ -118,6 +126,6 @@ def _suspicion(other: int, before: dict[str, Any], after: dict[str, Any], step: 
         return f"process {other} {doing} at step {after['step']}"
     if before and after["count"] == before["count"]:
         return f"process {other} is dead or frozen; last heard of at step {after['step']}, {doing}"
-    if after["step"] < step or not doing.startswith("in "):
+    if after["step"] < step or not doing.startswith((WAITING, IN_VAIN)):
         return f"process {other} lives and is at step {after['step']}, {doing}"
     return ""

@@ -52,46 +52,30 @@ def run_loop(
         set_learning_rate(training.optimizer, lr)
         statistics.remember()
         result = forward_and_backward(recipe, training.accelerator, method, training.wrapped, batch, step)
-        loss, save_asked, stop_asked, bad_images = vote(
-            result.loss,
-            save_is_due(training, step + 1, last_save),
-            bool(stop.reason),
-            bool(training.bad_samples.new_in(batch)),
-        )
+        save_here, bad_here = save_is_due(training, step + 1, last_save), training.bad_samples.new_in(batch)
+        loss, save_asked, stop_asked, bad_images = vote(result.loss, save_here, bool(stop.reason), bool(bad_here))
         if bad_images:
             training.bad_samples.collect(batch, step // training.steps_per_epoch, step + 1)
-        prepare_gradients(training, step)
-        grad_norm = gradient_norm(training)
-        layers = layer_gradients(method.backbone) if recipe.monitor.layer_gradients else {}
-        complaint = guard.complaint(loss, grad_norm if training.accelerator.scaler is None else None)
-        if complaint:
-            statistics.put_back()
-            training.optimizer.zero_grad()
-            capsule = try_to_write_capsule(training, step, complaint, loss, grad_norm)
-            journal.say(guard.refuse(step, complaint, capsule))
-        else:
-            guard.accept(loss)
-        moved = {"skipped": 1.0} if complaint else update(training, step)
-        training.optimizer.zero_grad()
+        numbers, layers = learn(training, journal, guard, statistics, step, loss)
         clock.finish_step()
 
         done, ends = step + 1, step + 1 == training.last_step
         heart.at(done, "in bookkeeping")
-        if done % recipe.train.log_every == 0 or epoch_ends(training, done) or complaint:
-            fields = {"loss": loss, "lr": lr, "grad_norm": grad_norm, **moved}
-            fields |= {name: float(mean_over_processes(value)) for name, value in result.metrics.items()}
+        if done % recipe.train.log_every == 0 or epoch_ends(training, done) or "skipped" in numbers:
+            fields = {"loss": loss, "lr": lr, **numbers, **over_processes(result.metrics)}
             report(training, journal, clock, done, fields, layers)
         if recipe.guard.compare_every and done % recipe.guard.compare_every == 0:
             compare_weights(method, done, training.accelerator.device)
-        if training.diagnostics and not complaint:
-            training.diagnostics.see(done, grad_norm, layers)
+        if training.diagnostics and "skipped" not in numbers:
+            training.diagnostics.see(done, numbers["grad_norm"], layers)
         heart.at(done, "evaluating")
         measures = monitor_is_due(training, done) and (ends or not stop_asked)
         measure(training, journal, batch, done, with_knn=measures)
-        saves = ends or stop_asked or (save_asked and not training.course.skipped)
+        last = ends or bool(stop_asked)
+        saves = last or (save_asked and not training.course.skipped)
         if saves:
             heart.at(done, "saving")
-            save(training, saver, done, wait=bool(ends or stop_asked))
+            save(training, saver, done, wait=last)
             last_save = time.monotonic()
         if stop_asked and not ends:
             return done, stop.reason or "a signal to another process"
@@ -127,12 +111,51 @@ def vote(loss: torch.Tensor, *flags: bool) -> tuple[float, ...]:
     return tuple(mean_over_processes(torch.stack([loss.detach(), *map(loss.new_tensor, map(float, flags))])).tolist())
 
 
+def over_processes(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The mean of each number over the processes."""
+    return {name: float(mean_over_processes(value)) for name, value in metrics.items()}
+
+
 def prepare_gradients(training: Training, step: int) -> None:
     """What method and recipe do to gradients before the update."""
     recipe, method = training.recipe, training.method
     method.before_update(progress(training, step))
     if step < recipe.train.head_warmup_epochs * training.steps_per_epoch:
         rest(method.backbone)
+
+
+def learn(
+    training: Training, journal: Journal, guard: Guard, statistics: RunningStatistics, step: int, loss: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Move weights, teacher and queue by the step's gradients, unless ``[guard]`` finds something bad in it.
+
+    Returns:
+        Numbers of the step, ``skipped`` among them if nothing moved, and the norm of each layer's gradient if asked.
+    """
+    recipe = training.recipe
+    prepare_gradients(training, step)
+    grad_norm = gradient_norm(training)
+    layers = layer_gradients(training.method.backbone) if recipe.monitor.layer_gradients else {}
+    # A gradient scaler finds overflows by itself, and expects some.
+    complaint = guard.complaint(loss, grad_norm if training.accelerator.scaler is None else None)
+    if complaint:
+        statistics.put_back()
+        refuse_step(training, journal, guard, step, complaint, loss, grad_norm)
+        moved = {"skipped": 1.0}
+    else:
+        guard.accept(loss)
+        moved = update(training, step)
+    training.optimizer.zero_grad()
+    return {"grad_norm": grad_norm, **moved}, layers
+
+
+def refuse_step(
+    training: Training, journal: Journal, guard: Guard, step: int, complaint: str, loss: float, grad_norm: float
+) -> None:
+    """Keep a bad step in a capsule, and go on without it, back or out as ``[guard]`` says."""
+    training.optimizer.zero_grad()
+    capsule = try_to_write_capsule(training, step, complaint, loss, grad_norm)
+    journal.say(guard.refuse(step, complaint, capsule))
 
 
 def update(training: Training, step: int) -> dict[str, float]:

@@ -115,7 +115,7 @@ def _compute(
         facts["step"],
         str(facts["complaint"]),
         {"loss": float(facts["loss"]), "grad_norm": float(facts["grad_norm"])},
-        {"loss": float(result.loss), "grad_norm": norm},
+        {"loss": float(result.loss.detach()), "grad_norm": norm},
         watch.name,
         [int(batch.sample_ids[row]) for row in watch.rows if row < len(batch.sample_ids)],
         [name for name, grad in grads.items() if not torch.isfinite(grad).all()],

@@ -12,6 +12,7 @@ import sslkit
 from sslkit.engine import run as run_module
 from sslkit.engine.draws import draw_key, shuffle_order
 from sslkit.engine.guard import BadStepError
+from sslkit.engine.journal import read_lines
 from sslkit.errors import UserError
 from sslkit.methods.base import Step
 
@@ -64,13 +65,21 @@ def test_a_gradient_that_is_no_number_never_reaches_the_weights(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_is_named_in_one_sentence(workers: int, class_folders: Path, tmp_path: Path) -> None:
+def test_an_unreadable_image_is_replaced_listed_and_counted(workers: int, class_folders: Path, tmp_path: Path) -> None:
     images = shutil.copytree(class_folders, tmp_path / "images [1]")
     bad = next(images.rglob("*5.png"))
     bad.write_bytes(bad.read_bytes()[:60])
     data = {"path": str(images), "split": "train", "workers": workers}
-    with pytest.raises(UserError, match=r"cannot read .*5\.png as an image") as caught:
-        sslkit.train(small_recipe(data=data, train={"max_steps": 0, "batch_size": 20}), tmp_path / "run")
+    train = {"max_steps": 0, "epochs": 2, "batch_size": 20}
+    sslkit.train(small_recipe(data=data | {"max_bad_share": 0.05}, train=train), tmp_path / "run")
+    [line] = read_lines(tmp_path / "run/bad_samples.jsonl")
+    assert line["name"].endswith(bad.name)
+    assert line["epoch"] == 0
+    with pytest.raises(
+        UserError, match=r"1 of the .* images of .* cannot be read, more than \[data\] max_bad_share = 0"
+    ) as caught:
+        sslkit.train(small_recipe(data=data | {"max_bad_share": 0.0}, train=train), tmp_path / "strict")
+    assert bad.name in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 

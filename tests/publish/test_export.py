@@ -97,12 +97,12 @@ def test_export_refuses_what_it_must(run: Path, exported: Path, tmp_path: Path) 
 
 
 def test_a_difference_after_reloading_is_caught(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = export_module.save_file
+    write = export_module.write_tensors
 
-    def tampered(tensors: dict[str, torch.Tensor], *args: object, **kwargs: object) -> None:
-        save({name: value + 1e-3 for name, value in tensors.items()}, *args, **kwargs)
+    def tampered(file: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> dict[str, object]:
+        return write(file, {name: value + 1e-3 for name, value in tensors.items()}, **metadata)
 
-    monkeypatch.setattr(export_module, "save_file", tampered)
+    monkeypatch.setattr(export_module, "write_tensors", tampered)
     with pytest.raises(EncoderFolderError, match="features differ"):
         export_encoder(run, tmp_path / "x")
     assert not (tmp_path / "x").exists()
