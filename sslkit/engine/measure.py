@@ -10,6 +10,8 @@ from sslkit.engine.clock import StepClock
 from sslkit.engine.diagnostics import Diagnostics
 from sslkit.engine.journal import Journal, duration, read_lines
 from sslkit.engine.training import Training
+from sslkit.methods import Method
+from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.collectives import max_over_processes
 
 
@@ -106,5 +108,11 @@ def diagnose(training: Training, journal: Journal, batch: Batch | None, done: in
     if batch is None and training.monitor:
         curve = read_curve(*(read_lines(journal.folder / name) for name in ("metrics.jsonl", "results.jsonl")))
         test_images = len(training.monitor.pair.test)
-        fields["alarms"] += dip_alarm(curve, test_images) + leak_alarm(curve, test_images)
+        exposed = shares_batch_statistics(training.method)
+        fields["alarms"] += dip_alarm(curve, test_images) + leak_alarm(curve, test_images, exposed=exposed)
     journal.diagnosis({"step": done, "epoch": round(done / training.steps_per_epoch, 6), **fields})
+
+
+def shares_batch_statistics(method: Method) -> bool:
+    """Whether a query is normalised in the same small group of images as its key, which then give each other away."""
+    return method.bn_groups > 1 and not method.shuffle_keys and has_batch_norm(method.backbone)

@@ -1,6 +1,7 @@
 """Start runs as users do, in processes of their own, and interfere from outside."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -28,7 +29,14 @@ def start(words: list[str], processes: int = 1, launcher: list[str] | None = Non
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{env.get('PYTHONPATH', '')}"}
     command = [sys.executable, *(TORCHRUN if processes == 2 else []), *(launcher or []), *words]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=env,
+        start_new_session=True,
+        # A shell ignores SIGINT in what it starts in the background, tests among it, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
