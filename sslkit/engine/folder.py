@@ -15,7 +15,7 @@ from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, read_checkpo
 from sslkit.engine.images import write_images
 from sslkit.engine.journal import read_lines
 from sslkit.errors import UserError
-from sslkit.recipe import Recipe, changes
+from sslkit.recipe import Recipe, build_recipe, changes
 
 # Keys that do not change what is learned; a run may be continued with others.
 FREE_KEYS = (
@@ -68,11 +68,19 @@ def check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
         before = tomllib.loads(saved.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{saved}: not a readable recipe, so this run cannot be continued: {error}") from error
-    changed = [line for line in changes(before, recipe.as_tables()) if not line.startswith(FREE_KEYS)]
+    changed = [line for line in changes(with_defaults(before), recipe.as_tables()) if not line.startswith(FREE_KEYS)]
     if changed:
         raise UserError(
             f"--output {folder}: holds a run of another recipe; choose another folder or undo: " + "; ".join(changed)
         )
+
+
+def with_defaults(tables: dict[str, Any]) -> dict[str, Any]:
+    """A recipe of an earlier version with the keys that it did not have yet; as it is, if it no longer is one."""
+    try:
+        return build_recipe(tables).as_tables()
+    except UserError:
+        return tables
 
 
 def find_checkpoint(folder: Path, recipe: Recipe, resume: str) -> tuple[Checkpoint | None, list[str]]:
@@ -88,7 +96,7 @@ def find_checkpoint(folder: Path, recipe: Recipe, resume: str) -> tuple[Checkpoi
         if found is None:
             raise UserError(f"--resume {resume}: no checkpoint there; give a run or checkpoint folder, auto or never")
         checkpoint = found
-    differing = changes(checkpoint.state["recipe"], recipe.as_tables())
+    differing = changes(with_defaults(checkpoint.state["recipe"]), recipe.as_tables())
     unfit = [line for line in differing if line.startswith(("method.", "backbone.", "optim.name", "optim.exclude"))]
     if unfit:
         raise UserError(f"--resume {resume}: was trained by another recipe, which must agree in: {'; '.join(unfit)}")

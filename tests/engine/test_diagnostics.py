@@ -20,6 +20,7 @@ from sslkit.engine.run import build_method
 from sslkit.evaluate.collapse import label_free
 from sslkit.methods import METHODS
 from sslkit.methods.moco_v1 import MoCoV1
+from sslkit.recipe import Recipe
 
 BASE = {"step", "epoch", "embedding_std", "effective_rank", "alpha_req", "alignment", "uniformity"}
 HISTOGRAMS = {"positive_histogram", "negative_histogram", "histogram_edges"}
@@ -128,12 +129,16 @@ def test_a_resumed_run_has_the_lines_of_an_undisturbed_one(monitored: dict[str, 
     assert lines(tmp_path / "parts") == parts
 
 
-def test_a_run_from_before_diagnostics_is_continued(tmp_path: Path) -> None:
-    sslkit.train(small_recipe(train={"max_steps": 2}), tmp_path / "run")
+def test_a_run_from_before_diagnostics_and_shuffle_is_continued(tmp_path: Path) -> None:
+    def recipe(steps: int) -> Recipe:
+        return small_recipe("moco_v2", "test_resnet", train={"max_steps": steps})
+
+    sslkit.train(recipe(2), tmp_path / "run")
     saved = tmp_path / "run" / "recipe.toml"
-    saved.write_text("".join(line for line in saved.read_text().splitlines(True) if "diagnose_every" not in line))
+    later = ("diagnose_every", "shuffle")
+    saved.write_text("".join(line for line in saved.read_text().splitlines(True) if not line.startswith(later)))
     (tmp_path / "run" / "diagnostics.jsonl").unlink()
-    sslkit.train(small_recipe(train={"max_steps": 4}), tmp_path / "run")
+    sslkit.train(recipe(4), tmp_path / "run")
     assert [row["step"] for row in lines(tmp_path / "run")] == [4]
 
 
