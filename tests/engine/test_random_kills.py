@@ -56,6 +56,8 @@ def kill_at_random(process: subprocess.Popen[str], run: Path, draws: random.Rand
     time.sleep(draws.uniform(0, 0.3) if target else draws.uniform(0, 8.0))
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    end_all(run)
     process.communicate()
 
 
@@ -121,7 +123,6 @@ def test_kills_at_random_leave_no_trace(name: str, processes: int, tmp_path: Pat
     for _ in range(KILLS):
         process = start(pretrain(draws.choice(files), run), processes)
         kill_at_random(process, run, draws)
-        end_all(run)
     last = start(pretrain(draws.choice(files), run), processes)
     said = finish(last)
     assert last.returncode == 0, said
