@@ -10,6 +10,7 @@ from sslkit.engine.clock import StepClock
 from sslkit.engine.diagnostics import Diagnostics
 from sslkit.engine.journal import Journal, duration, read_lines
 from sslkit.engine.training import Training
+from sslkit.evaluate.protocol import bootstrap_interval
 from sslkit.methods import Method
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.collectives import max_over_processes
@@ -84,6 +85,7 @@ def measure_knn(training: Training, journal: Journal, done: int) -> None:
             "evaluation": f"knn k={protocol.k} temperature={protocol.temperature:g}",
             "data": training.monitor.pair.description,
             "accuracy": accuracy,
+            "interval": bootstrap_interval(accuracy, training.monitor.scored),
             **({"left_out": left_out} if left_out else {}),
         }
     )

@@ -29,13 +29,13 @@ class KnnMonitor:
         pair = open_pair(DataConfig(path=monitor.data, name=monitor.name), seed=recipe.train.seed)
         self.pair = _limit_bank(pair, monitor.max_train, recipe.train.seed)
         self.protocol = KnnProtocol(min(monitor.k, len(self.pair.train)), monitor.temperature)
-        self.left_out = 0
+        self.left_out, self.scored = 0, len(self.pair.test)
 
     def __call__(self, backbone: nn.Module) -> float:
         """Share of the monitor's test images classified right.
 
         Images that cannot be read are left out, of the bank and of the test, and counted in ``left_out``: a file that
-        vanishes must not end a run.
+        vanishes must not end a run. ``scored`` counts the test images that remain.
 
         Raises:
             UserError: Fewer than k images of the bank, or none of the test, can be read.
@@ -43,7 +43,7 @@ class KnnMonitor:
         copy_buffers_from_first(backbone)
         bank, kept = self._features(backbone, self.pair.train)
         queries, asked = self._features(backbone, self.pair.test)
-        self.left_out = int((~kept).sum() + (~asked).sum())
+        self.left_out, self.scored = int((~kept).sum() + (~asked).sum()), int(asked.sum())
         if kept.sum() < self.protocol.k or not asked.any():
             raise UserError(f"[monitor] data: {self.left_out} images of {self.pair.description} cannot be read")
         labels, truth = self.pair.train_labels[kept], self.pair.test_labels[asked]
