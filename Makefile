@@ -37,6 +37,7 @@ bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/micro_batch_memory.py
 	$(BIN)/python benchmarks/evaluation.py
+	$(BIN)/python benchmarks/soak.py
 
 ablations: $(BIN)/.installed
 	$(BIN)/python benchmarks/ablations.py
