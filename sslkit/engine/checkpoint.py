@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 from sslkit.errors import UserError
 
 FORMAT = 1
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 GROUP = "param_groups."
 
 
@@ -63,22 +65,32 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read one checkpoint and check it against its manifest.
 
+    It may be a stranger's: only files of the three known names are opened, none of them through a link, and they hold
+    numbers and text.
+
     Raises:
-        UserError: A file is missing, torn or altered; names it.
+        UserError: A file is missing, torn, altered or not what its name says; names it.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        expected = manifest["files"]
-        found = _checksums(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: checkpoint without a readable manifest ({error})") from error
-    for name, entry in expected.items():
-        if found.get(name) != entry:
+        entries = {name: manifest["files"][name] for name in FILES}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{folder}: checkpoint without a readable manifest ({_one_line(error)})") from error
+    for name, entry in entries.items():
+        if _checksum(folder / name) != entry:
             raise UserError(f"{folder / name}: torn or altered since it was saved")
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    return Checkpoint(
-        state["step"], load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors"), state
-    )
+    file = folder / "state.json"
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        step, _, _ = int(state["step"]), dict(state["optimizer"]), dict(state["recipe"])
+        file = folder / "model.safetensors"
+        model = load_file(file)
+        file = folder / "optimizer.safetensors"
+        return Checkpoint(step, model, load_file(file), state)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        raise UserError(
+            f"{file}: not a checkpoint's, though its manifest vouches for it: {_one_line(error)}"
+        ) from error
 
 
 def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> None:
@@ -123,11 +135,17 @@ def flatten_optimizer(method: nn.Module, optimizer: Optimizer) -> tuple[dict[str
     return tensors, scalars
 
 
-def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
-    sums = {}
-    for file in sorted(folder.iterdir()):
-        if file.name != "manifest.json":
-            with file.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            sums[file.name] = {"bytes": file.stat().st_size, "sha256": digest}
-    return sums
+def _checksum(file: Path) -> dict[str, Any]:
+    """The manifest's entry of a file; nothing of one that is missing, cannot be read, or is a link."""
+    try:
+        if file.is_symlink():
+            return {}
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return {"bytes": file.stat().st_size, "sha256": digest}
+    except OSError:
+        return {}
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
