@@ -54,18 +54,30 @@ def encoder_config(recipe: Recipe, license_id: str) -> dict[str, Any]:
         "crop_pct": views.crop_pct,
         "crop_mode": "center",
     }
+    config = timm_config(_build(recipe), data_config, license_id)
+    if recipe.backbone.small_stem:
+        config["small_stem"] = True
+    return config
+
+
+def timm_config(model: nn.Module, data_config: dict[str, Any], license_id: str) -> dict[str, Any]:
+    """timm's ``config.json`` for a model that timm built, without what belongs to other weights of its name.
+
+    Args:
+        model: As ``timm.create_model(name, num_classes=0, ...)`` returned it.
+        data_config: timm's words for the preprocessing: input_size, interpolation, mean, std, crop_pct, crop_mode.
+        license_id: SPDX id of the licence the weights are given under.
+    """
     model_config = {"pretrained_cfg": {"license": license_id}}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
-        save_config_for_hf(_build(recipe), str(file), model_config=model_config, data_config=data_config)
+        save_config_for_hf(model, str(file), model_config=model_config, data_config=data_config)
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     kept = {key: config["pretrained_cfg"][key] for key in KEPT_CONFIG if key in config["pretrained_cfg"]}
     config["pretrained_cfg"] = kept
     # transformers passes num_classes itself and fails on a second one.
     for key in TRAINING_ARGS:
         config.get("model_args", {}).pop(key, None)
-    if recipe.backbone.small_stem:
-        config["small_stem"] = True
     return config
 
 
