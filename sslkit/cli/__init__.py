@@ -18,7 +18,7 @@ from sslkit.cli.importing import import_
 from sslkit.cli.look import report, views
 from sslkit.cli.replay import replay
 from sslkit.cli.show import AsJson, console, show_report
-from sslkit.errors import RunError, UserError
+from sslkit.errors import RunError, UserError, without_tokens
 
 if TYPE_CHECKING:
     from sslkit.recipe import Recipe
@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _complain(sentence: str, code: int = 2) -> NoReturn:
     if sentence:
-        print(f"sslkit: {sentence}", file=sys.stderr)
+        print(f"sslkit: {without_tokens(sentence)}", file=sys.stderr)
     sys.exit(code)
 
 

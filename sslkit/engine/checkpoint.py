@@ -8,10 +8,13 @@ Reading them, and what an optimizer's state is called in them; `sslkit.engine.sa
 
 import hashlib
 import json
+import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,6 +23,9 @@ from sslkit.errors import UserError
 
 FORMAT = 1
 GROUP = "param_groups."
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+MAX_MANIFEST_BYTES = 1_000_000
+MAX_STEP = 2**53
 
 
 @dataclass(frozen=True)
@@ -64,21 +70,57 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Read one checkpoint and check it against its manifest.
 
     Raises:
-        UserError: A file is missing, torn or altered; names it.
+        UserError: A file is missing, torn, altered or not what a checkpoint has; names it.
     """
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        expected = manifest["files"]
-        found = _checksums(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: checkpoint without a readable manifest ({error})") from error
-    for name, entry in expected.items():
-        if found.get(name) != entry:
+    for name, entry in _manifest(folder).items():
+        if not _as_saved(folder / name, entry):
             raise UserError(f"{folder / name}: torn or altered since it was saved")
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    return Checkpoint(
-        state["step"], load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors"), state
-    )
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        parts = {name: load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer")}
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: not a checkpoint ({str(error)[:200]})") from error
+    if not (
+        isinstance(state, dict)
+        and type(state.get("step")) is int
+        and 0 <= state["step"] < MAX_STEP
+        and isinstance(state.get("recipe"), dict)
+        and isinstance(state.get("optimizer"), dict)
+        and all(isinstance(scalars, dict) for scalars in state["optimizer"].values())
+    ):
+        raise UserError(f"{folder / 'state.json'}: has no step, recipe and optimizer, as a checkpoint must")
+    return Checkpoint(state["step"], parts["model"], parts["optimizer"], state)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The entries of a manifest, which name all files of a checkpoint and none elsewhere."""
+    file = folder / "manifest.json"
+    try:
+        if file.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ValueError("far larger than one")
+        files = json.loads(file.read_text(encoding="utf-8"))["files"]
+        if not isinstance(files, dict):
+            raise ValueError("its 'files' are no object")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{folder}: checkpoint without a readable manifest ({str(error)[:200]})") from error
+    for name in files:
+        if name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+            raise UserError(f"{file}: names {name!r:.100}, which is no file of this folder")
+    if absent := [name for name in FILES if name not in files]:
+        raise UserError(f"{file}: does not name {absent[0]}, without which there is no checkpoint")
+    return files
+
+
+def _as_saved(file: Path, entry: Any) -> bool:
+    """Whether a plain file (no link, no pipe) has the manifest's size and sum; read only if it has the size."""
+    try:
+        status = file.lstat()
+        if not stat.S_ISREG(status.st_mode) or not isinstance(entry, dict) or entry.get("bytes") != status.st_size:
+            return False
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest() == entry.get("sha256")
+    except OSError:
+        return False
 
 
 def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> None:
@@ -97,6 +139,9 @@ def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> 
         tensors.setdefault(name, {})[slot] = tensor
     scalars = checkpoint.state["optimizer"]
     for name, param in method.named_parameters():
+        for slot, value in tensors.get(name, {}).items():
+            if value.ndim and value.shape != param.shape:
+                raise UserError(f"the checkpoint's {slot} of {name} has another shape than {name} in this recipe")
         slots = {slot: value.to(param.device) if value.ndim else value for slot, value in tensors.get(name, {}).items()}
         if slots or name in scalars:
             optimizer.state[param] = {**slots, **scalars.get(name, {})}
@@ -121,13 +166,3 @@ def flatten_optimizer(method: nn.Module, optimizer: Optimizer) -> tuple[dict[str
     for index, group in enumerate(optimizer.param_groups):
         tensors |= {f"{GROUP}{index}/{slot}": value for slot, value in group.items() if isinstance(value, Tensor)}
     return tensors, scalars
-
-
-def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
-    sums = {}
-    for file in sorted(folder.iterdir()):
-        if file.name != "manifest.json":
-            with file.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            sums[file.name] = {"bytes": file.stat().st_size, "sha256": digest}
-    return sums

@@ -6,6 +6,7 @@ bit for bit.
 """
 
 import json
+import re
 import shutil
 import tempfile
 from dataclasses import replace
@@ -121,8 +122,7 @@ def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apach
         raise UserError(f"{run}: no run with an encoder (no {source / 'model.safetensors'}); train it first")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: already holds something; export to a new or empty folder")
-    if not license_id.strip():
-        raise UserError("--license: must be the SPDX id of a licence, such as apache-2.0")
+    check_license(license_id)
     recipe = load_recipe(run / "recipe.toml")
     state = load_file(source / "model.safetensors")
     tag = json.loads((source / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]["tag"]
@@ -139,6 +139,12 @@ def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apach
         shutil.rmtree(folder)
         raise
     return proof
+
+
+def check_license(license_id: str) -> None:
+    """Raise `UserError` unless it can be the SPDX id of a licence, which is written into cards and configurations."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", license_id):
+        raise UserError("--license: must be the SPDX id of a licence, such as apache-2.0")
 
 
 def _build(recipe: Recipe) -> nn.Module:

@@ -23,7 +23,7 @@ from sslkit.durable import DTYPES, write_json
 from sslkit.errors import UserError
 from sslkit.parts.backbone import check_name
 from sslkit.parts.foreign import tensor_shapes
-from sslkit.publish.export import EncoderFolderError, timm_config, write_encoder
+from sslkit.publish.export import EncoderFolderError, check_license, timm_config, write_encoder
 from sslkit.publish.layouts import RELEASED, Fate, Layout, guess_backbone, sort_out, vit_arguments
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -74,8 +74,7 @@ def import_checkpoint(
     file, folder = Path(file), Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: already holds something; import to a new or empty folder")
-    if not license_id.strip():
-        raise UserError("--license: must be the SPDX id of a licence, or unknown")
+    check_license(license_id)
     if backbone:
         check_name(backbone)
     md5, sha256 = _digests(file)
