@@ -1,6 +1,8 @@
 """The one exception a user sees: a sentence that says what is wrong, where, and what would be right."""
 
 import difflib
+import os
+import re
 from collections.abc import Iterable
 
 
@@ -24,3 +26,15 @@ def near_miss(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN")
+
+
+def without_tokens(text: str) -> str:
+    """The text with every access token in it struck out: Hugging Face's, and those of the environment."""
+    for name in TOKEN_VARIABLES:
+        if len(token := os.environ.get(name, "")) >= 8:
+            text = text.replace(token, f"[{name}]")
+    return TOKEN.sub("[token]", text)

@@ -19,6 +19,7 @@ from sslkit.errors import UserError, near_miss
 from sslkit.methods import MethodOptions, canonical_name, find_method
 from sslkit.parts.backbone import BackboneSpec, check_name, family, takes_image_size
 from sslkit.recipe_tables import (
+    MAX_RECIPE_BYTES,
     TABLES,
     BackboneConfig,
     CheckpointConfig,
@@ -27,6 +28,7 @@ from sslkit.recipe_tables import (
     OptimConfig,
     ScheduleConfig,
     TrainConfig,
+    check_plain,
 )
 
 ACCUMULATION = (
@@ -88,9 +90,13 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     """
     file = find_recipe(source)
     try:
+        if file.stat().st_size > MAX_RECIPE_BYTES:
+            raise UserError(f"{file}: more than {MAX_RECIPE_BYTES} bytes; no recipe needs so much said")
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{file}: not a readable TOML file: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:  # tomllib lets out more than its own error
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file}: not a readable TOML file: {str(error)[:300]}") from error
     return build_recipe(tables, overrides, name=str(source))
 
 
@@ -99,6 +105,7 @@ def build_recipe(tables: dict[str, Any], overrides: list[str] | None = None, nam
     tables = {table: dict(keys) if isinstance(keys, dict) else keys for table, keys in tables.items()}
     for override in overrides or []:
         _apply_override(tables, override)
+    check_plain(tables, name)
     if mistakes := _shape_mistakes(tables) or _name_mistakes(tables):
         raise _refusal(name, mistakes)
     method_name = canonical_name(tables["method"]["name"])
@@ -164,7 +171,7 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: write table.key=value, for example train.epochs=10")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()
     target: Any = tables
     *path, last = [table, *key.split(".")]

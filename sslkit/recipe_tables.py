@@ -6,9 +6,43 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sslkit.data.source import DataConfig
 from sslkit.data.views import ViewsConfig
+from sslkit.errors import UserError, without_tokens
 
+MAX_RECIPE_BYTES = 1_000_000
+MAX_DEPTH = 8  # of tables and lists in each other
+MAX_WHOLE = 2**63  # TOML's own bound, which Python's reader does not keep
 PRETRAINED_SOURCES = ("hf_hub:", "hf-hub:", "local-dir:")
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def check_plain(tables: dict[str, Any], name: str) -> None:
+    """See that a recipe is plain data, of a depth and of numbers that recipes have, and holds no access token.
+
+    Its words are copied to run folders, logs and model cards.
+
+    Raises:
+        UserError: It is not; ``name`` opens the sentence, which does not repeat what it is about.
+    """
+    pending: list[tuple[str, Any, int]] = [("", tables, 0)]
+    while pending:
+        where, value, depth = pending.pop()
+        if isinstance(value, dict | list):
+            if depth > MAX_DEPTH:
+                raise UserError(f"{name} {where}: tables and lists lie more than {MAX_DEPTH} deep in each other")
+            inner = value.items() if isinstance(value, dict) else enumerate(value)
+            pending += [(f"{where}.{key}".lstrip(".")[:100], each, depth + 1) for key, each in inner]
+            words = [str(key) for key in value] if isinstance(value, dict) else []
+        else:
+            words = [value] if isinstance(value, str) else []
+            if isinstance(value, int) and not -MAX_WHOLE <= value < MAX_WHOLE:
+                raise UserError(f"{name} {where}: a whole number of more than 64 bits")
+            if not isinstance(value, bool | int | float | str):
+                raise UserError(f"{name} {where}: must be a number, a word, a list or a table, not a date or time")
+        if any(without_tokens(word) != word for word in words):
+            raise UserError(
+                f"{name} {without_tokens(where)}: holds what looks like an access token; give it in the environment "
+                "(HF_TOKEN), for recipes are copied to runs, logs and model cards"
+            )
 
 
 class _Table(BaseModel):

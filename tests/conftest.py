@@ -1,5 +1,7 @@
 """Small real data and recipes shared by the tests."""
 
+import contextlib
+import io
 import os
 import tempfile
 
@@ -15,6 +17,7 @@ import pytest
 from PIL import Image
 
 import sslkit  # sets thread waiting before torch starts threads
+from sslkit.cli import main
 from sslkit.data.source import DataConfig, open_source
 from sslkit.recipe import Recipe, build_recipe
 
@@ -64,3 +67,15 @@ def class_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder.mkdir(exist_ok=True)
         Image.fromarray(source.read(index)).save(folder / f"picture_test_{index:03d}.png")
     return root
+
+
+def cli_error(arguments: list[str]) -> str:
+    """What a command prints that refuses its input: one line, exit code 2, no traceback."""
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed), pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2, printed.getvalue()
+    text = printed.getvalue()
+    assert text.count("\n") == 1, text
+    assert text.startswith("sslkit: "), text
+    return text.strip()

@@ -14,10 +14,11 @@ from rich.table import Table
 
 from sslkit.cli.data import data_app
 from sslkit.cli.evaluation import evaluation
+from sslkit.cli.importing import import_
 from sslkit.cli.look import report, views
 from sslkit.cli.replay import replay
 from sslkit.cli.show import AsJson, console, show_report
-from sslkit.errors import RunError, UserError
+from sslkit.errors import RunError, UserError, without_tokens
 
 if TYPE_CHECKING:
     from sslkit.recipe import Recipe
@@ -91,6 +92,7 @@ def export(
         )
 
 
+app.command("import", epilog="Example: sslkit import moco_v2_800ep_pretrain.pth.tar moco-v2")(import_)
 app.command(epilog="Example: sslkit report runs/quickstart")(report)
 app.command(epilog="Example: sslkit views mocov3_vits --data photos")(views)
 app.command(epilog="Example: sslkit replay runs/photos/capsules/step-00012345")(replay)
@@ -182,7 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _complain(sentence: str, code: int = 2) -> NoReturn:
     if sentence:
-        print(f"sslkit: {sentence}", file=sys.stderr)
+        print(f"sslkit: {without_tokens(sentence)}", file=sys.stderr)
     sys.exit(code)
 
 

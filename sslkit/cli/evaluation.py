@@ -261,13 +261,26 @@ def _judged(path: Path) -> "list[Row]":
     from sslkit.engine.journal import read_lines
 
     if (path / "recipe.toml").is_file():
-        return [row for row in read_lines(path / "results.jsonl") if row.get("by") == "eval"]
+        rows = [row for row in read_lines(path / "results.jsonl") if row.get("by") == "eval"]
+        return [row for row in rows if _is_score(row)]
     try:
         printed = json.loads(path.read_text(encoding="utf-8"))
         judgements = printed if isinstance(printed, list) else [printed]
-        return [{**judgement, **judgement["scores"][0]} for judgement in judgements]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        rows = [{**judgement, **judgement["scores"][0]} for judgement in judgements]
+        if not all(map(_is_score, rows)):
+            raise ValueError("not scores")
+        return rows
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise UserError(f"eval compare: {path} is neither a run folder nor a file that --json wrote") from error
+
+
+def _is_score(row: "Row") -> bool:
+    """Whether a line has what a comparison shows, of the types it has it in."""
+    kinds = {"evaluation": str, "protocol": dict, "protocol_hash": str, "accuracy": int | float}
+    ends = row.get("interval")
+    return all(isinstance(row.get(key), kind) for key, kind in kinds.items()) and (
+        not ends or (isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends))
+    )
 
 
 @evaluation.command(epilog="Example: sslkit eval detect runs/photos --data VOCdevkit --batch-size 4 --steps 6000")

@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from sslkit.errors import UserError
+
 if TYPE_CHECKING:
     from sslkit.doctor import Report
     from sslkit.evaluate.diagnose import Diagnosis
@@ -57,9 +59,12 @@ def _store(run: Path, judgement: "Judgement") -> None:
     own = judgement.scores[0]
     row = {"by": "eval", "evaluation": judgement.evaluation, "data": judgement.data, "accuracy": own.accuracy}
     row |= {"measure": judgement.measure, "interval": own.interval, "protocol_hash": judgement.protocol_hash}
-    latest = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+    latest = run / "checkpoints" / "latest"
+    try:
+        step = int(latest.read_text(encoding="utf-8").strip().removeprefix("step-"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{latest}: does not name a checkpoint, so the score cannot be added to the run") from error
     scores = [dataclasses.asdict(score) for score in judgement.scores]
-    step = int(latest.removeprefix("step-"))
     append_result(run, {"step": step, **row, "protocol": judgement.protocol, "scores": scores})
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sslkit.errors import UserError
 from sslkit.recipe import Recipe
 
 FORMAT = 1
+MAX_COUNT = 2**53
 MOST = 5  # capsules of a run; a bad night must not fill the disk
 
 
@@ -85,6 +87,9 @@ def read_capsule(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         UserError: It is none, or torn.
     """
     try:
+        for name in ("capsule.json", "model.safetensors"):
+            if not stat.S_ISREG((folder / name).lstat().st_mode):
+                raise ValueError(f"{name} is no plain file")
         facts = json.loads((folder / "capsule.json").read_text(encoding="utf-8"))
         if facts["format"] != FORMAT:
             raise UserError(f"{folder}: a capsule of format {facts['format']!r}; this version reads {FORMAT}")
@@ -92,13 +97,17 @@ def read_capsule(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise UserError(f"{folder / 'model.safetensors'}: torn or altered since it was written")
         step, images, detour = (int(facts[name]) for name in ("step", "images", "detour"))
         then = [float(facts[name]) for name in ("loss", "grad_norm")]
-        if min(step, images, detour) < 0 or not isinstance(facts["recipe"], dict) or len(then) != 2:
+        if not all(0 <= each < MAX_COUNT for each in (step, images, detour)) or len(then) != 2:
             raise ValueError("numbers that cannot be")
+        known = {"recipe": dict, "device": str, "torch": str, "processes": int, "step": int, "images": int}
+        for name, kind in {**known, "detour": int, "complaint": str}.items():
+            if not isinstance(facts[name], kind):
+                raise ValueError(f"{name} cannot be {facts[name]!r:.50}")
         return facts, load_file(folder / "model.safetensors")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{folder}: not a capsule ({type(error).__name__}: {error})") from error
+        raise UserError(f"{folder}: not a capsule ({type(error).__name__}: {str(error)[:200]})") from error
 
 
 def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

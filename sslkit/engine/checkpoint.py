@@ -8,6 +8,8 @@ Reading them, and what an optimizer's state is called in them; `sslkit.engine.sa
 
 import hashlib
 import json
+import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,10 @@ from torch.optim import Optimizer
 from sslkit.errors import UserError
 
 FORMAT = 1
-FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 GROUP = "param_groups."
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+MAX_MANIFEST_BYTES = 1_000_000
+MAX_STEP = 2**53
 
 
 @dataclass(frozen=True)
@@ -65,32 +69,60 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read one checkpoint and check it against its manifest.
 
-    It may be a stranger's: only files of the three known names are opened, none of them through a link, and they hold
-    numbers and text.
-
     Raises:
-        UserError: A file is missing, torn, altered or not what its name says; names it.
+        UserError: A file is missing, torn, altered or not what a checkpoint has; names it.
     """
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        entries = {name: manifest["files"][name] for name in FILES}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder}: checkpoint without a readable manifest ({_one_line(error)})") from error
-    for name, entry in entries.items():
-        if _checksum(folder / name) != entry:
+    for name, entry in _manifest(folder).items():
+        if not _as_saved(folder / name, entry):
             raise UserError(f"{folder / name}: torn or altered since it was saved")
     file = folder / "state.json"
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
-        step, _, _ = int(state["step"]), dict(state["optimizer"]), dict(state["recipe"])
-        file = folder / "model.safetensors"
-        model = load_file(file)
-        file = folder / "optimizer.safetensors"
-        return Checkpoint(step, model, load_file(file), state)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-        raise UserError(
-            f"{file}: not a checkpoint's, though its manifest vouches for it: {_one_line(error)}"
-        ) from error
+        model = load_file(file := folder / "model.safetensors")
+        optimizer = load_file(file := folder / "optimizer.safetensors")
+    except (OSError, ValueError, RuntimeError, RecursionError, SafetensorError) as error:
+        raise UserError(f"{file}: not what a checkpoint has ({str(error)[:200]})") from error
+    if not (
+        isinstance(state, dict)
+        and type(state.get("step")) is int
+        and 0 <= state["step"] < MAX_STEP
+        and isinstance(state.get("recipe"), dict)
+        and isinstance(state.get("optimizer"), dict)
+        and all(isinstance(scalars, dict) for scalars in state["optimizer"].values())
+    ):
+        raise UserError(f"{folder / 'state.json'}: has no step, recipe and optimizer, as a checkpoint must")
+    return Checkpoint(state["step"], model, optimizer, state)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The entries of a manifest, which name all files of a checkpoint and none elsewhere."""
+    file = folder / "manifest.json"
+    try:
+        if file.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ValueError("far larger than one")
+        files = json.loads(file.read_text(encoding="utf-8"))["files"]
+        if not isinstance(files, dict):
+            raise ValueError("its 'files' are no object")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{folder}: checkpoint without a readable manifest ({str(error)[:200]})") from error
+    for name in files:
+        if name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+            raise UserError(f"{file}: names {name!r:.100}, which is no file of this folder")
+    if absent := [name for name in FILES if name not in files]:
+        raise UserError(f"{file}: does not name {absent[0]}, without which there is no checkpoint")
+    return files
+
+
+def _as_saved(file: Path, entry: Any) -> bool:
+    """Whether a plain file (no link, no pipe) has the manifest's size and sum; read only if it has the size."""
+    try:
+        status = file.lstat()
+        if not stat.S_ISREG(status.st_mode) or not isinstance(entry, dict) or entry.get("bytes") != status.st_size:
+            return False
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest() == entry.get("sha256")
+    except OSError:
+        return False
 
 
 def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> None:
@@ -109,6 +141,9 @@ def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> 
         tensors.setdefault(name, {})[slot] = tensor
     scalars = checkpoint.state["optimizer"]
     for name, param in method.named_parameters():
+        for slot, value in tensors.get(name, {}).items():
+            if value.ndim and value.shape != param.shape:
+                raise UserError(f"the checkpoint's {slot} of {name} has another shape than {name} in this recipe")
         slots = {slot: value.to(param.device) if value.ndim else value for slot, value in tensors.get(name, {}).items()}
         if slots or name in scalars:
             optimizer.state[param] = {**slots, **scalars.get(name, {})}
@@ -133,19 +168,3 @@ def flatten_optimizer(method: nn.Module, optimizer: Optimizer) -> tuple[dict[str
     for index, group in enumerate(optimizer.param_groups):
         tensors |= {f"{GROUP}{index}/{slot}": value for slot, value in group.items() if isinstance(value, Tensor)}
     return tensors, scalars
-
-
-def _checksum(file: Path) -> dict[str, Any]:
-    """The manifest's entry of a file; nothing of one that is missing, cannot be read, or is a link."""
-    try:
-        if file.is_symlink():
-            return {}
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return {"bytes": file.stat().st_size, "sha256": digest}
-    except OSError:
-        return {}
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sslkit.data.loader import Batch
 from sslkit.data.source import ImageSource
-from sslkit.engine.journal import keep_until, read_lines
+from sslkit.engine.journal import keep_until, read_lines, step_of
 from sslkit.errors import UserError
 from sslkit.parts.collectives import gather_objects
 
@@ -35,7 +35,14 @@ class BadSamples:
         self.max_share, self.allowed = max_share, math.ceil(max_share * len(source))
         if active:
             keep_until(self.file, start_step)
-        written = [line for line in read_lines(self.file) if line["step"] <= start_step]
+        written = [
+            line
+            for line in read_lines(self.file)
+            if isinstance(line.get("index"), int)
+            and isinstance(line.get("name"), str)
+            and isinstance(line.get("reason"), str)
+            and step_of(line) <= start_step
+        ]
         # The folder may be on the first process's machine only.
         self.known = {line["index"]: line for lines in gather_objects(written) for line in lines}
         self._check()

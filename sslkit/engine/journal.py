@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from sslkit.errors import UserError, without_tokens
+
 PLAIN_SECONDS = 15.0
 
 
@@ -56,7 +58,11 @@ class Journal:
         keep_until(self.folder / "metrics.jsonl", step)
         keep_until(self.folder / "results.jsonl", step, only_by="monitor")
         keep_until(self.folder / "diagnostics.jsonl", step)
-        self.said = {kind_of(alarm) for row in read_lines(self.folder / "diagnostics.jsonl") for alarm in row["alarms"]}
+        self.said = {
+            kind_of(str(alarm))
+            for row in read_lines(self.folder / "diagnostics.jsonl")
+            for alarm in (row["alarms"] if isinstance(row.get("alarms"), list) else [])
+        }
         self.metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
 
     def record(self, fields: dict[str, float]) -> None:
@@ -92,7 +98,7 @@ class Journal:
     def say(self, line: str) -> None:
         """Print a line that stays."""
         if self.active:
-            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self.console.print(without_tokens(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def append_result(folder: Path, fields: dict[str, Any]) -> None:
@@ -111,22 +117,35 @@ def kind_of(alarm: str) -> str:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; a last one that was torn by a crash is left out."""
+    """The lines of a JSONL file; one that was torn by a crash is left out.
+
+    Raises:
+        UserError: A line holds something else than an object.
+    """
     if not file.is_file():
         return []
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(row, dict):
+            raise UserError(f"{file} line {number}: must be a JSON object, not {row!r:.40}")
+        rows.append(row)
     return rows
+
+
+def step_of(row: dict[str, Any]) -> float:
+    """A row's step; 0 where it has none that is a number."""
+    step = row.get("step")
+    return step if isinstance(step, int | float) else 0
 
 
 def keep_until(file: Path, step: int, only_by: str | None = None) -> None:
     """Drop lines of steps after ``step``, so that a resumed run repeats none."""
     rows = read_lines(file)
-    kept = [row for row in rows if row.get("step", 0) <= step or (only_by is not None and row.get("by") != only_by)]
+    kept = [row for row in rows if step_of(row) <= step or (only_by is not None and row.get("by") != only_by)]
     if file.is_file():
         aside = file.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")

@@ -29,7 +29,10 @@ def monitor_scores(results: Path, evaluation: str) -> dict[int, float]:
     return {
         row["step"]: row["accuracy"]
         for row in read_lines(results)
-        if row.get("by") == "monitor" and row["evaluation"].split()[0] == evaluation
+        if row.get("by") == "monitor"
+        and str(row.get("evaluation")).split(" ")[0] == evaluation
+        and isinstance(row.get("step"), int)
+        and isinstance(row.get("accuracy"), float)
     }
 
 

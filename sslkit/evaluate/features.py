@@ -1,7 +1,6 @@
 """Encoders as functions from images to features, and the features of a whole source."""
 
 import hashlib
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from sslkit.data.decode import UnreadableImage
 from sslkit.data.source import ImageSource
 from sslkit.errors import UserError, near_miss
 from sslkit.parts.backbone import BackboneSpec, replace_stem_for_small_images
+from sslkit.parts.foreign import check_size, read_encoder_config, tensor_shapes
 
 RAW_PIXEL_SIDE = 32
 BLANK_SIDE = 256
@@ -86,7 +86,7 @@ def load_encoder(name: str) -> Encoder:
         raise UserError(f"{name}: no run folder, no exported folder and no timm model{miss}")
     try:
         module = timm.create_model(name, pretrained=True, num_classes=0)
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a stranger's repository makes timm raise anything
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"{name}: its pretrained weights cannot be had: {first}") from error
     config: Any = module.pretrained_cfg
@@ -114,18 +114,16 @@ def _encoder_folder(name: str) -> Path | None:
 
 
 def _load_folder(folder: Path, name: str) -> Encoder:
+    config = read_encoder_config(folder)
+    check_size(config, tensor_shapes(folder / "model.safetensors"), name)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        architecture, preprocessing = config["architecture"], config["pretrained_cfg"]
-        model_args = dict(config.get("model_args", {}))
-        small_stem = bool(config.get("small_stem", False))
-        module = build(architecture, model_args, small_stem)
+        module = build(config.architecture, config.model_args, config.small_stem)
         module.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"{name}: {folder} is not a loadable encoder: {first}") from error
-    data_config = resolve_data_config(pretrained_cfg=preprocessing)
-    return Encoder(module, data_config, name, architecture, model_args, small_stem)
+        data_config = resolve_data_config(pretrained_cfg=config.preprocessing)
+    except Exception as error:  # a stranger's arguments make models raise anything
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        raise UserError(f"{name}: {folder} is not a loadable encoder: {' '.join(lines)[:300]}") from error
+    return Encoder(module, data_config, name, config.architecture, config.model_args, config.small_stem)
 
 
 class _LayerReader(nn.Module):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -10,6 +11,7 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
 from sslkit.errors import UserError, near_miss
+from sslkit.parts.foreign import check_model_args, check_size, read_encoder_config, tensor_shapes
 
 Family = Literal["resnet", "vit", "other"]
 
@@ -120,6 +122,10 @@ def _create_timm_model(spec: BackboneSpec) -> nn.Module:
     reserved = sorted(RESERVED_ARGS & spec.args.keys())
     if reserved:
         raise UserError(f"[backbone] args: {reserved[0]!r} is sslkit's to set; leave it out")
+    check_model_args(spec.args, "[backbone] args")
+    if isinstance(spec.pretrained, str) and spec.pretrained.startswith("local-dir:"):
+        folder = Path(spec.pretrained.removeprefix("local-dir:"))
+        check_size(read_encoder_config(folder), tensor_shapes(folder / "model.safetensors"), spec.pretrained)
     kwargs: dict[str, Any] = {"num_classes": 0, **spec.args}
     if spec.zero_init_last is not None:
         kwargs.setdefault("zero_init_last", spec.zero_init_last)

@@ -1,6 +1,7 @@
 """The model card: what an exported encoder is, how to load it, and how it scored."""
 
 import json
+import re
 from pathlib import Path
 
 from sslkit.recipe import Recipe
@@ -66,19 +67,24 @@ def _scores(run: Path) -> str:
     file = run / "results.jsonl"
     if not file.is_file():
         return "None recorded."
-    step = int((run / "checkpoints" / "latest").read_text(encoding="utf-8").strip().removeprefix("step-"))
+    latest = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
     newest: dict[tuple[str, str], tuple[str, float]] = {}
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:  # the last line of a run that was killed
+            if latest == f"step-{row['step']:08d}":
+                measure = str(row.get("measure", "top-1 accuracy"))
+                newest[_cell(row["evaluation"]), _cell(row["data"])] = _cell(measure), float(row["accuracy"])
+        except (ValueError, KeyError, TypeError):  # a line of a run that was killed
             continue
-        if row.get("step") == step:
-            measure = row.get("measure", "top-1 accuracy")
-            newest[row["evaluation"], row["data"]] = measure, row["accuracy"]
     if not newest:
         return "None recorded for these weights."
     lines = [
         f"| {name} | {data} | {measure} | {100 * score:.1f} % |" for (name, data), (measure, score) in newest.items()
     ]
     return "\n".join(["| protocol | data | measure | score |", "| --- | --- | --- | --- |", *lines])
+
+
+def _cell(text: str) -> str:
+    """Text as a cell of a Markdown table: no line or cell of its own, no HTML, no link."""
+    return re.sub(r"([\\|<>\[\]`])", r"\\\1", " ".join(str(text).split()))

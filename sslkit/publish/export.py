@@ -6,6 +6,7 @@ bit for bit.
 """
 
 import json
+import re
 import shutil
 import tempfile
 from dataclasses import replace
@@ -54,18 +55,30 @@ def encoder_config(recipe: Recipe, license_id: str) -> dict[str, Any]:
         "crop_pct": views.crop_pct,
         "crop_mode": "center",
     }
+    config = timm_config(_build(recipe), data_config, license_id)
+    if recipe.backbone.small_stem:
+        config["small_stem"] = True
+    return config
+
+
+def timm_config(model: nn.Module, data_config: dict[str, Any], license_id: str) -> dict[str, Any]:
+    """timm's ``config.json`` for a model that timm built, without what belongs to other weights of its name.
+
+    Args:
+        model: As ``timm.create_model(name, num_classes=0, ...)`` returned it.
+        data_config: timm's words for the preprocessing: input_size, interpolation, mean, std, crop_pct, crop_mode.
+        license_id: SPDX id of the licence the weights are given under.
+    """
     model_config = {"pretrained_cfg": {"license": license_id}}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
-        save_config_for_hf(_build(recipe), str(file), model_config=model_config, data_config=data_config)
+        save_config_for_hf(model, str(file), model_config=model_config, data_config=data_config)
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     kept = {key: config["pretrained_cfg"][key] for key in KEPT_CONFIG if key in config["pretrained_cfg"]}
     config["pretrained_cfg"] = kept
     # transformers passes num_classes itself and fails on a second one.
     for key in TRAINING_ARGS:
         config.get("model_args", {}).pop(key, None)
-    if recipe.backbone.small_stem:
-        config["small_stem"] = True
     return config
 
 
@@ -109,8 +122,7 @@ def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apach
         raise UserError(f"{run}: no run with an encoder (no {source / 'model.safetensors'}); train it first")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: already holds something; export to a new or empty folder")
-    if not license_id.strip():
-        raise UserError("--license: must be the SPDX id of a licence, such as apache-2.0")
+    check_license(license_id)
     recipe = load_recipe(run / "recipe.toml")
     state = load_file(source / "model.safetensors")
     tag = json.loads((source / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]["tag"]
@@ -127,6 +139,12 @@ def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apach
         shutil.rmtree(folder)
         raise
     return proof
+
+
+def check_license(license_id: str) -> None:
+    """Raise `UserError` unless it can be the SPDX id of a licence, which is written into cards and configurations."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", license_id):
+        raise UserError("--license: must be the SPDX id of a licence, such as apache-2.0")
 
 
 def _build(recipe: Recipe) -> nn.Module:
