@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sslkit.errors import UserError
+
 CHUNK = 16 * 2**20  # bytes
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 # What safetensors calls them; its header names no others that a module or an optimizer has.
@@ -122,6 +124,17 @@ def remove(path: Path) -> None:
             remove(hidden)
             os.rename(path, hidden)
         shutil.rmtree(hidden)
+
+
+def refuse_links(run: Path) -> None:
+    """See that nothing in a run folder is a link: a stranger's could have us write anywhere.
+
+    Raises:
+        UserError: Something is; names it.
+    """
+    for entry in sorted(run.iterdir()) if run.is_dir() else []:
+        if entry.is_symlink():
+            raise UserError(f"{entry}: is a link; a run's files must lie in its folder (a link to the whole is fine)")
 
 
 def sweep(folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from sslkit.data.source import ImageSource
+from sslkit.durable import refuse_links
 from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from sslkit.engine.images import write_images
 from sslkit.engine.journal import read_lines
@@ -59,6 +60,7 @@ def check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
         raise UserError(f"--output {folder}: {existing} is not a folder that can be written to")
     if not filled:
         return
+    refuse_links(folder)
     saved = folder / "recipe.toml"
     if not saved.is_file():
         raise UserError(f"--output {folder}: holds something that is not a run; choose a new or empty folder")

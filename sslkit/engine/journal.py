@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from sslkit.durable import refuse_links
 from sslkit.errors import UserError, without_tokens
 
 PLAIN_SECONDS = 15.0
@@ -103,6 +104,7 @@ class Journal:
 
 def append_result(folder: Path, fields: dict[str, Any]) -> None:
     """Append one evaluation to a run's results.jsonl."""
+    refuse_links(folder)
     _append(folder / "results.jsonl", fields)
 
 

@@ -197,14 +197,24 @@ def build_method(recipe: Recipe, num_samples: int = 0) -> Method:
     Args:
         recipe: What to build.
         num_samples: Images of the data: the rows of a memory bank.
+
+    Raises:
+        UserError: More memory is asked for than there is.
     """
     spec = recipe.backbone_spec()
     backbone = create_backbone(spec)
     width = feature_dim(backbone, recipe.views.size)
     if recipe.views.small_crops:
         feature_dim(backbone, recipe.views.small_size, key="small_size")
-    method = find_method(recipe.method_name)(backbone, width, recipe.method)
-    method.meet_data(num_samples)
+    try:
+        method = find_method(recipe.method_name)(backbone, width, recipe.method)
+        method.meet_data(num_samples)
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error):
+            raise
+        raise UserError(
+            "[method]: this machine has not the memory for heads, queue or bank of this size; take smaller ones"
+        ) from error
     if recipe.train.micro_batch and has_batch_norm(backbone):
         # A slice can only have batch statistics of its own, whatever process it lies on.
         method.bn_groups = max(recipe.train.batch_size // recipe.train.micro_batch, method.bn_groups)

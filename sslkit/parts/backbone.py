@@ -136,13 +136,13 @@ def _create_timm_model(spec: BackboneSpec) -> nn.Module:
     source = spec.pretrained if isinstance(spec.pretrained, str) else spec.name
     try:
         model: nn.Module = timm.create_model(source, pretrained=bool(spec.pretrained), **kwargs)
-    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, ZeroDivisionError) as error:
+    except OSError as error:
+        raise UserError(f"[backbone] pretrained: no weights for {source!r} to be had: {_first_line(error)}") from error
+    except Exception as error:  # a recipe's arguments, or a stranger's repository, make models raise anything
         raise UserError(
             f"[backbone] timm cannot build {source!r} for {spec.img_size}-pixel images with args {spec.args}: "
             f"{_first_line(error)}"
         ) from error
-    except OSError as error:
-        raise UserError(f"[backbone] pretrained: no weights for {source!r} to be had: {_first_line(error)}") from error
     config: Any = model.pretrained_cfg
     if isinstance(spec.pretrained, str) and config["architecture"] != spec.name.split(".")[0]:
         raise UserError(

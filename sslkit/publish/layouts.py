@@ -180,7 +180,7 @@ def sort_out(shapes: Shapes) -> tuple[Layout, list[Fate]]:
     encoder = next(prefix for prefix in layout.encoders if any(name.startswith(prefix) for name in bare))
     fates = []
     for name, own in bare.items():
-        inside = name.removeprefix(encoder) if name.startswith(encoder) else None
+        inside = name.removeprefix(encoder) if name.startswith(encoder) and name != encoder else None
         why = _outside(name) if inside is None else _head(layout, inside)
         fates.append(Fate(own, tuple(shapes[own]), "" if why or inside is None else timm_name(inside), why))
     kept = [fate.kept_as for fate in fates if fate.kept_as]

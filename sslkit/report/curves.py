@@ -198,9 +198,9 @@ def score_rows(runs: Runs) -> list[dict[str, str]]:
     for run in runs:
         scored = values_of(run.results, "accuracy")
         last = next((row for row in reversed(scored) if row.get("by") == "monitor"), None)
-        again = {(row.get("evaluation"), row.get("step")) for row in scored if row.get("by") != "monitor"}
+        again = {(str(row.get("evaluation")), str(row.get("step"))) for row in scored if row.get("by") != "monitor"}
         for row in scored:
-            repeated = (row.get("evaluation"), row.get("step")) in again
+            repeated = (str(row.get("evaluation")), str(row.get("step"))) in again
             if row.get("by") == "monitor" and (row is not last or repeated):
                 continue
             ends = _interval(row)

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sslkit.durable import refuse_links
 from sslkit.engine.journal import read_lines
 from sslkit.errors import UserError
 from sslkit.recipe import Recipe, load_recipe
@@ -75,6 +76,7 @@ def read_run(folder: Path, name: str = "") -> RunRecord:
     """
     if not (folder / "recipe.toml").is_file():
         raise UserError(f"{folder}: not a run folder (no recipe.toml)")
+    refuse_links(folder)  # pages and pictures are written into it
     recipe = load_recipe(folder / "recipe.toml")
     metrics = read_lines(folder / "metrics.jsonl")
     if not metrics:

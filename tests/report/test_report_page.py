@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import small_recipe
-from report.reading import Page
+from reading import Page
 from scipy.special import gamma, iv
 
 import sslkit

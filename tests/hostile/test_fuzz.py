@@ -1,0 +1,220 @@
+"""Bytes and structures that nobody thought of: only `UserError` may come out of a reader. Every run draws the same."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from sslkit.engine.checkpoint import newest_checkpoint, read_checkpoint
+from sslkit.engine.journal import read_lines
+from sslkit.errors import UserError
+from sslkit.parts.foreign import check_size, read_encoder_config, tensor_shapes
+from sslkit.publish.importing import read_tensors
+from sslkit.publish.layouts import LAYOUTS, OUTSIDE, guess_backbone, sort_out, vit_arguments
+from sslkit.recipe import build_recipe, load_recipe
+from sslkit.recipe_tables import TABLES
+
+fuzz = settings(
+    derandomize=True, deadline=None, max_examples=150, database=None, suppress_health_check=list(HealthCheck)
+)
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.integers(10**17, 10**40)
+trees = st.recursive(
+    leaves,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def mutated(content: bytes) -> st.SearchStrategy[bytes]:
+    """``content`` with bytes replaced, cut out or put in at a few places."""
+    place = st.tuples(st.integers(0, len(content)), st.integers(0, 8), st.binary(max_size=8))
+
+    def apply(places: list[tuple[int, int, bytes]]) -> bytes:
+        changed = content
+        for start, length, new in places:
+            changed = changed[:start] + new + changed[start + length :]
+        return changed
+
+    return st.lists(place, min_size=1, max_size=4).map(apply)
+
+
+def only_user_errors(read: Callable[[], Any]) -> None:
+    try:
+        read()
+    except UserError as error:
+        sentence = str(error)
+    else:
+        return
+    assert 0 < len(sentence) < 20_000
+
+
+TEXT = b"""[method]
+name = "moco_v2"
+queue_size = 4096
+[backbone]
+name = "test_vit"
+args = {num_heads = 2}
+[data]
+path = "photos"
+[views]
+size = 32
+mean = [0.5, 0.5, 0.5]
+[train]
+epochs = 3
+batch_size = 64
+[reference]
+knn_by_epoch = {10 = 40.0}
+"""
+
+
+@fuzz
+@given(mutated(TEXT) | st.binary(max_size=200))
+def test_recipe_files(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "recipe.toml"
+        file.write_bytes(content)
+        only_user_errors(lambda: load_recipe(file))
+
+
+keys = st.sampled_from([(table, key) for table, model in TABLES.items() for key in model.model_fields])
+
+
+@fuzz
+@given(st.dictionaries(keys, trees, max_size=5), st.dictionaries(st.text(max_size=8), trees, max_size=3))
+def test_recipe_values(values: dict[tuple[str, str], Any], others: dict[str, Any]) -> None:
+    """What passes can be written as TOML and loads back equal."""
+    tables: dict[str, Any] = {"method": {"name": "simclr"}, "backbone": {"name": "test_vit"}, "data": {"path": "x"}}
+    tables |= {"views": {"size": 32}, "reference": others}
+    for (table, key), value in values.items():
+        tables.setdefault(table, {})[key] = value
+
+    def read() -> None:
+        recipe = build_recipe(tables)
+        tomli_w.dumps(recipe.as_tables())
+        assert build_recipe(recipe.as_tables()).as_tables().keys() == recipe.as_tables().keys()
+
+    only_user_errors(read)
+
+
+@fuzz
+@given(trees | st.fixed_dictionaries({"files": trees}), trees)
+def test_manifests_and_states(manifest: Any, state: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "step-00000001"
+        checkpoint.mkdir()
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+        only_user_errors(lambda: newest_checkpoint(Path(folder)))
+        files = {name: save({"a": torch.ones(2)}) for name in ("model.safetensors", "optimizer.safetensors")}
+        files["state.json"] = json.dumps(state).encode()
+        signed(checkpoint, files)
+        only_user_errors(lambda: read_checkpoint(checkpoint))
+
+
+def signed(checkpoint: Path, files: dict[str, bytes]) -> None:
+    entries = {}
+    for name, content in files.items():
+        (checkpoint / name).write_bytes(content)
+        entries[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "files": entries}))
+
+
+WEIGHTS = save({"a": torch.ones(2, 3), "b": torch.ones(4, dtype=torch.float16)}, {"format": "pt"})
+
+
+@fuzz
+@given(mutated(WEIGHTS) | st.binary(max_size=100))
+def test_safetensors(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        file.write_bytes(content)
+        only_user_errors(lambda: tensor_shapes(file))
+        only_user_errors(lambda: read_tensors(file))
+        state = json.dumps({"step": 1, "recipe": {}, "optimizer": {}}).encode()
+        signed(Path(folder), {"model.safetensors": content, "optimizer.safetensors": WEIGHTS, "state.json": state})
+        only_user_errors(lambda: read_checkpoint(Path(folder)))
+
+
+CONFIG = json.dumps(
+    {
+        "architecture": "test_vit",
+        "model_args": {"img_size": 32, "num_heads": 2},
+        "pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5, 0.5, 0.5], "std": [1, 1, 1], "crop_pct": 1.0},
+    }
+).encode()
+words = ["img_size", "patch_size", "depth", "embed_dim", "num_heads", "mlp_ratio", "drop_rate", "norm_layer"]
+arguments = st.dictionaries(st.sampled_from(words), trees)
+
+
+@fuzz
+@given(mutated(CONFIG) | arguments.map(lambda args: json.dumps({**json.loads(CONFIG), "model_args": args}).encode()))
+def test_encoder_configs(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_bytes(content)
+        only_user_errors(lambda: check_size(read_encoder_config(Path(folder)), {"a": (10**5,)}, "here"))
+
+
+tails = [
+    "module.",
+    "conv1.weight",
+    "bn1.bias",
+    "layer1.0.conv2.weight",
+    "fc.weight",
+    "head.weight",
+    "0.weight",
+    "7.1.x",
+]
+tails += ["patch_embed.proj.weight", "patch_embed.proj.0.weight", "pos_embed", "blocks.0.attn.qkv.weight"]
+tails += [mark for layout in LAYOUTS for mark in (*layout.marks, *layout.encoders)]
+parts = st.sampled_from(tails + [beginning for beginning, _ in OUTSIDE])
+names = st.lists(parts | st.text(max_size=4), min_size=1, max_size=4).map("".join)
+shapes = st.lists(st.integers(0, 2**40) | st.sampled_from([64, 384, 16, 7]), max_size=5).map(tuple)
+
+
+@fuzz
+@given(st.dictionaries(names, shapes, max_size=8), st.integers(0, 100))
+def test_the_importers_recogniser(found: dict[str, tuple[int, ...]], num_heads: int) -> None:
+    def read() -> None:
+        layout, fates = sort_out(found)
+        assert [fate.name for fate in fates] == list(found)
+        assert all(bool(fate.kept_as) != bool(fate.why) for fate in fates)
+        kept = {fate.kept_as: fate.shape for fate in fates if fate.kept_as}
+        only_user_errors(lambda: guess_backbone(kept))
+        vit_arguments(layout, kept, num_heads)
+
+    only_user_errors(read)
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        content = {"state_dict": {"module.encoder_q.conv1.weight": torch.ones(2)}, "epoch": 3, "arch": "resnet50"}
+        torch.save(content, Path(folder) / "x.pth", _use_new_zipfile_serialization=False)
+        return (Path(folder) / "x.pth").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@fuzz
+@given(data=st.data())
+def test_checkpoints_of_pytorch(checkpoint: bytes, data: st.DataObject) -> None:
+    content = data.draw(mutated(checkpoint))
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "x.pth").write_bytes(content)
+        only_user_errors(lambda: read_tensors(Path(folder) / "x.pth"))
+
+
+@fuzz
+@given(st.lists(st.binary(max_size=30) | trees.map(lambda tree: json.dumps(tree).encode()), max_size=6))
+def test_logs(lines: list[bytes]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "metrics.jsonl").write_bytes(b"\n".join(lines))
+        only_user_errors(lambda: read_lines(Path(folder) / "metrics.jsonl"))
