@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, Dataset
 
+from sslkit.data.loader import start_worker
 from sslkit.errors import UserError, near_miss
 from sslkit.evaluate.detection.annotations import AnnotatedPair, open_annotated
 from sslkit.evaluate.detection.detector import Arch, choose_arch, make_detector
@@ -228,7 +229,8 @@ def find_objects(detector: nn.Module, pictures: list[Picture], *, masks: bool = 
     """What a detector in eval mode finds in every picture, one picture at a time."""
     device = next(detector.parameters()).device
     # Its own generator: a loader draws a seed for workers that here need none.
-    loader = DataLoader(_Pictures(pictures), batch_size=None, num_workers=workers, generator=torch.Generator())
+    options: dict[str, Any] = {"num_workers": workers, "worker_init_fn": start_worker, "generator": torch.Generator()}
+    loader = DataLoader(_Pictures(pictures), batch_size=None, **options)
     found = []
     for image in loader:
         (result,) = detector([image.to(device).float() / 255])
@@ -300,7 +302,8 @@ def _batches(
 ) -> Iterator[Batch]:
     useful = [picture for picture in pictures if picture.usable().any()]
     items = _TrainingPictures(useful, steps * protocol.batch_size, protocol.seed, masks)
-    return iter(DataLoader(items, protocol.batch_size, num_workers=workers, collate_fn=list))
+    options: dict[str, Any] = {"num_workers": workers, "worker_init_fn": start_worker, "collate_fn": list}
+    return iter(DataLoader(items, protocol.batch_size, **options))
 
 
 def _loss(detector: nn.Module, batch: Batch, device: torch.device) -> Tensor:
