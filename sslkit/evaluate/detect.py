@@ -24,6 +24,7 @@ from sslkit.evaluate.detection.detector import Arch, choose_arch, make_detector
 from sslkit.evaluate.detection.picture import Picture
 from sslkit.evaluate.detection.precision import (
     Found,
+    Precision,
     average_precision,
     decode_mask,
     encode_mask,
@@ -144,7 +145,7 @@ def evaluate_detect(
         say: Told of progress.
 
     Returns:
-        Scores whose ``accuracy`` is the AP of boxes and whose ``measures`` are all numbers.
+        Scores whose ``accuracy`` is the AP of boxes and whose ``measures`` are all numbers, with their intervals.
 
     Raises:
         UserError: What `open_annotated` and `make_detector` refuse, or a loss that is not finite.
@@ -161,8 +162,9 @@ def evaluate_detect(
         name = "from scratch" if contestant.description == "random init" else contestant.description
         say(name)
         detector = train_detector(contestant, pair, protocol, arch=chosen, masks=masks, workers=workers, say=say)
-        measures = score_detector(detector, pair, masks=masks, workers=workers)
-        scores.append(Score(name, measures["AP"], measures=measures))
+        scored = score_detector(detector, pair, masks=masks, workers=workers)
+        own = scored.measures["AP"], scored.intervals["AP"]
+        scores.append(Score(name, *own, measures=scored.measures, intervals=scored.intervals))
     settings = {"kind": "detect", **vars(protocol), "arch": chosen, "masks": masks}
     settings |= {"peak_lr": protocol.peak_lr(_is_vit(encoder)), "images": [len(pair.train), len(pair.test)]}
     named = (
@@ -240,16 +242,17 @@ def find_objects(detector: nn.Module, pictures: list[Picture], *, masks: bool = 
     return found
 
 
-def score_detector(
-    detector: nn.Module, pair: AnnotatedPair, *, masks: bool = False, workers: int = 0
-) -> dict[str, float]:
+def score_detector(detector: nn.Module, pair: AnnotatedPair, *, masks: bool = False, workers: int = 0) -> Precision:
     """AP, AP50 and AP75 of boxes, and of masks as ``mask AP`` and so on, on the pictures of ``test``."""
     found = find_objects(detector, pair.test, masks=masks, workers=workers)
-    measures = average_precision(pair.test, found, pair.classes)
-    if masks:
-        outlined = average_precision(pair.test, found, pair.classes, "segm")
-        measures |= {f"mask {name}": value for name, value in outlined.items()}
-    return measures
+    boxes = average_precision(pair.test, found, pair.classes)
+    if not masks:
+        return boxes
+    outlined = average_precision(pair.test, found, pair.classes, "segm")
+    return Precision(
+        boxes.measures | {f"mask {name}": value for name, value in outlined.measures.items()},
+        boxes.intervals | {f"mask {name}": interval for name, interval in outlined.intervals.items()},
+    )
 
 
 class _Pictures(Dataset[Tensor]):

@@ -42,6 +42,7 @@ class Score:
         interval: Bootstrap 95 % interval of the accuracy, where there is one.
         note: What was chosen on the way.
         measures: All numbers by name, where there is more than one, each in [0, 1].
+        intervals: Of each of these, its bootstrap 95 % interval.
     """
 
     encoder: str
@@ -49,6 +50,7 @@ class Score:
     interval: tuple[float, float] | None = None
     note: str = ""
     measures: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
