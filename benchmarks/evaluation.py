@@ -1,6 +1,6 @@
 """What evaluation costs: kNN's memory at ImageNet's size, kNN against scikit-learn, a sweep against one head.
 
-    python benchmarks/evaluation.py [--images 1281167] [--queries 50000] [--width 128]
+    python benchmarks/evaluation.py [--parts sweep sklearn memory] [--images 1281167] [--queries 50000] [--width 128]
 
 Prints one line for each. Times of two things are taken alternately in one process; read their ratio.
 """
@@ -9,29 +9,34 @@ import argparse
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+import timm
 import torch
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from sslkit.data.source import DataConfig, open_source
+from sslkit.evaluate.features import Encoder
 from sslkit.evaluate.knn import KnnProtocol, nearest, predict_all
+from sslkit.evaluate.reading import Reading, read_features
 from sslkit.evaluate.store import FeatureStore
 from sslkit.evaluate.sweep import SweepProtocol, sweep
 
 
-def alternately(first: Callable[[], object], second: Callable[[], object], times: int = 3) -> tuple[float, float]:
-    """Median seconds of both."""
-    seconds: tuple[list[float], list[float]] = ([], [])
+def alternately(*works: Callable[[], object], times: int = 3) -> list[float]:
+    """Median seconds of each."""
+    seconds: list[list[float]] = [[] for _ in works]
     for _ in range(times):
-        for work, spent in zip((first, second), seconds, strict=True):
+        for work, spent in zip(works, seconds, strict=True):
             start = time.perf_counter()
             work()
             spent.append(time.perf_counter() - start)
-    return median(seconds[0]), median(seconds[1])
+    return [median(spent) for spent in seconds]
 
 
 def knn_memory(images: int, queries: int, width: int, folder: Path) -> str:
@@ -68,33 +73,53 @@ def knn_against_sklearn() -> str:
     return f"kNN, 2000 x 50000 x 256: scikit-learn's brute force takes {theirs / ours:.2f} times as long"
 
 
-def sweep_against_one_head() -> str:
-    """32 heads against one on 10 000 features of 512 numbers, ten classes."""
-    generator = torch.Generator().manual_seed(0)
-    train, test = (torch.randn(rows, 512, generator=generator) for rows in (10_000, 2_000))
-    labels, truth = torch.arange(10_000) % 10, torch.arange(2_000) % 10
+def sweep_against_one_head(name: str, side: int, images: int, readings: Sequence[str]) -> str:
+    """A sweep from the pictures on against one head from the pictures on: nothing is cached, one pass for all."""
+    torch.manual_seed(0)
+    shape = {"input_size": (3, side, side), "mean": (0.3,) * 3, "std": (0.35,) * 3, "crop_pct": 1.0}
+    module = timm.create_model(name, num_classes=0)
+    encoder = Encoder(module, {**shape, "interpolation": "bilinear"}, name, name)
+    sources = [open_source(DataConfig(path="builtin:fashion_mnist", split=split)) for split in ("train", "test")]
+    sources = [source.subset(np.arange(rows)) for source, rows in zip(sources, (images, images // 5), strict=True)]
+    classes = {label: number for number, label in enumerate(sources[0].class_names())}
+    labels = [torch.tensor([classes[label] for label in source.labels()]) for source in sources]
 
-    def run(protocol: SweepProtocol) -> Callable[[], object]:
-        return lambda: sweep({"output": train}, labels, {"output": test}, truth, protocol)
+    def run(protocol: SweepProtocol, words: Sequence[str]) -> Callable[[], object]:
+        def from_scratch() -> object:
+            named = [Reading.named(word) for word in words]
+            sides = [read_features(encoder, source, encoder.transform(), named) for source in sources]
+            train, test = (dict(zip(words, side, strict=True)) for side in sides)
+            return sweep(train, labels[0], test, labels[1], protocol)
 
-    grid = SweepProtocol(epochs=10)
-    one = SweepProtocol((0.1,), (0.0,), (False,), epochs=10)
-    many_seconds, one_seconds = alternately(run(grid), run(one))
+        return from_scratch
+
+    grid = SweepProtocol()
+    one = SweepProtocol((0.1,), (0.0,), (False,))
     heads = len(grid.lrs) * len(grid.weight_decays) * len(grid.norms)
-    return f"sweep of {heads} heads, extraction aside: {many_seconds / one_seconds:.2f} times one head"
+    seconds = alternately(run(one, ["out"]), run(grid, ["out"]), run(grid, readings))
+    return (
+        f"{name} at {side} pixels, {images} + {images // 5} images, {grid.epochs} epochs, pictures to score: "
+        f"one head {seconds[0]:.1f} s; {heads} heads {seconds[1] / seconds[0]:.2f} times that; "
+        f"{heads * len(readings)} heads over {', '.join(readings)} {seconds[2] / seconds[0]:.2f} times"
+    )
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=["sweep", "sklearn", "memory"], help="Which of the three.")
     parser.add_argument("--images", type=int, default=1_281_167)
     parser.add_argument("--queries", type=int, default=50_000)
     parser.add_argument("--width", type=int, default=128)
     arguments = parser.parse_args()
-    print(sweep_against_one_head(), flush=True)
-    print(knn_against_sklearn(), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        print(knn_memory(arguments.images, arguments.queries, arguments.width, Path(folder)), flush=True)
+    if "sweep" in arguments.parts:
+        print(sweep_against_one_head("resnet18", 96, 3000, ["out", "-2", "-3"]), flush=True)
+        print(sweep_against_one_head("test_mambaout", 28, 3000, ["out", "-2", "-3"]), flush=True)
+    if "sklearn" in arguments.parts:
+        print(knn_against_sklearn(), flush=True)
+    if "memory" in arguments.parts:
+        with tempfile.TemporaryDirectory() as folder:
+            print(knn_memory(arguments.images, arguments.queries, arguments.width, Path(folder)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Small real data and recipes shared by the tests."""
 
 import contextlib
+import importlib
 import io
 import os
 import tempfile
@@ -10,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["SSLKIT_CACHE"] = (cache := tempfile.TemporaryDirectory(prefix="sslkit-features-")).name
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors here are too small for threads to pay
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +81,25 @@ def cli_error(arguments: list[str]) -> str:
     assert text.count("\n") == 1, text
     assert text.startswith("sslkit: "), text
     return text.strip()
+
+
+@pytest.fixture(scope="session")
+def garments() -> Iterator[Any]:
+    """The program that renders pictures for detection."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+        yield importlib.import_module("garments")
+
+
+@pytest.fixture(scope="session")
+def rendered(garments: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder in VOC's or COCO's format: 24 pictures to learn from and 6 to score on, two classes."""
+    folders: dict[str, Path] = {}
+
+    def folder_of(layout: str) -> Path:
+        if layout not in folders:
+            folders[layout] = tmp_path_factory.mktemp("rendered") / layout
+            garments.render(folders[layout], layout, {"train": 24, "val": 6}, side=64, seed=3, classes=2)
+        return folders[layout]
+
+    return folder_of

@@ -5,60 +5,45 @@ import itertools
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sslkit.cli.options import (
+    Baseline,
+    Frozen,
+    Labelled,
+    Layer,
+    Model,
+    Scratch,
+    Workers,
+    data_config,
+    numbers,
+    override,
+    shared,
+)
 from sslkit.cli.show import AsJson, conclude, show_comparison, show_diagnosis
 from sslkit.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from sslkit.data.source import DataConfig
     from sslkit.evaluate.compare import Row
-    from sslkit.evaluate.judge import Reading
-
-Number = TypeVar("Number", int, float)
 
 evaluation = typer.Typer(help="Judge an encoder, with labels or without.", no_args_is_help=True)
 
-Model = Annotated[str, typer.Argument(help="Run folder, exported folder, hf_hub:user/repo, or timm name.")]
-Data = Annotated[str, typer.Option("--data", help="Folder with a folder per class, datasets id, or builtin:NAME.")]
-DataName = Annotated[str, typer.Option("--data-name", help="The data set's configuration, if it has several.")]
-LabelColumn = Annotated[str, typer.Option(help="Column of labels, if it is not found by its type.")]
-TrainSplit = Annotated[str, typer.Option(help="Split to learn from.")]
-TestSplit = Annotated[str, typer.Option(help="Split to score on. Default: test or val, else a fifth held out.")]
-Layer = Annotated[int | None, typer.Option(help="Mean-pooled block of this index instead of the output.")]
-LastBlocks = Annotated[int, typer.Option(min=0, help="Class tokens of so many last blocks side by side, as DINO.")]
-CropPct = Annotated[
-    float, typer.Option(min=0, max=1, help="Share of the shorter side kept, 0.1 to 1; 0: the model's own.")
-]
-Baseline = Annotated[list[str] | None, typer.Option("--baseline", help="Also score this timm name; may repeat.")]
-Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Keep features on disk for the next evaluation.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
-
 
 @evaluation.command(epilog="Example: sslkit eval knn runs/quickstart --data builtin:fashion_mnist")
+@shared
 def knn(
     model: Model,
-    data: Data,
+    labelled: Labelled,
+    frozen: Frozen,
     k: Annotated[str, typer.Option(help="Neighbours; several, such as 10,20,200, cost no more than one.")] = "20",
     temperature: Annotated[
         str, typer.Option(help="Votes weigh exp(similarity / temperature); several as with k.")
     ] = "0.07",
     protocol: Annotated[str, typer.Option(help="dino or instdisc, instead of k and temperature.")] = "",
     centre: Annotated[bool, typer.Option("--centre", help="Subtract the bank's mean first (no paper does).")] = False,
-    layer: Layer = None,
-    last_blocks: LastBlocks = 0,
-    crop_pct: CropPct = 0.0,
-    data_name: DataName = "",
-    label_column: LabelColumn = "",
-    train_split: TrainSplit = "train",
-    test_split: TestSplit = "",
-    baseline: Baseline = None,
-    cache: Cache = True,
-    workers: Workers = 0,
+    layer: Layer = "out",
     as_json: AsJson = False,
 ) -> None:
     """Weighted k-nearest neighbours on frozen features, beside raw pixels and random init."""
@@ -67,47 +52,30 @@ def knn(
     if protocol:
         protocols = [dataclasses.replace(each, centre=centre) for each in KnnProtocol.named(protocol)]
     else:
-        grid = itertools.product(_numbers("--k", k, int), _numbers("--temperature", temperature, float))
+        grid = itertools.product(numbers("--k", k, int), numbers("--temperature", temperature, float))
         protocols = [KnnProtocol(neighbours, each, centre) for neighbours, each in grid]
     judgements = evaluate_knn_grid(
         model,
-        _data(data, data_name, label_column),
+        labelled.config(),
         protocols,
-        _reading(layer, last_blocks, crop_pct, workers, cache),
-        baselines=baseline or [],
-        train_split=train_split,
-        test_split=test_split,
+        frozen.reading(layer),
+        **labelled.sides(),
     )
     conclude(model, judgements, as_json)
 
 
-def _numbers(option: str, words: str, kind: "Callable[[str], Number]") -> "list[Number]":
-    """Numbers with commas between."""
-    try:
-        return list(dict.fromkeys(kind(word) for word in words.split(",")))
-    except ValueError:
-        raise UserError(f"{option} {words}: write a number, or several with commas between") from None
-
-
 @evaluation.command(epilog="Example: sslkit eval linear runs/quickstart --data builtin:fashion_mnist")
+@shared
 def linear(
     model: Model,
-    data: Data,
+    labelled: Labelled,
+    frozen: Frozen,
     protocol: Annotated[str, typer.Option(help="logistic, moco_v1 (also v2's), moco_v3, simclr or dino.")] = "logistic",
     augment: Annotated[
         bool, typer.Option(help="Random crops and mirrors in the SGD protocols, as in the papers.")
     ] = True,
     epochs: Annotated[int, typer.Option(min=0, help="Of the SGD protocols; 0: the paper's.")] = 0,
-    layer: Layer = None,
-    last_blocks: LastBlocks = 0,
-    crop_pct: CropPct = 0.0,
-    data_name: DataName = "",
-    label_column: LabelColumn = "",
-    train_split: TrainSplit = "train",
-    test_split: TestSplit = "",
-    baseline: Baseline = None,
-    cache: Cache = True,
-    workers: Workers = 0,
+    layer: Layer = "out",
     as_json: AsJson = False,
 ) -> None:
     """A linear classifier on frozen features, beside raw pixels and random init."""
@@ -115,78 +83,59 @@ def linear(
 
     judgement = evaluate_linear(
         model,
-        _data(data, data_name, label_column),
+        labelled.config(),
         protocol,
-        _reading(layer, last_blocks, crop_pct, workers, cache),
+        frozen.reading(layer),
         augment=augment,
         epochs=epochs,
-        baselines=baseline or [],
-        train_split=train_split,
-        test_split=test_split,
+        **labelled.sides(),
     )
     conclude(model, [judgement], as_json)
 
 
-@evaluation.command(epilog="Example: sslkit eval sweep runs/photos --data flowers --layers out,-2")
+@evaluation.command(epilog="Example: sslkit eval sweep runs/photos --data flowers --layer out,-2")
+@shared
 def sweep(
     model: Model,
-    data: Data,
+    labelled: Labelled,
+    frozen: Frozen,
     lr: Annotated[str, typer.Option(help="Rates at batch 256.")] = "0.003,0.01,0.03,0.1,0.3,1,3,10",
     weight_decay: Annotated[str, typer.Option(help="Penalties.")] = "0,1e-5",
     norm: Annotated[
         str, typer.Option(help="BatchNorm without parameters before the head: no, yes or no,yes.")
     ] = "no,yes",
-    layers: Annotated[
-        str, typer.Option(help="out, blocks by number (-2: last but one), and last4: DINO's four class tokens.")
+    layer: Annotated[
+        str, typer.Option("--layer", "--layers", help="Readings as eval linear has them, with commas between.")
     ] = "out",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the features.")] = 50,
     batch_size: Annotated[int, typer.Option(min=2, help="Features of an update.")] = 256,
     seed: Annotated[int, typer.Option(help="Of held-out draw, initialisation and order.")] = 0,
-    crop_pct: CropPct = 0.0,
-    data_name: DataName = "",
-    label_column: LabelColumn = "",
-    train_split: TrainSplit = "train",
-    test_split: TestSplit = "",
-    baseline: Baseline = None,
-    workers: Workers = 0,
-    cache: Cache = True,
     as_json: AsJson = False,
 ) -> None:
     """Many linear heads in one pass over frozen features; the best on held-out images is scored."""
     from sslkit.evaluate.judge import evaluate_sweep
     from sslkit.evaluate.sweep import SweepProtocol
 
-    rates, decays = _numbers("--lr", lr, float), _numbers("--weight-decay", weight_decay, float)
+    rates, decays = numbers("--lr", lr, float), numbers("--weight-decay", weight_decay, float)
     words = norm.split(",")
     if not set(words) <= {"no", "yes"}:
         raise UserError(f"--norm {norm}: write no, yes or no,yes")
     norms = tuple(word == "yes" for word in words)
     judgement = evaluate_sweep(
         model,
-        _data(data, data_name, label_column),
+        labelled.config(),
         SweepProtocol(tuple(rates), tuple(decays), norms, epochs, batch_size, seed),
-        [_named_reading(word, crop_pct, workers, cache) for word in layers.split(",")],
-        baselines=baseline or [],
-        train_split=train_split,
-        test_split=test_split,
+        [frozen.reading(word) for word in layer.split(",")],
+        **labelled.sides(),
     )
     conclude(model, [judgement], as_json)
 
 
-def _named_reading(word: str, crop_pct: float, workers: int, cache: bool) -> "Reading":
-    """What `--layers` means by ``out``, ``-2`` or ``last4``."""
-    try:
-        last = int(word.removeprefix("last")) if word.startswith("last") else 0
-        layer = None if word == "out" or last else int(word)
-    except ValueError:
-        raise UserError(f"--layers: {word!r} is not out, a block's number, or last and a number") from None
-    return _reading(layer, last, crop_pct, workers, cache)
-
-
 @evaluation.command(epilog="Example: sslkit eval finetune runs/photos --data flowers --labels 10% --protocol swav")
+@shared
 def finetune(
     model: Model,
-    data: Data,
+    labelled: Labelled,
     protocol: Annotated[
         str, typer.Option(help="deit, moco_v3 (transfer), simclr or swav (both: few labels).")
     ] = "deit",
@@ -201,12 +150,7 @@ def finetune(
     head_layers: Annotated[
         int, typer.Option(min=0, help="Keep so many layers of a run's projector, as SimCLR v2 does with 1.")
     ] = 0,
-    scratch: Annotated[bool, typer.Option(help="Also train the architecture from random weights.")] = True,
-    data_name: DataName = "",
-    label_column: LabelColumn = "",
-    train_split: TrainSplit = "train",
-    test_split: TestSplit = "",
-    baseline: Baseline = None,
+    scratch: Scratch = True,
     workers: Workers = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -215,14 +159,7 @@ def finetune(
     from sslkit.evaluate.judge import evaluate_finetune
 
     own = FinetuneProtocol.named(protocol, labels)
-    own = dataclasses.replace(
-        own,
-        epochs=epochs or own.epochs,
-        batch_size=batch_size or own.batch_size,
-        base_lr=lr or own.base_lr,
-        layer_decay=layer_decay,
-        seed=seed,
-    )
+    own = override(own, epochs=epochs, batch_size=batch_size, base_lr=lr, layer_decay=layer_decay, seed=seed)
     neck = None
     if head_layers:
         from sslkit.engine.projector import first_projector_layers
@@ -230,18 +167,20 @@ def finetune(
         neck = first_projector_layers(Path(model), head_layers)
     judgement = evaluate_finetune(
         model,
-        _data(data, data_name, label_column),
+        labelled.config(),
         own,
         labels=labels,
         neck=neck,
         scratch=scratch,
-        baselines=baseline or [],
-        train_split=train_split,
-        test_split=test_split,
+        **labelled.sides(),
         workers=workers,
-        say=lambda sentence: print(f"sslkit: {sentence}", file=sys.stderr),
+        say=_say,
     )
     conclude(model, [judgement], as_json)
+
+
+def _say(sentence: str) -> None:
+    print(f"sslkit: {sentence}", file=sys.stderr)
 
 
 @evaluation.command(epilog="Example: sslkit eval compare runs/a runs/b")
@@ -298,7 +237,7 @@ def detect(
         int, typer.Option(min=0, help="Of a picture, learned from; fewer are faster on a CPU. 0: the protocol's 512.")
     ] = 0,
     seed: Annotated[int, typer.Option(help="Of new layers, order and augmentation.")] = 0,
-    scratch: Annotated[bool, typer.Option(help="Also train the architecture from random weights.")] = True,
+    scratch: Scratch = True,
     train_split: Annotated[str, typer.Option(help="Split to learn from. Default: trainval or train.")] = "",
     test_split: Annotated[str, typer.Option(help="Split to score on. Default: test, else val.")] = "",
     baseline: Baseline = None,
@@ -310,14 +249,7 @@ def detect(
 
     own = DetectProtocol.named(protocol)
     own = own.at_short_side(short_side) if short_side else own
-    own = dataclasses.replace(
-        own,
-        steps=steps or own.steps,
-        batch_size=batch_size or own.batch_size,
-        base_lr=lr or own.base_lr,
-        regions=regions or own.regions,
-        seed=seed,
-    )
+    own = override(own, steps=steps, batch_size=batch_size, base_lr=lr, regions=regions, seed=seed)
     judgement = evaluate_detect(
         model,
         data,
@@ -329,7 +261,7 @@ def detect(
         train_split=train_split,
         test_split=test_split,
         workers=workers,
-        say=lambda sentence: print(f"sslkit: {sentence}", file=sys.stderr),
+        say=_say,
     )
     conclude(model, [judgement], as_json)
 
@@ -342,29 +274,14 @@ def diagnose(
     views: Annotated[int, typer.Option(min=2, help="Random crops and mirrors of each.")] = 8,
     split: Annotated[str, typer.Option(help="Split to draw from.")] = "train",
     seed: Annotated[int, typer.Option(min=0, help="Of the draw, the views and the random twin.")] = 0,
-    layer: Layer = None,
-    data_name: DataName = "",
+    layer: Layer = "out",
+    data_name: Annotated[str, typer.Option(help="The data set's configuration, if it has several.")] = "",
     workers: Workers = 0,
     as_json: AsJson = False,
 ) -> None:
     """What features tell without labels: do they collapse, how many directions do they use, do views agree."""
     from sslkit.evaluate.diagnose import diagnose_encoder
 
-    source = _data(data, data_name, "").model_copy(update={"split": split})
-    reading = _reading(layer, 0, 0.0, workers, cache=False)
+    source = data_config(data, data_name).model_copy(update={"split": split})
+    reading = Frozen(cache=False, workers=workers).reading(layer)
     show_diagnosis(diagnose_encoder(model, source, reading, images=images, views=views, seed=seed), as_json)
-
-
-def _data(path: str, name: str, label_column: str) -> "DataConfig":
-    from sslkit.data.source import DataConfig
-
-    if not path:
-        raise UserError("--data: name a folder, a datasets id or builtin:fashion_mnist")
-    return DataConfig(path=path, name=name or None, label_column=label_column or None)
-
-
-def _reading(layer: int | None, last_blocks: int, crop_pct: float, workers: int, cache: bool) -> "Reading":
-    from sslkit.evaluate.judge import Reading
-    from sslkit.evaluate.store import FeatureStore
-
-    return Reading(layer, last_blocks, crop_pct, workers, store=FeatureStore.default() if cache else None)

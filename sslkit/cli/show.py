@@ -70,14 +70,15 @@ def _store(run: Path, judgement: "Judgement") -> None:
 
 def _show_judgement(judgement: "Judgement") -> None:
     console.print(f"{judgement.evaluation}, {judgement.data}", highlight=False, markup=False)
-    with_intervals = any(score.interval for score in judgement.scores)
+    several = list(judgement.scores[0].measures)
+    with_intervals = not several and any(score.interval for score in judgement.scores)
     with_notes = any(score.note for score in judgement.scores)
-    measures = list(judgement.scores[0].measures) or [judgement.measure]
-    table = Table(
-        "encoder", *measures, *(["95 % interval"] if with_intervals else []), *(["chosen"] if with_notes else [])
-    )
+    table = Table("encoder", *([f"{name} (95 % interval)" for name in several] or [judgement.measure]))
+    for heading in ["95 % interval"] * with_intervals + ["chosen"] * with_notes:
+        table.add_column(heading)
     for score in judgement.scores:
-        cells = [f"{value:.2%}" for value in score.measures.values() or [score.accuracy]]
+        cells = [f"{value:.2%} ({_in_words(score.intervals[name])})" for name, value in score.measures.items()]
+        cells = cells or [f"{score.accuracy:.2%}"]
         cells += [_in_words(score.interval)] if with_intervals else []
         table.add_row(score.encoder, *cells, *([score.note] if with_notes else []))
     console.print(table)

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, Dataset
 
+from sslkit.data.loader import start_worker
 from sslkit.errors import UserError, near_miss
 from sslkit.evaluate.detection.annotations import AnnotatedPair, open_annotated
 from sslkit.evaluate.detection.detector import Arch, choose_arch, make_detector
 from sslkit.evaluate.detection.picture import Picture
 from sslkit.evaluate.detection.precision import (
     Found,
+    Precision,
     average_precision,
     decode_mask,
     encode_mask,
@@ -143,7 +145,7 @@ def evaluate_detect(
         say: Told of progress.
 
     Returns:
-        Scores whose ``accuracy`` is the AP of boxes and whose ``measures`` are all numbers.
+        Scores whose ``accuracy`` is the AP of boxes and whose ``measures`` are all numbers, with their intervals.
 
     Raises:
         UserError: What `open_annotated` and `make_detector` refuse, or a loss that is not finite.
@@ -160,8 +162,9 @@ def evaluate_detect(
         name = "from scratch" if contestant.description == "random init" else contestant.description
         say(name)
         detector = train_detector(contestant, pair, protocol, arch=chosen, masks=masks, workers=workers, say=say)
-        measures = score_detector(detector, pair, masks=masks, workers=workers)
-        scores.append(Score(name, measures["AP"], measures=measures))
+        scored = score_detector(detector, pair, masks=masks, workers=workers)
+        own = scored.measures["AP"], scored.intervals["AP"]
+        scores.append(Score(name, *own, measures=scored.measures, intervals=scored.intervals))
     settings = {"kind": "detect", **vars(protocol), "arch": chosen, "masks": masks}
     settings |= {"peak_lr": protocol.peak_lr(_is_vit(encoder)), "images": [len(pair.train), len(pair.test)]}
     named = (
@@ -228,7 +231,8 @@ def find_objects(detector: nn.Module, pictures: list[Picture], *, masks: bool = 
     """What a detector in eval mode finds in every picture, one picture at a time."""
     device = next(detector.parameters()).device
     # Its own generator: a loader draws a seed for workers that here need none.
-    loader = DataLoader(_Pictures(pictures), batch_size=None, num_workers=workers, generator=torch.Generator())
+    options: dict[str, Any] = {"num_workers": workers, "worker_init_fn": start_worker, "generator": torch.Generator()}
+    loader = DataLoader(_Pictures(pictures), batch_size=None, **options)
     found = []
     for image in loader:
         (result,) = detector([image.to(device).float() / 255])
@@ -238,16 +242,17 @@ def find_objects(detector: nn.Module, pictures: list[Picture], *, masks: bool = 
     return found
 
 
-def score_detector(
-    detector: nn.Module, pair: AnnotatedPair, *, masks: bool = False, workers: int = 0
-) -> dict[str, float]:
+def score_detector(detector: nn.Module, pair: AnnotatedPair, *, masks: bool = False, workers: int = 0) -> Precision:
     """AP, AP50 and AP75 of boxes, and of masks as ``mask AP`` and so on, on the pictures of ``test``."""
     found = find_objects(detector, pair.test, masks=masks, workers=workers)
-    measures = average_precision(pair.test, found, pair.classes)
-    if masks:
-        outlined = average_precision(pair.test, found, pair.classes, "segm")
-        measures |= {f"mask {name}": value for name, value in outlined.items()}
-    return measures
+    boxes = average_precision(pair.test, found, pair.classes)
+    if not masks:
+        return boxes
+    outlined = average_precision(pair.test, found, pair.classes, "segm")
+    return Precision(
+        boxes.measures | {f"mask {name}": value for name, value in outlined.measures.items()},
+        boxes.intervals | {f"mask {name}": interval for name, interval in outlined.intervals.items()},
+    )
 
 
 class _Pictures(Dataset[Tensor]):
@@ -300,7 +305,8 @@ def _batches(
 ) -> Iterator[Batch]:
     useful = [picture for picture in pictures if picture.usable().any()]
     items = _TrainingPictures(useful, steps * protocol.batch_size, protocol.seed, masks)
-    return iter(DataLoader(items, protocol.batch_size, num_workers=workers, collate_fn=list))
+    options: dict[str, Any] = {"num_workers": workers, "worker_init_fn": start_worker, "collate_fn": list}
+    return iter(DataLoader(items, protocol.batch_size, **options))
 
 
 def _loss(detector: nn.Module, batch: Batch, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from sslkit.data.source import DataConfig, open_source
 from sslkit.errors import UserError
 from sslkit.evaluate.collapse import LabelFree, label_free
 from sslkit.evaluate.features import load_encoder
-from sslkit.evaluate.judge import Reading, read_features
+from sslkit.evaluate.reading import Reading, read_features
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def diagnose_encoder(
     contestants = []
     for each in (encoder, encoder.random_twin(seed)):
         transform = each.training_transform()
-        features = [read_features(each, source, transform, reading, seed * views + view) for view in range(views)]
+        features = [read_features(each, source, transform, [reading], seed * views + view)[0] for view in range(views)]
         stacked = torch.stack(features, dim=1)
         if not stacked.isfinite().all():
             raise UserError(f"{each.description}: its features are not finite, so there is nothing to diagnose")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from sslkit.data.decode import UnreadableImage
+from sslkit.data.loader import start_worker
 from sslkit.data.source import ImageSource
 from sslkit.errors import UserError, near_miss
 from sslkit.parts.backbone import BackboneSpec, replace_stem_for_small_images
@@ -126,74 +127,6 @@ def _load_folder(folder: Path, name: str) -> Encoder:
     return Encoder(module, data_config, name, config.architecture, config.model_args, config.small_stem)
 
 
-class _LayerReader(nn.Module):
-    """One block's output, averaged over positions, as features."""
-
-    def __init__(self, module: nn.Module, layer: int) -> None:
-        super().__init__()
-        self.module, self.layer = module, layer
-
-    def forward(self, images: Tensor) -> Tensor:
-        maps = self.module.forward_intermediates(  # type: ignore[operator]
-            images, indices=[self.layer], intermediates_only=True, norm=False
-        )
-        pooled: Tensor = maps[0].mean(dim=(2, 3))
-        return pooled
-
-
-def read_layer(encoder: Encoder, layer: int) -> nn.Module:
-    """The encoder up to block ``layer`` (timm's ``forward_intermediates`` index), mean-pooled: (B, 3, H, W) -> (B, C).
-
-    Raises:
-        UserError: No such block, or a model without intermediate outputs.
-    """
-    reader = _LayerReader(encoder.module, layer)
-    try:
-        with torch.inference_mode():
-            reader.eval()(torch.zeros(1, *encoder.preprocessing["input_size"]))
-    except (AttributeError, AssertionError, IndexError, ValueError) as error:
-        raise UserError(f"--layer {layer}: {encoder.architecture} has no such block to read ({error})") from error
-    return reader
-
-
-class _BlocksReader(nn.Module):
-    """The last blocks' class tokens (or position means, where there is no such token), side by side."""
-
-    def __init__(self, module: nn.Module, blocks: int) -> None:
-        super().__init__()
-        self.module, self.blocks = module, blocks
-        self.has_class_token = getattr(module, "cls_token", None) is not None
-
-    def forward(self, images: Tensor) -> Tensor:
-        options = {"indices": self.blocks, "intermediates_only": True}
-        if not self.has_class_token:
-            maps = self.module.forward_intermediates(images, norm=False, **options)  # type: ignore[operator]
-            return torch.cat([each.mean(dim=(2, 3)) for each in maps], dim=1)
-        pairs = self.module.forward_intermediates(  # type: ignore[operator]
-            images, norm=True, return_prefix_tokens=True, **options
-        )
-        return torch.cat([prefix[:, 0] for _, prefix in pairs], dim=1)
-
-
-def read_last_blocks(encoder: Encoder, blocks: int) -> nn.Module:
-    """DINO's features (arXiv:2104.14294, appendix F.2): (B, 3, H, W) -> (B, blocks x C).
-
-    Args:
-        encoder: A ViT gives its normed class tokens; others mean-pooled maps, which may differ in width.
-        blocks: How many, from the last (DINO: 4 for ViT-S).
-
-    Raises:
-        UserError: Fewer blocks than asked for, or a model without intermediate outputs.
-    """
-    reader = _BlocksReader(encoder.module, blocks)
-    try:
-        with torch.inference_mode():
-            reader.eval()(torch.zeros(1, *encoder.preprocessing["input_size"]))
-    except (AttributeError, AssertionError, IndexError, ValueError) as error:
-        raise UserError(f"--last-blocks {blocks}: {encoder.architecture} cannot be read so ({error})") from error
-    return reader
-
-
 class TransformedImages(Dataset[tuple[Tensor, int]]):
     """Every image of a source through a transform, and its position.
 
@@ -259,7 +192,7 @@ def extract_features(
     """
     key = None if seed is None else (seed,)
     images = TransformedImages(source.without_labels(), transform, key, refuse=unreadable is None)
-    loader = DataLoader(images, batch_size, num_workers=workers)
+    loader = DataLoader(images, batch_size, num_workers=workers, worker_init_fn=start_worker)
     was_training = module.training
     before = fingerprint(module)
     module.eval().to(device)

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
+from sslkit.data.loader import start_worker
 from sslkit.data.source import ImageSource
 from sslkit.errors import UserError, near_miss
 from sslkit.evaluate.features import Encoder, TransformedImages, build
@@ -206,7 +207,8 @@ def finetune(
 def _epoch_loader(images: TransformedImages, batch_size: int, workers: int) -> DataLoader[tuple[Tensor, int]]:
     """Whole batches in an order that the images' key decides."""
     order = torch.Generator().manual_seed(int(np.random.SeedSequence(images.key).generate_state(1)[0]))
-    return DataLoader(images, batch_size, shuffle=True, generator=order, num_workers=workers, drop_last=True)
+    options: dict[str, Any] = {"num_workers": workers, "worker_init_fn": start_worker}
+    return DataLoader(images, batch_size, shuffle=True, generator=order, drop_last=True, **options)
 
 
 def make_classifier(
@@ -327,5 +329,6 @@ def _random_state_kept() -> Iterator[None]:
 def classify(model: nn.Module, encoder: Encoder, source: ImageSource, workers: int = 0) -> Tensor:
     """The class of every image, (len(source),) int64, by a classifier in eval mode."""
     device = next(model.parameters()).device
-    loader = DataLoader(TransformedImages(source.without_labels(), encoder.transform()), 256, num_workers=workers)
-    return torch.cat([model(images.to(device)).argmax(dim=1).cpu() for images, _ in loader])
+    images = TransformedImages(source.without_labels(), encoder.transform())
+    loader = DataLoader(images, 256, num_workers=workers, worker_init_fn=start_worker)
+    return torch.cat([model(batch.to(device)).argmax(dim=1).cpu() for batch, _ in loader])

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,67 +15,21 @@ from sslkit.data.source import DataConfig, ImageSource
 from sslkit.errors import UserError
 from sslkit.evaluate.features import (
     Encoder,
-    Transform,
-    extract_features,
-    features_key,
     load_encoder,
     raw_pixel_side,
     raw_pixels,
-    read_last_blocks,
-    read_layer,
 )
 from sslkit.evaluate.finetune import FinetuneProtocol, Say, classify, finetune
 from sslkit.evaluate.knn import KnnProtocol, predict_all
 from sslkit.evaluate.labels import LabelledPair, open_pair
-from sslkit.evaluate.linear import LinearProtocol, linear_accuracy
+from sslkit.evaluate.linear import EpochFeatures, LinearProtocol, linear_accuracy
 from sslkit.evaluate.protocol import bootstrap_interval, data_settings, protocol_hash
-from sslkit.evaluate.store import FeatureStore
+from sslkit.evaluate.reading import Reading, read_features
 from sslkit.evaluate.subsets import choose_subset
 from sslkit.evaluate.sweep import SweepProtocol, sweep
 from sslkit.parts.backbone import family
 
 RAW_PIXELS = "raw pixels"
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How features are read off an encoder.
-
-    Attributes:
-        layer: Mean over positions of this block's output (timm's index); None is the model's own pooled output.
-        last_blocks: Class tokens of so many last blocks instead, side by side, as DINO has them; 0 for none.
-        crop_pct: Share of the shorter side that the centre crop keeps; 0 is the model's own.
-        workers: Processes that decode images.
-        batch_size: Images at a time.
-        store: Where features are kept and looked for; None extracts them anew.
-    """
-
-    layer: int | None = None
-    last_blocks: int = 0
-    crop_pct: float = 0.0
-    workers: int = 0
-    batch_size: int = 256
-    store: FeatureStore | None = None
-
-    def __str__(self) -> str:
-        """Its name in tables."""
-        return (
-            f"last {self.last_blocks} blocks"
-            if self.last_blocks
-            else "output"
-            if self.layer is None
-            else f"block {self.layer}"
-        )
-
-    def settings(self) -> dict[str, Any]:
-        """Its part of a protocol."""
-        return {"layer": self.layer, "last_blocks": self.last_blocks, "crop_pct": self.crop_pct}
-
-    def of(self, encoder: Encoder) -> nn.Module:
-        """The encoder as it is read: (B, 3, H, W) -> (B, D)."""
-        if self.last_blocks:
-            return read_last_blocks(encoder, self.last_blocks)
-        return encoder.module if self.layer is None else read_layer(encoder, self.layer)
 
 
 @dataclass(frozen=True)
@@ -89,6 +42,7 @@ class Score:
         interval: Bootstrap 95 % interval of the accuracy, where there is one.
         note: What was chosen on the way.
         measures: All numbers by name, where there is more than one, each in [0, 1].
+        intervals: Of each of these, its bootstrap 95 % interval.
     """
 
     encoder: str
@@ -96,6 +50,7 @@ class Score:
     interval: tuple[float, float] | None = None
     note: str = ""
     measures: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -243,18 +198,20 @@ def evaluate_sweep(
         model: As `load_encoder` takes it.
         data: Labelled images.
         protocol: The grid.
-        readings: Layers and poolings to try; by default the output. Raw pixels have but one.
+        readings: Layers and poolings to try, all from one pass over the images; by default the output.
         baselines: timm names to score too.
         train_split: What the heads learn from, and a tenth of which chooses.
         test_split: What is scored on; see `open_pair`.
     """
     protocol, readings = protocol or SweepProtocol(), readings or [Reading()]
+    if not all(reading.taken_alike(readings[0]) for reading in readings):
+        raise UserError("linear sweep: readings may differ in what is read, not in crop, workers, batch or store")
     pair = open_pair(data, train_split, test_split)
     scores: list[Score] = []
     grid: list[dict[str, Any]] = []
     for encoder in _contestants(model, baselines, readings[0]):
         sides = [
-            {str(reading): _features(encoder, source, pair, reading) for reading in readings[: None if encoder else 1]}
+            dict(zip(map(str, readings), _features_of_all(encoder, source, pair, readings), strict=False))
             for source in (pair.train, pair.test)
         ]
         result = sweep(sides[0], pair.train_labels, sides[1], pair.test_labels, protocol)
@@ -339,26 +296,19 @@ def _with_crop(encoder: Encoder, reading: Reading) -> Encoder:
 
 
 def _features(encoder: Encoder | None, source: ImageSource, pair: LabelledPair, reading: Reading) -> Tensor:
+    return _features_of_all(encoder, source, pair, [reading])[0]
+
+
+def _features_of_all(
+    encoder: Encoder | None, source: ImageSource, pair: LabelledPair, readings: Sequence[Reading]
+) -> list[Tensor]:
+    """By each reading; raw pixels have but one."""
     if encoder is None:
-        return raw_pixels(source, raw_pixel_side(pair.train))
-    return read_features(encoder, source, encoder.transform(), reading, seed=None)
+        return [raw_pixels(source, raw_pixel_side(pair.train))]
+    return read_features(encoder, source, encoder.transform(), readings)
 
 
-def _epochs_of(encoder: Encoder | None, pair: LabelledPair, reading: Reading) -> Any:
+def _epochs_of(encoder: Encoder | None, pair: LabelledPair, reading: Reading) -> EpochFeatures:
     assert encoder is not None
-    return lambda epoch: read_features(encoder, pair.train, encoder.training_transform(), reading, seed=epoch + 1)
-
-
-def read_features(
-    encoder: Encoder, source: ImageSource, transform: Transform, reading: Reading, seed: int | None
-) -> Tensor:
-    """Features of every image, as asked for, on a GPU if there is one; see `extract_features`."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module = reading.of(encoder)
-    options: dict[str, Any] = {"device": device, "batch_size": reading.batch_size, "workers": reading.workers}
-    if reading.store is None or seed is not None:
-        return extract_features(module, source, transform, seed=seed, **options)
-    key = features_key(encoder, source, str(transform), str(reading))
-    return reading.store.features(
-        key, len(source), lambda rows: extract_features(module, source.subset(np.array(rows)), transform, **options)
-    )
+    transform = encoder.training_transform()
+    return lambda epoch: read_features(encoder, pair.train, transform, [reading], seed=epoch + 1)[0]

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ SHARD = 16384
 MERGED = "features.safetensors"
 
 Extract = Callable[[range], Tensor]
+ExtractAll = Callable[[Sequence[str], range], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -48,41 +49,48 @@ class FeatureStore:
         """The (count, D) float32 features of ``key``, memory-mapped; extracted first if they are not there.
 
         Args:
-            key: Hexadecimal name of what they are of: encoder, images, transform.
+            key: Hexadecimal name of what they are of: encoder, images, transform, reading.
             count: Images.
             extract: Gives the rows of a range of images.
         """
-        entry = self.folder / key
+        return self.features_of_all([key], count, lambda _keys, rows: [extract(rows)])[0]
+
+    def features_of_all(self, keys: Sequence[str], count: int, extract: ExtractAll) -> list[Tensor]:
+        """Features that one pass over the images can give together; see `features`.
+
+        Args:
+            keys: Different names.
+            count: Images.
+            extract: Gives the rows of a range of images for those of the keys that are still to be had.
+        """
+        entries = [self.folder / key for key in keys]
         try:
-            if not (entry / MERGED).is_file():
-                self._fill(entry, count, extract)
-            os.utime(entry)
-            return load_file(entry / MERGED)["features"]
+            missing = [entry for entry in entries if not (entry / MERGED).is_file()]
+            if missing:
+                self._fill(missing, count, extract)
+                self._make_room(entries)
+            for entry in entries:
+                os.utime(entry)
+            return [load_file(entry / MERGED)["features"] for entry in entries]
         except OSError as error:
             raise UserError(
                 f"feature store {self.folder}: {error}; free it, or leave it out with --no-cache"
             ) from error
 
-    def _fill(self, entry: Path, count: int, extract: Extract) -> None:
-        entry.mkdir(parents=True, exist_ok=True)
+    def _fill(self, entries: list[Path], count: int, extract: ExtractAll) -> None:
+        for entry in entries:
+            entry.mkdir(parents=True, exist_ok=True)
         shards = [range(start, min(start + self.shard, count)) for start in range(0, count, self.shard)]
         first = int(os.environ.get("RANK", os.getpid())) % len(shards)
         for number in [*range(first, len(shards)), *range(first)]:
-            if not _part(entry, number).is_file() and not (entry / MERGED).is_file():
-                rows = extract(shards[number]).float().contiguous()
-                _replace(_part(entry, number), partial(save_file, {"features": rows}))
-        try:
-            if not (entry / MERGED).is_file():
-                parts = [_part(entry, number) for number in range(len(shards))]
-                _replace(entry / MERGED, partial(_merge, parts, count))
-        except FileNotFoundError:
-            if not (entry / MERGED).is_file():  # else another process has merged them, and removed its parts
-                raise
-        for part in entry.glob("part-*"):
-            part.unlink(missing_ok=True)
-        self._make_room(entry)
+            absent = [each for each in entries if not _part(each, number).is_file() and not (each / MERGED).is_file()]
+            if absent:
+                for entry, rows in zip(absent, extract([each.name for each in absent], shards[number]), strict=True):
+                    _replace(_part(entry, number), partial(save_file, {"features": rows.float().contiguous()}))
+        for entry in entries:
+            _finish(entry, len(shards), count)
 
-    def _make_room(self, newest: Path) -> None:
+    def _make_room(self, newest: list[Path]) -> None:
         entries = sorted(
             (each for each in self.folder.iterdir() if each.is_dir()), key=lambda each: each.stat().st_mtime
         )
@@ -90,9 +98,21 @@ class FeatureStore:
         for entry in entries:
             if sum(sizes.values()) <= self.max_bytes:
                 break
-            if entry != newest:
+            if entry not in newest:
                 shutil.rmtree(entry, ignore_errors=True)
                 del sizes[entry]
+
+
+def _finish(entry: Path, shards: int, count: int) -> None:
+    """One file instead of the parts."""
+    try:
+        if not (entry / MERGED).is_file():
+            _replace(entry / MERGED, partial(_merge, [_part(entry, number) for number in range(shards)], count))
+    except FileNotFoundError:
+        if not (entry / MERGED).is_file():  # else another process has merged them, and removed its parts
+            raise
+    for part in entry.glob("part-*"):
+        part.unlink(missing_ok=True)
 
 
 def _part(entry: Path, number: int) -> Path:

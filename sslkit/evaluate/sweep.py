@@ -16,6 +16,7 @@ from torch.nn.functional import batch_norm, cross_entropy
 from sslkit.errors import UserError
 
 HELD_OUT = 0.1
+SCORED_AT_ONCE = 1024
 MOMENTUM = 0.9
 
 
@@ -64,15 +65,22 @@ class _Heads:
     """All heads of one kind of features and one choice of norm, their weights side by side: (D, classes x heads)."""
 
     def __init__(
-        self, width: int, classes: int, settings: Sequence[tuple[float, float]], norm: bool, seed: int
+        self,
+        width: int,
+        classes: int,
+        settings: Sequence[tuple[float, float]],
+        norm: bool,
+        seed: int,
+        device: torch.device,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         one = torch.empty(width, classes).normal_(0.0, 0.01, generator=generator)
         self.classes, self.norm, self.settings = classes, norm, settings
-        self.weight, self.bias = one.repeat_interleave(len(settings), dim=1), torch.zeros(classes * len(settings))
+        self.weight = one.to(device).repeat_interleave(len(settings), dim=1)
+        self.bias = torch.zeros(classes * len(settings), device=device)
         self.velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
-        self.lr, self.decay = torch.tensor(settings).repeat(classes, 1).T
-        self.mean, self.variance = torch.zeros(width), torch.ones(width)
+        self.lr, self.decay = torch.tensor(settings, device=device).repeat(classes, 1).T
+        self.mean, self.variance = torch.zeros(width, device=device), torch.ones(width, device=device)
 
     def logits(self, features: Tensor, training: bool = False) -> tuple[Tensor, Tensor]:
         """Inputs (B, D) as the heads see them, and logits (B, classes, heads)."""
@@ -86,7 +94,7 @@ class _Heads:
         inputs, logits = self.logits(features, training=True)
         # CPUs are ten times slower on numbers as small as a saturated softmax has.
         error = torch.threshold_(logits.softmax(dim=1), 1e-20, 0.0).div_(len(labels))
-        error[torch.arange(len(labels)), labels] -= 1.0 / len(labels)
+        error[torch.arange(len(labels), device=labels.device), labels] -= 1.0 / len(labels)
         error = error.flatten(1)
         for param, speed, gradient in zip(
             (self.weight, self.bias), self.velocity, (inputs.T @ error, error.sum(dim=0)), strict=True
@@ -96,12 +104,18 @@ class _Heads:
 
     def scores(self, features: Tensor, labels: Tensor) -> list[tuple[float, float]]:
         """Accuracy and, to tell equals apart, minus the loss of each head."""
-        logits = self.logits(features)[1]
-        right = (logits.argmax(dim=1) == labels[:, None]).float().mean(dim=0)
-        losses = [float(cross_entropy(each, labels)) for each in logits.unbind(dim=2)]
+        right, losses = [], []
+        for rows, truth in zip(features.split(SCORED_AT_ONCE), labels.split(SCORED_AT_ONCE), strict=True):
+            truth = truth.to(self.weight.device)
+            logits = self.logits(rows.to(self.weight.device))[1]
+            right.append((logits.argmax(dim=1) == truth[:, None]).sum(dim=0))
+            each = [cross_entropy(one, truth, reduction="sum") for one in logits.unbind(dim=2)]
+            losses.append(torch.stack(each).double())
+        shares = torch.stack(right).sum(dim=0) / len(labels)
+        means = torch.stack(losses).sum(dim=0) / len(labels)
         return [
-            (float(share), -loss if math.isfinite(loss) else -math.inf)
-            for share, loss in zip(right, losses, strict=True)
+            (share, -loss if math.isfinite(loss) else -math.inf)
+            for share, loss in zip(shares.tolist(), means.tolist(), strict=True)
         ]
 
 
@@ -116,7 +130,7 @@ def sweep(
         labels: (N,) int64.
         test: (Q, D) features for each reading.
         truth: (Q,) int64.
-        protocol: The grid.
+        protocol: The grid, trained on a GPU if there is one; features stay where they are but for a batch.
     """
     if not (protocol.lrs and protocol.weight_decays and protocol.norms and train):
         raise UserError("linear sweep: the grid is empty; give at least one rate, weight decay and reading")
@@ -126,12 +140,13 @@ def sweep(
     choose, fit = order[:held_out], order[held_out:]
     scale = protocol.batch_size / 256
     settings = [(lr * scale, decay) for lr, decay in itertools.product(protocol.lrs, protocol.weight_decays)]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     heads = {
-        (reading, norm): _Heads(features.shape[1], classes, settings, norm, protocol.seed)
+        (reading, norm): _Heads(features.shape[1], classes, settings, norm, protocol.seed, device)
         for reading, features in train.items()
         for norm in protocol.norms
     }
-    _train(heads, train, labels, fit, protocol)
+    _train(heads, train, labels, fit, protocol, device)
     ranked: list[tuple[tuple[float, float], Head, int]] = []
     for (reading, norm), group in heads.items():
         for place, score in enumerate(group.scores(train[reading][choose], labels[choose])):
@@ -149,6 +164,7 @@ def _train(
     labels: Tensor,
     fit: Tensor,
     protocol: SweepProtocol,
+    device: torch.device,
 ) -> None:
     generator = torch.Generator().manual_seed(protocol.seed + 1)
     steps, step = protocol.epochs * -(-len(fit) // protocol.batch_size), 0
@@ -158,6 +174,9 @@ def _train(
             step += 1
             if len(rows) == 1:  # no batch statistics of one
                 continue
-            batches = {reading: features[rows] for reading, features in train.items()}
+            batches, truth = (
+                {name: features[rows].to(device) for name, features in train.items()},
+                labels[rows].to(device),
+            )
             for (reading, _), group in heads.items():
-                group.update(batches[reading], labels[rows], factor)
+                group.update(batches[reading], truth, factor)

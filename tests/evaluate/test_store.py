@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ from PIL import Image
 
 from sslkit.data.source import DataConfig, open_source
 from sslkit.errors import UserError
-from sslkit.evaluate import evaluate_knn, judge
+from sslkit.evaluate import evaluate_knn
+from sslkit.evaluate import reading as reading_module
 from sslkit.evaluate.features import Encoder, features_key
-from sslkit.evaluate.judge import Reading
 from sslkit.evaluate.knn import KnnProtocol
+from sslkit.evaluate.reading import Reading
 from sslkit.evaluate.store import FeatureStore
 
 SIZE = {"input_size": (3, 32, 32), "mean": (0.3,) * 3, "std": (0.35,) * 3, "crop_pct": 1.0, "interpolation": "bilinear"}
@@ -57,6 +59,23 @@ def test_a_stopped_extraction_goes_on(tmp_path: Path) -> None:
 
 def fill(folder: Path) -> None:
     FeatureStore(folder, shard=1).features("ab", 40, rows_of)
+
+
+def test_features_of_one_pass_are_kept_apart_and_only_what_lacks_is_extracted(tmp_path: Path) -> None:
+    store, seen = FeatureStore(tmp_path, shard=4), []
+
+    def extract(keys: Sequence[str], rows: range) -> list[torch.Tensor]:
+        seen.append((keys, rows.start))
+        return [rows_of(rows)[:, : len(key)] for key in keys]
+
+    together = store.features_of_all(["a", "bb"], 6, extract)
+    assert sorted(seen) == [(["a", "bb"], 0), (["a", "bb"], 4)]
+    for key, features in zip(("a", "bb"), together, strict=True):
+        torch.testing.assert_close(features, rows_of(range(6))[:, : len(key)])
+    seen.clear()
+    again = store.features_of_all(["bb", "ccc", "a"], 6, extract)
+    assert sorted(seen) == [(["ccc"], 0), (["ccc"], 4)]
+    assert [each.shape for each in again] == [(6, 2), (6, 3), (6, 1)]
 
 
 def test_several_processes_fill_one_store(tmp_path: Path) -> None:
@@ -126,5 +145,5 @@ def test_judging_twice_extracts_once(class_folders: Path, tmp_path: Path, monkey
     plain = evaluate_knn(*arguments)
     reading = Reading(store=FeatureStore(tmp_path / "store"))
     assert evaluate_knn(*arguments, reading) == plain
-    monkeypatch.setattr(judge, "extract_features", None)
+    monkeypatch.setattr(reading_module, "extract_features", None)
     assert evaluate_knn(*arguments, reading) == plain

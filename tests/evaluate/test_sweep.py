@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sslkit.errors import UserError
-from sslkit.evaluate.features import Encoder, read_last_blocks
 from sslkit.evaluate.sweep import SweepProtocol, sweep
 
 
@@ -80,40 +79,23 @@ def test_it_learns_whatever_the_scale_of_the_features() -> None:
         assert result.accuracy > 0.9, scale
 
 
-def test_dinos_features_are_the_last_class_tokens() -> None:
-    torch.manual_seed(0)
-    vit = timm.create_model("test_vit", num_classes=0, img_size=32).eval()
-    settings = {"input_size": (3, 32, 32)}
-    encoder = Encoder(vit, settings, "test_vit", "test_vit")
-    images = torch.randn(2, 3, 32, 32)
-    tokens, seen = [], vit.patch_embed(images)
-    seen = vit.norm_pre(vit.patch_drop(vit._pos_embed(seen)))
-    for block in vit.blocks:
-        seen = block(seen)
-        tokens.append(vit.norm(seen))
-    expected = torch.cat([each[:, 0] for each in tokens[-3:]], dim=1)
-    torch.testing.assert_close(read_last_blocks(encoder, 3)(images), expected)
-    resnet = Encoder(timm.create_model("test_resnet", num_classes=0), settings, "test_resnet", "test_resnet")
-    assert read_last_blocks(resnet, 2)(images).shape == (2, 192 + 96)
-    with pytest.raises(UserError, match="--last-blocks 99"):
-        read_last_blocks(encoder, 99)
-
-
 def test_sweep_on_the_command_line(capsys: pytest.CaptureFixture[str], class_folders: Path, tmp_path: Path) -> None:
     vit = timm.create_model("test_vit", num_classes=0, img_size=32)
     timm.models.save_for_hf(vit, str(tmp_path), safe_serialization=True, model_args={"img_size": 32})
     words = ["eval", "sweep", str(tmp_path), "--data", str(class_folders), "--epochs", "2", "--lr", "0.1,1"]
-    code, out, _ = run(capsys, *words, "--layers", "out,-2,last4", "--json")
+    code, out, _ = run(capsys, *words, "--layers", "out,-2,last4,dino_vit_b", "--json")
     assert code == 0
     judgement = json.loads(out)
-    assert len(judgement["grid"]) == 2 * 2 * 2 * 3
-    assert {head["reading"] for head in judgement["grid"]} == {"output", "block -2", "last 4 blocks"}
+    assert len(judgement["grid"]) == 2 * 2 * 2 * 4
+    assert {head["reading"] for head in judgement["grid"]} == {
+        *("output", "block -2", "last 4 blocks", "last 1 blocks and patch mean")
+    }
     assert [score["encoder"] for score in judgement["scores"]] == [str(tmp_path), "random init", "raw pixels"]
     code, out, _ = run(capsys, *words)
     assert code == 0
     assert "every head, best first" in out
     for wrong, sentence in (
-        (["--layers", "first"], "'first' is not out, a block's number"),
+        (["--layer", "first"], "'first' is not out, dino_vit_s, dino_vit_b, a block's number"),
         (["--norm", "maybe"], "--norm maybe: write no, yes"),
         (["--lr", "high"], "--lr high: write a number"),
     ):

@@ -13,6 +13,8 @@ from sslkit.errors import UserError
 from sslkit.evaluate.detection.picture import Picture
 
 MEASURES = ("AP", "AP50", "AP75")
+RECALLS = np.linspace(0, 1, 101)
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,35 @@ class Found:
     masks: list[Any] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Precision:
+    """By name (see `MEASURES`), each in [0, 1]: the measures, and their bootstrap 95 % intervals over pictures."""
+
+    measures: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What COCO's matching said of one class, the surest detection first.
+
+    Attributes:
+        pictures: (D,) which picture each detection is in, from 0.
+        right: (10, D) at each IoU threshold, whether it found an object that counts.
+        wrong: (10, D) whether it found none; neither if what it found counts neither way.
+        objects: (P,) objects that count, in each picture.
+    """
+
+    pictures: NDArray[np.int64]
+    right: NDArray[np.bool_]
+    wrong: NDArray[np.bool_]
+    objects: NDArray[np.int64]
+
+
 def average_precision(
     pictures: list[Picture], found: list[Found], classes: list[str], kind: Literal["bbox", "segm"] = "bbox"
-) -> dict[str, float]:
-    """AP over the IoU thresholds 0.50, 0.55 ... 0.95, AP50 and AP75, each in [0, 1], at most 100 detections a picture.
+) -> Precision:
+    """AP over the IoU thresholds 0.50, 0.55 ... 0.95, AP50 and AP75, at most 100 detections a picture.
 
     Args:
         pictures: The truth. At least one object of one picture must count.
@@ -43,9 +70,18 @@ def average_precision(
         classes: Names behind the class numbers.
         kind: Whether boxes or masks overlap.
     """
+    scored = _evaluated(pictures, found, classes, kind)
+    if scored is None:
+        return Precision(dict.fromkeys(MEASURES, 0.0), dict.fromkeys(MEASURES, (0.0, 0.0)))
+    measures = {name: float(value) for name, value in zip(MEASURES, scored.stats[:3], strict=True)}
+    return Precision(measures, bootstrap_precision(_matched(scored), len(pictures)))
+
+
+def _evaluated(pictures: list[Picture], found: list[Found], classes: list[str], kind: str) -> Any:
+    """COCO's own evaluation with its matches and figures; None where nothing was found."""
     detections = [row for number, each in enumerate(found, 1) for row in _detected(each, number, kind)]
     if not detections:
-        return dict.fromkeys(MEASURES, 0.0)
+        return None
     with contextlib.redirect_stdout(io.StringIO()):
         truth = _part("coco").COCO()
         truth.dataset = _truth(pictures, classes)
@@ -54,7 +90,68 @@ def average_precision(
         scored.evaluate()
         scored.accumulate()
         scored.summarize()
-    return {name: float(value) for name, value in zip(MEASURES, scored.stats[:3], strict=True)}
+    return scored
+
+
+def bootstrap_precision(matched: list[Matched], pictures: int, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """The middle 95 % of each measure over `RESAMPLES` draws of as many pictures, with replacement.
+
+    Which detection found which object is a matter within a picture, so that it is not found out again: a picture
+    that is drawn twice counts twice.
+    """
+    rng = np.random.default_rng(seed)
+    even = np.full(pictures, 1 / pictures)
+    draws = [precision_of_draw(matched, rng.multinomial(pictures, even)) for _ in range(RESAMPLES)]
+    measures = np.array([each for each in draws if each is not None])
+    low, high = np.quantile(measures, [0.025, 0.975], axis=0)
+    return {name: (float(low[place]), float(high[place])) for place, name in enumerate(MEASURES)}
+
+
+def precision_of_draw(matched: list[Matched], times: NDArray[np.int64]) -> tuple[float, float, float] | None:
+    """`MEASURES` of the data set that holds every picture so many times; None if no object in it counts.
+
+    Args:
+        matched: By class.
+        times: (P,) how often each picture is there.
+    """
+    by_class = [_precision_of_class(each, times) for each in matched if times @ each.objects]
+    if not by_class:
+        return None
+    of_threshold = np.mean(by_class, axis=0)
+    return float(of_threshold.mean()), float(of_threshold[0]), float(of_threshold[5])
+
+
+def _precision_of_class(matched: Matched, times: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(10,) means over 101 recalls of the best precision from there on, as COCO's `accumulate` has them."""
+    weights = times[matched.pictures]
+    right, wrong = np.cumsum(matched.right * weights, axis=1), np.cumsum(matched.wrong * weights, axis=1)
+    recalls = right / (times @ matched.objects)
+    precisions = right / np.maximum(right + wrong, 1)
+    best = np.maximum.accumulate(precisions[:, ::-1], axis=1)[:, ::-1]
+    best = np.concatenate([best, np.zeros((len(best), 1))], axis=1)  # recalls that are not reached
+    return np.array([row[np.searchsorted(recall, RECALLS)].mean() for row, recall in zip(best, recalls, strict=True)])
+
+
+def _matched(scored: Any) -> list[Matched]:
+    """Of an evaluated COCOeval, whose rows are by class, then by range of areas (the first: all), then by picture."""
+    pictures = len(scored.params.imgIds)
+    step = len(scored.params.areaRng) * pictures
+    return [_matched_class(scored.evalImgs[start : start + pictures]) for start in range(0, len(scored.evalImgs), step)]
+
+
+def _matched_class(rows: list[Any]) -> Matched:
+    """Rows are None for pictures with neither an object nor a detection of the class."""
+    seen = [(place, row) for place, row in enumerate(rows) if row is not None]
+    objects = np.zeros(len(rows), dtype=np.int64)
+    for place, row in seen:
+        objects[place] = len(row["gtIgnore"]) - np.count_nonzero(row["gtIgnore"])
+    empty = np.zeros((10, 0), dtype=bool)
+    found = np.concatenate([empty, *(row["dtMatches"] > 0 for _, row in seen)], axis=1)
+    counts = ~np.concatenate([empty, *(row["dtIgnore"].astype(bool) for _, row in seen)], axis=1)
+    places = np.repeat([place for place, _ in seen], [len(row["dtScores"]) for _, row in seen]).astype(np.int64)
+    scores = np.concatenate([np.zeros(0), *(row["dtScores"] for _, row in seen)])
+    order = np.argsort(-scores, kind="mergesort")  # as COCO sorts
+    return Matched(places[order], (found & counts)[:, order], (~found & counts)[:, order], objects)
 
 
 def decode_mask(segment: Any, height: int, width: int) -> NDArray[np.uint8]:

@@ -1,0 +1,122 @@
+"""Options that several commands share: dataclasses whose fields typer reads as if the command listed them."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+from sslkit.errors import UserError
+
+if TYPE_CHECKING:
+    from sslkit.data.source import DataConfig
+    from sslkit.evaluate.reading import Reading
+
+Number = TypeVar("Number", int, float)
+
+Model = Annotated[str, typer.Argument(help="Run folder, exported folder, hf_hub:user/repo, or timm name.")]
+Layer = Annotated[
+    str,
+    typer.Option(
+        help="out; a block's number (-2: last but one), mean-pooled; last4: class tokens of the last 4 blocks side by "
+        "side; dino_vit_s (last4) or dino_vit_b (last class token beside the mean of patch tokens)."
+    ),
+]
+Baseline = Annotated[list[str] | None, typer.Option("--baseline", help="Also score this timm name; may repeat.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
+Scratch = Annotated[bool, typer.Option(help="Also train the architecture from random weights.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """Which labelled images, and whom to compare with."""
+
+    data: Annotated[str, typer.Option("--data", help="Folder with a folder per class, datasets id, or builtin:NAME.")]
+    data_name: Annotated[str, typer.Option(help="The data set's configuration, if it has several.")] = ""
+    label_column: Annotated[str, typer.Option(help="Column of labels, if it is not found by its type.")] = ""
+    train_split: Annotated[str, typer.Option(help="Split to learn from.")] = "train"
+    test_split: Annotated[str, typer.Option(help="Split to score on. Default: test or val, else a fifth held out.")] = (
+        ""
+    )
+    baseline: Baseline = None
+
+    def config(self) -> "DataConfig":
+        """The images."""
+        return data_config(self.data, self.data_name, self.label_column)
+
+    def sides(self) -> dict[str, Any]:
+        """Arguments of every ``evaluate_*``."""
+        return {
+            "baselines": self.baseline or [],
+            "train_split": self.train_split,
+            "test_split": self.test_split,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """How features are taken from a frozen encoder."""
+
+    crop_pct: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the shorter side kept, 0.1 to 1; 0: the model's own.")
+    ] = 0.0
+    cache: Annotated[bool, typer.Option(help="Keep features on disk for the next evaluation.")] = True
+    workers: Workers = 0
+
+    def reading(self, layer: str) -> "Reading":
+        """What ``layer`` names, taken so."""
+        from sslkit.evaluate.reading import Reading
+        from sslkit.evaluate.store import FeatureStore
+
+        store = FeatureStore.default() if self.cache else None
+        return dataclasses.replace(Reading.named(layer), crop_pct=self.crop_pct, workers=self.workers, store=store)
+
+
+def shared(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace parameters that are dataclasses by their fields, for typer; the command gets the dataclasses."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+
+    @wraps(command)
+    def with_fields(**given: Any) -> None:
+        for name, kind in groups.items():
+            given[name] = kind(**{each.name: given.pop(each.name) for each in dataclasses.fields(kind)})
+        command(**given)
+
+    listed: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name in groups:
+            fields = get_type_hints(groups[name], include_extras=True)
+            own = inspect.signature(groups[name]).parameters
+            listed += [each.replace(annotation=fields[each.name]) for each in own.values()]
+        else:
+            listed.append(parameter.replace(annotation=hints[name]))
+    listed = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in listed]
+    del with_fields.__wrapped__
+    with_fields.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
+    with_fields.__annotations__ = {each.name: each.annotation for each in listed}
+    return with_fields
+
+
+def data_config(path: str, name: str = "", label_column: str = "") -> "DataConfig":
+    """What ``--data`` and its companions say."""
+    from sslkit.data.source import DataConfig
+
+    if not path:
+        raise UserError("--data: name a folder, a datasets id or builtin:fashion_mnist")
+    return DataConfig(path=path, name=name or None, label_column=label_column or None)
+
+
+def numbers(option: str, words: str, kind: Callable[[str], Number]) -> list[Number]:
+    """Numbers with commas between, each once."""
+    try:
+        return list(dict.fromkeys(kind(word) for word in words.split(",")))
+    except ValueError:
+        raise UserError(f"{option} {words}: write a number, or several with commas between") from None
+
+
+def override(protocol: Any, **given: Any) -> Any:
+    """A dataclass with those of the given values that are not 0, which stands for the protocol's own."""
+    return dataclasses.replace(protocol, **{name: value for name, value in given.items() if value})
