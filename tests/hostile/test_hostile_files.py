@@ -90,7 +90,7 @@ def test_safetensors_that_lie(run: Path, lie: str, tmp_path: Path) -> None:
     resign(checkpoint)
     with pytest.raises(UserError, match="safetensors"):
         load_encoder(str(run))
-    with pytest.raises(UserError, match="not a checkpoint"):
+    with pytest.raises(UserError, match="not what a checkpoint has"):
         read_checkpoint(checkpoint)
     with pytest.raises(UserError, match="not a whole safetensors file"):
         import_checkpoint(tmp_path / "x.safetensors", tmp_path / "out")
@@ -252,7 +252,7 @@ def test_states_that_are_none(run: Path, case: str) -> None:
     checkpoint = run / "checkpoints" / "step-00000002"
     (checkpoint / "state.json").write_text(STATES[case], encoding="latin-1")
     resign(checkpoint)
-    with pytest.raises(UserError, match=r"not a checkpoint|has no step"):
+    with pytest.raises(UserError, match=r"not what a checkpoint has|has no step"):
         read_checkpoint(checkpoint)
     with pytest.raises(UserError, match="no whole checkpoint left"):
         newest_checkpoint(run / "checkpoints")
