@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sslkit.parts.collectives import max_over_processes, sum_over_processes
+from sslkit.parts.contrast import contrast_with_dictionary
 
 
 def info_nce_with_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -25,9 +26,7 @@ def info_nce_with_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: 
         The mean loss in nats, and the share of queries whose own key is the most similar of the K + 1.
     """
     with _full_precision(query):
-        query, key, queue = _at_least_float32(query, key, queue)
-        positive = (query * key.detach()).sum(dim=1)
-        return info_nce_of_similarities(positive, query @ queue.detach().T, temperature)
+        return contrast_with_dictionary(*_at_least_float32(query, key, queue), temperature)
 
 
 def info_nce_of_similarities(positive: Tensor, negatives: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
