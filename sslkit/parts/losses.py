@@ -26,7 +26,8 @@ def info_nce_with_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: 
         The mean loss in nats, and the share of queries whose own key is the most similar of the K + 1.
     """
     with _full_precision(query):
-        return contrast_with_dictionary(*_at_least_float32(query, key, queue), temperature)
+        query, key, queue = _at_least_float32(query, key, queue)
+        return contrast_with_dictionary(query, key, queue, temperature)
 
 
 def info_nce_of_similarities(positive: Tensor, negatives: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
