@@ -52,7 +52,7 @@ class _Contrast(torch.autograd.Function):
         if mean_key is not None:
             gradient = (mean_key / total[:, None] - key) / (temperature * len(query))
             ctx.save_for_backward(gradient)
-        loss = (most + total.log() - own).mean()
+        loss = (total.log() + (most - own)).mean()
         accuracy = (own >= best).to(loss.dtype).mean()
         ctx.mark_non_differentiable(accuracy)
         return loss, accuracy
