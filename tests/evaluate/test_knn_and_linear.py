@@ -14,7 +14,7 @@ from sslkit.errors import UserError
 from sslkit.evaluate import KnnProtocol, LinearProtocol, knn_accuracy, linear_accuracy
 from sslkit.evaluate import knn as knn_module
 from sslkit.evaluate.features import extract_features, fingerprint, raw_pixel_side, raw_pixels
-from sslkit.evaluate.knn import nearest, predict, predict_all
+from sslkit.evaluate.knn import largest, nearest, predict, predict_all
 from sslkit.evaluate.linear import C_GRID, fit_logistic
 
 
@@ -44,6 +44,16 @@ def test_chunks_do_not_change_neighbours_and_sklearn_agrees(monkeypatch: pytest.
     assert torch.equal(whole[1], in_chunks[1])
     reference = NearestNeighbors(n_neighbors=9, algorithm="brute", metric="cosine").fit(bank.numpy())
     assert np.array_equal(reference.kneighbors(queries.numpy(), return_distance=False), in_chunks[1].numpy())
+
+
+@pytest.mark.parametrize(("columns", "k"), [(1000, 3), (64 * 20, 5), (64 * 20 + 1, 9), (130, 1), (40, 50)])
+def test_largest_by_groups_is_a_whole_sort(columns: int, k: int) -> None:
+    numbers = torch.randn(7, columns, generator=torch.Generator().manual_seed(columns))
+    numbers[:, -1] += torch.arange(7) - 3.0  # the columns beyond the last whole group count too
+    values, places = largest(numbers, k)
+    order = numbers.numpy().argsort(axis=1)[:, ::-1][:, :k]
+    assert np.array_equal(places.numpy(), order)
+    assert torch.equal(values, numbers.gather(1, places))
 
 
 def test_votes_equal_a_naive_loop() -> None:
