@@ -16,7 +16,8 @@ import sys
 import torch
 from accelerate import Accelerator
 
-from sslkit.data.views import IMAGENET_MEAN, IMAGENET_STD, normalise
+from sslkit.data.policies import IMAGENET_MEAN, IMAGENET_STD
+from sslkit.data.views import normalise
 from sslkit.engine.run import build_method
 from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.recipe import build_recipe

@@ -13,8 +13,8 @@ import timm
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from sslkit.data.policies import POLICIES, ViewsConfig
 from sslkit.data.source import DataConfig
-from sslkit.data.views import POLICIES, ViewsConfig
 from sslkit.errors import UserError, near_miss
 from sslkit.methods import MethodOptions, canonical_name, find_method
 from sslkit.parts.backbone import BackboneSpec, check_name, family, takes_image_size

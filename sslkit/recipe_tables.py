@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sslkit.data.policies import ViewsConfig
 from sslkit.data.source import DataConfig
-from sslkit.data.views import ViewsConfig
 from sslkit.errors import UserError, without_tokens
 
 MAX_RECIPE_BYTES = 1_000_000

@@ -3,8 +3,9 @@
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -31,15 +32,17 @@ class Batch:
         sample_ids: (B,) int64, positions in the source of the images that the views show. Where an image could not
             be read, it is the position of the one that took its place: an embedding is kept with what it is of.
         bad: The images that could not be read.
+        draws: What is still to be done to each view on the device, (B, 18) float32 each; empty where views are done.
     """
 
     views: list[Tensor]
     sample_ids: Tensor
     bad: tuple[BadSample, ...] = ()
+    draws: tuple[Tensor, ...] = ()
 
     def pin_memory(self) -> "Batch":
         """Called by the DataLoader; pinned pages make the copy to a GPU asynchronous."""
-        return Batch([view.pin_memory() for view in self.views], self.sample_ids.pin_memory(), self.bad)
+        return replace(self, views=[view.pin_memory() for view in self.views], sample_ids=self.sample_ids.pin_memory())
 
 
 def epoch_order(seed: int, epoch: int, num_samples: int, detour: int = 0) -> NDArray[np.int64]:
@@ -102,7 +105,13 @@ class GlobalBatches(Sampler[list[Key]]):
             yield [(epoch, int(sample)) for sample in order[first : first + local]]
 
 
-Item = tuple[list[NDArray[np.uint8]], int, tuple[BadSample, ...]]
+class Item(NamedTuple):
+    """A sample's views, the image they show, what could not be read, and what is still to be done to the views."""
+
+    views: list[NDArray[np.uint8]]
+    shown: int
+    bad: tuple[BadSample, ...]
+    draws: list[NDArray[np.float32]]
 
 
 class ViewDataset(Dataset[Item]):
@@ -118,11 +127,15 @@ class ViewDataset(Dataset[Item]):
         epoch, sample = key
         if self.posts is not None:
             self.posts.begin(sample)
-        found = read_or_replace(self.source, self.pipeline.seed, epoch, sample)
-        views = self.pipeline(found.pixels, epoch, sample)
+        fits = partial(self.pipeline.reduction, epoch, sample)
+        found = read_or_replace(self.source, self.pipeline.seed, epoch, sample, fits)
+        if self.pipeline.config.device == "accelerator":
+            views, draws = self.pipeline.crops(found.pixels, epoch, sample, found.size)
+        else:
+            views, draws = self.pipeline(found.pixels, epoch, sample, found.size), []
         if self.posts is not None:
             self.posts.end()
-        return views, found.index, found.bad
+        return Item(views, found.index, found.bad, draws)
 
 
 def make_loader(
@@ -176,9 +189,10 @@ def cores_of_a_process(processes_here: int) -> int:
 
 
 def _collate(items: list[Item]) -> Batch:
-    views = [torch.from_numpy(np.stack(view)) for view in zip(*(views for views, _, _ in items), strict=True)]
-    bad = tuple(each for _, _, tried in items for each in tried)
-    return Batch(views, torch.tensor([index for _, index, _ in items]), bad)
+    views = [torch.from_numpy(np.stack(view)) for view in zip(*(item.views for item in items), strict=True)]
+    draws = tuple(torch.from_numpy(np.stack(draw)) for draw in zip(*(item.draws for item in items), strict=True))
+    bad = tuple(each for item in items for each in item.bad)
+    return Batch(views, torch.tensor([item.shown for item in items]), bad, draws)
 
 
 def start_worker(_worker: int) -> None:

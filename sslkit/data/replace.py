@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sslkit.data.decode import UnreadableImage
+from sslkit.data.decode import Pixels, Reduction, Size, UnreadableImage
 from sslkit.data.source import ImageSource
 from sslkit.errors import UserError
 
@@ -33,17 +32,21 @@ class Found:
     """An image that could be read.
 
     Attributes:
-        pixels: (H, W, 3) uint8 RGB.
+        pixels: (H, W, 3) uint8 RGB, reduced if that was asked for.
+        size: Height and width of the whole image.
         index: Its position in the source: another than was asked for, if that one is bad.
         bad: The images that were tried before.
     """
 
-    pixels: NDArray[np.uint8]
+    pixels: Pixels
+    size: Size
     index: int
     bad: tuple[BadSample, ...]
 
 
-def read_or_replace(source: ImageSource, seed: int, epoch: int, sample: int) -> Found:
+def read_or_replace(
+    source: ImageSource, seed: int, epoch: int, sample: int, reduction: Reduction = lambda _size: 1
+) -> Found:
     """Read image ``sample``, or the first readable one of the images drawn in its place.
 
     Args:
@@ -51,6 +54,7 @@ def read_or_replace(source: ImageSource, seed: int, epoch: int, sample: int) -> 
         seed: The run's.
         epoch: In which the sample is due; another epoch draws other images.
         sample: Position in the source.
+        reduction: See `decode_reduced`.
 
     Raises:
         UserError: Sixteen images in a row could not be read.
@@ -59,7 +63,7 @@ def read_or_replace(source: ImageSource, seed: int, epoch: int, sample: int) -> 
     for attempt in range(ATTEMPTS):
         index = sample if attempt == 0 else replacement(seed, epoch, sample, attempt, len(source))
         try:
-            return Found(source.read(index), index, tuple(bad))
+            return Found(*source.read_reduced(index, reduction), index, tuple(bad))
         except UnreadableImage as error:
             bad.append(BadSample(index, source.name(index), error.reason))
     examples = "; ".join(f"{each.name} ({each.reason})" for each in bad[:3])

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pyarrow import compute
 from pydantic import BaseModel, ConfigDict, Field
 
-from sslkit.data.decode import UnreadableImage, decode_rgb, read_file
+from sslkit.data.decode import Pixels, Reduction, Size, UnreadableImage, decode_reduced, decode_rgb, read_file
 from sslkit.data.folder import folders_in, has_metadata, list_images, printable, to_path
 from sslkit.data.idx import read_idx
 from sslkit.errors import UserError, near_miss
@@ -83,7 +83,7 @@ class ImageSource:
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    def read(self, index: int) -> NDArray[np.uint8]:
+    def read(self, index: int) -> Pixels:
         """Decode image ``index`` to (H, W, 3) uint8 RGB.
 
         Raises:
@@ -91,6 +91,15 @@ class ImageSource:
         """
         name, encoded = self.encoded(index)
         return decode_rgb(encoded, name)
+
+    def read_reduced(self, index: int, reduction: Reduction) -> tuple[Pixels, Size]:
+        """Image ``index`` as `decode_reduced` gives it, and height and width of the whole image.
+
+        Raises:
+            UnreadableImage: It cannot be decoded.
+        """
+        name, encoded = self.encoded(index)
+        return decode_reduced(encoded, name, reduction)
 
     def encoded(self, index: int) -> tuple[str, bytes]:
         """The printable name of image ``index``, and its bytes as they are stored.

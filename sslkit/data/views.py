@@ -1,171 +1,28 @@
-"""Named view policies, exactly the papers', cut by albumentations.
+"""Views cut from an image on the CPU: crops resized as Pillow does it, colours changed by albumentations."""
 
-A policy is a set of numbers, not code: a recipe states them and may override each. Every draw is a pure function
-of (seed, epoch, sample, view), so views do not depend on workers, ranks or restarts.
-"""
-
-import random
 import warnings
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
 
 import albumentations as A  # noqa: N812  (the library's own convention)
 import cv2
 import numpy as np
 import torch
+from albumentations.augmentations.blur.functional import create_gaussian_kernel_1d
+from albumentations.augmentations.pixel.functional import (
+    adjust_brightness_torchvision,
+    adjust_contrast_torchvision,
+    adjust_saturation_torchvision,
+)
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
+from torch.nn.functional import interpolate
 
-LARGE_VIEWS = 2
-VIEWS = 0  # what these draws are for, the second word of their key
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-PerView = Probability | tuple[Probability, Probability]
-Range = tuple[float, float]
-RGB = tuple[float, float, float]
+from sslkit.data.decode import Pixels, Size
+from sslkit.data.draws import Box, Draw, draw_view
+from sslkit.data.policies import LARGE_VIEWS, RGB, ViewsConfig
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-# Defaults of every policy over those of `ViewsConfig`; sources in docs/methods.md.
-POLICIES: dict[str, dict[str, Any]] = {
-    "moco_v1": {"jitter": (0.4, 0.4, 0.4, 0.4), "jitter_prob": 1.0, "gray_first": True, "blur_prob": 0.0},
-    "moco_v2": {"jitter": (0.4, 0.4, 0.4, 0.1), "jitter_prob": 0.8, "blur_prob": 0.5},
-    "moco_v3": {
-        "crop_scale": (0.08, 1.0),
-        "jitter": (0.4, 0.4, 0.2, 0.1),
-        "jitter_prob": 0.8,
-        "blur_prob": (1.0, 0.1),
-        "solarize_prob": (0.0, 0.2),
-    },
-    # Pixels in [0, 1] are not normalised further.
-    "simclr": {
-        "crop_scale": (0.08, 1.0),
-        "interpolation": "bicubic",
-        "jitter": (0.8, 0.8, 0.8, 0.2),
-        "jitter_prob": 0.8,
-        "blur_prob": 0.5,
-        "mean": (0.0, 0.0, 0.0),
-        "std": (1.0, 1.0, 1.0),
-    },
-    "byol": {
-        "crop_scale": (0.08, 1.0),
-        "interpolation": "bicubic",
-        "jitter": (0.4, 0.4, 0.2, 0.1),
-        "jitter_prob": 0.8,
-        "blur_prob": (1.0, 0.1),
-        "solarize_prob": (0.0, 0.2),
-    },
-    "swav": {
-        "crop_scale": (0.14, 1.0),
-        "small_crops": 6,
-        "jitter": (0.8, 0.8, 0.8, 0.2),
-        "jitter_prob": 0.8,
-        "blur_prob": 0.5,
-        "std": (0.228, 0.224, 0.225),
-    },
-    "moco_cifar10": {
-        "size": 32,
-        "crop_scale": (0.08, 1.0),
-        "jitter": (0.4, 0.4, 0.4, 0.1),
-        "jitter_prob": 0.8,
-        "blur_prob": 0.0,
-        "mean": (0.4914, 0.4822, 0.4465),
-        "std": (0.2023, 0.1994, 0.2010),
-        "crop_pct": 1.0,
-    },
-    # Colour does nothing on grey images, and half a 28-pixel shoe is not a shoe.
-    "small_gray": {
-        "size": 32,
-        "crop_scale": (0.3, 1.0),
-        "jitter": (0.4, 0.4, 0.0, 0.0),
-        "jitter_prob": 0.8,
-        "gray_prob": 0.0,
-        "blur_prob": 0.0,
-        "crop_pct": 1.0,
-    },
-}
-
-
-class ViewsConfig(BaseModel):
-    """The ``[views]`` table. Probabilities may be one number, or one per view; what is not given is the policy's.
-
-    Attributes:
-        policy: Which of `POLICIES` fills in what is not given.
-        size: Side of the two square views in pixels.
-        crop_scale: Area of a random resized crop as a share of the image.
-        small_crops: Further views, small ones (SwAV's multi-crop). Of probabilities given per view, they have the
-            second's.
-        small_size: Their side in pixels.
-        small_scale: Their area as a share of the image.
-        crop_ratio: Width over height of the crop, drawn log-uniformly.
-        interpolation: Of the crop's resize. Shrinking is always antialiased (area).
-        jitter: Strengths of brightness, contrast, saturation and hue, applied in random order.
-        jitter_prob: How often colours are jittered.
-        gray_prob: How often a view turns grey.
-        gray_first: Whether grey comes before the jitter (MoCo v1) or after (all later papers).
-        blur_prob: How often a view is blurred.
-        blur_sigma: Range of the Gaussian's standard deviation in pixels.
-        solarize_prob: How often values from 128 up are inverted.
-        flip_prob: How often a view is mirrored.
-        rotate_degrees: Largest rotation to either side; 0 leaves rotation out (no paper here rotates).
-        erase_prob: How often a rectangle of the view is blanked (no paper here erases).
-        erase_scale: Its area as a share of the view.
-        mean: Per-channel mean that views are normalised by on the device, for values in [0, 1].
-        std: Per-channel standard deviation, likewise.
-        crop_pct: At evaluation, the share of the shorter side that the centre crop keeps (224 of 256 = 0.875).
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    policy: str
-    size: int = Field(default=224, ge=8, le=4096)
-    crop_scale: Range = (0.2, 1.0)
-    small_crops: int = Field(default=0, strict=True, ge=0, le=100)
-    small_size: int = Field(default=96, strict=True, ge=8, le=4096)
-    small_scale: Range = (0.05, 0.14)
-    crop_ratio: Range = (0.75, 4 / 3)
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    jitter: tuple[float, float, float, float]
-    jitter_prob: PerView
-    gray_prob: PerView = 0.2
-    gray_first: bool = False
-    blur_prob: PerView
-    blur_sigma: Range = (0.1, 2.0)
-    solarize_prob: PerView = 0.0
-    flip_prob: PerView = 0.5
-    rotate_degrees: float = Field(default=0.0, ge=0.0, le=180.0)
-    erase_prob: PerView = 0.0
-    erase_scale: Range = (0.05, 0.2)
-    mean: RGB = IMAGENET_MEAN
-    std: RGB = IMAGENET_STD
-    crop_pct: float = Field(default=0.875, gt=0.0, le=1.0)
-
-    @field_validator("crop_scale", "small_scale", "erase_scale", "crop_ratio", "blur_sigma")
-    @classmethod
-    def _ordered(cls, value: Range) -> Range:
-        if not 0.0 < value[0] <= value[1]:
-            raise ValueError("must be two positive numbers, the smaller first")
-        return value
-
-    @field_validator("crop_scale", "small_scale", "erase_scale")
-    @classmethod
-    def _share(cls, value: Range) -> Range:
-        if value[1] > 1.0:
-            raise ValueError("is a share of the image's area, so at most 1")
-        return value
-
-    @field_validator("jitter")
-    @classmethod
-    def _strengths(cls, value: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
-        if min(value) < 0.0 or value[3] > 0.5:
-            raise ValueError("must be four strengths from 0 up, hue at most 0.5")
-        return value
-
-    @field_validator("std")
-    @classmethod
-    def _positive(cls, value: RGB) -> RGB:
-        if min(value) <= 0.0:
-            raise ValueError("must be positive")
-        return value
+REDUCTIONS = (8, 4, 2)  # by which a JPEG can be decoded smaller, at a fraction of the work
+ROOM = 1.25  # times a view's side that a reduced crop still has at least: sharpness stays within a few per cent
 
 
 class ViewPipeline:
@@ -178,59 +35,127 @@ class ViewPipeline:
 
     def __init__(self, config: ViewsConfig, seed: int) -> None:
         cv2.setNumThreads(0)  # parallelism is the workers' business
-        self.seed = seed
-        self.pipelines = [build_pipeline(config, view) for view in range(LARGE_VIEWS + config.small_crops)]
+        self.config, self.seed = config, seed
+        self.sides = [config.size] * LARGE_VIEWS + [config.small_size] * config.small_crops
+        self.colours = Colours(config)
 
-    def __call__(self, image: NDArray[np.uint8], epoch: int, sample: int) -> list[NDArray[np.uint8]]:
-        """Cut ``image`` (H, W, 3) into its views, each (size, size, 3), all uint8 RGB; large ones first."""
-        return [self.cut(image, epoch, sample, view) for view in range(len(self.pipelines))]
+    def __call__(self, image: Pixels, epoch: int, sample: int, size: Size | None = None) -> list[Pixels]:
+        """Cut ``image`` (H, W, 3) into its views, each (side, side, 3), all uint8 RGB; large ones first.
 
-    def cut(self, image: NDArray[np.uint8], epoch: int, sample: int, view: int) -> NDArray[np.uint8]:
-        """Cut one view, (size, size, 3); seed, epoch, sample and view always give the same one."""
-        numpy_draws = np.random.default_rng([self.seed, VIEWS, epoch, sample, view])
-        python_draws = random.Random(int(numpy_draws.integers(2**63)))
-        pipeline = self.pipelines[view]
-        pipeline.set_random_state(numpy_draws, python_draws)
-        return np.asarray(pipeline(image=image)["image"], dtype=np.uint8)
+        ``size`` is that of the image before `reduction`; none, if it was not reduced.
+        """
+        draws = self.draw(epoch, sample, size or image.shape[:2])
+        return [self.colours(self.crop(image, draw, view, size), draw) for view, draw in enumerate(draws)]
+
+    def cut(self, image: Pixels, epoch: int, sample: int, view: int) -> Pixels:
+        """Cut one view, (side, side, 3); seed, epoch, sample and view always give the same one."""
+        draw = draw_view(self.config, self.seed, epoch, sample, view, image.shape[:2])
+        return self.colours(self.crop(image, draw, view), draw)
+
+    def crops(
+        self, image: Pixels, epoch: int, sample: int, size: Size | None = None
+    ) -> tuple[list[Pixels], list[NDArray[np.float32]]]:
+        """Views as far as they are cut on the CPU where an accelerator does the rest, and `Draw.numbers` for that."""
+        draws = self.draw(epoch, sample, size or image.shape[:2])
+        crops = [self.crop(image, draw, view, size) for view, draw in enumerate(draws)]
+        return crops, [draw.numbers() for draw in draws]
+
+    def draw(self, epoch: int, sample: int, size: Size) -> list[Draw]:
+        """What chance decides of each view of an image of ``size``."""
+        return [draw_view(self.config, self.seed, epoch, sample, view, size) for view in range(len(self.sides))]
+
+    def reduction(self, epoch: int, sample: int, size: Size) -> int:
+        """By how much an image of ``size`` may be reduced and every view still be shrunk from it: 8, 4, 2 or 1."""
+        if min(size) < REDUCTIONS[-1] * ROOM * min(self.sides):
+            return 1
+        boxes = [draw.box for draw in self.draw(epoch, sample, size)]
+        room = min(min(box[2:]) / (ROOM * side) for box, side in zip(boxes, self.sides, strict=True))
+        return next((each for each in REDUCTIONS if each <= room), 1)
+
+    def crop(self, image: Pixels, draw: Draw, view: int, size: Size | None = None) -> Pixels:
+        """Cut a draw's box out of ``image`` and resize it to the view's side."""
+        top, left, height, width = draw.box if size is None else reduced(draw.box, size, image.shape[:2])
+        return resize(image[top : top + height, left : left + width], self.sides[view], self.config.interpolation)
 
 
-def build_pipeline(config: ViewsConfig, view: int) -> A.Compose:
-    """The transforms of one view in the paper's order. An argument albumentations does not know is an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return A.Compose(_transforms(config, view))
+def reduced(box: Box, size: Size, small: Size) -> Box:
+    """The same part of an image of ``size`` once it is ``small``, in whole pixels; at least one."""
+    top, bottom = (round(edge * small[0] / size[0]) for edge in (box[0], box[0] + box[2]))
+    left, right = (round(edge * small[1] / size[1]) for edge in (box[1], box[1] + box[3]))
+    top, left = min(top, small[0] - 1), min(left, small[1] - 1)
+    return top, left, max(bottom - top, 1), max(right - left, 1)
 
 
-def _transforms(config: ViewsConfig, view: int) -> list[A.BasicTransform]:
-    def chance(prob: PerView) -> float:
-        return prob[min(view, 1)] if isinstance(prob, tuple) else prob
+def resize(pixels: Pixels, side: int, interpolation: str) -> Pixels:
+    """Resize (H, W, 3) to (side, side, 3), antialiased: PyTorch's byte kernels, which are Pillow's within a level."""
+    if pixels.shape[:2] == (side, side):
+        return pixels
+    # Its fast path wants four bytes a pixel and the strides of a batch: three times as fast, conversions included.
+    batch = torch.from_numpy(cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA)).unsqueeze(0).permute(0, 3, 1, 2)
+    resized = interpolate(batch, (side, side), mode=interpolation, antialias=True)
+    return np.asarray(cv2.cvtColor(resized[0].permute(1, 2, 0).numpy(), cv2.COLOR_RGBA2RGB), dtype=np.uint8)
 
-    small = view >= LARGE_VIEWS
-    size = config.small_size if small else config.size
-    brightness, contrast, saturation, hue = config.jitter
-    gray = A.ToGray(num_output_channels=3, p=chance(config.gray_prob))
-    jitter = A.ColorJitter(brightness, contrast, saturation, hue, p=chance(config.jitter_prob))
-    colours = [gray, jitter] if config.gray_first else [jitter, gray]
-    steps: list[A.BasicTransform] = [
-        A.RandomResizedCrop(
-            size=(size, size),
-            scale=config.small_scale if small else config.crop_scale,
-            ratio=config.crop_ratio,
-            interpolation={"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}[config.interpolation],
-            area_for_downscale="image",  # OpenCV's own bilinear does not antialias
-        ),
-        *colours,
-        A.GaussianBlur(blur_limit=0, sigma_limit=config.blur_sigma, p=chance(config.blur_prob)),
-        A.Solarize(threshold_range=(0.5, 0.5), p=chance(config.solarize_prob)),
-        A.HorizontalFlip(p=chance(config.flip_prob)),
-        A.Rotate(
-            limit=(-config.rotate_degrees, config.rotate_degrees),
-            border_mode=cv2.BORDER_CONSTANT,
-            p=1.0 if config.rotate_degrees else 0.0,
-        ),
-        A.Erasing(scale=config.erase_scale, p=chance(config.erase_prob)),
-    ]
-    return [step for step in steps if step.p > 0]
+
+class Colours:
+    """All that follows the crop, in the paper's order; albumentations' transforms with the numbers of a draw."""
+
+    def __init__(self, config: ViewsConfig) -> None:
+        self.gray_first = config.gray_first
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # an argument that albumentations does not know is only a warning to it
+            self.gray = A.ToGray(num_output_channels=3)
+            self.blur = A.GaussianBlur()
+            self.solarize = A.Solarize()
+            self.flip = A.HorizontalFlip()
+
+    def __call__(self, pixels: Pixels, draw: Draw) -> Pixels:
+        """Change (side, side, 3) pixels as drawn; the ones given stay as they are."""
+        if draw.gray and self.gray_first:
+            pixels = self.gray.apply(pixels)
+        if draw.jitter is not None:
+            for number in draw.order:
+                pixels = ADJUST[number](pixels, draw.jitter[number])
+        if draw.gray and not self.gray_first:
+            pixels = self.gray.apply(pixels)
+        if draw.sigma:
+            pixels = self.blur.apply(pixels, kernel=create_gaussian_kernel_1d(draw.sigma))
+        if draw.solarize:
+            pixels = self.solarize.apply(pixels, threshold=0.5)
+        if draw.flip:
+            pixels = self.flip.apply(pixels)
+        if draw.angle:
+            pixels = rotate(pixels, draw.angle)
+        if draw.hole:
+            top, left, height, width = draw.hole
+            pixels = pixels.copy()
+            pixels[top : top + height, left : left + width] = 0
+        return np.ascontiguousarray(pixels, dtype=np.uint8)
+
+
+def turn_hue(pixels: Pixels, turn: float) -> Pixels:
+    """Turn the hue by a share of the circle, in 256 steps, as torchvision does with Pillow's images."""
+    if turn == 0.0:
+        return pixels
+    hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
+    rows = hsv.reshape(len(hsv), -1)  # bytes overflow as hues do
+    rows += np.tile(np.array([int(turn * 255) % 256, 0, 0], dtype=np.uint8), pixels.shape[1])
+    return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL), dtype=np.uint8)
+
+
+# By the numbers of `Draw.order`.
+ADJUST: tuple[Callable[[Pixels, float], Pixels], ...] = (
+    adjust_brightness_torchvision,
+    adjust_contrast_torchvision,
+    adjust_saturation_torchvision,
+    turn_hue,
+)
+
+
+def rotate(pixels: Pixels, angle: float) -> Pixels:
+    """Turn (side, side, 3) about its middle by ``angle`` degrees, counter-clockwise; what comes in is black."""
+    middle = (pixels.shape[0] - 1) / 2
+    matrix = cv2.getRotationMatrix2D((middle, middle), angle, 1.0)
+    return np.asarray(cv2.warpAffine(pixels, matrix, pixels.shape[:2][::-1]), dtype=np.uint8)
 
 
 def normalise(pixels: Tensor, mean: RGB, std: RGB) -> Tensor:

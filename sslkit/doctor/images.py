@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sslkit.data.policies import PerView, ViewsConfig
 from sslkit.data.source import ImageSource
-from sslkit.data.views import PerView, ViewsConfig
 from sslkit.doctor.findings import Finding, ok, warning
 
 COLOUR, CROPS, SIZE, BLUR, PIXELS = "colour", "crops", "view size", "blur", "pixel values"

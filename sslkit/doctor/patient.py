@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sslkit.data.device_views import finish_on
 from sslkit.data.loader import GlobalBatches, make_loader
 from sslkit.data.source import ImageSource
 from sslkit.data.views import ViewPipeline, normalise
@@ -119,7 +120,8 @@ def admit(recipe: Recipe, source: ImageSource, say: Say) -> Patient:
     started = time.perf_counter()
     batches = GlobalBatches(len(source), batch, recipe.train.seed, total_steps=1)
     pipeline = ViewPipeline(recipe.views, recipe.train.seed)
-    images = next(iter(make_loader(source, pipeline, batches, workers=0, pin_memory=False)))
+    loaded = next(iter(make_loader(source, pipeline, batches, workers=0, pin_memory=False)))
+    images = finish_on(torch.device("cpu"), loaded, recipe.views)
     return Patient(recipe, method, images.views, images.sample_ids, time.perf_counter() - started)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sslkit.data.device_views import finish_on
 from sslkit.data.loader import Batch, GlobalBatches, make_loader
 from sslkit.data.source import ImageSource
 from sslkit.data.views import ViewPipeline, normalise
@@ -91,9 +92,10 @@ def global_batch(recipe: Recipe, method: Method, batch: Batch, step: int, device
     """This process's part of a small global batch."""
     count = len(batch.sample_ids) * world_size()
     order = np.random.default_rng([recipe.train.seed, SHUFFLE, step, 0, 0]).permutation(count)
+    here = finish_on(device, batch, recipe.views)
     return GlobalBatch(
-        [view.to(device) for view in batch.views],
-        batch.sample_ids.to(device),
+        here.views,
+        here.sample_ids,
         order if method.shuffle_keys else None,
         partial(normalise, mean=recipe.views.mean, std=recipe.views.std),
     )

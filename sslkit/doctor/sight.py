@@ -46,7 +46,7 @@ def check_views(recipe: Recipe, source: ImageSource) -> list[Finding]:
 def check_workers(recipe: Recipe, source: ImageSource, sample: int) -> Finding:
     """Give one image to two workers under other numbers; the same draws in both would give equal views."""
     repeated = source.subset(np.full(2 * IMAGES, sample, dtype=np.int64))
-    pipeline = ViewPipeline(recipe.views, recipe.train.seed)
+    pipeline = ViewPipeline(recipe.views.model_copy(update={"device": "cpu"}), recipe.train.seed)
     batches = GlobalBatches(len(repeated), IMAGES, recipe.train.seed, total_steps=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that two workers are more than a small machine's cores

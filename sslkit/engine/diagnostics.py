@@ -17,9 +17,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from sslkit.data.policies import LARGE_VIEWS
 from sslkit.data.replace import read_or_replace
 from sslkit.data.source import ImageSource
-from sslkit.data.views import LARGE_VIEWS, ViewPipeline, normalise
+from sslkit.data.views import ViewPipeline, normalise
 from sslkit.engine.alarms import Spike, SpikeWatch, collapse_alarm, spike_alarm
 from sslkit.evaluate.collapse import label_free
 from sslkit.parts.collectives import copy_buffers_from_first, gather_rows, rank, world_size

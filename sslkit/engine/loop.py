@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from sslkit.data.device_views import finish_on
 from sslkit.data.loader import Batch
 from sslkit.data.views import normalise
 from sslkit.engine.agreement import compare_weights
@@ -48,6 +49,7 @@ def run_loop(
     heart.at(training.start_step, "starting")
     for step, batch in enumerate(clock.waiting(training.loader), start=training.start_step):
         heart.at(step, "in forward and backward")
+        batch = finish_on(training.accelerator.device, batch, recipe.views)
         lr = learning_rate(recipe, step, training.steps_per_epoch) * training.course.lr_factor
         set_learning_rate(training.optimizer, lr)
         statistics.remember()
@@ -96,8 +98,8 @@ def forward_and_backward(
 
     seed_slice(0)
     here = GlobalBatch(
-        [view.to(accelerator.device, non_blocking=True) for view in batch.views],
-        batch.sample_ids.to(accelerator.device, non_blocking=True),
+        batch.views,
+        batch.sample_ids,
         shuffle_order(recipe, step) if method.shuffle_keys else None,
         partial(normalise, mean=recipe.views.mean, std=recipe.views.std),
     )

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from sslkit.data.device_views import finish_on
 from sslkit.data.loader import Batch, make_loader
 from sslkit.data.source import ImageSource, open_source
 from sslkit.data.views import ViewPipeline
@@ -108,6 +109,7 @@ def _compute(
     method.train()
     wrapped = accelerator.prepare_model(method)
     watch = FirstBadOutput(method)
+    batch = finish_on(accelerator.device, batch, recipe.views)
     result = forward_and_backward(recipe, accelerator, method, wrapped, batch, facts["step"])
     grads = {name: param.grad for name, param in method.named_parameters() if param.grad is not None}
     norm = float(torch.nn.utils.get_total_norm(list(grads.values())))

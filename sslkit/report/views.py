@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sslkit.data.policies import LARGE_VIEWS, PerView, ViewsConfig
 from sslkit.data.source import open_source
-from sslkit.data.views import LARGE_VIEWS, PerView, ViewPipeline, ViewsConfig
+from sslkit.data.views import ViewPipeline
 from sslkit.doctor.images import advise_on_views, look_at
 from sslkit.recipe import Recipe
 from sslkit.report.thumbnails import data_uri

@@ -13,8 +13,9 @@ from PIL import Image
 from sslkit.data import crew
 from sslkit.data.crew import SteadyLoader
 from sslkit.data.loader import Batch, GlobalBatches
+from sslkit.data.policies import POLICIES, ViewsConfig
 from sslkit.data.source import DataConfig, ImageSource, open_source
-from sslkit.data.views import POLICIES, ViewPipeline, ViewsConfig
+from sslkit.data.views import ViewPipeline
 from sslkit.errors import RunError
 
 STEPS = 24
@@ -82,10 +83,10 @@ def test_a_stopped_worker_is_replaced(source: ImageSource, monkeypatch: pytest.M
 class HangsAt(ImageSource):
     """A source that never gives one image."""
 
-    def read(self, index: int) -> object:  # type: ignore[override]
+    def encoded(self, index: int) -> tuple[str, bytes]:
         if index == 7:
             signal.pause()
-        return super().read(index)
+        return super().encoded(index)
 
     def without_labels(self) -> "HangsAt":
         return self
@@ -105,10 +106,10 @@ def test_an_image_that_hangs_is_named(source: ImageSource) -> None:
 class Slow(HangsAt):
     """A source of which one image takes its time."""
 
-    def read(self, index: int) -> object:
+    def encoded(self, index: int) -> tuple[str, bytes]:
         if index == 7:
             signal.sigtimedwait([], 1.5)
-        return ImageSource.read(self, index)
+        return ImageSource.encoded(self, index)
 
 
 def test_a_slow_image_is_waited_for(source: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:

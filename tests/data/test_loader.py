@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from sslkit.data.loader import GlobalBatches, epoch_order, make_loader, resolve_workers
+from sslkit.data.policies import POLICIES, ViewsConfig
 from sslkit.data.source import DataConfig, open_source
-from sslkit.data.views import POLICIES, ViewPipeline, ViewsConfig
+from sslkit.data.views import ViewPipeline
 
 
 def batches(**changes: int) -> list[list[tuple[int, int]]]:

@@ -1,15 +1,28 @@
 """View policies by their statistics over many draws, and every draw as a function of its key."""
 
+import io
+from collections import Counter
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
-import albumentations as A  # noqa: N812
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from PIL import Image
+from scipy.stats import ks_2samp, kstest, uniform
+from sklearn.datasets import load_sample_images
+from torchvision.transforms import ColorJitter, RandomResizedCrop
+from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation
 
-from sslkit.data.loader import ViewDataset
+from sslkit.data.decode import decode_reduced, decode_rgb
+from sslkit.data.device_views import finish_on
+from sslkit.data.draws import Draw, draw_view
+from sslkit.data.loader import Batch, ViewDataset
+from sslkit.data.policies import POLICIES, ViewsConfig
 from sslkit.data.source import DataConfig, open_source
-from sslkit.data.views import POLICIES, ViewPipeline, ViewsConfig, build_pipeline
+from sslkit.data.views import Colours, ViewPipeline, resize
 
 DRAWS = 2000
 
@@ -19,49 +32,25 @@ def policy(name: str, **changes: object) -> ViewsConfig:
 
 
 def rates(name: str, view: int) -> dict[str, float]:
-    """How often each transform really fired, counted by wrapping it."""
-    pipeline = ViewPipeline(policy(name), seed=0)
-    fired: dict[str, int] = {}
-    for transform in pipeline.pipelines[view].transforms:
-        kind = type(transform).__name__
-        fired[kind] = 0
-        draw_params = transform.get_params  # called exactly when the transform is applied
-
-        def counted(kind: str = kind, draw_params: object = draw_params) -> object:
-            fired[kind] += 1
-            return draw_params()  # type: ignore[operator]
-
-        transform.get_params = counted
-    image = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
-    for sample in range(DRAWS):
-        pipeline.cut(image, 0, sample, view)
-    return {kind: count / DRAWS for kind, count in fired.items()}
+    """How often each step is drawn."""
+    draws = [draw_view(policy(name), 0, 0, sample, view, (40, 40)) for sample in range(DRAWS)]
+    return {
+        "jitter": sum(draw.jitter is not None for draw in draws) / DRAWS,
+        "gray": sum(draw.gray for draw in draws) / DRAWS,
+        "blur": sum(draw.sigma > 0 for draw in draws) / DRAWS,
+        "solarize": sum(draw.solarize for draw in draws) / DRAWS,
+        "flip": sum(draw.flip for draw in draws) / DRAWS,
+        "hole": sum(draw.hole is not None for draw in draws) / DRAWS,
+        "rotation": sum(draw.angle != 0 for draw in draws) / DRAWS,
+    }
 
 
+NEVER = {"hole": 0.0, "rotation": 0.0}
 PAPERS = {
-    ("moco_v1", 0): {"ToGray": 0.2, "ColorJitter": 1.0, "HorizontalFlip": 0.5, "RandomResizedCrop": 1.0},
-    ("moco_v2", 0): {
-        "ColorJitter": 0.8,
-        "ToGray": 0.2,
-        "GaussianBlur": 0.5,
-        "HorizontalFlip": 0.5,
-        "RandomResizedCrop": 1.0,
-    },
-    ("moco_v3", 0): {
-        "ColorJitter": 0.8,
-        "ToGray": 0.2,
-        "GaussianBlur": 1.0,
-        "HorizontalFlip": 0.5,
-        "RandomResizedCrop": 1.0,
-    },
-    ("moco_v3", 1): {
-        "ColorJitter": 0.8,
-        "ToGray": 0.2,
-        "GaussianBlur": 0.1,
-        "Solarize": 0.2,
-        "HorizontalFlip": 0.5,
-        "RandomResizedCrop": 1.0,
-    },
+    ("moco_v1", 0): {**NEVER, "jitter": 1.0, "gray": 0.2, "blur": 0.0, "solarize": 0.0, "flip": 0.5},
+    ("moco_v2", 0): {**NEVER, "jitter": 0.8, "gray": 0.2, "blur": 0.5, "solarize": 0.0, "flip": 0.5},
+    ("moco_v3", 0): {**NEVER, "jitter": 0.8, "gray": 0.2, "blur": 1.0, "solarize": 0.0, "flip": 0.5},
+    ("moco_v3", 1): {**NEVER, "jitter": 0.8, "gray": 0.2, "blur": 0.1, "solarize": 0.2, "flip": 0.5},
 }
 
 
@@ -74,14 +63,122 @@ def test_transforms_fire_as_often_as_the_paper_says(name: str, view: int) -> Non
         assert abs(measured[kind] - rate) <= 3 * np.sqrt(rate * (1 - rate) / DRAWS), kind
 
 
-def test_order_of_v1_puts_gray_before_jitter() -> None:
-    def order(name: str) -> list[str]:
-        return [type(step).__name__ for step in build_pipeline(policy(name), 1).transforms]
-
-    assert order("moco_v1") == ["RandomResizedCrop", "ToGray", "ColorJitter", "HorizontalFlip"]
-    assert order("moco_v3") == [
-        *("RandomResizedCrop", "ColorJitter", "ToGray", "GaussianBlur", "Solarize", "HorizontalFlip")
+def test_numbers_are_distributed_as_torchvision_draws_them() -> None:
+    """Kolmogorov and Smirnov compare our draws with torchvision's own for the same policy."""
+    config = ViewsConfig.model_validate({"policy": "moco_v3", **POLICIES["moco_v3"]})
+    draws = [draw_view(config, 0, 0, sample, 0, (375, 500)) for sample in range(DRAWS)]
+    torch.manual_seed(0)
+    image = torch.zeros(3, 375, 500)
+    boxes = [RandomResizedCrop.get_params(image, config.crop_scale, config.crop_ratio) for _ in range(DRAWS)]
+    for number in range(4):
+        ours = [draw.box[number] for draw in draws]
+        assert ks_2samp(ours, [box[number] for box in boxes]).pvalue > 0.001, number
+    jitter = ColorJitter(*config.jitter)
+    theirs = [
+        ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) for _ in range(DRAWS)
     ]
+    jittered = [draw for draw in draws if draw.jitter is not None]
+    for number in range(4):
+        ours = [draw.jitter[number] for draw in jittered if draw.jitter]
+        assert ks_2samp(ours, [drawn[1 + number] for drawn in theirs]).pvalue > 0.001, number
+    orders = Counter(draw.order for draw in draws)
+    assert len(orders) == 24
+    assert max(orders.values()) < 2 * DRAWS / 24
+    assert kstest([draw.sigma for draw in draws], uniform(0.1, 1.9).cdf).pvalue > 0.001
+
+
+@pytest.mark.parametrize("size", [(10, 500), (500, 10), (1, 1), (3, 5)])
+def test_boxes_of_odd_images_lie_inside_and_are_torchvisions(size: tuple[int, int]) -> None:
+    for sample in range(50):
+        box = draw_view(policy("moco_v2"), 0, 0, sample, 0, size).box
+        assert box[2] >= 1
+        assert box[3] >= 1
+        assert box[0] + box[2] <= size[0]
+        assert box[1] + box[3] <= size[1]
+    if max(size) > 10:  # none of ten boxes fits, so the middle is taken
+        expected = RandomResizedCrop.get_params(torch.zeros(3, *size), (0.2, 1.0), (0.75, 4 / 3))
+        assert box == tuple(expected)
+
+
+def test_order_of_v1_puts_gray_before_jitter() -> None:
+    """A picture that is grey first keeps its grey under a jitter of hue and saturation; one that is grey last too."""
+    image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    draw = Draw((0, 0, 32, 32), (1.0, 1.0, 0.0, 0.0), (0, 1, 2, 3), True, 0.0, False, False, 0.0, None)
+    brightened = replace(draw, jitter=(1.4, 1.0, 1.0, 0.0))
+    first, last = (Colours(policy(name))(image, brightened) for name in ("moco_v1", "moco_v2"))
+    gray = np.asarray(Image.fromarray(image).convert("L"), dtype=float)
+    assert np.abs(first[..., 0] - np.clip(gray * 1.4, 0, 255)).max() <= 2.0
+    lighter = np.clip(image * 1.4, 0, 255).astype(np.uint8)
+    assert np.abs(last[..., 0] - np.asarray(Image.fromarray(lighter).convert("L"), dtype=float)).max() <= 2.0
+    assert np.abs(first[..., 0].astype(float) - last[..., 0]).max() > 10.0
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)])
+def test_jitter_is_torchvisions(order: tuple[int, int, int, int]) -> None:
+    image = photograph()
+    factors = (1.3, 0.7, 1.2, 0.08)
+    draw = Draw((0, 0, *image.shape[:2]), factors, order, False, 0.0, False, False, 0.0, None)
+    ours = Colours(policy("moco_v2"))(image, draw)
+    expected = Image.fromarray(image)
+    for number in order:
+        adjust = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)[number]
+        expected = adjust(expected, factors[number])
+    off = np.abs(ours.astype(int) - np.asarray(expected).astype(int))
+    assert off.mean() < 1.5  # OpenCV has 180 hues, Pillow 256
+    assert np.quantile(off, 0.99) <= 8
+
+
+@pytest.mark.parametrize(("interpolation", "filter_"), [("bilinear", Image.BILINEAR), ("bicubic", Image.BICUBIC)])
+@pytest.mark.parametrize("side", [32, 300])
+def test_resizing_is_pillows(interpolation: str, filter_: int, side: int) -> None:
+    image = photograph()[:200, :170]
+    expected = np.asarray(Image.fromarray(image).resize((side, side), filter_))
+    off = np.abs(resize(image, side, interpolation).astype(int) - expected)
+    assert off.max() <= (1 if interpolation == "bilinear" else 2)
+
+
+def test_large_jpegs_are_decoded_smaller_and_show_the_same() -> None:
+    """Reduced decoding and full decoding give the same views but for a level or two, and reduces no crop too far."""
+    pipeline = ViewPipeline(policy("moco_v2", size=64), seed=0)
+    stream = io.BytesIO()
+    Image.fromarray(photograph()).resize((1600, 1200)).save(stream, "JPEG", quality=95)
+    reductions = set()
+    for sample in range(40):
+        fits = partial(pipeline.reduction, 0, sample)
+        small, size = decode_reduced(stream.getvalue(), "a photograph", fits)
+        assert size == (1200, 1600)
+        reductions.add(1200 // small.shape[0])
+        whole = decode_rgb(stream.getvalue(), "a photograph")
+        for one, other in zip(pipeline(small, 0, sample, size), pipeline(whole, 0, sample), strict=True):
+            assert np.abs(one.astype(int) - other).mean() < 5.0
+        for draw in pipeline.draw(0, sample, size):
+            assert min(draw.box[2:]) >= 64 * fits(size)
+    assert reductions == {4, 8}
+    assert pipeline.reduction(0, 0, (100, 400)) == 1
+
+
+@pytest.mark.parametrize("name", ["moco_v1", "moco_v2", "moco_v3", "simclr", "turned"])
+def test_an_accelerator_makes_the_views_that_the_cpu_makes(name: str) -> None:
+    changes = {"rotate_degrees": 20.0, "erase_prob": 0.5, "size": 64, "device": "accelerator"}
+    config = policy("moco_v3", **changes) if name == "turned" else policy(name, size=64, device="accelerator")
+    pipeline, image = ViewPipeline(config, seed=3), photograph()
+    expected = [pipeline(image, 0, sample) for sample in range(48)]
+    items = [pipeline.crops(image, 0, sample) for sample in range(48)]
+    batch = Batch(
+        [torch.from_numpy(np.stack(views)) for views in zip(*(crops for crops, _ in items), strict=True)],
+        torch.arange(48),
+        draws=tuple(torch.from_numpy(np.stack(rows)) for rows in zip(*(rows for _, rows in items), strict=True)),
+    )
+    finished = finish_on(torch.device("cpu"), batch, config)
+    assert finished.draws == ()
+    for view, cpu in zip(finished.views, zip(*expected, strict=True), strict=True):
+        assert view.shape == (48, 64, 64, 3)
+        assert view.dtype == torch.uint8
+        off = np.abs(view.numpy().astype(int) - np.stack(cpu)).mean(axis=(1, 2, 3))
+        assert off.max() < 4.0
+        assert np.median(off) < 1.5
+    moved = np.abs(finished.views[0].numpy().astype(int) - batch.views[0].numpy()).mean()
+    assert moved > 10.0  # or nothing was done at all
 
 
 def test_crop_areas_stay_within_the_scale() -> None:
@@ -109,17 +206,13 @@ def test_shrinking_is_antialiased() -> None:
 
 def test_solarize_inverts_from_128_up() -> None:
     image = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2).repeat(8, axis=0)
-    solarize = next(step for step in build_pipeline(policy("moco_v3"), 1) if isinstance(step, A.Solarize))
-    out = A.Compose([A.Solarize(threshold_range=solarize.threshold_range, p=1)])(image=image)["image"][0, :, 0]
+    draw = Draw((0, 0, 8, 256), None, (0, 1, 2, 3), False, 0.0, True, False, 0.0, None)
+    out = Colours(policy("moco_v3"))(image, draw)[0, :, 0]
     assert out.tolist() == [value if value < 128 else 255 - value for value in range(256)]
 
 
-def test_unknown_arguments_of_a_transform_are_errors() -> None:
-    with pytest.warns(UserWarning, match="threshold"):
-        A.Solarize(threshold=128)  # albumentations itself only warns
-    broken = ViewsConfig(**{"policy": "moco_v3", **POLICIES["moco_v3"]}).model_copy(update={"blur_sigma": "wide"})
-    with pytest.raises(Exception, match="sigma"):
-        build_pipeline(broken, 0)
+def photograph() -> NDArray[np.uint8]:
+    return np.ascontiguousarray(load_sample_images().images[0][:400, :600])
 
 
 def gray_image() -> NDArray[np.uint8]:
@@ -147,7 +240,7 @@ def test_views_differ_in_every_word_of_the_key() -> None:
 
 def test_gray_pictures_become_three_channels() -> None:
     source = open_source(DataConfig(path="builtin:fashion_mnist"))
-    views, sample, _ = ViewDataset(source, ViewPipeline(policy("moco_v2"), seed=0))[(0, 7)]
+    views, sample, _, _ = ViewDataset(source, ViewPipeline(policy("moco_v2"), seed=0))[(0, 7)]
     assert sample == 7
     assert [(view.shape, view.dtype) for view in views] == [((32, 32, 3), np.uint8)] * 2
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from conftest import small_recipe
 
+from sslkit.data import views
+from sslkit.data.draws import draw_view
 from sslkit.data.source import ImageSource, open_source
-from sslkit.data.views import ViewPipeline
 from sslkit.doctor.sight import check_views
 from sslkit.recipe import Recipe
 
-REAL_CUT = ViewPipeline.cut
 STILL = {
     "crop_scale": [1.0, 1.0],
     "crop_ratio": [1.0, 1.0],
@@ -30,29 +30,32 @@ def faults(recipe: Recipe, source: ImageSource) -> list[str]:
     return [finding.check for finding in check_views(recipe, source) if finding.verdict == "fault"]
 
 
-def same_view(self: ViewPipeline, image: Any, epoch: int, sample: int, view: int) -> Any:
-    return REAL_CUT(self, image, epoch, sample, 0)
+def same_view(config: Any, seed: int, epoch: int, sample: int, view: int, size: Any) -> Any:
+    return draw_view(config, seed, epoch, sample, 0, size)
 
 
-def same_epoch(self: ViewPipeline, image: Any, epoch: int, sample: int, view: int) -> Any:
-    return REAL_CUT(self, image, 0, sample, view)
+def same_epoch(config: Any, seed: int, epoch: int, sample: int, view: int, size: Any) -> Any:
+    return draw_view(config, seed, 0, sample, view, size)
 
 
-def same_sample(self: ViewPipeline, image: Any, epoch: int, sample: int, view: int) -> Any:
-    return REAL_CUT(self, image, epoch, 0, view)
+def same_sample(config: Any, seed: int, epoch: int, sample: int, view: int, size: Any) -> Any:
+    return draw_view(config, seed, epoch, 0, view, size)
 
 
-def own_stream(self: ViewPipeline, image: Any, epoch: int, sample: int, view: int) -> Any:
-    """The library's own generator, which every forked worker inherits in the same state."""
-    return np.asarray(self.pipelines[view](image=image)["image"], dtype=np.uint8)
+STREAM = np.random.default_rng(0)
 
 
-def by_process(self: ViewPipeline, image: Any, epoch: int, sample: int, view: int) -> Any:
-    return REAL_CUT(self, image, epoch, sample + os.getpid(), view)
+def own_stream(config: Any, seed: int, epoch: int, sample: int, view: int, size: Any) -> Any:
+    """A generator of the library's own, which every forked worker inherits in the same state."""
+    return draw_view(config, seed, epoch, int(STREAM.integers(2**31)), view, size)
+
+
+def by_process(config: Any, seed: int, epoch: int, sample: int, view: int, size: Any) -> Any:
+    return draw_view(config, seed, epoch, sample + os.getpid(), view, size)
 
 
 @pytest.mark.parametrize(
-    ("cut", "check"),
+    ("drawn", "check"),
     [
         (same_view, "views"),
         (same_epoch, "views by epoch"),
@@ -63,9 +66,9 @@ def by_process(self: ViewPipeline, image: Any, epoch: int, sample: int, view: in
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_defect_is_named_and_no_other(
-    cut: Any, check: str, source: ImageSource, monkeypatch: pytest.MonkeyPatch
+    drawn: Any, check: str, source: ImageSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ViewPipeline, "cut", cut)
+    monkeypatch.setattr(views, "draw_view", drawn)
     assert faults(small_recipe(), source) == [check]
 
 

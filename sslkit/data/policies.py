@@ -1,0 +1,161 @@
+"""Named view policies, exactly the papers'.
+
+A policy is a set of numbers, not code: a recipe states them and may override each.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+LARGE_VIEWS = 2
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+PerView = Probability | tuple[Probability, Probability]
+Range = tuple[float, float]
+RGB = tuple[float, float, float]
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# Defaults of every policy over those of `ViewsConfig`; sources in docs/methods.md.
+POLICIES: dict[str, dict[str, Any]] = {
+    "moco_v1": {"jitter": (0.4, 0.4, 0.4, 0.4), "jitter_prob": 1.0, "gray_first": True, "blur_prob": 0.0},
+    "moco_v2": {"jitter": (0.4, 0.4, 0.4, 0.1), "jitter_prob": 0.8, "blur_prob": 0.5},
+    "moco_v3": {
+        "crop_scale": (0.08, 1.0),
+        "jitter": (0.4, 0.4, 0.2, 0.1),
+        "jitter_prob": 0.8,
+        "blur_prob": (1.0, 0.1),
+        "solarize_prob": (0.0, 0.2),
+    },
+    # Pixels in [0, 1] are not normalised further.
+    "simclr": {
+        "crop_scale": (0.08, 1.0),
+        "interpolation": "bicubic",
+        "jitter": (0.8, 0.8, 0.8, 0.2),
+        "jitter_prob": 0.8,
+        "blur_prob": 0.5,
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+    },
+    "byol": {
+        "crop_scale": (0.08, 1.0),
+        "interpolation": "bicubic",
+        "jitter": (0.4, 0.4, 0.2, 0.1),
+        "jitter_prob": 0.8,
+        "blur_prob": (1.0, 0.1),
+        "solarize_prob": (0.0, 0.2),
+    },
+    "swav": {
+        "crop_scale": (0.14, 1.0),
+        "small_crops": 6,
+        "jitter": (0.8, 0.8, 0.8, 0.2),
+        "jitter_prob": 0.8,
+        "blur_prob": 0.5,
+        "std": (0.228, 0.224, 0.225),
+    },
+    "moco_cifar10": {
+        "size": 32,
+        "crop_scale": (0.08, 1.0),
+        "jitter": (0.4, 0.4, 0.4, 0.1),
+        "jitter_prob": 0.8,
+        "blur_prob": 0.0,
+        "mean": (0.4914, 0.4822, 0.4465),
+        "std": (0.2023, 0.1994, 0.2010),
+        "crop_pct": 1.0,
+    },
+    # Colour does nothing on grey images, and half a 28-pixel shoe is not a shoe.
+    "small_gray": {
+        "size": 32,
+        "crop_scale": (0.3, 1.0),
+        "jitter": (0.4, 0.4, 0.0, 0.0),
+        "jitter_prob": 0.8,
+        "gray_prob": 0.0,
+        "blur_prob": 0.0,
+        "crop_pct": 1.0,
+    },
+}
+
+
+class ViewsConfig(BaseModel):
+    """The ``[views]`` table. Probabilities may be one number, or one per view; what is not given is the policy's.
+
+    Attributes:
+        policy: Which of `POLICIES` fills in what is not given.
+        size: Side of the two square views in pixels.
+        crop_scale: Area of a random resized crop as a share of the image.
+        small_crops: Further views, small ones (SwAV's multi-crop). Of probabilities given per view, they have the
+            second's.
+        small_size: Their side in pixels.
+        small_scale: Their area as a share of the image.
+        crop_ratio: Width over height of the crop, drawn log-uniformly.
+        interpolation: Of the crop's resize. Shrinking is antialiased, as Pillow does it and so the papers.
+        jitter: Strengths of brightness, contrast, saturation and hue, applied in random order.
+        jitter_prob: How often colours are jittered.
+        gray_prob: How often a view turns grey.
+        gray_first: Whether grey comes before the jitter (MoCo v1) or after (all later papers).
+        blur_prob: How often a view is blurred.
+        blur_sigma: Range of the Gaussian's standard deviation in pixels.
+        solarize_prob: How often values from 128 up are inverted.
+        flip_prob: How often a view is mirrored.
+        rotate_degrees: Largest rotation to either side; 0 leaves rotation out (no paper here rotates).
+        erase_prob: How often a rectangle of the view is blanked (no paper here erases).
+        erase_scale: Its area as a share of the view.
+        mean: Per-channel mean that views are normalised by on the device, for values in [0, 1].
+        std: Per-channel standard deviation, likewise.
+        crop_pct: At evaluation, the share of the shorter side that the centre crop keeps (224 of 256 = 0.875).
+        device: Where all that follows the crop is done: on the ``cpu`` by the data workers, or on the ``accelerator``
+            that the model computes on, a batch at a time. Draws are the same; pixels differ by rounding.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    policy: str
+    size: int = Field(default=224, ge=8, le=4096)
+    crop_scale: Range = (0.2, 1.0)
+    small_crops: int = Field(default=0, strict=True, ge=0, le=100)
+    small_size: int = Field(default=96, strict=True, ge=8, le=4096)
+    small_scale: Range = (0.05, 0.14)
+    crop_ratio: Range = (0.75, 4 / 3)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    jitter: tuple[float, float, float, float]
+    jitter_prob: PerView
+    gray_prob: PerView = 0.2
+    gray_first: bool = False
+    blur_prob: PerView
+    blur_sigma: Range = (0.1, 2.0)
+    solarize_prob: PerView = 0.0
+    flip_prob: PerView = 0.5
+    rotate_degrees: float = Field(default=0.0, ge=0.0, le=180.0)
+    erase_prob: PerView = 0.0
+    erase_scale: Range = (0.05, 0.2)
+    mean: RGB = IMAGENET_MEAN
+    std: RGB = IMAGENET_STD
+    crop_pct: float = Field(default=0.875, gt=0.0, le=1.0)
+    device: Literal["cpu", "accelerator"] = "cpu"
+
+    @field_validator("crop_scale", "small_scale", "erase_scale", "crop_ratio", "blur_sigma")
+    @classmethod
+    def _ordered(cls, value: Range) -> Range:
+        if not 0.0 < value[0] <= value[1]:
+            raise ValueError("must be two positive numbers, the smaller first")
+        return value
+
+    @field_validator("crop_scale", "small_scale", "erase_scale")
+    @classmethod
+    def _share(cls, value: Range) -> Range:
+        if value[1] > 1.0:
+            raise ValueError("is a share of the image's area, so at most 1")
+        return value
+
+    @field_validator("jitter")
+    @classmethod
+    def _strengths(cls, value: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+        if min(value) < 0.0 or value[3] > 0.5:
+            raise ValueError("must be four strengths from 0 up, hue at most 0.5")
+        return value
+
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, value: RGB) -> RGB:
+        if min(value) <= 0.0:
+            raise ValueError("must be positive")
+        return value
