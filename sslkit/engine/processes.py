@@ -33,6 +33,9 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         )
     if recipe.train.precision == "fp16" and _only_cpu():
         raise UserError("[train] precision: 'fp16' needs a GPU; on CPUs take 'no' or 'bf16'")
+    if recipe.train.tf32:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
     # accelerate knows the option by the name that torch 2.15 gives up.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     return Accelerator(

@@ -36,8 +36,9 @@ from sslkit.engine.training import Training
 from sslkit.errors import UserError
 from sslkit.methods import Method, find_method
 from sslkit.methods.base import local_bn_groups
-from sslkit.parts.backbone import create_backbone, feature_dim
+from sslkit.parts.backbone import create_backbone, feature_dim, recompute_activations
 from sslkit.parts.batchnorm import has_batch_norm, synchronise_batch_norm
+from sslkit.parts.teacher import Teacher
 from sslkit.recipe import Recipe, changes
 
 BACKBONES = ("backbone", "teacher_backbone")
@@ -215,6 +216,8 @@ def build_method(recipe: Recipe, num_samples: int = 0) -> Method:
         raise UserError(
             "[method]: this machine has not the memory for heads, queue or bank of this size; take smaller ones"
         ) from error
+    if recipe.train.activation_checkpointing:
+        recompute_activations(method.backbone, recipe.backbone.name)
     if recipe.train.micro_batch and has_batch_norm(backbone):
         # A slice can only have batch statistics of its own, whatever process it lies on.
         method.bn_groups = max(recipe.train.batch_size // recipe.train.micro_batch, method.bn_groups)
@@ -239,6 +242,8 @@ def _assemble(
         # A thread that finds its core taken by a data worker holds up all the others.
         torch.set_num_threads(max(cores_of_a_process(_processes_here()) - _workers(recipe, accelerator), 1))
     method.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if recipe.train.compile:
+        compile_backbones(method)
     optimizer = make_optimizer(recipe, method)
     if checkpoint is not None:
         restore(checkpoint, method, optimizer)
@@ -264,6 +269,14 @@ def _assemble(
         course,
         BadSamples(folder, source, recipe.data.max_bad_share, start_step, active=accelerator.is_main_process),
     )
+
+
+def compile_backbones(method: Method) -> None:
+    """Let ``torch.compile`` have the heavy parts, in place: modules, names and tensors stay what they are."""
+    for name in BACKBONES:
+        part = getattr(method, name, None)
+        if part is not None:
+            (part.module if isinstance(part, Teacher) else part).compile()
 
 
 def _workers(recipe: Recipe, accelerator: Accelerator) -> int:

@@ -12,7 +12,8 @@ It costs a third more arithmetic (each slice is encoded twice) and no approximat
 the backbone has no batch statistics; where it has them, a slice is a group of its own, as a GPU is in the papers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from sslkit.methods import Method, Step
 from sslkit.methods.base import Permutation, Prepare, Views, local_bn_groups, shuffle_views, slice_views
+from sslkit.parts.backbone import recomputes
 from sslkit.parts.collectives import average_gradients, exchange_rows
 
 
@@ -44,8 +46,19 @@ class GlobalBatch:
 def whole_batch_step(accelerator: Accelerator, wrapped: nn.Module, batch: GlobalBatch) -> Step:
     """Forward and backward of the whole batch; DDP reduces the gradients on the way."""
     step: Step = wrapped(batch.views, batch.sample_ids, batch.permutation, batch.prepare)
-    accelerator.backward(step.loss)
+    backbone = accelerator.unwrap_model(wrapped, keep_torch_compile=False).backbone
+    with buffers_kept(backbone if recomputes(backbone) else nn.Module()):
+        accelerator.backward(step.loss)
     return step
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Put running statistics back afterwards: they have seen this batch once already."""
+    before = [buffer.clone() for buffer in module.buffers()]
+    yield
+    for buffer, value in zip(module.buffers(), before, strict=True):
+        buffer.copy_(value)
 
 
 def sliced_step(
@@ -91,15 +104,13 @@ def _replay(
         for index in method.student_key_views:
             grads[index] = exchange_rows(grads[index], batch.permutation)
     views = shuffle_views(batch.views, method.student_key_views, batch.permutation)
-    statistics = [buffer.clone() for buffer in method.backbone.buffers()]
     parts = zip(*(grad.chunk(slices) for grad in grads), strict=True)
-    for index, (part, grad) in enumerate(zip(slice_views(views, slices, batch.prepare), parts, strict=True)):
-        seed_slice(index)
-        with accelerator.autocast():
-            outputs = method.student(part)
-        torch.autograd.backward(outputs, list(grad))
-    for buffer, value in zip(method.backbone.buffers(), statistics, strict=True):
-        buffer.copy_(value)  # running statistics have already seen this batch once
+    with buffers_kept(method.backbone):
+        for index, (part, grad) in enumerate(zip(slice_views(views, slices, batch.prepare), parts, strict=True)):
+            seed_slice(index)
+            with accelerator.autocast():
+                outputs = method.student(part)
+            torch.autograd.backward(outputs, list(grad))
 
 
 def _grad_of(features: Tensor) -> Tensor:

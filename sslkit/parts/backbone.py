@@ -219,6 +219,19 @@ def freeze_patch_projection(model: nn.Module, name: str) -> None:
     projection.requires_grad_(False)
 
 
+def recompute_activations(model: nn.Module, name: str) -> None:
+    """Let the model keep fewer activations and compute them again in the backward pass, by timm's own switch."""
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"[train] activation_checkpointing: timm has no such switch for {name!r}") from error
+
+
+def recomputes(model: nn.Module) -> bool:
+    """Whether `recompute_activations` was asked for: its batch statistics are then collected twice a step."""
+    return bool(getattr(model, "grad_checkpointing", False))
+
+
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
