@@ -8,7 +8,8 @@ from sslkit.data.loader import Batch
 from sslkit.engine.alarms import dip_alarm, leak_alarm, read_curve
 from sslkit.engine.clock import StepClock
 from sslkit.engine.diagnostics import Diagnostics
-from sslkit.engine.journal import Journal, duration, read_lines
+from sslkit.engine.journal import Journal, duration
+from sslkit.engine.lines import read_lines
 from sslkit.engine.training import Training
 from sslkit.evaluate.protocol import bootstrap_interval
 from sslkit.methods import Method
