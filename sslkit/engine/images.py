@@ -11,6 +11,7 @@ from sslkit.engine.journal import keep_until, read_lines, step_of
 from sslkit.errors import UserError
 from sslkit.parts.collectives import gather_objects
 
+MAX_BYTES = 10_000  # of data.json
 NAMED = 5  # images that a sentence names
 
 
@@ -92,10 +93,14 @@ def check_same_images(folder: Path, source: ImageSource) -> None:
     if not file.is_file():
         return
     try:
+        if file.stat().st_size > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
         before = json.loads(file.read_text(encoding="utf-8"))
-        images, names = int(before["images"]), str(before["names_sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: not readable, so this run cannot be continued: {error}") from error
+        images, names = before["images"], before["names_sha256"]
+        if type(images) is not int or not isinstance(names, str):
+            raise ValueError("no number of images or no sum of their names")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{file}: not readable, so this run cannot be continued: {str(error)[:200]}") from error
     if images != len(source) or names != source.names_digest():
         now = f"now {len(source)} are there" if images != len(source) else "now some have other names or sizes"
         raise UserError(
