@@ -88,7 +88,15 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     Raises:
         UserError: One sentence for each mistake: file, table, key, what is wrong, the near miss.
     """
-    file = find_recipe(source)
+    return build_recipe(read_tables(find_recipe(source)), overrides, name=str(source))
+
+
+def read_tables(file: Path) -> dict[str, Any]:
+    """The tables of a TOML file, plain and of bounded size, not resolved.
+
+    Raises:
+        UserError: It is none.
+    """
     try:
         if file.stat().st_size > MAX_RECIPE_BYTES:
             raise UserError(f"{file}: more than {MAX_RECIPE_BYTES} bytes; no recipe needs so much said")
@@ -97,7 +105,8 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file}: not a readable TOML file: {str(error)[:300]}") from error
-    return build_recipe(tables, overrides, name=str(source))
+    check_plain(tables, str(file))
+    return tables
 
 
 def build_recipe(tables: dict[str, Any], overrides: list[str] | None = None, name: str = "recipe") -> Recipe:
@@ -155,7 +164,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Name each key in which two recipes (as tables) differ, as ``table.key: old -> new``."""
     lines = []
     for table in ALL_TABLES:
-        before, after = old.get(table, {}), new.get(table, {})
+        before, after = (each if isinstance(each, dict) else {} for each in (old.get(table), new.get(table)))
         lines += [
             f"{table}.{key}: {before.get(key, '(none)')} -> {after.get(key, '(none)')}"
             for key in sorted(before.keys() | after.keys())

@@ -74,6 +74,9 @@ def test_accelerate_stays_in_the_engine_and_pickle_nowhere() -> None:
         if file.relative_to(ROOT).as_posix() == "publish/detectron2.py":  # it writes the one file that must be one
             assert not re.search(r"pickle\.loads?\b|Unpickler", text)
             text = re.sub(r"pickle\.Pickler|import pickle|is a pickle", "", text)
+        if file.relative_to(ROOT).as_posix() == "publish/instructions.py":  # it names instructions and follows none
+            assert {ast.unparse(call.func) for call in calls_of(text, "pickletools.genops")} == {"pickletools.genops"}
+            text = text.replace("import pickletools", "").replace("pickletools.genops(", "")
         assert "pickle" not in text.replace("no pickle", "").replace("No pickle", "").replace("not a pickle", ""), file
         if file.relative_to(ROOT).as_posix() == "publish/importing.py":  # it reads others' checkpoints, as weights only
             assert [ast.unparse(call) for call in calls_of(text, "torch.load")] == [

@@ -74,7 +74,7 @@ def look(source: ImageSource, index: int) -> Sight:
 
 @dataclass
 class _Tally:
-    """The sum of what was seen, some forty bytes an image."""
+    """The sum of what was seen, some forty bytes an image. Python 3.11 cannot subscript ``array`` when it runs."""
 
     formats: Counter[str] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
@@ -82,9 +82,9 @@ class _Tally:
     grey: int = 0
     bad: int = 0
     unreadable: list[tuple[int, str]] = field(default_factory=list)
-    positions: array[int] = field(default_factory=lambda: array("Q"))
-    sizes: array[int] = field(default_factory=lambda: array("Q"))
-    likenesses: array[int] = field(default_factory=lambda: array("Q"))
+    positions: "array[int]" = field(default_factory=lambda: array("Q"))
+    sizes: "array[int]" = field(default_factory=lambda: array("Q"))
+    likenesses: "array[int]" = field(default_factory=lambda: array("Q"))
     contents: bytearray = field(default_factory=bytearray)
     mean: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
     square: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))

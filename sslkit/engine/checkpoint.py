@@ -19,13 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sslkit.engine.checks import GROUP, check_optimizer, check_state, check_weights
+from sslkit.engine.retention import NAME
 from sslkit.errors import UserError
 
 FORMAT = 1
-GROUP = "param_groups."
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 MAX_MANIFEST_BYTES = 1_000_000
-MAX_STEP = 2**53
+MAX_STATE_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -77,20 +78,20 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise UserError(f"{folder / name}: torn or altered since it was saved")
     file = folder / "state.json"
     try:
+        if file.stat().st_size > MAX_STATE_BYTES:
+            raise ValueError(f"more than {MAX_STATE_BYTES} bytes")
         state = json.loads(file.read_text(encoding="utf-8"))
         model = load_file(file := folder / "model.safetensors")
         optimizer = load_file(file := folder / "optimizer.safetensors")
     except (OSError, ValueError, RuntimeError, RecursionError, SafetensorError) as error:
         raise UserError(f"{file}: not what a checkpoint has ({str(error)[:200]})") from error
-    if not (
-        isinstance(state, dict)
-        and type(state.get("step")) is int
-        and 0 <= state["step"] < MAX_STEP
-        and isinstance(state.get("recipe"), dict)
-        and isinstance(state.get("optimizer"), dict)
-        and all(isinstance(scalars, dict) for scalars in state["optimizer"].values())
-    ):
-        raise UserError(f"{folder / 'state.json'}: has no step, recipe and optimizer, as a checkpoint must")
+    try:
+        check_state(state)
+    except UserError as error:
+        raise UserError(f"{folder / 'state.json'}: {error}") from error
+    named = NAME.fullmatch(folder.name)
+    if named and int(named[1]) != state["step"]:
+        raise UserError(f"{folder}: is of step {state['step']}, as its state.json says, and not of the one in its name")
     return Checkpoint(state["step"], model, optimizer, state)
 
 
@@ -129,21 +130,21 @@ def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> 
     """Put a checkpoint's tensors into a method and an optimizer built from the same recipe.
 
     Raises:
-        UserError: They were built from another recipe.
+        UserError: They were built from another recipe, or no run saved this.
     """
+    check_weights(checkpoint.model)
     try:
         method.load_state_dict(checkpoint.model)
     except RuntimeError as error:
-        raise UserError(f"the checkpoint's weights do not fit this recipe: {str(error).splitlines()[-1]}") from error
+        last = str(error).splitlines()[-1][:300]
+        raise UserError(f"the checkpoint's weights do not fit this recipe: {last}") from error
+    scalars = checkpoint.state["optimizer"]
+    check_optimizer(checkpoint.optimizer, scalars, method, optimizer)
     tensors: dict[str, dict[str, Any]] = {}
     for key, tensor in checkpoint.optimizer.items():
         name, _, slot = key.rpartition("/")
         tensors.setdefault(name, {})[slot] = tensor
-    scalars = checkpoint.state["optimizer"]
     for name, param in method.named_parameters():
-        for slot, value in tensors.get(name, {}).items():
-            if value.ndim and value.shape != param.shape:
-                raise UserError(f"the checkpoint's {slot} of {name} has another shape than {name} in this recipe")
         slots = {slot: value.to(param.device) if value.ndim else value for slot, value in tensors.get(name, {}).items()}
         if slots or name in scalars:
             optimizer.state[param] = {**slots, **scalars.get(name, {})}

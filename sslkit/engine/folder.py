@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,10 @@ from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, read_checkpo
 from sslkit.engine.images import write_images
 from sslkit.engine.lines import read_lines
 from sslkit.errors import UserError
-from sslkit.recipe import Recipe, build_recipe, changes
+from sslkit.recipe import Recipe, build_recipe, changes, read_tables
+from sslkit.recipe_tables import check_plain
 
+NAMED = 20  # differences that a sentence names
 # Keys that do not change what is learned; a run may be continued with others.
 FREE_KEYS = (
     *("data.workers", "data.worker_timeout", "data.max_bad_share"),
@@ -67,14 +68,19 @@ def check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
     if resume == "never":
         raise UserError(f"--output {folder}: already holds a run; --resume never needs a new or empty folder")
     try:
-        before = tomllib.loads(saved.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{saved}: not a readable recipe, so this run cannot be continued: {error}") from error
+        before = read_tables(saved)
+    except UserError as error:
+        raise UserError(f"{error}, so this run cannot be continued") from error
     changed = [line for line in changes(with_defaults(before), recipe.as_tables()) if not line.startswith(FREE_KEYS)]
     if changed:
         raise UserError(
-            f"--output {folder}: holds a run of another recipe; choose another folder or undo: " + "; ".join(changed)
+            f"--output {folder}: holds a run of another recipe; choose another folder or undo: {_in_short(changed)}"
         )
+
+
+def _in_short(lines: list[str]) -> str:
+    more = f"; and {len(lines) - NAMED} more" if len(lines) > NAMED else ""
+    return "; ".join(line[:200] for line in lines[:NAMED]) + more
 
 
 def with_defaults(tables: dict[str, Any]) -> dict[str, Any]:
@@ -98,10 +104,11 @@ def find_checkpoint(folder: Path, recipe: Recipe, resume: str) -> tuple[Checkpoi
         if found is None:
             raise UserError(f"--resume {resume}: no checkpoint there; give a run or checkpoint folder, auto or never")
         checkpoint = found
+    check_plain(checkpoint.state["recipe"], f"--resume {resume}: its recipe:")
     differing = changes(with_defaults(checkpoint.state["recipe"]), recipe.as_tables())
     unfit = [line for line in differing if line.startswith(("method.", "backbone.", "optim.name", "optim.exclude"))]
     if unfit:
-        raise UserError(f"--resume {resume}: was trained by another recipe, which must agree in: {'; '.join(unfit)}")
+        raise UserError(f"--resume {resume}: was trained by another recipe, which must agree in: {_in_short(unfit)}")
     return checkpoint, complaints
 
 

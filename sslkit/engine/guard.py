@@ -6,15 +6,16 @@ Loss and gradient norm are equal on all processes, so all judge alike without an
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from sslkit.errors import RunError
+from sslkit.errors import RunError, UserError
 from sslkit.recipe_tables import GuardConfig
 
+MOST = 1_000_000  # troubles of a kind
 WINDOW, FEWEST = 50, 20  # losses whose median tells a spike, and how many there must be
 
 
@@ -47,9 +48,33 @@ class Course:
         return {**vars(self), "losses": list(self.losses)}
 
     @staticmethod
-    def from_json(fields: dict[str, Any]) -> "Course":
-        """What `as_json` gave; a checkpoint from before there was a course has none."""
+    def from_json(fields: Any) -> "Course":
+        """What `as_json` gave; a checkpoint from before there was a course has none.
+
+        Raises:
+            UserError: It cannot have been; the sentence goes on from the file's name.
+        """
+        if not isinstance(fields, dict):
+            raise UserError(f"course must be an object, not {fields!r:.50}")
+        right: dict[str, Callable[[Any], bool]] = {
+            "skipped": _is_count,
+            "rewinds": _is_count,
+            "lr_factor": lambda value: is_finite(value) and 0 < value <= 1,
+            "losses": lambda value: isinstance(value, list) and all(map(is_finite, value)),
+        }
+        for name, value in fields.items():
+            if name not in right or not right[name](value):
+                raise UserError(f"course {name:.50} cannot be {value!r:.50}")
         return Course(**{**fields, "losses": deque(fields.get("losses", ()), maxlen=WINDOW)})
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MOST
+
+
+def is_finite(value: Any) -> bool:
+    """Whether JSON's value is a number, and a finite one."""
+    return type(value) in (int, float) and abs(value) < math.inf
 
 
 class Guard:

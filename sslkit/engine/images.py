@@ -22,6 +22,7 @@ from sslkit.parts.collectives import gather_objects
 
 IMAGES = "images.parquet"  # in the run folder: the names of its images, in order
 SAMPLED = 64  # images whose content is remembered
+MAX_BYTES = 100_000  # of data.json
 NAMED = 5  # images that a sentence names
 
 
@@ -113,9 +114,15 @@ def same_images(folder: Path, source: ImageSource, max_share: float) -> tuple[Im
     if not file.is_file():
         return source, []
     try:
+        if file.stat().st_size > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
         before = json.loads(file.read_text(encoding="utf-8"))
-        images, digest, sums = int(before["images"]), str(before["names_sha256"]), before.get("content", {})
+        images, digest, sums = before["images"], before["names_sha256"], before.get("content", {})
+        if type(images) is not int or not isinstance(digest, str):
+            raise ValueError("no number of images or no sum of their names")
         sums = {int(index): str(total) for index, total in sums.items()}
+        if any(index < 0 for index in sums):
+            raise ValueError("an image before the first")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: not readable, so this run cannot be continued: {str(error)[:200]}") from error
     said: list[str] = []

@@ -37,7 +37,10 @@ def first_projector_layers(run: Path, count: int) -> nn.Sequential:
             "never kept"
         )
     own = "projector."
-    projector.load_state_dict(
-        {key.removeprefix(own): value for key, value in checkpoint.model.items() if key.startswith(own)}
-    )
+    weights = {key.removeprefix(own): value for key, value in checkpoint.model.items() if key.startswith(own)}
+    try:
+        projector.load_state_dict(weights)
+    except RuntimeError as error:
+        last = str(error).splitlines()[-1][:300]
+        raise UserError(f"--head-layers: the projector in {run} does not fit its recipe: {last}") from error
     return nn.Sequential(*layers[: linear[count]])

@@ -67,22 +67,26 @@ def _scores(run: Path) -> str:
     file = run / "results.jsonl"
     if not file.is_file():
         return "None recorded."
-    latest = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+    try:
+        latest = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return "None that can be read."
     newest: dict[tuple[str, str], tuple[str, float]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in lines:
         try:
             row = json.loads(line)
             if latest == f"step-{row['step']:08d}":
                 measure = str(row.get("measure", "top-1 accuracy"))
                 newest[_cell(row["evaluation"]), _cell(row["data"])] = _cell(measure), float(row["accuracy"])
-        except (ValueError, KeyError, TypeError):  # a line of a run that was killed
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # a line of a run that was killed
             continue
     if not newest:
         return "None recorded for these weights."
-    lines = [
+    cells = [
         f"| {name} | {data} | {measure} | {100 * score:.1f} % |" for (name, data), (measure, score) in newest.items()
     ]
-    return "\n".join(["| protocol | data | measure | score |", "| --- | --- | --- | --- |", *lines])
+    return "\n".join(["| protocol | data | measure | score |", "| --- | --- | --- | --- |", *cells])
 
 
 def _cell(text: str) -> str:

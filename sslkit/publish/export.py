@@ -23,6 +23,7 @@ from sslkit.durable import whole_folder, write_json, write_tensors
 from sslkit.errors import RunError, UserError
 from sslkit.evaluate.features import load_encoder
 from sslkit.parts.backbone import create_backbone
+from sslkit.parts.foreign import read_encoder_config, tensor_shapes
 from sslkit.publish.card import model_card
 from sslkit.recipe import Recipe, load_recipe
 
@@ -124,8 +125,7 @@ def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apach
         raise UserError(f"{folder}: already holds something; export to a new or empty folder")
     check_license(license_id)
     recipe = load_recipe(run / "recipe.toml")
-    state = load_file(source / "model.safetensors")
-    tag = json.loads((source / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]["tag"]
+    state, tag = _read_encoder(source, recipe)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         write_encoder(encoder_config(recipe, license_id), tag, state, folder)
@@ -139,6 +139,19 @@ def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apach
         shutil.rmtree(folder)
         raise
     return proof
+
+
+def _read_encoder(source: Path, recipe: Recipe) -> tuple[dict[str, Tensor], str]:
+    """Weights and tag of a run's encoder, once they are known to be its recipe's."""
+    tag = read_encoder_config(source).preprocessing.get("tag")
+    if not isinstance(tag, str) or not re.fullmatch(r"\w{1,100}", tag):
+        raise UserError(f"{source / 'config.json'}: 'pretrained_cfg' tag cannot be {tag!r:.100}")
+    shapes = tensor_shapes(source / "model.safetensors")
+    expected = {name: tuple(tensor.shape) for name, tensor in _build(recipe).state_dict().items()}
+    if shapes != expected:
+        wrong = sorted(name for name in shapes.keys() | expected if shapes.get(name) != expected.get(name))
+        raise UserError(f"{source / 'model.safetensors'}: does not fit the run's recipe, such as in {wrong[0]:.100}")
+    return load_file(source / "model.safetensors"), tag
 
 
 def check_license(license_id: str) -> None:

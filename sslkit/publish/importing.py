@@ -6,9 +6,7 @@ refused, and what it asked for is named.
 
 import hashlib
 import json
-import re
 import shutil
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from sslkit.errors import UserError
 from sslkit.parts.backbone import check_name
 from sslkit.parts.foreign import tensor_shapes
 from sslkit.publish.export import EncoderFolderError, check_license, timm_config, write_encoder
+from sslkit.publish.instructions import check_instructions
 from sslkit.publish.layouts import RELEASED, Fate, Layout, guess_backbone, sort_out, vit_arguments
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -134,33 +133,15 @@ def _is_plain(value: Any) -> bool:
 
 
 def _read_weights_only(file: Path) -> Any:
-    _refuse_packed(file)
+    try:
+        check_instructions(file)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile file makes the reader raise anything
-        text = str(error)
-        wanted = re.search(r"(?:GLOBAL|class) ([\w.]+)", text)
-        if wanted:
-            raise UserError(
-                f"{file}: needs {wanted[1]} to be read, which is more than tensors, so it was not read; where you "
-                "trust it, save its state dict alone and import that"
-            ) from error
-        first = (text.strip() or type(error).__name__).splitlines()[0][:150]
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
         raise UserError(f"{file}: not a checkpoint that can be read as weights, or torn ({first})") from error
-
-
-def _refuse_packed(file: Path) -> None:
-    """PyTorch stores, it never packs: an archive that would unfold to more than its own size is an attack."""
-    try:
-        if not zipfile.is_zipfile(file):
-            return
-        with zipfile.ZipFile(file) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise UserError(f"{file}: not a checkpoint, or torn ({error})") from error
-    if packed or size > file.stat().st_size:
-        raise UserError(f"{file}: its parts are packed or larger than the file, as PyTorch never writes them")
 
 
 def _digests(file: Path) -> tuple[str, str]:

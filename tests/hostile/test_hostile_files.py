@@ -7,7 +7,6 @@ import shutil
 import struct
 import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from conftest import cli_error, small_recipe
 from safetensors.torch import load_file, save_file
+from strangers import resign, rewrite
 
 import sslkit
 from sslkit.cli import main
@@ -41,20 +41,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(good: Path, tmp_path: Path) -> Path:
     shutil.copytree(good, tmp_path / "run")
     return tmp_path / "run"
-
-
-def rewrite(file: Path, change: Callable[[Any], Any]) -> None:
-    file.write_text(json.dumps(change(json.loads(file.read_text()))))
-
-
-def resign(checkpoint: Path) -> None:
-    """Make the manifest agree with whatever the files are now, as whoever made them can."""
-    files = {}
-    for file in checkpoint.iterdir():
-        if file.name != "manifest.json":
-            content = file.read_bytes()
-            files[file.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
 
 
 def lying(header: dict[str, Any] | bytes, length: int | None = None, body: bytes = b"") -> bytes:
