@@ -74,8 +74,11 @@ def measure_knn(training: Training, journal: Journal, done: int) -> None:
     assert training.monitor is not None
     started = time.monotonic()
     accuracy = training.monitor(training.method.backbone)
-    protocol = training.monitor.protocol
     epoch = done / training.steps_per_epoch
+    if accuracy is None:
+        journal.say(f"epoch {epoch:g}: kNN cannot be measured, the features are not finite")
+        return
+    protocol = training.monitor.protocol
     left_out = training.monitor.left_out
     journal.result(
         {

@@ -31,8 +31,8 @@ class KnnMonitor:
         self.protocol = KnnProtocol(min(monitor.k, len(self.pair.train)), monitor.temperature)
         self.left_out, self.scored = 0, len(self.pair.test)
 
-    def __call__(self, backbone: nn.Module) -> float:
-        """Share of the monitor's test images classified right.
+    def __call__(self, backbone: nn.Module) -> float | None:
+        """Share of the monitor's test images classified right; None where features are not finite.
 
         Images that cannot be read are left out, of the bank and of the test, and counted in ``left_out``: a file that
         vanishes must not end a run. ``scored`` counts the test images that remain.
@@ -46,6 +46,8 @@ class KnnMonitor:
         self.left_out, self.scored = int((~kept).sum() + (~asked).sum()), int(asked.sum())
         if kept.sum() < self.protocol.k or not asked.any():
             raise UserError(f"[monitor] data: {self.left_out} images of {self.pair.description} cannot be read")
+        if not (bank[kept].isfinite().all() and queries[asked].isfinite().all()):
+            return None
         labels, truth = self.pair.train_labels[kept], self.pair.test_labels[asked]
         return knn_accuracy(bank[kept], labels, queries[asked], truth, self.protocol)
 

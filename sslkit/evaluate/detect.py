@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sslkit.data.loader import start_worker
 from sslkit.errors import UserError, near_miss
+from sslkit.evaluate.checks import check_rates, check_seed
 from sslkit.evaluate.detection.annotations import AnnotatedPair, open_annotated
 from sslkit.evaluate.detection.detector import Arch, choose_arch, make_detector
 from sslkit.evaluate.detection.picture import Picture
@@ -76,6 +77,10 @@ class DetectProtocol:
     base_lr: float = 0.0
     precise_bn_steps: int = 200
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed, "detect, --seed")
+        check_rates((self.base_lr,), "detect, --lr", zero=True)
 
     @staticmethod
     def named(name: str) -> "DetectProtocol":

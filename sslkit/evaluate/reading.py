@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sslkit.data.source import ImageSource
 from sslkit.errors import UserError, near_miss
+from sslkit.evaluate.checks import check_finite
 from sslkit.evaluate.features import Encoder, Transform, extract_features, features_key
 from sslkit.evaluate.store import FeatureStore
 
@@ -178,6 +179,9 @@ def read_features(
         transform: From a picture to the encoder's input.
         readings: What to read; how (crop, workers, batch, store) must be the same for all.
         seed: Of a random transform, whose features are not kept; None for one that draws nothing.
+
+    Raises:
+        UserError: Features are not finite.
     """
     first, device = readings[0], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not all(reading.taken_alike(first) for reading in readings):
@@ -188,6 +192,7 @@ def read_features(
         features = extract_features(
             module, images, transform, device=device, batch_size=first.batch_size, workers=first.workers, seed=seed
         )
+        check_finite(features, encoder.description)
         return list(features.split(module.widths, dim=1)) if isinstance(module, Reader) else [features]
 
     distinct = {str(reading): reading for reading in readings}

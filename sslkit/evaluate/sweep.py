@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import batch_norm, cross_entropy
 
 from sslkit.errors import UserError
+from sslkit.evaluate.checks import as_features, check_rates, check_seed
 
 HELD_OUT = 0.1
 SCORED_AT_ONCE = 1024
@@ -39,6 +40,15 @@ class SweepProtocol:
     epochs: int = 50
     batch_size: int = 256
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_rates(self.lrs, "linear sweep, --lr")
+        check_rates(self.weight_decays, "linear sweep, --weight-decay", zero=True)
+        check_seed(self.seed, "linear sweep, --seed")
+        if self.epochs < 1 or self.batch_size < 2:
+            raise UserError(
+                f"linear sweep: needs an epoch and two images a batch, not {self.epochs} and {self.batch_size}"
+            )
 
 
 @dataclass(frozen=True)
@@ -131,9 +141,16 @@ def sweep(
         test: (Q, D) features for each reading.
         truth: (Q,) int64.
         protocol: The grid, trained on a GPU if there is one; features stay where they are but for a batch.
+
+    Raises:
+        UserError: An empty grid, features that are not finite, or fewer than three training images.
     """
     if not (protocol.lrs and protocol.weight_decays and protocol.norms and train):
         raise UserError("linear sweep: the grid is empty; give at least one rate, weight decay and reading")
+    if len(labels) < 3:
+        raise UserError(f"linear sweep: needs at least three training images, not {len(labels)}")
+    train = {reading: as_features(features, f"linear sweep, train, {reading}") for reading, features in train.items()}
+    test = {reading: as_features(features, f"linear sweep, test, {reading}") for reading, features in test.items()}
     classes = int(max(labels.max(), truth.max())) + 1
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(protocol.seed))
     held_out = max(round(len(labels) * HELD_OUT), 1)
