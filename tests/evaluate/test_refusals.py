@@ -1,4 +1,4 @@
-"""What evaluation refuses in one sentence instead of scoring: features that are no numbers, rates, seeds, few images."""
+"""What evaluation refuses in one sentence instead of scoring: no numbers, impossible rates and seeds, few images."""
 
 import json
 from pathlib import Path
