@@ -1,7 +1,7 @@
 """What evaluation costs: kNN's memory at ImageNet's size, kNN against scikit-learn, a sweep against one head,
 on features that are there already and from the pictures on.
 
-    python benchmarks/evaluation.py [--parts cached pictures sklearn memory] [--images 1281167] [--queries 50000] [--width 128]
+    python benchmarks/evaluation.py [--parts cached pictures sklearn memory] [--images 1281167] [--queries 50000]
 
 Prints one line for each. Times of two things are taken alternately in one process; read their ratio.
 """
@@ -29,7 +29,6 @@ from sslkit.evaluate.knn import KnnProtocol, nearest, predict_all
 from sslkit.evaluate.reading import Reading, read_features
 from sslkit.evaluate.store import FeatureStore
 from sslkit.evaluate.sweep import SweepProtocol, sweep
-
 
 HEADS = len(SweepProtocol().lrs) * len(SweepProtocol().weight_decays) * len(SweepProtocol().norms)
 

@@ -33,6 +33,7 @@ from sslkit.evaluate.detection.precision import (
 )
 from sslkit.evaluate.features import Encoder, load_encoder
 from sslkit.evaluate.judge import Judgement, Score
+from sslkit.evaluate.protocol import pictures_settings
 from sslkit.parts.backbone import family
 from sslkit.parts.schedules import warmup_then_steps
 
@@ -171,7 +172,8 @@ def evaluate_detect(
         own = scored.measures["AP"], scored.intervals["AP"]
         scores.append(Score(name, *own, measures=scored.measures, intervals=scored.intervals))
     settings = {"kind": "detect", **vars(protocol), "arch": chosen, "masks": masks}
-    settings |= {"peak_lr": protocol.peak_lr(_is_vit(encoder)), "images": [len(pair.train), len(pair.test)]}
+    settings |= {"peak_lr": protocol.peak_lr(_is_vit(encoder)), "selection": "none, the last update"}
+    settings |= {name: list(encoder.preprocessing[name]) for name in ("mean", "std")} | pictures_settings(pair)
     named = (
         f"detect {protocol.name} {chosen}{' masks' if masks else ''}, {protocol.steps} steps of {protocol.batch_size}"
     )

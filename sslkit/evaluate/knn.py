@@ -44,6 +44,10 @@ class KnnProtocol:
             raise UserError(f"knn: unknown protocol {name!r}{near_miss(name, neighbours)}; there are dino and instdisc")
         return [KnnProtocol(k, 0.07) for k in neighbours[name]]
 
+    def __str__(self) -> str:
+        """Its name in tables."""
+        return f"knn k={self.k} temperature={self.temperature:g}" + (" centred" if self.centre else "")
+
     def __post_init__(self) -> None:
         if not 0.0 < self.temperature < float("inf"):
             raise UserError(f"knn: temperature must be a positive number, not {self.temperature:g}")

@@ -14,6 +14,7 @@ from sslkit.evaluate.checks import as_features, check_seed
 
 C_GRID = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 HELD_OUT = 0.1
+HELD_OUT_CHOOSES = "by a tenth of the training images, held out by the seed"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class LinearProtocol:
     weight_decay: float = 0.0
     nesterov: bool = False
     init_std: float = 0.01
+
+    @property
+    def selection(self) -> str:
+        """On which images something is chosen."""
+        return HELD_OUT_CHOOSES if self.name == "logistic" else "the best epoch, by the test images"
 
     def __post_init__(self) -> None:
         check_seed(self.seed, "linear")

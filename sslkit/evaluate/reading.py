@@ -67,9 +67,8 @@ class Reading:
         return "output" if self.layer is None else f"block {self.layer}"
 
     def settings(self) -> dict[str, Any]:
-        """Its part of a protocol."""
-        settings = {"layer": self.layer, "last_blocks": self.last_blocks, "crop_pct": self.crop_pct}
-        return settings | ({"patch_mean": True} if self.patch_mean else {})
+        """Its part of a protocol: layer and pooling; the crop is the encoder's."""
+        return {"layer": str(self)}
 
     def taken_alike(self, other: "Reading") -> bool:
         """Whether both can come from one pass: they differ in nothing but what is read."""
