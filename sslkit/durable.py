@@ -109,7 +109,20 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], **metadata: str) -> di
 
 def replace_text(file: Path, text: str) -> None:
     """Write a small text file in the place of an older one, whole at every instant."""
-    write_file(_aside(file), [text.encode()])
+    replace_file(file, [text.encode()])
+
+
+def replace_file(file: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Write a file in the place of an older one, whole at every instant.
+
+    Raises:
+        OSError: It could not be written; the older one is as it was.
+    """
+    try:
+        write_file(_aside(file), chunks)
+    except OSError:
+        remove(_aside(file))
+        raise
     os.replace(_aside(file), file)
     sync(file.parent)
 

@@ -5,6 +5,8 @@ Exit codes: 0 done, 2 bad input (one sentence), 1 a fault of ours, 75 stopped on
 
 import itertools
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from traceback import format_exception
@@ -56,12 +58,20 @@ def pretrain(
     Give a recipe, or all of --method, --backbone and --data. Given both, the options win. SIGTERM, SIGUSR1 and Ctrl-C
     save and end it with exit code 75; the second one ends it at once.
     """
+    _exit_resumable_meanwhile()
     from sslkit.engine import train
 
     loaded = _recipe_from_words(recipe, overrides or [], method, backbone, data)
     name = Path(recipe).stem if recipe else f"{loaded.method_name}_{loaded.backbone.name}"
     if train(loaded, output or Path("runs") / name, resume).stopped:
         raise typer.Exit(RESUMABLE)
+
+
+def _exit_resumable_meanwhile() -> None:
+    """Until the engine listens to signals itself there is nothing to save: end as a run that can go on."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, lambda *_: os._exit(RESUMABLE))
 
 
 @app.command(epilog="Example: sslkit export runs/quickstart my-encoder")

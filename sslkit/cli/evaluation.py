@@ -197,7 +197,7 @@ def compare(
 
 def _judged(path: Path) -> "list[Row]":
     """Evaluations of a run folder, or of a file that holds a judgement."""
-    from sslkit.engine.journal import read_lines
+    from sslkit.engine.lines import read_lines
 
     if (path / "recipe.toml").is_file():
         rows = [row for row in read_lines(path / "results.jsonl") if row.get("by") == "eval"]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from sslkit.data.loader import Batch, GlobalBatches, make_loader
 from sslkit.data.posts import Post, Posts
+from sslkit.data.shared_memory import fitting_prefetch, free_bytes, shortage
 from sslkit.data.source import ImageSource
 from sslkit.data.views import ViewPipeline
 from sslkit.errors import RunError
@@ -31,6 +32,9 @@ class SteadyLoader:
         pin_memory: Whether batches are copied to pinned pages.
         timeout: Seconds that a batch may take before its worker counts as stuck (0: for ever).
         say: Told, in a sentence, what happened.
+
+    Raises:
+        UserError: Shared memory is too small for as many workers.
     """
 
     def __init__(
@@ -46,6 +50,9 @@ class SteadyLoader:
     ) -> None:
         self.source, self.pipeline, self.batches = source, pipeline, batches
         self.workers, self.pin_memory, self.timeout, self.say = workers, pin_memory, timeout, say
+        local = batches.batch_size // batches.world_size
+        self.batch_bytes = local * sum(3 * side * side for side in pipeline.sides)
+        self.prefetch = fitting_prefetch(self.batch_bytes, workers, free_bytes()) if workers else 0
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.workers:
@@ -87,6 +94,7 @@ class _Crew:
             pin_memory=run.pin_memory,
             timeout=min(POLL, run.timeout or POLL),
             posts=self.posts,
+            prefetch=run.prefetch,
         )
         self.loaded = iter(loader)
         self.workers = set(multiprocessing.active_children()) - before
@@ -145,7 +153,7 @@ class _Crew:
         )
         return (
             f"{self._opening()}: no batch in [data] worker_timeout = {self.run.timeout:g} seconds, a data worker is"
-            f" stuck{self._where(at)}"
+            f" stuck{self._where(at)}{shortage(self.run.batch_bytes)}"
         )
 
     def _opening(self) -> str:

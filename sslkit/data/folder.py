@@ -13,6 +13,7 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
+from pyarrow import compute
 
 from sslkit.errors import UserError
 
@@ -114,6 +115,14 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _suffix(name: str) -> str:
     return to_text(os.path.splitext(name)[1].lower())
+
+
+def table_of(names: pa.ChunkedArray, root: str) -> datasets.Dataset:
+    """A column ``image`` of files by their names below ``root``, in this order, be they there or not."""
+    paths = compute.binary_join_element_wise(pa.scalar(f"{root}/"), names.combine_chunks(), "")
+    image = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    return datasets.Dataset(pa.table({"image": image}), info=datasets.DatasetInfo(features=features))
 
 
 def _table(chunks: list[pa.Array], folders: list[str], *, with_labels: bool) -> datasets.Dataset:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sslkit.data.posts import Posts
 from sslkit.data.replace import BadSample, read_or_replace
+from sslkit.data.shared_memory import PREFETCH
 from sslkit.data.source import ImageSource
 from sslkit.data.views import ViewPipeline
 
@@ -147,6 +148,7 @@ def make_loader(
     pin_memory: bool,
     timeout: float = 0.0,
     posts: Posts | None = None,
+    prefetch: int = PREFETCH,
 ) -> "DataLoader[Batch]":
     """A loader over the whole rest of the run; its workers live as long as it does.
 
@@ -158,6 +160,7 @@ def make_loader(
         pin_memory: Whether batches are copied to pinned pages.
         timeout: Seconds after which waiting for workers is an error; 0 waits for ever.
         posts: Where workers write what they are at, or None.
+        prefetch: Batches that each worker makes ahead.
     """
     loader: DataLoader[Any] = DataLoader(
         ViewDataset(source.without_labels(), pipeline, posts),
@@ -166,7 +169,7 @@ def make_loader(
         collate_fn=_collate,
         pin_memory=pin_memory,
         worker_init_fn=start_worker,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=prefetch if workers else None,
         timeout=timeout if workers else 0.0,
     )
     return loader

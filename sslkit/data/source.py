@@ -7,7 +7,7 @@ import glob
 import hashlib
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +20,7 @@ from pyarrow import compute
 from pydantic import BaseModel, ConfigDict, Field
 
 from sslkit.data.decode import Pixels, Reduction, Size, UnreadableImage, decode_reduced, decode_rgb, read_file
-from sslkit.data.folder import folders_in, has_metadata, list_images, printable, to_path
+from sslkit.data.folder import folders_in, has_metadata, list_images, printable, to_path, to_text
 from sslkit.data.idx import read_idx
 from sslkit.errors import UserError, near_miss
 
@@ -73,12 +73,14 @@ class ImageSource:
         image_column: Name of the image column.
         label_column: Name of the label column, or None.
         description: How to name the source in print and errors.
+        root: The folder below which all images lie, as `to_text` writes it; empty where they are no files of a folder.
     """
 
     table: datasets.Dataset
     image_column: str
     label_column: str | None
     description: str
+    root: str = ""
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -195,12 +197,12 @@ class ImageSource:
     def without_labels(self) -> "ImageSource":
         """The same images with every other column dropped, so that a label cannot reach pretraining."""
         table = self.table.select_columns([self.image_column])
-        return ImageSource(table, self.image_column, None, self.description)
+        return replace(self, table=table, label_column=None)
 
     def subset(self, indices: NDArray[np.int64]) -> "ImageSource":
         """The rows at ``indices``, in that order."""
         table = self.table.select(indices)
-        return ImageSource(table, self.image_column, self.label_column, self.description)
+        return replace(self, table=table)
 
 
 def open_source(config: DataConfig) -> ImageSource:
@@ -217,7 +219,9 @@ def open_source(config: DataConfig) -> ImageSource:
     image_column = _image_column(table, config)
     if table.features[image_column] != datasets.Image(decode=False):
         table = table.cast_column(image_column, datasets.Image(decode=False))
-    return ImageSource(table, image_column, _label_column(table, config), description)
+    root = _image_folder(config)
+    below = to_text(str(root)) if root and not has_metadata(root) else ""
+    return ImageSource(table, image_column, _label_column(table, config), description, below)
 
 
 def available_splits(config: DataConfig) -> list[str]:
@@ -250,7 +254,7 @@ def _load(config: DataConfig) -> datasets.Dataset:
         return datasets.load_dataset(loader, data_files={"split": files}, split="split", **extra)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         where = "" if loader else "no folder of that name here, and as a dataset of the Hub: "
-        reason = _first_line(error)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         if "corresponds to no data" in reason:
             reason = "no images in it"
         raise UserError(f"[data] path: cannot load {_what(config)!r}: {where}{reason}") from error
@@ -269,10 +273,6 @@ def _image_folder(config: DataConfig) -> Path | None:
 def _what(config: DataConfig) -> str:
     """The words that tell a user which source is meant."""
     return str(config.data_dir or config.data_files) if config.path in LOADERS else config.path
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _local_files(config: DataConfig) -> tuple[str | None, list[str]]:

@@ -8,18 +8,17 @@ draw. The weights are those before the step, with teacher and queue.
 
 import hashlib
 import json
-import os
-import shutil
 import stat
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sslkit.data.loader import GlobalBatches
+from sslkit.durable import whole_folder, write_json, write_tensors
 from sslkit.engine.training import Training
 from sslkit.errors import UserError
 from sslkit.recipe import Recipe
@@ -40,17 +39,13 @@ def try_to_write_capsule(training: Training, step: int, complaint: str, loss: fl
         return ""
     if not training.accelerator.is_main_process:
         return str(folder)
-    aside = folder.with_name(f".{folder.name}.tmp")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        save_file(_on_host(training.method.state_dict()), aside / "model.safetensors")
-        facts = _facts(training, step, complaint, loss, grad_norm)
-        facts["sha256"] = _sha256(aside / "model.safetensors")
-        (aside / "capsule.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, folder)
-    except (OSError, SafetensorError):
-        shutil.rmtree(aside, ignore_errors=True)
+        folder.parent.mkdir(exist_ok=True)
+        with whole_folder(folder) as aside:
+            written = write_tensors(aside / "model.safetensors", _on_host(training.method.state_dict()))
+            facts = _facts(training, step, complaint, loss, grad_norm)
+            write_json(aside / "capsule.json", {**facts, "sha256": written["sha256"]})
+    except OSError:
         return ""
     return str(folder)
 

@@ -13,7 +13,7 @@ from sslkit.data.source import ImageSource
 from sslkit.durable import refuse_links
 from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from sslkit.engine.images import write_images
-from sslkit.engine.journal import read_lines
+from sslkit.engine.lines import read_lines
 from sslkit.errors import UserError
 from sslkit.recipe import Recipe, build_recipe, changes, read_tables
 from sslkit.recipe_tables import check_plain

@@ -1,17 +1,28 @@
 """What a run knows of its images: that they are the same after a resume, and which of them cannot be read."""
 
+import hashlib
 import json
 import math
-from dataclasses import asdict
+import stat
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import pyarrow as pa
+from pyarrow import parquet
+
+from sslkit.data.decode import UnreadableImage
+from sslkit.data.folder import printable, table_of
 from sslkit.data.loader import Batch
 from sslkit.data.source import ImageSource
-from sslkit.engine.journal import keep_until, read_lines, step_of
+from sslkit.durable import replace_file, replace_text
+from sslkit.engine.lines import Lines, keep_until, read_lines, step_of
 from sslkit.errors import UserError
 from sslkit.parts.collectives import gather_objects
 
-MAX_BYTES = 10_000  # of data.json
+IMAGES = "images.parquet"  # in the run folder: the names of its images, in order
+SAMPLED = 64  # images whose content is remembered
+MAX_BYTES = 100_000  # of data.json
 NAMED = 5  # images that a sentence names
 
 
@@ -33,6 +44,7 @@ class BadSamples:
 
     def __init__(self, folder: Path, source: ImageSource, max_share: float, start_step: int, *, active: bool) -> None:
         self.file, self.source, self.active = folder / "bad_samples.jsonl", source, active
+        self.lines = Lines(self.file, lambda sentence: print(f"sslkit: {sentence}", file=sys.stderr))
         self.max_share, self.allowed = max_share, math.ceil(max_share * len(source))
         if active:
             keep_until(self.file, start_step)
@@ -67,9 +79,8 @@ class BadSamples:
         everywhere = {index: fields for part in gather_objects(here) for index, fields in part.items()}
         new = [everywhere[index] | {"epoch": epoch, "step": done} for index in sorted(everywhere.keys() - self.known)]
         self.known |= {line["index"]: line for line in new}
-        if self.active:
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.writelines(json.dumps(line) + "\n" for line in new)
+        for line in new if self.active else []:
+            self.lines.append(line)
         self._check()
 
     def _check(self) -> None:
@@ -83,35 +94,110 @@ class BadSamples:
         )
 
 
-def check_same_images(folder: Path, source: ImageSource) -> None:
-    """See that a run that is continued sees the images that it began with.
+def same_images(folder: Path, source: ImageSource, max_share: float) -> tuple[ImageSource, list[str]]:
+    """The images that a run began with, for one that is continued.
+
+    Files that are gone count as unreadable, and new ones are left out, so that the order of samples stays what it was.
+
+    Args:
+        folder: Run folder.
+        source: The images that are there now.
+        max_share: Share of them that may be gone; see `BadSamples`.
+
+    Returns:
+        The source to train on, and what the user should know of it.
 
     Raises:
-        UserError: Their number or names have changed.
+        UserError: They are others, or too many are gone.
     """
     file = folder / "data.json"
     if not file.is_file():
-        return
+        return source, []
     try:
         if file.stat().st_size > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES} bytes")
         before = json.loads(file.read_text(encoding="utf-8"))
-        images, names = before["images"], before["names_sha256"]
-        if type(images) is not int or not isinstance(names, str):
+        images, digest, sums = before["images"], before["names_sha256"], before.get("content", {})
+        if type(images) is not int or not isinstance(digest, str):
             raise ValueError("no number of images or no sum of their names")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        sums = {int(index): str(total) for index, total in sums.items()}
+        if any(index < 0 for index in sums):
+            raise ValueError("an image before the first")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: not readable, so this run cannot be continued: {str(error)[:200]}") from error
-    if images != len(source) or names != source.names_digest():
-        now = f"now {len(source)} are there" if images != len(source) else "now some have other names or sizes"
-        raise UserError(
-            f"[data] path: {source.description} has changed since this run began with {images} images, {now}; put them"
-            f" back, or go on in another folder with --resume {folder}"
-        )
+    said: list[str] = []
+    if images != len(source) or digest != source.names_digest():
+        found = _as_it_was(folder, source, max_share)
+        if found is None or len(found[0]) != images or found[0].names_digest() != digest:
+            now = f"now {len(source)} are there" if images != len(source) else "now some have other names or sizes"
+            raise _changed(folder, source, f"when this run began, with {images} images; {now}")
+        source, said = found
+    _check_content(folder, source, sums)
+    return source, said
 
 
 def write_images(folder: Path, source: ImageSource) -> None:
-    """Write down which images a run begins with, for `check_same_images`."""
-    fields = {"images": len(source), "names_sha256": source.names_digest()}
-    aside = folder / ".data.tmp"
-    aside.write_text(json.dumps(fields) + "\n", encoding="utf-8")
-    aside.replace(folder / "data.json")
+    """Write down which images a run begins with, for `same_images`: their names, and what some of them hold."""
+    if (folder / "data.json").is_file():
+        return
+    if source.root:
+        stream = pa.BufferOutputStream()
+        parquet.write_table(pa.table({"name": _names(source)}), stream, compression="zstd")
+        replace_file(folder / IMAGES, [stream.getvalue().to_pybytes()])
+    chosen = sorted({index * len(source) // SAMPLED for index in range(SAMPLED)} & set(range(len(source))))
+    content = {str(index): total for index in chosen if (total := _content(source, index))}
+    fields = {"images": len(source), "names_sha256": source.names_digest(), "content": content}
+    replace_text(folder / "data.json", json.dumps(fields) + "\n")
+
+
+def _as_it_was(folder: Path, source: ImageSource, max_share: float) -> tuple[ImageSource, list[str]] | None:
+    """The source by the names that were written down, if they were and all lie below a folder."""
+    try:
+        if not source.root or not stat.S_ISREG((folder / IMAGES).lstat().st_mode):
+            return None
+        names = parquet.read_table(folder / IMAGES, columns=["name"])["name"].cast(pa.string())
+    except (OSError, pa.ArrowException):
+        return None
+    before, now = set(names.to_pylist()), set(_names(source).to_pylist())
+    if any(name is None or ".." in name.split("/") for name in before):
+        return None
+    gone, new = sorted(before - now), len(now - before)
+    if len(gone) > math.ceil(max_share * len(before)):
+        how = f"{len(gone)} of {len(before)} images are gone, {_few(gone)}"
+        raise _changed(folder, source, f"since this run began: {how}")
+    said = []
+    if gone:
+        said.append(f"{len(gone)} images are gone since this run began and count as unreadable, {_few(gone)}")
+    if new:
+        said.append(f"{new} images are new since this run began and are left out")
+    return replace(source, table=table_of(names, source.root)), said
+
+
+def _check_content(folder: Path, source: ImageSource, sums: dict[int, str]) -> None:
+    """See that a spread sample of the images still holds what it held; what cannot be read is another matter."""
+    for index, before in sums.items():
+        if index < len(source) and (now := _content(source, index)) and now != before:
+            raise _changed(folder, source, f"since this run began: {source.name(index)} holds something else")
+
+
+def _content(source: ImageSource, index: int) -> str:
+    try:
+        return hashlib.sha256(source.encoded(index)[1]).hexdigest()
+    except UnreadableImage:
+        return ""
+
+
+def _names(source: ImageSource) -> pa.ChunkedArray:
+    paths = [path.removeprefix(f"{source.root}/") for path in source.paths()]
+    return pa.chunked_array([pa.array(paths, pa.string())])
+
+
+def _few(names: list[str]) -> str:
+    return "such as " + ", ".join(map(printable, names[:NAMED]))
+
+
+def _changed(folder: Path, source: ImageSource, how: str) -> UserError:
+    return UserError(
+        f"[data] path: {source.description} is not what it was {how}; put the images back, or go on in another folder "
+        f"with --resume {folder}"
+    )

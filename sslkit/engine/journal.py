@@ -3,14 +3,16 @@
 import json
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from sslkit.durable import refuse_links
+from sslkit.engine.lines import Lines, append_text, keep_until, read_lines, settle_all
 from sslkit.errors import UserError, without_tokens
 
 PLAIN_SECONDS = 15.0
@@ -32,7 +34,8 @@ class Journal:
     def __init__(self, folder: Path, start_step: int, *, active: bool, console: Console | None = None) -> None:
         self.folder, self.active = folder, active
         self.console = console or Console(stderr=False)
-        self.metrics: TextIO | None = None
+        files = ("metrics", "results", "diagnostics")
+        self.metrics, self.results, self.diagnoses = (Lines(folder / f"{name}.jsonl", self.say) for name in files)
         self.live: Live | None = None
         self.last_plain = 0.0
         self.said: set[str] = set()
@@ -47,15 +50,13 @@ class Journal:
     def __exit__(self, *_exc: object) -> None:
         if self.live is not None:
             self.live.stop()
-        if self.metrics is not None:
-            self.metrics.close()
+        settle_all((self.metrics, self.results, self.diagnoses))
 
     def go_back(self, step: int) -> None:
         """Drop the lines of later steps, which will be written again."""
         if not self.active:
             return
-        if self.metrics is not None:
-            self.metrics.close()
+        settle_all((self.metrics, self.results, self.diagnoses))
         keep_until(self.folder / "metrics.jsonl", step)
         keep_until(self.folder / "results.jsonl", step, only_by="monitor")
         keep_until(self.folder / "diagnostics.jsonl", step)
@@ -64,25 +65,22 @@ class Journal:
             for row in read_lines(self.folder / "diagnostics.jsonl")
             for alarm in (row["alarms"] if isinstance(row.get("alarms"), list) else [])
         }
-        self.metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
 
     def record(self, fields: dict[str, float]) -> None:
         """Append one line to metrics.jsonl; JSON has no word for a number that is none, so it becomes null."""
-        if self.metrics is not None:
-            finite = {name: value if math.isfinite(value) else None for name, value in fields.items()}
-            self.metrics.write(json.dumps(finite) + "\n")
-            self.metrics.flush()
+        if self.active:
+            self.metrics.append({name: value if math.isfinite(value) else None for name, value in fields.items()})
 
     def result(self, fields: dict[str, Any]) -> None:
         """Append one line to results.jsonl."""
         if self.active:
-            append_result(self.folder, fields)
+            self.results.append(fields)
 
     def diagnosis(self, fields: dict[str, Any]) -> None:
         """Append one line to diagnostics.jsonl, and say each kind of alarm the first time a run has it."""
         if not self.active:
             return
-        _append(self.folder / "diagnostics.jsonl", fields)
+        self.diagnoses.append(fields)
         for alarm in fields["alarms"]:
             if kind_of(alarm) not in self.said:
                 self.said.add(kind_of(alarm))
@@ -99,59 +97,22 @@ class Journal:
     def say(self, line: str) -> None:
         """Print a line that stays."""
         if self.active:
-            self.console.print(without_tokens(line), markup=False, highlight=False, soft_wrap=True)
+            with suppress(OSError):  # standard output may be a file on the disk that is full
+                self.console.print(without_tokens(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def append_result(folder: Path, fields: dict[str, Any]) -> None:
     """Append one evaluation to a run's results.jsonl."""
     refuse_links(folder)
-    _append(folder / "results.jsonl", fields)
-
-
-def _append(file: Path, fields: dict[str, Any]) -> None:
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(fields) + "\n")
+    try:
+        append_text(folder / "results.jsonl", json.dumps(fields) + "\n")
+    except OSError as error:
+        raise UserError(f"{folder / 'results.jsonl'}: the score cannot be added: {error.strerror or error}") from error
 
 
 def kind_of(alarm: str) -> str:
     """The word that an alarm's sentence opens with; see `sslkit.engine.alarms`."""
     return alarm.partition(":")[0]
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; one that was torn by a crash is left out.
-
-    Raises:
-        UserError: A line holds something else than an object.
-    """
-    if not file.is_file():
-        return []
-    rows = []
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if not isinstance(row, dict):
-            raise UserError(f"{file} line {number}: must be a JSON object, not {row!r:.40}")
-        rows.append(row)
-    return rows
-
-
-def step_of(row: dict[str, Any]) -> float:
-    """A row's step; 0 where it has none that is a number."""
-    step = row.get("step")
-    return step if isinstance(step, int | float) else 0
-
-
-def keep_until(file: Path, step: int, only_by: str | None = None) -> None:
-    """Drop lines of steps after ``step``, so that a resumed run repeats none."""
-    rows = read_lines(file)
-    kept = [row for row in rows if step_of(row) <= step or (only_by is not None and row.get("by") != only_by)]
-    if file.is_file():
-        aside = file.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        aside.replace(file)
 
 
 def duration(seconds: float) -> str:

@@ -8,9 +8,10 @@ from sslkit.data.loader import Batch
 from sslkit.engine.alarms import dip_alarm, leak_alarm, read_curve
 from sslkit.engine.clock import StepClock
 from sslkit.engine.diagnostics import Diagnostics
-from sslkit.engine.journal import Journal, duration, read_lines
+from sslkit.engine.journal import Journal, duration
+from sslkit.engine.lines import read_lines
 from sslkit.engine.training import Training
-from sslkit.evaluate.protocol import bootstrap_interval
+from sslkit.evaluate.protocol import bootstrap_interval, protocol_hash
 from sslkit.methods import Method
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.collectives import max_over_processes
@@ -74,21 +75,27 @@ def measure_knn(training: Training, journal: Journal, done: int) -> None:
     assert training.monitor is not None
     started = time.monotonic()
     accuracy = training.monitor(training.method.backbone)
-    protocol = training.monitor.protocol
     epoch = done / training.steps_per_epoch
+    if accuracy is None:
+        journal.say(f"epoch {epoch:g}: kNN cannot be measured, the features are not finite")
+        return
     left_out = training.monitor.left_out
-    journal.result(
-        {
-            "by": "monitor",
-            "step": done,
-            "epoch": epoch,
-            "evaluation": f"knn k={protocol.k} temperature={protocol.temperature:g}",
-            "data": training.monitor.pair.description,
-            "accuracy": accuracy,
-            "interval": bootstrap_interval(accuracy, training.monitor.scored),
-            **({"left_out": left_out} if left_out else {}),
-        }
-    )
+    if journal.active:
+        settings = {**training.monitor.settings, **({"left_out": left_out} if left_out else {})}
+        journal.result(
+            {
+                "by": "monitor",
+                "step": done,
+                "epoch": epoch,
+                "evaluation": str(training.monitor.protocol),
+                "data": training.monitor.pair.description,
+                "accuracy": accuracy,
+                "interval": bootstrap_interval(accuracy, training.monitor.scored),
+                "protocol": settings,
+                "protocol_hash": protocol_hash(settings),
+                **({"left_out": left_out} if left_out else {}),
+            }
+        )
     without = f", without {left_out} images that cannot be read" if left_out else ""
     journal.say(f"epoch {epoch:g}: kNN {accuracy:.2%}{without} ({duration(time.monotonic() - started)})")
 

@@ -1,5 +1,9 @@
 """What is watched while training: kNN on a labelled set, shared among the processes, and gradients by layer."""
 
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -9,6 +13,8 @@ from sslkit.errors import UserError
 from sslkit.evaluate.features import Transform, extract_features
 from sslkit.evaluate.knn import KnnProtocol, knn_accuracy
 from sslkit.evaluate.labels import LabelledPair, open_pair
+from sslkit.evaluate.protocol import data_settings, knn_settings, preprocessing_settings
+from sslkit.evaluate.reading import Reading
 from sslkit.parts.collectives import copy_buffers_from_first, gather_rows, rank, world_size
 from sslkit.recipe import Recipe
 
@@ -29,10 +35,19 @@ class KnnMonitor:
         pair = open_pair(DataConfig(path=monitor.data, name=monitor.name), seed=recipe.train.seed)
         self.pair = _limit_bank(pair, monitor.max_train, recipe.train.seed)
         self.protocol = KnnProtocol(min(monitor.k, len(self.pair.train)), monitor.temperature)
-        self.left_out, self.scored = 0, len(self.pair.test)
+        self.left_out, self.scored, self.views = 0, len(self.pair.test), recipe.views
 
-    def __call__(self, backbone: nn.Module) -> float:
-        """Share of the monitor's test images classified right.
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The protocol, as `sslkit eval knn` would write it down for the same score."""
+        views = self.views
+        crop: dict[str, Any] = {"input_size": (3, views.size, views.size), "interpolation": views.interpolation}
+        crop |= {"mean": views.mean, "std": views.std, "crop_pct": views.crop_pct}
+        others = Reading().settings(), preprocessing_settings(crop), data_settings(self.pair)
+        return knn_settings(self.protocol, *others)
+
+    def __call__(self, backbone: nn.Module) -> float | None:
+        """Share of the monitor's test images classified right; None where features are not finite.
 
         Images that cannot be read are left out, of the bank and of the test, and counted in ``left_out``: a file that
         vanishes must not end a run. ``scored`` counts the test images that remain.
@@ -46,6 +61,8 @@ class KnnMonitor:
         self.left_out, self.scored = int((~kept).sum() + (~asked).sum()), int(asked.sum())
         if kept.sum() < self.protocol.k or not asked.any():
             raise UserError(f"[monitor] data: {self.left_out} images of {self.pair.description} cannot be read")
+        if not (bank[kept].isfinite().all() and queries[asked].isfinite().all()):
+            return None
         labels, truth = self.pair.train_labels[kept], self.pair.test_labels[asked]
         return knn_accuracy(bank[kept], labels, queries[asked], truth, self.protocol)
 
@@ -77,7 +94,7 @@ def _limit_bank(pair: LabelledPair, max_train: int, seed: int) -> LabelledPair:
         return pair
     chosen = np.sort(np.random.default_rng(seed).permutation(len(pair.train))[:max_train])
     labels = pair.train_labels[torch.from_numpy(chosen)]
-    return LabelledPair(pair.train.subset(chosen), pair.test, labels, pair.test_labels, pair.classes, pair.description)
+    return replace(pair, train=pair.train.subset(chosen), train_labels=labels)
 
 
 def layer_gradients(backbone: nn.Module) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from sslkit.engine.journal import read_lines
+from sslkit.engine.lines import read_lines
 from sslkit.recipe_tables import CheckpointConfig
 
 NAME = re.compile(r"step-(\d{8,})")

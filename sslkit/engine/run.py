@@ -22,7 +22,7 @@ from sslkit.engine.diagnostics import Diagnostics
 from sslkit.engine.folder import FREE_KEYS, Run, check_folder, find_checkpoint, open_folder
 from sslkit.engine.guard import BadStepError, Course, RewindError
 from sslkit.engine.heartbeat import Heartbeat, is_others_fault
-from sslkit.engine.images import BadSamples, check_same_images
+from sslkit.engine.images import BadSamples, same_images
 from sslkit.engine.journal import Journal
 from sslkit.engine.lock import hold_folder
 from sslkit.engine.loop import run_loop
@@ -31,7 +31,7 @@ from sslkit.engine.optim import make_optimizer
 from sslkit.engine.processes import make_accelerator
 from sslkit.engine.retention import checkpoint_name
 from sslkit.engine.saver import Saver
-from sslkit.engine.stopping import StopRequest, leave_marker, remove_marker
+from sslkit.engine.stopping import MARKER, StopRequest, die_with_launcher, leave_marker, remove_marker
 from sslkit.engine.training import Training
 from sslkit.errors import UserError
 from sslkit.methods import Method, find_method
@@ -59,12 +59,14 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
     folder = Path(output)
     check_folder(folder, recipe, resume)
     source = open_source(recipe.data).without_labels()
+    source, remarks = same_images(folder, source, recipe.data.max_bad_share)
     epoch_steps = steps_per_epoch(recipe, source)
-    check_same_images(folder, source)
     read_or_replace(source, recipe.train.seed, epoch=0, sample=0)  # images can be read at all
     accelerator = make_accelerator(recipe)
+    die_with_launcher()
     try:
-        return _train(recipe, folder, resume, source, epoch_steps, accelerator)
+        with StopRequest(recipe.train.max_hours) as stop:
+            return _train(recipe, folder, resume, source, epoch_steps, accelerator, stop, remarks)
     finally:
         accelerator.end_training()
         if accelerator.num_processes == 1:
@@ -72,9 +74,15 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
 
 
 def _train(
-    recipe: Recipe, folder: Path, resume: str, source: ImageSource, steps_per_epoch: int, accelerator: Accelerator
+    recipe: Recipe,
+    folder: Path,
+    resume: str,
+    source: ImageSource,
+    steps_per_epoch: int,
+    accelerator: Accelerator,
+    stop: StopRequest,
+    remarks: list[str],
 ) -> Run:
-    stop = StopRequest(recipe.train.max_hours)
     torch.manual_seed(recipe.train.seed)
     method = build_method(recipe, len(source))
     check_batch(recipe, method.bn_groups, accelerator.num_processes)
@@ -91,10 +99,10 @@ def _train(
             open_folder(folder, recipe, accelerator, source)
             remove_marker(folder)
         journal = Journal(folder, training.start_step, active=first)
-        for sentence in [*taken_over, *complaints, *_opening(training, source)]:
+        for sentence in [*taken_over, *remarks, *complaints, *_opening(training, source)]:
             journal.say(sentence)
         saver = Saver(folder, recipe, steps_per_epoch, training.start_step, journal.say, active=first)
-        with journal, saver, stop:
+        with journal, saver:
             if training.start_step >= last_step:
                 saver.complete(training.start_step, method.backbone)
                 return Run(folder, training.start_step)
@@ -109,7 +117,10 @@ def _close(training: Training, journal: Journal, saver: Saver, step: int, reason
     folder = training.folder
     if reason:
         if training.accelerator.is_main_process:
-            leave_marker(folder, step, reason)
+            try:
+                leave_marker(folder, step, reason)
+            except OSError as error:
+                journal.say(f"WARNING: {folder / MARKER} could not be written: {error.strerror or error}")
         journal.say(f"stopped at step {step} by {reason}; the same command continues")
         return
     for kept, why in saver.kept().items():

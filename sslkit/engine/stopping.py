@@ -4,17 +4,23 @@ Schedulers differ in what they send before they take a machine away: SIGTERM, SI
 All three mean the same here. The second one means "now".
 """
 
+import ctypes
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from sslkit.durable import replace_text
+
 RESUMABLE = 75  # exit code of a run that was stopped and can go on: EX_TEMPFAIL of sysexits.h
 MARKER = "PREEMPTED"  # file in the run folder, for scripts: launchers hide exit codes
+SAME = 0.5  # seconds in which signals are one: a terminal's and the launcher's, or one for each thread of its
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -31,7 +37,7 @@ class StopRequest:
     def __init__(self, max_hours: float) -> None:
         self.deadline = time.monotonic() + 3600 * max_hours if max_hours else math.inf
         self.max_hours = max_hours
-        self.heard = ""
+        self.heard, self.heard_at = "", 0.0
         self.before: dict[signal.Signals, Any] = {}
 
     @property
@@ -54,17 +60,30 @@ class StopRequest:
         self.before.clear()
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
-        if self.heard:
+        now = time.monotonic()
+        if self.heard and now - self.heard_at > SAME:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.heard = signal.Signals(number).name
+        if not self.heard:
+            self.heard, self.heard_at = signal.Signals(number).name, now
+
+
+def die_with_launcher() -> None:
+    """Ask the kernel for SIGTERM when the launcher that started this process ends, however it ends.
+
+    torchrun dies of a signal that it was not told to handle, such as Slurm's SIGUSR1, and leaves its processes alone.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def leave_marker(folder: Path, step: int, reason: str) -> None:
-    """Tell scripts that the run stopped on request after ``step`` updates, and may be started again."""
-    aside = folder / f".{MARKER}.tmp"
-    aside.write_text(f"step {step}: {reason}\n", encoding="utf-8")
-    aside.replace(folder / MARKER)
+    """Tell scripts that the run stopped on request after ``step`` updates, and may be started again.
+
+    Raises:
+        OSError: There is no room even for that.
+    """
+    replace_text(folder / MARKER, f"step {step}: {reason}\n")
 
 
 def remove_marker(folder: Path) -> None:

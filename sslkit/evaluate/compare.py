@@ -1,11 +1,20 @@
 """Scores side by side, of one protocol or not at all."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sslkit.errors import UserError
 
 Row = dict[str, Any]
+
+# Settings that are digests: no number would tell anybody more.
+DIGESTS = {
+    "train_digest": "the training images are not the same",
+    "test_digest": "the test images are not the same",
+    "labels": "the classes or the images' labels are not the same",
+    "chosen": "not the same images have labels",
+}
 
 
 def comparable(rows: Mapping[str, Sequence[Row]], evaluation: str = "") -> list[dict[str, Row]]:
@@ -38,12 +47,31 @@ def comparable(rows: Mapping[str, Sequence[Row]], evaluation: str = "") -> list[
 
 
 def _differences(newest: Mapping[str, Mapping[str, Row]]) -> str:
-    """What the models' newest scores differ in, setting by setting."""
-    last = {model: list(found.values())[-1] for model, found in newest.items()}
-    settings = {model: {"evaluation": row["evaluation"], **row["protocol"]} for model, row in last.items()}
-    names = sorted({name for each in settings.values() for name in each})
-    differing = [name for name in names if len({repr(each.get(name)) for each in settings.values()}) > 1]
+    """What the models' scores differ in, setting by setting: of each model's, those most like the first's newest."""
+    first = _settings(list(next(iter(newest.values())).values())[-1])
+    settings = {
+        model: min(
+            (_settings(row) for row in reversed(list(found.values()))), key=lambda each: len(_unlike(first, each))
+        )
+        for model, found in newest.items()
+    }
+    names = sorted({name for each in settings.values() for name in _unlike(first, each)})
     return "; ".join(
-        f"{name}: " + ", ".join(f"{each.get(name)!r} ({model})" for model, each in settings.items())
-        for name in differing
+        DIGESTS.get(name)
+        or f"{name}: " + ", ".join(f"{_in_words(each, name)} ({model})" for model, each in settings.items())
+        for name in names
     )
+
+
+def _settings(row: Row) -> dict[str, Any]:
+    return {"evaluation": row["evaluation"], **row["protocol"]}
+
+
+def _unlike(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Names of what two protocols do not share; as JSON, which knows no tuples."""
+    names = first.keys() | other.keys()
+    return [name for name in names if json.dumps(first.get(name)) != json.dumps(other.get(name))]
+
+
+def _in_words(settings: Mapping[str, Any], name: str) -> str:
+    return repr(settings[name]) if name in settings else "not recorded"

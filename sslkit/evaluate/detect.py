@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sslkit.data.loader import start_worker
 from sslkit.errors import UserError, near_miss
+from sslkit.evaluate.checks import check_rates, check_seed
 from sslkit.evaluate.detection.annotations import AnnotatedPair, open_annotated
 from sslkit.evaluate.detection.detector import Arch, choose_arch, make_detector
 from sslkit.evaluate.detection.picture import Picture
@@ -32,6 +33,7 @@ from sslkit.evaluate.detection.precision import (
 )
 from sslkit.evaluate.features import Encoder, load_encoder
 from sslkit.evaluate.judge import Judgement, Score
+from sslkit.evaluate.protocol import pictures_settings
 from sslkit.parts.backbone import family
 from sslkit.parts.schedules import warmup_then_steps
 
@@ -76,6 +78,10 @@ class DetectProtocol:
     base_lr: float = 0.0
     precise_bn_steps: int = 200
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed, "detect, --seed")
+        check_rates((self.base_lr,), "detect, --lr", zero=True)
 
     @staticmethod
     def named(name: str) -> "DetectProtocol":
@@ -166,7 +172,8 @@ def evaluate_detect(
         own = scored.measures["AP"], scored.intervals["AP"]
         scores.append(Score(name, *own, measures=scored.measures, intervals=scored.intervals))
     settings = {"kind": "detect", **vars(protocol), "arch": chosen, "masks": masks}
-    settings |= {"peak_lr": protocol.peak_lr(_is_vit(encoder)), "images": [len(pair.train), len(pair.test)]}
+    settings |= {"peak_lr": protocol.peak_lr(_is_vit(encoder)), "selection": "none, the last update"}
+    settings |= {name: list(encoder.preprocessing[name]) for name in ("mean", "std")} | pictures_settings(pair)
     named = (
         f"detect {protocol.name} {chosen}{' masks' if masks else ''}, {protocol.steps} steps of {protocol.batch_size}"
     )

@@ -7,6 +7,7 @@ import torch
 
 from sslkit.data.source import DataConfig, open_source
 from sslkit.errors import UserError
+from sslkit.evaluate.checks import check_seed
 from sslkit.evaluate.collapse import LabelFree, label_free
 from sslkit.evaluate.features import load_encoder
 from sslkit.evaluate.reading import Reading, read_features
@@ -66,9 +67,10 @@ def diagnose_encoder(
         seed: Of order and views.
 
     Raises:
-        UserError: Fewer than two images or views.
+        UserError: Fewer than two images or views, or features that are not finite.
     """
     reading = reading or Reading()
+    check_seed(seed, "diagnose, --seed")
     source = open_source(data).without_labels()
     count = min(images, len(source))
     if count < 2:
@@ -84,7 +86,5 @@ def diagnose_encoder(
         transform = each.training_transform()
         features = [read_features(each, source, transform, [reading], seed * views + view)[0] for view in range(views)]
         stacked = torch.stack(features, dim=1)
-        if not stacked.isfinite().all():
-            raise UserError(f"{each.description}: its features are not finite, so there is nothing to diagnose")
         contestants.append(Contestant(each.description, stacked.shape[2], label_free(stacked)))
     return Diagnosis(source.description, count, views, contestants)

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from sslkit.data.loader import start_worker
 from sslkit.data.source import ImageSource
 from sslkit.errors import UserError, near_miss
+from sslkit.evaluate.checks import check_rates, check_seed
 from sslkit.evaluate.features import Encoder, TransformedImages, build
 from sslkit.parts.layerwise import Lars
 from sslkit.parts.schedules import warmup_then_cosine, warmup_then_steps
@@ -81,6 +82,10 @@ class FinetuneProtocol:
     auto_augment: str = ""
     smallest_crop: float = 0.08
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed, "finetune, --seed")
+        check_rates((self.base_lr, self.layer_decay), "finetune, --lr and --layer-decay")
 
     @staticmethod
     def named(name: str, labels: str = "all") -> "FinetuneProtocol":

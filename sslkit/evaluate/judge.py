@@ -22,8 +22,15 @@ from sslkit.evaluate.features import (
 from sslkit.evaluate.finetune import FinetuneProtocol, Say, classify, finetune
 from sslkit.evaluate.knn import KnnProtocol, predict_all
 from sslkit.evaluate.labels import LabelledPair, open_pair
-from sslkit.evaluate.linear import EpochFeatures, LinearProtocol, linear_accuracy
-from sslkit.evaluate.protocol import bootstrap_interval, data_settings, protocol_hash
+from sslkit.evaluate.linear import HELD_OUT_CHOOSES, EpochFeatures, LinearProtocol, linear_accuracy
+from sslkit.evaluate.protocol import (
+    bootstrap_interval,
+    data_settings,
+    digest_of,
+    knn_settings,
+    preprocessing_settings,
+    protocol_hash,
+)
 from sslkit.evaluate.reading import Reading, read_features
 from sslkit.evaluate.subsets import choose_subset
 from sslkit.evaluate.sweep import SweepProtocol, sweep
@@ -122,7 +129,9 @@ def evaluate_knn_grid(
     reading = reading or Reading()
     pair = open_pair(data, train_split, test_split)
     scores: list[list[Score]] = [[] for _ in protocols]
+    crop: dict[str, Any] = {}
     for encoder in _contestants(model, baselines, reading):
+        crop = crop or preprocessing_settings(encoder.preprocessing if encoder else {})
         # The brightness that all pictures share drowns their differences: raw pixels are always centred.
         used = [protocol if encoder else replace(protocol, centre=True) for protocol in protocols]
         bank, queries = (_features(encoder, source, pair, reading) for source in (pair.train, pair.test))
@@ -131,11 +140,10 @@ def evaluate_knn_grid(
         for found, classes in zip(scores, predicted, strict=True):
             accuracy = float((classes.cpu() == pair.test_labels).float().mean())
             found.append(_score(encoder.description if encoder else RAW_PIXELS, accuracy, pair))
-    judgements = []
+    judgements, images = [], data_settings(pair)
     for protocol, found in zip(protocols, scores, strict=True):
-        settings = {"kind": "knn", **vars(protocol), **reading.settings(), **data_settings(pair)}
-        name = f"knn k={protocol.k} temperature={protocol.temperature:g}" + (" centred" if protocol.centre else "")
-        judgements.append(Judgement(name, pair.description, settings, found))
+        settings = knn_settings(protocol, reading.settings(), crop, images)
+        judgements.append(Judgement(f"{protocol}{_of(reading)}", pair.description, settings, found))
     return judgements
 
 
@@ -177,9 +185,11 @@ def evaluate_linear(
         test = _features(encoder, pair.test, pair, reading)
         score = linear_accuracy(train, pair.train_labels, test, pair.test_labels, used)
         scores.append(_score(encoder.description if encoder else RAW_PIXELS, score.accuracy, pair, score.chosen))
-        settings = settings or {"kind": "linear", **vars(used), "augment": online}
+        if encoder and not settings:
+            settings = {"kind": "linear", **vars(used), "augment": online, "selection": used.selection}
+            settings |= preprocessing_settings(encoder.preprocessing)
     settings |= {**reading.settings(), **data_settings(pair)}
-    return Judgement(f"linear {protocol}", pair.description, settings, scores)
+    return Judgement(f"linear {protocol}{_of(reading)}", pair.description, settings, scores)
 
 
 def evaluate_sweep(
@@ -209,6 +219,7 @@ def evaluate_sweep(
     pair = open_pair(data, train_split, test_split)
     scores: list[Score] = []
     grid: list[dict[str, Any]] = []
+    crop: dict[str, Any] = {}
     for encoder in _contestants(model, baselines, readings[0]):
         sides = [
             dict(zip(map(str, readings), _features_of_all(encoder, source, pair, readings), strict=False))
@@ -219,8 +230,10 @@ def evaluate_sweep(
         note = f"{best.reading}, lr {best.lr:g}, decay {best.weight_decay:g}" + (", normed" if best.norm else "")
         scores.append(_score(encoder.description if encoder else RAW_PIXELS, result.accuracy, pair, note))
         grid = grid or [vars(head) for head in result.grid]
-    settings = {"kind": "linear sweep", **vars(protocol), "readings": [reading.settings() for reading in readings]}
-    name = f"linear sweep of {len(grid)} heads"
+        crop = crop or preprocessing_settings(encoder.preprocessing if encoder else {})
+    settings = {"kind": "linear sweep", **vars(protocol), "selection": HELD_OUT_CHOOSES, **crop}
+    settings["layers"] = [str(reading) for reading in readings]
+    name = f"linear sweep of {len(grid)} heads{_of(*readings)}"
     return Judgement(name, pair.description, {**settings, **data_settings(pair)}, scores, grid=grid)
 
 
@@ -268,9 +281,16 @@ def evaluate_finetune(
         classifier = finetune(contestant, source, known, len(pair.classes), protocol, **options)
         right = classify(classifier, contestant, pair.test, workers) == pair.test_labels
         scores.append(_score(name, float(right.float().mean()), pair))
-    settings = {"kind": "finetune", **vars(protocol), "share": labels, "neck": neck is not None, **data_settings(pair)}
+    settings = {"kind": "finetune", **vars(protocol), "neck": neck is not None, "selection": "none, the last epoch"}
+    settings |= {**preprocessing_settings(encoder.preprocessing), **data_settings(pair)}
+    settings |= {"labelled_images": len(chosen), "chosen": digest_of(chosen)}
     named = f"finetune {protocol.name}, {protocol.epochs} epochs, {labels} of the labels ({len(chosen)})"
     return Judgement(named, pair.description, settings, scores)
+
+
+def _of(*readings: Reading) -> str:
+    """What an evaluation's name says of what is read, where that is not the output."""
+    return ", " + ", ".join(map(str, readings)) if any(reading.of_blocks for reading in readings) else ""
 
 
 def _score(encoder: str, accuracy: float, pair: LabelledPair, note: str = "") -> Score:

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sslkit.errors import UserError, near_miss
+from sslkit.evaluate.checks import check_finite
 
 QUERY_CHUNK, BANK_CHUNK = 1024, 16384
+VOTES_AT_ONCE = 2**24  # queries times classes
 GROUP = 64  # bank rows of which only the most similar is looked at first
 
 Prepare = Callable[[Tensor], Tensor]
@@ -41,6 +43,10 @@ class KnnProtocol:
         if name not in neighbours:
             raise UserError(f"knn: unknown protocol {name!r}{near_miss(name, neighbours)}; there are dino and instdisc")
         return [KnnProtocol(k, 0.07) for k in neighbours[name]]
+
+    def __str__(self) -> str:
+        """Its name in tables."""
+        return f"knn k={self.k} temperature={self.temperature:g}" + (" centred" if self.centre else "")
 
     def __post_init__(self) -> None:
         if not 0.0 < self.temperature < float("inf"):
@@ -97,6 +103,8 @@ def predict_all(
     queries: Tensor, bank: Tensor, labels: Tensor, num_classes: int, protocols: Sequence[KnnProtocol]
 ) -> list[Tensor]:
     """What `predict` gives under each protocol; neighbours are looked for once, and once more if some are centred."""
+    check_finite(bank, "knn, bank")
+    check_finite(queries, "knn, queries")
     predicted: dict[KnnProtocol, Tensor] = {}
     for centre in {protocol.centre for protocol in protocols}:
         alike = [protocol for protocol in protocols if protocol.centre == centre]
@@ -105,7 +113,7 @@ def predict_all(
                 raise UserError(
                     f"knn: k = {protocol.k} neighbours of a bank of {len(bank)} images; k must be within 1 and it"
                 )
-        mean = bank.mean(dim=0).to(queries.device) if centre else 0.0
+        mean = bank.mean(dim=0, dtype=torch.float32).to(queries.device) if centre else 0.0
         unit = partial(_unit, mean)
         similarity, rows = nearest(queries, bank, max(protocol.k for protocol in alike), unit)
         for protocol in alike:
@@ -114,17 +122,19 @@ def predict_all(
 
 
 def _unit(mean: Tensor | float, rows: Tensor) -> Tensor:
-    return normalize(rows - mean, dim=1)
+    return normalize(rows.float() - mean, dim=1)
 
 
 def _vote(similarity: Tensor, neighbours: Tensor, num_classes: int, protocol: KnnProtocol) -> Tensor:
     """Class of every query from its most similar neighbours' classes, (Q, at least k), most similar first."""
-    similarity, neighbours = similarity[:, : protocol.k], neighbours[:, : protocol.k]
-    votes = torch.zeros(len(similarity), num_classes, device=similarity.device, dtype=torch.float64)
     # Shifting by the best similarity changes no winner and keeps the exponential finite.
-    weights = ((similarity - similarity[:, :1]).double() / protocol.temperature).exp()
-    votes.scatter_add_(1, neighbours, weights)
-    return votes.argmax(dim=1)
+    weights = ((similarity[:, : protocol.k] - similarity[:, :1]).double() / protocol.temperature).exp()
+    rows = max(VOTES_AT_ONCE // num_classes, 1)
+    winners = []
+    for weight, voters in zip(weights.split(rows), neighbours[:, : protocol.k].split(rows), strict=True):
+        votes = weight.new_zeros(len(weight), num_classes)
+        winners.append(votes.scatter_add_(1, voters, weight).argmax(dim=1))
+    return torch.cat(winners)
 
 
 def predict(queries: Tensor, bank: Tensor, labels: Tensor, num_classes: int, protocol: KnnProtocol) -> Tensor:
@@ -132,7 +142,7 @@ def predict(queries: Tensor, bank: Tensor, labels: Tensor, num_classes: int, pro
 
     Args:
         queries: (Q, D) features.
-        bank: (N, D) features.
+        bank: (N, D) features, of any precision; similarities are computed in float32.
         labels: (N,) int64 classes of the bank.
         num_classes: Number of classes.
         protocol: How to count.
@@ -151,6 +161,9 @@ def knn_accuracy(
         queries: (Q, D) features of the test images.
         truth: (Q,) int64.
         protocol: Defaults to DINO's: cosine, k = 20, temperature 0.07.
+
+    Raises:
+        UserError: Features are not finite, or there are fewer than k.
     """
     num_classes = int(max(labels.max(), truth.max())) + 1
     predicted = predict(queries, bank, labels, num_classes, protocol or KnnProtocol())

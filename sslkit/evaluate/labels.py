@@ -23,6 +23,7 @@ class LabelledPair:
         test_labels: (len(test),) int64.
         classes: Class names in the order of their numbers.
         description: Which data and which split, for print.
+        split: How the two sides came about: the names of their splits, or what was held out of one.
     """
 
     train: ImageSource
@@ -31,6 +32,7 @@ class LabelledPair:
     test_labels: Tensor
     classes: list[str]
     description: str
+    split: str
 
 
 def open_pair(config: DataConfig, train_split: str = "train", test_split: str = "", seed: int = 0) -> LabelledPair:
@@ -51,15 +53,16 @@ def open_pair(config: DataConfig, train_split: str = "train", test_split: str = 
     if test_split:
         test = open_source(config.model_copy(update={"split": test_split}))
         description = f"{config.path}: {train_split} {len(train)} / {test_split} {len(test)} images"
+        split = f"{train_split} / {test_split}"
     else:
         order = np.random.default_rng(seed).permutation(len(train))
         held_out = max(round(len(train) * HELD_OUT), 1)
         train, test = train.subset(np.sort(order[held_out:])), train.subset(np.sort(order[:held_out]))
         description = f"{config.path}: {len(order)} images, {held_out} of them held out (seed {seed})"
+        split = f"{HELD_OUT:.0%} of {train_split} held out by seed {seed}"
     classes, numbers = np.unique([*train.labels(), *test.labels()], return_inverse=True)
     if len(classes) < 2:
         raise UserError(f"{config.path}: evaluation needs images of at least two classes, found {len(classes)}")
     labels = torch.from_numpy(numbers.astype(np.int64))
-    return LabelledPair(
-        train, test, labels[: len(train)], labels[len(train) :], [str(name) for name in classes], description
-    )
+    names = [str(name) for name in classes]
+    return LabelledPair(train, test, labels[: len(train)], labels[len(train) :], names, description, split)

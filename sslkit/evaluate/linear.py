@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sslkit.errors import UserError, near_miss
+from sslkit.evaluate.checks import as_features, check_seed
 
 C_GRID = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 HELD_OUT = 0.1
+HELD_OUT_CHOOSES = "by a tenth of the training images, held out by the seed"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,14 @@ class LinearProtocol:
     weight_decay: float = 0.0
     nesterov: bool = False
     init_std: float = 0.01
+
+    @property
+    def selection(self) -> str:
+        """On which images something is chosen."""
+        return HELD_OUT_CHOOSES if self.name == "logistic" else "the best epoch, by the test images"
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed, "linear")
 
     @staticmethod
     def named(name: str, *, is_vit: bool, seed: int = 0) -> "LinearProtocol":
@@ -92,14 +102,28 @@ def linear_accuracy(
         test: (Q, D) features.
         truth: (Q,) int64.
         protocol: Defaults to ``logistic``.
+
+    Features may be of any precision; everything is computed in float32.
+
+    Raises:
+        UserError: Features are not finite, or there are fewer than two training images.
     """
     protocol = protocol or LinearProtocol()
+    if len(labels) < 2:
+        raise UserError(f"linear: a classifier needs at least two training images, not {len(labels)}")
+    test = as_features(test, "linear, test")
     num_classes = int(max(labels.max(), truth.max())) + 1
+    epoch_features = _checked(train)
     if protocol.name == "logistic":
-        features = train(0) if callable(train) else train
-        return _logistic(features, labels, test, truth, num_classes, protocol)
-    epoch_features: EpochFeatures = train if callable(train) else (lambda _epoch: train)
+        return _logistic(epoch_features(0), labels, test, truth, num_classes, protocol)
     return _sgd(epoch_features, labels, test, truth, num_classes, protocol)
+
+
+def _checked(train: Tensor | EpochFeatures) -> EpochFeatures:
+    if callable(train):
+        return lambda epoch: as_features(train(epoch), f"linear, epoch {epoch + 1}")
+    features = as_features(train, "linear, train")
+    return lambda _epoch: features
 
 
 def fit_logistic(

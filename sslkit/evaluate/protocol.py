@@ -2,13 +2,18 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from sslkit.evaluate.detection.annotations import AnnotatedPair
+from sslkit.evaluate.identity import images_digest, pictures_digest
+from sslkit.evaluate.knn import KnnProtocol
 from sslkit.evaluate.labels import LabelledPair
 
 RESAMPLES = 10_000
+PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
 def protocol_hash(settings: dict[str, Any]) -> str:
@@ -18,11 +23,53 @@ def protocol_hash(settings: dict[str, Any]) -> str:
 
 
 def data_settings(pair: LabelledPair) -> dict[str, Any]:
-    """The data's part of a protocol: how many images of which classes in which order, wherever they lie."""
-    digest = hashlib.sha256("\0".join(pair.classes).encode())
-    for labels in (pair.train_labels, pair.test_labels):
-        digest.update(labels.numpy().tobytes())
-    return {"train_images": len(pair.train), "test_images": len(pair.test), "labels": digest.hexdigest()[:12]}
+    """The data's part of a protocol: which images, split how, with which labels, wherever they lie."""
+    return {
+        "split": pair.split,
+        "train_images": len(pair.train),
+        "test_images": len(pair.test),
+        "train_digest": images_digest(pair.train),
+        "test_digest": images_digest(pair.test),
+        "labels": digest_of("\0".join(pair.classes).encode(), pair.train_labels.numpy(), pair.test_labels.numpy()),
+    }
+
+
+def pictures_settings(pair: AnnotatedPair) -> dict[str, Any]:
+    """The data's part of a protocol of detection."""
+    return {
+        "split": pair.split,
+        "train_images": len(pair.train),
+        "test_images": len(pair.test),
+        "train_digest": pictures_digest(pair.train),
+        "test_digest": pictures_digest(pair.test),
+        "labels": digest_of("\0".join(pair.classes).encode()),
+    }
+
+
+def preprocessing_settings(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """The crop's and the normalisation's part of a protocol, as an encoder really has them.
+
+    Args:
+        preprocessing: timm's data config, complete.
+    """
+    settings = {name: preprocessing.get(name, "center" if name == "crop_mode" else None) for name in PREPROCESSING}
+    return {name: list(value) if isinstance(value, list | tuple) else value for name, value in settings.items()}
+
+
+def knn_settings(protocol: KnnProtocol, *others: Mapping[str, Any]) -> dict[str, Any]:
+    """A kNN protocol with everything else that its score depends on."""
+    settings: dict[str, Any] = {"kind": "knn", "metric": "cosine", "selection": "none", **vars(protocol)}
+    for each in others:
+        settings |= each
+    return settings
+
+
+def digest_of(*parts: "bytes | np.ndarray[Any, Any]") -> str:
+    """Twelve hexadecimal digits of bytes and arrays."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else part.tobytes())
+    return digest.hexdigest()[:12]
 
 
 def bootstrap_interval(accuracy: float, count: int, seed: int = 0) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sslkit.data.source import ImageSource
 from sslkit.errors import UserError, near_miss
+from sslkit.evaluate.checks import check_finite
 from sslkit.evaluate.features import Encoder, Transform, extract_features, features_key
 from sslkit.evaluate.store import FeatureStore
 
@@ -66,9 +67,8 @@ class Reading:
         return "output" if self.layer is None else f"block {self.layer}"
 
     def settings(self) -> dict[str, Any]:
-        """Its part of a protocol."""
-        settings = {"layer": self.layer, "last_blocks": self.last_blocks, "crop_pct": self.crop_pct}
-        return settings | ({"patch_mean": True} if self.patch_mean else {})
+        """Its part of a protocol: layer and pooling; the crop is the encoder's."""
+        return {"layer": str(self)}
 
     def taken_alike(self, other: "Reading") -> bool:
         """Whether both can come from one pass: they differ in nothing but what is read."""
@@ -178,6 +178,9 @@ def read_features(
         transform: From a picture to the encoder's input.
         readings: What to read; how (crop, workers, batch, store) must be the same for all.
         seed: Of a random transform, whose features are not kept; None for one that draws nothing.
+
+    Raises:
+        UserError: Features are not finite.
     """
     first, device = readings[0], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not all(reading.taken_alike(first) for reading in readings):
@@ -188,6 +191,7 @@ def read_features(
         features = extract_features(
             module, images, transform, device=device, batch_size=first.batch_size, workers=first.workers, seed=seed
         )
+        check_finite(features, encoder.description)
         return list(features.split(module.widths, dim=1)) if isinstance(module, Reader) else [features]
 
     distinct = {str(reading): reading for reading in readings}

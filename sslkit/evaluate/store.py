@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,8 +27,8 @@ class FeatureStore:
     """A folder of features, each in a folder named by what they are of.
 
     An extraction that stops half-way keeps its finished shards and goes on from them. Several processes may work on
-    the same features: each begins at another shard and leaves out what is there. What was not used for longest is
-    removed when the limit is passed.
+    the same features: each begins at another shard and leaves out what is there. A file that is damaged counts as one
+    that is not there, and is replaced. What was not used for longest is removed when the limit is passed.
 
     Attributes:
         folder: Where to keep them.
@@ -65,7 +66,7 @@ class FeatureStore:
         """
         entries = [self.folder / key for key in keys]
         try:
-            missing = [entry for entry in entries if not (entry / MERGED).is_file()]
+            missing = [entry for entry in entries if not _is_whole(entry / MERGED, count)]
             if missing:
                 self._fill(missing, count, extract)
                 self._make_room(entries)
@@ -83,10 +84,15 @@ class FeatureStore:
         shards = [range(start, min(start + self.shard, count)) for start in range(0, count, self.shard)]
         first = int(os.environ.get("RANK", os.getpid())) % len(shards)
         for number in [*range(first, len(shards)), *range(first)]:
-            absent = [each for each in entries if not _part(each, number).is_file() and not (each / MERGED).is_file()]
+            rows = shards[number]
+            absent = [
+                each
+                for each in entries
+                if not _is_whole(_part(each, number), len(rows)) and not _is_whole(each / MERGED, count)
+            ]
             if absent:
-                for entry, rows in zip(absent, extract([each.name for each in absent], shards[number]), strict=True):
-                    _replace(_part(entry, number), partial(save_file, {"features": rows.float().contiguous()}))
+                for entry, found in zip(absent, extract([each.name for each in absent], rows), strict=True):
+                    _replace(_part(entry, number), partial(save_file, {"features": found.float().contiguous()}))
         for entry in entries:
             _finish(entry, len(shards), count)
 
@@ -106,13 +112,26 @@ class FeatureStore:
 def _finish(entry: Path, shards: int, count: int) -> None:
     """One file instead of the parts."""
     try:
-        if not (entry / MERGED).is_file():
+        if not _is_whole(entry / MERGED, count):
             _replace(entry / MERGED, partial(_merge, [_part(entry, number) for number in range(shards)], count))
     except FileNotFoundError:
-        if not (entry / MERGED).is_file():  # else another process has merged them, and removed its parts
+        if not _is_whole(entry / MERGED, count):  # else another process has merged them, and removed its parts
             raise
     for part in entry.glob("part-*"):
         part.unlink(missing_ok=True)
+
+
+def _is_whole(file: Path, rows: int) -> bool:
+    """Whether a file of features is there, as long as its header says, and has so many rows."""
+    if not file.is_file():
+        return False
+    try:
+        with safe_open(file, "pt") as opened:
+            features = opened.get_slice("features")
+            shape: list[int] = features.get_shape()
+            return features.get_dtype() == "F32" and len(shape) == 2 and shape[0] == rows
+    except (SafetensorError, FileNotFoundError):  # the latter: another process has just removed it
+        return False
 
 
 def _part(entry: Path, number: int) -> Path:

@@ -33,7 +33,7 @@ def choose_subset(source: ImageSource, labels: NDArray[np.int64], words: str, se
         return _of_each_class(labels, seed, lambda count: max(round(share * count), 1))
     if words.endswith("-shot"):
         shots = _number(words, words.removesuffix("-shot"))
-        if shots < 1 or shots != int(shots):
+        if not shots >= 1 or not shots.is_integer():
             raise UserError(f"--labels {words}: a whole number of images of each class, such as 5-shot")
         fewest = min(Counter(labels.tolist()).values())
         if shots > fewest:
@@ -62,17 +62,22 @@ def _listed(source: ImageSource, file: Path) -> NDArray[np.int64]:
     """Images whose path, or its last one, two or three parts, stand in ``file``."""
     if not file.is_file():
         raise UserError(f"--labels {file}: no such file; write 10%, 5-shot, all or a file that names images")
-    wanted = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        wanted = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--labels {file}: is not a text file that can be read: {error}") from error
+    if not wanted:
+        raise UserError(f"--labels {file}: names no image; write one name a line")
     positions: dict[str, list[int]] = {}
     for index, path in enumerate(source.paths()):
         parts = Path(path).parts
         for name in {path, *("/".join(parts[-length:]) for length in (1, 2, 3))}:
             positions.setdefault(name, []).append(index)
     absent = [name for name in wanted if name not in positions]
-    if absent or not wanted:
+    if absent:
         raise UserError(
-            f"--labels {file}: {len(absent)} of its {len(wanted)} names are not in {source.description}"
-            + (f", the first is {absent[0]!r}" if absent else "")
+            f"--labels {file}: {len(absent)} of its {len(wanted)} names are not in {source.description}, "
+            f"the first is {absent[0]!r}"
         )
     twice = [name for name in wanted if len(positions[name]) > 1]
     if twice:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import batch_norm, cross_entropy
+from torch.nn.functional import batch_norm
 
 from sslkit.errors import UserError
+from sslkit.evaluate.checks import as_features, check_rates, check_seed
 
 HELD_OUT = 0.1
 SCORED_AT_ONCE = 1024
@@ -40,6 +41,15 @@ class SweepProtocol:
     batch_size: int = 256
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_rates(self.lrs, "linear sweep, --lr")
+        check_rates(self.weight_decays, "linear sweep, --weight-decay", zero=True)
+        check_seed(self.seed, "linear sweep, --seed")
+        if self.epochs < 1 or self.batch_size < 2:
+            raise UserError(
+                f"linear sweep: needs an epoch and two images a batch, not {self.epochs} and {self.batch_size}"
+            )
+
 
 @dataclass(frozen=True)
 class Head:
@@ -62,7 +72,11 @@ class SweepScore:
 
 
 class _Heads:
-    """All heads of one kind of features and one choice of norm, their weights side by side: (D, classes x heads)."""
+    """All heads of one kind of features and one choice of norm, their weights side by side: (D, classes x heads).
+
+    On a CPU two matrix products are nearly all of an update, so the rest takes few passes over the weights: SGD's
+    velocities are kept times their rates, and a product adds itself to them.
+    """
 
     def __init__(
         self,
@@ -78,8 +92,9 @@ class _Heads:
         self.classes, self.norm, self.settings = classes, norm, settings
         self.weight = one.to(device).repeat_interleave(len(settings), dim=1)
         self.bias = torch.zeros(classes * len(settings), device=device)
-        self.velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
-        self.lr, self.decay = torch.tensor(settings, device=device).repeat(classes, 1).T
+        self.moving = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        self.lr, decay = torch.tensor(settings, device=device).repeat(classes, 1).T
+        self.shrinking = self.lr * decay if decay.any() else None
         self.mean, self.variance = torch.zeros(width, device=device), torch.ones(width, device=device)
 
     def logits(self, features: Tensor, training: bool = False) -> tuple[Tensor, Tensor]:
@@ -93,14 +108,16 @@ class _Heads:
         """One step of SGD for every head; the gradient of a softmax regression is short enough to write down."""
         inputs, logits = self.logits(features, training=True)
         # CPUs are ten times slower on numbers as small as a saturated softmax has.
-        error = torch.threshold_(logits.softmax(dim=1), 1e-20, 0.0).div_(len(labels))
-        error[torch.arange(len(labels), device=labels.device), labels] -= 1.0 / len(labels)
-        error = error.flatten(1)
-        for param, speed, gradient in zip(
-            (self.weight, self.bias), self.velocity, (inputs.T @ error, error.sum(dim=0)), strict=True
-        ):
-            speed.mul_(MOMENTUM).add_(gradient).addcmul_(param, self.decay)
-            param.addcmul_(self.lr, speed, value=-factor)
+        error = torch.threshold_(logits.softmax(dim=1), 1e-20, 0.0)
+        error[torch.arange(len(labels), device=labels.device), labels] -= 1.0
+        error = error.flatten(1).mul_(self.lr / len(labels))
+        of_weight, of_bias = self.moving
+        of_weight.addmm_(inputs.T, error, beta=MOMENTUM)
+        of_bias.mul_(MOMENTUM).add_(error.sum(dim=0))
+        for param, moving in zip((self.weight, self.bias), self.moving, strict=True):
+            if self.shrinking is not None:
+                moving.addcmul_(param, self.shrinking)
+            param.sub_(moving, alpha=factor)
 
     def scores(self, features: Tensor, labels: Tensor) -> list[tuple[float, float]]:
         """Accuracy and, to tell equals apart, minus the loss of each head."""
@@ -109,8 +126,8 @@ class _Heads:
             truth = truth.to(self.weight.device)
             logits = self.logits(rows.to(self.weight.device))[1]
             right.append((logits.argmax(dim=1) == truth[:, None]).sum(dim=0))
-            each = [cross_entropy(one, truth, reduction="sum") for one in logits.unbind(dim=2)]
-            losses.append(torch.stack(each).double())
+            likelihoods = logits.log_softmax(dim=1)[torch.arange(len(truth), device=truth.device), truth]
+            losses.append(-likelihoods.double().sum(dim=0))
         shares = torch.stack(right).sum(dim=0) / len(labels)
         means = torch.stack(losses).sum(dim=0) / len(labels)
         return [
@@ -131,9 +148,16 @@ def sweep(
         test: (Q, D) features for each reading.
         truth: (Q,) int64.
         protocol: The grid, trained on a GPU if there is one; features stay where they are but for a batch.
+
+    Raises:
+        UserError: An empty grid, features that are not finite, or fewer than three training images.
     """
     if not (protocol.lrs and protocol.weight_decays and protocol.norms and train):
         raise UserError("linear sweep: the grid is empty; give at least one rate, weight decay and reading")
+    if len(labels) < 3:
+        raise UserError(f"linear sweep: needs at least three training images, not {len(labels)}")
+    train = {reading: as_features(features, f"linear sweep, train, {reading}") for reading, features in train.items()}
+    test = {reading: as_features(features, f"linear sweep, test, {reading}") for reading, features in test.items()}
     classes = int(max(labels.max(), truth.max())) + 1
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(protocol.seed))
     held_out = max(round(len(labels) * HELD_OUT), 1)

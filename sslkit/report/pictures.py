@@ -8,7 +8,7 @@ import numpy as np
 from sslkit.data.policies import LARGE_VIEWS
 from sslkit.data.source import open_source
 from sslkit.data.views import ViewPipeline
-from sslkit.engine.journal import read_lines
+from sslkit.engine.lines import read_lines
 from sslkit.errors import UserError
 from sslkit.recipe import Recipe, load_recipe
 

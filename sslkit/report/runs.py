@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sslkit.durable import refuse_links
-from sslkit.engine.journal import read_lines
+from sslkit.engine.lines import read_lines
 from sslkit.errors import UserError
 from sslkit.recipe import Recipe, load_recipe
 

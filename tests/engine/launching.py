@@ -23,10 +23,13 @@ def write_recipe(folder: Path, name: str = "moco_v2", model: str = "test_resnet"
     return file
 
 
-def start(words: list[str], processes: int = 1, launcher: list[str] | None = None) -> subprocess.Popen[str]:
+def start(
+    words: list[str], processes: int = 1, launcher: list[str] | None = None, env: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
     """Start ``python words`` under torchrun if there are to be two; its output is merged."""
+    more = env or {}
     env = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{env.get('PYTHONPATH', '')}"}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{env.get('PYTHONPATH', '')}", **more}
     command = [sys.executable, *(TORCHRUN if processes == 2 else []), *(launcher or []), *words]
     return subprocess.Popen(
         command,

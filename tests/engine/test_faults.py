@@ -12,7 +12,7 @@ import sslkit
 from sslkit.engine import run as run_module
 from sslkit.engine.draws import draw_key, shuffle_order
 from sslkit.engine.guard import BadStepError
-from sslkit.engine.journal import read_lines
+from sslkit.engine.lines import read_lines
 from sslkit.errors import UserError
 from sslkit.methods.base import Step
 

@@ -18,7 +18,7 @@ from sslkit.data.loader import epoch_order
 from sslkit.engine import run as run_module
 from sslkit.engine.checkpoint import newest_checkpoint
 from sslkit.engine.guard import BadStepError, Course, Guard
-from sslkit.engine.journal import read_lines
+from sslkit.engine.lines import read_lines
 from sslkit.engine.replay import replay_capsule
 from sslkit.errors import UserError
 from sslkit.methods import METHODS

@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from conftest import small_recipe
 from torch import nn
 
 import sslkit
 from sslkit.engine.monitors import layer_gradients
+from sslkit.engine.run import make_monitor
 
 
 def test_layers_are_named_in_order_and_their_norms_add_up() -> None:
@@ -40,3 +42,13 @@ def test_a_run_logs_them_only_if_asked(tmp_path: Path) -> None:
         layers = [key for key in run.metrics()[0] if key.startswith("gradient/")]
         assert ("gradient/blocks.0" in layers) == asked
         assert "gradient/patch_embed" not in layers  # frozen
+
+
+def test_features_that_are_not_numbers_have_no_score_and_end_no_run(class_folders: Path) -> None:
+    recipe = small_recipe(monitor={"every_epochs": 1, "data": str(class_folders), "k": 3})
+    monitor = make_monitor(recipe, Accelerator())
+    assert monitor is not None
+    backbone = timm.create_model("test_resnet", num_classes=0)
+    assert isinstance(monitor(backbone), float)
+    backbone.conv1[0].weight.data[0, 0, 0, 0] = float("nan")
+    assert monitor(backbone) is None

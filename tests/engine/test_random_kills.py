@@ -14,7 +14,7 @@ from launching import finish, pretrain, start
 
 import sslkit
 from sslkit.engine.checkpoint import newest_checkpoint
-from sslkit.engine.journal import read_lines
+from sslkit.engine.lines import read_lines
 from sslkit.methods import METHODS
 
 KILLS = 5  # per method and number of processes

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import small_recipe
+from launching import finish, pretrain, start, write_recipe
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -86,6 +87,24 @@ def test_killed_in_mid_flight(tmp_path: Path) -> None:
     assert [row["loss"] for row in lines[0]] == [row["loss"] for row in lines[1]]
     third = subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True, text=True)
     assert "nothing to do" in third.stdout
+
+
+def test_another_number_of_processes_sees_the_same_batches(tmp_path: Path) -> None:
+    """One process, then two, then one again, against one all the way: the same samples, losses but for rounding."""
+    words = {"checkpoint": {"every_steps": 2}, "guard": {"compare_every": 1}}
+    for steps, processes, folder in ((2, 1, "mixed"), (4, 2, "mixed"), (6, 1, "mixed"), (6, 1, "whole")):
+        recipe = write_recipe(tmp_path, "moco_v3", "test_vit", train={"max_steps": steps}, **words)
+        process = start(pretrain(recipe, tmp_path / folder), processes=processes)
+        said = finish(process)
+        assert process.returncode == 0, said
+    mixed, whole = (sslkit.Run(tmp_path / folder, 6).metrics() for folder in ("mixed", "whole"))
+    assert [row["step"] for row in mixed] == [1, 2, 3, 4, 5, 6]
+    for one, other in zip(mixed, whole, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    ours, theirs = (weights(tmp_path / folder, 6) for folder in ("mixed", "whole"))
+    for name, tensor in theirs.items():
+        if name.startswith("backbone.") and name.endswith("weight"):  # AdamW magnifies the noise of small gradients
+            assert (ours[name] - tensor).norm() <= 2e-3 * tensor.norm(), name
 
 
 def test_torn_checkpoints_are_passed_over_by_name(tmp_path: Path) -> None:

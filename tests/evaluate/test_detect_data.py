@@ -1,5 +1,6 @@
 """Detection's data and its score: folders read exactly, COCO's average precision against its definition."""
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -108,6 +109,66 @@ def test_bad_folders_get_one_sentence(rendered: Callable[[str], Path], tmp_path:
         open_annotated(voc)
     with pytest.raises(UserError, match="boxes only"):
         evaluate_detect("test_resnet", rendered("voc"), DetectProtocol.named("voc"), masks=True)
+
+
+BOX = {"xmin": "1", "ymin": "1", "xmax": "4", "ymax": "4"}
+
+
+@pytest.mark.parametrize(
+    ("size", "box", "sentence"),
+    [
+        ("5", {"xmax": "nan"}, r"a box of 0001 is \[0.0, 0.0, nan, 4.0\], not four finite numbers"),
+        ("5", {"ymin": "-inf"}, "not four finite numbers"),
+        ("5", {"xmin": "1e300"}, "not four finite numbers"),
+        ("5", {"xmin": "6"}, "a box of 0001.png ends before it begins"),
+        ("inf", {}, "cannot convert float infinity to integer"),
+        ("nan", {}, "cannot convert float NaN to integer"),
+        ("0", {}, "0001.png is said to be 0 x 5 pixels"),
+    ],
+)
+def test_numbers_that_no_voc_picture_has(tmp_path: Path, size: str, box: dict[str, str], sentence: str) -> None:
+    for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (tmp_path / part).mkdir(parents=True)
+    for split in ("train", "val"):
+        (tmp_path / "ImageSets" / "Main" / f"{split}.txt").write_text("0001\n")
+    (tmp_path / "JPEGImages" / "0001.png").touch()
+    edges = "".join(f"<{edge}>{value}</{edge}>" for edge, value in (BOX | box).items())
+    (tmp_path / "Annotations" / "0001.xml").write_text(
+        f"<annotation><size><width>{size}</width><height>5</height></size>"
+        f"<object><name>cat</name><bndbox>{edges}</bndbox></object></annotation>"
+    )
+    with pytest.raises(UserError, match=rf"0001\.xml: is not a readable VOC annotation \(.*{sentence}"):
+        open_annotated(tmp_path)
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(UserError, match=r"train\.txt: is not a list that can be read"):
+        open_annotated(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("image", "thing", "sentence"),
+    [
+        ({}, {"bbox": [0, 0, float("nan"), 3]}, r"a box of 1\.png is \[0.0, 0.0, nan, 3.0\], not four finite numbers"),
+        ({}, {"bbox": [0, 0, float("inf"), 3]}, "not four finite numbers"),
+        ({}, {"bbox": [0, 0, 3, 3, 0, 0, 3, 3]}, "not four finite numbers"),
+        ({}, {"bbox": [0, 0, -3, 3]}, r"a box of 1\.png ends before it begins"),
+        ({}, {"area": float("nan")}, r"an area of 1\.png is not finite"),
+        ({"width": float("inf")}, {}, "cannot convert float infinity to integer"),
+        ({"height": -5}, {}, r"1\.png is said to be 5 x -5 pixels"),
+    ],
+)
+def test_numbers_that_no_coco_picture_has(
+    tmp_path: Path, image: dict[str, Any], thing: dict[str, Any], sentence: str
+) -> None:
+    (tmp_path / "1.png").touch()
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 5, "height": 5} | image],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 3, 3]} | thing],
+    }
+    for split in ("train", "val"):
+        (tmp_path / f"instances_{split}.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"instances_train\.json: is not a readable COCO annotation \(.*{sentence}"):
+        open_annotated(tmp_path)
 
 
 def picture_of(boxes: list[list[float]], ignored: list[bool] | None = None) -> Picture:

@@ -1,5 +1,7 @@
 """kNN and the linear probe against golden values, naive loops and scikit-learn."""
 
+import resource
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,19 @@ def test_votes_equal_a_naive_loop() -> None:
             votes[labels[index]] += (similarity[index] / 0.1).exp()
         right += int(votes.argmax() == label)
     assert knn_accuracy(bank, labels, queries, truth, KnnProtocol(15, 0.1)) == pytest.approx(right / 60)
+
+
+def test_votes_are_counted_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """50 000 queries of 21 000 classes would be 8.4 GB of votes at once."""
+    similarity = torch.rand(4000, 20, generator=torch.Generator().manual_seed(0)).sort(dim=1, descending=True).values
+    neighbours = torch.randint(21_000, (4000, 20), generator=torch.Generator().manual_seed(1))
+    neighbours[:, 3:7] = neighbours[:, :1]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    predicted = knn_module._vote(similarity, neighbours, 21_000, KnnProtocol(20))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB; at once it were 656 250
+    assert torch.equal(predicted, neighbours[:, 0])
+    monkeypatch.setattr(knn_module, "VOTES_AT_ONCE", 1)
+    assert torch.equal(knn_module._vote(similarity[:50], neighbours[:50], 21_000, KnnProtocol(20)), predicted[:50])
 
 
 def test_one_neighbour_on_the_bank_itself_is_perfect_and_small_temperatures_are_finite() -> None:

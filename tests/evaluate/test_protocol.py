@@ -1,19 +1,39 @@
 """Scores know their protocol and their uncertainty; scores of other protocols are not compared."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import timm
+from conftest import small_recipe
 from scipy.stats import binom
 from test_cli import run
 
-from sslkit.data.source import DataConfig
+import sslkit
+from sslkit.data.source import DataConfig, open_source
+from sslkit.engine.journal import read_lines
 from sslkit.errors import UserError
-from sslkit.evaluate import KnnProtocol, evaluate_knn
+from sslkit.evaluate import (
+    FinetuneProtocol,
+    KnnProtocol,
+    evaluate_finetune,
+    evaluate_knn,
+    evaluate_linear,
+    load_encoder,
+)
 from sslkit.evaluate.compare import comparable
-from sslkit.evaluate.protocol import bootstrap_interval, protocol_hash
+from sslkit.evaluate.detection.annotations import open_annotated
+from sslkit.evaluate.identity import images_digest
+from sslkit.evaluate.judge import evaluate_sweep
+from sslkit.evaluate.labels import open_pair
+from sslkit.evaluate.protocol import bootstrap_interval, pictures_settings, protocol_hash
+from sslkit.evaluate.reading import Reading
+from sslkit.evaluate.subsets import choose_subset
+from sslkit.evaluate.sweep import SweepProtocol
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +71,118 @@ def test_scores_carry_their_protocol(encoders: list[str], class_folders: Path) -
     assert low <= first.scores[0].accuracy <= high
 
 
+def copied(class_folders: Path, folder: Path) -> Path:
+    """The same files elsewhere, with other times."""
+    shutil.copytree(class_folders, folder, copy_function=shutil.copyfile)
+    return folder
+
+
+def hash_of(encoder: str, data: Path, **options: Any) -> str:
+    return evaluate_knn(encoder, DataConfig(path=str(data)), KnnProtocol(k=3), **options).protocol_hash
+
+
+def test_copies_of_encoder_and_data_have_one_hash(encoders: list[str], class_folders: Path, tmp_path: Path) -> None:
+    twin = shutil.copytree(encoders[0], tmp_path / "encoder")
+    data = DataConfig(path=str(class_folders)), DataConfig(path=str(copied(class_folders, tmp_path / "deep" / "data")))
+    quick = FinetuneProtocol("quick", 1, 8, 0.01, seed=3)
+    for judge in (
+        lambda model, data: evaluate_knn(model, data, KnnProtocol(k=3)),
+        lambda model, data: evaluate_linear(model, data),
+        lambda model, data: evaluate_sweep(model, data, SweepProtocol(epochs=1)),
+        lambda model, data: evaluate_finetune(model, data, quick, labels="1-shot", scratch=False),
+    ):
+        first, second = judge(encoders[0], data[0]), judge(str(twin), data[1])
+        assert first.protocol_hash == second.protocol_hash
+        assert str(class_folders) not in json.dumps(first.protocol)
+
+
+@pytest.mark.parametrize("what", ["name", "size", "content", "one less"])
+def test_other_images_have_another_hash(encoders: list[str], class_folders: Path, tmp_path: Path, what: str) -> None:
+    data = copied(class_folders, tmp_path / "data")
+    before = hash_of(encoders[0], data)
+    file = sorted(data.rglob("*.png"))[5]
+    if what == "name":
+        file.rename(file.with_name(f"{file.stem}b.png"))
+    elif what == "size":
+        file.write_bytes(file.read_bytes() + b"0")
+    elif what == "content":  # of the same size: a bit of a comment
+        encoded = bytearray(file.read_bytes())
+        encoded[-1] ^= 1
+        file.write_bytes(encoded)
+    else:
+        file.unlink()
+    assert hash_of(encoders[0], data) != before
+
+
+def test_an_embedded_image_counts_by_its_bytes() -> None:
+    source = open_source(DataConfig(path="builtin:fashion_mnist", split="test"))
+    digests = {images_digest(source.subset(np.array(rows))) for rows in ([0, 1, 2], [0, 2, 1], [0, 1, 3], [0, 1])}
+    assert len(digests) == 4
+    assert images_digest(source.subset(np.array([0, 1, 2]))) in digests
+
+
+def test_the_crop_is_the_encoders_own(encoders: list[str], class_folders: Path, tmp_path: Path) -> None:
+    """A model's own crop is the same protocol as that crop asked for, and not that of a model with another."""
+    own = load_encoder(encoders[0]).preprocessing
+    first = evaluate_knn(encoders[0], DataConfig(path=str(class_folders)), KnnProtocol(k=3))
+    assert {name: first.protocol[name] for name in own} == own
+    asked, other = (hash_of(encoders[0], class_folders, reading=Reading(crop_pct=each)) for each in (0.95, 0.8))
+    assert asked == first.protocol_hash == hash_of(encoders[0], class_folders)
+    assert other != asked
+    for name, value in (("crop_pct", 0.5), ("mean", [0.1, 0.2, 0.3]), ("interpolation", "bicubic"), ("input_size", 64)):
+        changed = shutil.copytree(encoders[0], tmp_path / name)
+        config = json.loads((changed / "config.json").read_text())
+        config["pretrained_cfg"][name] = [3, value, value] if name == "input_size" else value
+        (changed / "config.json").write_text(json.dumps(config))
+        assert hash_of(str(changed), class_folders) != asked, name
+    assert hash_of(encoders[0], class_folders, reading=Reading(layer=1)) != asked
+
+
+def test_a_subset_is_which_images_not_which_words(encoders: list[str], class_folders: Path, tmp_path: Path) -> None:
+    data = DataConfig(path=str(class_folders))
+    pair = open_pair(data)
+    chosen = choose_subset(pair.train, pair.train_labels.numpy(), "1-shot", 3)
+    paths = pair.train.paths()
+    for name, rows in (
+        ("same", chosen),
+        ("others", [*chosen[:-1], *({*range(len(paths))} - {*chosen})][: len(chosen)]),
+    ):
+        (tmp_path / name).write_text("".join(f"{paths[row]}\n" for row in rows))
+    hashes = [
+        evaluate_finetune(
+            encoders[0], data, FinetuneProtocol("quick", 1, 8, 0.01, seed=seed), labels=words, scratch=False
+        ).protocol_hash
+        for words, seed in (("1-shot", 3), (str(tmp_path / "same"), 3), (str(tmp_path / "others"), 3), ("1-shot", 4))
+    ]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3
+
+
+def test_the_monitors_score_is_that_of_eval_knn(
+    capsys: pytest.CaptureFixture[str], class_folders: Path, tmp_path: Path
+) -> None:
+    monitor = {"every_epochs": 1, "data": str(class_folders), "k": 3}
+    sslkit.train(small_recipe("moco_v2", "test_resnet", monitor=monitor, train={"max_steps": 2}), tmp_path / "run")
+    code, _, _ = run(capsys, "eval", "knn", str(tmp_path / "run"), "--data", str(class_folders), "--k", "3")
+    assert code == 0
+    watched, judged = read_lines(tmp_path / "run" / "results.jsonl")
+    assert (watched["by"], judged["by"]) == ("monitor", "eval")
+    assert watched["protocol"] == judged["protocol"]
+    assert (watched["protocol_hash"], watched["accuracy"]) == (judged["protocol_hash"], judged["accuracy"])
+
+
+def test_annotated_pictures_are_known_wherever_they_lie(rendered: Callable[[str], Path], tmp_path: Path) -> None:
+    for layout in ("voc", "coco"):
+        folder = tmp_path / layout / "copy"
+        shutil.copytree(rendered(layout), folder, copy_function=shutil.copyfile)
+        settings = [pictures_settings(open_annotated(place)) for place in (rendered(layout), folder)]
+        assert settings[0] == settings[1]
+        picture = open_annotated(folder).test[0].file
+        picture.write_bytes(picture.read_bytes()[:-1] + b"9")
+        moved = pictures_settings(open_annotated(folder))
+        assert [name for name in moved if moved[name] != settings[0][name]] == ["test_digest"]
+
+
 def row(digest: str, accuracy: float, **protocol: object) -> dict[str, object]:
     settings = {"protocol": protocol, "protocol_hash": digest, "accuracy": accuracy, "interval": (0, 1)}
     return {"evaluation": "knn k=20", **settings}
@@ -62,6 +194,15 @@ def test_only_the_same_protocol_is_compared() -> None:
     assert [{model: found["accuracy"] for model, found in group.items()} for group in groups] == [{"x": 0.6, "y": 0.7}]
     with pytest.raises(UserError, match=r"no protocol in common.*k: 20 \(x\), 10 \(y\)"):
         comparable({"x": [old], "y": [other]})
+    here, there = row("a", 0.5, k=20, test_digest="e5", chosen="a", mean=(0.5,)), row("b", 0.5, k=20, test_digest="0f")
+    with pytest.raises(UserError) as refused:
+        comparable(
+            {"x": [here], "y": [row("c", 0.1, k=7, test_digest="7"), there, row("d", 0.2, k=5, test_digest="7")]}
+        )
+    assert str(refused.value).endswith(
+        "nothing to compare: not the same images have labels; mean: (0.5,) (x), not recorded (y); "
+        "the test images are not the same"
+    )
     with pytest.raises(UserError, match="y has no scores of linear"):
         comparable({"x": [{**old, "evaluation": "linear"}], "y": [other]}, "linear")
     with pytest.raises(UserError, match="two or more"):

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from sslkit.data.source import DataConfig, open_source
 from sslkit.errors import UserError
@@ -55,6 +56,36 @@ def test_a_stopped_extraction_goes_on(tmp_path: Path) -> None:
     torch.testing.assert_close(store.features("ab", 8, extract), rows_of(range(8)))
     assert len(seen) == 5
     assert len(set(seen[:2] + seen[3:])) == 4
+
+
+@pytest.mark.parametrize("name", ["features.safetensors", "part-00001.safetensors"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "longer", "wrong shape", "wrong type", "wrong name"])
+def test_a_damaged_file_is_as_one_that_is_not_there(tmp_path: Path, name: str, damage: str) -> None:
+    store, seen = FeatureStore(tmp_path, shard=4), []
+
+    def extract(rows: range) -> torch.Tensor:
+        seen.append(rows.start)
+        return rows_of(rows)
+
+    store.features("ab", 10, extract)
+    file = tmp_path / "ab" / name
+    if name.startswith("part"):
+        (tmp_path / "ab" / "features.safetensors").unlink()
+        save_file({"features": rows_of(range(4, 8))}, file)
+    whole = file.read_bytes()
+    if damage.startswith("wrong"):
+        shaped = {"wrong shape": torch.zeros(3, 3), "wrong type": torch.zeros(10, 3, dtype=torch.int32)}
+        save_file({"other" if damage == "wrong name" else "features": shaped.get(damage, torch.zeros(10, 3))}, file)
+    else:
+        flipped = whole[:9] + bytes([whole[9] ^ 4]) + whole[10:]
+        file.write_bytes({"empty": b"", "cut": whole[:-7], "flipped": flipped, "longer": whole + b"1234"}[damage])
+    seen.clear()
+    torch.testing.assert_close(store.features("ab", 10, extract), rows_of(range(10)))
+    assert 4 in seen
+    assert [file.name for file in (tmp_path / "ab").iterdir()] == ["features.safetensors"]
+    seen.clear()
+    torch.testing.assert_close(store.features("ab", 10, extract), rows_of(range(10)))
+    assert not seen
 
 
 def fill(folder: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from sslkit.engine.checkpoint import newest_checkpoint, read_checkpoint
-from sslkit.engine.journal import read_lines
+from sslkit.engine.lines import read_lines
 from sslkit.errors import UserError
 from sslkit.parts.foreign import check_size, read_encoder_config, tensor_shapes
 from sslkit.publish.importing import read_tensors

@@ -13,7 +13,8 @@ from scipy.special import gamma, iv
 
 import sslkit
 from sslkit.cli import main
-from sslkit.engine.journal import append_result, read_lines
+from sslkit.engine.journal import append_result
+from sslkit.engine.lines import read_lines
 from sslkit.errors import UserError
 from sslkit.report import read_run, read_runs, summarise, write_report, write_views
 

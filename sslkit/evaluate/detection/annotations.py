@@ -24,6 +24,7 @@ class AnnotatedPair:
         classes: Names; class number ``i`` of a picture is ``classes[i - 1]``.
         description: Which data and which split, for print.
         format: What the folder was read as.
+        split: The names of the two splits.
     """
 
     train: list[Picture]
@@ -31,6 +32,7 @@ class AnnotatedPair:
     classes: list[str]
     description: str
     format: Literal["voc", "coco"]
+    split: str
 
 
 def open_annotated(folder: str | Path, train_split: str = "", test_split: str = "") -> AnnotatedPair:
@@ -70,7 +72,8 @@ def open_annotated(folder: str | Path, train_split: str = "", test_split: str = 
     _check_not_empty(train, folder, train_split)
     _check_not_empty(test, folder, test_split)
     description = f"{folder}: {train_split} {len(train)} / {test_split} {len(test)} pictures, {len(numbers)} classes"
-    return AnnotatedPair(train, test, list(numbers), description, "voc" if years else "coco")
+    layout: Literal["voc", "coco"] = "voc" if years else "coco"
+    return AnnotatedPair(train, test, list(numbers), description, layout, f"{train_split} / {test_split}")
 
 
 def _choose(folder: Path, splits: list[str], asked: str, option: str, preferred: tuple[str, ...]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sslkit.errors import UserError
-from sslkit.evaluate.detection.picture import Picture
+from sslkit.evaluate.detection.picture import Picture, as_boxes
 
 EXPORTED = "_annotations.coco.json"  # the name labelling tools give the file inside a split's folder
 
@@ -50,7 +50,7 @@ def read_split(split: Split) -> tuple[list[Picture], dict[int, str]]:
         pictures = [_read_picture(image, objects[int(image["id"])], folder) for image in content["images"]]
     except UserError:
         raise
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         missing = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{split.file}: is not a readable COCO annotation ({missing})") from error
     return pictures, names
@@ -67,7 +67,7 @@ def _folder_of(split: Split, images: list[dict[str, Any]]) -> Path:
 
 
 def _read_picture(image: dict[str, Any], things: list[dict[str, Any]], folder: Path) -> Picture:
-    corners = np.array([thing["bbox"] for thing in things], dtype=np.float64).reshape(-1, 4)
+    corners = as_boxes([thing["bbox"] for thing in things], image["file_name"])
     corners[:, 2:] += corners[:, :2]
     crowds = np.array([bool(thing.get("iscrowd", 0)) for thing in things], dtype=bool)
     sizes = (corners[:, 2:] - corners[:, :2]).prod(axis=1)

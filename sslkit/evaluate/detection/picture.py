@@ -1,5 +1,6 @@
 """A picture and the objects in it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,21 @@ from numpy.typing import NDArray
 
 from sslkit.data.decode import decode_rgb
 from sslkit.errors import UserError
+
+FARTHEST = 1e9  # pixels
+
+
+def as_boxes(rows: Sequence[Any], picture: str) -> NDArray[np.float64]:
+    """Boxes (N, 4) of a picture as its annotation has them.
+
+    Raises:
+        ValueError: One is not four finite numbers.
+    """
+    boxes = [np.array(row, dtype=np.float64) for row in rows]
+    for box in boxes:
+        if box.shape != (4,) or not (np.abs(box) < FARTHEST).all():
+            raise ValueError(f"a box of {picture} is {box.tolist()}, not four finite numbers")
+    return np.array(boxes, dtype=np.float64).reshape(-1, 4)
 
 
 @dataclass(frozen=True)
@@ -36,6 +52,16 @@ class Picture:
     crowds: NDArray[np.bool_]
     areas: NDArray[np.float64]
     segments: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse, by a ValueError, what no picture can have."""
+        if self.width < 1 or self.height < 1:
+            raise ValueError(f"{self.file.name} is said to be {self.width} x {self.height} pixels")
+        if not np.isfinite(self.areas).all():
+            raise ValueError(f"an area of {self.file.name} is not finite")
+        # Boxes without an area do occur in COCO itself: nothing is learned from them.
+        if (self.boxes[:, 2:] < self.boxes[:, :2]).any():
+            raise ValueError(f"a box of {self.file.name} ends before it begins")
 
     def usable(self) -> NDArray[np.bool_]:
         """Which objects can be learned from: (N,) bool."""

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from sslkit.errors import UserError
-from sslkit.evaluate.detection.picture import Picture
+from sslkit.evaluate.detection.picture import Picture, as_boxes
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
@@ -30,7 +30,10 @@ def read_split(years: list[Path], split: str) -> tuple[list[Picture], dict[int, 
     for year in years:
         names = year / "ImageSets" / "Main" / f"{split}.txt"
         if names.is_file():
-            lines = names.read_text(encoding="utf-8").split("\n")
+            try:
+                lines = names.read_text(encoding="utf-8").split("\n")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{names}: is not a list that can be read ({error})") from error
             pictures += [_read_picture(year, line.split()[0], numbers) for line in lines if line.strip()]
     return pictures, {number: name for name, number in numbers.items()}
 
@@ -47,19 +50,21 @@ def _read_picture(year: Path, name: str, numbers: dict[str, int]) -> Picture:
             boxes.append([corners[0] - 1, corners[1] - 1, corners[2], corners[3]])
             labels.append(numbers.setdefault(_text(thing, "name").strip(), len(numbers) + 1))
             difficult.append((thing.findtext("difficult") or "0").strip() == "1")
-    except (OSError, ElementTree.ParseError, ValueError) as error:
+        placed = as_boxes(boxes, name)
+        return Picture(
+            file=_picture_file(year, name),
+            width=width,
+            height=height,
+            boxes=placed,
+            labels=np.array(labels, dtype=np.int64),
+            ignored=np.array(difficult, dtype=bool),
+            crowds=np.zeros(len(boxes), dtype=bool),
+            areas=(placed[:, 2:] - placed[:, :2]).prod(axis=1),
+        )
+    except UserError:
+        raise
+    except (OSError, ElementTree.ParseError, ValueError, OverflowError) as error:
         raise UserError(f"{file}: is not a readable VOC annotation ({error})") from error
-    placed = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-    return Picture(
-        file=_picture_file(year, name),
-        width=width,
-        height=height,
-        boxes=placed,
-        labels=np.array(labels, dtype=np.int64),
-        ignored=np.array(difficult, dtype=bool),
-        crowds=np.zeros(len(boxes), dtype=bool),
-        areas=(placed[:, 2:] - placed[:, :2]).prod(axis=1),
-    )
 
 
 def _text(element: ElementTree.Element, path: str) -> str:
