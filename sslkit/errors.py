@@ -28,13 +28,31 @@ def near_miss(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
-TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN")
+# Every repetition is bounded, so that no text takes long.
+TOKENS = (
+    r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{16,}|hf_[A-Za-z0-9]{30,}",  # Hugging Face
+    r"gh[opsur]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}",  # GitHub
+    r"(?<![A-Za-z0-9])A[KS]IA[A-Z0-9]{16}(?![A-Za-z0-9])",  # AWS
+    r"xox[a-z]-[A-Za-z0-9-]{10,}",  # Slack
+)
+# What stands before each tells that it is one, and stays.
+TOKENS_AFTER = (
+    r"((?i:(?<![a-z])(?:api|key)(?![a-z]))[^\n]{0,16}?(?<![0-9a-zA-Z]))[0-9a-f]{40}(?![0-9a-zA-Z])",  # Weights & Biases
+    r"((?i:\bbearer[ \t]+))(?:(?=[^\s\"']{0,200}[0-9])[\w.~+/=-]{8,}|[\w.~+/=-]{20,})",
+    r"((?i:\b[a-z][a-z0-9+.-]{0,20}://))[^\s/@:]{0,200}:[^\s/]{1,500}(?=@)",  # user:password@host
+)
+TOKEN = re.compile("|".join(TOKENS))
+TOKEN_AFTER = re.compile("|".join(TOKENS_AFTER))
+TOKEN_VARIABLES = (
+    *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD"),
+    *("GITHUB_TOKEN", "GH_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+)
 
 
 def without_tokens(text: str) -> str:
-    """The text with every access token in it struck out: Hugging Face's, and those of the environment."""
+    """The text with every access token and password in it struck out: those of known forms, and the environment's."""
     for name in TOKEN_VARIABLES:
         if len(token := os.environ.get(name, "")) >= 8:
             text = text.replace(token, f"[{name}]")
-    return TOKEN.sub("[token]", text)
+    text = TOKEN.sub("[token]", text)
+    return TOKEN_AFTER.sub(lambda found: f"{next(filter(None, found.groups()))}[token]", text)

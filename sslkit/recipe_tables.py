@@ -33,7 +33,7 @@ def check_plain(tables: dict[str, Any], name: str) -> None:
             pending += [(f"{where}.{key}".lstrip(".")[:100], each, depth + 1) for key, each in inner]
             words = [str(key) for key in value] if isinstance(value, dict) else []
         else:
-            words = [value] if isinstance(value, str) else []
+            words = [value, f"{where}: {value}"] if isinstance(value, str) else []
             if isinstance(value, int) and not -MAX_WHOLE <= value < MAX_WHOLE:
                 raise UserError(f"{name} {where}: a whole number of more than 64 bits")
             if not isinstance(value, bool | int | float | str):

@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 from pathlib import Path
+from traceback import format_exception
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -184,12 +186,18 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         # Typer's usage errors: of click or of Typer's own copy of it, depending on its version.
         if not hasattr(error, "format_message"):
+            sys.excepthook = _print_traceback  # Typer has set its own
             raise
         _complain(error.format_message())
     else:
         if code == INTERRUPTED:
             print("sslkit: stopped; the same command continues from the last checkpoint, if any", file=sys.stderr)
         sys.exit(code or 0)
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """A fault of ours, in full but for tokens, which addresses and headers bring along."""
+    print(without_tokens("".join(format_exception(kind, error, traceback))), end="", file=sys.stderr)
 
 
 def _complain(sentence: str, code: int = 2) -> NoReturn:
