@@ -13,7 +13,7 @@ from typing import Any
 
 COLLAPSED_STD = 0.05  # as a share of 1 / sqrt(D); healthy runs: 0.12 and more
 COLLAPSED_RANK = 2.0  # healthy runs: 5 and more
-FALLEN_RANK = 0.1  # of the run's highest; healthy runs: 0.8 and more
+FALLEN_RANK = 0.1  # of the run's highest; healthy runs: 0.38 and more
 SPIKE_FACTOR, SPIKE_WINDOW = 5.0, 20
 AHEAD = 3  # rows; in MoCo v3's study the last layers follow the first by a couple of iterations
 DIP = 0.03
