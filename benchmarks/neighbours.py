@@ -2,13 +2,16 @@
 
     python benchmarks/neighbours.py [--bank 100000] [--queries 10000] [--width 768] [--k 20] [--threads 2]
 
-All look for the same neighbours by inner product of unit vectors; the share that agrees is printed. faiss is left out
-where it is not installed. Read the ratios: times are taken in turn.
+All look for the same neighbours by inner product of unit vectors; the share that agrees is printed, and the share of
+queries to which lightly's kNN gives the same class. faiss and lightly are left out where they are not installed. Read
+the ratios: times are taken in turn.
 """
 
 import argparse
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
 
 import torch
 from side_by_side import Work, in_turn, machine, ratios, table
@@ -16,7 +19,9 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sslkit.evaluate.knn import nearest
+from sslkit.evaluate.knn import KnnProtocol, nearest, predict
+
+CLASSES = 100
 
 
 def contenders(bank: Tensor, queries: Tensor, k: int) -> dict[str, Work]:
@@ -36,6 +41,29 @@ def contenders(bank: Tensor, queries: Tensor, k: int) -> dict[str, Work]:
         queries.numpy(), return_distance=False
     )
     return found
+
+
+def lightlys_predict() -> Any:
+    """lightly's ``knn_predict``, from its own file, since the package around it needs more; None without lightly."""
+    package = find_spec("lightly")
+    if package is None or package.origin is None:
+        return None
+    file = Path(package.origin).parent / "utils" / "benchmarking" / "knn.py"
+    spec = spec_from_file_location("lightly_knn", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.knn_predict
+
+
+def same_classes(knn_predict: Any, bank: Tensor, queries: Tensor, k: int) -> float:
+    """Share of the queries to which both kNNs give one class; labels are those of the nearest of some directions."""
+    directions = torch.randn(bank.shape[1], CLASSES, generator=torch.Generator().manual_seed(1))
+    labels = (bank @ directions).argmax(dim=1)
+    ours = predict(queries, bank, labels, CLASSES, KnnProtocol(k, 0.07))
+    chunks = [knn_predict(part, bank.T, labels, CLASSES, k, 0.07)[:, 0] for part in queries.split(256)]
+    return float((torch.cat(chunks) == ours).float().mean())
 
 
 def main() -> None:
@@ -62,6 +90,9 @@ def main() -> None:
         [name, f"{median:.2f}", f"{low:.2f} to {high:.2f}", f"{min(seconds[name]):.1f} s", f"{agree[name]:.4%}"]
         for name, (median, low, high) in ratios(seconds, "sslkit").items()
     ]
+    if knn_predict := lightlys_predict():
+        share = same_classes(knn_predict, bank, queries, arguments.k)
+        print(f"lightly's kNN gives {share:.4%} of the queries the same class")
     print(table(["what", "time over sslkit's", "quartiles", "best", "same neighbours"], rows))
 
 

@@ -23,6 +23,7 @@ from sslkit.data.decode import Pixels, Reduction, Size, UnreadableImage, decode_
 from sslkit.data.folder import folders_in, has_metadata, list_images, printable, to_path, to_text
 from sslkit.data.idx import read_idx
 from sslkit.errors import UserError, near_miss
+from sslkit.parts.hub import quick_hub, why_not
 
 BUILTIN = "builtin:"
 BUILTIN_SETS = ("fashion_mnist",)
@@ -248,13 +249,15 @@ def _load(config: DataConfig) -> datasets.Dataset:
     loader, files = _local_files(config)
     try:
         if loader is None:
-            return datasets.load_dataset(config.path, config.name, data_dir=config.data_dir, split=config.split)
+            with quick_hub():
+                return datasets.load_dataset(config.path, config.name, data_dir=config.data_dir, split=config.split)
         # Without a word, datasets drops the labels of a split that holds only one class.
         extra = {"drop_labels": not _has_class_folders(files)} if loader == "imagefolder" else {}
         return datasets.load_dataset(loader, data_files={"split": files}, split="split", **extra)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         where = "" if loader else "no folder of that name here, and as a dataset of the Hub: "
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason += "" if loader else why_not()
         if "corresponds to no data" in reason:
             reason = "no images in it"
         raise UserError(f"[data] path: cannot load {_what(config)!r}: {where}{reason}") from error

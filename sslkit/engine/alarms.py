@@ -13,6 +13,7 @@ from typing import Any
 
 COLLAPSED_STD = 0.05  # as a share of 1 / sqrt(D); healthy runs: 0.12 and more
 COLLAPSED_RANK = 2.0  # healthy runs: 5 and more
+FALLEN_RANK = 0.1  # of the run's highest; healthy runs: 0.38 and more
 SPIKE_FACTOR, SPIKE_WINDOW = 5.0, 20
 AHEAD = 3  # rows; in MoCo v3's study the last layers follow the first by a couple of iterations
 DIP = 0.03
@@ -135,13 +136,14 @@ def read_curve(metrics: Iterable[Mapping[str, Any]], results: Iterable[Mapping[s
     return curve
 
 
-def collapse_alarm(embedding_std: float, effective_rank: float, dim: int) -> list[str]:
-    """Whether features are about one point (their std near 0) or one direction (their effective rank near 1).
+def collapse_alarm(embedding_std: float, effective_rank: float, dim: int, highest_rank: float = 0.0) -> list[str]:
+    """Whether features are about one point, in one direction, or in far fewer directions than they were.
 
     Args:
         embedding_std: See `sslkit.evaluate.collapse.embedding_std`.
         effective_rank: See `sslkit.evaluate.collapse.effective_rank`.
         dim: Width of the features.
+        highest_rank: The run's highest effective rank so far, of as many images; 0 where there is none.
     """
     cure = "try a lower [optim] lr, a slower teacher if there is one, and see `sslkit doctor`"
     share = embedding_std * dim**0.5
@@ -154,6 +156,12 @@ def collapse_alarm(embedding_std: float, effective_rank: float, dim: int) -> lis
         return [
             f"collapse: features vary in a single direction, their effective rank is {effective_rank:.2f} of {dim} "
             f"(alarm below {COLLAPSED_RANK:g}); {cure}"
+        ]
+    limit = FALLEN_RANK * highest_rank
+    if effective_rank < limit:
+        return [
+            f"collapse: features have lost nearly all their directions, their effective rank fell from "
+            f"{highest_rank:.1f} to {effective_rank:.1f} (alarm below {limit:.1f}, a tenth); {cure}"
         ]
     return []
 
@@ -189,7 +197,9 @@ def dip_alarm(curve: Sequence[Measured], test_images: int) -> list[str]:
     ]
 
 
-def leak_alarm(curve: Sequence[Measured], test_images: int, *, exposed: bool = False) -> list[str]:
+def leak_alarm(
+    curve: Sequence[Measured], test_images: int, *, exposed: bool = False, batch_norm: bool = True
+) -> list[str]:
     """Whether the pretext task is solved ever better while kNN falls, or is solved and kNN never moved.
 
     That is what leaking batch statistics look like (MoCo v1, arXiv:1911.05722, section 3.3 and figure 5). Late in a
@@ -199,6 +209,7 @@ def leak_alarm(curve: Sequence[Measured], test_images: int, *, exposed: bool = F
         curve: So far.
         test_images: How many kNN was measured on.
         exposed: Queries and keys share their BatchNorm groups, unshuffled: a flat kNN is enough.
+        batch_norm: Whether the backbone has BatchNorm at all; without it statistics are not to blame.
     """
     now = curve[-1]
     if now.pretext is None:
@@ -210,18 +221,24 @@ def leak_alarm(curve: Sequence[Measured], test_images: int, *, exposed: bool = F
         flat = rise > FLAT_RISE and now.pretext > SOLVED and now.knn <= then.knn
         if falls or flat:
             limit = LEAK_RISE if falls else FLAT_RISE
-            cure = (
-                "queries and keys share their BatchNorm groups in this run, so try [method] shuffle = true, where the "
-                "method has it, or one group"
-                if exposed
-                else "try [method] bn_groups as in the paper, a backbone without BatchNorm, or stronger [views]"
-            )
             return [
                 f"leak: from epoch {then.epoch:g} to {now.epoch:g} pretext accuracy rose by {100 * rise:.0f} points to "
                 f"{now.pretext:.0%} (alarm above {100 * limit:.0f}) while kNN went from {then.knn:.1%} to "
-                f"{now.knn:.1%}, as when batch statistics give the answer away or the task is too easy; {cure}"
+                f"{now.knn:.1%}, {_why_leaking(exposed, batch_norm)}"
             ]
     return []
+
+
+def _why_leaking(exposed: bool, batch_norm: bool) -> str:
+    if not batch_norm:
+        return "as when the task is too easy; try stronger [views] or more negatives"
+    why = "as when batch statistics give the answer away or the task is too easy"
+    if exposed:
+        return (
+            f"{why}; queries and keys share their BatchNorm groups in this run, so try [method] shuffle = true, where "
+            "the method has it, or one group"
+        )
+    return f"{why}; try [method] bn_groups as in the paper, a backbone without BatchNorm, or stronger [views]"
 
 
 def _chance(share: float, count: int) -> float:

@@ -50,6 +50,12 @@ class Diagnostics:
         self.sample = order[rank() * self.share : (rank() + 1) * self.share]
         self.watch = SpikeWatch()
         self.spikes: list[Spike] = []
+        self.highest_rank = 0.0
+
+    def remember(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Take up from the lines of diagnostics.jsonl that a run left which is now continued."""
+        ranks = (line.get("effective_rank") for line in lines)
+        self.highest_rank = max((rank for rank in ranks if isinstance(rank, int | float)), default=0.0)
 
     def see(self, step: int, grad_norm: float, layers: Mapping[str, float]) -> None:
         """Look at a step's gradient norm, whole and by layer."""
@@ -58,8 +64,8 @@ class Diagnostics:
             self.spikes.append(spike)
 
     def is_due(self, done: int) -> bool:
-        """Whether the batch should be looked at after so many steps."""
-        return done % self.recipe.monitor.diagnose_every == 0
+        """Whether to look at the batch after so many steps; after the first too, to know what features fall from."""
+        return done == 1 or done % self.recipe.monitor.diagnose_every == 0
 
     def of_batch(self, backbone: nn.Module, views: Sequence[Tensor]) -> dict[str, Any]:
         """Numbers and alarms from the first images of this process's batch, by their keys in diagnostics.jsonl.
@@ -97,7 +103,9 @@ class Diagnostics:
         if not features.isfinite().all():
             return {"alarms": ["collapse: features are not finite; try a lower [optim] lr", *alarms]}
         numbers = label_free(features)
-        alarms = collapse_alarm(numbers.embedding_std, numbers.effective_rank, features.shape[2]) + alarms
+        self.highest_rank = max(self.highest_rank, numbers.effective_rank)
+        spread = numbers.embedding_std, numbers.effective_rank, features.shape[2]
+        alarms = collapse_alarm(*spread, self.highest_rank) + alarms
         line = {name: value for name, value in numbers.known().items() if name not in NOT_WRITTEN}
         return {**line, "alarms": alarms}
 

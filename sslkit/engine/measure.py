@@ -8,7 +8,7 @@ from sslkit.data.loader import Batch
 from sslkit.engine.alarms import dip_alarm, leak_alarm, read_curve
 from sslkit.engine.clock import StepClock
 from sslkit.engine.diagnostics import Diagnostics
-from sslkit.engine.journal import Journal, duration
+from sslkit.engine.journal import Journal, duration, kind_of
 from sslkit.engine.lines import read_lines
 from sslkit.engine.training import Training
 from sslkit.evaluate.protocol import bootstrap_interval, protocol_hash
@@ -54,6 +54,8 @@ def monitor_is_due(training: Training, done: int) -> bool:
 def measure_what_is_owed(training: Training, journal: Journal) -> None:
     """The kNN of the checkpoint that a run continues from, if it was stopped before that was measured."""
     start = training.start_step
+    if training.diagnostics and journal.active:
+        training.diagnostics.remember(read_lines(journal.folder / "diagnostics.jsonl"))
     if not start or not monitor_is_due(training, start):
         return
     missing = journal.active and not any(
@@ -117,8 +119,11 @@ def diagnose(training: Training, journal: Journal, batch: Batch | None, done: in
     if batch is None and training.monitor:
         curve = read_curve(*(read_lines(journal.folder / name) for name in ("metrics.jsonl", "results.jsonl")))
         test_images = len(training.monitor.pair.test)
-        exposed = shares_batch_statistics(training.method)
-        fields["alarms"] += dip_alarm(curve, test_images) + leak_alarm(curve, test_images, exposed=exposed)
+        fields["alarms"] += dip_alarm(curve, test_images)
+        # Features that collapse have a falling kNN too, and nothing to do with a leak.
+        if not any(kind_of(alarm) == "collapse" for alarm in fields["alarms"]):
+            batch_norm, exposed = has_batch_norm(backbone), shares_batch_statistics(training.method)
+            fields["alarms"] += leak_alarm(curve, test_images, exposed=exposed, batch_norm=batch_norm)
     journal.diagnosis({"step": done, "epoch": round(done / training.steps_per_epoch, 6), **fields})
 
 

@@ -22,6 +22,7 @@ from sslkit.data.source import ImageSource
 from sslkit.errors import UserError, near_miss
 from sslkit.parts.backbone import BackboneSpec, replace_stem_for_small_images
 from sslkit.parts.foreign import check_size, read_encoder_config, tensor_shapes
+from sslkit.parts.hub import quick_hub, why_not
 
 RAW_PIXEL_SIDE = 32
 BLANK_SIDE = 256
@@ -86,10 +87,11 @@ def load_encoder(name: str) -> Encoder:
         miss = near_miss(name, timm.list_pretrained())
         raise UserError(f"{name}: no run folder, no exported folder and no timm model{miss}")
     try:
-        module = timm.create_model(name, pretrained=True, num_classes=0)
+        with quick_hub():
+            module = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # a stranger's repository makes timm raise anything
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"{name}: its pretrained weights cannot be had: {first}") from error
+        raise UserError(f"{name}: its pretrained weights cannot be had: {first}{why_not()}") from error
     config: Any = module.pretrained_cfg
     model_args = {key: value for key, value in getattr(module, "_model_args", {}).items() if key != "num_classes"}
     return Encoder(module, resolve_data_config(model=module), name, config["architecture"], model_args)

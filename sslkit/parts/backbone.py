@@ -1,6 +1,7 @@
 """Any timm model as a feature extractor, with what MoCo v3 asks of its ViTs done through timm's public names."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from sslkit.errors import UserError, near_miss
 from sslkit.parts.foreign import check_model_args, check_size, read_encoder_config, tensor_shapes
+from sslkit.parts.hub import quick_hub
 
 Family = Literal["resnet", "vit", "other"]
 
@@ -135,7 +137,8 @@ def _create_timm_model(spec: BackboneSpec) -> nn.Module:
         kwargs["pos_embed"] = "none"
     source = spec.pretrained if isinstance(spec.pretrained, str) else spec.name
     try:
-        model: nn.Module = timm.create_model(source, pretrained=bool(spec.pretrained), **kwargs)
+        with quick_hub() if spec.pretrained and not source.startswith("local-dir:") else nullcontext():
+            model: nn.Module = timm.create_model(source, pretrained=bool(spec.pretrained), **kwargs)
     except OSError as error:
         raise UserError(f"[backbone] pretrained: no weights for {source!r} to be had: {_first_line(error)}") from error
     except Exception as error:  # a recipe's arguments, or a stranger's repository, make models raise anything

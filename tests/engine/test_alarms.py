@@ -1,8 +1,15 @@
 """Alarms on curves: rung where they must be, silent where a healthy run merely wobbles."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from accelerate import Accelerator
+from conftest import small_recipe
 
+import sslkit
+from sslkit.data.source import open_source
+from sslkit.engine import measure
 from sslkit.engine.alarms import (
     Measured,
     collapse_alarm,
@@ -13,6 +20,8 @@ from sslkit.engine.alarms import (
     read_curve,
     spike_alarm,
 )
+from sslkit.engine.diagnostics import Diagnostics
+from sslkit.engine.lines import read_lines
 
 Row = dict[str, float]
 
@@ -154,3 +163,55 @@ def test_collapse_by_std_or_by_rank() -> None:
     assert "effective rank is 1.20 of 256 (alarm below 2)" in collapse_alarm(0.05, 1.2, 256)[0]
     assert collapse_alarm(0.132 / 8, 6.0, 64) == []  # a ViT that learned
     assert collapse_alarm(0.156 / 2048**0.5, 15.0, 2048) == []  # a ResNet-50 before training
+
+
+def rung(ranks: list[float], dim: int = 256) -> list[int]:
+    """Places of a recorded sequence of ranks at which the alarm rings."""
+    return [place for place, rank in enumerate(ranks) if collapse_alarm(0.015, rank, dim, max(ranks[: place + 1]))]
+
+
+def test_a_fall_of_the_rank_to_a_tenth_as_recorded() -> None:
+    # MoCo v2, symmetric, momentum 0: every ten steps of the first epoch; the std stays a quarter of an even spread.
+    fallen = [103.2, 58.5, 37.5, 19.6, 12.9, 8.8, 9.2, 7.6]
+    assert rung(fallen) == [5, 6, 7]
+    (sentence,) = collapse_alarm(0.0155, 7.6, 256, 103.2)
+    assert sentence.startswith(
+        "collapse: features have lost nearly all their directions, their effective rank fell from 103.2 to 7.6 "
+        "(alarm below 10.3, a tenth); try"
+    )
+    # The quickstart, and the deepest fall of a healthy run that was recorded: a small ResNet's.
+    assert rung([119.9, 120.0, 113.5, 123.6, 131.3, 130.9], 1024) == []
+    assert rung([68.2, 60.1, 55.0], 256) == []
+
+
+def test_a_continued_run_remembers_how_high_its_rank_was() -> None:
+    recipe = small_recipe()
+    diagnostics = Diagnostics(recipe, open_source(recipe.data), Accelerator())
+    diagnostics.remember([{"effective_rank": 4.0}, {"effective_rank": 9.0}, {"alarms": []}, {"effective_rank": None}])
+    assert diagnostics.highest_rank == 9.0
+    assert diagnostics.is_due(1)
+
+
+def test_a_backbone_without_batch_norm_is_not_told_about_it() -> None:
+    leaking = points(0.30, 0.34, 0.33, 0.28, pretext=[0.4, 0.8, 0.99, 0.999])
+    (sentence,) = leak_alarm(leaking, 50_000, batch_norm=False)
+    assert "BatchNorm" not in sentence
+    assert "batch statistics" not in sentence
+    assert "the task is too easy; try stronger [views]" in sentence
+    assert "bn_groups" in leak_alarm(leaking, 50_000)[0]
+
+
+@pytest.mark.parametrize("collapsed", [True, False])
+def test_a_leak_is_not_told_while_features_collapse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, collapsed: bool
+) -> None:
+    """A collapse makes kNN fall as well; a ViT has no batch statistics to leak."""
+    leaking = points(0.30, 0.10, pretext=[0.4, 0.9])
+    monkeypatch.setattr(measure, "read_curve", lambda *_rows: leaking)
+    monkeypatch.setattr(Diagnostics, "of_sample", lambda *_: {"alarms": ["collapse: as recorded"] if collapsed else []})
+    monitor = {"every_epochs": 1, "data": "builtin:fashion_mnist", "max_train": 50}
+    sslkit.train(small_recipe(monitor=monitor, train={"max_steps": 1}), tmp_path / "run")
+    raised = [alarm for row in read_lines(tmp_path / "run" / "diagnostics.jsonl") for alarm in row["alarms"]]
+    leaks = [alarm for alarm in raised if alarm.startswith("leak:")]
+    assert len(leaks) == (0 if collapsed else 1)
+    assert not any("BatchNorm" in alarm for alarm in leaks)

@@ -45,3 +45,12 @@ def test_a_teacher_without_momentum(tmp_path: Path) -> None:
     """The paper's first ablation (MoCo v1, section 4.1): a copy of the student as the teacher fails."""
     assert kinds(tmp_path / "copied", "test_mambaout", 3e-3, {"bn_groups": 1, "momentum": 0.0})
     assert not kinds(tmp_path / "sound", "test_mambaout", 3e-3, {"bn_groups": 1})
+
+
+def test_a_symmetric_run_without_momentum_in_its_first_epoch(tmp_path: Path) -> None:
+    """Neither std nor rank are small yet when the features have lost nine tenths of their directions."""
+    for momentum, expected in (("0.0", {"collapse"}), ("0.99", set())):
+        recipe = sslkit.load_recipe("quickstart", [f"method.momentum={momentum}", "train.max_steps=80"])
+        sslkit.train(recipe, tmp_path / momentum)
+        rows = read_lines(tmp_path / momentum / "diagnostics.jsonl")
+        assert {alarm.partition(":")[0] for row in rows for alarm in row["alarms"]} == expected

@@ -15,7 +15,7 @@ from test_cli import run
 
 import sslkit
 from sslkit.data.source import DataConfig, open_source
-from sslkit.engine.journal import read_lines
+from sslkit.engine.lines import read_lines
 from sslkit.errors import UserError
 from sslkit.evaluate import (
     FinetuneProtocol,
