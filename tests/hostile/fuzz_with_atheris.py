@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 with atheris.instrument_imports(include=["sslkit", "tomllib", "pickletools", "zipfile"]):
     from targets import SEEDS, TARGETS
 
-OPTIONS = ("-max_total_time=60", "-timeout=20", "-rss_limit_mb=3000", "-max_len=4096", "-print_final_stats=1")
+OPTIONS = ("-max_total_time=60", "-timeout=20", "-rss_limit_mb=1500", "-max_len=4096", "-print_final_stats=1")
 
 
 def main() -> None:
