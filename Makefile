@@ -37,6 +37,9 @@ bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/micro_batch_memory.py
 	$(BIN)/python benchmarks/evaluation.py
+	$(BIN)/python benchmarks/loading.py
+	$(BIN)/python benchmarks/neighbours.py
+	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/soak.py
 
 ablations: $(BIN)/.installed

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from sslkit.report.chance import chance_of, queue_full_at
 from sslkit.report.figures import CHANCE, MAX_POINTS, Panel, Style, curve, lay_out, level, plain, values_of
 from sslkit.report.runs import Row, RunRecord, number
+from sslkit.report.series import by_series, protocols_of, series_of
 
 Runs = Sequence[RunRecord]
 
@@ -107,14 +108,15 @@ def _around_constant(figure: go.Figure) -> dict[str, Any]:
 
 
 def accuracy_panel(runs: Runs) -> Panel:
-    """kNN and linear accuracy over epochs with their intervals, and published figures."""
+    """kNN and linear accuracy over epochs with their intervals, and published figures.
+
+    A curve joins scores of one protocol on the same data only.
+    """
     style, figure = Style(len(runs)), go.Figure()
     sources: list[tuple[str, str]] = []
     for index, run in enumerate(runs):
         scored = [row for row in values_of(run.results, "accuracy") if row.get("measure", TOP_1) == TOP_1]
-        names = dict.fromkeys(str(row.get("evaluation", "accuracy")) for row in scored)
-        for place, name in enumerate(names):
-            rows = [row for row in scored if str(row.get("evaluation", "accuracy")) == name]
+        for place, (name, rows) in enumerate(by_series(scored).items()):
             figure.add_trace(_scores(run, rows, style.name(run, name), style.line(index, place)))
         reference = run.recipe.reference
         figure.add_traces(list(_trajectory(reference.get("knn_by_epoch"), style.name(run, "published kNN by epoch"))))
@@ -192,22 +194,23 @@ def _trajectory(published: Any, name: str) -> Iterator[go.Scatter]:
 def score_rows(runs: Runs) -> list[dict[str, str]]:
     """Every score of every run as table rows, its baselines beside it.
 
-    Of the monitor's, only the last, and not that if the same protocol was scored again by `sslkit eval`.
+    Of the monitor's, only the last, and not that if `sslkit eval` scored the same protocol on the same data again.
     """
     rows = []
     for run in runs:
         scored = values_of(run.results, "accuracy")
         last = next((row for row in reversed(scored) if row.get("by") == "monitor"), None)
-        again = {(str(row.get("evaluation")), str(row.get("step"))) for row in scored if row.get("by") != "monitor"}
+        again = {(series_of(row), str(row.get("step"))) for row in scored if row.get("by") != "monitor"}
+        protocols = protocols_of(scored)
         for row in scored:
-            repeated = (str(row.get("evaluation")), str(row.get("step"))) in again
+            repeated = (series_of(row), str(row.get("step"))) in again
             if row.get("by") == "monitor" and (row is not last or repeated):
                 continue
             ends = _interval(row)
             rows.append(
                 {
                     "run": run.name,
-                    "evaluation": str(row.get("evaluation", "")),
+                    "evaluation": protocols[series_of(row)],
                     "data": str(row.get("data", "")),
                     "accuracy": f"{row['accuracy']:.2%}",
                     "interval": _in_words(ends),

@@ -6,6 +6,7 @@ import matplotlib as mpl
 import numpy as np
 
 from sslkit.data.policies import LARGE_VIEWS
+from sslkit.data.replace import read_or_replace
 from sslkit.data.source import open_source
 from sslkit.data.views import ViewPipeline
 from sslkit.engine.lines import read_lines
@@ -71,7 +72,7 @@ def _draw_views(recipe: Recipe, file: Path) -> Path:
     columns = 1 + REPEATS * LARGE_VIEWS
     figure, axes = plt.subplots(len(samples), columns, figsize=(columns * 1.3, len(samples) * 1.3), squeeze=False)
     for row, sample in zip(axes, samples, strict=True):
-        image = source.read(int(sample))
+        image = read_or_replace(source, recipe.train.seed, epoch=0, sample=int(sample)).pixels
         views = [view for epoch in range(REPEATS) for view in pipeline(image, epoch, int(sample))[:LARGE_VIEWS]]
         for axis, picture in zip(row, [image, *views], strict=True):
             axis.imshow(picture)

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sslkit.data.decode import UnreadableImage
 from sslkit.data.source import DataConfig, ImageSource, open_source
 from sslkit.errors import UserError
 from sslkit.evaluate.features import Encoder, extract_features
@@ -63,13 +64,30 @@ def draw_sample(recipe: Recipe, data: str = "") -> Sample:
     order = np.random.default_rng(SEED).permutation(len(source))[: MAX_BANK + MAX_QUERIES]
     cut = max(len(order) // 4, 1)
     unlabelled = source.without_labels()
-    bank, queries = unlabelled.subset(np.sort(order[cut:])), unlabelled.subset(np.sort(order[:cut]))
+    bank, queries = (unlabelled.subset(_readable(unlabelled, np.sort(rows))) for rows in (order[cut:], order[:cut]))
+    if not (len(bank) and len(queries)):
+        raise UserError(f"{source.description}: none of the images of a gallery can be read; see sslkit data check")
     return Sample(bank, queries, None, None, f"{source.description}, without labels")
 
 
 def _some(source: ImageSource, at_most: int) -> tuple[ImageSource, NDArray[np.int64]]:
-    rows = np.sort(np.random.default_rng(SEED).permutation(len(source))[:at_most])
+    rows = _readable(source, np.sort(np.random.default_rng(SEED).permutation(len(source))[:at_most]))
+    if not len(rows):
+        raise UserError(f"{source.description}: none of the images of a gallery can be read; see sslkit data check")
     return source.subset(rows), rows
+
+
+def _readable(source: ImageSource, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Those of ``rows`` whose images can be read: a page of pictures does without the others."""
+
+    def can_be_read(row: int) -> bool:
+        try:
+            source.read(row)
+        except UnreadableImage:
+            return False
+        return True
+
+    return rows[[can_be_read(row) for row in rows.tolist()]]
 
 
 def features_of(encoder: Encoder, sample: Sample) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sslkit.data.policies import LARGE_VIEWS, PerView, ViewsConfig
+from sslkit.data.replace import read_or_replace
 from sslkit.data.source import open_source
 from sslkit.data.views import ViewPipeline
 from sslkit.doctor.images import advise_on_views, look_at
@@ -61,7 +62,7 @@ def draw_views(recipe: Recipe) -> ViewGallery:
     shown = [view for view in range(len(names)) if view < LARGE_VIEWS + SHOWN_SMALL]
     rows = []
     for sample in np.linspace(0, len(source) - 1, min(NUM_IMAGES, len(source)), dtype=int).tolist():
-        image = source.read(sample)
+        image = read_or_replace(source, recipe.train.seed, epoch=0, sample=sample).pixels
         columns = [
             ViewColumn(
                 names[view], [data_uri(pipeline.cut(image, epoch, sample, view), SIDE) for epoch in range(NUM_DRAWS)]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import small_recipe
 
+from sslkit.evaluate.protocol import protocol_hash
 from sslkit.parts.queue import KeyQueue
 from sslkit.recipe import load_recipe
 from sslkit.report.chance import chance_of, queue_full_at
@@ -129,3 +130,33 @@ def test_scores_of_evaluations_supersede_the_monitors_and_not_finite_ones_are_le
     again = {"by": "eval", "evaluation": "knn", "step": 10, "data": "d", "accuracy": 0.5}
     both = record(results=[*results, {**again, "scores": [{"encoder": "run", "accuracy": 0.5}]}])
     assert len(score_rows([both])) == 1
+
+
+def test_scores_of_other_data_or_protocols_are_curves_of_their_own() -> None:
+    """What `eval knn` says of other data neither joins the monitor's curve nor hides its last score."""
+    name = {"evaluation": "knn k=20", "protocol_hash": "aa", "protocol": {"k": 20}}
+    watched = [{**name, "by": "monitor", "data": "d", "step": step, "accuracy": step / 40} for step in (5, 10)]
+    watched[0] |= {"protocol": {"k": 20, "left_out": 1}}
+    for row in watched:
+        row["protocol_hash"] = protocol_hash(row["protocol"])
+    elsewhere = {**name, "by": "eval", "data": "e", "step": 10, "accuracy": 0.9}
+    nearer = {**watched[1], "by": "eval", "protocol_hash": "bb", "protocol": {"k": 20, "crop_pct": 1}, "accuracy": 0.7}
+    run = record(results=[*watched, elsewhere, nearer])
+    drawn = {trace["name"]: trace["y"] for trace in json.loads(accuracy_panel([run]).figure)["data"]}
+    assert drawn == {
+        f"knn k=20, d [{watched[1]['protocol_hash']}]": [12.5, 25.0],
+        "knn k=20, e": [90.0],
+        "knn k=20, d [bb]": [70.0],
+    }
+    shown = [(row["evaluation"], row["data"], row["accuracy"]) for row in score_rows([run])]
+    assert shown == [
+        (f"knn k=20 [{watched[1]['protocol_hash']}]", "d", "25.00%"),
+        ("knn k=20", "e", "90.00%"),
+        ("knn k=20 [bb]", "d", "70.00%"),
+    ]
+    same = record(results=[*watched, {**watched[1], "by": "eval"}])
+    (trace,) = json.loads(accuracy_panel([same]).figure)["data"]
+    assert (trace["name"], trace["y"]) == ("knn k=20", [12.5, 25.0, 25.0])
+    assert len(score_rows([same])) == 1
+    old = record(results=[{**row, "protocol": None, "protocol_hash": ""} for row in watched] + [nearer])
+    assert [trace["y"] for trace in json.loads(accuracy_panel([old]).figure)["data"]] == [[12.5, 25.0], [70.0]]

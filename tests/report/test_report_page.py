@@ -292,3 +292,15 @@ def test_a_header_of_an_older_run_is_no_obstacle(bare: Path, tmp_path: Path) -> 
     (old / "recipe.toml").write_text(text[text.index("[method]") :], encoding="utf-8")
     assert read_run(old).made_with == {}
     assert "processes not recorded" in written([old], tmp_path / "old.html").words()
+
+
+def test_images_that_cannot_be_read_are_left_out(class_folders: Path, tmp_path: Path) -> None:
+    images = shutil.copytree(class_folders, tmp_path / "images")
+    files = sorted(images.rglob("*.png"))
+    for file in files[::8]:
+        file.write_bytes(file.read_bytes()[:70])
+    data = {"path": str(images), "split": "train", "workers": 0, "max_bad_share": 0.5}
+    sslkit.train(small_recipe(data=data, train={"max_steps": 2, "batch_size": 8}), tmp_path / "run")
+    records = read_runs([tmp_path / "run"])
+    write_report(records, [summarise(record) for record in records], tmp_path / "page.html")
+    assert {"Neighbours", "Views", "Map"} <= set(Page(tmp_path / "page.html").panels())
