@@ -170,7 +170,7 @@ def evaluate_detect(
         detector = train_detector(contestant, pair, protocol, arch=chosen, masks=masks, workers=workers, say=say)
         scored = score_detector(detector, pair, masks=masks, workers=workers)
         own = scored.measures["AP"], scored.intervals["AP"]
-        scores.append(Score(name, *own, measures=scored.measures, intervals=scored.intervals))
+        scores.append(Score(name, *own, "", scored.measures, scored.intervals, contestant.revision))
     settings = {"kind": "detect", **vars(protocol), "arch": chosen, "masks": masks}
     settings |= {"peak_lr": protocol.peak_lr(_is_vit(encoder)), "selection": "none, the last update"}
     settings |= {name: list(encoder.preprocessing[name]) for name in ("mean", "std")} | pictures_settings(pair)

@@ -21,11 +21,13 @@ class Contestant:
         encoder: Its name.
         dim: Width of its features.
         numbers: What they tell.
+        encoder_revision: Commit on the Hugging Face Hub that was looked at; empty for what does not come from there.
     """
 
     encoder: str
     dim: int
     numbers: LabelFree
+    encoder_revision: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,5 +88,5 @@ def diagnose_encoder(
         transform = each.training_transform()
         features = [read_features(each, source, transform, [reading], seed * views + view)[0] for view in range(views)]
         stacked = torch.stack(features, dim=1)
-        contestants.append(Contestant(each.description, stacked.shape[2], label_free(stacked)))
+        contestants.append(Contestant(each.description, stacked.shape[2], label_free(stacked), each.revision))
     return Diagnosis(source.description, count, views, contestants)

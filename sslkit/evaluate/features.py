@@ -2,8 +2,8 @@
 
 import hashlib
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sslkit.errors import UserError, near_miss
 from sslkit.parts.backbone import BackboneSpec, replace_stem_for_small_images
 from sslkit.parts.foreign import check_size, read_encoder_config, tensor_shapes
 from sslkit.parts.hub import quick_hub, why_not
+from sslkit.parts.pinned import is_hub_name, pin, pin_timm
 
 RAW_PIXEL_SIDE = 32
 BLANK_SIDE = 256
@@ -41,6 +42,7 @@ class Encoder:
         architecture: timm name it can be rebuilt from.
         model_args: Arguments it can be rebuilt with.
         small_stem: Whether its stem is `replace_stem_for_small_images`'s.
+        revision: Commit on the Hugging Face Hub that the weights were loaded from; empty if from elsewhere.
     """
 
     module: nn.Module
@@ -49,6 +51,7 @@ class Encoder:
     architecture: str
     model_args: dict[str, Any] = field(default_factory=dict)
     small_stem: bool = False
+    revision: str = ""
 
     def transform(self) -> Transform:
         """Resize, centre crop and normalise, as timm does for evaluation."""
@@ -73,9 +76,11 @@ class Encoder:
 def load_encoder(name: str) -> Encoder:
     """Load an encoder that is named as on the command line.
 
+    What lies on the Hub is resolved to a commit first, and exactly that is loaded.
+
     Args:
-        name: A run folder, an exported folder, ``hf_hub:user/repo``, ``local-dir:PATH``, or a timm name, whose
-            pretrained weights are meant.
+        name: A run folder, an exported folder, ``hf_hub:user/repo`` (newest commit) or ``hf_hub:user/repo@revision``,
+            ``local-dir:PATH``, or a timm name, whose pretrained weights are meant.
 
     Raises:
         UserError: Nothing of that name, or weights that do not fit.
@@ -83,18 +88,18 @@ def load_encoder(name: str) -> Encoder:
     folder = _encoder_folder(name)
     if folder is not None:
         return _load_folder(folder, name)
-    if not name.startswith(("hf_hub:", "hf-hub:")) and not timm.is_model(name):
+    if is_hub_name(name):
+        with quick_hub():
+            pinned = pin(name)
+        if pinned.small_stem:
+            return replace(_load_folder(pinned.folder, pinned.description), revision=pinned.revision)
+        return _load_from_timm(pinned.source, pinned.description, pinned.revision)
+    if not timm.is_model(name):
         miss = near_miss(name, timm.list_pretrained())
         raise UserError(f"{name}: no run folder, no exported folder and no timm model{miss}")
-    try:
-        with quick_hub():
-            module = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # a stranger's repository makes timm raise anything
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"{name}: its pretrained weights cannot be had: {first}{why_not()}") from error
-    config: Any = module.pretrained_cfg
-    model_args = {key: value for key, value in getattr(module, "_model_args", {}).items() if key != "num_classes"}
-    return Encoder(module, resolve_data_config(model=module), name, config["architecture"], model_args)
+    with quick_hub():
+        revision, arguments = pin_timm(name)
+    return _load_from_timm(name, name, revision, arguments)
 
 
 def build(architecture: str, model_args: dict[str, Any], small_stem: bool) -> nn.Module:
@@ -127,6 +132,19 @@ def _load_folder(folder: Path, name: str) -> Encoder:
         lines = (str(error).strip() or type(error).__name__).splitlines()
         raise UserError(f"{name}: {folder} is not a loadable encoder: {' '.join(lines)[:300]}") from error
     return Encoder(module, data_config, name, config.architecture, config.model_args, config.small_stem)
+
+
+def _load_from_timm(source: str, name: str, revision: str, arguments: Mapping[str, Any] | None = None) -> Encoder:
+    try:
+        with quick_hub():
+            module = timm.create_model(source, pretrained=True, num_classes=0, **(arguments or {}))
+    except Exception as error:  # a stranger's repository makes timm raise anything
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"{name}: its pretrained weights cannot be had: {first}{why_not()}") from error
+    config: Any = module.pretrained_cfg
+    model_args = {key: value for key, value in getattr(module, "_model_args", {}).items() if key != "num_classes"}
+    data_config = resolve_data_config(model=module)
+    return Encoder(module, data_config, name, config["architecture"], model_args, revision=revision)
 
 
 class TransformedImages(Dataset[tuple[Tensor, int]]):

@@ -50,6 +50,7 @@ class Score:
         note: What was chosen on the way.
         measures: All numbers by name, where there is more than one, each in [0, 1].
         intervals: Of each of these, its bootstrap 95 % interval.
+        encoder_revision: Commit on the Hugging Face Hub that was scored; empty for what does not come from there.
     """
 
     encoder: str
@@ -58,6 +59,7 @@ class Score:
     note: str = ""
     measures: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    encoder_revision: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def evaluate_knn_grid(
         predicted = predict_all(queries.to(device), bank, pair.train_labels, len(pair.classes), used)
         for found, classes in zip(scores, predicted, strict=True):
             accuracy = float((classes.cpu() == pair.test_labels).float().mean())
-            found.append(_score(encoder.description if encoder else RAW_PIXELS, accuracy, pair))
+            found.append(_score(encoder, accuracy, pair))
     judgements, images = [], data_settings(pair)
     for protocol, found in zip(protocols, scores, strict=True):
         settings = knn_settings(protocol, reading.settings(), crop, images)
@@ -184,7 +186,7 @@ def evaluate_linear(
         train = _epochs_of(encoder, pair, reading) if online else _features(encoder, pair.train, pair, reading)
         test = _features(encoder, pair.test, pair, reading)
         score = linear_accuracy(train, pair.train_labels, test, pair.test_labels, used)
-        scores.append(_score(encoder.description if encoder else RAW_PIXELS, score.accuracy, pair, score.chosen))
+        scores.append(_score(encoder, score.accuracy, pair, score.chosen))
         if encoder and not settings:
             settings = {"kind": "linear", **vars(used), "augment": online, "selection": used.selection}
             settings |= preprocessing_settings(encoder.preprocessing)
@@ -228,7 +230,7 @@ def evaluate_sweep(
         result = sweep(sides[0], pair.train_labels, sides[1], pair.test_labels, protocol)
         best = result.chosen
         note = f"{best.reading}, lr {best.lr:g}, decay {best.weight_decay:g}" + (", normed" if best.norm else "")
-        scores.append(_score(encoder.description if encoder else RAW_PIXELS, result.accuracy, pair, note))
+        scores.append(_score(encoder, result.accuracy, pair, note))
         grid = grid or [vars(head) for head in result.grid]
         crop = crop or preprocessing_settings(encoder.preprocessing if encoder else {})
     settings = {"kind": "linear sweep", **vars(protocol), "selection": HELD_OUT_CHOOSES, **crop}
@@ -280,7 +282,7 @@ def evaluate_finetune(
         options: dict[str, Any] = {"neck": its_neck, "workers": workers, "say": say}
         classifier = finetune(contestant, source, known, len(pair.classes), protocol, **options)
         right = classify(classifier, contestant, pair.test, workers) == pair.test_labels
-        scores.append(_score(name, float(right.float().mean()), pair))
+        scores.append(replace(_score(contestant, float(right.float().mean()), pair), encoder=name))
     settings = {"kind": "finetune", **vars(protocol), "neck": neck is not None, "selection": "none, the last epoch"}
     settings |= {**preprocessing_settings(encoder.preprocessing), **data_settings(pair)}
     settings |= {"labelled_images": len(chosen), "chosen": digest_of(chosen)}
@@ -293,8 +295,10 @@ def _of(*readings: Reading) -> str:
     return ", " + ", ".join(map(str, readings)) if any(reading.of_blocks for reading in readings) else ""
 
 
-def _score(encoder: str, accuracy: float, pair: LabelledPair, note: str = "") -> Score:
-    return Score(encoder, accuracy, bootstrap_interval(accuracy, len(pair.test)), note)
+def _score(encoder: Encoder | None, accuracy: float, pair: LabelledPair, note: str = "") -> Score:
+    name, revision = (encoder.description, encoder.revision) if encoder else (RAW_PIXELS, "")
+    interval = bootstrap_interval(accuracy, len(pair.test))
+    return Score(name, accuracy, interval, note, encoder_revision=revision)
 
 
 def _contestants(model: str, baselines: Sequence[str], reading: Reading) -> Iterator[Encoder | None]:

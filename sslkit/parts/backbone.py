@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sslkit.errors import UserError, near_miss
 from sslkit.parts.foreign import check_model_args, check_size, read_encoder_config, tensor_shapes
 from sslkit.parts.hub import quick_hub
+from sslkit.parts.pinned import is_hub_name, pin
 
 Family = Literal["resnet", "vit", "other"]
 
@@ -135,23 +136,35 @@ def _create_timm_model(spec: BackboneSpec) -> nn.Module:
         kwargs.setdefault("img_size", spec.img_size)
     if spec.pos_embed == "none":
         kwargs["pos_embed"] = "none"
-    source = spec.pretrained if isinstance(spec.pretrained, str) else spec.name
+    named = spec.pretrained if isinstance(spec.pretrained, str) else spec.name
+    source = _pinned(named)
     try:
         with quick_hub() if spec.pretrained and not source.startswith("local-dir:") else nullcontext():
             model: nn.Module = timm.create_model(source, pretrained=bool(spec.pretrained), **kwargs)
     except OSError as error:
-        raise UserError(f"[backbone] pretrained: no weights for {source!r} to be had: {_first_line(error)}") from error
+        raise UserError(f"[backbone] pretrained: no weights for {named!r} to be had: {_first_line(error)}") from error
     except Exception as error:  # a recipe's arguments, or a stranger's repository, make models raise anything
         raise UserError(
-            f"[backbone] timm cannot build {source!r} for {spec.img_size}-pixel images with args {spec.args}: "
+            f"[backbone] timm cannot build {named!r} for {spec.img_size}-pixel images with args {spec.args}: "
             f"{_first_line(error)}"
         ) from error
     config: Any = model.pretrained_cfg
     if isinstance(spec.pretrained, str) and config["architecture"] != spec.name.split(".")[0]:
         raise UserError(
-            f"[backbone] name: {spec.name!r}, but {source!r} holds a {config['architecture']!r}; name that instead"
+            f"[backbone] name: {spec.name!r}, but {named!r} holds a {config['architecture']!r}; name that instead"
         )
     return model
+
+
+def _pinned(name: str) -> str:
+    """What timm is to load: of the Hub, one commit."""
+    if not is_hub_name(name):
+        return name
+    try:
+        with quick_hub():
+            return pin(name).source
+    except UserError as error:
+        raise UserError(f"[backbone] pretrained: {error}") from error
 
 
 def takes_image_size(name: str) -> bool:

@@ -1,27 +1,33 @@
 """Bytes and structures that nobody thought of: only `UserError` may come out of a reader. Every run draws the same."""
 
+import gzip
 import hashlib
 import json
+import math
 import tempfile
-from collections.abc import Callable
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, find, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
+from targets import SEEDS, STATE, TARGETS, capsule, checkpoint_of, only_user_errors, state, written
 
+from sslkit.data.idx import read_idx
+from sslkit.data.loader import epoch_order
 from sslkit.engine.checkpoint import newest_checkpoint, read_checkpoint
+from sslkit.engine.checks import SCALER
+from sslkit.engine.guard import Course, Guard
 from sslkit.engine.lines import read_lines
-from sslkit.errors import UserError
 from sslkit.parts.foreign import check_size, read_encoder_config, tensor_shapes
 from sslkit.publish.importing import read_tensors
 from sslkit.publish.layouts import LAYOUTS, OUTSIDE, guess_backbone, sort_out, vit_arguments
 from sslkit.recipe import build_recipe, load_recipe
-from sslkit.recipe_tables import TABLES
+from sslkit.recipe_tables import TABLES, GuardConfig
 
 fuzz = settings(
     derandomize=True, deadline=None, max_examples=150, database=None, suppress_health_check=list(HealthCheck)
@@ -46,16 +52,6 @@ def mutated(content: bytes) -> st.SearchStrategy[bytes]:
         return changed
 
     return st.lists(place, min_size=1, max_size=4).map(apply)
-
-
-def only_user_errors(read: Callable[[], Any]) -> None:
-    try:
-        read()
-    except UserError as error:
-        sentence = str(error)
-    else:
-        return
-    assert 0 < len(sentence) < 20_000
 
 
 TEXT = b"""[method]
@@ -218,3 +214,89 @@ def test_logs(lines: list[bytes]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "metrics.jsonl").write_bytes(b"\n".join(lines))
         only_user_errors(lambda: read_lines(Path(folder) / "metrics.jsonl"))
+
+
+axes = st.integers(0, 2**32 - 1) | st.integers(0, 6)
+
+
+@fuzz
+@given(st.binary(min_size=4, max_size=4) | st.integers(0, 4).map(lambda count: bytes((0, 0, 8, count))),
+       st.lists(axes, max_size=4), st.binary(max_size=300), st.integers(1, 4), st.integers(0, 3))  # fmt: skip
+def test_idx_files(magic: bytes, shape: list[int], content: bytes, num_axes: int, cut: int) -> None:
+    """What is read is what the header says, whole; everything else is refused."""
+    raw = magic + b"".join(length.to_bytes(4, "big") for length in shape) + content
+    packed = gzip.compress(raw, 1, mtime=0)
+    found = only_user_errors(lambda: read_idx(written("x.gz", packed[: len(packed) - cut]), num_axes))
+    is_one = magic == bytes((0, 0, 8, num_axes)) and len(shape) >= num_axes and not cut
+    rest = raw[4 + 4 * num_axes :]
+    if not is_one or math.prod(shape[:num_axes]) != len(rest) or not rest:
+        assert found is None
+    else:
+        assert found.shape == tuple(shape[:num_axes])
+        assert found.tobytes() == rest
+
+
+@fuzz
+@given(mutated(gzip.compress(bytes((0, 0, 8, 1, 0, 0, 0, 4)) + b"abcd", mtime=0)) | st.binary(max_size=60))
+def test_idx_files_that_are_torn(content: bytes) -> None:
+    found = only_user_errors(lambda: read_idx(written("x.gz", content), 1))
+    assert found is None or found.size
+
+
+numbers = st.integers(-3, 3) | st.floats() | st.integers(2**20, 2**70) | st.booleans()
+course_keys = st.sampled_from(["skipped", "rewinds", "lr_factor", "losses", "evil"])
+courses = st.dictionaries(course_keys, trees | numbers | st.lists(numbers, max_size=4), max_size=4)
+scalers = st.fixed_dictionaries({}, optional=dict.fromkeys(SCALER, trees | numbers)) | st.fixed_dictionaries(
+    dict.fromkeys(SCALER, numbers)
+)
+
+
+@fuzz
+@given(trees | courses, trees | scalers, trees | st.dictionaries(st.text(max_size=5), trees, max_size=2))
+def test_what_a_state_says_of_troubles_scale_and_optimizer(course: Any, scaler: Any, optimizer: Any) -> None:
+    """What is let in can be gone on with."""
+    for key, value in {"course": course, "scaler": scaler, "optimizer": optimizer}.items():
+        said = json.dumps(STATE | {key: value}).encode()
+        state(b"1" + said)
+        checkpoint = only_user_errors(lambda said=said: read_checkpoint(checkpoint_of(state=said)))
+        if checkpoint is not None and key == "course":
+            guard = Guard(GuardConfig(policy="skip", loss_spike=2.0), Course.from_json(course))
+            guard.complaint(1.0, 1.0)
+            guard.accept(1.0)
+            assert 0 < guard.course.lr_factor <= 1
+            epoch_order(0, 2**32 - 1, 3, guard.course.rewinds)
+        elif checkpoint is not None and key == "scaler" and scaler:
+            torch.amp.GradScaler("cpu").load_state_dict(scaler)
+
+
+def test_some_of_what_is_drawn_is_let_in() -> None:
+    """Else the test above would show nothing."""
+    for kind in (courses, scalers):
+        key = "course" if kind is courses else "scaler"
+        drawn = find(kind, lambda value, key=key: bool(value) and is_let_in(key, value), settings=fuzz)
+        assert drawn
+
+
+def is_let_in(key: str, value: Any) -> bool:
+    said = json.dumps(STATE | {key: value}).encode()
+    return only_user_errors(lambda: read_checkpoint(checkpoint_of(state=said))) is not None
+
+
+FACTS = json.loads((SEEDS / "capsule" / "whole").read_bytes())
+
+
+@fuzz
+@given(st.dictionaries(st.sampled_from([*FACTS]), trees | numbers, max_size=3) | trees)
+def test_capsules(change: Any) -> None:
+    facts = FACTS | change if isinstance(change, dict) else change
+    capsule(json.dumps(facts).encode())
+
+
+@fuzz
+@given(st.sampled_from([*TARGETS]), st.data())
+def test_seeds_with_places_changed(name: str, data: st.DataObject) -> None:
+    """As atheris does, where it is not installed."""
+    seed = data.draw(st.sampled_from(sorted((SEEDS / name).iterdir())))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        TARGETS[name](data.draw(mutated(seed.read_bytes()[:2000])))
