@@ -12,12 +12,15 @@ MEBIBYTE = 2**20
 
 
 def free_bytes(folder: Path = SHARED) -> int | None:
-    """What is free of it; None where batches do not lie there."""
+    """This process's share of what is free of it; None where batches do not lie there.
+
+    The processes that a launcher started on this machine share it, and look before any of them has begun to load.
+    """
     try:
         status = os.statvfs(folder)
     except OSError:
         return None
-    return status.f_bavail * status.f_frsize
+    return status.f_bavail * status.f_frsize // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def fitting_prefetch(batch_bytes: int, workers: int, free: int | None) -> int:
@@ -38,8 +41,8 @@ def fitting_prefetch(batch_bytes: int, workers: int, free: int | None) -> int:
         need = (workers + HELD) * batch_bytes
         raise UserError(
             f"[data] workers: {workers} workers pass batches of {_mebibytes(batch_bytes)} through {SHARED}, which has "
-            f"{_mebibytes(free)} free and needs {_mebibytes(need)}; give it more (docker run --shm-size), or take "
-            "fewer workers or a smaller batch, or workers = 0, which needs none"
+            f"{_mebibytes(free)} free for this process and needs {_mebibytes(need)}; give it more (docker run "
+            "--shm-size), or take fewer workers or a smaller batch, or workers = 0, which needs none"
         )
     return fitting
 
@@ -49,7 +52,7 @@ def shortage(batch_bytes: int) -> str:
     free = free_bytes()
     if free is None or free >= batch_bytes:
         return ""
-    return f"; {SHARED} has {_mebibytes(free)} free, and a batch takes {_mebibytes(batch_bytes)}"
+    return f"; {SHARED} has {_mebibytes(free)} free for this process, and a batch takes {_mebibytes(batch_bytes)}"
 
 
 def _mebibytes(count: int) -> str:

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from sslkit.engine.rendezvous import meeting_place
 from sslkit.errors import UserError
 from sslkit.recipe import Recipe
 
@@ -43,7 +44,9 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         cpu=True if _only_cpu() else None,
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.guard.timeout_seconds)),
+            InitProcessGroupKwargs(
+                init_method=meeting_place(), timeout=timedelta(seconds=recipe.guard.timeout_seconds)
+            ),
         ],
     )
 

@@ -1,7 +1,7 @@
 """Stopping on request. A signal or the clock raises a flag and no more; the loop sees it, agrees, saves once, and ends.
 
 Schedulers differ in what they send before they take a machine away: SIGTERM, SIGUSR1 (Slurm), or SIGINT from a person.
-All three mean the same here. The second one means "now".
+All three mean the same here. A second one, half a second later or more, means "now".
 """
 
 import ctypes

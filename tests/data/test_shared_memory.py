@@ -25,6 +25,15 @@ def test_what_is_made_ahead_fits() -> None:
     assert free_bytes(Path("/no/such/folder")) is None
 
 
+def test_processes_of_a_machine_share_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    alone = free_bytes(tmp_path)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    shared = free_bytes(tmp_path)
+    assert alone is not None
+    assert shared is not None
+    assert shared == pytest.approx(alone / 8, rel=0.05)  # others write to the disk meanwhile
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
 def test_a_run_with_hardly_any_says_so_at_once(tmp_path: Path) -> None:
     """A mount name space of its own whose /dev/shm holds 300 kB."""
@@ -38,5 +47,7 @@ def test_a_run_with_hardly_any_says_so_at_once(tmp_path: Path) -> None:
         pytest.skip("no mounts here")
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
-    assert "[data] workers: 2 workers pass batches of 1.2 MiB through /dev/shm, which has 0.3 MiB free" in done.stderr
+    assert (
+        "[data] workers: 2 workers pass batches of 1.2 MiB through /dev/shm, which has 0.3 MiB free for" in done.stderr
+    )
     assert not (tmp_path / "run/metrics.jsonl").exists()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -68,9 +69,7 @@ def test_one_process_hears_it_and_both_stop_at_the_same_step(tmp_path: Path) -> 
     recipe = write_recipe(tmp_path, train=LONG)
     process = start(pretrain(recipe, tmp_path / "run"), processes=2)
     wait_for_lines(tmp_path / "run/metrics.jsonl", 3, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    second = next(pid for pid in children if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
-    os.kill(int(second), signal.SIGUSR1)
+    os.kill(second_of(process), signal.SIGUSR1)
     said = finish(process)
     marker = (tmp_path / "run/PREEMPTED").read_text()
     assert "a signal to another process" in marker, said
@@ -109,6 +108,12 @@ def test_processes_whose_launcher_dies_save_and_end(number: signal.Signals, tmp_
     assert (tmp_path / f"run/checkpoints/step-{step:08d}/manifest.json").is_file(), said
     lines = len(read_lines(tmp_path / "run/metrics.jsonl"))
     assert lines == step
+
+
+def second_of(launcher: subprocess.Popen[str]) -> int:
+    """Process id of rank 1."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return next(int(pid) for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
 
 
 def alive(pid: int) -> bool:
@@ -151,16 +156,13 @@ def test_a_restart_by_accelerate_continues(tmp_path: Path) -> None:
     env = {"ACCELERATE_USE_CPU": "true"}
     process = start([*launch, *pretrain(recipe, tmp_path / "run")], env=env)
     wait_for_lines(tmp_path / "run/metrics.jsonl", 6, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    second = next(pid for pid in children if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
-    os.kill(int(second), signal.SIGKILL)
+    os.kill(second_of(process), signal.SIGKILL)
     said = finish(process)
     assert process.returncode == 0, said
     assert "continuing" in said
     assert len(read_lines(tmp_path / "run/metrics.jsonl")) == 12
 
 
-@pytest.mark.slow
 def test_a_restart_by_the_launcher_continues(tmp_path: Path) -> None:
     """torchrun --max_restarts after one process died: the same command, and nothing is lost."""
     recipe = write_recipe(tmp_path, train={"max_steps": 12}, checkpoint={"every_steps": 4})
@@ -169,9 +171,7 @@ def test_a_restart_by_the_launcher_continues(tmp_path: Path) -> None:
     assert whole.returncode == 0, said
     process = start(pretrain(recipe, tmp_path / "run"), processes=2, launcher=["--max_restarts", "1"])
     wait_for_lines(tmp_path / "run/metrics.jsonl", 6, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    second = next(pid for pid in children if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
-    os.kill(int(second), signal.SIGKILL)
+    os.kill(second_of(process), signal.SIGKILL)
     said = finish(process)
     assert process.returncode == 0, said
     assert "continuing" in said
