@@ -156,6 +156,12 @@ def _run_through(
             raise
 
 
+def _restore_scaler(accelerator: Accelerator, checkpoint: Checkpoint) -> None:
+    """The loss scale, where there is one now and was one then."""
+    if accelerator.scaler is not None and (state := checkpoint.state["scaler"]):
+        accelerator.scaler.load_state_dict(state)
+
+
 def _go_back(training: Training, source: ImageSource, journal: Journal, why: str) -> Training:
     """The same training as its last checkpoint has it, with another order of the images from there."""
     config, course = training.recipe.guard, training.course
@@ -165,8 +171,7 @@ def _go_back(training: Training, source: ImageSource, journal: Journal, why: str
     if checkpoint is None:
         raise BadStepError(f"{why}; there is no checkpoint yet to go back to")
     restore(checkpoint, training.method, training.optimizer.optimizer)
-    if training.accelerator.scaler is not None:
-        training.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+    _restore_scaler(training.accelerator, checkpoint)
     course = replace(
         Course.from_json(checkpoint.state.get("course", {})),
         rewinds=course.rewinds + 1,
@@ -259,8 +264,8 @@ def _assemble(
     if checkpoint is not None:
         restore(checkpoint, method, optimizer)
     wrapped, prepared = accelerator.prepare(method, optimizer)
-    if checkpoint is not None and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+    if checkpoint is not None:
+        _restore_scaler(accelerator, checkpoint)
     start_step = checkpoint.step if checkpoint else 0
     course = Course.from_json(checkpoint.state.get("course", {}) if checkpoint else {})
     return Training(

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,22 @@ def write_recipe(folder: Path, name: str = "moco_v2", model: str = "test_resnet"
 
 
 def start(
-    words: list[str], processes: int = 1, launcher: list[str] | None = None, env: dict[str, str] | None = None
+    words: list[str],
+    processes: int = 1,
+    launcher: list[str] | None = None,
+    env: dict[str, str] | None = None,
+    before: Callable[[], None] = lambda: None,
 ) -> subprocess.Popen[str]:
-    """Start ``python words`` under torchrun if there are to be two; its output is merged."""
+    """Start ``python words`` under torchrun if there are to be two; its output is merged.
+
+    ``before`` is called in the new process before the command takes its place.
+    """
+
+    def prepare() -> None:
+        # A shell ignores SIGINT in what it starts in the background, tests among it, and children inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        before()
+
     more = env or {}
     env = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{env.get('PYTHONPATH', '')}", **more}
@@ -38,8 +52,7 @@ def start(
         text=True,
         env=env,
         start_new_session=True,
-        # A shell ignores SIGINT in what it starts in the background, tests among it, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=prepare,
     )
 
 
