@@ -19,6 +19,7 @@ LAYERS = {
     "publish": 5,
     "engine": 6,
     "doctor": 7,
+    "bench": 7,
     "report": 8,
     "cli": 9,
     "pretrain": 10,

@@ -4,28 +4,26 @@ Exit codes: 0 done, 2 bad input (one sentence), 1 a fault of ours, 75 stopped on
 """
 
 import itertools
-import json
 import os
 import signal
 import sys
 from pathlib import Path
 from traceback import format_exception
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.table import Table
 
+from sslkit.cli.bench import bench
 from sslkit.cli.data import data_app
 from sslkit.cli.evaluation import evaluation
 from sslkit.cli.importing import import_
 from sslkit.cli.look import report, views
+from sslkit.cli.options import recipe_from_words
 from sslkit.cli.replay import replay
 from sslkit.cli.show import AsJson, console, show_report
 from sslkit.errors import RunError, UserError, without_tokens
-
-if TYPE_CHECKING:
-    from sslkit.recipe import Recipe
 
 app = typer.Typer(
     help="Self-supervised pretraining of timm image encoders.",
@@ -61,7 +59,7 @@ def pretrain(
     _exit_resumable_meanwhile()
     from sslkit.engine import train
 
-    loaded = _recipe_from_words(recipe, overrides or [], method, backbone, data)
+    loaded = recipe_from_words(recipe, overrides or [], method, backbone, data)
     name = Path(recipe).stem if recipe else f"{loaded.method_name}_{loaded.backbone.name}"
     if train(loaded, output or Path("runs") / name, resume).stopped:
         raise typer.Exit(RESUMABLE)
@@ -107,6 +105,7 @@ def export(
 app.command("import", epilog="Example: sslkit import moco_v2_800ep_pretrain.pth.tar moco-v2")(import_)
 app.command(epilog="Example: sslkit report runs/quickstart")(report)
 app.command(epilog="Example: sslkit views mocov3_vits --data photos")(views)
+app.command(epilog="Example: sslkit bench mocov3_vits --data photos")(bench)
 app.command(epilog="Example: sslkit replay runs/photos/capsules/step-00012345")(replay)
 
 
@@ -126,7 +125,7 @@ def doctor(
     from sslkit.doctor import Report, examine, examine_machine
 
     if recipe or overrides or method or backbone or data:
-        loaded = _recipe_from_words(recipe, overrides or [], method, backbone, data)
+        loaded = recipe_from_words(recipe, overrides or [], method, backbone, data)
         examined = examine(loaded, lambda stage: print(f"sslkit: {stage} ...", file=sys.stderr))
     else:
         examined = Report(examine_machine())
@@ -204,15 +203,3 @@ def _complain(sentence: str, code: int = 2) -> NoReturn:
     if sentence:
         print(f"sslkit: {without_tokens(sentence)}", file=sys.stderr)
     sys.exit(code)
-
-
-def _recipe_from_words(recipe: str, overrides: list[str], method: str, backbone: str, data: str) -> "Recipe":
-    from sslkit.recipe import build_recipe, load_recipe
-
-    if recipe:
-        given = {"method.name": method, "backbone.name": backbone, "data.path": data}
-        return load_recipe(recipe, [f"{key}={json.dumps(word)}" for key, word in given.items() if word] + overrides)
-    if not (method and backbone and data):
-        raise UserError("give a recipe, or all of --method, --backbone and --data")
-    tables = {"method": {"name": method}, "backbone": {"name": backbone}, "data": {"path": data}}
-    return build_recipe(tables, overrides, name="command line")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
@@ -13,6 +14,7 @@ from sslkit.errors import UserError
 if TYPE_CHECKING:
     from sslkit.data.source import DataConfig
     from sslkit.evaluate.reading import Reading
+    from sslkit.recipe import Recipe
 
 Number = TypeVar("Number", int, float)
 
@@ -120,3 +122,20 @@ def numbers(option: str, words: str, kind: Callable[[str], Number]) -> list[Numb
 def override(protocol: Any, **given: Any) -> Any:
     """A dataclass with those of the given values that are not 0, which stands for the protocol's own."""
     return dataclasses.replace(protocol, **{name: value for name, value in given.items() if value})
+
+
+def recipe_from_words(recipe: str, overrides: list[str], method: str, backbone: str, data: str) -> "Recipe":
+    """The recipe that a command's words ask for: a file or name, or method, backbone and data, or both.
+
+    Raises:
+        UserError: Neither.
+    """
+    from sslkit.recipe import build_recipe, load_recipe
+
+    if recipe:
+        given = {"method.name": method, "backbone.name": backbone, "data.path": data}
+        return load_recipe(recipe, [f"{key}={json.dumps(word)}" for key, word in given.items() if word] + overrides)
+    if not (method and backbone and data):
+        raise UserError("give a recipe, or all of --method, --backbone and --data")
+    tables = {"method": {"name": method}, "backbone": {"name": backbone}, "data": {"path": data}}
+    return build_recipe(tables, overrides, name="command line")

@@ -13,6 +13,7 @@ from sslkit.doctor.findings import Finding, ok, warning
 from sslkit.doctor.machine import GIB, has_bf16, memory_of_device, training_device
 from sslkit.doctor.patient import Observation, Patient, processes_of
 from sslkit.engine.journal import duration
+from sslkit.engine.processes import processes_here
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.recipe import Recipe
 
@@ -32,7 +33,7 @@ def forecast_memory(patient: Patient, seen: Observation) -> Finding:
     at_once = min(recipe.train.micro_batch or local, local)
     state, learning = _state_bytes(patient)
     for_one = seen.saved_bytes / patient.batch * (HALF_PRECISION if recipe.train.precision != "no" else 1.0)
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    sharing = processes_here() if device.type == "cpu" else 1
     fixed = state + learning + (CUDA_ITSELF if device.type == "cuda" else 0)
     needed, there = fixed + for_one * at_once, memory_of_device(device) // sharing
     said = (
@@ -120,7 +121,7 @@ def judge_speed(recipe: Recipe, computing: float, loading: float, images: int) -
 def check_threads(recipe: Recipe) -> Finding:
     """Workers and computing threads must not fight for cores."""
     cores, on_cpu = cores_of_a_process(1), training_device().type == "cpu"
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = processes_here()
     workers = processes * resolve_workers(recipe.data.workers, on_accelerator=not on_cpu, processes_here=processes)
     asked = os.environ.get("OMP_NUM_THREADS", "")
     threads = processes * int(asked) if on_cpu and asked.isdigit() else 0

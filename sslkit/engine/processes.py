@@ -51,6 +51,11 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     )
 
 
+def processes_here() -> int:
+    """How many of the run's processes share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def _only_cpu() -> bool:
     return not torch.cuda.is_available() and not torch.backends.mps.is_available()
 

@@ -28,7 +28,7 @@ from sslkit.engine.lock import hold_folder
 from sslkit.engine.loop import run_loop
 from sslkit.engine.monitors import KnnMonitor
 from sslkit.engine.optim import make_optimizer
-from sslkit.engine.processes import make_accelerator
+from sslkit.engine.processes import make_accelerator, processes_here
 from sslkit.engine.retention import checkpoint_name
 from sslkit.engine.saver import Saver
 from sslkit.engine.stopping import MARKER, StopRequest, die_with_launcher, leave_marker, remove_marker
@@ -90,7 +90,7 @@ def _train(
     checkpoint, complaints = find_checkpoint(folder, recipe, resume)
     compare_facts(_facts(recipe, source, checkpoint), accelerator.device)
     last_step = _last_step(recipe, steps_per_epoch)
-    training = _assemble(recipe, folder, accelerator, method, source, checkpoint, steps_per_epoch, last_step, monitor)
+    training = assemble(recipe, folder, accelerator, method, source, checkpoint, steps_per_epoch, last_step, monitor)
     # All that can be refused has been: from here on the folder is written to.
     accelerator.wait_for_everyone()
     first = accelerator.is_main_process
@@ -202,7 +202,7 @@ def _make_loader(
         source,
         ViewPipeline(recipe.views, recipe.train.seed),
         batches,
-        workers=_workers(recipe, accelerator),
+        workers=workers_of(recipe, accelerator),
         pin_memory=accelerator.device.type == "cuda",
         timeout=recipe.data.worker_timeout,
     )
@@ -240,7 +240,7 @@ def build_method(recipe: Recipe, num_samples: int = 0) -> Method:
     return method
 
 
-def _assemble(
+def assemble(
     recipe: Recipe,
     folder: Path,
     accelerator: Accelerator,
@@ -256,7 +256,7 @@ def _assemble(
         synchronise_batch_norm(method, accelerator.device, spare=BACKBONES if method.bn_groups > 1 else ())
     if accelerator.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # A thread that finds its core taken by a data worker holds up all the others.
-        torch.set_num_threads(max(cores_of_a_process(_processes_here()) - _workers(recipe, accelerator), 1))
+        torch.set_num_threads(max(cores_of_a_process(processes_here()) - workers_of(recipe, accelerator), 1))
     method.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if recipe.train.compile:
         compile_backbones(method)
@@ -295,14 +295,11 @@ def compile_backbones(method: Method) -> None:
             (part.module if isinstance(part, Teacher) else part).compile()
 
 
-def _workers(recipe: Recipe, accelerator: Accelerator) -> int:
+def workers_of(recipe: Recipe, accelerator: Accelerator) -> int:
+    """Data workers of each process."""
     return resolve_workers(
-        recipe.data.workers, on_accelerator=accelerator.device.type != "cpu", processes_here=_processes_here()
+        recipe.data.workers, on_accelerator=accelerator.device.type != "cpu", processes_here=processes_here()
     )
-
-
-def _processes_here() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def make_monitor(recipe: Recipe, accelerator: Accelerator) -> KnnMonitor | None:
@@ -318,7 +315,7 @@ def make_monitor(recipe: Recipe, accelerator: Accelerator) -> KnnMonitor | None:
         std=views.std,
         crop_pct=views.crop_pct,
     )
-    return KnnMonitor(recipe, transform, accelerator.device, _workers(recipe, accelerator))
+    return KnnMonitor(recipe, transform, accelerator.device, workers_of(recipe, accelerator))
 
 
 def steps_per_epoch(recipe: Recipe, source: ImageSource) -> int:
@@ -371,7 +368,7 @@ def _opening(training: Training, source: ImageSource) -> list[str]:
         f"{recipe.method_name} on {recipe.backbone.name}: {trained / 1e6:.2f} M trained parameters",
         f"data {source.description}: {len(source)} images, batch {train.batch_size}, {train.epochs} epochs",
         f"{accelerator.num_processes} process(es), {accelerator.device.type}, precision {train.precision}, "
-        f"{_workers(recipe, accelerator)} data worker(s) each",
+        f"{workers_of(recipe, accelerator)} data worker(s) each",
         f"learning rate: base {recipe.optim.lr:g}, rule {recipe.optim.lr_rule} x batch / 256, peak {recipe.peak_lr:g}",
     ]
     if train.micro_batch and has_batch_norm(training.method.backbone):

@@ -1,0 +1,79 @@
+"""``sslkit bench``: a table of where a step's time goes, and what to change."""
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from sslkit.cli.options import recipe_from_words
+from sslkit.cli.show import AsJson, console
+
+if TYPE_CHECKING:
+    from sslkit.bench import Change, Profile
+
+BAR = 24  # characters
+
+
+def bench(
+    recipe: Annotated[str, typer.Argument(help="TOML file, or the name of a shipped recipe.")] = "",
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="table.key=value; may repeat.")] = None,
+    method: Annotated[str, typer.Option(help="Method, such as moco_v2.")] = "",
+    backbone: Annotated[str, typer.Option(help="timm name, such as resnet18.")] = "",
+    data: Annotated[str, typer.Option(help="Folder of images or datasets id.")] = "",
+    seconds: Annotated[float, typer.Option(min=1.0, max=3600.0, help="About how long to measure.")] = 20.0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure where a recipe's step spends its time here, and say the one change that would help most.
+
+    Start it as the run will be started, under torchrun or accelerate launch for several processes. Nothing is written.
+    """
+    from sslkit.bench import changes_that_help, profile
+
+    loaded = recipe_from_words(recipe, overrides or [], method, backbone, data)
+    measured = profile(loaded, seconds)
+    changes = changes_that_help(measured, loaded)
+    if measured.process:
+        return
+    if as_json:
+        fields = {**dataclasses.asdict(measured), "images_per_second": measured.images_per_second}
+        print(json.dumps({**fields, "changes": [dataclasses.asdict(each) for each in changes]}))
+        return
+    _show(measured, changes)
+
+
+def _show(measured: "Profile", changes: "list[Change]") -> None:
+    from sslkit.bench.advice import share_of_passes
+
+    console.print(
+        f"{measured.images_per_second:.4g} images/s: a step of {measured.batch} images on each of {measured.processes} "
+        f"process(es) takes {_ms(measured.step)} ({measured.device}, {measured.steps} steps)",
+        highlight=False,
+    )
+    table = Table("where it goes", "ms", "share", "")
+    for name, spent in [("waiting for data", measured.waiting), *measured.stages.items()]:
+        share = spent / measured.step
+        table.add_row(name, f"{1e3 * spent:.1f}", f"{share:.1%}", "█" * round(BAR * min(share, 1.0)))
+    console.print(table)
+    images = measured.images
+    console.print(
+        f"an image costs one core {_ms(images.seconds)}: reading {_ms(images.read)}, decoding {_ms(images.decode)}, "
+        f"views {_ms(images.views)} (mean of {images.images}); {measured.workers} data worker(s) a process and "
+        f"{measured.cores} core(s)",
+        highlight=False,
+    )
+    if measured.peak_bytes is not None:
+        console.print(f"most memory of the device in use: {measured.peak_bytes / 2**30:.2f} GiB", highlight=False)
+    for number, change in enumerate(changes):
+        opening = "what would help most" if number == 0 else "also"
+        console.print(f"{opening}: {change.what} ({change.gain:.2g} x as fast)", highlight=False, markup=False)
+    if not changes:
+        console.print(
+            f"nothing stands out: the backbones' own passes are {share_of_passes(measured):.0%} of a step",
+            highlight=False,
+        )
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

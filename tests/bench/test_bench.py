@@ -1,0 +1,162 @@
+"""``sslkit bench`` makes the steps of a run, counts each part once, and advises by numbers checked by hand."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import small_recipe
+from safetensors.torch import load_file
+
+import sslkit
+from sslkit.bench import Profile, changes_that_help, profile
+from sslkit.bench import stages as stages_module
+from sslkit.bench.images import ImageCosts
+from sslkit.bench.profile import CPU, compare_precisions, step
+from sslkit.bench.stages import BACKWARD, COLLECTIVES, OPTIMIZER, STAGES, STUDENT, TEACHER, Stopwatch, watched
+from sslkit.cli import main
+from sslkit.data.source import open_source
+from sslkit.engine.processes import make_accelerator
+from sslkit.engine.run import assemble, build_method, steps_per_epoch
+from sslkit.engine.training import Training
+from sslkit.errors import UserError
+from sslkit.recipe import Recipe
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
+from launching import finish, start
+
+STEPS = 3
+SMALL = ImageCosts(images=10, read=0.001, decode=0.004, views=0.005, crops=0.002, pixels=500 * 375)
+
+
+def training_of(recipe: Recipe) -> Training:
+    source = open_source(recipe.data).without_labels()
+    accelerator = make_accelerator(recipe)
+    torch.manual_seed(recipe.train.seed)
+    method = build_method(recipe, len(source))
+    training = assemble(recipe, Path(), accelerator, method, source, None, steps_per_epoch(recipe, source), 2**40, None)
+    training.method.train()
+    return training
+
+
+@pytest.mark.parametrize(("name", "model"), [("moco_v2", "test_resnet"), ("moco_v3", "test_vit"), ("swav", "test_vit")])
+@pytest.mark.parametrize("micro_batch", [0, 16])
+def test_its_steps_are_those_of_a_run(name: str, model: str, micro_batch: int, tmp_path: Path) -> None:
+    recipe = small_recipe(name, model, train={"max_steps": STEPS, "micro_batch": micro_batch})
+    run = sslkit.train(recipe, tmp_path / "run")
+    saved = load_file(run.folder / f"checkpoints/step-{STEPS:08d}/model.safetensors")
+    training = training_of(recipe)
+    with watched(training, Stopwatch(CPU)):
+        for number, batch in zip(range(STEPS), training.loader, strict=False):
+            step(training, batch, number, Stopwatch(CPU))
+    own = training.method.state_dict()
+    assert saved.keys() == own.keys()
+    assert all(torch.equal(saved[key], own[key]) for key in saved)
+    assert not {"student", "teacher", "objective", "after_update"} & vars(training.method).keys()
+    assert dist.all_reduce.__module__.startswith("torch.distributed")
+    assert not hasattr(dist.all_reduce, "__wrapped__") or "bench" not in repr(dist.all_reduce.__code__)
+
+
+def test_a_stopwatch_counts_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0, 1, 3, 6, 10, 15, 21, 28])  # of the clock, at each boundary
+    monkeypatch.setattr(stages_module.time, "perf_counter", lambda: float(next(ticks)))
+    watch = Stopwatch(CPU)
+    with watch.stage("outer"):
+        with watch.stage("inner"):
+            pass
+        with watch.stage("inner"), watch.stage("innermost"):
+            pass
+    assert watch.seconds == {"outer": 1 + 3 + 7, "inner": 2 + 4 + 6, "innermost": 5}
+
+
+def test_a_profile_of_a_real_recipe_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    measured = profile(small_recipe(), seconds=1.0)
+    assert list(tmp_path.iterdir()) == []
+    assert list(measured.stages) == list(STAGES)
+    assert all(measured.stages[name] > 0 for name in (STUDENT, TEACHER, BACKWARD, OPTIMIZER))
+    assert measured.stages[COLLECTIVES] == 0
+    assert measured.step > measured.waiting >= 0
+    assert measured.images.pixels == 28 * 28
+    assert measured.batch == 32
+
+
+def measured(**facts: Any) -> Profile:
+    """A GPU whose step of 100 images computes for 0.1 s and waits 0.3 s for two workers."""
+    stages = dict.fromkeys(STAGES, 0.0) | {STUDENT: 0.03, TEACHER: 0.02, BACKWARD: 0.04}
+    whole: dict[str, Any] = {
+        **{"device": "card", "process": 0, "processes": 1, "cores": 16, "workers": 2, "batch": 100, "steps": 10},
+        **{"step": 0.4, "waiting": 0.3, "stages": stages, "images": SMALL, "bf16": None, "peak_bytes": 2**30},
+    }
+    return Profile(**{**whole, **facts})
+
+
+def test_who_waits_for_data_is_told_to_load_faster() -> None:
+    recipe = small_recipe(views={"size": 224})
+    best, *others = changes_that_help(measured(), recipe)
+    # A batch costs 100 x 10 ms = 1 s of a core, and has 0.1 s: ten workers.
+    assert (best.what, best.gain) == ("[data] workers = 10", pytest.approx(4.0))
+    gains = {change.what: change.gain for change in others}
+    # Without colours 7 ms: 0.35 s for two workers.
+    assert gains['[views] device = "accelerator"'] == pytest.approx(0.4 / 0.35)
+    # Images of 264 pixels hold 264 x 264 x 4 / 3 of 187500: half of reading and decoding is saved.
+    smaller = 0.005 * (264 * 264 * 4 / 3) / 187500 + 0.005
+    assert gains["sslkit prepare: images of 264 pixels"] == pytest.approx(0.4 / (100 * smaller / 2))
+
+
+def test_cores_that_are_not_there_are_not_advised() -> None:
+    changes = changes_that_help(measured(cores=2), small_recipe(views={"size": 224}))
+    assert not any("workers" in change.what for change in changes)
+    cpu = changes_that_help(measured(cores=2, peak_bytes=None), small_recipe(views={"size": 224}))
+    assert [change.what for change in cpu] == ["sslkit prepare: images of 264 pixels"]
+
+
+def test_who_computes_is_told_to_compute_faster() -> None:
+    busy = {"step": 0.1, "waiting": 0.0}
+    assert changes_that_help(measured(**busy), small_recipe()) == []
+    [change] = changes_that_help(measured(**busy, bf16=0.4), small_recipe())
+    assert change.what == '[train] precision = "bf16"'
+    assert change.gain == pytest.approx(0.1 / (0.1 - 0.6 * 0.09))
+    assert changes_that_help(measured(**busy, bf16=1.3), small_recipe()) == []
+    [slices] = changes_that_help(measured(**busy), small_recipe(train={"micro_batch": 8}))
+    assert slices.gain == pytest.approx(0.1 / 0.085)
+
+
+def test_precisions_are_compared_on_the_backbone_alone() -> None:
+    backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 4))
+    assert compare_precisions(backbone, torch.randn(2, 3, 4, 4), seconds=0.05) > 0
+    assert all(param.grad is None for param in backbone.parameters())
+
+
+def test_the_command_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(small_recipe().to_toml())
+    with pytest.raises(SystemExit) as exited:
+        main(["bench", str(file), "--seconds", "1", "--json"])
+    assert exited.value.code == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["images_per_second"] == pytest.approx(32 / printed["step"])
+    assert {"what", "gain"} >= {key for change in printed["changes"] for key in change}
+
+
+def test_two_processes_speak_once_and_count_collectives(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(small_recipe("moco_v2", "test_resnet").to_toml())
+    process = start(["-m", "sslkit", "bench", str(file), "--seconds", "2", "--json"], processes=2)
+    said = finish(process)
+    assert process.returncode == 0, said
+    [line] = [line for line in said.splitlines() if line.startswith("{")]
+    printed = json.loads(line)
+    assert printed["processes"] == 2
+    assert printed["batch"] == 16
+    assert printed["stages"][COLLECTIVES] > 0
+
+
+def test_images_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / f"{number}.png").write_bytes(b"")
+    with pytest.raises(UserError, match="the file is empty"):
+        profile(small_recipe(data={"path": str(tmp_path), "split": "train"}), seconds=1.0)
