@@ -26,7 +26,7 @@ def check_plain(tables: dict[str, Any], name: str) -> None:
     pending: list[tuple[str, Any, int]] = [("", tables, 0)]
     while pending:
         where, value, depth = pending.pop()
-        if isinstance(value, dict | list):
+        if isinstance(value, dict | list | tuple):  # tuples come from Python
             if depth > MAX_DEPTH:
                 raise UserError(f"{name} {where}: tables and lists lie more than {MAX_DEPTH} deep in each other")
             inner = value.items() if isinstance(value, dict) else enumerate(value)

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 from sslkit.bench.profile import Profile
 from sslkit.bench.stages import BACKWARD, COLLECTIVES, STUDENT, TEACHER
+from sslkit.data.packing import sufficient_side
 from sslkit.recipe import Recipe
 
 WAITING = 0.05  # of a step spent waiting for data, from which the data is what holds it up
 WORTH = 1.03  # times faster, below which nothing is said
-ROOM = 1.15  # of a view's side: what `sslkit prepare` leaves of an image's shorter side
+PHOTO = 4 / 3  # longer side of a photograph over its shorter one
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ def _of_data(measured: Profile, recipe: Recipe) -> list[Change]:
     if on_gpu and recipe.views.device == "cpu":
         left = images.read + images.decode + images.crops
         changes.append(Change('[views] device = "accelerator"', gain(left, measured.workers)))
-    side = prepared_side(recipe.views.size)
-    if (share := side**2 * 4 / 3 / images.pixels) < 1:
+    side = sufficient_side(recipe.views)
+    if (share := side**2 * PHOTO / images.pixels) < 1:
         smaller = share * (images.read + images.decode) + images.views
-        changes.append(Change(f"sslkit prepare: images of {side} pixels", gain(smaller, measured.workers)))
+        changes.append(Change(f"sslkit prepare --side {side}", gain(smaller, measured.workers)))
     return changes
 
 
@@ -68,11 +69,6 @@ def _of_computing(measured: Profile, recipe: Recipe) -> list[Change]:
     if measured.processes > 1:
         savings.append(("a faster network between the processes, at most", stages[COLLECTIVES]))
     return [Change(what, measured.step / max(measured.step - saved, measured.step / 10)) for what, saved in savings]
-
-
-def prepared_side(view: int) -> int:
-    """Shorter side of images that are packed for views of side ``view``, in pixels: a multiple of 8."""
-    return math.ceil(ROOM * view / 8) * 8
 
 
 def share_of_passes(measured: Profile) -> float:

@@ -16,7 +16,7 @@ import typer
 from rich.table import Table
 
 from sslkit.cli.bench import bench
-from sslkit.cli.data import data_app
+from sslkit.cli.data import data_app, prepare
 from sslkit.cli.evaluation import evaluation
 from sslkit.cli.importing import import_
 from sslkit.cli.look import report, views
@@ -105,6 +105,7 @@ def export(
 app.command("import", epilog="Example: sslkit import moco_v2_800ep_pretrain.pth.tar moco-v2")(import_)
 app.command(epilog="Example: sslkit report runs/quickstart")(report)
 app.command(epilog="Example: sslkit views mocov3_vits --data photos")(views)
+app.command(epilog="Example: sslkit prepare photos packed")(prepare)
 app.command(epilog="Example: sslkit bench mocov3_vits --data photos")(bench)
 app.command(epilog="Example: sslkit replay runs/photos/capsules/step-00012345")(replay)
 

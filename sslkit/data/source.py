@@ -8,9 +8,8 @@ import hashlib
 import os
 from collections import Counter
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import datasets
 import numpy as np
@@ -19,15 +18,12 @@ from numpy.typing import NDArray
 from pyarrow import compute
 from pydantic import BaseModel, ConfigDict, Field
 
+from sslkit.data.bundled import BUILTIN, load_bundled
 from sslkit.data.decode import Pixels, Reduction, Size, UnreadableImage, decode_reduced, decode_rgb, read_file
 from sslkit.data.folder import folders_in, has_metadata, list_images, printable, to_path, to_text
-from sslkit.data.idx import read_idx
 from sslkit.errors import UserError, near_miss
 from sslkit.parts.hub import quick_hub, why_not
 
-BUILTIN = "builtin:"
-BUILTIN_SETS = ("fashion_mnist",)
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 LOADERS = ("imagefolder", "parquet", "arrow")
 SPLITS = ("train", "test", "val", "validation")
 
@@ -243,7 +239,7 @@ def files_left_out(config: DataConfig) -> Counter[str]:
 
 def _load(config: DataConfig) -> datasets.Dataset:
     if config.path.startswith(BUILTIN):
-        return _load_builtin(config)
+        return load_bundled(config)
     if (root := _image_folder(config)) and not has_metadata(root):
         return list_images(root).table
     loader, files = _local_files(config)
@@ -251,6 +247,8 @@ def _load(config: DataConfig) -> datasets.Dataset:
         if loader is None:
             with quick_hub():
                 return datasets.load_dataset(config.path, config.name, data_dir=config.data_dir, split=config.split)
+        if loader == "arrow":
+            return _map_arrow(files)
         # Without a word, datasets drops the labels of a split that holds only one class.
         extra = {"drop_labels": not _has_class_folders(files)} if loader == "imagefolder" else {}
         return datasets.load_dataset(loader, data_files={"split": files}, split="split", **extra)
@@ -261,6 +259,25 @@ def _load(config: DataConfig) -> datasets.Dataset:
         if "corresponds to no data" in reason:
             reason = "no images in it"
         raise UserError(f"[data] path: cannot load {_what(config)!r}: {where}{reason}") from error
+
+
+def _map_arrow(patterns: list[str]) -> datasets.Dataset:
+    """The rows of Arrow files where they lie, without the copy that `datasets` makes of other files.
+
+    Raises:
+        ValueError: One of them is no such file.
+    """
+    tables = []
+    for file in sorted(file for pattern in patterns for file in glob.glob(pattern, recursive=True)):
+        try:
+            table = datasets.Dataset.from_file(file)
+            table.data.validate(full=True)  # a stranger's offsets may point anywhere
+        except (pyarrow.ArrowException, KeyError, TypeError):  # of Arrow's other kind, or no such file
+            return datasets.load_dataset("arrow", data_files={"split": patterns}, split="split")
+        tables.append(table)
+    if not tables:
+        raise ValueError("no such file")
+    return datasets.concatenate_datasets(tables)
 
 
 def _image_folder(config: DataConfig) -> Path | None:
@@ -338,41 +355,6 @@ def _split_folder(folder: Path, split: str) -> Path:
 def _has_class_folders(patterns: list[str]) -> bool:
     roots = [pattern.removesuffix("/**") for pattern in patterns if pattern.endswith("/**")]
     return any(Path(entry).is_dir() for root in roots for entry in glob.glob(f"{root}/*"))
-
-
-def _load_builtin(config: DataConfig) -> datasets.Dataset:
-    name = config.path.removeprefix(BUILTIN)
-    if name not in BUILTIN_SETS:
-        known = [BUILTIN + each for each in BUILTIN_SETS]
-        raise UserError(f"[data] path: no bundled set {config.path!r}{near_miss(config.path, known)}; there is {known}")
-    if config.split not in ("train", "test"):
-        raise UserError(f"[data] split: {config.path} has the splits 'train' and 'test', not {config.split!r}")
-    if config.name == "full":
-        return _read_idx_fashion_mnist(Path(config.data_dir or DEBIAN_FASHION_MNIST), config.split)
-    if config.name is not None:
-        raise UserError(f"[data] name: {config.path} has the configuration 'full' or none, not {config.name!r}")
-    resource = resources.files("sslkit.data") / "builtin" / name / f"{config.split}.parquet"
-    with resources.as_file(resource) as file:
-        return datasets.Dataset(pyarrow.parquet.read_table(file))
-
-
-def _read_idx_fashion_mnist(folder: Path, split: str) -> datasets.Dataset:
-    """All 60 000 + 10 000 images from the four IDX files that Debian's dataset-fashion-mnist installs."""
-    stem = "train" if split == "train" else "t10k"
-    images = read_idx(folder / f"{stem}-images-idx3-ubyte.gz", num_axes=3)
-    labels = read_idx(folder / f"{stem}-labels-idx1-ubyte.gz", num_axes=1)
-    if len(images) != len(labels) or labels.max() > 9:
-        raise UserError(
-            f"[data] data_dir: {folder} has {len(images)} images and {len(labels)} labels up to "
-            f"{labels.max()}; there must be one, of 0 to 9, for each image"
-        )
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(10)})
-
-    def rows() -> Any:
-        for pixels, label in zip(images, labels, strict=True):
-            yield {"image": pixels, "label": int(label)}
-
-    return datasets.Dataset.from_list(list(rows()), features=features)
 
 
 def _image_column(table: datasets.Dataset, config: DataConfig) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 from launching import finish, start
 
 STEPS = 3
+VIEWS = {"size": 224, "crop_scale": (0.2, 1.0)}
 SMALL = ImageCosts(images=10, read=0.001, decode=0.004, views=0.005, crops=0.002, pixels=500 * 375)
 
 
@@ -95,23 +97,26 @@ def measured(**facts: Any) -> Profile:
 
 
 def test_who_waits_for_data_is_told_to_load_faster() -> None:
-    recipe = small_recipe(views={"size": 224})
-    best, *others = changes_that_help(measured(), recipe)
+    recipe = small_recipe(views=VIEWS)
+    photos = replace(SMALL, pixels=4000 * 3000)
+    best, *others = changes_that_help(measured(images=photos), recipe)
     # A batch costs 100 x 10 ms = 1 s of a core, and has 0.1 s: ten workers.
     assert (best.what, best.gain) == ("[data] workers = 10", pytest.approx(4.0))
     gains = {change.what: change.gain for change in others}
     # Without colours 7 ms: 0.35 s for two workers.
     assert gains['[views] device = "accelerator"'] == pytest.approx(0.4 / 0.35)
-    # Images of 264 pixels hold 264 x 264 x 4 / 3 of 187500: half of reading and decoding is saved.
-    smaller = 0.005 * (264 * 264 * 4 / 3) / 187500 + 0.005
-    assert gains["sslkit prepare: images of 264 pixels"] == pytest.approx(0.4 / (100 * smaller / 2))
+    # A crop of 0.2 of a square of 504 pixels has 225: enough for a view of 224.
+    smaller = 0.005 * (504 * 504 * 4 / 3) / (4000 * 3000) + 0.005
+    assert gains["sslkit prepare --side 504"] == pytest.approx(0.4 / (100 * smaller / 2))
 
 
 def test_cores_that_are_not_there_are_not_advised() -> None:
-    changes = changes_that_help(measured(cores=2), small_recipe(views={"size": 224}))
+    changes = changes_that_help(measured(cores=2), small_recipe(views=VIEWS))
     assert not any("workers" in change.what for change in changes)
-    cpu = changes_that_help(measured(cores=2, peak_bytes=None), small_recipe(views={"size": 224}))
-    assert [change.what for change in cpu] == ["sslkit prepare: images of 264 pixels"]
+    assert not any("prepare" in change.what for change in changes)  # 500 x 375 is small enough already
+    photos = {"images": replace(SMALL, pixels=4000 * 3000)}
+    cpu = changes_that_help(measured(cores=2, peak_bytes=None, **photos), small_recipe(views=VIEWS))
+    assert [change.what for change in cpu] == ["sslkit prepare --side 504"]
 
 
 def test_who_computes_is_told_to_compute_faster() -> None:
