@@ -1,20 +1,28 @@
-"""What a method's step costs beyond the passes it cannot do without.
+"""What a step costs beyond the passes it cannot do without, and what it costs elsewhere.
 
-The limit is the bare backbone: forward and backward of the student and forward of the teacher's copy, on the same
-batch. Both are timed in turn, and the ratios of neighbours are summarised, so that a noisy machine cancels out.
+    python benchmarks/training_step.py [--methods moco_v2 moco_v3] [--backbone resnet18] [--size 64] [--batch 64]
+    python benchmarks/training_step.py --all        # every method against the bare passes
 
-    python benchmarks/training_step.py --backbone resnet18 --size 64 --batch 64
+The limit is the bare backbone: forward and backward of the student on its views, and forward of a copy on the teacher's
+views, on the same batch. "Plain" is the official step written out: queue as a matrix, logits of all K + 1 keys beside
+each other, cross-entropy, the teacher moved parameter by parameter. lightly's is made of its modules as its own example
+does it. All end with the optimizer's update. Times are taken in turn; read the ratios.
 """
 
 import argparse
 import copy
-import statistics
-import time
+import itertools
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
+import timm
 import torch
+from side_by_side import in_turn, machine, ratios, table
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
 
-import sslkit
 from sslkit.engine.draws import shuffle_order
 from sslkit.engine.optim import make_optimizer
 from sslkit.engine.run import build_method
@@ -22,10 +30,14 @@ from sslkit.methods import METHODS, Progress
 from sslkit.recipe import Recipe, build_recipe
 
 NUM_SAMPLES = 10_000  # rows of a memory bank
+K, DIM, TEMPERATURE = 65_536, 128, 0.2
+# Backbone, side and batch whose cost is a real run's: on tiny ones the heads of MoCo v3 would be most of it.
+SIZES = {"moco_v2": ("resnet50", 112, 32), "moco_v3": ("vit_small_patch16_224", 160, 32)}
+Step = Callable[[], object]
 
 
 def recipe_of(method: str, backbone: str, size: int, batch: int) -> Recipe:
-    """The paper's recipe at this size; BN in one group, so that both sides make the same calls."""
+    """The paper's recipe at this size; BN in one group, so that all sides make the same calls."""
     options = {"bn_groups": 1} if "bn_groups" in METHODS[method].Options.model_fields else {}
     return build_recipe(
         {
@@ -38,7 +50,7 @@ def recipe_of(method: str, backbone: str, size: int, batch: int) -> Recipe:
     )
 
 
-def whole_step(recipe: Recipe, views: list[torch.Tensor]) -> Callable[[], None]:
+def sslkit_step(recipe: Recipe, views: list[Tensor]) -> Step:
     """One training step as the engine makes it, without data."""
     torch.manual_seed(0)
     method = build_method(recipe, NUM_SAMPLES).to(memory_format=torch.channels_last)
@@ -55,7 +67,7 @@ def whole_step(recipe: Recipe, views: list[torch.Tensor]) -> Callable[[], None]:
     return step
 
 
-def bare_passes(recipe: Recipe, views: list[torch.Tensor]) -> Callable[[], None]:
+def bare_passes(recipe: Recipe, views: list[Tensor]) -> Step:
     """Forward and backward of the backbone on the student's views, and forward of a copy on the teacher's."""
     torch.manual_seed(0)
     method = build_method(recipe, NUM_SAMPLES).to(memory_format=torch.channels_last)
@@ -72,35 +84,148 @@ def bare_passes(recipe: Recipe, views: list[torch.Tensor]) -> Callable[[], None]
     return step
 
 
-def seconds(step: Callable[[], None]) -> float:
-    """Wall time of one call."""
-    started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
+def mlp(*widths: int, batch_norm: bool) -> nn.Sequential:
+    """Linear layers with what stands between them."""
+    layers: list[nn.Module] = []
+    for number, (inside, outside) in enumerate(itertools.pairwise(widths)):
+        layers.append(nn.Linear(inside, outside, bias=not batch_norm))
+        layers += [nn.BatchNorm1d(outside)] if batch_norm else []
+        layers += [nn.ReLU()] if number < len(widths) - 2 else []
+    return nn.Sequential(*layers)
+
+
+def encoder(recipe: Recipe, *widths: int, batch_norm: bool) -> nn.Module:
+    """A backbone and its projector."""
+    backbone = timm.create_model(recipe.backbone.name, num_classes=0, **_sized(recipe))
+    return nn.Sequential(backbone, mlp(backbone.num_features, *widths, batch_norm=batch_norm)).to(
+        memory_format=torch.channels_last  # type: ignore[call-overload]
+    )
+
+
+def _sized(recipe: Recipe) -> dict[str, Any]:
+    return {"img_size": recipe.views.size} if recipe.backbone.name.startswith("vit") else {}
+
+
+@torch.no_grad()
+def move(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """The official loop over parameters."""
+    for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
+        old.data = old.data * momentum + new.data * (1.0 - momentum)
+
+
+def plain_moco_v2(recipe: Recipe, views: list[Tensor]) -> Step:
+    """Queries against their keys and a queue of K, as a (B, 1 + K) matrix of logits."""
+    student = encoder(recipe, 2048, DIM, batch_norm=False)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    queue, position = normalize(torch.randn(DIM, K), dim=0), itertools.count()
+    optimizer = torch.optim.SGD(student.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
+    batch = len(views[0])
+
+    def step() -> None:
+        query = normalize(student(views[0]), dim=1)
+        with torch.no_grad():
+            move(teacher, student, 0.999)
+            order = torch.randperm(batch)
+            key = normalize(teacher(views[1][order]), dim=1)[torch.argsort(order)]
+        positive = torch.einsum("nc,nc->n", query, key).unsqueeze(-1)
+        negative = torch.einsum("nc,ck->nk", query, queue.clone().detach())
+        logits = torch.cat([positive, negative], dim=1) / TEMPERATURE
+        loss = cross_entropy(logits, torch.zeros(batch, dtype=torch.long))
+        start = next(position) * batch % K
+        queue[:, start : start + batch] = key.T
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def plain_moco_v3(recipe: Recipe, views: list[Tensor]) -> Step:
+    """Each view's predictions against the other view's keys, in the batch, both ways."""
+    student = encoder(recipe, 4096, 4096, 256, batch_norm=True)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    predictor = mlp(256, 4096, 256, batch_norm=True)
+    optimizer = torch.optim.AdamW([*student.parameters(), *predictor.parameters()], 1e-4, weight_decay=0.1)
+    batch = len(views[0])
+
+    def contrast(query: Tensor, key: Tensor) -> Tensor:
+        logits = torch.einsum("nc,mc->nm", normalize(query, dim=1), normalize(key, dim=1)) / TEMPERATURE
+        return cross_entropy(logits, torch.arange(batch)) * (2 * TEMPERATURE)
+
+    def step() -> None:
+        queries = [predictor(student(view)) for view in views]
+        with torch.no_grad():
+            move(teacher, student, 0.99)
+            keys = [teacher(view) for view in views]
+        loss = contrast(queries[0], keys[1]) + contrast(queries[1], keys[0])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def lightly_moco_v2(recipe: Recipe, views: list[Tensor]) -> Step:
+    """lightly's loss with its memory bank, head and momentum update."""
+    utils: Any = import_module("lightly.models.utils")
+    backbone = timm.create_model(recipe.backbone.name, num_classes=0).to(memory_format=torch.channels_last)
+    head = import_module("lightly.models.modules").MoCoProjectionHead(backbone.num_features, 2048, DIM)
+    backbone_teacher, head_teacher = copy.deepcopy(backbone), copy.deepcopy(head)
+    utils.deactivate_requires_grad(backbone_teacher)
+    utils.deactivate_requires_grad(head_teacher)
+    loss_of = import_module("lightly.loss").NTXentLoss(temperature=TEMPERATURE, memory_bank_size=(K, DIM))
+    optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], 0.03, momentum=0.9, weight_decay=1e-4)
+
+    def step() -> None:
+        utils.update_momentum(backbone, backbone_teacher, m=0.999)
+        utils.update_momentum(head, head_teacher, m=0.999)
+        query = head(backbone(views[0]).flatten(start_dim=1))
+        with torch.no_grad():
+            key = head_teacher(backbone_teacher(views[1]).flatten(start_dim=1))
+        loss = loss_of(query, key)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+CONTENDERS = {
+    "moco_v2": {"plain transcription": plain_moco_v2, "lightly": lightly_moco_v2},
+    "moco_v3": {"plain transcription": plain_moco_v3},
+}
+
+
+def measure(method: str, recipe: Recipe, rounds: int, *, alone: bool) -> list[list[str]]:
+    """Rows of the table."""
+    size, batch = recipe.views.size, recipe.train.batch_size
+    views = [torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last) for _ in range(2)]
+    works: dict[str, Step] = {"bare passes": bare_passes(recipe, views), "sslkit": sslkit_step(recipe, views)}
+    for name, make in ({} if alone else CONTENDERS[method]).items():
+        if name != "lightly" or find_spec("lightly"):
+            works[name] = make(recipe, views)
+    what = f"{method}, {recipe.backbone.name}, {size} px, batch {batch}"
+    found = ratios(in_turn(works, rounds, warm_up=2), "bare passes")
+    return [[what, name, *(f"{number:.3f}" for number in found[name])] for name in works if name != "bare passes"]
 
 
 def main() -> None:
-    """Print the median ratio and its spread for every method."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default="resnet18")
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=15)
-    arguments = parser.parse_args()
-    print(f"sslkit {sslkit.__version__}, torch {torch.__version__}, {torch.get_num_threads()} thread(s), CPU")
-    for name in METHODS:
-        recipe = recipe_of(name, arguments.backbone, arguments.size, arguments.batch)
-        views = [
-            torch.randn(arguments.batch, 3, arguments.size, arguments.size).to(memory_format=torch.channels_last)
-            for _ in range(2)
-        ]
-        whole, bare = whole_step(recipe, views), bare_passes(recipe, views)
-        pairs = [(seconds(whole), seconds(bare)) for _ in range(arguments.repeats + 2)][2:]
-        ratios = sorted(a / b for a, b in pairs)
-        print(
-            f"{name}: {statistics.median(ratios):.2f} x the bare passes (min {ratios[0]:.2f}, max {ratios[-1]:.2f}); "
-            f"{arguments.batch / statistics.median(a for a, _ in pairs):.0f} images/s"
-        )
+    parser.add_argument("--methods", nargs="*", default=list(CONTENDERS))
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--backbone", default="")
+    parser.add_argument("--size", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=9)
+    words = parser.parse_args()
+    print(machine("torch", "timm", "lightly"), f"{torch.get_num_threads()} thread(s)")
+    rows = []
+    for method in METHODS if words.all else words.methods:
+        backbone, size, batch = SIZES.get(method, ("resnet18", 64, 64))
+        recipe = recipe_of(method, words.backbone or backbone, words.size or size, words.batch or batch)
+        rows += measure(method, recipe, words.rounds, alone=words.all)
+    print(table(["what", "step of", "times the bare passes", "lower quartile", "upper quartile"], rows))
 
 
 if __name__ == "__main__":
