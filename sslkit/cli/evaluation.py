@@ -155,11 +155,9 @@ def finetune(
     as_json: AsJson = False,
 ) -> None:
     """Train the whole encoder on all or a few of the labels, beside the same from random weights."""
-    from sslkit.evaluate.finetune import FinetuneProtocol
     from sslkit.evaluate.judge import evaluate_finetune
 
-    own = FinetuneProtocol.named(protocol, labels)
-    own = override(own, epochs=epochs, batch_size=batch_size, base_lr=lr, layer_decay=layer_decay, seed=seed)
+    given = {"epochs": epochs, "batch_size": batch_size, "base_lr": lr, "layer_decay": layer_decay, "seed": seed}
     neck = None
     if head_layers:
         from sslkit.engine.projector import first_projector_layers
@@ -168,7 +166,8 @@ def finetune(
     judgement = evaluate_finetune(
         model,
         labelled.config(),
-        own,
+        protocol,
+        changes={name: value for name, value in given.items() if value},
         labels=labels,
         neck=neck,
         scratch=scratch,

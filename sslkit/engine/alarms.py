@@ -1,7 +1,7 @@
 """When a run is in trouble, judged from its curves: one plain sentence with the number, its threshold and a cure.
 
-Each sentence opens with its kind and a colon: collapse, spike, dip, leak. Thresholds lie well outside of what healthy
-runs show (docs/diagnostics.md has the figures), so that an alarm is worth a look.
+Each sentence opens with its kind and a colon: collapse, spike, dip, leak, teacher. Thresholds lie well outside of what
+healthy runs show (docs/diagnostics.md has the figures), so that an alarm is worth a look.
 """
 
 import math
@@ -17,7 +17,7 @@ FALLEN_RANK = 0.1  # of the run's highest; healthy runs: 0.38 and more
 SPIKE_FACTOR, SPIKE_WINDOW = 5.0, 20
 AHEAD = 3  # rows; in MoCo v3's study the last layers follow the first by a couple of iterations
 DIP = 0.03
-LEAK_RISE = 0.1
+LEAK_RISE, HALF = 0.1, 0.5
 SOLVED, FLAT_RISE = 0.95, 0.3
 SIGMAS = 2.0
 
@@ -217,7 +217,9 @@ def leak_alarm(
     for then in curve[:-1]:
         rise = now.pretext - then.pretext if then.pretext is not None else 0.0
         noise = _chance(then.knn, test_images)
-        falls = rise > LEAK_RISE and now.knn < then.knn + (noise if exposed else -noise)
+        # A task that stays unsolved gives nothing away: kNN then falls for another reason.
+        telling = rise > LEAK_RISE and (exposed or now.pretext > HALF)
+        falls = telling and now.knn < then.knn + (noise if exposed else -noise)
         flat = rise > FLAT_RISE and now.pretext > SOLVED and now.knn <= then.knn
         if falls or flat:
             limit = LEAK_RISE if falls else FLAT_RISE
@@ -227,6 +229,17 @@ def leak_alarm(
                 f"{now.knn:.1%}, {_why_leaking(exposed, batch_norm)}"
             ]
     return []
+
+
+def teacher_alarm(momentum: float | None) -> list[str]:
+    """Whether the teacher is none: the student itself, or random weights for ever. None: the method has no such."""
+    if momentum not in (0.0, 1.0):
+        return []
+    what = "the teacher is the student of the step before" if momentum == 0.0 else "the teacher never moves"
+    return [
+        f"teacher: with [method] momentum = {momentum:g} {what}; MoCo fails to converge so (arXiv:1911.05722, section "
+        "4.1), try 0.99 to 0.999"
+    ]
 
 
 def _why_leaking(exposed: bool, batch_norm: bool) -> str:

@@ -5,7 +5,7 @@ import time
 import torch
 
 from sslkit.data.loader import Batch
-from sslkit.engine.alarms import dip_alarm, leak_alarm, read_curve
+from sslkit.engine.alarms import dip_alarm, leak_alarm, read_curve, teacher_alarm
 from sslkit.engine.clock import StepClock
 from sslkit.engine.diagnostics import Diagnostics
 from sslkit.engine.journal import Journal, duration, kind_of
@@ -124,6 +124,8 @@ def diagnose(training: Training, journal: Journal, batch: Batch | None, done: in
         if not any(kind_of(alarm) == "collapse" for alarm in fields["alarms"]):
             batch_norm, exposed = has_batch_norm(backbone), shares_batch_statistics(training.method)
             fields["alarms"] += leak_alarm(curve, test_images, exposed=exposed, batch_norm=batch_norm)
+    if hasattr(training.method, "teacher_backbone"):
+        fields["alarms"] += teacher_alarm(getattr(training.recipe.method, "momentum", None))
     journal.diagnosis({"step": done, "epoch": round(done / training.steps_per_epoch, 6), **fields})
 
 

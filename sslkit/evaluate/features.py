@@ -117,7 +117,7 @@ def _encoder_folder(name: str) -> Path | None:
     if (path / "config.json").is_file():
         return path
     if path.is_dir() or name.startswith("local-dir:"):
-        raise UserError(f"{name}: holds no encoder (no config.json, no encoder/config.json)")
+        raise UserError(f"{name or 'the empty name'}: holds no encoder (no config.json, no encoder/config.json)")
     return None
 
 

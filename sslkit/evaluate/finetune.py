@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_layer_decay
@@ -26,9 +27,11 @@ from sslkit.errors import UserError, near_miss
 from sslkit.evaluate.checks import check_rates, check_seed
 from sslkit.evaluate.features import Encoder, TransformedImages, build
 from sslkit.parts.layerwise import Lars
-from sslkit.parts.schedules import warmup_then_cosine, warmup_then_steps
+from sslkit.parts.schedules import per_epoch, warmup_then_cosine, warmup_then_steps
 
 Say = Callable[[str], None]
+
+FEW = 0.03  # share of labelled images below which SwAV's rates for 1 % are meant, not those for 10 %
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class FinetuneProtocol:
         head_lr: The classifier's rate, in units of the encoder's.
         layer_decay: Each block's rate is the next one's times this.
         warmup_epochs: Linear, from ``warmup_start``.
-        decay: ``cosine`` to ``final_lr``, or ``steps`` of a factor 0.2 at 60 % and 80 %.
+        decay: ``cosine`` to ``final_lr``; ``epoch_cosine``, timm's and so DeiT's: it moves once an epoch, and counts
+            the warm-up's epochs as its own; or ``steps`` of a factor 0.2 at 60 % and 80 %.
         warmup_start: Rate at the first update of the warm-up.
         final_lr: Rate at the end of the cosine.
         drop_path: Share of residual branches left out, for architectures that have it.
@@ -57,6 +61,8 @@ class FinetuneProtocol:
         erase: Share of images with a random rectangle erased.
         auto_augment: timm's policy string; empty for crops and mirrors only.
         smallest_crop: Share of the area that a random crop has at least.
+        head_std: Of the classifier's first weights.
+        adapt_head: Whether ``lars`` fits the classifier's rate to its norm too; SimCLR's does not.
         seed: Of classifier, order and augmentation.
     """
 
@@ -71,7 +77,7 @@ class FinetuneProtocol:
     head_lr: float = 1.0
     layer_decay: float = 1.0
     warmup_epochs: float = 0.0
-    decay: Literal["cosine", "steps"] = "cosine"
+    decay: Literal["cosine", "epoch_cosine", "steps"] = "cosine"
     warmup_start: float = 0.0
     final_lr: float = 0.0
     drop_path: float = 0.0
@@ -81,6 +87,8 @@ class FinetuneProtocol:
     erase: float = 0.0
     auto_augment: str = ""
     smallest_crop: float = 0.08
+    head_std: float = 0.01
+    adapt_head: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,8 +96,8 @@ class FinetuneProtocol:
         check_rates((self.base_lr, self.layer_decay), "finetune, --lr and --layer-decay")
 
     @staticmethod
-    def named(name: str, labels: str = "all") -> "FinetuneProtocol":
-        """The protocol of this name; SwAV's rates differ between 1 % and more ``labels``.
+    def named(name: str, labelled: float = 1.0) -> "FinetuneProtocol":
+        """The protocol of this name; SwAV has other rates where about 1 % of the images are ``labelled`` than at 10 %.
 
         ``deit`` is DeiT's code as MoCo v3 fine-tunes with it (without its repeated augmentation and weight average),
         ``moco_v3`` is MoCo v3's transfer with its numbers for CIFAR-10, ``simclr`` and ``swav`` are their
@@ -99,7 +107,7 @@ class FinetuneProtocol:
             "deit": _DEIT,
             "moco_v3": _MOCO_V3_TRANSFER,
             "simclr": _SIMCLR,
-            "swav": _SWAV_1_PERCENT if labels == "1%" else _SWAV,
+            "swav": _SWAV_1_PERCENT if labelled < FEW else _SWAV,
         }
         if name not in protocols:
             raise UserError(
@@ -124,6 +132,7 @@ _DEIT = FinetuneProtocol(
     weight_decay=0.05,
     warmup_epochs=5,
     warmup_start=1e-6,
+    decay="epoch_cosine",
     final_lr=1e-5,
     drop_path=0.1,
     mixup=0.8,
@@ -144,7 +153,15 @@ _MOCO_V3_TRANSFER = replace(
     smallest_crop=0.05,
 )
 _SIMCLR = FinetuneProtocol(
-    "simclr", epochs=60, batch_size=1024, base_lr=0.005, base_batch=1, lr_rule="sqrt", optimizer="lars"
+    "simclr",
+    epochs=60,
+    batch_size=1024,
+    base_lr=0.005,
+    base_batch=1,
+    lr_rule="sqrt",
+    optimizer="lars",
+    head_std=0.0,
+    adapt_head=False,
 )
 _SWAV = FinetuneProtocol("swav", epochs=20, batch_size=256, base_lr=0.01, head_lr=20.0, decay="steps")
 _SWAV_1_PERCENT = replace(_SWAV, base_lr=0.02, head_lr=250.0)
@@ -177,13 +194,15 @@ def finetune(
         The classifier in eval mode, (B, 3, H, W) -> (B, num_classes).
     """
     source = source.without_labels()
-    batch_size = min(protocol.batch_size, len(source) - len(source) % 2)
+    batch_size = min(protocol.batch_size, len(source))
+    batch_size -= batch_size % 2  # images are mixed in pairs
     if batch_size < 2:
-        raise UserError(f"fine-tuning needs at least two labelled images, not {len(source)}")
+        few = min(protocol.batch_size, len(source))
+        raise UserError(f"fine-tuning needs at least two labelled images and --batch-size 2, not {few}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with _random_state_kept():
         torch.manual_seed(protocol.seed)
-        model, head = make_classifier(encoder, num_classes, protocol.drop_path, neck)
+        model, head = make_classifier(encoder, num_classes, protocol.drop_path, neck, protocol.head_std)
         model.to(device).train()
         optimizer = _make_optimizer(model, head, protocol, protocol.peak_lr(batch_size))
         transform = _training_transform(encoder, protocol)
@@ -217,7 +236,7 @@ def _epoch_loader(images: TransformedImages, batch_size: int, workers: int) -> D
 
 
 def make_classifier(
-    encoder: Encoder, num_classes: int, drop_path: float = 0.0, neck: nn.Module | None = None
+    encoder: Encoder, num_classes: int, drop_path: float = 0.0, neck: nn.Module | None = None, head_std: float = 0.01
 ) -> tuple[nn.Module, nn.Linear]:
     """A copy of the encoder with timm's own place for a classifier filled; also the classifier itself."""
     model = _with_drop_path(encoder, drop_path)
@@ -231,7 +250,7 @@ def make_classifier(
         head = nn.Linear(width, num_classes)
         owner, _, attribute = place.rpartition(".")
         setattr(model.get_submodule(owner), attribute, nn.Sequential(copy.deepcopy(neck), head))
-    nn.init.normal_(head.weight, std=0.01)
+    nn.init.normal_(head.weight, std=head_std)
     nn.init.zeros_(head.bias)
     return model, head
 
@@ -247,7 +266,7 @@ def _with_drop_path(encoder: Encoder, drop_path: float) -> nn.Module:
 
 def _training_transform(encoder: Encoder, protocol: FinetuneProtocol) -> Any:
     kept = ("input_size", "interpolation", "mean", "std")
-    return create_transform(
+    transform = create_transform(
         **{key: encoder.preprocessing[key] for key in kept},
         is_training=True,
         scale=(protocol.smallest_crop, 1.0),
@@ -256,6 +275,16 @@ def _training_transform(encoder: Encoder, protocol: FinetuneProtocol) -> Any:
         re_prob=protocol.erase,
         re_mode="pixel",
     )
+    for part in transform.transforms:
+        for operation in getattr(part, "ops", []):
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits: int, **_options: Any) -> Image.Image:
+    """timm's, but that it keeps one bit where timm keeps none (a black image), which Pillow 13 refuses."""
+    return ImageOps.posterize(image, max(bits, 1)) if bits < 8 else image
 
 
 class _Targets:
@@ -284,7 +313,10 @@ def _make_optimizer(model: nn.Module, head: nn.Linear, protocol: FinetuneProtoco
     """Groups carry ``scale``: their rate in units of the schedule's."""
     if protocol.layer_decay < 1 or protocol.optimizer == "adamw":
         groups: list[dict[str, Any]] = param_groups_layer_decay(
-            model, weight_decay=protocol.weight_decay, layer_decay=protocol.layer_decay
+            model,
+            weight_decay=protocol.weight_decay,
+            layer_decay=protocol.layer_decay,
+            no_weight_decay_list=model.no_weight_decay() if hasattr(model, "no_weight_decay") else (),  # type: ignore[operator]
         )
     else:
         groups = [{"params": list(model.parameters()), "weight_decay": protocol.weight_decay}]
@@ -293,6 +325,8 @@ def _make_optimizer(model: nn.Module, head: nn.Linear, protocol: FinetuneProtoco
     bodies = [{**group, "params": [param for param in group["params"] if param not in own]} for group in groups]
     for group, factor in [*((each, 1.0) for each in bodies), *((each, protocol.head_lr) for each in heads)]:
         group["scale"] = factor * group.pop("lr_scale", 1.0)
+    for group in heads:
+        group["adapt"] = protocol.adapt_head
     groups = [group for group in [*bodies, *heads] if group["params"]]
     if protocol.optimizer == "adamw":
         return AdamW(groups, lr=lr)
@@ -303,7 +337,12 @@ def _make_optimizer(model: nn.Module, head: nn.Linear, protocol: FinetuneProtoco
 
 def _set_rates(optimizer: Optimizer, protocol: FinetuneProtocol, epoch: float, batch_size: int) -> None:
     peak, epochs, warmup = protocol.peak_lr(batch_size), protocol.epochs, protocol.warmup_epochs
-    if protocol.decay == "steps":
+    if protocol.decay == "epoch_cosine":
+        number = per_epoch(epoch)
+        whole = warmup_then_cosine(number, epochs, 0.0, peak, final=protocol.final_lr)
+        rising = warmup_then_cosine(number, epochs, warmup, peak, protocol.warmup_start)
+        rate = rising if number < warmup else whole
+    elif protocol.decay == "steps":
         milestones = [0.6 * epochs, 0.8 * epochs]
         rate = warmup_then_steps(epoch, milestones, 0.2, warmup, peak, protocol.warmup_start)
     else:

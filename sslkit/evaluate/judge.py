@@ -4,7 +4,7 @@ Baselines are always there: the raw pixels, the same architecture with random we
 A pretraining that does not beat them has learned nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -175,6 +175,10 @@ def evaluate_linear(
         train_split: What the classifier learns from.
         test_split: What it is scored on; see `open_pair`.
     """
+    if epochs and protocol == "logistic":
+        raise UserError(
+            "--epochs: logistic has none, it is solved to convergence; leave it out, or take another protocol"
+        )
     reading = reading or Reading()
     pair = open_pair(data, train_split, test_split)
     scores = []
@@ -242,8 +246,9 @@ def evaluate_sweep(
 def evaluate_finetune(
     model: str,
     data: DataConfig,
-    protocol: FinetuneProtocol,
+    protocol: str | FinetuneProtocol,
     *,
+    changes: Mapping[str, Any] | None = None,
     labels: str = "all",
     neck: nn.Module | None = None,
     scratch: bool = True,
@@ -258,7 +263,8 @@ def evaluate_finetune(
     Args:
         model: As `load_encoder` takes it.
         data: Labelled images.
-        protocol: How; see `FinetuneProtocol.named`.
+        protocol: How, or its name; see `FinetuneProtocol.named`.
+        changes: Attributes of the protocol that are to be others.
         labels: How many of the labels; see `choose_subset`.
         neck: First layers of the model's projector, to be fine-tuned with it.
         scratch: Whether the architecture is also trained from random weights, without ``neck``.
@@ -269,7 +275,12 @@ def evaluate_finetune(
         say: Told of every epoch.
     """
     pair = open_pair(data, train_split, test_split)
-    chosen = choose_subset(pair.train, pair.train_labels.numpy(), labels, protocol.seed)
+    changes = dict(changes or {})
+    seed = changes.get("seed", 0) if isinstance(protocol, str) else protocol.seed
+    chosen = choose_subset(pair.train, pair.train_labels.numpy(), labels, seed)
+    if isinstance(protocol, str):
+        protocol = FinetuneProtocol.named(protocol, len(chosen) / len(pair.train))
+    protocol = replace(protocol, **changes)
     source, known = pair.train.subset(chosen), pair.train_labels[torch.from_numpy(chosen)]
     encoder = load_encoder(model)
     contestants = [(encoder, neck)]

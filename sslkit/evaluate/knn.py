@@ -122,7 +122,10 @@ def predict_all(
 
 
 def _unit(mean: Tensor | float, rows: Tensor) -> Tensor:
-    return normalize(rows.float() - mean, dim=1)
+    rows = rows.float() - mean
+    # Powers of two change no bit of the direction, and squares of what they leave neither overflow nor vanish.
+    _, exponents = rows.abs().amax(dim=1, keepdim=True).frexp()
+    return normalize(rows.ldexp(-exponents), dim=1)
 
 
 def _vote(similarity: Tensor, neighbours: Tensor, num_classes: int, protocol: KnnProtocol) -> Tensor:

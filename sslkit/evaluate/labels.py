@@ -45,11 +45,13 @@ def open_pair(config: DataConfig, train_split: str = "train", test_split: str = 
         seed: Of the held-out draw.
 
     Raises:
-        UserError: No labels, or fewer than two classes.
+        UserError: No labels, fewer than two classes, or the same split for both.
     """
     train = open_source(config.model_copy(update={"split": train_split}))
     splits = available_splits(config)
     test_split = test_split or next((name for name in ("test", "val", "validation") if name in splits), "")
+    if test_split == train_split:
+        raise UserError(f"{config.path}: --test-split {test_split} is what is learned from too; take another, or none")
     if test_split:
         test = open_source(config.model_copy(update={"split": test_split}))
         description = f"{config.path}: {train_split} {len(train)} / {test_split} {len(test)} images"

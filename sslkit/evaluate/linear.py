@@ -71,7 +71,7 @@ class LinearProtocol:
             return LinearProtocol("dino", 100, 1024, 0.001 * 1024 / 256, "cosine", seed)
         if name != "logistic":
             known = ("logistic", "moco_v1", "moco_v3", "simclr", "dino")
-            raise UserError(f"linear: unknown protocol {name!r}{near_miss(name, known)}; there are {known}")
+            raise UserError(f"linear: unknown protocol {name!r}{near_miss(name, known)}; there are {', '.join(known)}")
         return LinearProtocol("logistic", seed=seed)
 
 
@@ -206,6 +206,11 @@ def _sgd(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        if not all(bool(param.isfinite().all()) for param in classifier.parameters()):
+            raise UserError(
+                f"linear, {protocol.name}: the classifier is not finite after epoch {epoch + 1}; features as large as "
+                f"{float(test.abs().max()):.2g} are too large for its rate of {protocol.lr:g}: take --protocol logistic"
+            )
         accuracy = _accuracy(classifier, test, truth)
         if accuracy > best:
             best, best_epoch = accuracy, epoch + 1

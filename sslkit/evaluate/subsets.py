@@ -24,6 +24,8 @@ def choose_subset(source: ImageSource, labels: NDArray[np.int64], words: str, se
     Raises:
         UserError: Words not understood, a class with too few images, or a list naming images that are not there.
     """
+    if not words:
+        raise UserError("--labels: write 10%, 5-shot, all or a file that names images, not nothing")
     if words == "all":
         return np.arange(len(labels))
     if words.endswith("%"):
@@ -63,7 +65,7 @@ def _listed(source: ImageSource, file: Path) -> NDArray[np.int64]:
     if not file.is_file():
         raise UserError(f"--labels {file}: no such file; write 10%, 5-shot, all or a file that names images")
     try:
-        wanted = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        wanted = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--labels {file}: is not a text file that can be read: {error}") from error
     if not wanted:
@@ -73,6 +75,7 @@ def _listed(source: ImageSource, file: Path) -> NDArray[np.int64]:
         parts = Path(path).parts
         for name in {path, *("/".join(parts[-length:]) for length in (1, 2, 3))}:
             positions.setdefault(name, []).append(index)
+    wanted = [name if name in positions else name.replace("\\", "/") for name in wanted]  # a list made on Windows
     absent = [name for name in wanted if name not in positions]
     if absent:
         raise UserError(

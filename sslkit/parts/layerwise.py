@@ -41,7 +41,8 @@ class Lars(_LayerwiseOptimizer):
     """LARS (You et al., 2017, arXiv:1708.03888) as in the official code of MoCo v3 and BYOL.
 
     For tensors of more than one axis: ``g += wd * p``, then ``g *= eta * |p| / |g|`` (factor 1 where a norm is 0).
-    Others (biases, norms) get neither weight decay nor adaptation. Then ``mu = momentum * mu + g; p -= lr * mu``.
+    Others (biases, norms), and groups with ``adapt = False``, get neither weight decay nor adaptation. Then
+    ``mu = momentum * mu + g; p -= lr * mu``.
 
     Args:
         params: Parameters or groups.
@@ -67,7 +68,7 @@ class Lars(_LayerwiseOptimizer):
 
     def update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         """Move one parameter."""
-        if param.ndim > 1:
+        if param.ndim > 1 and group.get("adapt", True):
             grad = grad.add(param, alpha=group["weight_decay"])
             param_norm, grad_norm = param.norm(), grad.norm()
             trust = group["eta"] * param_norm / grad_norm

@@ -19,6 +19,7 @@ from sslkit.engine.alarms import (
     leak_alarm,
     read_curve,
     spike_alarm,
+    teacher_alarm,
 )
 from sslkit.engine.diagnostics import Diagnostics
 from sslkit.engine.lines import read_lines
@@ -118,6 +119,27 @@ def test_a_dip_must_be_deeper_than_chance() -> None:
     assert dip_alarm(curve, 100) == []
     assert dip_alarm(points(0.5, 0.8, 0.75, 0.79), 50_000) == []  # over again
     assert dip_alarm(points(0.8), 50_000) == []
+
+
+def test_a_teacher_that_is_none() -> None:
+    assert "the student of the step before" in teacher_alarm(0.0)[0]
+    assert "never moves" in teacher_alarm(1.0)[0]
+    assert teacher_alarm(0.999) == teacher_alarm(None) == []
+
+
+def test_a_run_without_momentum_says_so_once(tmp_path: Path) -> None:
+    recipe = small_recipe("moco_v2", "test_resnet", method={"momentum": 0.0}, train={"max_steps": 3})
+    sslkit.train(recipe, tmp_path / "run")
+    rows = read_lines(tmp_path / "run/diagnostics.jsonl")
+    assert all(any(alarm.startswith("teacher: ") for alarm in row["alarms"]) for row in rows)
+    sslkit.train(small_recipe("moco_v2", "test_resnet", train={"max_steps": 3}), tmp_path / "healthy")
+    assert not any(row["alarms"] for row in read_lines(tmp_path / "healthy/diagnostics.jsonl"))
+
+
+def test_a_fall_beside_an_unsolved_task_is_no_leak() -> None:
+    """A rate far too high: kNN falls, and the task is at 11 %."""
+    assert leak_alarm(points(0.664, 0.456, pretext=[0.01, 0.11]), 2000) == []
+    assert leak_alarm(points(0.664, 0.456, pretext=[0.3, 0.6]), 2000) != []
 
 
 def test_leaking_batch_statistics_as_in_moco_v1() -> None:

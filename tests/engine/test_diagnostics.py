@@ -162,11 +162,12 @@ def test_a_teacher_without_momentum_collapses_and_one_with_does_not(
     assert [(row["step"], row["alarms"]) for row in sound] == [(1, []), (10, []), (20, [])]
     assert "ALARM" not in capsys.readouterr().out
     broken = train_by_adamw(tmp_path / "broken", 0.03, 0.0)
-    assert [len(row["alarms"]) for row in broken] == [0, 1, 1]
+    assert [len(row["alarms"]) for row in broken] == [1, 2, 2]
+    assert broken[0]["alarms"][0].startswith("teacher: ")
     assert broken[-1]["alarms"][0].startswith("collapse: all images get almost the same features, whose std is ")
     said = capsys.readouterr().out
     assert said.count("ALARM at step 10: collapse: ") == 1
-    assert said.count("ALARM") == 1
+    assert said.count("ALARM") == 2  # the teacher is told too
     train_by_adamw(tmp_path / "broken", 0.03, 0.0, steps=30)
     assert len(lines(tmp_path / "broken")[-1]["alarms"]) >= 1
     assert "ALARM at step 30: collapse" not in capsys.readouterr().out

@@ -10,7 +10,9 @@ import pytest
 import timm
 import torch
 from conftest import small_recipe
+from PIL import Image
 from safetensors.torch import load_file
+from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 import sslkit
@@ -18,7 +20,15 @@ from sslkit.data.source import DataConfig, ImageSource, open_source
 from sslkit.engine.projector import first_projector_layers
 from sslkit.errors import UserError
 from sslkit.evaluate.features import Encoder, fingerprint
-from sslkit.evaluate.finetune import FinetuneProtocol, _make_optimizer, classify, finetune, make_classifier
+from sslkit.evaluate.finetune import (
+    FinetuneProtocol,
+    _make_optimizer,
+    _set_rates,
+    _training_transform,
+    classify,
+    finetune,
+    make_classifier,
+)
 from sslkit.evaluate.judge import evaluate_finetune
 
 SIZE = {"input_size": (3, 32, 32), "interpolation": "bilinear", "mean": (0.3,) * 3, "std": (0.35,) * 3, "crop_pct": 1.0}
@@ -47,11 +57,12 @@ def test_protocols_have_their_sources_numbers() -> None:
     transfer = FinetuneProtocol.named("moco_v3")
     assert (transfer.auto_augment, transfer.smallest_crop, transfer.peak_lr(1024)) == ("", 0.05, pytest.approx(6e-4))
     assert (transfer.epochs, transfer.weight_decay, transfer.warmup_epochs, transfer.erase) == (100, 0.1, 3, 0.0)
-    simclr = FinetuneProtocol.named("simclr", "1%")
+    simclr = FinetuneProtocol.named("simclr", 0.01)
     assert simclr.peak_lr(1024) == pytest.approx(0.005 * math.sqrt(1024))
     assert (simclr.epochs, simclr.weight_decay, simclr.optimizer) == (60, 0.0, "lars")
-    for labels, trunk, head in (("10%", 0.01, 0.2), ("1%", 0.02, 5.0)):
-        swav = FinetuneProtocol.named("swav", labels)
+    assert (simclr.head_std, simclr.adapt_head) == (0.0, False)
+    for labelled, trunk, head in ((0.1, 0.01, 0.2), (0.01, 0.02, 5.0), (1.0, 0.01, 0.2)):
+        swav = FinetuneProtocol.named("swav", labelled)
         assert (swav.epochs, swav.batch_size, swav.base_lr) == (20, 256, trunk)
         assert swav.base_lr * swav.head_lr == pytest.approx(head)
     with pytest.raises(UserError, match="did you mean 'simclr'"):
@@ -85,6 +96,70 @@ def test_layer_decay_and_the_heads_rate() -> None:
     assert scale_of[model.blocks[0].mlp.fc1.weight] == (0.5**depth, 0.1)
     assert scale_of[model.patch_embed.proj.weight] == (0.5 ** (depth + 1), 0.1)
     assert scale_of[model.patch_embed.proj.bias][1] == 0.0
+
+
+def test_positions_and_tokens_of_a_vit_do_not_decay() -> None:
+    model, head = make_classifier(encoder_of("test_vit", img_size=32), 5)
+    groups = _make_optimizer(model, head, FinetuneProtocol.named("deit"), 1.0).param_groups
+    decay_of = {param: group["weight_decay"] for group in groups for param in group["params"]}
+    assert decay_of[model.pos_embed] == decay_of[model.cls_token] == 0.0
+    assert decay_of[model.blocks[0].mlp.fc1.weight] == 0.05
+
+
+def test_simclrs_classifier_moves_by_its_own_gradient() -> None:
+    """Its LARS leaves ``head_supervised`` alone: the step is rate times gradient, whatever the weights' norm is."""
+    model, head = make_classifier(encoder_of("test_resnet"), 3)
+    optimizer = _make_optimizer(model, head, FinetuneProtocol.named("simclr"), 0.1)
+    for param in model.parameters():
+        param.grad = torch.full_like(param, 0.5)
+    body = model.layer1[0].conv1.weight
+    before, body_before = head.weight.detach().clone(), body.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(before - head.weight.detach(), torch.full_like(before, 0.05))
+    adapted = 0.001 * body_before.norm() / body.grad.norm() * 0.1 * 0.5
+    torch.testing.assert_close(body_before - body.detach(), adapted.expand_as(body_before), rtol=1e-3, atol=1e-7)
+
+
+def test_deits_rate_is_timms() -> None:
+    protocol = replace(FinetuneProtocol.named("deit"), epochs=20)
+    peak = protocol.peak_lr(1024)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
+    optimizer.param_groups[0]["scale"] = 1.0
+    theirs = CosineLRScheduler(
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak),
+        t_initial=20,
+        lr_min=1e-5,
+        warmup_t=5,
+        warmup_lr_init=1e-6,
+    )
+    for epoch in range(20):
+        _set_rates(optimizer, protocol, epoch + 0.7, 1024)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(theirs._get_lr(epoch)[0], rel=1e-9)
+
+
+def test_randaugment_survives_its_strongest_posterize() -> None:
+    """timm asks for no bits at all in some 0.15 % of images, which Pillow 13 refuses."""
+    transform = _training_transform(encoder_of("test_resnet"), FinetuneProtocol.named("deit"))
+    [augment] = [part for part in transform.transforms if hasattr(part, "ops")]
+    operation = next(each for each in augment.ops if each.name.startswith("Posterize"))
+    operation.prob, operation.magnitude, operation.magnitude_std = 1.0, 10, 0.0
+    image = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3))
+    assert set(np.unique(np.asarray(operation(image)))) == {0, 128}
+    operation.magnitude = 0
+    assert np.array_equal(np.asarray(operation(image)), np.asarray(image) & 0xF0)
+
+
+@pytest.mark.parametrize("batch_size", [7, 1])
+def test_a_batch_that_is_odd(two_classes: tuple[ImageSource, torch.Tensor], batch_size: int) -> None:
+    """Images are mixed in pairs."""
+    source, labels = two_classes
+    protocol = replace(FinetuneProtocol.named("deit"), epochs=1, batch_size=batch_size)
+    chosen = source.subset(np.arange(20))
+    if batch_size == 1:
+        with pytest.raises(UserError, match="--batch-size 2"):
+            finetune(encoder_of("test_resnet"), chosen, labels[:20], 2, protocol)
+    else:
+        finetune(encoder_of("test_resnet"), chosen, labels[:20], 2, protocol)
 
 
 def test_it_learns_repeats_and_leaves_the_encoder_alone(two_classes: tuple[ImageSource, torch.Tensor]) -> None:

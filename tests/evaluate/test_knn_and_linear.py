@@ -31,6 +31,23 @@ def blobs(rows: int, seed: int, spread: float = 1.5) -> tuple[Tensor, Tensor]:
     return centres[labels] + spread * torch.randn(rows, 12, generator=generator), labels
 
 
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_the_size_of_features_changes_no_neighbour(scale: float) -> None:
+    """Cosines do not know it; squares in float32 would overflow or vanish."""
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = (torch.randn(count, 16, generator=generator) for count in (300, 40))
+    labels = torch.randint(0, 5, (300,), generator=generator)
+    [plain] = predict_all(queries, bank, labels, 5, [KnnProtocol(5)])
+    [scaled] = predict_all(queries * scale, bank * scale, labels, 5, [KnnProtocol(5)])
+    assert torch.equal(plain, scaled)
+
+
+def test_features_too_large_for_a_papers_rate_are_said() -> None:
+    features, labels = torch.randn(64, 8) * 1e20, torch.arange(64) % 2
+    with pytest.raises(UserError, match=r"not finite after epoch .*logistic"):
+        linear_accuracy(features, labels, features, labels, LinearProtocol.named("moco_v1", is_vit=False))
+
+
 def test_golden_predictions() -> None:
     bank, labels, queries = wave(40, 0.21, 0.5), torch.arange(40) % 4, wave(8, 0.1, 0.3)
     predicted = predict(queries, bank, labels, 4, KnnProtocol(k=10, temperature=0.07))

@@ -10,11 +10,13 @@ from conftest import cli_error
 from torch import Tensor
 
 from sslkit.cli import main
+from sslkit.data.source import DataConfig
 from sslkit.errors import UserError
-from sslkit.evaluate import LinearProtocol, knn_accuracy, linear_accuracy
+from sslkit.evaluate import LinearProtocol, evaluate_linear, knn_accuracy, linear_accuracy
 from sslkit.evaluate.detect import DetectProtocol
 from sslkit.evaluate.finetune import FinetuneProtocol
 from sslkit.evaluate.knn import KnnProtocol
+from sslkit.evaluate.labels import open_pair
 from sslkit.evaluate.sweep import SweepProtocol, sweep
 
 
@@ -170,3 +172,13 @@ def test_a_damaged_cache_is_extracted_again(
             file.write_bytes(file.read_bytes()[:-5])
     assert len(files) == 4
     assert printed[0] == printed[1]
+
+
+def test_a_split_is_not_scored_on_itself() -> None:
+    with pytest.raises(UserError, match="--test-split train is what is learned from too"):
+        open_pair(DataConfig(path="builtin:fashion_mnist"), "train", "train")
+
+
+def test_logistic_regression_has_no_epochs() -> None:
+    with pytest.raises(UserError, match="logistic has none"):
+        evaluate_linear("test_resnet", DataConfig(path="builtin:fashion_mnist"), "logistic", epochs=5)

@@ -40,6 +40,11 @@ def test_a_published_list_names_its_images(folders: ImageSource, tmp_path: Path)
     by_file, by_folder = Path(paths[7]).name, "/".join(Path(paths[3]).parts[-2:])
     (tmp_path / "names.txt").write_text(f"{by_file}\n{by_folder}\n\n")
     assert choose_subset(folders, labels, str(tmp_path / "names.txt"), 0).tolist() == [3, 7]
+    windows = f"{by_file}\r\n{by_folder}\r\n".replace("/", "\\")
+    (tmp_path / "names.txt").write_text(windows, encoding="utf-8-sig", newline="")
+    assert choose_subset(folders, labels, str(tmp_path / "names.txt"), 0).tolist() == [3, 7]
+    with pytest.raises(UserError, match="not nothing"):
+        choose_subset(folders, labels, "", 0)
     (tmp_path / "names.txt").write_text(f"{by_file}\nn01440764_10026.JPEG\n")
     with pytest.raises(UserError, match=r"1 of its 2 names are not in .*, the first is 'n01440764_10026.JPEG'"):
         choose_subset(folders, labels, str(tmp_path / "names.txt"), 0)
