@@ -1,0 +1,112 @@
+"""A folder of as many files as ImageNet: how long it takes to list, and what memory the list takes, with workers.
+
+    python benchmarks/indexing.py [--files 1281167] [--tree FOLDER]
+
+The tree, of tiny files in a thousand folders, is made first if it is not there (some minutes). Each figure is taken in a
+process of its own. Memory of workers is their proportional set size (Linux): a page that several share counts once in all.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from side_by_side import machine, table
+
+CLASSES = 1000
+TINY = bytes(40)
+WORKERS = (0, 2, 4, 8)
+
+
+def make_tree(root: Path, files: int) -> None:
+    """Files named as ImageNet's."""
+    for number in range(CLASSES):
+        folder = root / f"n{number:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for image in range(number, files, CLASSES):
+            (folder / f"n{number:08d}_{image:07d}.JPEG").write_bytes(TINY)
+
+
+def memory_mib(pid: int | str = "self") -> float:
+    """Proportional set size of a process."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("Pss:"))) / 1024
+
+
+def list_paths(root: Path) -> dict[str, float]:
+    """Plain Python: a list of all paths."""
+    before, started = memory_mib(), time.perf_counter()
+    paths = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
+    return {"seconds": time.perf_counter() - started, "mib": memory_mib() - before, "files": len(paths)}
+
+
+def index(root: Path, workers: int) -> dict[str, float]:
+    """sslkit's source, and what its data workers hold of it once each has read from it."""
+    import torch
+
+    from sslkit.data.source import DataConfig, ImageSource, open_source
+
+    class Names(torch.utils.data.Dataset[int]):
+        def __init__(self, source: ImageSource) -> None:
+            self.source = source
+
+        def __len__(self) -> int:
+            return len(self.source)
+
+        def __getitem__(self, position: int) -> int:
+            return len(self.source.encoded(position)[0])
+
+    before, started = memory_mib(), time.perf_counter()
+    source = open_source(DataConfig(path=str(root)))
+    seconds = time.perf_counter() - started
+    taken = memory_mib() - before
+    found = {"seconds": seconds, "mib": taken, "files": len(source)}
+    if workers:
+        spread = [position * len(source) // 4096 for position in range(4096)]
+        loader = torch.utils.data.DataLoader(Names(source), 64, sampler=spread, num_workers=workers)
+        batches = iter(loader)
+        for _ in range(48):
+            next(batches)
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        found["all"] = memory_mib() + sum(map(memory_mib, children)) - before
+        list(batches)
+    return found
+
+
+def in_a_process(*words: str) -> dict[str, float]:
+    """What a process of its own prints."""
+    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", type=int, default=1_281_167)
+    parser.add_argument("--tree", default="")
+    parser.add_argument("--measure", default="")
+    words = parser.parse_args()
+    tree = Path(words.tree or Path(tempfile.gettempdir()) / f"tree-of-{words.files}")
+    if words.measure:
+        print(json.dumps(list_paths(tree) if words.measure == "paths" else index(tree, int(words.measure))))
+        return
+    if not tree.is_dir():
+        make_tree(tree, words.files)
+    print(machine("datasets", "pyarrow"))
+    here = ["--tree", str(tree)]
+    paths = in_a_process(*here, "--measure", "paths")
+    rows = [["a Python list of paths", f"{paths['seconds']:.1f}", f"{paths['mib']:.0f}", ""]]
+    for workers in WORKERS:
+        found = in_a_process(*here, "--measure", str(workers))
+        own = f"{found['all']:.0f}" if workers else ""
+        rows.append([f"sslkit, {workers} workers", f"{found['seconds']:.1f}", f"{found['mib']:.0f}", own])
+        assert found["files"] == paths["files"]
+    print(table([f"{paths['files']:.0f} files", "seconds to list", "MiB of the list", "MiB with all workers"], rows))
+
+
+if __name__ == "__main__":
+    main()

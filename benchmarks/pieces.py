@@ -1,0 +1,150 @@
+"""Pieces of a step against what bounds them: the teacher's move against a copy, InfoNCE against its products.
+
+    python benchmarks/pieces.py [--rounds 15] [--device cuda]
+
+A move reads two numbers and writes one for each parameter; the copy moves as many bytes. InfoNCE over a dictionary of K
+keys needs a product for the logits and one for the gradient; "plain" is the official code's: all logits side by side
+and PyTorch's cross-entropy. Times are taken in turn; the peaks of memory are those of processes of their own.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from side_by_side import in_turn, machine, ratios, table
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+from sslkit.parts.contrast import contrast_with_dictionary
+from sslkit.parts.teacher import Teacher
+
+MODELS = ("vit_base_patch16_224", "vit_large_patch16_224")
+K, DIM, TEMPERATURE = 65_536, 128, 0.2
+MOMENTUM = 0.99
+
+
+def settled(work: Callable[[], object], device: str) -> Callable[[], object]:
+    """The same, with the device waited for."""
+    if device == "cpu":
+        return work
+
+    def call() -> None:
+        work()
+        torch.accelerator.synchronize()
+
+    return call
+
+
+def teacher_rows(rounds: int, device: str) -> list[list[str]]:
+    """The bandwidth that a move reaches, in units of a copy's."""
+    rows = []
+    for name in MODELS:
+        student = timm.create_model(name, num_classes=0).to(device)
+        teacher = Teacher(student)
+        count = sum(param.numel() for param in student.parameters())
+        source = torch.randn(count * 3 // 2, device=device)
+        target = torch.empty_like(source)
+        works = {
+            "move": settled(lambda student=student, teacher=teacher: teacher.update(student, MOMENTUM), device),
+            "copy": settled(lambda source=source, target=target: target.copy_(source), device),
+        }
+        times = in_turn(works, rounds, warm_up=2)
+        found = ratios({"copy": times["copy"], "move": times["move"]}, "move")["copy"]
+        rows.append([f"teacher's move, {name}, {count / 1e6:.0f} M", *(f"{number:.2f}" for number in found)])
+    return rows
+
+
+def batch_of(size: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, their keys and the dictionary."""
+    torch.manual_seed(0)
+    query, key = (normalize(torch.randn(size, DIM, device=device), dim=1) for _ in range(2))
+    return query.requires_grad_(), key, normalize(torch.randn(K, DIM, device=device), dim=1)
+
+
+def ours(query: Tensor, key: Tensor, keys: Tensor) -> None:
+    """sslkit's loss and gradient."""
+    contrast_with_dictionary(query, key, keys, TEMPERATURE)[0].backward()
+
+
+def plain(query: Tensor, key: Tensor, keys: Tensor) -> None:
+    """The official code's."""
+    logits = torch.cat([(query * key).sum(dim=1, keepdim=True), query @ keys.T], dim=1) / TEMPERATURE
+    cross_entropy(logits, torch.zeros(len(query), dtype=torch.long, device=query.device)).backward()
+
+
+def bare(query: Tensor, key: Tensor, keys: Tensor) -> None:
+    """The two products alone."""
+    with torch.no_grad():
+        logits = query @ keys.T
+        torch.mm(logits, keys)
+
+
+WORKS: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {"sslkit": ours, "plain": plain, "bare products": bare}
+
+
+def contrast_rows(rounds: int, size: int, device: str) -> list[list[str]]:
+    """Time in units of the bare products', and memory beyond what the inputs take."""
+    inputs = batch_of(size, device)
+    works = {name: settled(lambda work=work: work(*inputs), device) for name, work in WORKS.items()}
+    found = ratios(in_turn(works, rounds, warm_up=2), "bare products")
+    return [
+        [name, str(size), *(f"{number:.2f}" for number in found[name]), f"{peak_mib(name, size, device):.0f}"]
+        for name in WORKS
+    ]
+
+
+def peak_mib(name: str, size: int, device: str) -> float:
+    """Peak of one call in a process of its own."""
+    words = [sys.executable, __file__, "--peak", name, "--batch", str(size), "--device", device]
+    return float(json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout))
+
+
+def print_peak(name: str, size: int, device: str) -> None:
+    """Memory that one call takes beyond its inputs; a small one has loaded the libraries before."""
+    inputs = batch_of(size, device)
+    query, key, keys = inputs
+    WORKS[name](query[:2].detach().requires_grad_(), key[:2], keys[:512])
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins here
+        before = resident_peak_mib()
+        WORKS[name](*inputs)
+        print(resident_peak_mib() - before)
+        return
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    WORKS[name](*inputs)
+    print((torch.cuda.max_memory_allocated() - held) / 2**20)
+
+
+def resident_peak_mib() -> float:
+    """Most memory that this process has had since the peak was last reset."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1024
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--peak", default="")
+    words = parser.parse_args()
+    if words.peak:
+        print_peak(words.peak, words.batch, words.device)
+        return
+    print(machine("torch"), words.device)
+    rows = teacher_rows(words.rounds, words.device)
+    print(table(["what", "share of a copy's bandwidth", "lower quartile", "upper quartile"], rows))
+    print(f"\nInfoNCE, K = {K}, forward and backward\n")
+    head = ["what", "batch", "times the bare products", "lower quartile", "upper quartile", "peak MiB beyond inputs"]
+    print(table(head, contrast_rows(words.rounds, words.batch, words.device)))
+
+
+if __name__ == "__main__":
+    main()

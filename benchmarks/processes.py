@@ -1,0 +1,158 @@
+"""Several processes: bytes that a step moves, counted on the wire and by a written model, and weak scaling.
+
+    python benchmarks/processes.py [--counts 2 4] [--backbone resnet18] [--side 64] [--batch 16]
+
+Bytes are those of the loopback device in a network namespace of its own (Linux, root), divided by steps and processes:
+what a process sends, packets' headers and all. The model is `sent_per_step`, which is then asked for more processes
+than there are here. Scaling is the images per second of two processes of one thread over twice those of one.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from side_by_side import machine, table
+
+from sslkit.bench.profile import CPU, step
+from sslkit.bench.stages import Stopwatch
+from sslkit.data.source import open_source
+from sslkit.engine.processes import make_accelerator
+from sslkit.engine.run import assemble, build_method, steps_per_epoch
+from sslkit.parts.collectives import world_size
+from sslkit.recipe import Recipe, build_recipe
+
+STEPS, WARM_UP = 10, 3
+FLOAT = 4  # bytes
+VOTE = 16 * FLOAT  # the step's loss, flags and metrics
+DIM = 128
+
+
+def sent_per_step(processes: int, batch: int, params: int, side: int, dim: int = DIM) -> dict[str, float]:
+    """Bytes that one process sends in a step of MoCo v2.
+
+    Args:
+        processes: W.
+        batch: Images of one process.
+        params: Trained parameters.
+        side: Of a view, in pixels.
+        dim: Of a key.
+    """
+    others = (processes - 1) / processes
+    rows = batch * others  # of its rows, those that another process owns after a shuffle
+    return {
+        "gradients": 2 * others * params * FLOAT,  # a ring's reduce-scatter and all-gather
+        "shuffled images": rows * 3 * side * side,  # bytes, not floats
+        "keys back": rows * dim * FLOAT,
+        "keys for the queue": (processes - 1) * batch * dim * FLOAT,
+        "loss and flags": 2 * others * VOTE,
+    }
+
+
+def official_shuffle(processes: int, batch: int, side: int) -> float:
+    """Bytes that one process sends where all images are gathered everywhere, as float32."""
+    return (processes - 1) * batch * 3 * side * side * FLOAT
+
+
+def recipe_of(words: argparse.Namespace, batch: int) -> Recipe:
+    """MoCo v2 on the bundled images."""
+    return build_recipe(
+        {
+            "method": {"name": "moco_v2", "queue_size": 1024, "bn_groups": batch // words.batch},
+            "backbone": {"name": words.backbone},
+            "data": {"path": "builtin:fashion_mnist", "split": "test", "workers": 0},
+            "views": {"size": words.side},
+            "train": {"batch_size": batch},
+        }
+    )
+
+
+def sent_by_loopback() -> int:
+    """Bytes sent on this network namespace's loopback device so far."""
+    lines = Path("/proc/net/dev").read_text().splitlines()
+    return int(next(line for line in lines if line.strip().startswith("lo:")).split()[9])
+
+
+def work(words: argparse.Namespace) -> None:
+    """What one process of a measurement does; the first one prints it."""
+    torch.set_num_threads(1)
+    recipe = recipe_of(words, words.batch * int(os.environ.get("WORLD_SIZE", "1")))
+    accelerator = make_accelerator(recipe)
+    source = open_source(recipe.data)
+    method = build_method(recipe)
+    training = assemble(recipe, Path(), accelerator, method, source, None, steps_per_epoch(recipe, source), 2**40, None)
+    method.train()
+    batches, watch = iter(training.loader), Stopwatch(CPU)
+    for number in range(WARM_UP):
+        step(training, next(batches), number, watch)
+    accelerator.wait_for_everyone()
+    before, started = sent_by_loopback(), time.perf_counter()
+    for number in range(STEPS):
+        step(training, next(batches), number, watch)
+    accelerator.wait_for_everyone()
+    seconds = time.perf_counter() - started
+    found = {
+        "sent": (sent_by_loopback() - before) / STEPS / world_size(),
+        "images_per_second": STEPS * recipe.train.batch_size / seconds,
+        "params": sum(param.numel() for param in method.parameters() if param.requires_grad),
+    }
+    if accelerator.is_main_process:
+        print(json.dumps(found))
+    accelerator.end_training()
+
+
+def launch(words: argparse.Namespace, processes: int) -> dict[str, Any]:
+    """One measurement, in a network namespace of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    own = [__file__, "--work", "--backbone", words.backbone, "--side", str(words.side), "--batch", str(words.batch)]
+    inner = [sys.executable, *(launcher if processes > 1 else []), *own]
+    command = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *inner]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return dict(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{"))))
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", action="store_true")
+    parser.add_argument("--counts", type=int, nargs="*", default=[2, 4])
+    parser.add_argument("--backbone", default="resnet18")
+    parser.add_argument("--side", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    words = parser.parse_args()
+    if words.work:
+        work(words)
+        return
+    print(machine("torch"))
+    rows, last = [], {}
+    for processes in words.counts:
+        last = launch(words, processes)
+        model = sent_per_step(processes, words.batch, last["params"], words.side)
+        total = sum(model.values())
+        rows.append([str(processes), f"{last['sent']:.4g}", f"{total:.4g}", f"{last['sent'] / total:.3f}"])
+    print(table(["processes", "bytes sent per process and step", "by the model", "ratio"], rows))
+    print("\nThe model for ResNet-50, 224 px, 32 images a process (MB sent per process and step)\n")
+    rows = []
+    for processes in (2, 8, 64, 512):
+        model = sent_per_step(processes, 32, 27_900_000, 224)
+        gathered = official_shuffle(processes, 32, 224)
+        rows.append([str(processes), *(f"{value / 1e6:.3g}" for value in (*model.values(), gathered))])
+    print(table(["processes", *model, "images, if all were gathered"], rows))
+    pairs = [(launch(words, 1), launch(words, 2)) for _ in range(words.rounds)]
+    shares = sorted(two["images_per_second"] / one["images_per_second"] / 2 for one, two in pairs)
+    print(
+        f"\ntwo processes of one thread: {statistics.median(shares):.2f} of twice one ({shares[0]:.2f} to {shares[-1]:.2f})"
+    )
+
+
+if __name__ == "__main__":
+    main()
