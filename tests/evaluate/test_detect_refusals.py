@@ -6,12 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import cli_error
+from PIL import Image
 
 from sslkit.evaluate.detection.annotations import open_annotated
+from sslkit.evaluate.detection.masks import check_masks
+from sslkit.evaluate.detection.picture import Picture
+from sslkit.evaluate.detection.precision import decode_mask, encode_mask
 
 Content = dict[str, Any]
+SQUARE = [1, 1, 9, 1, 9, 9, 1, 9]
 
 
 def refusal(folder: Path, *options: str) -> str:
@@ -54,6 +60,54 @@ def test_a_test_split_without_an_object_that_counts(coco: Path, voc: Path) -> No
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(
+    ("segment", "fault"),
+    [
+        *((each, "has a polygon that is not 6 or more numbers") for each in ([[1, 2]], [SQUARE[:4]], [SQUARE[:7]])),
+        *((each, "has a polygon that is not 6 or more numbers") for each in (SQUARE, [SQUARE, []], [[True] * 6])),
+        ([[float("nan"), *SQUARE[1:]]], "has a polygon"),
+        ([[*SQUARE[:7], float("nan")]], "has a polygon"),
+        ([[1e300, *SQUARE[1:]]], "of at most 1e6 pixels"),
+        ([["1", "1", "9", "1", "9", "9"]], "has a polygon"),
+        ("abc", "is neither a list of polygons nor run lengths with size and counts"),
+        (7, "is neither a list of polygons"),
+        ({"size": [64, 80]}, "is neither a list of polygons"),
+        ({"size": [80, 64], "counts": [5120]}, "is for another size than its picture's, which is [64, 80]"),
+        ({"size": [64, 80], "counts": [20, 5101]}, "do not add up to its picture's 5120 pixels"),
+        ({"size": [64, 80], "counts": [5121, -1]}, "do not add up"),
+        ({"size": [64, 80], "counts": []}, "has counts that are neither a list of whole numbers nor COCO's"),
+        ({"size": [64, 80], "counts": [20.5, 5099.5]}, "has counts"),
+        ({"size": [64, 80], "counts": None}, "has counts"),
+        ({"size": [64, 80], "counts": "0"}, "do not add up"),
+        ({"size": [64, 80], "counts": "oo"}, "has counts"),
+        ({"size": [64, 80], "counts": "oooooooooooooooo0"}, "has counts"),
+        ({"size": [64, 80], "counts": "\u00e9"}, "has counts"),
+        (None, "has objects without a segmentation"),
+    ],
+)
+def test_broken_segmentations(coco: Path, split: str, segment: Any, fault: str) -> None:
+    edit(coco, split, lambda content: content["annotations"][-1].update(segmentation=segment))
+    said = refusal(coco, "--masks")
+    assert fault in said
+    assert f"/{split}/" in said, "which picture"
+    assert "no_such_model" in refusal(coco), "who learns boxes only needs no masks"
+
+
+def test_compressed_masks_are_believed_where_pycocotools_reads_them() -> None:
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        height, width = (int(side) for side in rng.integers(1, 90, 2))
+        mask = (rng.random((height, width)) < rng.choice([0, 0.02, 0.5, 1])).astype(np.uint8)
+        if number % 2:  # long runs, whose differences have several digits and either sign
+            mask = np.repeat(np.repeat(mask, 40, axis=0), 7, axis=1)
+        encoded = encode_mask(mask)
+        segment = {"size": list(mask.shape), "counts": encoded["counts"].decode()}
+        one = (np.array([[0.0, 0.0, 1.0, 1.0]]), np.ones(1, np.int64), np.zeros(1, bool), np.zeros(1, bool), np.ones(1))
+        check_masks([Picture(Path("x"), mask.shape[1], mask.shape[0], *one, (segment,))])
+        np.testing.assert_array_equal(decode_mask(segment, *mask.shape), mask)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
 def test_missing_pictures_are_counted(coco: Path, split: str) -> None:
     lost = sorted((coco / split).iterdir())[:2]
     lost[0].unlink()
@@ -70,6 +124,29 @@ def test_pictures_in_folders_of_folders_are_found(coco: Path) -> None:
     (coco / "val").rename(coco / "deep")
     edit(coco, "val", lambda content: [row.update(file_name=f"deep/{row['file_name']}") for row in content["images"]])
     assert all(picture.file.is_file() for picture in open_annotated(coco).test)
+
+
+def turn(file: Path, width: int, height: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (width, height)).save(file, exif=exif)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+def test_sizes_are_judged_by_headers(coco: Path, split: str, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = coco / split / f"turned{suffix}"
+    edit(coco, split, lambda content: content["images"][1].update(file_name=file.name))
+    turn(file, 80, 64)
+    cause = "probably made without its EXIF rotation: annotate it upright, or take the tag away"
+    assert refusal(coco).endswith(f"{file}: is 64 x 80 pixels, but its annotation says 80 x 64, {cause}")
+    Image.new("RGB", (64, 80)).save(file)
+    assert refusal(coco).endswith(f"{file}: is 64 x 80 pixels, but its annotation says 80 x 64")
+    file.write_bytes(file.read_bytes()[:40])
+    assert f"cannot read {file} as an image" in refusal(coco)
+    turn(file, 64, 80)
+    monkeypatch.setattr(Picture, "pixels", lambda self: pytest.fail("decoded"))
+    assert "no_such_model" in refusal(coco), "upright it has its size, and nothing was decoded to know that"
 
 
 def test_lists_and_annotations_may_begin_with_a_byte_order_mark(coco: Path, voc: Path) -> None:
