@@ -73,7 +73,8 @@ def open_annotated(folder: str | Path, train_split: str = "", test_split: str = 
         raise UserError(f"{folder}: split {train_split!r} has nothing to learn from, no object with a box but crowds")
     if not any(picture.counted().any() for picture in test):
         raise UserError(
-            f"{folder}: split {test_split!r} has no object that a score counts, one with an area, neither difficult nor a crowd"
+            f"{folder}: split {test_split!r} has no object that a score counts, "
+            "one with an area, neither difficult nor a crowd"
         )
     description = f"{folder}: {train_split} {len(train)} / {test_split} {len(test)} pictures, {len(numbers)} classes"
     layout: Literal["voc", "coco"] = "voc" if years else "coco"
