@@ -17,7 +17,7 @@ from sslkit.errors import UserError
 if TYPE_CHECKING:
     from sslkit.doctor import Report
     from sslkit.evaluate.diagnose import Diagnosis
-    from sslkit.evaluate.judge import Judgement
+    from sslkit.evaluate.judge import Judgement, Score
 
 console = Console()
 
@@ -70,23 +70,35 @@ def _store(run: Path, judgement: "Judgement") -> None:
 
 def _show_judgement(judgement: "Judgement") -> None:
     console.print(f"{judgement.evaluation}, {judgement.data}", highlight=False, markup=False)
-    several = list(judgement.scores[0].measures)
-    with_intervals = not several and any(score.interval for score in judgement.scores)
-    with_notes = any(score.note for score in judgement.scores)
-    table = Table("encoder", *([f"{name} (95 % interval)" for name in several] or [judgement.measure]))
-    for heading in ["95 % interval"] * with_intervals + ["chosen"] * with_notes:
-        table.add_column(heading)
-    for score in judgement.scores:
-        cells = [f"{value:.2%} ({_in_words(score.intervals[name])})" for name, value in score.measures.items()]
-        cells = cells or [f"{score.accuracy:.2%}"]
-        cells += [_in_words(score.interval)] if with_intervals else []
-        table.add_row(score.encoder, *cells, *([score.note] if with_notes else []))
-    console.print(table)
+    scores = judgement.scores
+    console.print(_table_of_measures(scores) if scores[0].measures else _table_of_scores(scores, judgement.measure))
     if judgement.grid:
         grid = Table(*judgement.grid[0], title="every head, best first on the held-out images")
         for head in judgement.grid:
             grid.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in head.values()))
         console.print(grid)
+
+
+def _table_of_scores(scores: "Sequence[Score]", measure: str) -> Table:
+    """A row for each encoder."""
+    with_intervals, with_notes = any(score.interval for score in scores), any(score.note for score in scores)
+    table = Table("encoder", measure)
+    for heading in ["95 % interval"] * with_intervals + ["chosen"] * with_notes:
+        table.add_column(heading)
+    for score in scores:
+        cells = [f"{score.accuracy:.2%}"] + [_in_words(score.interval)] * with_intervals
+        table.add_row(score.encoder, *cells, *([score.note] if with_notes else []))
+    return table
+
+
+def _table_of_measures(scores: "Sequence[Score]") -> Table:
+    """A row for each measure: six columns of them, each with its interval, are more than a terminal has room for."""
+    table = Table("measure (95 % interval)")
+    for score in scores:
+        table.add_column(escape(score.encoder), overflow="fold")
+    for name in scores[0].measures:
+        table.add_row(name, *(f"{score.measures[name]:.2%} ({_in_words(score.intervals[name])})" for score in scores))
+    return table
 
 
 def show_comparison(groups: list[dict[str, dict[str, Any]]], as_json: bool) -> None:

@@ -22,6 +22,7 @@ from sslkit.errors import UserError, near_miss
 from sslkit.evaluate.checks import check_rates, check_seed
 from sslkit.evaluate.detection.annotations import AnnotatedPair, open_annotated
 from sslkit.evaluate.detection.detector import Arch, choose_arch, make_detector
+from sslkit.evaluate.detection.masks import check_masks
 from sslkit.evaluate.detection.picture import Picture
 from sslkit.evaluate.detection.precision import (
     Found,
@@ -154,12 +155,17 @@ def evaluate_detect(
         Scores whose ``accuracy`` is the AP of boxes and whose ``measures`` are all numbers, with their intervals.
 
     Raises:
-        UserError: What `open_annotated` and `make_detector` refuse, or a loss that is not finite.
+        UserError: What `open_annotated`, `check_masks` and `make_detector` refuse, a picture of another size than its
+            annotation says, or a loss that is not finite.
     """
     require_pycocotools()
     pair = open_annotated(folder, train_split, test_split)
+    if masks and pair.format == "voc":
+        raise UserError("--masks: VOC's annotations have boxes only; give a folder in COCO format")
     if masks:
-        _check_masks(pair)
+        check_masks([*pair.train, *pair.test])
+    for picture in [*pair.train, *pair.test]:
+        picture.check_size()
     encoder = load_encoder(model)
     chosen = choose_arch(encoder, arch)
     contestants = [encoder, *([encoder.random_twin(protocol.seed)] if scratch else []), *map(load_encoder, baselines)]
@@ -358,11 +364,3 @@ def _draw(*key: int) -> int:
 
 def _is_vit(encoder: Encoder) -> bool:
     return family(encoder.architecture) == "vit"
-
-
-def _check_masks(pair: AnnotatedPair) -> None:
-    if pair.format == "voc":
-        raise UserError("--masks: VOC's annotations have boxes only; give a folder in COCO format")
-    for picture in [*pair.train, *pair.test]:
-        if len(picture.boxes) and not picture.segments:
-            raise UserError(f"--masks: {picture.file} has objects without a segmentation")

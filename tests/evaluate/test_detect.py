@@ -1,6 +1,7 @@
 """Detectors wired, trained and tabulated as the papers' are."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import timm
 import torch
 from conftest import small_recipe
+from rich.console import Console
 from torch import nn
 from torch.optim import AdamW
 
@@ -224,14 +226,15 @@ def test_a_rate_too_high_is_said(rendered: Callable[[str], Path]) -> None:
 
 
 def test_the_command_tabulates_and_records(
-    rendered: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    rendered: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = tmp_path / "run"
+    run = tmp_path / "a run whose path is longer than a column"
     tiny = {"name": "resnet18", "args": TINY, "small_stem": True}
     sslkit.train(small_recipe("moco_v2", "resnet18", train={"max_steps": 1}, backbone=tiny), run)
-    numbers = ["--steps", "2", "--batch-size", "2", "--regions", "8", "--short-side", "64", "--masks", "--json"]
+    numbers = ["--steps", "2", "--batch-size", "2", "--regions", "8", "--short-side", "64", "--masks"]
+    command = ["eval", "detect", str(run), "--data", str(rendered("coco")), *numbers]
     with pytest.raises(SystemExit) as left:
-        main(["eval", "detect", str(run), "--data", str(rendered("coco")), *numbers])
+        main([*command, "--json"])
     assert left.value.code == 0
     judgement = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert [score["encoder"] for score in judgement["scores"]] == [str(run), "from scratch"]
@@ -240,6 +243,13 @@ def test_the_command_tabulates_and_records(
     assert (judgement["protocol"]["arch"], judgement["protocol"]["short_sides"][-1]) == ("c4", 64)
     row = json.loads((run / "results.jsonl").read_text().splitlines()[-1])
     assert (row["measure"], row["evaluation"]) == ("box AP", "detect voc c4 masks, 2 steps of 2")
+    monkeypatch.setattr(sys.modules["sslkit.cli.show"], "console", Console(width=80))
+    with pytest.raises(SystemExit):
+        main(command)
+    table = capsys.readouterr().out
+    assert "…" not in table, "nothing is cut at 80 columns"
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in table.splitlines() if "mask AP75" in line]
+    assert len(rows[0]) == 3, "a row for each measure, a column for each encoder"
     with pytest.raises(SystemExit) as left:
         main(["eval", "detect", str(run), "--data", str(rendered("coco")), "--arch", "c5"])
     assert left.value.code == 2

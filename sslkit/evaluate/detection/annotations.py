@@ -64,13 +64,18 @@ def open_annotated(folder: str | Path, train_split: str = "", test_split: str = 
         raise UserError(f"--test-split: {test_split!r} is what is learned from; score on another split")
     read: Any = (lambda split: voc.read_split(years, split)) if years else lambda split: coco.read_split(files[split])
     (train, train_names), (test, test_names) = read(train_split), read(test_split)
-    if not years and train_names != test_names:
-        raise UserError(f"{folder}: the categories of {train_split} and {test_split} differ; they must be the same")
+    if not years:
+        test_names = _shared(train_names, test_names, test, f"{folder}: {test_split}", train_split)
     numbers = {name: number for number, name in enumerate(sorted({*train_names.values(), *test_names.values()}), 1)}
     train = [_numbered(picture, train_names, numbers) for picture in train]
     test = [_numbered(picture, test_names, numbers) for picture in test]
-    _check_not_empty(train, folder, train_split)
-    _check_not_empty(test, folder, test_split)
+    if not any(picture.usable().any() for picture in train):
+        raise UserError(f"{folder}: split {train_split!r} has nothing to learn from, no object with a box but crowds")
+    if not any(picture.counted().any() for picture in test):
+        raise UserError(
+            f"{folder}: split {test_split!r} has no object that a score counts, "
+            "one with an area, neither difficult nor a crowd"
+        )
     description = f"{folder}: {train_split} {len(train)} / {test_split} {len(test)} pictures, {len(numbers)} classes"
     layout: Literal["voc", "coco"] = "voc" if years else "coco"
     return AnnotatedPair(train, test, list(numbers), description, layout, f"{train_split} / {test_split}")
@@ -89,11 +94,26 @@ def _choose(folder: Path, splits: list[str], asked: str, option: str, preferred:
     raise UserError(f"{option}: {folder} has no split {' or '.join(preferred)}; it has {sorted(splits)}, name one")
 
 
+def _shared(
+    train_names: dict[int, str], test_names: dict[int, str], test: list[Picture], where: str, train_split: str
+) -> dict[int, str]:
+    """Those of COCO's categories that both files list; categories that only a file lists may be there, unused."""
+    numbers = {name: number for number, name in train_names.items()}
+    used = {label for picture in test for label in picture.labels.tolist()}
+    for number, name in test_names.items():
+        if train_names.get(number, name) != name:
+            raise UserError(
+                f"{where} has category {number} as {name!r}, {train_split} as {train_names[number]!r}; name it alike"
+            )
+        if number not in train_names and name in numbers:
+            raise UserError(
+                f"{where} has category {name!r} as {number}, {train_split} as {numbers[name]}; number it alike"
+            )
+        if number not in train_names and number in used:
+            raise UserError(f"{where} has objects of category {name!r}, which {train_split} does not list")
+    return {number: name for number, name in test_names.items() if number in train_names}
+
+
 def _numbered(picture: Picture, names: dict[int, str], numbers: dict[str, int]) -> Picture:
     labels: NDArray[np.int64] = np.array([numbers[names[label]] for label in picture.labels.tolist()], dtype=np.int64)
     return picture.relabelled(labels)
-
-
-def _check_not_empty(pictures: list[Picture], folder: Path, split: str) -> None:
-    if not any(picture.usable().any() for picture in pictures):
-        raise UserError(f"{folder}: split {split!r} has no object with a box")

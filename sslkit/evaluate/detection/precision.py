@@ -3,7 +3,9 @@
 import contextlib
 import importlib
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -87,10 +89,26 @@ def _evaluated(pictures: list[Picture], found: list[Found], classes: list[str], 
         truth.dataset = _truth(pictures, classes)
         truth.createIndex()
         scored = _part("cocoeval").COCOeval(truth, truth.loadRes(detections), kind)
+        scored.computeIoU = partial(_overlaps, scored, scored.computeIoU)
         scored.evaluate()
         scored.accumulate()
         scored.summarize()
     return scored
+
+
+def _overlaps(scored: Any, measure: Callable[[int, int], Any], image: int, category: int) -> Any:
+    """COCO's overlaps of one picture and class, difficult objects (VOC) measured as objects, not as crowds.
+
+    COCO has one flag for all that counts neither way, and of a crowd any part is enough. The flag stays up while
+    matches are sought, so that a difficult object excuses every detection that overlaps it as far as the threshold.
+    """
+    objects = scored._gts[image, category]
+    for each in objects:
+        each["iscrowd"] = each["crowd"]
+    overlaps = measure(image, category)
+    for each in objects:
+        each["iscrowd"] = each["ignore"]
+    return overlaps
 
 
 def bootstrap_precision(matched: list[Matched], pictures: int, seed: int = 0) -> dict[str, tuple[float, float]]:
@@ -199,6 +217,7 @@ def _truth(pictures: list[Picture], classes: list[str]) -> dict[str, Any]:
                 "bbox": [left, top, right - left, bottom - top],
                 "area": float(picture.areas[index]),
                 "iscrowd": int(picture.ignored[index]),
+                "crowd": int(picture.crowds[index]),  # not COCO's: see `_overlaps`
             }
             annotations.append(row | ({"segmentation": picture.segments[index]} if picture.segments else {}))
     categories = [{"id": number, "name": name} for number, name in enumerate(classes, 1)]

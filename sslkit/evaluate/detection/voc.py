@@ -31,7 +31,7 @@ def read_split(years: list[Path], split: str) -> tuple[list[Picture], dict[int, 
         names = year / "ImageSets" / "Main" / f"{split}.txt"
         if names.is_file():
             try:
-                lines = names.read_text(encoding="utf-8").split("\n")
+                lines = names.read_text(encoding="utf-8-sig").split("\n")
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"{names}: is not a list that can be read ({error})") from error
             pictures += [_read_picture(year, line.split()[0], numbers) for line in lines if line.strip()]
