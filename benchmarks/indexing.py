@@ -2,8 +2,8 @@
 
     python benchmarks/indexing.py [--files 1281167] [--tree FOLDER]
 
-The tree, of tiny files in a thousand folders, is made first if it is not there (some minutes). Each figure is taken in a
-process of its own. Memory of workers is their proportional set size (Linux): a page that several share counts once in all.
+The tree, of tiny files in a thousand folders, is made first if it is not there (some minutes). Each figure is taken in
+a process of its own. Memory of workers is their proportional set size (Linux): what several share counts once in all.
 """
 
 import argparse
@@ -16,6 +16,9 @@ import time
 from pathlib import Path
 
 from side_by_side import machine, table
+from torch.utils.data import DataLoader, Dataset
+
+from sslkit.data.source import DataConfig, ImageSource, open_source
 
 CLASSES = 1000
 TINY = bytes(40)
@@ -44,22 +47,21 @@ def list_paths(root: Path) -> dict[str, float]:
     return {"seconds": time.perf_counter() - started, "mib": memory_mib() - before, "files": len(paths)}
 
 
+class Names(Dataset[int]):
+    """Reads an image's bytes, and hands over next to nothing."""
+
+    def __init__(self, source: ImageSource) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, position: int) -> int:
+        return len(self.source.encoded(position)[0])
+
+
 def index(root: Path, workers: int) -> dict[str, float]:
     """sslkit's source, and what its data workers hold of it once each has read from it."""
-    import torch
-
-    from sslkit.data.source import DataConfig, ImageSource, open_source
-
-    class Names(torch.utils.data.Dataset[int]):
-        def __init__(self, source: ImageSource) -> None:
-            self.source = source
-
-        def __len__(self) -> int:
-            return len(self.source)
-
-        def __getitem__(self, position: int) -> int:
-            return len(self.source.encoded(position)[0])
-
     before, started = memory_mib(), time.perf_counter()
     source = open_source(DataConfig(path=str(root)))
     seconds = time.perf_counter() - started
@@ -67,7 +69,7 @@ def index(root: Path, workers: int) -> dict[str, float]:
     found = {"seconds": seconds, "mib": taken, "files": len(source)}
     if workers:
         spread = [position * len(source) // 4096 for position in range(4096)]
-        loader = torch.utils.data.DataLoader(Names(source), 64, sampler=spread, num_workers=workers)
+        loader = DataLoader(Names(source), 64, sampler=spread, num_workers=workers)
         batches = iter(loader)
         for _ in range(48):
             next(batches)

@@ -149,9 +149,8 @@ def main() -> None:
     print(table(["processes", *model, "images, if all were gathered"], rows))
     pairs = [(launch(words, 1), launch(words, 2)) for _ in range(words.rounds)]
     shares = sorted(two["images_per_second"] / one["images_per_second"] / 2 for one, two in pairs)
-    print(
-        f"\ntwo processes of one thread: {statistics.median(shares):.2f} of twice one ({shares[0]:.2f} to {shares[-1]:.2f})"
-    )
+    spread = f"{shares[0]:.2f} to {shares[-1]:.2f}"
+    print(f"\ntwo processes of one thread: {statistics.median(shares):.2f} of twice one's speed ({spread})")
 
 
 if __name__ == "__main__":

@@ -52,10 +52,11 @@ def list_images(root: Path) -> Listing:
     folders: list[str] = []
     left_out: Counter[str] = Counter()
     for folder, names in _walk(str(root), ()):
-        images = [name for name in names if _suffix(name) in SUFFIXES]
-        left_out.update(suffix or "no suffix" for suffix in map(_suffix, names) if suffix not in SUFFIXES)
+        suffixes = [_suffix(name) for name in names]
+        images = [name for name, suffix in zip(names, suffixes, strict=True) if suffix in SUFFIXES]
+        left_out.update(to_text(suffix) or "no suffix" for suffix in suffixes if suffix not in SUFFIXES)
         if images:
-            chunks.append(pa.array([to_text(os.path.join(folder, name)) for name in images], pa.string()))
+            chunks.append(pa.array([to_text(f"{folder}/{name}") for name in images], pa.string()))
             folders.append(printable(to_text(os.path.basename(folder))))
     return Listing(_table(chunks, folders, with_labels=bool(folders_in(root))), left_out)
 
@@ -74,6 +75,8 @@ def has_metadata(root: Path) -> bool:
 
 def to_text(path: str) -> str:
     """A path as valid text: a byte that is not UTF-8 becomes NUL, which no path has, and two digits."""
+    if path.isascii():  # nearly all are, and there may be millions
+        return path
     return re.sub("[\udc80-\udcff]", lambda found: f"\0{ord(found[0]) & 0xFF:02x}", path)
 
 
@@ -114,7 +117,9 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _suffix(name: str) -> str:
-    return to_text(os.path.splitext(name)[1].lower())
+    """Of a name that does not begin with a dot, as `os.path.splitext` has it, in small letters."""
+    dot = name.rfind(".")
+    return name[dot:].lower() if dot > 0 else ""
 
 
 def table_of(names: pa.ChunkedArray, root: str) -> datasets.Dataset:

@@ -7,6 +7,8 @@ import glob
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -323,10 +325,16 @@ def _local_files(config: DataConfig) -> tuple[str | None, list[str]]:
 
 
 def _loader_for_folder(folder: Path) -> str:
-    for suffix in ("parquet", "arrow"):
-        if next(folder.glob(f"*.{suffix}"), None) or next(folder.glob(f"*/*.{suffix}"), None):
-            return suffix
-    return "imagefolder"
+    found = {name.rpartition(".")[2] for name in _names_near(folder) if name.endswith((".parquet", ".arrow"))}
+    return next((loader for loader in ("parquet", "arrow") if loader in found), "imagefolder")
+
+
+def _names_near(folder: Path) -> Iterator[str]:
+    """Names in a folder and in those right below it."""
+    places = [folder, *(folder / name for name in folders_in(folder))]
+    for place in places:
+        with suppress(OSError), os.scandir(place) as entries:
+            yield from (entry.name for entry in entries)
 
 
 def _folder_pattern(folder: Path, split: str, loader: str) -> str:
