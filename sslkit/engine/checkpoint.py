@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -140,16 +141,27 @@ def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> 
         raise UserError(f"the checkpoint's weights do not fit this recipe: {last}") from error
     scalars = checkpoint.state["optimizer"]
     check_optimizer(checkpoint.optimizer, scalars, method, optimizer)
+    fused = bool(optimizer.defaults.get("fused"))
     tensors: dict[str, dict[str, Any]] = {}
     for key, tensor in checkpoint.optimizer.items():
         name, _, slot = key.rpartition("/")
         tensors.setdefault(name, {})[slot] = tensor
     for name, param in method.named_parameters():
-        slots = {slot: value.to(param.device) if value.ndim else value for slot, value in tensors.get(name, {}).items()}
+        slots = {slot: _beside(param, value, fused=fused) for slot, value in tensors.get(name, {}).items()}
         if slots or name in scalars:
             optimizer.state[param] = {**slots, **scalars.get(name, {})}
     for index, group in enumerate(optimizer.param_groups):
         group.update(tensors.get(f"{GROUP}{index}", {}))
+
+
+def _beside(param: Tensor, value: Tensor, *, fused: bool) -> Tensor:
+    """A slot of the optimizer's as it keeps it: in the parameter's own order in memory, which fused updates rely on.
+
+    Counts of steps stay on the host, but for those of a fused optimizer.
+    """
+    if value.shape != param.shape or not value.ndim:
+        return value.to(param.device) if value.ndim or fused else value
+    return torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def flatten_optimizer(method: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

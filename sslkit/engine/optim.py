@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.optim import Optimizer
@@ -22,8 +23,25 @@ def make_optimizer(recipe: Recipe, method: nn.Module) -> Optimizer:
         return Larc(groups, lr, optim.weight_decay, optim.momentum)
     if optim.name == "sgd":
         # timm's "sgd" is Nesterov's; the papers' is its "momentum".
-        return create_optimizer_v2(groups, "momentum", lr, optim.weight_decay, optim.momentum)
-    return create_optimizer_v2(groups, optim.name, lr, optim.weight_decay, betas=optim.betas)
+        fused = _fused(recipe, method)
+        sgd = create_optimizer_v2(groups, "momentum", lr, optim.weight_decay, optim.momentum, fused=fused)
+        # Zero is what a momentum begins with; made here, since PyTorch's fused update cannot take a parameter that
+        # learns later than others (SwAV's prototypes, a backbone that rests).
+        sgd.state.update(
+            {param: {"momentum_buffer": torch.zeros_like(param)} for group in groups for param in group["params"]}
+        )
+        return sgd
+    options: dict[str, Any] = {"fused": _fused(recipe, method)} if optim.name == "adamw" else {}
+    return create_optimizer_v2(groups, optim.name, lr, optim.weight_decay, betas=optim.betas, **options)
+
+
+def _fused(recipe: Recipe, method: nn.Module) -> bool | None:
+    """Whether PyTorch updates a parameter in one pass over memory, not in one for each operation.
+
+    Not beside a gradient scaler, whose overflow a fused update skips without a word to `AcceleratedOptimizer`.
+    """
+    where = {param.device.type for param in method.parameters()}
+    return True if where <= {"cpu", "cuda"} and recipe.train.precision != "fp16" else None
 
 
 def _parameter_groups(method: nn.Module, weight_decay: float, spare_vectors: bool) -> list[dict[str, Any]]:
