@@ -122,6 +122,14 @@ _PROTOCOLS = {
 }
 
 
+def _check_pictures(pictures: list[Picture], *, masks: bool) -> None:
+    """All that can be found out before hours of training."""
+    if masks:
+        check_masks(pictures)
+    for picture in pictures:
+        picture.check_size()
+
+
 def evaluate_detect(
     model: str,
     folder: str | Path,
@@ -162,10 +170,7 @@ def evaluate_detect(
     pair = open_annotated(folder, train_split, test_split)
     if masks and pair.format == "voc":
         raise UserError("--masks: VOC's annotations have boxes only; give a folder in COCO format")
-    if masks:
-        check_masks([*pair.train, *pair.test])
-    for picture in [*pair.train, *pair.test]:
-        picture.check_size()
+    _check_pictures([*pair.train, *pair.test], masks=masks)
     encoder = load_encoder(model)
     chosen = choose_arch(encoder, arch)
     contestants = [encoder, *([encoder.random_twin(protocol.seed)] if scratch else []), *map(load_encoder, baselines)]
@@ -180,9 +185,7 @@ def evaluate_detect(
     settings = {"kind": "detect", **vars(protocol), "arch": chosen, "masks": masks}
     settings |= {"peak_lr": protocol.peak_lr(_is_vit(encoder)), "selection": "none, the last update"}
     settings |= {name: list(encoder.preprocessing[name]) for name in ("mean", "std")} | pictures_settings(pair)
-    named = (
-        f"detect {protocol.name} {chosen}{' masks' if masks else ''}, {protocol.steps} steps of {protocol.batch_size}"
-    )
+    named = f"detect {protocol.name} {chosen}{masks * ' masks'}, {protocol.steps} steps of {protocol.batch_size}"
     return Judgement(named, pair.description, settings, scores, measure="box AP")
 
 

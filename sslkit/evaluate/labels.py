@@ -41,7 +41,7 @@ def open_pair(config: DataConfig, train_split: str = "train", test_split: str = 
     Args:
         config: The source; its own ``split`` is not used.
         train_split: Split to learn from.
-        test_split: Split to score on; empty picks test, val or validation, whichever there is.
+        test_split: Split to score on; empty picks test, val or validation, whichever there is and is not learned from.
         seed: Of the held-out draw.
 
     Raises:
@@ -49,9 +49,10 @@ def open_pair(config: DataConfig, train_split: str = "train", test_split: str = 
     """
     train = open_source(config.model_copy(update={"split": train_split}))
     splits = available_splits(config)
-    test_split = test_split or next((name for name in ("test", "val", "validation") if name in splits), "")
     if test_split == train_split:
         raise UserError(f"{config.path}: --test-split {test_split} is what is learned from too; take another, or none")
+    others = [name for name in ("test", "val", "validation") if name in splits and name != train_split]
+    test_split = test_split or next(iter(others), "")
     if test_split:
         test = open_source(config.model_copy(update={"split": test_split}))
         description = f"{config.path}: {train_split} {len(train)} / {test_split} {len(test)} images"

@@ -47,8 +47,8 @@ def sample() -> Sample:
 
 
 def test_samples_are_few_labelled_and_fall_back_to_no_labels(sample: Sample, tmp_path: Path) -> None:
-    # small_recipe learns from the test split of 2000; its own train side is then that split
-    assert (len(sample.bank), len(sample.queries)) == (1500, 500)
+    # small_recipe learns from the test split of 2000, of which a fifth is held out
+    assert (len(sample.bank), len(sample.queries)) == (1500, 400)
     assert sample.bank_labels == sample.bank.labels()
     source = open_source(DataConfig(path="builtin:fashion_mnist", split="test"))
     for index in range(9):
@@ -86,7 +86,7 @@ def test_the_map_is_pca_where_umap_is_not_installed(sample: Sample, monkeypatch:
     monkeypatch.setitem(sys.modules, "umap", None)
     _, queries = features_of(encoder(), sample)
     drawn = draw_map(sample, queries)
-    points = np.zeros((500, 2))
+    points = np.zeros((400, 2))
     for trace in json.loads(drawn.figure)["data"]:
         assert [sample.query_labels[index] for index in trace["customdata"]] == [trace["name"]] * len(trace["x"])
         points[trace["customdata"]] = np.stack([trace["x"], trace["y"]], axis=1)
