@@ -39,6 +39,9 @@ bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/neighbours.py
+	$(BIN)/python benchmarks/pieces.py
+	$(BIN)/python benchmarks/indexing.py
+	$(BIN)/python benchmarks/processes.py
 	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/soak.py
 

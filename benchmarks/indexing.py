@@ -22,7 +22,6 @@ from sslkit.data.source import DataConfig, ImageSource, open_source
 
 CLASSES = 1000
 TINY = bytes(40)
-WORKERS = (0, 2, 4, 8)
 
 
 def make_tree(root: Path, files: int) -> None:
@@ -90,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=1_281_167)
     parser.add_argument("--tree", default="")
+    parser.add_argument("--workers", type=int, nargs="*", default=[0, 2, 4, 8])
     parser.add_argument("--measure", default="")
     words = parser.parse_args()
     tree = Path(words.tree or Path(tempfile.gettempdir()) / f"tree-of-{words.files}")
@@ -102,7 +102,7 @@ def main() -> None:
     here = ["--tree", str(tree)]
     paths = in_a_process(*here, "--measure", "paths")
     rows = [["a Python list of paths", f"{paths['seconds']:.1f}", f"{paths['mib']:.0f}", ""]]
-    for workers in WORKERS:
+    for workers in words.workers:
         found = in_a_process(*here, "--measure", str(workers))
         own = f"{found['all']:.0f}" if workers else ""
         rows.append([f"sslkit, {workers} workers", f"{found['seconds']:.1f}", f"{found['mib']:.0f}", own])

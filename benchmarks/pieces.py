@@ -23,7 +23,6 @@ from torch.nn.functional import cross_entropy, normalize
 from sslkit.parts.contrast import contrast_with_dictionary
 from sslkit.parts.teacher import Teacher
 
-MODELS = ("vit_base_patch16_224", "vit_large_patch16_224")
 K, DIM, TEMPERATURE = 65_536, 128, 0.2
 MOMENTUM = 0.99
 
@@ -40,10 +39,10 @@ def settled(work: Callable[[], object], device: str) -> Callable[[], object]:
     return call
 
 
-def teacher_rows(rounds: int, device: str) -> list[list[str]]:
+def teacher_rows(models: list[str], rounds: int, device: str) -> list[list[str]]:
     """The bandwidth that a move reaches, in units of a copy's."""
     rows = []
-    for name in MODELS:
+    for name in models:
         student = timm.create_model(name, num_classes=0).to(device)
         teacher = Teacher(student)
         count = sum(param.numel() for param in student.parameters())
@@ -133,13 +132,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--models", nargs="*", default=["vit_base_patch16_224", "vit_large_patch16_224"])
     parser.add_argument("--peak", default="")
     words = parser.parse_args()
     if words.peak:
         print_peak(words.peak, words.batch, words.device)
         return
     print(machine("torch"), words.device)
-    rows = teacher_rows(words.rounds, words.device)
+    rows = teacher_rows(words.models, words.rounds, words.device)
     print(table(["what", "share of a copy's bandwidth", "lower quartile", "upper quartile"], rows))
     print(f"\nInfoNCE, K = {K}, forward and backward\n")
     head = ["what", "batch", "times the bare products", "lower quartile", "upper quartile", "peak MiB beyond inputs"]

@@ -147,6 +147,8 @@ def main() -> None:
         gathered = official_shuffle(processes, 32, 224)
         rows.append([str(processes), *(f"{value / 1e6:.3g}" for value in (*model.values(), gathered))])
     print(table(["processes", *model, "images, if all were gathered"], rows))
+    if not words.rounds:
+        return
     pairs = [(launch(words, 1), launch(words, 2)) for _ in range(words.rounds)]
     shares = sorted(two["images_per_second"] / one["images_per_second"] / 2 for one, two in pairs)
     spread = f"{shares[0]:.2f} to {shares[-1]:.2f}"

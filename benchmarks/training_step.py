@@ -2,6 +2,7 @@
 
     python benchmarks/training_step.py [--methods moco_v2 moco_v3] [--backbone resnet18] [--size 64] [--batch 64]
     python benchmarks/training_step.py --all        # every method against the bare passes
+    python benchmarks/training_step.py --device cuda --bf16 --batch 256 --size 224
 
 The limit is the bare backbone: forward and backward of the student on its views, and forward of a copy on the teacher's
 views, on the same batch. "Plain" is the official step written out: queue as a matrix, logits of all K + 1 keys beside
@@ -19,13 +20,16 @@ from typing import Any
 
 import timm
 import torch
+from accelerate import Accelerator
 from side_by_side import in_turn, machine, ratios, table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+from sslkit.bench.stages import wait_for
 from sslkit.engine.draws import shuffle_order
 from sslkit.engine.optim import make_optimizer
 from sslkit.engine.run import build_method
+from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.methods import METHODS, Progress
 from sslkit.recipe import Recipe, build_recipe
 
@@ -33,6 +37,7 @@ NUM_SAMPLES = 10_000  # rows of a memory bank
 K, DIM, TEMPERATURE = 65_536, 128, 0.2
 # Backbone, side and batch whose cost is a real run's: on tiny ones the heads of MoCo v3 would be most of it.
 SIZES = {"moco_v2": ("resnet50", 112, 32), "moco_v3": ("vit_small_patch16_224", 160, 32)}
+SLICES = 4
 Step = Callable[[], object]
 
 
@@ -50,16 +55,21 @@ def recipe_of(method: str, backbone: str, size: int, batch: int) -> Recipe:
     )
 
 
-def sslkit_step(recipe: Recipe, views: list[Tensor]) -> Step:
-    """One training step as the engine makes it, without data."""
+def sslkit_step(recipe: Recipe, views: list[Tensor], slices: int = 1) -> Step:
+    """One training step as the engine makes it, without data; exact, though in slices."""
+    accelerator = Accelerator(cpu=views[0].device.type == "cpu")
     torch.manual_seed(0)
-    method = build_method(recipe, NUM_SAMPLES).to(memory_format=torch.channels_last)
+    method = build_method(recipe, NUM_SAMPLES).to(views[0].device, memory_format=torch.channels_last)
     optimizer = make_optimizer(recipe, method)
-    ids = torch.arange(len(views[0]))
+    ids = torch.arange(len(views[0]), device=views[0].device)
 
     def step() -> None:
         permutation = shuffle_order(recipe, 0) if method.shuffle_keys else None
-        method(views, ids, permutation).loss.backward()
+        batch = GlobalBatch(views, ids, permutation, lambda view: view)
+        if slices == 1:
+            whole_batch_step(accelerator, method, batch)
+        else:
+            sliced_step(accelerator, method, batch, len(ids) // slices, lambda _index: None)
         optimizer.step()
         optimizer.zero_grad()
         method.after_update(Progress(1, 10))
@@ -70,7 +80,7 @@ def sslkit_step(recipe: Recipe, views: list[Tensor]) -> Step:
 def bare_passes(recipe: Recipe, views: list[Tensor]) -> Step:
     """Forward and backward of the backbone on the student's views, and forward of a copy on the teacher's."""
     torch.manual_seed(0)
-    method = build_method(recipe, NUM_SAMPLES).to(memory_format=torch.channels_last)
+    method = build_method(recipe, NUM_SAMPLES).to(views[0].device, memory_format=torch.channels_last)
     student = method.backbone
     teacher = copy.deepcopy(student)
     student_views = len(method.student([view[:2] for view in views]))
@@ -94,12 +104,11 @@ def mlp(*widths: int, batch_norm: bool) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def encoder(recipe: Recipe, *widths: int, batch_norm: bool) -> nn.Module:
+def encoder(recipe: Recipe, device: torch.device, *widths: int, batch_norm: bool) -> nn.Module:
     """A backbone and its projector."""
     backbone = timm.create_model(recipe.backbone.name, num_classes=0, **_sized(recipe))
-    return nn.Sequential(backbone, mlp(backbone.num_features, *widths, batch_norm=batch_norm)).to(
-        memory_format=torch.channels_last  # type: ignore[call-overload]
-    )
+    whole = nn.Sequential(backbone, mlp(backbone.num_features, *widths, batch_norm=batch_norm))
+    return whole.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _sized(recipe: Recipe) -> dict[str, Any]:
@@ -115,9 +124,10 @@ def move(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
 def plain_moco_v2(recipe: Recipe, views: list[Tensor]) -> Step:
     """Queries against their keys and a queue of K, as a (B, 1 + K) matrix of logits."""
-    student = encoder(recipe, 2048, DIM, batch_norm=False)
+    device = views[0].device
+    student = encoder(recipe, device, 2048, DIM, batch_norm=False)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    queue, position = normalize(torch.randn(DIM, K), dim=0), itertools.count()
+    queue, position = normalize(torch.randn(DIM, K, device=device), dim=0), itertools.count()
     optimizer = torch.optim.SGD(student.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
     batch = len(views[0])
 
@@ -130,7 +140,7 @@ def plain_moco_v2(recipe: Recipe, views: list[Tensor]) -> Step:
         positive = torch.einsum("nc,nc->n", query, key).unsqueeze(-1)
         negative = torch.einsum("nc,ck->nk", query, queue.clone().detach())
         logits = torch.cat([positive, negative], dim=1) / TEMPERATURE
-        loss = cross_entropy(logits, torch.zeros(batch, dtype=torch.long))
+        loss = cross_entropy(logits, torch.zeros(batch, dtype=torch.long, device=device))
         start = next(position) * batch % K
         queue[:, start : start + batch] = key.T
         optimizer.zero_grad()
@@ -142,15 +152,16 @@ def plain_moco_v2(recipe: Recipe, views: list[Tensor]) -> Step:
 
 def plain_moco_v3(recipe: Recipe, views: list[Tensor]) -> Step:
     """Each view's predictions against the other view's keys, in the batch, both ways."""
-    student = encoder(recipe, 4096, 4096, 256, batch_norm=True)
+    device = views[0].device
+    student = encoder(recipe, device, 4096, 4096, 256, batch_norm=True)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    predictor = mlp(256, 4096, 256, batch_norm=True)
+    predictor = mlp(256, 4096, 256, batch_norm=True).to(device)
     optimizer = torch.optim.AdamW([*student.parameters(), *predictor.parameters()], 1e-4, weight_decay=0.1)
     batch = len(views[0])
 
     def contrast(query: Tensor, key: Tensor) -> Tensor:
         logits = torch.einsum("nc,mc->nm", normalize(query, dim=1), normalize(key, dim=1)) / TEMPERATURE
-        return cross_entropy(logits, torch.arange(batch)) * (2 * TEMPERATURE)
+        return cross_entropy(logits, torch.arange(batch, device=device)) * (2 * TEMPERATURE)
 
     def step() -> None:
         queries = [predictor(student(view)) for view in views]
@@ -168,12 +179,13 @@ def plain_moco_v3(recipe: Recipe, views: list[Tensor]) -> Step:
 def lightly_moco_v2(recipe: Recipe, views: list[Tensor]) -> Step:
     """lightly's loss with its memory bank, head and momentum update."""
     utils: Any = import_module("lightly.models.utils")
-    backbone = timm.create_model(recipe.backbone.name, num_classes=0).to(memory_format=torch.channels_last)
-    head = import_module("lightly.models.modules").MoCoProjectionHead(backbone.num_features, 2048, DIM)
+    device = views[0].device
+    backbone = timm.create_model(recipe.backbone.name, num_classes=0).to(device, memory_format=torch.channels_last)
+    head = import_module("lightly.models.modules").MoCoProjectionHead(backbone.num_features, 2048, DIM).to(device)
     backbone_teacher, head_teacher = copy.deepcopy(backbone), copy.deepcopy(head)
     utils.deactivate_requires_grad(backbone_teacher)
     utils.deactivate_requires_grad(head_teacher)
-    loss_of = import_module("lightly.loss").NTXentLoss(temperature=TEMPERATURE, memory_bank_size=(K, DIM))
+    loss_of = import_module("lightly.loss").NTXentLoss(temperature=TEMPERATURE, memory_bank_size=(K, DIM)).to(device)
     optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], 0.03, momentum=0.9, weight_decay=1e-4)
 
     def step() -> None:
@@ -196,16 +208,30 @@ CONTENDERS = {
 }
 
 
-def measure(method: str, recipe: Recipe, rounds: int, *, alone: bool) -> list[list[str]]:
+def on_device(step: Step, device: torch.device, *, bf16: bool) -> Step:
+    """The same under autocast, if asked, with the device waited for."""
+
+    def call() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            step()
+        wait_for(device)
+
+    return call
+
+
+def measure(method: str, recipe: Recipe, words: argparse.Namespace) -> list[list[str]]:
     """Rows of the table."""
-    size, batch = recipe.views.size, recipe.train.batch_size
-    views = [torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last) for _ in range(2)]
-    works: dict[str, Step] = {"bare passes": bare_passes(recipe, views), "sslkit": sslkit_step(recipe, views)}
-    for name, make in ({} if alone else CONTENDERS[method]).items():
+    size, batch, device = recipe.views.size, recipe.train.batch_size, torch.device(words.device)
+    views = [torch.randn(batch, 3, size, size).to(device, memory_format=torch.channels_last) for _ in range(2)]
+    steps: dict[str, Step] = {"bare passes": bare_passes(recipe, views), "sslkit": sslkit_step(recipe, views)}
+    if recipe.backbone.name.startswith("vit"):  # in a ResNet, slices have batch statistics of their own
+        steps[f"sslkit, {SLICES} slices"] = sslkit_step(recipe, views, SLICES)
+    for name, make in ({} if words.all else CONTENDERS[method]).items():
         if name != "lightly" or find_spec("lightly"):
-            works[name] = make(recipe, views)
+            steps[name] = make(recipe, views)
+    works = {name: on_device(step, device, bf16=words.bf16) for name, step in steps.items()}
     what = f"{method}, {recipe.backbone.name}, {size} px, batch {batch}"
-    found = ratios(in_turn(works, rounds, warm_up=2), "bare passes")
+    found = ratios(in_turn(works, words.rounds, warm_up=2), "bare passes")
     return [[what, name, *(f"{number:.3f}" for number in found[name])] for name in works if name != "bare passes"]
 
 
@@ -218,13 +244,15 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=0)
     parser.add_argument("--batch", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true")
     words = parser.parse_args()
     print(machine("torch", "timm", "lightly"), f"{torch.get_num_threads()} thread(s)")
     rows = []
     for method in METHODS if words.all else words.methods:
         backbone, size, batch = SIZES.get(method, ("resnet18", 64, 64))
         recipe = recipe_of(method, words.backbone or backbone, words.size or size, words.batch or batch)
-        rows += measure(method, recipe, words.rounds, alone=words.all)
+        rows += measure(method, recipe, words)
     print(table(["what", "step of", "times the bare passes", "lower quartile", "upper quartile"], rows))
 
 
