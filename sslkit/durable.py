@@ -72,7 +72,9 @@ def write_file(file: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, An
     """
     digest, size = hashlib.sha256(), 0
     try:
-        with file.open("wb") as stream:
+        if file.is_symlink() or not file.is_dir():
+            file.unlink(missing_ok=True)  # a stranger's pipe of that name would be waited for, a link followed
+        with file.open("xb") as stream:
             for chunk in chunks:
                 digest.update(chunk)
                 size += stream.write(chunk)
@@ -140,14 +142,21 @@ def remove(path: Path) -> None:
 
 
 def refuse_links(run: Path) -> None:
-    """See that nothing in a run folder is a link: a stranger's could have us write anywhere.
+    """See that nothing in a run folder is a link, which could have us write anywhere, or a pipe, which never ends.
 
     Raises:
         UserError: Something is; names it.
     """
-    for entry in sorted(run.iterdir()) if run.is_dir() else []:
-        if entry.is_symlink():
-            raise UserError(f"{entry}: is a link; a run's files must lie in its folder (a link to the whole is fine)")
+    for folder in (run, run / "checkpoints", run / "encoder"):
+        for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+            if entry.is_symlink():
+                if folder != run:  # what is written there takes a link's place, and what is read is checked
+                    continue
+                raise UserError(
+                    f"{entry}: is a link; a run's files must lie in its folder (a link to the whole is fine)"
+                )
+            if not (entry.is_file() or entry.is_dir()):
+                raise UserError(f"{entry}: is a pipe, a socket or a device; a run has files and folders only")
 
 
 def sweep(folder: Path) -> None:

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -289,6 +291,24 @@ def test_a_runs_folder_of_links_is_not_written_through(run: Path, tmp_path: Path
     with pytest.raises(UserError, match=refused):
         append_result(run, {"step": 2})
     assert {file.name: file.read_bytes() for file in victim.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("recipe.toml", "metrics.jsonl", "diagnostics.jsonl", "data.json", ".lock", "PREEMPTED", ".recipe.tmp"),
+        *("checkpoints/latest", "checkpoints/.probe.tmp", "checkpoints/.step-00000003.tmp", "encoder/config.json"),
+    ],
+)
+def test_a_pipe_in_a_runs_folder_is_not_waited_for(run: Path, tmp_path: Path, name: str) -> None:
+    """In a process of its own, which would wait for ever."""
+    recipe = str(shutil.copy(run / "recipe.toml", tmp_path / "recipe.toml"))
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    for words in (["pretrain", recipe, "--output", str(run)], ["report", str(run), "--no-gallery"]):
+        done = subprocess.run([sys.executable, "-m", "sslkit", *words], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 def test_links_in_the_checkpoints_folder_are_replaced_and_not_followed(run: Path, tmp_path: Path) -> None:
