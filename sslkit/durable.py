@@ -147,10 +147,13 @@ def refuse_links(run: Path) -> None:
     Raises:
         UserError: Something is; names it.
     """
-    for folder in (run, run / "checkpoints", run / "encoder"):
+    for folder in (run, run / "pictures", run / "checkpoints", run / "encoder"):
         for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
             if entry.is_symlink():
-                if folder != run:  # what is written there takes a link's place, and what is read is checked
+                if folder.name in (
+                    "checkpoints",
+                    "encoder",
+                ):  # what is written there takes a link's place, and what is read is checked
                     continue
                 raise UserError(
                     f"{entry}: is a link; a run's files must lie in its folder (a link to the whole is fine)"

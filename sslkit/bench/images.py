@@ -24,6 +24,7 @@ class ImageCosts:
         views: All of its views, as the recipe has them cut by the CPU.
         crops: The part of it that is left to the CPU where an accelerator changes the colours.
         pixels: Of the whole image.
+        unreadable: How many more were looked at and could not be read.
     """
 
     images: int
@@ -32,6 +33,7 @@ class ImageCosts:
     views: float
     crops: float
     pixels: float
+    unreadable: int = 0
 
     @property
     def seconds(self) -> float:
@@ -46,7 +48,7 @@ def image_costs(source: ImageSource, pipeline: ViewPipeline, seconds: float) -> 
         UnreadableImage: None of those tried can be read.
     """
     found: list[ImageCosts] = []
-    why = UnreadableImage("no image")
+    bad: list[UnreadableImage] = []
     deadline = time.perf_counter() + seconds
     for sample in [0, *range(0, len(source), math.ceil(len(source) / MOST))]:
         if len(found) > 1 and time.perf_counter() > deadline:
@@ -54,12 +56,12 @@ def image_costs(source: ImageSource, pipeline: ViewPipeline, seconds: float) -> 
         try:
             found.append(_cost(source, pipeline, sample))
         except UnreadableImage as error:
-            why = error
+            bad.append(error)
     warm = found[1:]  # the first one pays for what is loaded late
     if not warm:
-        raise why
+        raise bad[-1]
     means = {key: sum(getattr(each, key) for each in warm) / len(warm) for key in KEYS}
-    return ImageCosts(len(warm), **means)
+    return ImageCosts(len(warm), unreadable=len(bad), **means)
 
 
 def _cost(source: ImageSource, pipeline: ViewPipeline, sample: int) -> ImageCosts:

@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
         _complain(error.format_message())
     else:
         if code == INTERRUPTED:
-            print("sslkit: stopped; the same command continues from the last checkpoint, if any", file=sys.stderr)
+            print("sslkit: stopped; the same command continues from what was saved, if anything was", file=sys.stderr)
         sys.exit(code or 0)
 
 

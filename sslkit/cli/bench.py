@@ -57,17 +57,18 @@ def _show(measured: "Profile", changes: "list[Change]") -> None:
         table.add_row(name, f"{1e3 * spent:.1f}", f"{share:.1%}", "█" * round(BAR * min(share, 1.0)))
     console.print(table)
     images = measured.images
+    left_out = f", {images.unreadable} more cannot be read" if images.unreadable else ""
     console.print(
         f"an image costs one core {_ms(images.seconds)}: reading {_ms(images.read)}, decoding {_ms(images.decode)}, "
-        f"views {_ms(images.views)} (mean of {images.images}); {measured.workers} data worker(s) a process and "
-        f"{measured.cores} core(s)",
+        f"views {_ms(images.views)} (mean of {images.images}{left_out}); {measured.workers} data worker(s) a process "
+        f"and {measured.cores} core(s)",
         highlight=False,
     )
     if measured.peak_bytes is not None:
         console.print(f"most memory of the device in use: {measured.peak_bytes / 2**30:.2f} GiB", highlight=False)
     for number, change in enumerate(changes):
         opening = "what would help most" if number == 0 else "also"
-        console.print(f"{opening}: {change.what} ({change.gain:.2g} x as fast)", highlight=False, markup=False)
+        console.print(f"{opening}: {change.what} ({change.gain:.2f} x as fast)", highlight=False, markup=False)
     if not changes:
         console.print(
             f"nothing stands out: the backbones' own passes are {share_of_passes(measured):.0%} of a step",

@@ -4,11 +4,13 @@ Shards are Arrow streams, which are mapped into memory and not read: rows are th
 second copy in a cache. Images lie in a shuffled order, so that reading shard by shard is random enough as well.
 """
 
+import fcntl
 import io
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,11 @@ from sslkit.data.source import ImageSource
 from sslkit.durable import remove, replace_file, replace_text, sync, write_json
 from sslkit.errors import RunError, UserError
 
-FACTS = "prepared.json"
-CHUNK = 64  # images that a worker hands over at a time, and that one record batch holds
+FACTS, JOB = "prepared.json", "job.json"
+CHUNK = 16  # images that a worker hands over at a time
+BATCH_ROWS, BATCH_BYTES = 64, 2**26  # of images that one record batch holds, if it is not a single one
+KEPT_BYTES = 2**25  # of a small image that is kept as it is; a file beyond that is packed anew, without loss
+LONGEST = 65_500  # pixels of a JPEG's side
 PACKING = 4  # what a draw is for, the second word of its key; see `sslkit.data.replace`
 FINE = 2.0  # times the wanted side that a JPEG decoded smaller still has, so that shrinking stays antialiased
 
@@ -51,7 +56,7 @@ class Packing:
     shard_images: int = 2048
 
 
-@dataclass(frozen=True)
+@dataclass
 class Packed:
     """What became of a data set: images packed, those of them shrunk, bytes before and after, and who was left out."""
 
@@ -91,10 +96,14 @@ def pack(
         UserError: ``folder`` exists, or cannot be written.
         RunError: A worker died.
     """
-    if folder.exists():
+    if os.path.lexists(folder):
         raise UserError(f"{folder}: is there already; give a new folder, or remove it")
+    read_from = source.within or source.root
+    if read_from and folder.resolve().is_relative_to(Path(read_from).resolve()):
+        raise UserError(f"{folder}: lies in the folder that is packed; give one elsewhere")
     try:
-        return _pack(source, folder, packing, workers, progress)
+        with _alone(folder.with_name(f".{folder.name}.lock")):
+            return _pack(source, folder, packing, workers, progress)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}; the same command goes on") from error
     except RuntimeError as error:  # a DataLoader's
@@ -116,13 +125,29 @@ def _pack(source: ImageSource, folder: Path, packing: Packing, workers: int, pro
     packed = Packed(*(sum((each[key] for each in counts), start) for key, start in _STARTS.items()))
     if not packed.images:
         raise UserError(f"{source.description}: none of its images can be read; {packed.left_out[0]['reason']}")
-    facts = {"source": source.description, **asdict(packing), **asdict(packed)}
-    write_json(part / FACTS, facts)
-    for name in names:
-        (part / f"{name}.json").unlink()
+    write_json(part / FACTS, {"source": source.description, **asdict(packing), **asdict(packed)})
     os.rename(part, folder)
     sync(folder.parent)
+    for name in (JOB, *(f"{name}.json" for name in names)):  # only now: whoever is killed before finds all he needs
+        (folder / name).unlink()
     return packed
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Hold a lock, which goes with the process."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{lock.parent}: another process is packing there; wait for it") from None
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 _STARTS: dict[str, Any] = {"images": 0, "shrunk": 0, "bytes_before": 0, "bytes_after": 0, "left_out": []}
@@ -131,13 +156,13 @@ _STARTS: dict[str, Any] = {"images": 0, "shrunk": 0, "bytes_before": 0, "bytes_a
 def _open_part(part: Path, facts: dict[str, Any]) -> None:
     """A folder aside, with what an earlier call for the same thing has left there."""
     try:
-        before = json.loads((part / FACTS).read_text(encoding="utf-8"))
+        before = json.loads((part / JOB).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         before = None
     if before != facts:
         remove(part)
         part.mkdir(parents=True)
-        write_json(part / FACTS, facts)
+        write_json(part / JOB, facts)
 
 
 @dataclass(frozen=True)
@@ -169,7 +194,7 @@ class _Rows(Dataset[_Row]):
 
 
 def shrink(encoded: bytes, name: str, packing: Packing) -> bytes:
-    """An image of more than the wanted side as a JPEG of that side; empty where it is small enough.
+    """An image of more than the wanted side as a JPEG of that side; empty where it can stay as it is.
 
     Raises:
         UnreadableImage: It cannot be decoded.
@@ -180,10 +205,11 @@ def shrink(encoded: bytes, name: str, packing: Packing) -> bytes:
         return next((by for by in (8, 4, 2) if min(size) / by >= FINE * side), 1)
 
     pixels, size = decode_reduced(encoded, name, reduction)
-    if min(size) <= side:
-        return b""
     stream = io.BytesIO()
-    _resized(pixels, side).save(stream, "JPEG", quality=packing.quality, optimize=True)
+    if min(size) > side and max(size) * side / min(size) < LONGEST:
+        _resized(pixels, side).save(stream, "JPEG", quality=packing.quality, optimize=True)
+    elif len(encoded) > KEPT_BYTES:
+        Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()
 
 
@@ -199,8 +225,8 @@ def _rows_of(
     shards: Sequence[NDArray[np.int64]],
     workers: int,
     progress: Callable[[int], None],
-) -> Iterator[list[_Row]]:
-    """The rows of each shard, in order."""
+) -> Iterator[Iterator[_Row]]:
+    """The rows of each shard, in order; each must be read to its end before the next is asked for."""
     chunks = [shard[start : start + CHUNK].tolist() for shard in shards for start in range(0, len(shard), CHUNK)]
     loader: DataLoader[Any] = DataLoader(
         _Rows(source, packing),
@@ -210,39 +236,74 @@ def _rows_of(
         worker_init_fn=start_worker,
     )
     batches = iter(loader)
-    for shard in shards:
-        rows: list[_Row] = []
-        while len(rows) < len(shard):
-            rows += next(batches)
-            progress(min(CHUNK, len(rows)))
-        yield rows
+
+    def rows_of(count: int) -> Iterator[_Row]:
+        for _ in range(math.ceil(count / CHUNK)):
+            rows = next(batches)
+            progress(len(rows))
+            yield from rows
+
+    return (rows_of(len(shard)) for shard in shards)
 
 
-def _write_shard(source: ImageSource, path: Path, rows: list[_Row]) -> None:
+def _write_shard(source: ImageSource, path: Path, rows: Iterator[_Row]) -> None:
+    """Write a shard as its rows come, and what became of them beside it."""
+    tally = Packed(0, 0, 0, 0, [])
+    replace_file(path.with_suffix(".arrow"), _stream(source, rows, tally))
+    replace_text(path.with_suffix(".json"), json.dumps(asdict(tally)) + "\n")
+
+
+def _stream(source: ImageSource, rows: Iterator[_Row], tally: Packed) -> Iterator[bytes]:
+    """An Arrow stream, a record batch at a time; ``tally`` is brought up to date on the way."""
     features = {"image": datasets.Image()}
     if label := source.label_column:
         features["label"] = source.table.features[label]
     schema = datasets.Features(features).arrow_schema
-    good = [row for row in rows if row.encoded]
     root = f"{printable(source.root)}/" if source.root else ""
-
-    def below(name: str) -> str:
-        return name.removeprefix(root)
-
-    stream = pa.BufferOutputStream()
-    with pa.ipc.new_stream(stream, schema) as writer:
-        for start in range(0, len(good), CHUNK):
-            chunk = good[start : start + CHUNK]
-            cells: dict[str, list[Any]] = {"image": [{"bytes": row.encoded, "path": below(row.name)} for row in chunk]}
+    sink = _Sink()
+    with pa.ipc.new_stream(pa.PythonFile(sink, "w"), schema) as writer:
+        for batch in _batches(rows, root, tally):
+            cells: dict[str, list[Any]] = {
+                "image": [{"bytes": row.encoded, "path": row.name.removeprefix(root)} for row in batch]
+            }
             if label:
-                cells["label"] = list(source.table[[row.index for row in chunk]][label])
+                cells["label"] = list(source.table[[row.index for row in batch]][label])
             writer.write_batch(pa.RecordBatch.from_pydict(cells, schema))
-    replace_file(path.with_suffix(".arrow"), [memoryview(stream.getvalue())])
-    counts = Packed(
-        images=len(good),
-        shrunk=sum(row.shrunk for row in good),
-        bytes_before=sum(row.bytes_before for row in good),
-        bytes_after=sum(len(row.encoded) for row in good),
-        left_out=[{"name": below(row.name), "reason": row.reason} for row in rows if not row.encoded],
-    )
-    replace_text(path.with_suffix(".json"), json.dumps(asdict(counts)) + "\n")
+            yield sink.take()
+    yield sink.take()
+
+
+def _batches(rows: Iterator[_Row], root: str, tally: Packed) -> Iterator[list[_Row]]:
+    batch: list[_Row] = []
+    for row in rows:
+        if not row.encoded:
+            tally.left_out.append({"name": row.name.removeprefix(root), "reason": row.reason})
+            continue
+        tally.images += 1
+        tally.shrunk += row.shrunk
+        tally.bytes_before += row.bytes_before
+        tally.bytes_after += len(row.encoded)
+        batch.append(row)
+        if sum(len(each.encoded) for each in batch) >= BATCH_BYTES or len(batch) == BATCH_ROWS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+class _Sink(io.RawIOBase):
+    """Takes what is written, and gives it away."""
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, piece: Any) -> int:
+        self.pieces.append(bytes(piece))
+        return len(piece)
+
+    def take(self) -> bytes:
+        taken, self.pieces = b"".join(self.pieces), []
+        return taken

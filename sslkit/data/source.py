@@ -15,7 +15,6 @@ from typing import Annotated, Literal
 
 import datasets
 import numpy as np
-import pyarrow.parquet
 from numpy.typing import NDArray
 from pyarrow import compute
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sslkit.data.bundled import BUILTIN, load_bundled
 from sslkit.data.decode import Pixels, Reduction, Size, UnreadableImage, decode_reduced, decode_rgb, read_file
 from sslkit.data.folder import folders_in, has_metadata, list_images, printable, to_path, to_text
+from sslkit.data.tables import label_word, map_arrow, only_columns
 from sslkit.errors import UserError, near_miss
 from sslkit.parts.hub import quick_hub, why_not
 
@@ -73,6 +73,7 @@ class ImageSource:
         label_column: Name of the label column, or None.
         description: How to name the source in print and errors.
         root: The folder below which all images lie, as `to_text` writes it; empty where they are no files of a folder.
+        within: The folder that a local table's images may lie in, where its rows name files; empty: anywhere.
     """
 
     table: datasets.Dataset
@@ -80,6 +81,7 @@ class ImageSource:
     label_column: str | None
     description: str
     root: str = ""
+    within: str = ""
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -115,8 +117,11 @@ class ImageSource:
             return name, encoded
         if not cell.get("path"):
             raise UnreadableImage(name, "the row holds no image")
+        path = to_path(cell["path"])
+        if self.within and not path.resolve().is_relative_to(self.within):
+            raise UnreadableImage(name, f"the row names a file outside of {self.within}, the folder of its table")
         try:
-            return name, read_file(to_path(cell["path"]))
+            return name, read_file(path)
         except OSError as error:
             raise UnreadableImage(name, error.strerror or str(error)) from error
 
@@ -129,14 +134,14 @@ class ImageSource:
         """The class of every image by name (or number, as text, where classes have no names).
 
         Raises:
-            UserError: The source has none.
+            UserError: The source has none, or a row's is of no class.
         """
         if self.label_column is None:
             raise UserError(
                 f"{self.description} has no labels; evaluation needs a folder per class, or [data] label_column"
             )
         names = self.class_names()
-        return [names[value] if names else str(value) for value in self.table[self.label_column]]
+        return [label_word(value, names, index) for index, value in enumerate(self.table[self.label_column])]
 
     def paths(self) -> list[str]:
         """The file every image came from, as `to_text` writes it; empty text where the data does not know."""
@@ -215,12 +220,11 @@ def open_source(config: DataConfig) -> ImageSource:
     description = f"{_what(config)} [{config.split}]"
     if table.num_rows == 0:
         raise UserError(f"[data] path: {description} holds no images")
-    image_column = _image_column(table, config)
-    if table.features[image_column] != datasets.Image(decode=False):
-        table = table.cast_column(image_column, datasets.Image(decode=False))
+    image_column, label_column = _image_column(table, config), _label_column(table, config)
+    table = only_columns(table, image_column, label_column)
     root = _image_folder(config)
     below = to_text(str(root)) if root and not has_metadata(root) else ""
-    return ImageSource(table, image_column, _label_column(table, config), description, below)
+    return ImageSource(table, image_column, label_column, description, below, _folder_of_table(config))
 
 
 def available_splits(config: DataConfig) -> list[str]:
@@ -250,36 +254,19 @@ def _load(config: DataConfig) -> datasets.Dataset:
             with quick_hub():
                 return datasets.load_dataset(config.path, config.name, data_dir=config.data_dir, split=config.split)
         if loader == "arrow":
-            return _map_arrow(files)
+            return map_arrow(files)
         # Without a word, datasets drops the labels of a split that holds only one class.
         extra = {"drop_labels": not _has_class_folders(files)} if loader == "imagefolder" else {}
         return datasets.load_dataset(loader, data_files={"split": files}, split="split", **extra)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # what a stranger's metadata makes of `datasets` is no closed set
+        if isinstance(error, UserError):
+            raise
         where = "" if loader else "no folder of that name here, and as a dataset of the Hub: "
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         reason += "" if loader else why_not()
         if "corresponds to no data" in reason:
             reason = "no images in it"
         raise UserError(f"[data] path: cannot load {_what(config)!r}: {where}{reason}") from error
-
-
-def _map_arrow(patterns: list[str]) -> datasets.Dataset:
-    """The rows of Arrow files where they lie, without the copy that `datasets` makes of other files.
-
-    Raises:
-        ValueError: One of them is no such file.
-    """
-    tables = []
-    for file in sorted(file for pattern in patterns for file in glob.glob(pattern, recursive=True)):
-        try:
-            table = datasets.Dataset.from_file(file)
-            table.data.validate(full=True)  # a stranger's offsets may point anywhere
-        except (pyarrow.ArrowException, KeyError, TypeError):  # of Arrow's other kind, or no such file
-            return datasets.load_dataset("arrow", data_files={"split": patterns}, split="split")
-        tables.append(table)
-    if not tables:
-        raise ValueError("no such file")
-    return datasets.concatenate_datasets(tables)
 
 
 def _image_folder(config: DataConfig) -> Path | None:
@@ -290,6 +277,14 @@ def _image_folder(config: DataConfig) -> Path | None:
     if config.path not in LOADERS and path.is_dir() and _loader_for_folder(path) == "imagefolder":
         return _split_folder(path, config.split)
     return None
+
+
+def _folder_of_table(config: DataConfig) -> str:
+    """The folder of a local table, which its rows' files must lie in."""
+    place = Path(config.data_dir or config.path).expanduser()
+    if config.path.startswith(BUILTIN) or config.data_files or _image_folder(config) or not place.exists():
+        return ""
+    return str((place if place.is_dir() else place.parent).resolve())
 
 
 def _what(config: DataConfig) -> str:
@@ -379,7 +374,8 @@ def _label_column(table: datasets.Dataset, config: DataConfig) -> str | None:
     if config.label_column is not None:
         return _named_column(table, "label_column", config.label_column)
     typed = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
-    named = [name for name in ("label", "labels", "cls") if name in table.column_names]
+    plain = [name for name, feature in table.features.items() if isinstance(feature, datasets.Value)]
+    named = [name for name in ("label", "labels", "cls") if name in plain]
     return next(iter(typed + named), None)
 
 

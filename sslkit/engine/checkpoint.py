@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sslkit.engine.checks import GROUP, check_optimizer, check_state, check_weights
+from sslkit.engine.optim import begin_momenta
 from sslkit.engine.retention import NAME
 from sslkit.errors import UserError
 
@@ -146,10 +147,12 @@ def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> 
     for key, tensor in checkpoint.optimizer.items():
         name, _, slot = key.rpartition("/")
         tensors.setdefault(name, {})[slot] = tensor
+    optimizer.state.clear()  # of a course that is left, where the run goes back
     for name, param in method.named_parameters():
         slots = {slot: _beside(param, value, fused=fused) for slot, value in tensors.get(name, {}).items()}
         if slots or name in scalars:
             optimizer.state[param] = {**slots, **scalars.get(name, {})}
+    begin_momenta(optimizer)
     for index, group in enumerate(optimizer.param_groups):
         group.update(tensors.get(f"{GROUP}{index}", {}))
 

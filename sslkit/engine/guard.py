@@ -5,6 +5,7 @@ Loss and gradient norm are equal on all processes, so all judge alike without an
 
 import math
 import statistics
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -74,7 +75,8 @@ def _is_count(value: Any) -> bool:
 
 def is_finite(value: Any) -> bool:
     """Whether JSON's value is a number, and a finite one."""
-    return type(value) in (int, float) and abs(value) < math.inf
+    # A whole number may be larger than any float.
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 class Guard:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from sslkit.parts.layerwise import Larc, Lars
 from sslkit.parts.schedules import per_epoch, warmup_then_cosine, warmup_then_steps
@@ -25,14 +25,21 @@ def make_optimizer(recipe: Recipe, method: nn.Module) -> Optimizer:
         # timm's "sgd" is Nesterov's; the papers' is its "momentum".
         fused = _fused(recipe, method)
         sgd = create_optimizer_v2(groups, "momentum", lr, optim.weight_decay, optim.momentum, fused=fused)
-        # Zero is what a momentum begins with; made here, since PyTorch's fused update cannot take a parameter that
-        # learns later than others (SwAV's prototypes, a backbone that rests).
-        sgd.state.update(
-            {param: {"momentum_buffer": torch.zeros_like(param)} for group in groups for param in group["params"]}
-        )
+        begin_momenta(sgd)
         return sgd
     options: dict[str, Any] = {"fused": _fused(recipe, method)} if optim.name == "adamw" else {}
     return create_optimizer_v2(groups, optim.name, lr, optim.weight_decay, betas=optim.betas, **options)
+
+
+def begin_momenta(optimizer: Optimizer) -> None:
+    """Give every parameter of a fused SGD the zero that a momentum begins with.
+
+    PyTorch's fused update cannot take a parameter that learns later than others: SwAV's prototypes, a backbone that
+    rests.
+    """
+    if isinstance(optimizer, SGD) and optimizer.defaults.get("fused"):
+        for param in (param for group in optimizer.param_groups for param in group["params"]):
+            optimizer.state[param].setdefault("momentum_buffer", torch.zeros_like(param))
 
 
 def _fused(recipe: Recipe, method: nn.Module) -> bool | None:

@@ -1,5 +1,6 @@
 """``sslkit prepare``: nothing is lost or changed but size, order and files; whatever interrupts it, it goes on."""
 
+import dataclasses
 import io
 import json
 import os
@@ -18,7 +19,8 @@ from hostile import bad_images, encode, exif, good_images, photo, write_hostile_
 from PIL import Image
 
 from sslkit.cli import main
-from sslkit.data.packing import Packing, pack, shrink, sufficient_side
+from sslkit.data import packing as packing_module
+from sslkit.data.packing import KEPT_BYTES, Packing, pack, shrink, sufficient_side
 from sslkit.data.policies import ViewsConfig
 from sslkit.data.source import DataConfig, ImageSource, open_source
 from sslkit.errors import UserError
@@ -148,10 +150,102 @@ def test_workers_and_interruptions_change_no_byte(photos: Path, tmp_path: Path) 
     assert not part.exists()
 
 
+def test_killed_at_its_very_end_it_has_nothing_left_to_decode(photos: Path, tmp_path: Path) -> None:
+    """Just before the folder appears."""
+    words = (
+        "import os, sys, signal\nfrom pathlib import Path\nfrom sslkit.data import packing\n"
+        "from sslkit.data.source import DataConfig, open_source\n"
+        "packing.os.rename = lambda *_words: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "source = open_source(DataConfig(path=sys.argv[1]))\n"
+        f"packing.pack(source, Path(sys.argv[2]), packing.Packing({SIDE}, shard_images=8))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", words, str(photos), str(tmp_path / "packed/train")])
+    assert done.returncode == -signal.SIGKILL
+    counted: list[int] = []
+    packed = pack(
+        open_folder(photos), tmp_path / "packed/train", Packing(SIDE, shard_images=8), progress=counted.append
+    )
+    assert counted == [40]
+    assert packed.images == 40
+    assert sorted(file.suffix for file in (tmp_path / "packed/train").iterdir()) == [".arrow"] * 5 + [".json"]
+
+
+@pytest.mark.parametrize("inside", ["", "packed", "train/packed"])
+def test_it_does_not_pack_into_what_it_packs(photos: Path, inside: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(photos.rglob("*"))
+    with pytest.raises(SystemExit) as exited:
+        main(["prepare", str(photos), str(photos / inside)])
+    assert exited.value.code == 2
+    assert "lies in the folder that is packed" in capsys.readouterr().err
+    if inside != "packed":
+        with pytest.raises(UserError, match=r"is there already|lies in the folder"):
+            pack(open_folder(photos), photos / inside / "train", Packing(SIDE))
+    assert sorted(photos.rglob("*")) == before
+
+
+def test_what_a_stranger_left_is_not_written_through(photos: Path, tmp_path: Path) -> None:
+    """Links in the folder aside of an interrupted call, and one in place of the output."""
+    mine, other = tmp_path / "mine", tmp_path / "packed"
+    mine.write_text("precious")
+    other.mkdir()
+    (other / "train").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match="is there already"):
+        pack(open_folder(photos), other / "train", Packing(SIDE))
+    (other / "train").unlink()
+    part = other / ".train.part"
+    part.mkdir()
+    source, packing = open_folder(photos), Packing(SIDE)
+    facts = {**dataclasses.asdict(packing), "images": len(source), "names_sha256": source.names_digest()}
+    (part / "job.json").write_text(json.dumps(facts))
+    for name in (".shard-00000.arrow.tmp", ".shard-00000.json.tmp", "shard-00000.arrow", "prepared.json"):
+        (part / name).symlink_to(mine)
+    assert pack(source, other / "train", packing).images == 40
+    assert mine.read_text() == "precious"
+    assert not any(file.is_symlink() for file in (other / "train").iterdir())
+
+
+def test_one_process_packs_into_a_folder(photos: Path, tmp_path: Path) -> None:
+    hold = (
+        "import sys\nfrom pathlib import Path\nfrom sslkit.data.packing import _alone\n"
+        "with _alone(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    words = [sys.executable, "-c", hold, str(tmp_path / ".train.lock")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another process is packing"):
+            pack(open_folder(photos), tmp_path / "train", Packing(SIDE))
+        holder.communicate("")
+    assert pack(open_folder(photos), tmp_path / "train", Packing(SIDE)).images == 40
+
+
+def test_what_no_jpeg_can_hold_and_what_hides_in_a_tail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shrunk image may be too long for JPEG; a small image may drag gigabytes along; batches are bounded in bytes."""
+    root = tmp_path / "photos"
+    root.mkdir()
+    long = np.zeros((65 + SIDE, 70_000 * 2, 3), np.uint8)
+    (root / "long.png").write_bytes(encode(Image.fromarray(long), "PNG"))
+    for number in range(4):
+        (root / f"{number}.png").write_bytes(encode(Image.fromarray(photo(number)), "PNG"))
+    with (root / "tail.png").open("wb") as stream:
+        stream.write(encode(Image.fromarray(photo(9)), "PNG"))
+        stream.truncate(KEPT_BYTES + 1)
+    monkeypatch.setattr(packing_module, "BATCH_BYTES", 3000)
+    packed = pack(open_folder(root), tmp_path / "packed/train", Packing(SIDE))
+    assert packed.images == 6
+    assert packed.bytes_after < KEPT_BYTES
+    after = open_folder(tmp_path / "packed")
+    names = {after.name(index): index for index in range(6)}
+    assert after.encoded(names["long.png"])[1] == (root / "long.png").read_bytes()
+    assert np.array_equal(after.read(names["tail.png"]), photo(9))
+    [shard] = (tmp_path / "packed/train").glob("*.arrow")
+    assert sum(1 for _ in pa.ipc.open_stream(shard.read_bytes())) > 1
+
+
 def test_another_call_begins_anew(photos: Path, tmp_path: Path) -> None:
     part = tmp_path / "packed/.train.part"
     part.mkdir(parents=True)
-    (part / "prepared.json").write_text("{}")
+    (part / "job.json").write_text("{}")
     (part / "shard-00000.arrow").write_bytes(b"of something else")
     (part / "shard-00000.json").write_text("{}")
     assert pack(open_folder(photos), tmp_path / "packed/train", Packing(SIDE)).images == 40

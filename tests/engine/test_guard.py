@@ -16,7 +16,7 @@ import sslkit
 from sslkit.cli import main
 from sslkit.data.loader import epoch_order
 from sslkit.engine import run as run_module
-from sslkit.engine.checkpoint import newest_checkpoint
+from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint
 from sslkit.engine.guard import BadStepError, Course, Guard
 from sslkit.engine.lines import read_lines
 from sslkit.engine.replay import replay_capsule
@@ -107,6 +107,32 @@ def test_too_many_in_a_row_go_back_and_take_another_order(
     assert [row["loss"] for row in again.metrics()] == [row["loss"] for row in rows]
     first, second = tensors(tmp_path / "run", 10), tensors(tmp_path / "again", 10)
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_going_back_forgets_what_the_optimizer_learned_since(
+    optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backbone rests for four steps: the checkpoint of step 3 has no moments of it, and step 5 is bad."""
+    seen = []
+
+    def restore(checkpoint: Checkpoint, method: torch.nn.Module, given: torch.optim.Optimizer) -> None:
+        whole(checkpoint, method, given)
+        moments = [given.state[param] for param in method.backbone.parameters() if param in given.state]
+        seen.append([float(value.abs().max()) for slots in moments for value in slots.values()])
+
+    whole = run_module.restore
+    monkeypatch.setattr(run_module, "restore", restore)
+    poison(monkeypatch, {6}, math.nan)
+    tables = {
+        "train": {"batch_size": 500, "epochs": 3, "max_steps": 8, "head_warmup_epochs": 1},
+        "optim": {"name": optimizer, "lr": 1e-3, "lr_rule": "none", "weight_decay": 0.0},
+        "checkpoint": {"every_steps": 3, "keep": 9},
+        "guard": {"policy": "skip", "max_skips": 0},
+    }
+    sslkit.train(small_recipe("byol", "test_resnet", **tables), tmp_path / "run")
+    [moments] = seen
+    assert not any(moments)
 
 
 def test_orders_after_going_back_differ_and_stay_permutations() -> None:

@@ -22,6 +22,7 @@ import sslkit
 from sslkit.cli import main
 from sslkit.engine.capsule import read_capsule
 from sslkit.engine.checkpoint import newest_checkpoint, read_checkpoint
+from sslkit.engine.guard import is_finite
 from sslkit.engine.journal import append_result
 from sslkit.errors import UserError
 from sslkit.evaluate import load_encoder
@@ -293,6 +294,21 @@ def test_a_runs_folder_of_links_is_not_written_through(run: Path, tmp_path: Path
     assert {file.name: file.read_bytes() for file in victim.iterdir()} == before
 
 
+def test_pictures_are_not_drawn_through_links(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    (run / "pictures").mkdir(exist_ok=True)
+    (run / "pictures/curves.png").unlink(missing_ok=True)
+    (run / "pictures/curves.png").symlink_to(tmp_path / "mine")
+    assert "is a link" in cli_error(["report", str(run), "--no-gallery"])
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_whole_number_beyond_all_floats_is_not_finite() -> None:
+    assert not is_finite(10**400)
+    assert not is_finite(-(10**400))
+    assert is_finite(10**300)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -318,8 +334,8 @@ def test_links_in_the_checkpoints_folder_are_replaced_and_not_followed(run: Path
     latest = run / "checkpoints" / "latest"
     latest.unlink()
     latest.symlink_to(victim / "keep")
-    for name in (".latest.tmp", ".step-00000003.tmp", "step-00000003"):
-        (run / "checkpoints" / name).symlink_to(victim)
+    for name in (".latest.tmp", ".step-00000003.tmp", "step-00000003", ".probe.tmp"):
+        (run / "checkpoints" / name).symlink_to(victim / "keep" if name == ".probe.tmp" else victim)
     with pytest.raises(SystemExit) as ended:
         main(["pretrain", str(run / "recipe.toml"), "--output", str(run), "--set", "train.max_steps=3"])
     assert ended.value.code == 0
