@@ -53,6 +53,7 @@ class KnnProtocol:
             raise UserError(f"knn: temperature must be a positive number, not {self.temperature:g}")
 
 
+@torch.no_grad()
 def nearest(queries: Tensor, bank: Tensor, k: int, prepare: Prepare = lambda rows: rows) -> tuple[Tensor, Tensor]:
     """The k most similar bank rows of every query, by inner product, most similar first.
 
@@ -71,10 +72,13 @@ def nearest(queries: Tensor, bank: Tensor, k: int, prepare: Prepare = lambda row
     parts = [prepare(chunk) for chunk in queries.split(QUERY_CHUNK)]
     best = [part.new_empty((len(part), 0)) for part in parts]
     rows = [torch.empty((len(part), 0), dtype=torch.long, device=part.device) for part in parts]
+    # One buffer for all products: a fresh one of this size costs a page fault for every page of it.
+    products = parts[0].new_empty(len(parts[0]) * min(len(bank), BANK_CHUNK))
     for start in range(0, len(bank), BANK_CHUNK):
         chunk = prepare(bank[start : start + BANK_CHUNK].to(queries.device))
         for index, part in enumerate(parts):
-            values, places = largest(part @ chunk.T, k)
+            similarity = products[: len(part) * len(chunk)].view(len(part), len(chunk))
+            values, places = largest(torch.mm(part, chunk.T, out=similarity), k)
             values, places = torch.cat([best[index], values], dim=1), torch.cat([rows[index], places + start], dim=1)
             best[index], order = values.topk(min(k, values.shape[1]), dim=1)
             rows[index] = places.gather(1, order)
