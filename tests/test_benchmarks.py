@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 SMALL = {
     "training_step.py": "--methods moco_v2 moco_v3 --size 32 --batch 8 --rounds 1 --backbone test_vit",
