@@ -14,7 +14,7 @@ from sslkit.bench.images import ImageCosts, image_costs
 from sslkit.bench.stages import BACKWARD, COLLECTIVES, REST, STAGES, TRANSFER, Stopwatch, wait_for, watched
 from sslkit.data.device_views import finish_on
 from sslkit.data.loader import Batch, cores_of_a_process
-from sslkit.data.source import ImageSource, open_source
+from sslkit.data.source import open_source
 from sslkit.data.views import ViewPipeline, normalise
 from sslkit.engine.clock import StepClock
 from sslkit.engine.loop import forward_and_backward, gradient_norm, prepare_gradients, update, vote
@@ -70,11 +70,6 @@ class Profile:
         return self.batch * self.processes / self.step
 
     @property
-    def data(self) -> float:
-        """Seconds in which this process's data workers, or it itself without any, make a batch."""
-        return self.batch * self.images.seconds / max(self.workers, 1)
-
-    @property
     def computing(self) -> float:
         """A step without the wait for data."""
         return self.step - self.waiting
@@ -97,14 +92,14 @@ def profile(recipe: Recipe, seconds: float = 20.0) -> Profile:
         check_batch(recipe, method.bn_groups, accelerator.num_processes)
         endless = 2**40
         training = assemble(recipe, Path(), accelerator, method, source, None, epoch_steps, endless, None)
-        return measure(training, source, images, seconds)
+        return measure(training, images, seconds)
     finally:
         accelerator.end_training()
         if accelerator.num_processes == 1:
             accelerator.state._reset_state(reset_partial_state=True)
 
 
-def measure(training: Training, source: ImageSource, images: ImageCosts, seconds: float) -> Profile:
+def measure(training: Training, images: ImageCosts, seconds: float) -> Profile:
     """`profile` of what is ready to go."""
     accelerator, device = training.accelerator, training.accelerator.device
     batch, processes = training.recipe.train.batch_size, accelerator.num_processes

@@ -20,7 +20,7 @@ from sslkit.cli.data import data_app, prepare
 from sslkit.cli.evaluation import evaluation
 from sslkit.cli.importing import import_
 from sslkit.cli.look import report, views
-from sslkit.cli.options import recipe_from_words
+from sslkit.cli.options import Backbone, Images, MethodName, Overrides, RecipeName, recipe_from_words
 from sslkit.cli.replay import replay
 from sslkit.cli.show import AsJson, console, show_report
 from sslkit.errors import RunError, UserError, without_tokens
@@ -43,13 +43,13 @@ INTERRUPTED = 130  # what Typer makes of Ctrl-C
 
 @app.command(epilog="Example: sslkit pretrain mocov3_vits --set data.path=photos --output runs/photos")
 def pretrain(
-    recipe: Annotated[str, typer.Argument(help="TOML file, or the name of a shipped recipe.")] = "",
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="table.key=value; may repeat.")] = None,
+    recipe: RecipeName = "",
+    overrides: Overrides = None,
     output: Annotated[str, typer.Option(help="Run folder. Default: runs/NAME of the recipe.")] = "",
     resume: Annotated[str, typer.Option(help="auto, never, or the path of a checkpoint or run.")] = "auto",
-    method: Annotated[str, typer.Option(help="Method, such as moco_v2.")] = "",
-    backbone: Annotated[str, typer.Option(help="timm name, such as resnet18.")] = "",
-    data: Annotated[str, typer.Option(help="Folder of images or datasets id.")] = "",
+    method: MethodName = "",
+    backbone: Backbone = "",
+    data: Images = "",
 ) -> None:
     """Pretrain an encoder; the same command again continues it.
 
@@ -112,11 +112,11 @@ app.command(epilog="Example: sslkit replay runs/photos/capsules/step-00012345")(
 
 @app.command(epilog="Example: sslkit doctor mocov3_vits --data photos")
 def doctor(
-    recipe: Annotated[str, typer.Argument(help="TOML file, or the name of a shipped recipe.")] = "",
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="table.key=value; may repeat.")] = None,
-    method: Annotated[str, typer.Option(help="Method, such as moco_v2.")] = "",
-    backbone: Annotated[str, typer.Option(help="timm name, such as resnet18.")] = "",
-    data: Annotated[str, typer.Option(help="Folder of images or datasets id.")] = "",
+    recipe: RecipeName = "",
+    overrides: Overrides = None,
+    method: MethodName = "",
+    backbone: Backbone = "",
+    data: Images = "",
     as_json: AsJson = False,
 ) -> None:
     """Check a recipe's wiring on its own data, and advise; without a recipe, say what this machine can do.
@@ -164,7 +164,7 @@ def recipes(context: typer.Context) -> None:
 @recipes_app.command(epilog="Example: sslkit recipes show mocov3_vits")
 def show(
     name: Annotated[str, typer.Argument(help="Name or TOML file.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="table.key=value; may repeat.")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Print a recipe fully resolved: every number, after its own comment on where they come from."""
     from sslkit.recipe import find_recipe, load_recipe

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from sslkit.cli.options import recipe_from_words
+from sslkit.cli.options import Backbone, Images, MethodName, Overrides, RecipeName, recipe_from_words
 from sslkit.cli.show import AsJson, console
 
 if TYPE_CHECKING:
@@ -17,11 +17,11 @@ BAR = 24  # characters
 
 
 def bench(
-    recipe: Annotated[str, typer.Argument(help="TOML file, or the name of a shipped recipe.")] = "",
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="table.key=value; may repeat.")] = None,
-    method: Annotated[str, typer.Option(help="Method, such as moco_v2.")] = "",
-    backbone: Annotated[str, typer.Option(help="timm name, such as resnet18.")] = "",
-    data: Annotated[str, typer.Option(help="Folder of images or datasets id.")] = "",
+    recipe: RecipeName = "",
+    overrides: Overrides = None,
+    method: MethodName = "",
+    backbone: Backbone = "",
+    data: Images = "",
     seconds: Annotated[float, typer.Option(min=1.0, max=3600.0, help="About how long to measure.")] = 20.0,
     as_json: AsJson = False,
 ) -> None:

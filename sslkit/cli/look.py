@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from sslkit.cli.options import Overrides
 from sslkit.cli.show import console
 from sslkit.errors import UserError
 
@@ -43,7 +44,7 @@ def report(
 def views(
     recipe: Annotated[str, typer.Argument(help="TOML file, or the name of a shipped recipe.")],
     data: Annotated[str, typer.Option(help="Folder of images or datasets id. Default: the recipe's.")] = "",
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="table.key=value; may repeat.")] = None,
+    overrides: Overrides = None,
     output: Annotated[str, typer.Option(help="HTML file to write.")] = "views.html",
 ) -> None:
     """Write one HTML page of what a recipe's augmentations do to its images, with every step in words."""

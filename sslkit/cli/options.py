@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 Number = TypeVar("Number", int, float)
 
+RecipeName = Annotated[str, typer.Argument(help="TOML file, or the name of a shipped recipe.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="table.key=value; may repeat.")]
+MethodName = Annotated[str, typer.Option(help="Method, such as moco_v2.")]
+Backbone = Annotated[str, typer.Option(help="timm name, such as resnet18.")]
+Images = Annotated[str, typer.Option(help="Folder of images or datasets id.")]
 Model = Annotated[str, typer.Argument(help="Run folder, exported folder, hf_hub:user/repo, or timm name.")]
 Layer = Annotated[
     str,
