@@ -21,6 +21,7 @@ from sslkit.cli.evaluation import evaluation
 from sslkit.cli.importing import import_
 from sslkit.cli.look import report, views
 from sslkit.cli.options import Backbone, Images, MethodName, Overrides, RecipeName, recipe_from_words
+from sslkit.cli.quick import quick_imports
 from sslkit.cli.replay import replay
 from sslkit.cli.show import AsJson, console, show_report
 from sslkit.errors import RunError, UserError, without_tokens
@@ -57,7 +58,8 @@ def pretrain(
     save and end it with exit code 75; the second one ends it at once.
     """
     _exit_resumable_meanwhile()
-    from sslkit.engine import train
+    with quick_imports():
+        from sslkit.engine import train
 
     loaded = recipe_from_words(recipe, overrides or [], method, backbone, data)
     name = Path(recipe).stem if recipe else f"{loaded.method_name}_{loaded.backbone.name}"
@@ -80,7 +82,8 @@ def export(
     layout: Annotated[str, typer.Option("--format", help="timm, or detectron2 (ResNets only).")] = "timm",
 ) -> None:
     """Write the encoder as a folder that timm and transformers load, and prove that it does."""
-    from sslkit.publish import export_detectron2, export_encoder
+    with quick_imports():
+        from sslkit.publish import export_detectron2, export_encoder
 
     if layout not in ("timm", "detectron2"):
         raise UserError(f"--format: must be timm or detectron2, not {layout!r}")
@@ -123,7 +126,8 @@ def doctor(
 
     Exit code 2 if there is a fault. Warnings are advice and leave it 0. Nothing is written to disk.
     """
-    from sslkit.doctor import Report, examine, examine_machine
+    with quick_imports():
+        from sslkit.doctor import Report, examine, examine_machine
 
     if recipe or overrides or method or backbone or data:
         loaded = recipe_from_words(recipe, overrides or [], method, backbone, data)

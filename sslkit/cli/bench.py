@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from sslkit.cli.options import Backbone, Images, MethodName, Overrides, RecipeName, recipe_from_words
+from sslkit.cli.quick import quick_imports
 from sslkit.cli.show import AsJson, console
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def bench(
 
     Start it as the run will be started, under torchrun or accelerate launch for several processes. Nothing is written.
     """
-    from sslkit.bench import changes_that_help, profile
+    with quick_imports():
+        from sslkit.bench import changes_that_help, profile
 
     loaded = recipe_from_words(recipe, overrides or [], method, backbone, data)
     measured = profile(loaded, seconds)

@@ -22,6 +22,7 @@ from sslkit.cli.options import (
     override,
     shared,
 )
+from sslkit.cli.quick import quick_imports
 from sslkit.cli.show import AsJson, conclude, show_comparison, show_diagnosis
 from sslkit.errors import UserError
 
@@ -47,7 +48,8 @@ def knn(
     as_json: AsJson = False,
 ) -> None:
     """Weighted k-nearest neighbours on frozen features, beside raw pixels and random init."""
-    from sslkit.evaluate import KnnProtocol, evaluate_knn_grid
+    with quick_imports():
+        from sslkit.evaluate import KnnProtocol, evaluate_knn_grid
 
     if protocol:
         protocols = [dataclasses.replace(each, centre=centre) for each in KnnProtocol.named(protocol)]
@@ -79,7 +81,8 @@ def linear(
     as_json: AsJson = False,
 ) -> None:
     """A linear classifier on frozen features, beside raw pixels and random init."""
-    from sslkit.evaluate import evaluate_linear
+    with quick_imports():
+        from sslkit.evaluate import evaluate_linear
 
     judgement = evaluate_linear(
         model,
@@ -113,8 +116,9 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Many linear heads in one pass over frozen features; the best on held-out images is scored."""
-    from sslkit.evaluate.judge import evaluate_sweep
-    from sslkit.evaluate.sweep import SweepProtocol
+    with quick_imports():
+        from sslkit.evaluate.judge import evaluate_sweep
+        from sslkit.evaluate.sweep import SweepProtocol
 
     rates, decays = numbers("--lr", lr, float), numbers("--weight-decay", weight_decay, float)
     words = norm.split(",")
@@ -155,7 +159,8 @@ def finetune(
     as_json: AsJson = False,
 ) -> None:
     """Train the whole encoder on all or a few of the labels, beside the same from random weights."""
-    from sslkit.evaluate.judge import evaluate_finetune
+    with quick_imports():
+        from sslkit.evaluate.judge import evaluate_finetune
 
     given = {"epochs": epochs, "batch_size": batch_size, "base_lr": lr, "layer_decay": layer_decay, "seed": seed}
     neck = None
@@ -244,7 +249,8 @@ def detect(
     as_json: AsJson = False,
 ) -> None:
     """Train a Faster or Mask R-CNN over the encoder, beside the same from random weights; AP as COCO defines it."""
-    from sslkit.evaluate.detect import DetectProtocol, evaluate_detect
+    with quick_imports():
+        from sslkit.evaluate.detect import DetectProtocol, evaluate_detect
 
     own = DetectProtocol.named(protocol)
     own = own.at_short_side(short_side) if short_side else own
@@ -279,7 +285,8 @@ def diagnose(
     as_json: AsJson = False,
 ) -> None:
     """What features tell without labels: do they collapse, how many directions do they use, do views agree."""
-    from sslkit.evaluate.diagnose import diagnose_encoder
+    with quick_imports():
+        from sslkit.evaluate.diagnose import diagnose_encoder
 
     source = data_config(data, data_name).model_copy(update={"split": split})
     reading = Frozen(cache=False, workers=workers).reading(layer)

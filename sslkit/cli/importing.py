@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from sslkit.cli.quick import quick_imports
 from sslkit.cli.show import AsJson, console
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def import_(
 
     lightly, solo-learn, VISSL and mmselfsup are known. FOLDER/import.json says what became of every tensor.
     """
-    from sslkit.publish import import_checkpoint
+    with quick_imports():
+        from sslkit.publish import import_checkpoint
 
     imported = import_checkpoint(file, folder, backbone, num_heads, license_id)
     if as_json:

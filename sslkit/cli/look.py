@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sslkit.cli.options import Overrides
+from sslkit.cli.quick import quick_imports
 from sslkit.cli.show import console
 from sslkit.errors import UserError
 
@@ -27,7 +28,8 @@ def report(
 
     For a single run the pictures of its curves and views are written too, as PNG.
     """
-    from sslkit.report import draw_run, read_runs, summarise, write_report
+    with quick_imports():
+        from sslkit.report import draw_run, read_runs, summarise, write_report
 
     if len(runs) > 1 and not output:
         raise UserError("several runs: name the page to write with --output FILE.html")

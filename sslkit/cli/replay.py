@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from sslkit.cli.quick import quick_imports
 from sslkit.cli.show import AsJson, console
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ def replay(
 
     Needs the run's images where they were. Changes nothing.
     """
-    from sslkit.engine.replay import replay_capsule
+    with quick_imports():
+        from sslkit.engine.replay import replay_capsule
 
     found = replay_capsule(capsule)
     if as_json:

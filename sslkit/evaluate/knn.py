@@ -4,15 +4,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.linalg import vector_norm
 
 from sslkit.errors import UserError, near_miss
 from sslkit.evaluate.checks import check_finite
 
-QUERY_CHUNK, BANK_CHUNK = 1024, 16384
+QUERY_CHUNK, BANK_CHUNK = 512, 65536  # rows; 1024 and 16384 take a tenth longer
+CHUNK_NUMBERS = 2**26  # rows times width of a chunk of the bank
 VOTES_AT_ONCE = 2**24  # queries times classes
+TINY = 1e-12  # a row of zeros stays one
 GROUP = 64  # bank rows of which only the most similar is looked at first
 
 Prepare = Callable[[Tensor], Tensor]
@@ -73,16 +76,25 @@ def nearest(queries: Tensor, bank: Tensor, k: int, prepare: Prepare = lambda row
     best = [part.new_empty((len(part), 0)) for part in parts]
     rows = [torch.empty((len(part), 0), dtype=torch.long, device=part.device) for part in parts]
     # One buffer for all products: a fresh one of this size costs a page fault for every page of it.
-    products = parts[0].new_empty(len(parts[0]) * min(len(bank), BANK_CHUNK))
-    for start in range(0, len(bank), BANK_CHUNK):
-        chunk = prepare(bank[start : start + BANK_CHUNK].to(queries.device))
+    size = max(min(len(bank), BANK_CHUNK, CHUNK_NUMBERS // max(bank.shape[1], 1)), 1)
+    products = parts[0].new_empty(len(parts[0]) * size)
+    for start in range(0, len(bank), size):
+        chunk = prepare(bank[start : start + size].to(queries.device))
         for index, part in enumerate(parts):
             similarity = products[: len(part) * len(chunk)].view(len(part), len(chunk))
-            values, places = largest(torch.mm(part, chunk.T, out=similarity), k)
+            values, places = largest(_product(part, chunk, similarity), k)
             values, places = torch.cat([best[index], values], dim=1), torch.cat([rows[index], places + start], dim=1)
             best[index], order = values.topk(min(k, values.shape[1]), dim=1)
             rows[index] = places.gather(1, order)
     return torch.cat(best), torch.cat(rows)
+
+
+def _product(queries: Tensor, chunk: Tensor, out: Tensor) -> Tensor:
+    """``queries @ chunk.T`` in ``out``; on CPUs by NumPy, whose BLAS is the faster one on many (docs/log.md)."""
+    if out.device.type != "cpu" or out.dtype != torch.float32:
+        return torch.mm(queries, chunk.T, out=out)
+    np.matmul(queries.numpy(), chunk.numpy().T, out=out.numpy())
+    return out
 
 
 def largest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -126,10 +138,11 @@ def predict_all(
 
 
 def _unit(mean: Tensor | float, rows: Tensor) -> Tensor:
-    rows = rows.float() - mean
+    rows = rows.float() - mean  # a copy, changed in place from here on
     # Powers of two change no bit of the direction, and squares of what they leave neither overflow nor vanish.
-    _, exponents = rows.abs().amax(dim=1, keepdim=True).frexp()
-    return normalize(rows.ldexp(-exponents), dim=1)
+    _, exponents = vector_norm(rows, torch.inf, dim=1, keepdim=True).frexp()
+    rows.ldexp_(-exponents)
+    return rows.div_(vector_norm(rows, dim=1, keepdim=True).clamp_min(TINY))
 
 
 def _vote(similarity: Tensor, neighbours: Tensor, num_classes: int, protocol: KnnProtocol) -> Tensor:
