@@ -43,6 +43,7 @@ bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/indexing.py
 	$(BIN)/python benchmarks/processes.py
 	$(BIN)/python benchmarks/saving.py
+	$(BIN)/python benchmarks/starting.py
 	$(BIN)/python benchmarks/soak.py
 
 ablations: $(BIN)/.installed

@@ -7,6 +7,7 @@ nothing else. The first step has ended when its line is in metrics.jsonl.
 """
 
 import argparse
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,8 @@ def imported(modules: str) -> None:
     """A process, until it has imported; its end, which takes PyTorch long, does not count."""
     words = [sys.executable, "-c", f"import {modules}; print('done', flush=True)"]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
-        assert process.stdout and process.stdout.readline()
+        assert process.stdout
+        process.stdout.readline()
         process.kill()
 
 
@@ -66,7 +68,8 @@ def main() -> None:
     print(machine("torch", "timm", "accelerate", "datasets", "albumentations"))
     rows = []
     for name, (middle, low, high) in ratios(seconds, BASE).items():
-        rows.append([name, f"{sorted(seconds[name])[words.rounds // 2]:.2f}", f"{middle:.2f} ({low:.2f} to {high:.2f})"])
+        own = statistics.median(seconds[name])
+        rows.append([name, f"{own:.2f}", f"{middle:.2f} ({low:.2f} to {high:.2f})"])
     print(table(["what", "seconds (median)", "times the bare import"], rows))
 
 

@@ -14,6 +14,7 @@ SMALL = {
     "pieces.py": "--rounds 1 --batch 8 --models test_vit",
     "neighbours.py": "--bank 3000 --queries 200 --width 16 --rounds 1",
     "loading.py": "--rounds 1 --sizes 80x60",
+    "starting.py": "--rounds 1",
     "indexing.py": "--files 3000 --tree {folder}/tree --workers 2",
 }
 

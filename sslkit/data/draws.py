@@ -80,7 +80,7 @@ def draw_view(config: ViewsConfig, seed: int, epoch: int, sample: int, view: int
     )
     hue = config.jitter[3] * (2.0 * uniform[4] - 1.0)
     first, second, third, fourth = sorted(range(4), key=uniform[5:9].__getitem__)
-    hole = draw_box(uniform[COLOURS + BOX :], (side, side), config.erase_scale, HOLE_RATIO)
+    hole = uniform[COLOURS + BOX :] if happens(config.erase_prob, uniform[15]) else None
     return Draw(
         box=draw_box(uniform[COLOURS : COLOURS + BOX], size, scale, config.crop_ratio),
         jitter=(brightness, contrast, saturation, hue) if happens(config.jitter_prob, uniform[0]) else None,
@@ -90,7 +90,7 @@ def draw_view(config: ViewsConfig, seed: int, epoch: int, sample: int, view: int
         solarize=happens(config.solarize_prob, uniform[12]),
         flip=happens(config.flip_prob, uniform[13]),
         angle=config.rotate_degrees * (2.0 * uniform[14] - 1.0),
-        hole=hole if happens(config.erase_prob, uniform[15]) else None,
+        hole=draw_box(hole, (side, side), config.erase_scale, HOLE_RATIO) if hole else None,
     )
 
 
