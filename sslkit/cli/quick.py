@@ -1,5 +1,6 @@
 """Start-up: what keeps the time from a command to its work short."""
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,4 +18,5 @@ def quick_imports() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
+        atexit.register(gc.unfreeze)  # nanobind complains of what is left at the end
         gc.enable()
