@@ -109,6 +109,12 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], **metadata: str) -> di
     return write_file(file, [len(text).to_bytes(8, "little"), text, *_chunks(ordered.values())])
 
 
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def replace_text(file: Path, text: str) -> None:
     """Write a small text file in the place of an older one, whole at every instant."""
     replace_file(file, [text.encode()])

@@ -21,6 +21,7 @@ from sslkit.cli.evaluation import evaluation
 from sslkit.cli.importing import import_
 from sslkit.cli.look import report, views
 from sslkit.cli.options import Backbone, Images, MethodName, Overrides, RecipeName, recipe_from_words
+from sslkit.cli.publishing import publish
 from sslkit.cli.quick import quick_imports
 from sslkit.cli.replay import replay
 from sslkit.cli.show import AsJson, console, show_report
@@ -105,6 +106,7 @@ def export(
         )
 
 
+app.command(epilog="Example: sslkit publish runs/quickstart --repo-id user/my-encoder")(publish)
 app.command("import", epilog="Example: sslkit import moco_v2_800ep_pretrain.pth.tar moco-v2")(import_)
 app.command(epilog="Example: sslkit report runs/quickstart")(report)
 app.command(epilog="Example: sslkit views mocov3_vits --data photos")(views)

@@ -6,7 +6,6 @@ The images are not in it but their keys are: views are a function of (seed, epoc
 draw. The weights are those before the step, with teacher and queue.
 """
 
-import hashlib
 import json
 import stat
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sslkit.data.loader import GlobalBatches
-from sslkit.durable import whole_folder, write_json, write_tensors
+from sslkit.durable import sha256_of, whole_folder, write_json, write_tensors
 from sslkit.engine.training import Training
 from sslkit.errors import UserError
 from sslkit.recipe import Recipe
@@ -88,7 +87,7 @@ def read_capsule(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         facts = json.loads((folder / "capsule.json").read_text(encoding="utf-8"))
         if facts["format"] != FORMAT:
             raise UserError(f"{folder}: a capsule of format {facts['format']!r}; this version reads {FORMAT}")
-        if facts["sha256"] != _sha256(folder / "model.safetensors"):
+        if facts["sha256"] != sha256_of(folder / "model.safetensors"):
             raise UserError(f"{folder / 'model.safetensors'}: torn or altered since it was written")
         step, images, detour = (int(facts[name]) for name in ("step", "images", "detour"))
         then = [float(facts[name]) for name in ("loss", "grad_norm")]
@@ -109,8 +108,3 @@ def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,92 +1,167 @@
-"""The model card: what an exported encoder is, how to load it, and how it scored."""
+"""The model card: what an exported encoder is, how to load it, how it was trained and how it scored."""
 
-import json
 import re
 from pathlib import Path
 
+from huggingface_hub import EvalResult, ModelCardData
+
+from sslkit.publish.scores import CardScore, newest_scores
 from sslkit.recipe import Recipe
 
+CURVES = "curves.png"
+DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-def model_card(recipe: Recipe, run: Path, folder: Path, tag: str, license_id: str) -> str:
+
+def model_card(recipe: Recipe, run: Path, source: str, tag: str, license_id: str, *, curves: bool = False) -> str:
     """Write the card from the run's own record.
 
     Args:
         recipe: The run's resolved recipe.
         run: Run folder, for its scores.
-        folder: Where the encoder lies, for the loading example.
+        source: What to load it by: ``local-dir:NAME`` or ``hf_hub:user/name``.
         tag: timm's pretrained tag.
         license_id: SPDX id.
+        curves: Whether `CURVES` lies beside the card.
     """
-    method = recipe.method_name
+    scores = newest_scores(run)
+    picture = f"![Loss, pretext accuracy, learning rate and kNN over the epochs]({CURVES})\n\n" if curves else ""
     return f"""---
-library_name: timm
-pipeline_tag: image-feature-extraction
-license: {license_id}
-tags:
-- image-feature-extraction
-- timm
-- self-supervised-learning
-- {method.replace("_", "")}
+{_front_matter(recipe, source, license_id, scores or [])}
 ---
 # {recipe.backbone.name}.{tag}
 
-A `{recipe.backbone.name}` image encoder pretrained without labels by `{method}` with
-[sslkit](https://pypi.org/project/sslkit/). Input {recipe.views.size} x {recipe.views.size} pixels.
+A `{recipe.backbone.name}` image encoder pretrained without labels by `{recipe.method_name}` with
+[sslkit](https://pypi.org/project/sslkit/). Input {recipe.views.size} x {recipe.views.size} pixels. It gives features;
+there is no classifier.
 
-{_loading(recipe, folder)}
+## Use
+
+{_loading(recipe, source)}
 ## Training
 
 | | |
 | --- | --- |
-| method | `{method}` |
-| data | `{recipe.data.path}`, split `{recipe.data.split}` |
-| epochs, global batch | {recipe.train.epochs}, {recipe.train.batch_size} |
+| method | `{recipe.method_name}` |
+| data | `{_cell(recipe.data.path)}`, split `{_cell(recipe.data.split)}`, labels not read |
+| started from | {_start(recipe)} |
+| epochs planned, global batch | {recipe.train.epochs}, {recipe.train.batch_size} |
+| trained for | {_trained(run)} |
 | optimizer, peak learning rate | {recipe.optim.name}, {recipe.peak_lr:g} |
 
 The whole recipe, every number resolved, is in `recipe.toml` beside this card.
 
-## Scores
+{picture}## Scores
 
-{_scores(run)}
+{_scores(scores)}
+
+## Limits
+
+- One run with one seed ({recipe.train.seed}); the intervals are of the test images, not of training again.
+- It knows what its training images show, with their biases; nothing was filtered or checked for by sslkit.
+- A score holds for the data named, under the protocol with that hash; scores of other protocols are not comparable.
 """
 
 
-def _loading(recipe: Recipe, folder: Path) -> str:
-    if recipe.backbone.small_stem:
-        return (
-            "Its stem for small images is not one timm can build, so sslkit loads it:\n\n```python\n"
-            f'from sslkit.evaluate import load_encoder\n\nencoder = load_encoder("{folder.name}").module.eval()\n```\n'
-        )
-    return (
-        "```python\nimport timm\n\n"
-        f'encoder = timm.create_model("local-dir:{folder.name}", pretrained=True, num_classes=0).eval()\n```\n'
+def _front_matter(recipe: Recipe, source: str, license_id: str, scores: list[CardScore]) -> str:
+    """The card's head for programs, with a ``model-index`` of the scores that have a protocol."""
+    results = [_eval_result(score) for score in scores if score.protocol_hash]
+    name = source.partition(":")[2].rpartition("/")[2]
+    card = ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-feature-extraction",
+        license=license_id,
+        tags=["image-feature-extraction", "timm", "self-supervised-learning", recipe.method_name.replace("_", "")],
+        datasets=[recipe.data.path] if _on_the_hub(recipe) else None,
+        base_model=_base_model(recipe),
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    return card.to_yaml()
+
+
+def _eval_result(score: CardScore) -> EvalResult:
+    # A detection or a classification: the Hub's tables know tasks by these names.
+    task = "object-detection" if score.evaluation.startswith("detect") else "image-classification"
+    name = " ".join(score.data.split())
+    return EvalResult(
+        task_type=task,
+        task_name=f"{score.evaluation} on frozen features" if score.evaluation.startswith("knn") else score.evaluation,
+        dataset_type=re.sub(r"[^\w./-]+", "-", name.partition(": ")[0]).strip("-") or "images",
+        dataset_name=name,
+        metric_type="accuracy" if "accuracy" in score.measure else re.sub(r"\W+", "-", score.measure.lower()),
+        metric_name=f"{score.measure} (protocol {score.protocol_hash})",
+        metric_value=round(100 * score.value, 2),
     )
 
 
-def _scores(run: Path) -> str:
-    file = run / "results.jsonl"
-    if not file.is_file():
-        return "None recorded."
+def _on_the_hub(recipe: Recipe) -> bool:
+    """Whether the data's path can only be a Hub id: no folder or file of that name is here."""
+    return bool(DATASET_ID.fullmatch(recipe.data.path)) and not Path(recipe.data.path).exists()
+
+
+def _base_model(recipe: Recipe) -> str | None:
+    """The Hub repository whose weights the run continued, if it did."""
+    pretrained = recipe.backbone.pretrained
+    if isinstance(pretrained, str) and pretrained.startswith(("hf_hub:", "hf-hub:")):
+        return pretrained.partition(":")[2].partition("@")[0]
+    return None
+
+
+def _start(recipe: Recipe) -> str:
+    pretrained = recipe.backbone.pretrained
+    if not pretrained:
+        return "random weights"
+    return "timm's pretrained weights" if pretrained is True else f"`{_cell(pretrained)}`"
+
+
+def _trained(run: Path) -> str:
     try:
         latest = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
-        lines = file.read_text(encoding="utf-8").splitlines()
+        return f"{int(latest.removeprefix('step-'))} steps"
     except (OSError, ValueError):
+        return "unknown"
+
+
+def _loading(recipe: Recipe, source: str) -> str:
+    plain = source.partition(":")[2]
+    if recipe.backbone.small_stem:
+        known_as = plain if source.startswith("local-dir:") else source
+        return (
+            "Its stem for small images is not one timm can build, so sslkit loads it:\n\n```python\n"
+            f'from sslkit.evaluate import load_encoder\n\nencoder = load_encoder("{known_as}").module.eval()\n```\n'
+        )
+    return f"""```python
+import timm
+
+encoder = timm.create_model("{source}", pretrained=True, num_classes=0).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))
+# features of a PIL image: encoder(transform(image).unsqueeze(0))
+```
+
+transformers, with timm beside it, gives the same features as `pooler_output`:
+
+```python
+from transformers import AutoModel
+
+encoder = AutoModel.from_pretrained("{plain}").eval()
+```
+"""
+
+
+def _scores(scores: list[CardScore] | None) -> str:
+    if scores is None:
         return "None that can be read."
-    newest: dict[tuple[str, str], tuple[str, float]] = {}
-    for line in lines:
-        try:
-            row = json.loads(line)
-            if latest == f"step-{row['step']:08d}":
-                measure = str(row.get("measure", "top-1 accuracy"))
-                newest[_cell(row["evaluation"]), _cell(row["data"])] = _cell(measure), float(row["accuracy"])
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # a line of a run that was killed
-            continue
-    if not newest:
+    if not scores:
         return "None recorded for these weights."
-    cells = [
-        f"| {name} | {data} | {measure} | {100 * score:.1f} % |" for (name, data), (measure, score) in newest.items()
-    ]
-    return "\n".join(["| protocol | data | measure | score |", "| --- | --- | --- | --- |", *cells])
+    rows = ["| evaluation | data | measure | score | 95 % interval | beside it | protocol |"]
+    rows.append("| --- " * 7 + "|")
+    for score in scores:
+        interval = "{:.1%} to {:.1%}".format(*score.interval) if score.interval else "not computed"
+        others = ", ".join(f"{_cell(name)} {value:.1%}" for name, value in score.others.items())
+        protocol = f"`{_cell(score.protocol_hash)}`" if score.protocol_hash else "while training"
+        cells = [_cell(score.evaluation), _cell(score.data), _cell(score.measure), f"{score.value:.1%}"]
+        rows.append(f"| {' | '.join([*cells, interval, others, protocol])} |")
+    return "\n".join(rows)
 
 
 def _cell(text: str) -> str:

@@ -133,7 +133,8 @@ def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apach
         raise UserError(f"{folder}: cannot be written: {error}") from error
     try:
         proof = _prove(recipe, state, folder)
-        (folder / "README.md").write_text(model_card(recipe, run, folder, tag, license_id), encoding="utf-8")
+        card = model_card(recipe, run, f"local-dir:{folder.name}", tag, license_id)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         shutil.copy(run / "recipe.toml", folder / "recipe.toml")
     except BaseException:
         shutil.rmtree(folder)

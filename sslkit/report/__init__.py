@@ -1,13 +1,14 @@
 """How a run is looked at."""
 
 from sslkit.report.page import write_report, write_views
-from sslkit.report.pictures import draw_run
+from sslkit.report.pictures import draw_curves, draw_run
 from sslkit.report.runs import RunRecord, read_run, read_runs
 from sslkit.report.summary import Summary, summarise
 
 __all__ = [
     "RunRecord",
     "Summary",
+    "draw_curves",
     "draw_run",
     "read_run",
     "read_runs",

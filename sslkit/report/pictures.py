@@ -29,19 +29,26 @@ def draw_run(run: Path) -> list[Path]:
     Raises:
         UserError: Not a run folder, or one that has not logged anything yet.
     """
+    curves = draw_curves(run)
+    try:
+        return [curves, _draw_views(load_recipe(run / "recipe.toml"), run / "pictures" / "views.png")]
+    except UserError:
+        return [curves]
+
+
+def draw_curves(run: Path) -> Path:
+    """Draw ``pictures/curves.png`` in a run folder, which asks nothing of its data, and return its path.
+
+    Raises:
+        UserError: Not a run folder, or one that has not logged anything yet.
+    """
     if not (run / "recipe.toml").is_file():
         raise UserError(f"{run}: not a run folder (no recipe.toml)")
-    recipe = load_recipe(run / "recipe.toml")
     metrics = read_lines(run / "metrics.jsonl")
     if not metrics:
         raise UserError(f"{run}: nothing to draw yet, metrics.jsonl is empty")
-    folder = run / "pictures"
-    folder.mkdir(exist_ok=True)
-    pictures = [_draw_curves(run, metrics, folder / "curves.png")]
-    try:
-        return [*pictures, _draw_views(recipe, folder / "views.png")]
-    except UserError:
-        return pictures
+    (run / "pictures").mkdir(exist_ok=True)
+    return _draw_curves(run, metrics, run / "pictures" / "curves.png")
 
 
 def _draw_curves(run: Path, metrics: list[dict[str, float]], file: Path) -> Path:
