@@ -5,6 +5,7 @@ for the Hub keeps the large files that arrived.
 """
 
 import hashlib
+import json
 import re
 import shutil
 import time
@@ -37,7 +38,7 @@ REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 REVISION = re.compile(r"[A-Za-z0-9][\w.-]{0,199}")
 SUMS = "SHA256SUMS"
 WEIGHTS = "model.safetensors"
-WAITS = (1.0, 5.0, 20.0)  # seconds before each further try, unless the Hub says how long
+WAITS = (1.0, 5.0)  # seconds before each further try, unless the Hub says how long; its client has tries of its own
 LONGEST_WAIT = 60.0
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 
@@ -195,9 +196,10 @@ class _Sender:
                 if wait is None or error.response.status_code not in BUSY:
                     raise self._sentence(error) from error
                 time.sleep(_asked_to_wait(error, wait))
-            except ValueError as error:  # the client's own word for a card that the Hub refuses
-                raise UserError(f"{self.repo_id}: {_first_line(error)}{self.ready}") from error
-            except Exception as error:  # a broken line: of which library depends on the version
+            except Exception as error:  # of which library a broken line's is depends on the version
+                if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+                    # The client's own word for a card that the Hub refuses.
+                    raise UserError(f"{self.repo_id}: {_first_line(error)}{self.ready}") from error
                 if wait is None:
                     raise PublishError(f"{self.repo_id}: the line broke: {_first_line(error)}{self.ready}") from error
                 time.sleep(wait)
@@ -230,7 +232,7 @@ def _asked_to_wait(error: HfHubHTTPError, default: float) -> float:
 
 
 def _git_name(file: Path) -> str:
-    """Git's name of a file's content, which the Hub gives for files that are no large ones."""
+    """Git's name of a file's content, which the Hub gives where a file is not a large one."""
     digest = hashlib.sha1(b"blob %d\0" % file.stat().st_size, usedforsecurity=False)
     with file.open("rb") as stream:
         while block := stream.read(2**20):
