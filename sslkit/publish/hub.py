@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,6 +23,7 @@ from huggingface_hub import (
     constants,
     get_hf_file_metadata,
     get_token,
+    hf_hub_download,
     hf_hub_url,
 )
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
@@ -175,15 +177,20 @@ class _Sender:
         )
 
     def compare(self, commit: str) -> None:
-        """See that the commit's weights are those that were sent, by the checksum that the Hub gives."""
+        """See that the commit's weights are those that were sent: by the Hub's checksum, or else by its bytes."""
         address = hf_hub_url(self.repo_id, WEIGHTS, revision=commit)
         etag = self._ask(lambda: get_hf_file_metadata(address, token=get_token())).etag
         file = self.folder / WEIGHTS
-        if etag not in (sha256_of(file), _git_name(file)):
-            raise PublishError(
-                f"{self.repo_id}: the Hub gives another checksum for {WEIGHTS} of commit {commit} than was sent; "
-                f"do not use it{self.ready}"
-            )
+        if etag in (sha256_of(file), _git_name(file)):
+            return
+        with tempfile.TemporaryDirectory() as cache:
+            came = self._ask(lambda: hf_hub_download(self.repo_id, WEIGHTS, revision=commit, cache_dir=cache))
+            if sha256_of(Path(came)) == sha256_of(file):
+                return
+        raise PublishError(
+            f"{self.repo_id}: the Hub gives other bytes for {WEIGHTS} of commit {commit} than were sent; "
+            f"do not use it{self.ready}"
+        )
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:
         """The Hub's answer, after some patience with a busy one or a broken line."""
