@@ -1,0 +1,167 @@
+"""Every command in README and docs: all are read by the real command line, and those that a CPU can do are run.
+
+Run, they get words that make them small, in a folder that has what the pages speak of: photographs in class folders,
+and runs. What is only read says why below.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from PIL import Image
+
+from sslkit.cli import app
+from sslkit.data.source import DataConfig, open_source
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(?:bash|sh)\n(.*?)^```", flags=re.M | re.S)
+LAUNCHERS = ("accelerate", "torchrun")
+
+# By how a command begins, what makes it small enough for a CPU.
+TINY = "--set train.max_steps=2 --set train.batch_size=8 --set data.workers=0 --set train.log_every=1"
+SMALL = {
+    "pretrain mocov3_vits": f"{TINY} --set backbone.name=test_vit --set backbone.img_size=32 --set views.size=32 "
+    "--set 'backbone.args={num_heads=2}'",
+    "pretrain mocov3_continue": TINY,
+    "pretrain": TINY,
+    "doctor": "--set train.batch_size=8 --set data.workers=0",
+    "eval finetune": "--epochs 1",
+    "eval sweep": "--epochs 1",
+}
+# What is only read: the words it has, and why.
+ONLY_READ = {
+    "mocov3_vitb": "a ViT-B's work",
+    "mocov2_r50": "eight GPUs",
+    "--num_processes 8": "eight GPUs",
+    "mocov2_resnet50": "a ResNet-50's work on 224 pixels",
+    "mocov3_continue": "downloads weights",
+    "bench mocov3_vits": "a ViT-S's work on 224 pixels; tests/bench runs it small",
+    "doctor mocov3_vits": "a ViT-S's work on 224 pixels; tests/doctor runs it small",
+    "eval detect": "minutes to hours; tests/evaluate runs it small",
+    "--format detectron2": "needs a ResNet's run; tests/publish has it",
+    "import moco_v2_800ep": "the authors' file is not here; tests/publish makes one",
+    "LABELLED_FOLDER": "stands for the reader's own",
+    "vit_small_patch16_224.dino": "downloads weights",
+    "replay runs/mine": "needs a run that was stopped by an alarm; tests/engine has it",
+    "runs/simclr": "needs a SimCLR run of one's own; tests/evaluate has it",
+    "flowers": "ten minutes of a ViT on a CPU; tests/evaluate runs each small",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One line of a page's block.
+
+    Attributes:
+        page: Its file.
+        words: Those of sslkit's own command line, without what launches it.
+        launcher: The words before, if there are any.
+    """
+
+    page: str
+    words: tuple[str, ...]
+    launcher: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return shlex.join([*self.launcher, *self.words])
+
+
+def commands() -> list[Command]:
+    """All that call sslkit, in the order of the pages."""
+    found = []
+    for page in PAGES:
+        for block in BLOCK.findall(page.read_text(encoding="utf-8")):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                words = words[1:] if words[:1] == ["ACCELERATE_USE_CPU=true"] else words
+                if words[:1] == ["sslkit"]:
+                    found.append(Command(page.name, tuple(words[1:])))
+                elif words and words[0] in LAUNCHERS and "-m" in words:
+                    at = words.index("-m") + 1
+                    own = ["pretrain"] if words[at] == "sslkit.pretrain" else []
+                    found.append(Command(page.name, (*own, *words[at + 1 :]), tuple(words[: at + 1])))
+    return found
+
+
+def test_pages_have_commands() -> None:
+    assert len(commands()) > 30
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: f"{command.page}: {command.text}")
+def test_the_command_line_knows_it(command: Command) -> None:
+    group: Any = typer.main.get_command(app)
+    words = list(command.words)
+    while hasattr(group, "commands"):
+        assert words, f"{command.text}: names no command"
+        assert words[0] in group.commands, words[0]
+        group = group.commands[words.pop(0)]
+    group.make_context("sslkit", words)  # raises on an option that is not there or wants another kind of value
+
+
+def why_only_read(command: Command) -> str:
+    return next((why for words, why in ONLY_READ.items() if words in command.text), "")
+
+
+@cache
+def place(root: Path) -> Path:
+    """A folder with photographs and runs under the names that pages use."""
+    source = open_source(DataConfig(path="builtin:fashion_mnist", split="test"))
+    for index, label in enumerate(source.labels()[:200]):
+        folder = root / "photos" / label.replace("/", "-")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(source.read(index)).resize((48, 48)).save(folder / f"{index}.jpg")
+    shutil.copytree(ROOT / "recipes", root / "recipes")
+    sslkit(root, "pretrain", "quickstart", *TINY.split(), "--output", "runs/quickstart")
+    sslkit(root, "export", "runs/quickstart", "my-encoder")
+    (root / "folder-of-class-folders").symlink_to("photos")
+    for name in ("a", "b", "c", "photos"):
+        shutil.copytree(root / "runs" / "quickstart", root / "runs" / name)
+    sslkit(root, "eval", "knn", "runs/a", "--data", "builtin:fashion_mnist")
+    shutil.copy(root / "runs" / "a" / "results.jsonl", root / "runs" / "b" / "results.jsonl")
+    return root
+
+
+def sslkit(root: Path, *words: str, launcher: tuple[str, ...] = ("-m", "sslkit")) -> None:
+    """Run a command there; it must end well."""
+    start = [sys.executable, *launcher] if launcher[0] == "-m" else [str(Path(sys.executable).parent / launcher[0])]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "COLUMNS": "120"}
+    env["PYTHONPATH"] = f"{ROOT}:{env.get('PYTHONPATH', '')}"
+    rest = () if launcher[0] == "-m" else launcher[1:]
+    done = subprocess.run([*start, *rest, *words], cwd=root, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{shlex.join(words)}: {done.stderr[-2000:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [command for command in commands() if not why_only_read(command)],
+    ids=lambda command: f"{command.page}: {command.text}",
+)
+def test_it_runs(command: Command, tmp_path_factory: pytest.TempPathFactory) -> None:
+    root = place(tmp_path_factory.getbasetemp())
+    line = " ".join(command.words)
+    extra = next((words for start, words in SMALL.items() if line.startswith(start)), "")
+    if line == "doctor":
+        extra = ""
+    words = [*command.words, *shlex.split(extra)]
+    if command.words[0] == "pretrain":
+        words += ["--output", f"runs/{len(list((root / 'runs').iterdir()))}"]
+    launcher = command.launcher or ("-m", "sslkit")
+    own = words[1:] if command.launcher and launcher[-1] == "sslkit.pretrain" else words
+    sslkit(root, *own, launcher=launcher)
+
+
+def test_nothing_is_only_read_for_no_reason() -> None:
+    texts = [command.text for command in commands()]
+    assert not [words for words in ONLY_READ if not any(words in text for text in texts)]
