@@ -113,12 +113,3 @@ def append_result(folder: Path, fields: dict[str, Any]) -> None:
 def kind_of(alarm: str) -> str:
     """The word that an alarm's sentence opens with; see `sslkit.engine.alarms`."""
     return alarm.partition(":")[0]
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 1h02m, 3m05s or 12s."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

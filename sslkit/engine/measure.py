@@ -5,10 +5,11 @@ import time
 import torch
 
 from sslkit.data.loader import Batch
+from sslkit.durations import duration
 from sslkit.engine.alarms import dip_alarm, leak_alarm, read_curve, teacher_alarm
 from sslkit.engine.clock import StepClock
 from sslkit.engine.diagnostics import Diagnostics
-from sslkit.engine.journal import Journal, duration, kind_of
+from sslkit.engine.journal import Journal, kind_of
 from sslkit.engine.lines import read_lines
 from sslkit.engine.training import Training
 from sslkit.evaluate.protocol import bootstrap_interval, protocol_hash
