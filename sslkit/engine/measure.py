@@ -1,6 +1,7 @@
 """What a run measures on its way: lines of metrics, kNN when it is due, diagnostics."""
 
 import time
+from functools import partial
 
 import torch
 
@@ -77,7 +78,8 @@ def measure_knn(training: Training, journal: Journal, done: int) -> None:
     """Score the backbone by kNN and write it down."""
     assert training.monitor is not None
     started = time.monotonic()
-    accuracy = training.monitor(training.method.backbone)
+    show = partial(journal.picture, "neighbours", done) if journal.shows_pictures else None
+    accuracy = training.monitor(training.method.backbone, show)
     epoch = done / training.steps_per_epoch
     if accuracy is None:
         journal.say(f"epoch {epoch:g}: kNN cannot be measured, the features are not finite")
