@@ -258,7 +258,8 @@ def _sentence(table: str, model: type[BaseModel], item: Any) -> str:
     if table == "train" and "accumulat" in key:
         return f"[train] {key}: {ACCUMULATION}"
     if item["type"] == "extra_forbidden":
-        return f"[{table}] {key}: unknown key{near_miss(key, [field.alias or name for name, field in model.model_fields.items()])}"
+        known = [field.alias or name for name, field in model.model_fields.items()]
+        return f"[{table}] {key}: unknown key{near_miss(key, known)}"
     if item["type"] == "missing":
         return f"[{table}] {key}: missing"
     message = item["msg"].removeprefix("Value error, ")

@@ -232,6 +232,7 @@ def _start(name: str, recipe: Recipe, folder: Path, memory: Memory) -> GeneralTr
 
 def _start_mlflow(project: str, run: str, memory: Memory) -> MLflowTracker:
     """The run that it was, if the server still knows it."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # its own seven take minutes; it is tried again later
     if "mlflow" in memory.ids:
         tracker = MLflowTracker(project, run_id=memory.ids["mlflow"])
         try:

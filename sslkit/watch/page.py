@@ -86,10 +86,10 @@ def _in_order(run: WatchedRun) -> list[tuple[str, Curve]]:
 def _curves(rows: list[tuple[str, Curve]], width: int, bars: str) -> Table:
     names = min(max((len(name) for name, _ in rows), default=0), max(width // 3, 8))
     with_range = width >= WITH_RANGE
-    room = width - names - 9 - (23 if with_range else 0) - 2
+    room = width - names - 11 - (24 if with_range else 0) - 2
     table = Table.grid(padding=(0, 1, 0, 0))
     table.add_column(width=names, no_wrap=True, overflow="ellipsis")
-    table.add_column(width=8, justify="right", no_wrap=True)
+    table.add_column(width=10, justify="right", no_wrap=True)
     table.add_column(no_wrap=True, style="cyan")
     for name, curve in rows:
         told = f"{_short(name, curve.lowest)} to {_short(name, curve.highest)}" if curve.means and with_range else ""
