@@ -27,6 +27,7 @@ from sslkit.recipe_tables import (
     MonitorConfig,
     OptimConfig,
     ScheduleConfig,
+    TrackConfig,
     TrainConfig,
     check_plain,
 )
@@ -53,6 +54,7 @@ class Recipe:
     monitor: MonitorConfig
     checkpoint: CheckpointConfig
     guard: GuardConfig
+    track: TrackConfig
     reference: dict[str, Any]
 
     @property
@@ -69,7 +71,9 @@ class Recipe:
 
     def as_tables(self) -> dict[str, dict[str, Any]]:
         """Every number of the recipe as plain data, ready for TOML or JSON."""
-        tables = {name: getattr(self, name).model_dump(mode="json", exclude_none=True) for name in TABLES}
+        tables = {
+            name: getattr(self, name).model_dump(mode="json", exclude_none=True, by_alias=True) for name in TABLES
+        }
         method = {"name": self.method_name, **self.method.model_dump(mode="json", exclude_none=True)}
         return {"method": method, **tables, "reference": self.reference}
 
@@ -254,7 +258,8 @@ def _sentence(table: str, model: type[BaseModel], item: Any) -> str:
     if table == "train" and "accumulat" in key:
         return f"[train] {key}: {ACCUMULATION}"
     if item["type"] == "extra_forbidden":
-        return f"[{table}] {key}: unknown key{near_miss(key, model.model_fields)}"
+        known = [field.alias or name for name, field in model.model_fields.items()]
+        return f"[{table}] {key}: unknown key{near_miss(key, known)}"
     if item["type"] == "missing":
         return f"[{table}] {key}: missing"
     message = item["msg"].removeprefix("Value error, ")

@@ -225,6 +225,27 @@ class GuardConfig(_Table):
     timeout_seconds: float = Field(default=600.0, gt=0.0, le=86400.0)
 
 
+class TrackConfig(_Table):
+    """``[track]``: who else is told of a run; the files in its folder are always written.
+
+    Attributes:
+        trackers: ``with`` in a recipe: any of ``tensorboard``, ``wandb``, ``trackio`` and ``mlflow``, through
+            Accelerate.
+        project: What they file the run under; TensorBoard has its files in the run folder.
+        images: Show them views, once, and nearest neighbours at every kNN of ``[monitor]``.
+    """
+
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(default_factory=list, alias="with")
+    project: str = Field(default="sslkit", min_length=1)
+    images: bool = True
+
+    @model_validator(mode="after")
+    def _once_each(self) -> "TrackConfig":
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError("with names a tracker twice")
+        return self
+
+
 TABLES: dict[str, type[BaseModel]] = {
     "backbone": BackboneConfig,
     "data": DataConfig,
@@ -235,4 +256,5 @@ TABLES: dict[str, type[BaseModel]] = {
     "monitor": MonitorConfig,
     "checkpoint": CheckpointConfig,
     "guard": GuardConfig,
+    "track": TrackConfig,
 }

@@ -9,7 +9,9 @@ import sslkit
 ROOT = Path(sslkit.__file__).parent
 LAYERS = {
     "errors": 0,
+    "durations": 0,
     "durable": 1,
+    "watch": 1,
     "parts": 1,
     "methods": 2,
     "data": 2,

@@ -25,6 +25,7 @@ from sslkit.cli.publishing import publish
 from sslkit.cli.quick import quick_imports
 from sslkit.cli.replay import replay
 from sslkit.cli.show import AsJson, console, show_report
+from sslkit.cli.watching import watch
 from sslkit.errors import RunError, UserError, without_tokens
 
 app = typer.Typer(
@@ -109,6 +110,7 @@ def export(
 app.command(epilog="Example: sslkit publish runs/quickstart --repo-id user/my-encoder")(publish)
 app.command("import", epilog="Example: sslkit import moco_v2_800ep_pretrain.pth.tar moco-v2")(import_)
 app.command(epilog="Example: sslkit report runs/quickstart")(report)
+app.command(epilog="Example: sslkit watch runs/quickstart")(watch)
 app.command(epilog="Example: sslkit views mocov3_vits --data photos")(views)
 app.command(epilog="Example: sslkit prepare photos packed")(prepare)
 app.command(epilog="Example: sslkit bench mocov3_vits --data photos")(bench)

@@ -12,7 +12,7 @@ from sslkit.data.views import ViewPipeline
 from sslkit.doctor.findings import Finding, ok, warning
 from sslkit.doctor.machine import GIB, has_bf16, memory_of_device, training_device
 from sslkit.doctor.patient import Observation, Patient, processes_of
-from sslkit.engine.journal import duration
+from sslkit.durations import duration
 from sslkit.engine.processes import processes_here
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.recipe import Recipe

@@ -23,7 +23,7 @@ NAMED = 20  # differences that a sentence names
 FREE_KEYS = (
     *("data.workers", "data.worker_timeout", "data.max_bad_share"),
     *("train.max_steps", "train.processes", "train.log_every"),
-    *("train.max_hours", "monitor.diagnose_every", "checkpoint.", "guard.", "reference."),
+    *("train.max_hours", "monitor.diagnose_every", "checkpoint.", "guard.", "track.", "reference."),
 )
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from rich.text import Text
 
 from sslkit.durable import refuse_links
 from sslkit.engine.lines import Lines, append_text, keep_until, read_lines, settle_all
+from sslkit.engine.sights import Draw
+from sslkit.engine.track import Tracks
 from sslkit.errors import UserError, without_tokens
 
+FILES = ("metrics", "results", "diagnostics")
 PLAIN_SECONDS = 15.0
 
 
@@ -34,11 +38,12 @@ class Journal:
     def __init__(self, folder: Path, start_step: int, *, active: bool, console: Console | None = None) -> None:
         self.folder, self.active = folder, active
         self.console = console or Console(stderr=False)
-        files = ("metrics", "results", "diagnostics")
-        self.metrics, self.results, self.diagnoses = (Lines(folder / f"{name}.jsonl", self.say) for name in files)
+        self.metrics, self.results, self.diagnoses = (Lines(folder / f"{name}.jsonl", self.say) for name in FILES)
         self.live: Live | None = None
         self.last_plain = 0.0
         self.said: set[str] = set()
+        self.tracks: Tracks | None = None
+        self.reached = dict.fromkeys(FILES, 0.0)
         self.go_back(start_step)
 
     def __enter__(self) -> "Journal":
@@ -57,9 +62,9 @@ class Journal:
         if not self.active:
             return
         settle_all((self.metrics, self.results, self.diagnoses))
-        keep_until(self.folder / "metrics.jsonl", step)
-        keep_until(self.folder / "results.jsonl", step, only_by="monitor")
-        keep_until(self.folder / "diagnostics.jsonl", step)
+        for name, only_by in (("metrics", None), ("results", "monitor"), ("diagnostics", None)):
+            latest = keep_until(self.folder / f"{name}.jsonl", step, only_by)
+            self.reached[name] = max(self.reached[name], latest)
         self.said = {
             kind_of(str(alarm))
             for row in read_lines(self.folder / "diagnostics.jsonl")
@@ -70,21 +75,39 @@ class Journal:
         """Append one line to metrics.jsonl; JSON has no word for a number that is none, so it becomes null."""
         if self.active:
             self.metrics.append({name: value if math.isfinite(value) else None for name, value in fields.items()})
+            self._track("metrics", fields)
 
     def result(self, fields: dict[str, Any]) -> None:
         """Append one line to results.jsonl."""
         if self.active:
             self.results.append(fields)
+            self._track("results", fields)
 
     def diagnosis(self, fields: dict[str, Any]) -> None:
         """Append one line to diagnostics.jsonl, and say each kind of alarm the first time a run has it."""
         if not self.active:
             return
         self.diagnoses.append(fields)
+        self._track("diagnostics", fields)
         for alarm in fields["alarms"]:
             if kind_of(alarm) not in self.said:
                 self.said.add(kind_of(alarm))
                 self.say(f"ALARM at step {fields['step']}: {alarm}")
+
+    def _track(self, file: str, fields: Mapping[str, Any]) -> None:
+        """Tell the trackers; they cannot take back what a run that went back, or was killed, has told them before."""
+        if self.tracks is not None and fields["step"] > self.reached[file]:
+            self.tracks.log(file, fields)
+
+    @property
+    def shows_pictures(self) -> bool:
+        """Whether there is a tracker to show pictures to."""
+        return self.tracks is not None and self.tracks.shows_pictures
+
+    def picture(self, name: str, step: int, draw: Draw) -> None:
+        """Show the trackers a picture, unless they have been told of this step before."""
+        if self.tracks is not None and (step or 1) > self.reached["results" if step else "metrics"]:
+            self.tracks.show(name, step, draw)
 
     def show(self, line: str) -> None:
         """Redraw the progress line, or print it now and then where there is no terminal."""
@@ -113,12 +136,3 @@ def append_result(folder: Path, fields: dict[str, Any]) -> None:
 def kind_of(alarm: str) -> str:
     """The word that an alarm's sentence opens with; see `sslkit.engine.alarms`."""
     return alarm.partition(":")[0]
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 1h02m, 3m05s or 12s."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

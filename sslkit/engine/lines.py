@@ -86,13 +86,24 @@ def step_of(row: dict[str, Any]) -> float:
     return step if isinstance(step, int | float) else 0
 
 
-def keep_until(file: Path, step: int, only_by: str | None = None) -> None:
-    """Drop lines of steps after ``step``, so that a resumed run repeats none."""
+def keep_until(file: Path, step: int, only_by: str | None = None) -> float:
+    """Drop lines of steps after ``step``, so that a resumed run repeats none.
+
+    Args:
+        file: JSONL; it need not be there.
+        step: The last that stays.
+        only_by: Leave lines alone whose ``by`` is another.
+
+    Returns:
+        The latest step of the lines that this is about, before any was dropped; 0 if there is none.
+    """
     if not file.is_file():
-        return
+        return 0
     rows = read_lines(file)
-    kept = [row for row in rows if step_of(row) <= step or (only_by is not None and row.get("by") != only_by)]
+    others = [only_by is not None and row.get("by") != only_by for row in rows]
+    kept = [row for row, other in zip(rows, others, strict=True) if other or step_of(row) <= step]
     replace_text(file, "".join(json.dumps(row) + "\n" for row in kept))
+    return max((step_of(row) for row, other in zip(rows, others, strict=True) if not other), default=0)
 
 
 def settle_all(files: Iterable[Lines]) -> None:

@@ -1,14 +1,16 @@
 """What a run measures on its way: lines of metrics, kNN when it is due, diagnostics."""
 
 import time
+from functools import partial
 
 import torch
 
 from sslkit.data.loader import Batch
+from sslkit.durations import duration
 from sslkit.engine.alarms import dip_alarm, leak_alarm, read_curve, teacher_alarm
 from sslkit.engine.clock import StepClock
 from sslkit.engine.diagnostics import Diagnostics
-from sslkit.engine.journal import Journal, duration, kind_of
+from sslkit.engine.journal import Journal, kind_of
 from sslkit.engine.lines import read_lines
 from sslkit.engine.training import Training
 from sslkit.evaluate.protocol import bootstrap_interval, protocol_hash
@@ -76,7 +78,8 @@ def measure_knn(training: Training, journal: Journal, done: int) -> None:
     """Score the backbone by kNN and write it down."""
     assert training.monitor is not None
     started = time.monotonic()
-    accuracy = training.monitor(training.method.backbone)
+    show = partial(journal.picture, "neighbours", done) if journal.shows_pictures else None
+    accuracy = training.monitor(training.method.backbone, show)
     epoch = done / training.steps_per_epoch
     if accuracy is None:
         journal.say(f"epoch {epoch:g}: kNN cannot be measured, the features are not finite")

@@ -1,7 +1,8 @@
 """What is watched while training: kNN on a labelled set, shared among the processes, and gradients by layer."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sslkit.data.source import DataConfig, ImageSource
+from sslkit.engine.sights import Draw, neighbour_sheet
 from sslkit.errors import UserError
 from sslkit.evaluate.features import Transform, extract_features
 from sslkit.evaluate.knn import KnnProtocol, knn_accuracy
@@ -36,6 +38,7 @@ class KnnMonitor:
         self.pair = _limit_bank(pair, monitor.max_train, recipe.train.seed)
         self.protocol = KnnProtocol(min(monitor.k, len(self.pair.train)), monitor.temperature)
         self.left_out, self.scored, self.views = 0, len(self.pair.test), recipe.views
+        self.seed = recipe.train.seed
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -46,8 +49,10 @@ class KnnMonitor:
         others = Reading().settings(), preprocessing_settings(crop), data_settings(self.pair)
         return knn_settings(self.protocol, *others)
 
-    def __call__(self, backbone: nn.Module) -> float | None:
+    def __call__(self, backbone: nn.Module, show: Callable[[Draw], None] | None = None) -> float | None:
         """Share of the monitor's test images classified right; None where features are not finite.
+
+        ``show`` is told how to draw some of them beside their nearest neighbours, and must do so before it returns.
 
         Images that cannot be read are left out, of the bank and of the test, and counted in ``left_out``: a file that
         vanishes must not end a run. ``scored`` counts the test images that remain.
@@ -63,6 +68,8 @@ class KnnMonitor:
             raise UserError(f"[monitor] data: {self.left_out} images of {self.pair.description} cannot be read")
         if not (bank[kept].isfinite().all() and queries[asked].isfinite().all()):
             return None
+        if show is not None:
+            show(partial(neighbour_sheet, self.pair, bank, kept, queries, asked, self.seed))
         labels, truth = self.pair.train_labels[kept], self.pair.test_labels[asked]
         return knn_accuracy(bank[kept], labels, queries[asked], truth, self.protocol)
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ from sslkit.engine.optim import make_optimizer
 from sslkit.engine.processes import make_accelerator, processes_here
 from sslkit.engine.retention import checkpoint_name
 from sslkit.engine.saver import Saver
+from sslkit.engine.sights import view_sheet
 from sslkit.engine.stopping import MARKER, StopRequest, die_with_launcher, leave_marker, remove_marker
+from sslkit.engine.track import Tracks, check_trackers
 from sslkit.engine.training import Training
 from sslkit.errors import UserError
 from sslkit.methods import Method, find_method
@@ -58,6 +61,7 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
     """
     folder = Path(output)
     check_folder(folder, recipe, resume)
+    check_trackers(recipe)
     source = open_source(recipe.data).without_labels()
     source, remarks = same_images(folder, source, recipe.data.max_bad_share)
     epoch_steps = steps_per_epoch(recipe, source)
@@ -102,10 +106,13 @@ def _train(
         for sentence in [*taken_over, *remarks, *complaints, *_opening(training, source)]:
             journal.say(sentence)
         saver = Saver(folder, recipe, steps_per_epoch, training.start_step, journal.say, active=first)
-        with journal, saver:
+        tracks = journal.tracks = Tracks(recipe, folder, journal.say, active=first)
+        with tracks, journal, saver:
             if training.start_step >= last_step:
                 saver.complete(training.start_step, method.backbone)
                 return Run(folder, training.start_step)
+            if tracks.shows_pictures and not training.start_step:
+                journal.picture("views", 0, partial(view_sheet, recipe, source))
             with Heartbeat(recipe.guard.timeout_seconds) as heart:
                 step, reason = _run_through(training, source, journal, saver, stop, heart)
             _close(training, journal, saver, step, reason)

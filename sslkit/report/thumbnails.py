@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sslkit.data.sheet import tile_sheet
+
 SMALL = 64  # pixels a side up to which a picture is kept as it is, without loss
 
 
@@ -44,18 +46,7 @@ class Sprite:
 def make_sprite(images: Sequence[NDArray[np.uint8]], tile: int) -> Sprite:
     """Shrink images to fit square tiles, put them side by side, and encode them as one JPEG."""
     columns = max(int(np.ceil(np.sqrt(len(images)))), 1)
-    sheet = Image.new("RGB", (columns * tile, -(-len(images) // columns) * tile))
-    for index, pixels in enumerate(images):
-        picture = Image.fromarray(pixels)
-        picture = picture.resize(_fit(picture.size, tile), Image.Resampling.BILINEAR)
-        left, top = index % columns * tile, index // columns * tile
-        sheet.paste(picture, (left + (tile - picture.width) // 2, top + (tile - picture.height) // 2))
-    return Sprite(_encode(sheet, lossless=False), tile, columns, len(images))
-
-
-def _fit(size: tuple[int, int], tile: int) -> tuple[int, int]:
-    scale = tile / max(size)
-    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
+    return Sprite(_encode(tile_sheet(images, tile, columns), lossless=False), tile, columns, len(images))
 
 
 def _encode(picture: Image.Image, *, lossless: bool) -> str:
