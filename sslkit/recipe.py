@@ -13,6 +13,7 @@ import timm
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from sslkit.data.config import MixConfig
 from sslkit.data.policies import POLICIES, ViewsConfig
 from sslkit.data.source import DataConfig
 from sslkit.errors import UserError, near_miss
@@ -199,6 +200,8 @@ def _shape_mistakes(tables: dict[str, Any]) -> list[str]:
     mistakes += [f"{table}: must be a table [{table}]" for table, keys in tables.items() if not isinstance(keys, dict)]
     for table, key in (("method", "name"), ("backbone", "name"), ("data", "path")):
         keys = tables.get(table)
+        if table == "data" and isinstance(keys, dict) and "path" not in keys and "mix" in keys:
+            continue
         if not isinstance(keys, dict) or key not in keys:
             mistakes.append(f"[{table}] {key}: missing; a recipe needs [method] name, [backbone] name and [data] path")
         elif not isinstance(keys[key], str):
@@ -251,6 +254,8 @@ def _fill_policy(layered: dict[str, dict[str, Any]]) -> list[str]:
 def _sentence(table: str, model: type[BaseModel], item: Any) -> str:
     """One pydantic error as a sentence with table, key and near miss."""
     key = str(item["loc"][0]) if item["loc"] else ""
+    if table == "data" and key == "mix" and len(item["loc"]) > 1:
+        return _sentence(f"data.mix {item['loc'][1] + 1}", MixConfig, {**item, "loc": item["loc"][2:]})
     if table == "train" and "accumulat" in key:
         return f"[train] {key}: {ACCUMULATION}"
     if item["type"] == "extra_forbidden":
@@ -259,7 +264,8 @@ def _sentence(table: str, model: type[BaseModel], item: Any) -> str:
         return f"[{table}] {key}: missing"
     message = item["msg"].removeprefix("Value error, ")
     given = "" if isinstance(item["input"], dict) else f", not {item['input']!r}"
-    return f"[{table}] {key}: {message[0].lower() + message[1:]}{given}"
+    where = f"[{table}] {key}:" if key else f"[{table}]"
+    return f"{where} {message[0].lower() + message[1:]}{given}"
 
 
 def _contradictions(recipe: Recipe) -> list[str]:

@@ -197,6 +197,7 @@ def _make_loader(
         start_step=start_step,
         total_steps=last_step,
         detour=detour,
+        mixture=source.mixture,
     )
     return SteadyLoader(
         source,

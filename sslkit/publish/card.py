@@ -39,7 +39,7 @@ A `{recipe.backbone.name}` image encoder pretrained without labels by `{method}`
 | | |
 | --- | --- |
 | method | `{method}` |
-| data | `{recipe.data.path}`, split `{recipe.data.split}` |
+| data | `{recipe.data.title}`, split `{recipe.data.split}` |
 | epochs, global batch | {recipe.train.epochs}, {recipe.train.batch_size} |
 | optimizer, peak learning rate | {recipe.optim.name}, {recipe.peak_lr:g} |
 
