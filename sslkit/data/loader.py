@@ -59,9 +59,9 @@ def epoch_order(seed: int, epoch: int, num_samples: int, detour: int = 0) -> NDA
 class GlobalBatches(Sampler[list[Key]]):
     """Yields this rank's keys of each global batch, from ``start_step`` to ``total_steps``, across epochs.
 
-    Global batch ``i`` of an epoch is rows ``[i * N, (i + 1) * N)`` of `epoch_order`, or of a `Mixture`'s samples in this
-    order; rank ``r`` of ``W`` takes the
-    ``r``-th of its ``W`` equal parts. Neither the order nor the batches depend on ``W``.
+    Global batch ``i`` of an epoch is rows ``[i * N, (i + 1) * N)`` of `epoch_order`, or of a `Mixture`'s samples in
+    that order; rank ``r`` of ``W`` takes the ``r``-th of its ``W`` equal parts. Neither the order nor the batches
+    depend on ``W``.
     """
 
     def __init__(

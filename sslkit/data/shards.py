@@ -5,11 +5,13 @@ an image may be cut short, which shows when it is read.
 """
 
 import glob
+import itertools
 import json
+import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -29,7 +31,7 @@ MAX_SIZE = 2**60  # bytes; more is a lie, and one beyond all disks is as good as
 UNREADABLE = -1  # the size that stands for a link, which has no content of its own
 TAR_SUFFIXES = (".tar", ".tgz", *(f".tar.{kind}" for kind in ("gz", "zst", "bz2", "xz", "lz4")))
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x04\x22M": "lz4"}
-RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+BRACES, RANGE = re.compile(r"\{([^{}]+)\}"), re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 MAX_SHARDS = 1_000_000  # that a pattern may name
 
 
@@ -72,29 +74,24 @@ def expand_braces(pattern: str) -> list[str]:
     Raises:
         UserError: There are more than a million.
     """
-    names = [pattern]
-    while any("{" in name and "}" in name[name.index("{") :] for name in names):
-        expanded = [each for name in names for each in _expand_first(name)]
-        if len(expanded) > MAX_SHARDS:
-            raise UserError(f"[data] path: {pattern!r} names more than {MAX_SHARDS} files")
-        if expanded == names:
-            return names
-        names = expanded
-    return names
+    pieces = BRACES.split(pattern)
+    choices: list[Sequence[str]] = [
+        [piece] if place % 2 == 0 else _choices(piece) for place, piece in enumerate(pieces)
+    ]
+    if math.prod(map(len, choices)) > MAX_SHARDS:
+        raise UserError(f"[data] path: {pattern!r} names more than {MAX_SHARDS} files")
+    return ["".join(words) for words in itertools.product(*choices)]
 
 
-def _expand_first(name: str) -> list[str]:
-    found = re.search(r"\{([^{}]+)\}", name)
-    if not found:
-        return [name]
-    before, after = name[: found.start()], name[found.end() :]
-    numbers = RANGE.fullmatch(found[0])
+def _choices(inside: str) -> Sequence[str]:
+    """The words that the inside of a pair of braces stands for."""
+    numbers = RANGE.fullmatch(inside)
     if not numbers:
-        return [before + word + after for word in found[1].split(",")]
+        return inside.split(",")
     first, last = numbers[1], numbers[2]
     if int(last) - int(first) >= MAX_SHARDS:
-        raise UserError(f"[data] path: {found[0]!r} names more than {MAX_SHARDS} files")
-    return [f"{before}{number:0{len(first)}d}{after}" for number in range(int(first), int(last) + 1)]
+        raise UserError(f"[data] path: {{{inside}}} names more than {MAX_SHARDS} files")
+    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
 
 
 def index_shards(files: list[Path], label: str | None) -> datasets.Dataset:
@@ -139,11 +136,12 @@ def _index(file: Path, label: str) -> tuple[list[str], list[str | None]]:
     with _open_shard(file) as stream:
         key, start, word = b"", 0, None
         for member in walk(stream, file):
-            folder, _, base = member.name.rpartition(b"/")
+            base = member.name[member.name.rfind(b"/") + 1 :]
             stem, dot, suffixes = base.partition(b".")
-            if folder + b"/" + stem != key:
+            sample = member.name[: len(member.name) - len(dot + suffixes)]
+            if sample != key:
                 labels[start:] = [word] * (len(places) - start)
-                key, start, word = folder + b"/" + stem, len(places), None
+                key, start, word = sample, len(places), None
             suffix = suffixes.rpartition(b".")[2].decode("latin-1").lower()
             if not stem or not dot:
                 continue
@@ -225,16 +223,16 @@ def _open_shard(file: Path) -> BinaryIO:
 
 def _check_header(header: bytes, at: int, file: Path) -> tuple[bytes, int]:
     """Kind and size of what follows a header."""
+    kind = next((word for magic, word in COMPRESSED.items() if not at and header.startswith(magic)), None)
+    total = sum(header) - sum(header[148:156]) + 8 * 32  # as if the sum itself were spaces
+    if kind and _number(header[148:156]) != total:
+        raise UserError(
+            f"[data] path: {printable(to_text(str(file)))} is compressed by {kind}, so that no image in it can be read "
+            "without all those before it; images are compressed already: decompress it once to a plain .tar"
+        )
     if len(header) < BLOCK:
         raise _broken(file, at, "cut short within a header" if at else "too short for a tar file")
-    total = sum(header) - sum(header[148:156]) + 8 * 32  # as if the sum itself were spaces
     if _number(header[148:156]) != total:
-        kind = next((word for magic, word in COMPRESSED.items() if header.startswith(magic)), None) if not at else None
-        if kind:
-            raise UserError(
-                f"[data] path: {printable(to_text(str(file)))} is compressed by {kind}, so that no image in it can be "
-                "read without all those before it; images are compressed already: decompress it once to a plain .tar"
-            )
         raise _broken(file, at, "no tar header")
     size = _number(header[124:136])
     if size is None:

@@ -226,12 +226,15 @@ def mix(sources: list[ImageSource], weights: list[float | None]) -> ImageSource:
                 "by sslkit prepare"
             )
         bare = source.without_labels()
-        tables.append(bare.table.rename_column(bare.image_column, "image"))
+        tables.append(
+            bare.table if bare.image_column == "image" else bare.table.rename_column(bare.image_column, "image")
+        )
     table = datasets.concatenate_datasets(tables)
     roots = [source.root for source in sources]
     root = os.path.commonpath(roots) if all(roots) else ""
     shares = [weight for weight in weights if weight is not None]
     sizes = tuple(len(source) for source in sources)
     mixture = Mixture(sizes, tuple(shares)) if shares else None
-    description = " + ".join(source.description for source in sources)
+    said = [f" ({share / sum(shares):.3g} of an epoch)" for share in shares] or [""] * len(sources)
+    description = " + ".join(source.description + share for source, share in zip(sources, said, strict=True))
     return ImageSource(table, "image", None, description, "" if root == "/" else root, mixture=mixture)

@@ -53,7 +53,7 @@ def try_to_write_capsule(training: Training, step: int, complaint: str, loss: fl
 
 def _facts(training: Training, step: int, complaint: str, loss: float, grad_norm: float) -> dict[str, Any]:
     accelerator = training.accelerator
-    mixture = training.loader.batches.mixture
+    mixture = training.mixture
     batches = batches_of(training.recipe, training.course.rewinds, step, training.images, mixture)
     return {
         "format": FORMAT,

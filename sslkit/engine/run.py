@@ -285,6 +285,7 @@ def assemble(
         Diagnostics(recipe, source, accelerator) if recipe.monitor.diagnose_every else None,
         course,
         BadSamples(folder, source, recipe.data.max_bad_share, start_step, active=accelerator.is_main_process),
+        source.mixture,
     )
 
 
