@@ -236,6 +236,9 @@ def _lay_over(defaults: dict[str, dict[str, Any]], tables: dict[str, Any]) -> di
         if layered["backbone"]["pretrained"] is True:
             config: Any = timm.get_pretrained_cfg(tables["backbone"]["name"])
             layered["views"] = {"mean": config.mean, "std": config.std, **layered["views"]}
+    args = layered["backbone"].get("args")
+    if isinstance(args, dict) and args.get("in_chans", 3) != 3:
+        layered["data"].setdefault("channels", args["in_chans"])
     asked, paper = tables.get("optim", {}).get("name"), defaults.get("optim", {}).get("name")
     if asked not in (None, paper):
         # The paper's rates belong to the paper's optimizer; another one must bring its own.
@@ -285,6 +288,12 @@ def _contradictions(recipe: Recipe) -> list[str]:
             f"[checkpoint] keep_best: {recipe.checkpoint.keep_best!r} is measured by the monitor only; give "
             "[monitor] every_epochs and data"
         )
+    if (recipe.data.channels or 3) != recipe.backbone.channels or recipe.data.channels == 3:
+        mistakes.append(
+            f"[data] channels: {recipe.data.channels}, but the backbone takes {recipe.backbone.channels}; leave it "
+            "out, [backbone] args in_chans rules"
+        )
+    mistakes += [f"[views] {mistake}" for mistake in recipe.views.unfit_for(recipe.backbone.channels)]
     if recipe.schedule.decay == "steps" and not recipe.schedule.milestones:
         mistakes.append("[schedule] milestones: decay = 'steps' needs the epochs at which the rate falls")
     return mistakes

@@ -4,6 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MAX_CHANNELS = 512
+
 
 class SourceConfig(BaseModel):
     """One source of images, in the words of ``datasets.load_dataset``.
@@ -50,6 +52,7 @@ class DataConfig(SourceConfig):
     Attributes:
         path: As above; left out where ``mix`` stands for it.
         mix: Several sources in place of one.
+        channels: Of images that are not read as RGB; filled in by ``[backbone] args = { in_chans = n }``.
         workers: Processes that decode and augment; ``"auto"`` is one a core, less one on CPU-only machines.
         worker_timeout: Seconds that a batch may take before its worker counts as stuck (0: for ever).
         max_bad_share: The run stops when more than this share of the images, rounded up to whole images, has proved
@@ -58,6 +61,7 @@ class DataConfig(SourceConfig):
 
     path: str = ""
     mix: list[MixConfig] | None = None
+    channels: int | None = Field(default=None, strict=True, ge=1, le=MAX_CHANNELS)
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     worker_timeout: float = Field(default=300.0, ge=0.0)
     max_bad_share: float = Field(default=0.01, ge=0.0, le=1.0)

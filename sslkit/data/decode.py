@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,7 +20,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 MAX_PIXELS = 89_478_485  # Pillow's own bound: 256 MiB of RGB
 MAX_BYTES = 2**29  # of a file
 
-Pixels = NDArray[np.uint8]
+Pixels = NDArray[np.unsignedinteger[Any]]  # (H, W, 3) uint8 RGB, or (H, W, channels) uint16
 Size = tuple[int, int]  # height, width
 Reduction = Callable[[Size], int]
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pyarrow import compute
 
+from sslkit.data.channels import decode_channels
 from sslkit.data.config import DataConfig, SourceConfig
 from sslkit.data.decode import Pixels, Reduction, Size, UnreadableImage, decode_reduced, decode_rgb, read_file
 from sslkit.data.finding import (
@@ -44,6 +45,7 @@ class ImageSource:
         root: The folder below which all images lie, as `to_text` writes it; empty where they are no files of a folder.
         within: The folder that a local table's images may lie in, where its rows name files; empty: anywhere.
         mixture: In which shares several sources make an epoch; None where every image comes once.
+        channels: What images are read as: None for RGB of 8 bits, or so many channels of 16.
     """
 
     table: datasets.Dataset
@@ -53,25 +55,33 @@ class ImageSource:
     root: str = ""
     within: str = ""
     mixture: Mixture | None = None
+    channels: int | None = None
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     def read(self, index: int) -> Pixels:
-        """Decode image ``index`` to (H, W, 3) uint8 RGB.
+        """Decode image ``index`` to (H, W, 3) uint8 RGB, or to (H, W, channels) uint16.
 
         Raises:
             UnreadableImage: It cannot be.
         """
+        return self.read_as(index, self.channels)
+
+    def read_as(self, index: int, channels: int | None) -> Pixels:
+        """Decode image ``index`` to so many channels, whatever ``channels`` says of the source; see `read`."""
         name, encoded = self.encoded(index)
-        return decode_rgb(encoded, name)
+        return decode_rgb(encoded, name) if channels is None else decode_channels(encoded, name, channels)
 
     def read_reduced(self, index: int, reduction: Reduction) -> tuple[Pixels, Size]:
-        """Image ``index`` as `decode_reduced` gives it, and height and width of the whole image.
+        """Image ``index`` as `decode_reduced` gives it, and height and width of the whole image; channels stay whole.
 
         Raises:
             UnreadableImage: It cannot be decoded.
         """
+        if self.channels is not None:
+            whole = self.read(index)
+            return whole, whole.shape[:2]
         name, encoded = self.encoded(index)
         return decode_reduced(encoded, name, reduction)
 
@@ -196,8 +206,10 @@ def open_source(config: DataConfig) -> ImageSource:
     """
     datasets.disable_progress_bars()
     if config.mix:
-        return mix([_open(each) for each in config.mix], [each.weight for each in config.mix])
-    return _open(config)
+        source = mix([_open(each) for each in config.mix], [each.weight for each in config.mix])
+    else:
+        source = _open(config)
+    return replace(source, channels=config.channels)
 
 
 def _open(config: SourceConfig) -> ImageSource:
