@@ -13,6 +13,7 @@ import timm
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from sslkit.data.config import MixConfig
 from sslkit.data.policies import POLICIES, ViewsConfig
 from sslkit.data.source import DataConfig
 from sslkit.errors import UserError, near_miss
@@ -203,6 +204,8 @@ def _shape_mistakes(tables: dict[str, Any]) -> list[str]:
     mistakes += [f"{table}: must be a table [{table}]" for table, keys in tables.items() if not isinstance(keys, dict)]
     for table, key in (("method", "name"), ("backbone", "name"), ("data", "path")):
         keys = tables.get(table)
+        if table == "data" and isinstance(keys, dict) and "path" not in keys and "mix" in keys:
+            continue
         if not isinstance(keys, dict) or key not in keys:
             mistakes.append(f"[{table}] {key}: missing; a recipe needs [method] name, [backbone] name and [data] path")
         elif not isinstance(keys[key], str):
@@ -237,6 +240,9 @@ def _lay_over(defaults: dict[str, dict[str, Any]], tables: dict[str, Any]) -> di
         if layered["backbone"]["pretrained"] is True:
             config: Any = timm.get_pretrained_cfg(tables["backbone"]["name"])
             layered["views"] = {"mean": config.mean, "std": config.std, **layered["views"]}
+    args = layered["backbone"].get("args")
+    if isinstance(args, dict) and args.get("in_chans", 3) != 3:
+        layered["data"].setdefault("channels", args["in_chans"])
     asked, paper = tables.get("optim", {}).get("name"), defaults.get("optim", {}).get("name")
     if asked not in (None, paper):
         # The paper's rates belong to the paper's optimizer; another one must bring its own.
@@ -255,6 +261,8 @@ def _fill_policy(layered: dict[str, dict[str, Any]]) -> list[str]:
 def _sentence(table: str, model: type[BaseModel], item: Any) -> str:
     """One pydantic error as a sentence with table, key and near miss."""
     key = str(item["loc"][0]) if item["loc"] else ""
+    if table == "data" and key == "mix" and len(item["loc"]) > 1:
+        return _sentence(f"data.mix {item['loc'][1] + 1}", MixConfig, {**item, "loc": item["loc"][2:]})
     if table == "train" and "accumulat" in key:
         return f"[train] {key}: {ACCUMULATION}"
     if item["type"] == "extra_forbidden":
@@ -264,7 +272,8 @@ def _sentence(table: str, model: type[BaseModel], item: Any) -> str:
         return f"[{table}] {key}: missing"
     message = item["msg"].removeprefix("Value error, ")
     given = "" if isinstance(item["input"], dict) else f", not {item['input']!r}"
-    return f"[{table}] {key}: {message[0].lower() + message[1:]}{given}"
+    where = f"[{table}] {key}:" if key else f"[{table}]"
+    return f"{where} {message[0].lower() + message[1:]}{given}"
 
 
 def _contradictions(recipe: Recipe) -> list[str]:
@@ -284,6 +293,12 @@ def _contradictions(recipe: Recipe) -> list[str]:
             f"[checkpoint] keep_best: {recipe.checkpoint.keep_best!r} is measured by the monitor only; give "
             "[monitor] every_epochs and data"
         )
+    if (recipe.data.channels or 3) != recipe.backbone.channels or recipe.data.channels == 3:
+        mistakes.append(
+            f"[data] channels: {recipe.data.channels}, but the backbone takes {recipe.backbone.channels}; leave it "
+            "out, [backbone] args in_chans rules"
+        )
+    mistakes += [f"[views] {mistake}" for mistake in recipe.views.unfit_for(recipe.backbone.channels)]
     if recipe.schedule.decay == "steps" and not recipe.schedule.milestones:
         mistakes.append("[schedule] milestones: decay = 'steps' needs the epochs at which the rate falls")
     return mistakes

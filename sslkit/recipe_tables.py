@@ -2,8 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sslkit.data.config import MAX_CHANNELS
 from sslkit.data.policies import ViewsConfig
 from sslkit.data.source import DataConfig
 from sslkit.errors import UserError, without_tokens
@@ -61,6 +62,19 @@ class BackboneConfig(_Table):
     pos_embed: Literal["timm", "sincos2d", "none"] = "timm"
     freeze_patch_embed: bool = False
     small_stem: bool = False
+
+    @property
+    def channels(self) -> int:
+        """How many channels the images have."""
+        return int(self.args.get("in_chans", 3))
+
+    @field_validator("args")
+    @classmethod
+    def _some_channels(cls, value: dict[str, Any]) -> dict[str, Any]:
+        channels = value.get("in_chans", 3)
+        if type(channels) is not int or not 1 <= channels <= MAX_CHANNELS:
+            raise ValueError(f"in_chans must be a whole number from 1 to {MAX_CHANNELS}")
+        return value
 
     @model_validator(mode="after")
     def _pretrained_source(self) -> "BackboneConfig":

@@ -30,6 +30,9 @@ def check(
     path: Annotated[str, typer.Argument(help="Folder of images or datasets id.", metavar="DIR|ID")],
     split: Annotated[str, typer.Option(help="Split to read.")] = "train",
     name: Annotated[str, typer.Option(help="Configuration of the dataset.")] = "",
+    channels: Annotated[
+        int, typer.Option(help="Channels of images that are not RGB, as [backbone] in_chans has it.", min=1, max=512)
+    ] = 3,
     workers: Annotated[int, typer.Option(help="Processes that read; -1: one a core.", min=-1)] = -1,
     strict: Annotated[bool, typer.Option(help="Exit with 2 if an image is unreadable or occurs twice.")] = False,
     as_json: AsJson = False,
@@ -43,7 +46,7 @@ def check(
     from sslkit.data.source import DataConfig, files_left_out, open_source
     from sslkit.data.survey import survey
 
-    config = DataConfig(path=path, split=split, name=name or None)
+    config = DataConfig(path=path, split=split, name=name or None, channels=None if channels == 3 else channels)
     source = open_source(config)
     with _progress(len(source)) as advance:
         found = survey(source, cores_of_a_process(1) if workers < 0 else workers, advance)

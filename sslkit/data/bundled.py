@@ -2,23 +2,21 @@
 
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import pyarrow.parquet
 
+from sslkit.data.config import SourceConfig
 from sslkit.data.idx import read_idx
 from sslkit.errors import UserError, near_miss
-
-if TYPE_CHECKING:
-    from sslkit.data.source import DataConfig
 
 BUILTIN = "builtin:"
 BUILTIN_SETS = ("fashion_mnist",)
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
-def load_bundled(config: "DataConfig") -> datasets.Dataset:
+def load_bundled(config: SourceConfig) -> datasets.Dataset:
     """The rows of ``builtin:NAME``.
 
     Raises:

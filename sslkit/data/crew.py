@@ -51,7 +51,7 @@ class SteadyLoader:
         self.source, self.pipeline, self.batches = source, pipeline, batches
         self.workers, self.pin_memory, self.timeout, self.say = workers, pin_memory, timeout, say
         local = batches.batch_size // batches.world_size
-        self.batch_bytes = local * sum(3 * side * side for side in pipeline.sides)
+        self.batch_bytes = local * sum(pipeline.pixel_bytes * side * side for side in pipeline.sides)
         self.prefetch = fitting_prefetch(self.batch_bytes, workers, free_bytes()) if workers else 0
 
     def __iter__(self) -> Iterator[Batch]:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,7 +20,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 MAX_PIXELS = 89_478_485  # Pillow's own bound: 256 MiB of RGB
 MAX_BYTES = 2**29  # of a file
 
-Pixels = NDArray[np.uint8]
+Pixels = NDArray[np.unsignedinteger[Any]]  # (H, W, 3) uint8 RGB, or (H, W, channels) uint16
 Size = tuple[int, int]  # height, width
 Reduction = Callable[[Size], int]
 
@@ -68,8 +69,12 @@ class Header:
     orientation: int
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Path, span: tuple[int, int] | None = None) -> bytes:
     """The content of a regular file of at most 512 MiB; never waits for a pipe or a device.
+
+    Args:
+        path: The file.
+        span: Offset and size of the part that is meant; none for all of it.
 
     Raises:
         OSError: There is no such file, or no right to read it, or it is not one to be read.
@@ -78,9 +83,15 @@ def read_file(path: Path) -> bytes:
         status = os.fstat(stream.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError("not a regular file")
-        if status.st_size > MAX_BYTES:
-            raise OSError(f"{status.st_size} bytes, more than {MAX_BYTES}")
-        return stream.read(status.st_size)
+        offset, size = span or (0, status.st_size)
+        if size > MAX_BYTES:
+            raise OSError(f"{size} bytes, more than {MAX_BYTES}")
+        if size < 0:
+            raise OSError("a link in a tar file, without content of its own")
+        if offset + size > status.st_size:
+            raise OSError(f"cut short: its tar file ends {offset + size - status.st_size} bytes before it does")
+        stream.seek(offset)
+        return stream.read(size)
 
 
 def read_header(encoded: bytes, name: str) -> Header:

@@ -23,6 +23,7 @@ SUFFIXES = frozenset(
         *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".avif"),
     )
 )
+PLACE = re.compile("\0@(\\d{1,19})\\+(-?\\d{1,19})(?=/)")  # between a tar file's name and that of a file in it
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -81,13 +82,25 @@ def to_text(path: str) -> str:
 
 
 def to_path(text: str) -> Path:
-    """The path that `to_text` made text of."""
-    return Path(re.sub("\0(..)", lambda found: chr(0xDC00 + int(found[1], 16)), text))
+    """The path that `to_text` made text of; of a place in a tar file, the tar file's."""
+    file = PLACE.split(text, maxsplit=1)[0]
+    return Path(re.sub("\0(..)", lambda found: chr(0xDC00 + int(found[1], 16)), file))
+
+
+def place_in(shard: str, offset: int, size: int, name: str) -> str:
+    """A place in a tar file as text: beside the file's and the image's names, which bytes of it are the image."""
+    return f"{shard}\0@{offset}+{size}/{name}"
+
+
+def span_of(text: str) -> tuple[int, int] | None:
+    """Offset and size of a place in a tar file; None for a file of its own."""
+    found = PLACE.search(text)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def printable(text: str) -> str:
     """A path's text for people, on one line: what is not printable is escaped."""
-    text = re.sub("\0(..)", r"\\x\1", text)
+    text = re.sub("\0(..)", r"\\x\1", PLACE.sub("", text, count=1))
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sslkit.data.mixture import Mixture
 from sslkit.data.posts import Posts
 from sslkit.data.replace import BadSample, read_or_replace
 from sslkit.data.shared_memory import PREFETCH
@@ -58,8 +59,9 @@ def epoch_order(seed: int, epoch: int, num_samples: int, detour: int = 0) -> NDA
 class GlobalBatches(Sampler[list[Key]]):
     """Yields this rank's keys of each global batch, from ``start_step`` to ``total_steps``, across epochs.
 
-    Global batch ``i`` of an epoch is rows ``[i * N, (i + 1) * N)`` of `epoch_order`; rank ``r`` of ``W`` takes the
-    ``r``-th of its ``W`` equal parts. Neither the order nor the batches depend on ``W``.
+    Global batch ``i`` of an epoch is rows ``[i * N, (i + 1) * N)`` of `epoch_order`, or of a `Mixture`'s samples in
+    that order; rank ``r`` of ``W`` takes the ``r``-th of its ``W`` equal parts. Neither the order nor the batches
+    depend on ``W``.
     """
 
     def __init__(
@@ -73,10 +75,12 @@ class GlobalBatches(Sampler[list[Key]]):
         start_step: int = 0,
         total_steps: int,
         detour: int = 0,
+        mixture: Mixture | None = None,
     ) -> None:
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.start_step, self.total_steps, self.detour = start_step, total_steps, detour
+        self.mixture = mixture
         self.steps_per_epoch = num_samples // batch_size
 
     def starting_at(self, step: int) -> "GlobalBatches":
@@ -90,6 +94,7 @@ class GlobalBatches(Sampler[list[Key]]):
             start_step=step,
             total_steps=self.total_steps,
             detour=self.detour,
+            mixture=self.mixture,
         )
 
     def __len__(self) -> int:
@@ -97,13 +102,23 @@ class GlobalBatches(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         local = self.batch_size // self.world_size
-        current, order = -1, np.empty(0, dtype=np.int64)
+        current, samples, repeats = -1, np.empty(0, dtype=np.int64), None
         for step in range(self.start_step, self.total_steps):
             epoch, position = divmod(step, self.steps_per_epoch)
             if epoch != current:
-                current, order = epoch, epoch_order(self.seed, epoch, self.num_samples, self.detour)
-            first = position * self.batch_size + self.rank * local
-            yield [(epoch, int(sample)) for sample in order[first : first + local]]
+                current, (samples, repeats) = epoch, self._epoch(epoch)
+            here = slice(first := position * self.batch_size + self.rank * local, first + local)
+            times = repeats[here] if repeats is not None else [0] * local
+            # An image that comes again in an epoch is cut as in an epoch far away: other draws, no equal views.
+            yield [(epoch + (int(time) << 32), int(each)) for time, each in zip(times, samples[here], strict=True)]
+
+    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+        """An epoch's samples in their order, and, of a mixture, how often each has come before."""
+        order = epoch_order(self.seed, epoch, self.num_samples, self.detour)
+        if self.mixture is None:
+            return order, None
+        samples, repeats = self.mixture.samples(self.seed, epoch)
+        return samples[order], repeats[order]
 
 
 class Item(NamedTuple):

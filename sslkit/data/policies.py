@@ -11,7 +11,7 @@ LARGE_VIEWS = 2
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 PerView = Probability | tuple[Probability, Probability]
 Range = tuple[float, float]
-RGB = tuple[float, float, float]
+PerChannel = tuple[float, ...]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -99,7 +99,8 @@ class ViewsConfig(BaseModel):
         rotate_degrees: Largest rotation to either side; 0 leaves rotation out (no paper here rotates).
         erase_prob: How often a rectangle of the view is blanked (no paper here erases).
         erase_scale: Its area as a share of the view.
-        mean: Per-channel mean that views are normalised by on the device, for values in [0, 1].
+        mean: Per-channel mean that views are normalised by on the device, for values in [0, 1]; as many numbers as the
+            images have channels.
         std: Per-channel standard deviation, likewise.
         crop_pct: At evaluation, the share of the shorter side that the centre crop keeps (224 of 256 = 0.875).
         device: Where all that follows the crop is done: on the ``cpu`` by the data workers, or on the ``accelerator``
@@ -127,8 +128,8 @@ class ViewsConfig(BaseModel):
     rotate_degrees: float = Field(default=0.0, ge=0.0, le=180.0)
     erase_prob: PerView = 0.0
     erase_scale: Range = (0.05, 0.2)
-    mean: RGB = IMAGENET_MEAN
-    std: RGB = IMAGENET_STD
+    mean: PerChannel = IMAGENET_MEAN
+    std: PerChannel = IMAGENET_STD
     crop_pct: float = Field(default=0.875, gt=0.0, le=1.0)
     device: Literal["cpu", "accelerator"] = "cpu"
 
@@ -155,7 +156,30 @@ class ViewsConfig(BaseModel):
 
     @field_validator("std")
     @classmethod
-    def _positive(cls, value: RGB) -> RGB:
-        if min(value) <= 0.0:
-            raise ValueError("must be positive")
+    def _positive(cls, value: PerChannel) -> PerChannel:
+        if not value or min(value) <= 0.0:
+            raise ValueError("must be positive numbers, one a channel")
         return value
+
+    @property
+    def channels(self) -> int:
+        """How many channels the views have."""
+        return len(self.mean)
+
+    def unfit_for(self, channels: int) -> list[str]:
+        """What of these views images of so many channels cannot have, in sentences that begin with the key."""
+        found = [
+            f"{key}: {len(values)} numbers, where images have {channels} channels ([backbone] args in_chans); sslkit "
+            f"data check DIR --channels {channels} prints the right ones"
+            for key, values in (("mean", self.mean), ("std", self.std))
+            if len(values) != channels
+        ]
+        if channels == 3:
+            return found
+        if self.jitter[2] or self.jitter[3]:
+            found.append("jitter: saturation and hue are of three colours; its last two numbers must be 0")
+        if self.gray_prob not in (0.0, (0.0, 0.0)):
+            found.append("gray_prob: turning grey is of three colours; it must be 0")
+        if self.device != "cpu":
+            found.append("device: views of other than three channels are finished on the 'cpu'")
+        return found

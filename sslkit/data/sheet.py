@@ -2,22 +2,23 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
+from sslkit.data.channels import as_picture
+from sslkit.data.decode import Pixels
 
-def tile_sheet(images: Sequence[NDArray[np.uint8]], tile: int, columns: int) -> Image.Image:
+
+def tile_sheet(images: Sequence[Pixels], tile: int, columns: int) -> Image.Image:
     """Shrink or enlarge pictures to fit square tiles, and put them side by side, row by row, on black.
 
     Args:
-        images: Each (H, W, 3) uint8 RGB.
+        images: Each (H, W, 3) uint8 RGB, or (H, W, C) uint16, shown as `as_picture` does.
         tile: Side of a tile in pixels.
         columns: Tiles in a row.
     """
     sheet = Image.new("RGB", (columns * tile, -(-len(images) // columns) * tile))
     for index, pixels in enumerate(images):
-        picture = Image.fromarray(pixels)
+        picture = Image.fromarray(as_picture(pixels))
         picture = picture.resize(_fit(picture.size, tile), Image.Resampling.BILINEAR)
         left, top = index % columns * tile, index // columns * tile
         sheet.paste(picture, (left + (tile - picture.width) // 2, top + (tile - picture.height) // 2))

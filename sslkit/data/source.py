@@ -1,66 +1,36 @@
-"""Where images come from: a folder, parquet or arrow files, a Hub dataset id, or the bundled set.
+"""The images of a run or an evaluation, wherever they lie, one source or several.
 
 `datasets` does the finding, typing and memory-mapping. Images stay encoded until a worker decodes them.
 """
 
-import glob
 import hashlib
 import os
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Literal
 
 import datasets
 import numpy as np
 from numpy.typing import NDArray
 from pyarrow import compute
-from pydantic import BaseModel, ConfigDict, Field
 
-from sslkit.data.bundled import BUILTIN, load_bundled
+from sslkit.data.channels import decode_channels
+from sslkit.data.config import DataConfig, SourceConfig
 from sslkit.data.decode import Pixels, Reduction, Size, UnreadableImage, decode_reduced, decode_rgb, read_file
-from sslkit.data.folder import folders_in, has_metadata, list_images, printable, to_path, to_text
-from sslkit.data.tables import label_word, map_arrow, only_columns
-from sslkit.errors import UserError, near_miss
-from sslkit.parts.hub import quick_hub, why_not
+from sslkit.data.finding import (
+    available_splits,
+    describe,
+    files_left_out,
+    find_image_column,
+    find_label_column,
+    folder_of_table,
+    image_folder,
+    load_table,
+)
+from sslkit.data.folder import has_metadata, printable, span_of, to_path, to_text
+from sslkit.data.mixture import Mixture
+from sslkit.data.tables import label_word, only_columns
+from sslkit.errors import UserError
 
-LOADERS = ("imagefolder", "parquet", "arrow")
-SPLITS = ("train", "test", "val", "validation")
-
-
-class DataConfig(BaseModel):
-    """The ``[data]`` table of a recipe, in the words of ``datasets.load_dataset``.
-
-    Attributes:
-        path: A folder of images (with or without a folder per class), a parquet or arrow file or a folder of them,
-            a Hub dataset id, ``"imagefolder"`` / ``"parquet"`` / ``"arrow"`` with ``data_dir`` or ``data_files``, or
-            ``"builtin:fashion_mnist"``.
-        name: The dataset's configuration. ``"full"`` asks for all 70 000 images of ``builtin:fashion_mnist``.
-        data_dir: Folder for the loaders above.
-        data_files: Files for the loaders above.
-        split: Which split to read.
-        image_column: Column of images; found by its type when not given.
-        label_column: Column of class labels; found by its type when not given. Never read for pretraining.
-        workers: Processes that decode and augment; ``"auto"`` is one a core, less one on CPU-only machines.
-        worker_timeout: Seconds that a batch may take before its worker counts as stuck (0: for ever).
-        max_bad_share: The run stops when more than this share of the images, rounded up to whole images, has proved
-            unreadable. Until then another image takes the place of each.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    path: str = Field(min_length=1)
-    name: str | None = None
-    data_dir: str | None = None
-    data_files: str | list[str] | None = None
-    split: str = "train"
-    image_column: str | None = None
-    label_column: str | None = None
-    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    worker_timeout: float = Field(default=300.0, ge=0.0)
-    max_bad_share: float = Field(default=0.01, ge=0.0, le=1.0)
+__all__ = ["DataConfig", "ImageSource", "available_splits", "files_left_out", "open_source"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +44,8 @@ class ImageSource:
         description: How to name the source in print and errors.
         root: The folder below which all images lie, as `to_text` writes it; empty where they are no files of a folder.
         within: The folder that a local table's images may lie in, where its rows name files; empty: anywhere.
+        mixture: In which shares several sources make an epoch; None where every image comes once.
+        channels: What images are read as: None for RGB of 8 bits, or so many channels of 16.
     """
 
     table: datasets.Dataset
@@ -82,25 +54,34 @@ class ImageSource:
     description: str
     root: str = ""
     within: str = ""
+    mixture: Mixture | None = None
+    channels: int | None = None
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     def read(self, index: int) -> Pixels:
-        """Decode image ``index`` to (H, W, 3) uint8 RGB.
+        """Decode image ``index`` to (H, W, 3) uint8 RGB, or to (H, W, channels) uint16.
 
         Raises:
             UnreadableImage: It cannot be.
         """
+        return self.read_as(index, self.channels)
+
+    def read_as(self, index: int, channels: int | None) -> Pixels:
+        """Decode image ``index`` to so many channels, whatever ``channels`` says of the source; see `read`."""
         name, encoded = self.encoded(index)
-        return decode_rgb(encoded, name)
+        return decode_rgb(encoded, name) if channels is None else decode_channels(encoded, name, channels)
 
     def read_reduced(self, index: int, reduction: Reduction) -> tuple[Pixels, Size]:
-        """Image ``index`` as `decode_reduced` gives it, and height and width of the whole image.
+        """Image ``index`` as `decode_reduced` gives it, and height and width of the whole image; channels stay whole.
 
         Raises:
             UnreadableImage: It cannot be decoded.
         """
+        if self.channels is not None:
+            whole = self.read(index)
+            return whole, whole.shape[:2]
         name, encoded = self.encoded(index)
         return decode_reduced(encoded, name, reduction)
 
@@ -121,7 +102,7 @@ class ImageSource:
         if self.within and not path.resolve().is_relative_to(self.within):
             raise UnreadableImage(name, f"the row names a file outside of {self.within}, the folder of its table")
         try:
-            return name, read_file(path)
+            return name, read_file(path, span_of(cell["path"]))
         except OSError as error:
             raise UnreadableImage(name, error.strerror or str(error)) from error
 
@@ -151,6 +132,14 @@ class ImageSource:
             for batch in batches
             for path in batch[self.image_column].combine_chunks().field("path").to_pylist()
         ]
+
+    def holds_names_alone(self) -> bool:
+        """Whether a row names a file and does not hold its bytes."""
+        batches = self.table.select_columns([self.image_column]).with_format("arrow").iter(1024)
+        cells = (batch[self.image_column].combine_chunks() for batch in batches)
+        return any(
+            compute.any(compute.and_(c.field("bytes").is_null(), c.field("path").is_valid())).as_py() for c in cells
+        )
 
     def fingerprint(self) -> str:
         """SHA-256 of what the images are: their bytes, or the paths, sizes and times of their files."""
@@ -206,7 +195,7 @@ class ImageSource:
     def subset(self, indices: NDArray[np.int64]) -> "ImageSource":
         """The rows at ``indices``, in that order."""
         table = self.table.select(indices)
-        return replace(self, table=table)
+        return replace(self, table=table, mixture=None)
 
 
 def open_source(config: DataConfig) -> ImageSource:
@@ -216,171 +205,48 @@ def open_source(config: DataConfig) -> ImageSource:
         UserError: Nothing there, no such split, no image column.
     """
     datasets.disable_progress_bars()
-    table = _load(config)
-    description = f"{_what(config)} [{config.split}]"
+    if config.mix:
+        source = mix([_open(each) for each in config.mix], [each.weight for each in config.mix])
+    else:
+        source = _open(config)
+    return replace(source, channels=config.channels)
+
+
+def _open(config: SourceConfig) -> ImageSource:
+    table = load_table(config)
+    description = f"{describe(config)} [{config.split}]"
     if table.num_rows == 0:
         raise UserError(f"[data] path: {description} holds no images")
-    image_column, label_column = _image_column(table, config), _label_column(table, config)
+    image_column, label_column = find_image_column(table, config), find_label_column(table, config)
     table = only_columns(table, image_column, label_column)
-    root = _image_folder(config)
+    root = image_folder(config)
     below = to_text(str(root)) if root and not has_metadata(root) else ""
-    return ImageSource(table, image_column, label_column, description, below, _folder_of_table(config))
+    return ImageSource(table, image_column, label_column, description, below, folder_of_table(config))
 
 
-def available_splits(config: DataConfig) -> list[str]:
-    """Names of the splits that can be asked of this source; empty where only trying would tell."""
-    if config.path.startswith(BUILTIN):
-        return ["train", "test"]
-    folder = Path(config.data_dir or config.path)
-    if folder.is_dir():
-        return [name for name in SPLITS if (folder / name).is_dir()] or ["train"]
-    return []
+def mix(sources: list[ImageSource], weights: list[float | None]) -> ImageSource:
+    """Several sources, without labels, as one: one after the other, in the shares of their weights if there are any.
 
-
-def files_left_out(config: DataConfig) -> Counter[str]:
-    """How many files of a folder were not taken for images, by suffix; empty for data of another kind."""
-    root = _image_folder(config)
-    return list_images(root).left_out if root and not has_metadata(root) else Counter()
-
-
-def _load(config: DataConfig) -> datasets.Dataset:
-    if config.path.startswith(BUILTIN):
-        return load_bundled(config)
-    if (root := _image_folder(config)) and not has_metadata(root):
-        return list_images(root).table
-    loader, files = _local_files(config)
-    try:
-        if loader is None:
-            with quick_hub():
-                return datasets.load_dataset(config.path, config.name, data_dir=config.data_dir, split=config.split)
-        if loader == "arrow":
-            return map_arrow(files)
-        # Without a word, datasets drops the labels of a split that holds only one class.
-        extra = {"drop_labels": not _has_class_folders(files)} if loader == "imagefolder" else {}
-        return datasets.load_dataset(loader, data_files={"split": files}, split="split", **extra)
-    except Exception as error:  # what a stranger's metadata makes of `datasets` is no closed set
-        if isinstance(error, UserError):
-            raise
-        where = "" if loader else "no folder of that name here, and as a dataset of the Hub: "
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        reason += "" if loader else why_not()
-        if "corresponds to no data" in reason:
-            reason = "no images in it"
-        raise UserError(f"[data] path: cannot load {_what(config)!r}: {where}{reason}") from error
-
-
-def _image_folder(config: DataConfig) -> Path | None:
-    """The folder below which every image is one of the split, or None where the data are of another kind."""
-    if config.path == "imagefolder" and config.data_dir and not config.data_files:
-        return _split_folder(Path(config.data_dir), config.split)
-    path = Path(config.path).expanduser()
-    if config.path not in LOADERS and path.is_dir() and _loader_for_folder(path) == "imagefolder":
-        return _split_folder(path, config.split)
-    return None
-
-
-def _folder_of_table(config: DataConfig) -> str:
-    """The folder of a local table, which its rows' files must lie in."""
-    place = Path(config.data_dir or config.path).expanduser()
-    if config.path.startswith(BUILTIN) or config.data_files or _image_folder(config) or not place.exists():
-        return ""
-    return str((place if place.is_dir() else place.parent).resolve())
-
-
-def _what(config: DataConfig) -> str:
-    """The words that tell a user which source is meant."""
-    return str(config.data_dir or config.data_files) if config.path in LOADERS else config.path
-
-
-def _local_files(config: DataConfig) -> tuple[str | None, list[str]]:
-    """The `datasets` loader for local files and the patterns to give it; no loader means a Hub id."""
-    if config.path in LOADERS:
-        if config.data_files:
-            files = [config.data_files] if isinstance(config.data_files, str) else config.data_files
-            return config.path, files
-        if not config.data_dir:
-            raise UserError(f"[data] data_dir: path = {config.path!r} needs data_dir or data_files")
-        return config.path, [_folder_pattern(Path(config.data_dir), config.split, config.path)]
-    path = Path(config.path).expanduser()
-    if path.is_dir():
-        loader = _loader_for_folder(path)
-        return loader, [_folder_pattern(path, config.split, loader)]
-    if path.is_file():
-        loaders = {".parquet": "parquet", ".arrow": "arrow"}
-        if path.suffix not in loaders:
-            raise UserError(f"[data] path: {config.path!r} is a file but neither .parquet nor .arrow")
-        return loaders[path.suffix], [glob.escape(str(path))]
-    if path.is_absolute() or config.path.count("/") != 1 or config.path.startswith((".", "~")):
-        here = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(
-            f"[data] path: no folder or file {config.path!r}{near_miss(path.name, here)}; a dataset of the Hub is "
-            "written user/name"
+    Raises:
+        UserError: The rows of a local table among them name files, and whose files they may name could not be told.
+    """
+    tables = []
+    for source in sources:
+        if source.within and source.holds_names_alone():
+            raise UserError(
+                f"[[data.mix]] path: rows of {source.description} name files instead of holding images; pack it first "
+                "by sslkit prepare"
+            )
+        bare = source.without_labels()
+        tables.append(
+            bare.table if bare.image_column == "image" else bare.table.rename_column(bare.image_column, "image")
         )
-    return None, []
-
-
-def _loader_for_folder(folder: Path) -> str:
-    found = {name.rpartition(".")[2] for name in _names_near(folder) if name.endswith((".parquet", ".arrow"))}
-    return next((loader for loader in ("parquet", "arrow") if loader in found), "imagefolder")
-
-
-def _names_near(folder: Path) -> Iterator[str]:
-    """Names in a folder and in those right below it."""
-    places = [folder, *(folder / name for name in folders_in(folder))]
-    for place in places:
-        with suppress(OSError), os.scandir(place) as entries:
-            yield from (entry.name for entry in entries)
-
-
-def _folder_pattern(folder: Path, split: str, loader: str) -> str:
-    pattern = glob.escape(str(_split_folder(folder, split)))
-    return f"{pattern}/**" if loader == "imagefolder" else f"{pattern}/**/*.{loader}"
-
-
-def _split_folder(folder: Path, split: str) -> Path:
-    """The split's subfolder where all subfolders are splits, else the folder itself, as the split "train"."""
-    if not folder.is_dir():
-        raise UserError(f"[data] data_dir: no folder {str(folder)!r}")
-    found = folders_in(folder)
-    if set(found) & set(SPLITS) and not set(found) <= set(SPLITS):
-        raise UserError(
-            f"[data] path: {str(folder)!r} has folders of splits and others, {found[:8]}; name a folder that holds "
-            f"either splits ({', '.join(SPLITS)}) or classes"
-        )
-    if split not in found and ((found and set(found) <= set(SPLITS)) or split != "train"):
-        raise UserError(f"[data] split: {str(folder)!r} has no folder {split!r}; it has {found[:8]}")
-    root = folder / split if split in found else folder
-    if next((entry for entry in root.rglob("*") if not entry.is_dir()), None) is None:
-        raise UserError(f"[data] path: the folder {str(root)!r} is empty")
-    return root
-
-
-def _has_class_folders(patterns: list[str]) -> bool:
-    roots = [pattern.removesuffix("/**") for pattern in patterns if pattern.endswith("/**")]
-    return any(Path(entry).is_dir() for root in roots for entry in glob.glob(f"{root}/*"))
-
-
-def _image_column(table: datasets.Dataset, config: DataConfig) -> str:
-    if config.image_column is not None:
-        return _named_column(table, "image_column", config.image_column)
-    typed = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    named = [name for name in ("image", "img", "jpg", "png") if name in table.column_names]
-    if not typed and not named:
-        raise UserError(f"[data] image_column: no column of images found among {table.column_names}; name it")
-    return str((typed or named)[0])
-
-
-def _label_column(table: datasets.Dataset, config: DataConfig) -> str | None:
-    if config.label_column is not None:
-        return _named_column(table, "label_column", config.label_column)
-    typed = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
-    plain = [name for name, feature in table.features.items() if isinstance(feature, datasets.Value)]
-    named = [name for name in ("label", "labels", "cls") if name in plain]
-    return next(iter(typed + named), None)
-
-
-def _named_column(table: datasets.Dataset, key: str, name: str) -> str:
-    if name not in table.column_names:
-        miss = near_miss(name, table.column_names)
-        raise UserError(f"[data] {key}: no column {name!r}{miss}; there are {table.column_names}")
-    return name
+    table = datasets.concatenate_datasets(tables)
+    roots = [source.root for source in sources]
+    root = os.path.commonpath(roots) if all(roots) else ""
+    shares = [weight for weight in weights if weight is not None]
+    sizes = tuple(len(source) for source in sources)
+    mixture = Mixture(sizes, tuple(shares)) if shares else None
+    said = [f" ({share / sum(shares):.3g} of an epoch)" for share in shares] or [""] * len(sources)
+    description = " + ".join(source.description + share for source, share in zip(sources, said, strict=True))
+    return ImageSource(table, "image", None, description, "" if root == "/" else root, mixture=mixture)

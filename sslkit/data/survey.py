@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from sslkit.data.decode import UnreadableImage, decode_rgb, read_header
+from sslkit.data.channels import FULL_SCALE, TIFF, as_picture
+from sslkit.data.decode import Header, Pixels, UnreadableImage, read_header
 from sslkit.data.duplicates import difference_hash, exact_groups, near_groups
 from sslkit.data.posts import Posts
 from sslkit.data.source import ImageSource
@@ -49,12 +50,13 @@ def look(source: ImageSource, index: int) -> Sight:
     """Read image ``index`` as training would, and measure it."""
     try:
         name, encoded = source.encoded(index)
-        header, pixels = read_header(encoded, name), decode_rgb(encoded, name)
+        pixels = source.read(index)
+        header = _header(encoded, name, pixels)
     except UnreadableImage as error:
         return Sight(index, error.reason)
     height, width = pixels.shape[:2]
-    means, deviations = (values[:, 0] / 255.0 for values in cv2.meanStdDev(pixels))
-    spread = pixels.max(axis=2).astype(np.int16) - pixels.min(axis=2)
+    means, deviations = _moments(pixels)
+    spread = pixels.max(axis=2).astype(np.int32) - pixels.min(axis=2)
     return Sight(
         index,
         "",
@@ -65,11 +67,27 @@ def look(source: ImageSource, index: int) -> Sight:
         header.orientation,
         len(encoded),
         hashlib.blake2b(encoded, digest_size=16).digest(),
-        difference_hash(pixels),
+        difference_hash(as_picture(pixels)),
         bool((spread <= COLOURLESS).all()),
         tuple(means.tolist()),
         tuple((deviations**2 + means**2).tolist()),
     )
+
+
+def _header(encoded: bytes, name: str, pixels: Pixels) -> Header:
+    """What an image says of itself; of a TIFF of several channels, which Pillow cannot open, what was read of it."""
+    if encoded[:4] in TIFF and pixels.shape[2] != 3:
+        return Header("TIFF", f"{pixels.shape[2]} channels", pixels.shape[1], pixels.shape[0], 1)
+    return read_header(encoded, name)
+
+
+def _moments(pixels: Pixels) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation of each channel, for values in [0, 1]."""
+    if pixels.dtype == np.uint8:
+        means, deviations = (np.asarray(values[:, 0] / 255.0, dtype=np.float64) for values in cv2.meanStdDev(pixels))
+        return means, deviations
+    values = pixels.reshape(-1, pixels.shape[2])
+    return values.mean(axis=0, dtype=np.float64) / FULL_SCALE, values.std(axis=0, dtype=np.float64) / FULL_SCALE
 
 
 @dataclass
@@ -86,8 +104,8 @@ class _Tally:
     sizes: "array[int]" = field(default_factory=lambda: array("Q"))
     likenesses: "array[int]" = field(default_factory=lambda: array("Q"))
     contents: bytearray = field(default_factory=bytearray)
-    mean: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
-    square: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
+    mean: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
+    square: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
 
     def add(self, sight: Sight) -> None:
         if sight.reason:
@@ -104,8 +122,8 @@ class _Tally:
         self.sizes.extend((sight.width, sight.height, sight.num_bytes))
         self.likenesses.append(sight.likeness)
         self.contents += sight.content
-        self.mean += sight.mean
-        self.square += sight.square
+        self.mean = self.mean + sight.mean
+        self.square = self.square + sight.square
 
 
 def survey(
@@ -178,15 +196,15 @@ def _findings(source: ImageSource, tally: _Tally) -> dict[str, Any]:
     found["classes"] = _class_counts(source)
     if not good:
         return found
-    mean = tally.mean / good
+    mean, digits = tally.mean / good, 4 if source.channels is None else 6  # 16 bits may use little of their scale
     return {
         **found,
         "formats": dict(tally.formats.most_common()),
         "modes": dict(tally.modes.most_common()),
         "exif_rotated": tally.orientations.total(),
         "grey_share": tally.grey / good,
-        "mean": mean.round(4).tolist(),
-        "std": np.sqrt(np.maximum(tally.square / good - mean**2, 0)).round(4).tolist(),
+        "mean": mean.round(digits).tolist(),
+        "std": np.sqrt(np.maximum(tally.square / good - mean**2, 0)).round(digits).tolist(),
         **_sizes(source, positions, np.frombuffer(tally.sizes, np.uint64).reshape(-1, 3).astype(np.int64)),
         **_duplicates(source, positions, tally),
     }

@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from sslkit.data.channel_views import finish_channels, resize_channels
+from sslkit.data.channels import FULL_SCALE
 from sslkit.data.decode import Pixels, Size
 from sslkit.data.draws import Box, Draw, draw_view
-from sslkit.data.policies import LARGE_VIEWS, RGB, ViewsConfig
+from sslkit.data.policies import LARGE_VIEWS, PerChannel, ViewsConfig
 
 REDUCTIONS = (8, 4, 2)  # by which a JPEG can be decoded smaller, at a fraction of the work
 ROOM = 1.25  # times a view's side that a reduced crop still has at least: sharpness stays within a few per cent
@@ -37,20 +39,23 @@ class ViewPipeline:
         cv2.setNumThreads(0)  # parallelism is the workers' business
         self.config, self.seed = config, seed
         self.sides = [config.size] * LARGE_VIEWS + [config.small_size] * config.small_crops
+        self.pixel_bytes = 3 if config.channels == 3 else 2 * config.channels
         self.colours = Colours(config)
 
     def __call__(self, image: Pixels, epoch: int, sample: int, size: Size | None = None) -> list[Pixels]:
         """Cut ``image`` (H, W, 3) into its views, each (side, side, 3), all uint8 RGB; large ones first.
 
+        Images of channels, (H, W, C) uint16, give such views.
+
         ``size`` is that of the image before `reduction`; none, if it was not reduced.
         """
         draws = self.draw(epoch, sample, size or image.shape[:2])
-        return [self.colours(self.crop(image, draw, view, size), draw) for view, draw in enumerate(draws)]
+        return [self.finish(self.crop(image, draw, view, size), draw) for view, draw in enumerate(draws)]
 
     def cut(self, image: Pixels, epoch: int, sample: int, view: int) -> Pixels:
         """Cut one view, (side, side, 3); seed, epoch, sample and view always give the same one."""
         draw = draw_view(self.config, self.seed, epoch, sample, view, image.shape[:2])
-        return self.colours(self.crop(image, draw, view), draw)
+        return self.finish(self.crop(image, draw, view), draw)
 
     def crops(
         self, image: Pixels, epoch: int, sample: int, size: Size | None = None
@@ -72,10 +77,15 @@ class ViewPipeline:
         room = min(min(box[2:]) / (ROOM * side) for box, side in zip(boxes, self.sides, strict=True))
         return next((each for each in REDUCTIONS if each <= room), 1)
 
+    def finish(self, pixels: Pixels, draw: Draw) -> Pixels:
+        """Do to a crop all that follows."""
+        return self.colours(pixels, draw) if pixels.dtype == np.uint8 else finish_channels(pixels, draw)
+
     def crop(self, image: Pixels, draw: Draw, view: int, size: Size | None = None) -> Pixels:
         """Cut a draw's box out of ``image`` and resize it to the view's side."""
         top, left, height, width = draw.box if size is None else reduced(draw.box, size, image.shape[:2])
-        return resize(image[top : top + height, left : left + width], self.sides[view], self.config.interpolation)
+        shrink = resize if image.dtype == np.uint8 else resize_channels
+        return shrink(image[top : top + height, left : left + width], self.sides[view], self.config.interpolation)
 
 
 def reduced(box: Box, size: Size, small: Size) -> Box:
@@ -158,8 +168,12 @@ def rotate(pixels: Pixels, angle: float) -> Pixels:
     return np.asarray(cv2.warpAffine(pixels, matrix, pixels.shape[:2][::-1]), dtype=np.uint8)
 
 
-def normalise(pixels: Tensor, mean: RGB, std: RGB) -> Tensor:
-    """Turn uint8 pixels (B, H, W, 3) into normalised floats (B, 3, H, W), channels-last in memory, on their device."""
-    shift = torch.tensor(mean, device=pixels.device) * 255.0
-    scale = torch.tensor(std, device=pixels.device) * 255.0
+def normalise(pixels: Tensor, mean: PerChannel, std: PerChannel) -> Tensor:
+    """Turn uint8 pixels (B, H, W, 3) into normalised floats (B, 3, H, W), channels-last in memory, on their device.
+
+    So are uint16 pixels of any number of channels, whose full scale is 65535.
+    """
+    full_scale = 255.0 if pixels.dtype == torch.uint8 else float(FULL_SCALE)
+    shift = torch.tensor(mean, device=pixels.device) * full_scale
+    scale = torch.tensor(std, device=pixels.device) * full_scale
     return ((pixels.to(torch.float32) - shift) / scale).permute(0, 3, 1, 2)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sslkit.data.loader import GlobalBatches
+from sslkit.data.mixture import Mixture
 from sslkit.durable import sha256_of, whole_folder, write_json, write_tensors
 from sslkit.engine.training import Training
 from sslkit.errors import UserError
@@ -51,7 +52,8 @@ def try_to_write_capsule(training: Training, step: int, complaint: str, loss: fl
 
 def _facts(training: Training, step: int, complaint: str, loss: float, grad_norm: float) -> dict[str, Any]:
     accelerator = training.accelerator
-    batches = batches_of(training.recipe, training.course.rewinds, step, training.images)
+    mixture = training.mixture
+    batches = batches_of(training.recipe, training.course.rewinds, step, training.images, mixture)
     return {
         "format": FORMAT,
         "step": step,
@@ -68,10 +70,17 @@ def _facts(training: Training, step: int, complaint: str, loss: float, grad_norm
     }
 
 
-def batches_of(recipe: Recipe, detour: int, step: int, images: int) -> GlobalBatches:
+def batches_of(recipe: Recipe, detour: int, step: int, images: int, mixture: Mixture | None) -> GlobalBatches:
     """The whole global batch of one step."""
-    train = recipe.train
-    return GlobalBatches(images, train.batch_size, train.seed, start_step=step, total_steps=step + 1, detour=detour)
+    return GlobalBatches(
+        images,
+        recipe.train.batch_size,
+        recipe.train.seed,
+        start_step=step,
+        total_steps=step + 1,
+        detour=detour,
+        mixture=mixture,
+    )
 
 
 def read_capsule(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -9,14 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sslkit.data.policies import ViewsConfig
 from sslkit.data.source import DataConfig, ImageSource
 from sslkit.engine.sights import Draw, neighbour_sheet
 from sslkit.errors import UserError
-from sslkit.evaluate.features import Transform, extract_features
+from sslkit.evaluate.features import extract_features
 from sslkit.evaluate.knn import KnnProtocol, knn_accuracy
 from sslkit.evaluate.labels import LabelledPair, open_pair
 from sslkit.evaluate.protocol import data_settings, knn_settings, preprocessing_settings
 from sslkit.evaluate.reading import Reading
+from sslkit.evaluate.transforms import Transform
 from sslkit.parts.collectives import copy_buffers_from_first, gather_rows, rank, world_size
 from sslkit.recipe import Recipe
 
@@ -43,10 +45,7 @@ class KnnMonitor:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The protocol, as `sslkit eval knn` would write it down for the same score."""
-        views = self.views
-        crop: dict[str, Any] = {"input_size": (3, views.size, views.size), "interpolation": views.interpolation}
-        crop |= {"mean": views.mean, "std": views.std, "crop_pct": views.crop_pct}
-        others = Reading().settings(), preprocessing_settings(crop), data_settings(self.pair)
+        others = Reading().settings(), preprocessing_settings(preprocessing_of(self.views)), data_settings(self.pair)
         return knn_settings(self.protocol, *others)
 
     def __call__(self, backbone: nn.Module, show: Callable[[Draw], None] | None = None) -> float | None:
@@ -94,6 +93,13 @@ class KnnMonitor:
         gathered = gather_rows(torch.cat([features, readable], dim=1).to(self.device)).cpu()
         interleaved = gathered.view(world_size(), share, -1).transpose(0, 1).flatten(0, 1)[: len(source)]
         return interleaved[:, :-1], interleaved[:, -1] > 0
+
+
+def preprocessing_of(views: ViewsConfig) -> dict[str, Any]:
+    """How images are prepared to be judged, in timm's words."""
+    size = (views.channels, views.size, views.size)
+    crop: dict[str, Any] = {"input_size": size, "interpolation": views.interpolation}
+    return crop | {"mean": views.mean, "std": views.std, "crop_pct": views.crop_pct}
 
 
 def _limit_bank(pair: LabelledPair, max_train: int, seed: int) -> LabelledPair:

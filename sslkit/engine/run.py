@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from timm.data import create_transform
 
 from sslkit.data.crew import SteadyLoader
 from sslkit.data.loader import GlobalBatches, cores_of_a_process, resolve_workers
@@ -27,7 +26,7 @@ from sslkit.engine.images import BadSamples, same_images
 from sslkit.engine.journal import Journal
 from sslkit.engine.lock import hold_folder
 from sslkit.engine.loop import run_loop
-from sslkit.engine.monitors import KnnMonitor
+from sslkit.engine.monitors import KnnMonitor, preprocessing_of
 from sslkit.engine.optim import make_optimizer
 from sslkit.engine.processes import make_accelerator, processes_here
 from sslkit.engine.retention import checkpoint_name
@@ -37,6 +36,7 @@ from sslkit.engine.stopping import MARKER, StopRequest, die_with_launcher, leave
 from sslkit.engine.track import Tracks, check_trackers
 from sslkit.engine.training import Training
 from sslkit.errors import UserError
+from sslkit.evaluate.transforms import evaluation_transform
 from sslkit.methods import Method, find_method
 from sslkit.methods.base import local_bn_groups
 from sslkit.parts.backbone import create_backbone, feature_dim, recompute_activations
@@ -204,6 +204,7 @@ def _make_loader(
         start_step=start_step,
         total_steps=last_step,
         detour=detour,
+        mixture=source.mixture,
     )
     return SteadyLoader(
         source,
@@ -227,9 +228,9 @@ def build_method(recipe: Recipe, num_samples: int = 0) -> Method:
     """
     spec = recipe.backbone_spec()
     backbone = create_backbone(spec)
-    width = feature_dim(backbone, recipe.views.size)
+    width = feature_dim(backbone, recipe.views.size, channels=spec.channels)
     if recipe.views.small_crops:
-        feature_dim(backbone, recipe.views.small_size, key="small_size")
+        feature_dim(backbone, recipe.views.small_size, "small_size", spec.channels)
     try:
         method = find_method(recipe.method_name)(backbone, width, recipe.method)
         method.meet_data(num_samples)
@@ -291,6 +292,7 @@ def assemble(
         Diagnostics(recipe, source, accelerator) if recipe.monitor.diagnose_every else None,
         course,
         BadSamples(folder, source, recipe.data.max_bad_share, start_step, active=accelerator.is_main_process),
+        source.mixture,
     )
 
 
@@ -313,15 +315,7 @@ def make_monitor(recipe: Recipe, accelerator: Accelerator) -> KnnMonitor | None:
     """The kNN that the recipe's ``[monitor]`` asks for, or None."""
     if not recipe.monitor.every_epochs:
         return None
-    views = recipe.views
-    transform = create_transform(
-        (3, views.size, views.size),
-        is_training=False,
-        interpolation=views.interpolation,
-        mean=views.mean,
-        std=views.std,
-        crop_pct=views.crop_pct,
-    )
+    transform = evaluation_transform(preprocessing_of(recipe.views))
     return KnnMonitor(recipe, transform, accelerator.device, workers_of(recipe, accelerator))
 
 

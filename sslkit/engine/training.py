@@ -9,6 +9,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from sslkit.data.loader import Batch
+from sslkit.data.mixture import Mixture
 from sslkit.engine.diagnostics import Diagnostics
 from sslkit.engine.guard import Course
 from sslkit.engine.images import BadSamples
@@ -37,6 +38,7 @@ class Training:
         diagnostics: What is watched without labels, or None.
         course: Troubles so far.
         bad_samples: The images that cannot be read.
+        mixture: In which shares several sources make an epoch, or None.
     """
 
     recipe: Recipe
@@ -54,3 +56,4 @@ class Training:
     diagnostics: Diagnostics | None
     course: Course
     bad_samples: BadSamples
+    mixture: Mixture | None

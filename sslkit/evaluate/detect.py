@@ -172,6 +172,8 @@ def evaluate_detect(
         raise UserError("--masks: VOC's annotations have boxes only; give a folder in COCO format")
     _check_pictures([*pair.train, *pair.test], masks=masks)
     encoder = load_encoder(model)
+    if encoder.channels != 3:
+        raise UserError(f"{model}: detection takes encoders of RGB; kNN and linear evaluation take any channels")
     chosen = choose_arch(encoder, arch)
     contestants = [encoder, *([encoder.random_twin(protocol.seed)] if scratch else []), *map(load_encoder, baselines)]
     scores = []

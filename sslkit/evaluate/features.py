@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from timm.data import create_transform, resolve_data_config
+from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,6 +20,13 @@ from sslkit.data.decode import UnreadableImage
 from sslkit.data.loader import start_worker
 from sslkit.data.source import ImageSource
 from sslkit.errors import UserError, near_miss
+from sslkit.evaluate.transforms import (
+    Transform,
+    blank_for,
+    evaluation_transform,
+    read_for,
+    training_transform,
+)
 from sslkit.parts.backbone import BackboneSpec, replace_stem_for_small_images
 from sslkit.parts.foreign import check_size, read_encoder_config, tensor_shapes
 from sslkit.parts.hub import quick_hub, why_not
@@ -28,15 +35,13 @@ from sslkit.parts.pinned import is_hub_name, pin, pin_timm
 RAW_PIXEL_SIDE = 32
 BLANK_SIDE = 256
 
-Transform = Callable[[Image.Image], Tensor]
-
 
 @dataclass(frozen=True)
 class Encoder:
     """A frozen feature extractor and the preprocessing it was made for.
 
     Attributes:
-        module: (B, 3, H, W) -> (B, D).
+        module: (B, C, H, W) -> (B, D), C as ``preprocessing`` says.
         preprocessing: timm's data config: input_size, interpolation, mean, std, crop_pct, crop_mode.
         description: How to name it in tables.
         architecture: timm name it can be rebuilt from.
@@ -55,15 +60,16 @@ class Encoder:
 
     def transform(self) -> Transform:
         """Resize, centre crop and normalise, as timm does for evaluation."""
-        made: Transform = create_transform(**self.preprocessing, is_training=False)
-        return made
+        return evaluation_transform(self.preprocessing)
 
     def training_transform(self) -> Transform:
         """Random resized crop (area 0.08 to 1) and mirror: the augmentation of the papers' linear protocols."""
-        kept = ("input_size", "interpolation", "mean", "std")
-        preprocessing = {key: self.preprocessing[key] for key in kept}
-        made: Transform = create_transform(**preprocessing, is_training=True, color_jitter=0.0)
-        return made
+        return training_transform(self.preprocessing)
+
+    @property
+    def channels(self) -> int:
+        """Of the images that it takes."""
+        return int(self.preprocessing["input_size"][0])
 
     def random_twin(self, seed: int = 0) -> "Encoder":
         """The same architecture with the weights timm draws for it: what training has to beat."""
@@ -174,11 +180,11 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
             random.seed(draw)
             np.random.seed(draw)
         try:
-            return self.transform(Image.fromarray(self.source.read(index))), index
+            return self.transform(read_for(self.transform, self.source, index)), index
         except UnreadableImage:
             if self.refuse:
                 raise
-            return self.transform(Image.new("RGB", (BLANK_SIDE, BLANK_SIDE))), index - len(self.source)
+            return self.transform(blank_for(self.transform, BLANK_SIDE)), index - len(self.source)
 
 
 def extract_features(

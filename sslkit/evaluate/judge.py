@@ -283,6 +283,8 @@ def evaluate_finetune(
     protocol = replace(protocol, **changes)
     source, known = pair.train.subset(chosen), pair.train_labels[torch.from_numpy(chosen)]
     encoder = load_encoder(model)
+    if encoder.channels != 3:
+        raise UserError(f"{model}: fine-tuning takes encoders of RGB; kNN and linear evaluation take any channels")
     contestants = [(encoder, neck)]
     contestants += [(encoder.random_twin(protocol.seed), None)] if scratch else []
     contestants += [(load_encoder(name), None) for name in baselines]
@@ -313,12 +315,13 @@ def _score(encoder: Encoder | None, accuracy: float, pair: LabelledPair, note: s
 
 
 def _contestants(model: str, baselines: Sequence[str], reading: Reading) -> Iterator[Encoder | None]:
-    """The encoder, its random twin, None for raw pixels, and the baselines."""
+    """The encoder, its random twin, None for raw pixels if they are RGB, and the baselines."""
     encoder = _with_crop(load_encoder(model), reading)
     others = [_with_crop(load_encoder(name), reading) for name in baselines]
     yield encoder
     yield encoder.random_twin()
-    yield None
+    if encoder.channels == 3:
+        yield None
     yield from others
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from sslkit.data.source import ImageSource
 from sslkit.errors import UserError, near_miss
 from sslkit.evaluate.checks import check_finite
-from sslkit.evaluate.features import Encoder, Transform, extract_features, features_key
+from sslkit.evaluate.features import Encoder, extract_features, features_key
 from sslkit.evaluate.store import FeatureStore
+from sslkit.evaluate.transforms import Transform
 
 NAMED: dict[str, dict[str, Any]] = {
     "out": {},

@@ -18,9 +18,8 @@ from sslkit.parts.pinned import is_hub_name, pin
 
 Family = Literal["resnet", "vit", "other"]
 
-IMAGE_CHANNELS = 3
 RESERVED_ARGS = {
-    *("num_classes", "in_chans", "features_only", "pretrained", "pretrained_cfg", "checkpoint_path", "scriptable"),
+    *("num_classes", "features_only", "pretrained", "pretrained_cfg", "checkpoint_path", "scriptable"),
 }
 
 
@@ -51,6 +50,11 @@ class BackboneSpec:
     freeze_patch_embed: bool = False
     small_stem: bool = False
 
+    @property
+    def channels(self) -> int:
+        """Of the images that the model takes."""
+        return int(self.args.get("in_chans", 3))
+
 
 def check_name(name: str) -> None:
     """Raise `UserError` unless ``name`` is a timm model name."""
@@ -73,7 +77,9 @@ def family(name: str) -> Family:
 
 
 def create_backbone(spec: BackboneSpec) -> nn.Module:
-    """Build the model that ``spec`` asks for: (B, 3, H, W) -> pooled features (B, D).
+    """Build the model that ``spec`` asks for: (B, C, H, W) -> pooled features (B, D).
+
+    C is 3, or ``in_chans`` of the spec's arguments.
 
     Raises:
         UserError: Unknown name, arguments the model refuses, or an image size it cannot take.
@@ -91,13 +97,14 @@ def create_backbone(spec: BackboneSpec) -> nn.Module:
     return model
 
 
-def feature_dim(model: nn.Module, img_size: int, key: str = "size") -> int:
+def feature_dim(model: nn.Module, img_size: int, key: str = "size", channels: int = 3) -> int:
     """Width D of the pooled features, found by one forward pass in eval mode on a blank image.
 
     Args:
         model: From `create_backbone`.
         img_size: Side of the image in pixels.
         key: Which key of ``[views]`` an error names.
+        channels: Of the image.
 
     Raises:
         UserError: The model refuses images of this size.
@@ -106,7 +113,7 @@ def feature_dim(model: nn.Module, img_size: int, key: str = "size") -> int:
     model.eval()
     try:
         with torch.no_grad():
-            features = model(torch.zeros(1, IMAGE_CHANNELS, img_size, img_size))
+            features = model(torch.zeros(1, channels, img_size, img_size))
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         raise UserError(
             f"[views] {key}: the backbone cannot take images of {img_size} x {img_size} pixels ({_first_line(error)})"
@@ -181,7 +188,7 @@ def replace_stem_for_small_images(model: nn.Module, spec: BackboneSpec) -> None:
     conv1 = getattr(model, "conv1", None)
     if family(spec.name) != "resnet" or not isinstance(conv1, nn.Conv2d):
         raise UserError(f"[backbone] small_stem: only ResNets with a plain first convolution, not {spec.name!r}")
-    small = nn.Conv2d(IMAGE_CHANNELS, conv1.out_channels, 3, stride=1, padding=1, bias=False)
+    small = nn.Conv2d(conv1.in_channels, conv1.out_channels, 3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
     model.conv1 = small
     model.maxpool = nn.Identity()

@@ -162,20 +162,23 @@ def _leaves(value: Any, depth: int, where: str) -> Iterator[Any]:
 
 
 def _check_preprocessing(said: dict[str, Any], file: Path) -> None:
-    def numbers(key: str, low: float, high: float) -> bool:
+    size = said.get("input_size")
+    channels = size[0] if isinstance(size, list) and size and type(size[0]) is int and size[0] <= MAX_SIDE else 3
+
+    def numbers(key: str, low: float, high: float, count: int) -> bool:
         value = said.get(key)
         return value is None or (
             isinstance(value, list)
-            and len(value) == 3
+            and len(value) == count
             and all(isinstance(each, int | float) and low <= each <= high for each in value)
         )
 
     crop_pct = said.get("crop_pct")
     right = {
-        "input_size": numbers("input_size", 1, MAX_SIDE)
+        "input_size": numbers("input_size", 1, MAX_SIDE, 3)
         and all(isinstance(side, int) for side in said.get("input_size") or []),
-        "mean": numbers("mean", -1000, 1000),
-        "std": numbers("std", 1e-6, 1000),
+        "mean": numbers("mean", -1000, 1000, channels),
+        "std": numbers("std", 1e-6, 1000, channels),
         "crop_pct": crop_pct is None or (isinstance(crop_pct, int | float) and 0.05 <= crop_pct <= 2),
         "interpolation": said.get("interpolation")
         in (None, "bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random"),

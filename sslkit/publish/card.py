@@ -42,7 +42,7 @@ there is no classifier.
 | | |
 | --- | --- |
 | method | `{recipe.method_name}` |
-| data | `{_cell(recipe.data.path)}`, split `{_cell(recipe.data.split)}`, labels not read |
+| data | `{_cell(recipe.data.title)}`, split `{_cell(recipe.data.split)}`, labels not read |
 | started from | {_start(recipe)} |
 | epochs planned, global batch | {recipe.train.epochs}, {recipe.train.batch_size} |
 | trained for | {_trained(run)} |
@@ -71,7 +71,7 @@ def _front_matter(recipe: Recipe, source: str, license_id: str, scores: list[Car
         pipeline_tag="image-feature-extraction",
         license=license_id,
         tags=["image-feature-extraction", "timm", "self-supervised-learning", recipe.method_name.replace("_", "")],
-        datasets=[recipe.data.path] if _on_the_hub(recipe) else None,
+        datasets=_hub_datasets(recipe) or None,
         base_model=_base_model(recipe),
         model_name=name if results else None,
         eval_results=results or None,
@@ -94,9 +94,10 @@ def _eval_result(score: CardScore) -> EvalResult:
     )
 
 
-def _on_the_hub(recipe: Recipe) -> bool:
-    """Whether the data's path can only be a Hub id: no folder or file of that name is here."""
-    return bool(DATASET_ID.fullmatch(recipe.data.path)) and not Path(recipe.data.path).exists()
+def _hub_datasets(recipe: Recipe) -> list[str]:
+    """The data's paths that can only be Hub ids: no folder or file of that name is here."""
+    paths = [recipe.data.path] if recipe.data.path else [each.path for each in recipe.data.mix or []]
+    return [path for path in paths if DATASET_ID.fullmatch(path) and not Path(path).exists()]
 
 
 def _base_model(recipe: Recipe) -> str | None:

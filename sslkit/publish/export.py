@@ -49,7 +49,7 @@ def encoder_config(recipe: Recipe, license_id: str) -> dict[str, Any]:
     """
     views = recipe.views
     data_config = {
-        "input_size": (3, views.size, views.size),
+        "input_size": (views.channels, views.size, views.size),
         "interpolation": "bicubic" if views.interpolation == "bicubic" else "bilinear",
         "mean": views.mean,
         "std": views.std,
@@ -59,6 +59,9 @@ def encoder_config(recipe: Recipe, license_id: str) -> dict[str, Any]:
     config = timm_config(_build(recipe), data_config, license_id)
     if recipe.backbone.small_stem:
         config["small_stem"] = True
+    if views.channels != 3:
+        # Where it is told which convolution is the first, timm makes weights for RGB of it, or random ones.
+        config["pretrained_cfg"].pop("first_conv", None)
     return config
 
 
@@ -176,7 +179,7 @@ def _prove(recipe: Recipe, state: dict[str, Tensor], folder: Path) -> dict[str, 
     else:
         reloaded = load_encoder(str(folder)).module
     size = recipe.backbone_spec().img_size
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, recipe.views.channels, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected, found = backbone.eval()(images), reloaded.eval()(images)
     if not torch.isfinite(expected).all():

@@ -64,10 +64,12 @@ def draw_attention(encoder: Encoder, sample: Sample) -> list[AttentionRow]:
     """Attention maps of the first few queries, each map on its own scale from dark to bright.
 
     Raises:
-        UserError: Not a ViT with a class token.
+        UserError: Not a ViT with a class token, or not one of RGB.
     """
     count = min(NUM_IMAGES, len(sample.queries))
     shown = np.linspace(0, len(sample.queries) - 1, count, dtype=int).tolist()
+    if encoder.channels != 3:
+        raise UserError(f"attention is drawn for encoders of RGB, not of {encoder.channels} channels")
     transform = encoder.transform()
     module = encoder.module.eval().cpu()
     inputs = torch.stack([transform(Image.fromarray(sample.queries.read(index))) for index in shown])

@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 
+from sslkit.data.channels import as_picture
 from sslkit.data.policies import LARGE_VIEWS
 from sslkit.data.replace import read_or_replace
 from sslkit.data.source import open_source
@@ -82,7 +83,7 @@ def _draw_views(recipe: Recipe, file: Path) -> Path:
         image = read_or_replace(source, recipe.train.seed, epoch=0, sample=int(sample)).pixels
         views = [view for epoch in range(REPEATS) for view in pipeline(image, epoch, int(sample))[:LARGE_VIEWS]]
         for axis, picture in zip(row, [image, *views], strict=True):
-            axis.imshow(picture)
+            axis.imshow(as_picture(picture))
             axis.set_axis_off()
     names = [f"view {view + 1}, epoch {epoch + 1}" for epoch in range(REPEATS) for view in range(LARGE_VIEWS)]
     for axis, name in zip(axes[0], ["image", *names], strict=True):

@@ -46,9 +46,9 @@ def draw_sample(recipe: Recipe, data: str = "") -> Sample:
         UserError: The data cannot be read, or holds fewer than three images.
     """
     if data:
-        config = DataConfig(path=data)
+        config = DataConfig(path=data, channels=recipe.data.channels)
     elif recipe.monitor.data:
-        config = DataConfig(path=recipe.monitor.data, name=recipe.monitor.name)
+        config = DataConfig(path=recipe.monitor.data, name=recipe.monitor.name, channels=recipe.data.channels)
     else:
         config = recipe.data
     source = open_source(config)

@@ -73,7 +73,7 @@ def facts(run: RunRecord, summary: Summary) -> dict[str, str]:
     return {
         "method": f"{recipe.method_name} ({options})",
         "backbone": recipe.backbone.name + (", pretrained" if recipe.backbone.pretrained else ""),
-        "data": f"{recipe.data.path} [{recipe.data.split}], {run.num_images} images in whole batches",
+        "data": f"{recipe.data.title} [{recipe.data.split}], {run.num_images} images in whole batches",
         "views": f"{recipe.views.policy}, {recipe.views.size} pixels",
         "optimizer": f"{optim.name}, peak rate {recipe.peak_lr:g}, weight decay {optim.weight_decay:g}",
         "schedule": f"{schedule.decay}, warm-up epochs {schedule.warmup_epochs:g}",

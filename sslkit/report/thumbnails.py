@@ -6,22 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
+from sslkit.data.channels import as_picture
+from sslkit.data.decode import Pixels
 from sslkit.data.sheet import tile_sheet
 
 SMALL = 64  # pixels a side up to which a picture is kept as it is, without loss
 
 
-def data_uri(pixels: NDArray[np.uint8], side: int) -> str:
+def data_uri(pixels: Pixels, side: int) -> str:
     """A picture as a ``data:`` address, at most ``side`` pixels a side; PNG if small, else JPEG.
 
     Args:
-        pixels: (H, W, 3) uint8 RGB.
+        pixels: (H, W, 3) uint8 RGB, or (H, W, C) uint16, shown as `as_picture` does.
         side: Longer side that is not exceeded.
     """
-    picture = Image.fromarray(pixels)
+    picture = Image.fromarray(as_picture(pixels))
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     return _encode(picture, lossless=max(picture.size) <= SMALL)
 
@@ -43,7 +44,7 @@ class Sprite:
     count: int
 
 
-def make_sprite(images: Sequence[NDArray[np.uint8]], tile: int) -> Sprite:
+def make_sprite(images: Sequence[Pixels], tile: int) -> Sprite:
     """Shrink images to fit square tiles, put them side by side, and encode them as one JPEG."""
     columns = max(int(np.ceil(np.sqrt(len(images)))), 1)
     return Sprite(_encode(tile_sheet(images, tile, columns), lossless=False), tile, columns, len(images))

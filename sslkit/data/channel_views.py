@@ -1,0 +1,71 @@
+"""Views of images of any number of channels, in 16 bits: the steps that do not need colours."""
+
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from albumentations.augmentations.blur.functional import create_gaussian_kernel_1d
+from numpy.typing import NDArray
+from torch.nn.functional import interpolate
+
+from sslkit.data.channels import FULL_SCALE
+from sslkit.data.decode import Pixels
+from sslkit.data.draws import Draw
+
+Floats = NDArray[np.float32]
+
+BRIGHTNESS, CONTRAST = 0, 1  # by the numbers of `Draw.order`; saturation and hue are of colours
+
+
+def resize_channels(values: Pixels, side: int, interpolation: str) -> Pixels:
+    """Resize (H, W, C) to (side, side, C), antialiased, as Pillow does it, in floats and rounded once."""
+    if values.shape[:2] == (side, side):
+        return values
+    batch = torch.from_numpy(values.astype(np.float32)).permute(2, 0, 1).unsqueeze(0)
+    return _rounded(interpolate(batch, (side, side), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy())
+
+
+def finish_channels(values: Pixels, draw: Draw) -> Pixels:
+    """Do to a crop (side, side, C) what was drawn; the one given stays as it is.
+
+    Brightness multiplies; contrast moves values away from, or towards, their channel's mean; solarizing inverts those
+    in the upper half of the full scale; blur, mirror, rotation and blanking treat all channels alike.
+    """
+    pixels = values.astype(np.float32)
+    factors = draw.jitter or (1.0, 1.0, 1.0, 0.0)
+    for number in draw.order:
+        factor = np.float32(factors[number])
+        if number == BRIGHTNESS:
+            pixels = np.clip(pixels * factor, 0, FULL_SCALE)
+        elif number == CONTRAST:
+            mean = pixels.mean(axis=(0, 1), keepdims=True)
+            pixels = np.clip(mean + factor * (pixels - mean), 0, FULL_SCALE)
+    if draw.sigma:
+        kernel = create_gaussian_kernel_1d(draw.sigma)
+        pixels = _planes(pixels, lambda plane: cv2.sepFilter2D(plane, -1, kernel, kernel))
+    if draw.solarize:
+        pixels = np.where(pixels > FULL_SCALE / 2, FULL_SCALE - pixels, pixels)
+    if draw.flip:
+        pixels = pixels[:, ::-1]
+    if draw.angle:
+        middle = (pixels.shape[0] - 1) / 2
+        matrix = cv2.getRotationMatrix2D((middle, middle), draw.angle, 1.0)
+        size = pixels.shape[:2][::-1]
+        pixels = _planes(pixels, lambda plane: cv2.warpAffine(plane, matrix, size))
+    if draw.hole:
+        top, left, height, width = draw.hole
+        pixels = pixels.copy()
+        pixels[top : top + height, left : left + width] = 0
+    return _rounded(pixels)
+
+
+def _planes(pixels: Floats, change: Callable[[Floats], Any]) -> Floats:
+    """Change each channel by itself: OpenCV takes four at most at a time."""
+    planes = [change(np.ascontiguousarray(pixels[..., channel])) for channel in range(pixels.shape[2])]
+    return np.stack(planes, axis=2)
+
+
+def _rounded(pixels: Floats) -> Pixels:
+    return np.ascontiguousarray(np.clip(np.rint(pixels), 0, FULL_SCALE), dtype=np.uint16)
