@@ -5,14 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 
-def run(command: list[str], cwd: Path, **extra: str) -> str:
+def run(command: list[str], cwd: Path, *, timeout: float = 280, **extra: str) -> str:
     """What a command prints; fails with what it complains of."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **extra}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=280, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=timeout, check=False
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
