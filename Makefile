@@ -10,7 +10,7 @@ LONG := runs/quickstart-long
 export OMP_WAIT_POLICY := PASSIVE
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: quickstart quickstart-long test test-slow bench ablations docs clean
+.PHONY: quickstart quickstart-long test test-slow test-wheel test-oldest test-newest bench ablations docs clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	@echo "== installing into $(VENV) (about 6 GB with torch; some minutes)"
@@ -33,6 +33,22 @@ test: $(BIN)/.installed
 test-slow: $(BIN)/.installed
 	$(BIN)/python -m pytest -m slow
 
+# Wheel and sdist: built, compared, installed and used.
+test-wheel: $(BIN)/.installed
+	$(BIN)/python -m pytest -m "slow or not slow" tests/packaging
+
+# The same tests with every dependency at the lower bound that pyproject.toml allows, and with the newest there is.
+# Each makes an environment of its own (about 6 GB).
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable ".[dev]"
+	.venv-oldest/bin/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
+
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager --editable ".[dev]"
+	.venv-newest/bin/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
+
 bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/micro_batch_memory.py
@@ -53,4 +69,4 @@ docs: $(BIN)/.installed
 	$(BIN)/zensical build --strict
 
 clean:
-	rm -rf $(VENV) runs site
+	rm -rf $(VENV) .venv-oldest .venv-newest dist runs site

@@ -16,7 +16,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_method_of_the_docs_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("simsiam", ROOT / "docs" / "examples" / "simsiam.py")
+    spec = importlib.util.spec_from_file_location("simsiam", ROOT / "docs" / "examples" / "plugin" / "simsiam.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -19,7 +19,7 @@ from sslkit.methods.base import Features, Method, MethodOptions, Progress, Step,
 from sslkit.methods.byol import BYOL
 from sslkit.recipe import Recipe, build_recipe
 
-EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "simsiam.py"
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "plugin" / "simsiam.py"
 WARNED_ONLY = {"StatisticsAveraged", "TeacherDrawnAnew", "TeacherInEvalMode"}
 
 

@@ -1,0 +1,123 @@
+"""What users install: a wheel, the same from a checkout and from the sdist, that works far from any checkout."""
+
+import email.parser
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from installing import PIP, ROOT, build_wheel, install, run
+from packaging.metadata import Metadata
+from packaging.requirements import Requirement
+
+import sslkit
+from sslkit.recipe import shipped_recipes
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+CONSUMER = """\
+import sslkit
+from sslkit.parts.queue import KeyQueue
+from sslkit.parts.teacher import Teacher
+
+recipe: sslkit.Recipe = sslkit.load_recipe("quickstart")
+run: sslkit.Run = sslkit.train(recipe, "run")
+queue: KeyQueue = KeyQueue(size=8, dim=4)
+teacher = Teacher(queue)
+teacher.update(queue, momentum="0.9")
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(ROOT, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the installed wheel and nothing else; what it depends on is found after it."""
+    return install(wheel, tmp_path_factory.mktemp("installed") / "site")
+
+
+def names_and_digests(wheel: Path) -> dict[str, str]:
+    with zipfile.ZipFile(wheel) as archive:
+        [record] = [name for name in archive.namelist() if name.endswith(".dist-info/RECORD")]
+        lines = archive.read(record).decode().splitlines()
+    return {name: digest for name, digest, _size in (line.rsplit(",", 2) for line in lines)}
+
+
+def test_the_sdist_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    run([*PIP, "install", "--target", str(tmp_path / "hatchling"), "hatchling"], tmp_path)
+    tools = str(tmp_path / "hatchling")
+    sdist_to = ["build", "--target", "sdist", "--directory", str(tmp_path)]
+    run([sys.executable, "-m", "hatchling", *sdist_to], ROOT, PYTHONPATH=tools)
+    [sdist] = tmp_path.glob("sslkit-*.tar.gz")
+    (tmp_path / "again").mkdir()
+    assert names_and_digests(build_wheel(sdist, tmp_path / "again")) == names_and_digests(wheel)
+
+
+def test_the_wheel_holds_all_it_needs_and_nothing_more(wheel: Path) -> None:
+    names = set(names_and_digests(wheel))
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"sslkit", f"sslkit-{sslkit.__version__}.dist-info"}
+    assert "sslkit/py.typed" in names
+    assert {f"sslkit/recipes/{name}.toml" for name in shipped_recipes()} <= names
+    assert not [name for name in names if name.endswith(".pyc") or "__pycache__" in name]
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_metadata_is_valid(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        text = archive.read(name)
+    metadata = Metadata.from_email(text, validate=True)
+    assert str(metadata.version) == sslkit.__version__
+    assert metadata.license_expression == "Apache-2.0"
+    assert metadata.description_content_type == "text/markdown"
+    message = email.parser.BytesParser().parsebytes(text)
+    assert str(message.get_payload()).startswith("# sslkit")
+    assert "torch" in {Requirement(words).name for words in message.get_all("Requires-Dist", [])}
+
+
+def test_a_stranger_pretrains_from_the_wheel(site: Path, tmp_path: Path) -> None:
+    elsewhere = {"PYTHONPATH": str(site), "COLUMNS": "200"}
+    where = run([sys.executable, "-c", "import sslkit; print(sslkit.__file__)"], tmp_path, **elsewhere)
+    assert Path(where.strip()).is_relative_to(site)
+
+    command = [str(site / "bin/sslkit")]
+    run(["sed", "-i", f"1s|.*|#!{sys.executable}|", *command], tmp_path)
+    assert "pretrain" in run([*command, "--help"], tmp_path, **elsewhere)
+    assert "mocov3_vits" in run([*command, "recipes"], tmp_path, **elsewhere)
+    assert "queue_size = 65536" in run([*command, "recipes", "show", "mocov2_r50"], tmp_path, **elsewhere)
+    small = ["--set", "train.max_steps=4", "--set", "data.split=test", "--set", "monitor.every_epochs=0"]
+    run([*command, "pretrain", "quickstart", *small, "--output", "run"], tmp_path, **elsewhere)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 4
+    assert (tmp_path / "run/encoder/model.safetensors").is_file()
+
+
+def test_types_reach_those_who_install_it(site: Path, tmp_path: Path) -> None:
+    (tmp_path / "consumer.py").write_text(CONSUMER, encoding="utf-8")
+    typed, untyped = site, shutil.copytree(site, tmp_path / "untyped")
+    (untyped / "sslkit/py.typed").unlink()
+    wrong = 'consumer.py:9: error: Argument "momentum" to "update" of "Teacher" has incompatible type "str"'
+    assert check_types(typed, tmp_path).startswith(wrong)
+    assert "Found 1 error in 1 file" in check_types(typed, tmp_path)
+    assert "missing library stubs or py.typed marker" in check_types(untyped, tmp_path)
+
+
+def check_types(site: Path, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(folder / f"cache-{site.name}"), "consumer.py"],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        timeout=600,
+        check=False,
+    )
+    return done.stdout
