@@ -13,7 +13,9 @@ that dies of it or hides an exit code, and srun tells the batch script how the r
 import re
 import shlex
 import shutil
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -258,7 +260,8 @@ def _submitted(executor: "SlurmExecutor | LocalExecutor", task: Pretraining, fol
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        job = executor.submit(task)
+        with redirect_stderr(StringIO()):  # submitit prints sbatch's words there, and raises them
+            job = executor.submit(task)
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(f"submit: the cluster refuses: {' '.join(str(error).split())[:500]}") from error
     except OSError as error:
