@@ -22,6 +22,7 @@ LAYERS = {
     "engine": 6,
     "doctor": 7,
     "bench": 7,
+    "cluster": 7,
     "report": 8,
     "cli": 9,
     "pretrain": 10,

@@ -25,6 +25,7 @@ from sslkit.cli.publishing import publish
 from sslkit.cli.quick import quick_imports
 from sslkit.cli.replay import replay
 from sslkit.cli.show import AsJson, console, show_report
+from sslkit.cli.submit import submit
 from sslkit.cli.watching import watch
 from sslkit.errors import RunError, UserError, without_tokens
 
@@ -114,6 +115,7 @@ app.command(epilog="Example: sslkit watch runs/quickstart")(watch)
 app.command(epilog="Example: sslkit views mocov3_vits --data photos")(views)
 app.command(epilog="Example: sslkit prepare photos packed")(prepare)
 app.command(epilog="Example: sslkit bench mocov3_vits --data photos")(bench)
+app.command(epilog="Example: sslkit submit mocov3_vits --nodes 2 --gpus-per-node 8 --time 1-0")(submit)
 app.command(epilog="Example: sslkit replay runs/photos/capsules/step-00012345")(replay)
 
 

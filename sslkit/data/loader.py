@@ -202,8 +202,11 @@ def resolve_workers(asked: int | str, *, on_accelerator: bool, processes_here: i
 
 
 def cores_of_a_process(processes_here: int) -> int:
-    """This machine's cores, shared among the processes on it."""
-    return max(len(os.sched_getaffinity(0)) // processes_here, 1)
+    """This machine's cores, shared among the processes on it; those of its own where it is a task of Slurm's."""
+    cores, own = len(os.sched_getaffinity(0)), os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if own and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's processes share the cores of one task
+        return min(cores, int(own))
+    return max(cores // processes_here, 1)
 
 
 def _collate(items: list[Item]) -> Batch:
