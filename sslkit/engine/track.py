@@ -184,10 +184,10 @@ class Memory:
 
     def __init__(self, folder: Path, say: Say) -> None:
         self.file, self.say, self.ids = folder / MEMORY, say, dict[str, str]()
-        with suppress(OSError, ValueError, RecursionError):
+        with suppress(OSError, ValueError, AttributeError, RecursionError):
             if self.file.is_file() and self.file.stat().st_size <= MAX_BYTES:
                 found = json.loads(self.file.read_text(encoding="utf-8"))
-                self.ids = {str(name): each for name, each in found.items() if isinstance(each, str)}
+                self.ids = {name: each for name, each in found.items() if re.fullmatch(r"[0-9a-f]{6,64}", str(each))}
         if "id" not in self.ids:
             self.keep("id", uuid.uuid4().hex[:12])
 

@@ -52,8 +52,8 @@ def _progress(run: WatchedRun, width: int) -> list[Table | Text]:
     bar = Table.grid()  # a bar alone ends no line
     if run.last_step:
         bar.add_row(ProgressBar(total=run.last_step, completed=run.step, width=min(width, WIDEST_CURVE)))
-        told += f" of {run.last_step} ({min(run.step / run.last_step, 1):.0%})"
-    told += f"  epoch {run.epoch:.4g}" + (f" of {run.epochs:g}" if run.epochs else "")
+        told += f"/{run.last_step} ({min(run.step / run.last_step, 1):.0%})"
+    told += f"  epoch {run.epoch:.4g}" + (f"/{run.epochs:g}" if run.epochs else "")
     if run.state.word in ("running", "silent"):
         if run.seconds_left is not None:
             told += f"  {duration(run.seconds_left)} left"

@@ -155,12 +155,7 @@ def test_no_trouble_of_a_tracker_reaches_the_run(
     printed = capsys.readouterr().out
     assert printed.count("WARNING: tracker tensorboard") == 1
     assert warning in printed
-    ours, theirs = (
-        load_file(tmp_path / folder / "checkpoints" / "step-00000003" / name)
-        for folder, name in (("without", "model.safetensors"), ("with", "model.safetensors"))
-    )
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same_weights(tmp_path / "without", tmp_path / "with", 3)
 
 
 def test_a_tracker_that_failed_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,10 +265,19 @@ def enlarge(pixels: Any) -> Any:
 
 
 def twice(folder: Path, name: str, monitor: dict[str, Any], project: str = "sslkit") -> sslkit.Run:
-    """A run that is stopped and continued, with a real tracker."""
+    """A run that is stopped and continued, with a real tracker; to the same bits as one without."""
     table = {"with": [name], "project": project}
     sslkit.train(recipe_of(2, monitor=monitor, track=table), folder)
-    return sslkit.train(recipe_of(4, monitor=monitor, track=table), folder)
+    run = sslkit.train(recipe_of(4, monitor=monitor, track=table), folder)
+    assert_same_weights(folder, sslkit.train(recipe_of(4), folder.parent / "without").folder, 4)
+    return run
+
+
+def assert_same_weights(one: Path, other: Path, step: int) -> None:
+    model = f"checkpoints/step-{step:08d}/model.safetensors"
+    ours, theirs = load_file(one / model), load_file(other / model)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_tensorboard_has_one_curve_and_the_pictures(tmp_path: Path, monitor: dict[str, Any]) -> None:
@@ -288,12 +292,6 @@ def test_tensorboard_has_one_curve_and_the_pictures(tmp_path: Path, monitor: dic
     (views,) = events.Images("views")
     assert (views.step, views.height, views.width) == (0, 256, 224)
     assert "moco_v3" in events.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0].decode()
-    sslkit.train(recipe_of(4), tmp_path / "without")
-    ours, theirs = (
-        load_file(tmp_path / name / "checkpoints" / "step-00000004" / "model.safetensors")
-        for name in ("run", "without")
-    )
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_mlflow_goes_on_in_the_same_run(
@@ -357,3 +355,11 @@ def test_wandb_writes_offline_under_one_id(
     assert all((folder / f"run-{kept}.wandb").stat().st_size > 0 for folder in folders)
     pictures = sorted(path.name.split("_")[:2] for folder in folders for path in folder.rglob("*.png"))
     assert pictures == [["neighbours", "2"], ["neighbours", "4"], ["views", "0"]]
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"id": "../../elsewhere"}', '{"id": 3}', "[" * 5000], ids=range(5))
+def test_a_memory_that_is_none_is_made_anew(text: str, tmp_path: Path) -> None:
+    (tmp_path / "track.json").write_text(text)
+    made = track.Memory(tmp_path, print).ids["id"]
+    assert len(made) == 12
+    assert track.Memory(tmp_path, print).ids == {"id": made}

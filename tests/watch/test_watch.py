@@ -153,7 +153,7 @@ def test_any_terminal_shows_the_newest_numbers(trained: Path, width: int) -> Non
     assert found["lr"] == f"{rows[-1]['lr']:.4g}"
     assert "done: " in "\n".join(lines)
     if width == 80:
-        assert "step 8 of 8 (100%)" in "\n".join(lines)
+        assert "step 8/8 (100%)" in "\n".join(lines)
         losses = [row["loss"] for row in rows]
         shown = next(line for line in lines if line.startswith("loss "))
         assert f"{min(losses):.4g} to {max(losses):.4g}" in shown
