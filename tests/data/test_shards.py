@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from conftest import small_recipe
 from hostile import encode, photo
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import sslkit
@@ -251,3 +253,31 @@ def test_memory_does_not_grow_with_the_bytes(tmp_path: Path) -> None:
         "assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16, 'KiB'\n"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "a.tar")], check=True)
+
+
+PIECES = st.lists(st.tuples(st.integers(0, 6 * 1024), st.binary(max_size=40)), min_size=1, max_size=4)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=PIECES, length=st.integers(512, 9000))
+def test_whatever_a_tar_holds_it_is_a_sentence_or_images(
+    changes: list[tuple[int, bytes]], length: int, tmp_path: Path
+) -> None:
+    """Bytes overwritten anywhere, headers' sums made right again, the end cut off."""
+    content = bytearray(write_tar(tmp_path / "whole.tar", samples(0, 2)).read_bytes())
+    for at, piece in changes:
+        content[at : at + len(piece)] = piece
+        block = at - at % 512
+        content[block + 148 : block + 156] = b" " * 8
+        content[block + 148 : block + 156] = b"%06o\0 " % sum(content[block : block + 512])
+    (tmp_path / "a.tar").write_bytes(content[:length])
+    said = ""
+    try:
+        source = read(tmp_path / "a.tar")
+        assert source.names_digest()
+        for index in range(len(source)):
+            assert source.name(index).isprintable()
+            source.encoded(index)
+    except UserError as error:
+        said = str(error)
+    assert "\n" not in said
