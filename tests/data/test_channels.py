@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,13 @@ def test_what_cannot_be_read_so(encoded: bytes, channels: int, reason: str) -> N
         pytest.importorskip("tifffile")
     with pytest.raises(UnreadableImage, match=reason):
         decode_channels(encoded, "x", channels)
+
+
+def test_without_tifffile_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(UserError, match=r"needs tifffile: pip install 'sslkit\[channels\]'") as caught:
+        decode_channels(b"II*\0" + bytes(90), "x", 4)
+    assert not isinstance(caught.value, UnreadableImage)  # which would count as one bad image of many
 
 
 def test_tiffs_that_are_something_else() -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import sslkit
+from sslkit.data.config import MixConfig
 from sslkit.data.decode import UnreadableImage
 from sslkit.data.shards import expand_braces
 from sslkit.data.source import DataConfig, ImageSource, available_splits, files_left_out, open_source
@@ -83,6 +84,18 @@ def test_patterns_folders_and_splits(tmp_path: Path) -> None:
         read(tmp_path, split="test")
     with pytest.raises(UserError, match=r"no tar file .*0003\.tar"):
         read(tmp_path / "photos-train-{0002..0003}.tar")
+
+
+def test_shards_that_are_links_and_shards_in_a_mix(tmp_path: Path) -> None:
+    elsewhere, folder = tmp_path / "elsewhere.tar", tmp_path / "shards"
+    folder.mkdir()
+    (folder / "0.tar").symlink_to(write_tar(elsewhere, samples(0, 3)))
+    source = read(folder)
+    assert [source.encoded(index)[1] for index in range(3)] == PICTURES[:3]
+    write_tar(folder / "1.tar", samples(3, 6))
+    both = open_source(DataConfig(mix=[MixConfig(path=str(folder / f"{part}.tar")) for part in (1, 0)]))
+    assert [both.encoded(index)[1] for index in range(6)] == PICTURES[3:] + PICTURES[:3]
+    assert len(open_source(DataConfig(mix=[MixConfig(path=str(folder)), MixConfig(path=str(elsewhere))]))) == 9
 
 
 def test_a_stray_tar_among_images_is_no_shard(tmp_path: Path) -> None:
