@@ -30,6 +30,7 @@ from sslkit.errors import UserError
 from sslkit.evaluate.features import load_encoder
 from sslkit.evaluate.judge import evaluate_finetune, evaluate_knn, evaluate_linear
 from sslkit.evaluate.knn import KnnProtocol
+from sslkit.parts.backbone import create_backbone
 from sslkit.publish.export import export_encoder
 
 NOTHING = Draw((0, 0, 8, 8), None, (0, 1, 2, 3), False, 0.0, False, False, 0.0, None)
@@ -239,6 +240,11 @@ def test_a_run_its_export_and_its_evaluation(plates: Path, tmp_path: Path) -> No
     assert judged.scores[0].accuracy == pytest.approx(run.results()[-1]["accuracy"])
     linear = evaluate_linear(str(tmp_path / "out"), data, "logistic")
     assert linear.scores[0].accuracy >= 0.5
+    pretrained = {"pretrained": f"local-dir:{tmp_path / 'out'}"}
+    continued = create_backbone(recipe_for(plates, backbone={"args": {"in_chans": 4}, **pretrained}).backbone_spec())
+    assert torch.equal(continued.eval()(images), model(images))
+    with pytest.raises(UserError, match=r"takes images of 4 channels; add args = \{ in_chans = 4 \}"):
+        create_backbone(small_recipe("moco_v2", "test_resnet", backbone=pretrained).backbone_spec())
     with pytest.raises(UserError, match="fine-tuning takes encoders of RGB"):
         evaluate_finetune(str(tmp_path / "out"), data, "simclr")
 
