@@ -124,9 +124,11 @@ def image_folder(config: SourceConfig) -> Path | None:
 
 
 def folder_of_table(config: SourceConfig) -> str:
-    """The folder of a local table, which its rows' files must lie in."""
+    """The folder of a local table, which its rows' files must lie in; the rows of tar files are our own."""
     place = Path(config.data_dir or config.path).expanduser()
     if config.path.startswith(BUILTIN) or config.data_files or image_folder(config) or not place.exists():
+        return ""
+    if _shards(config):
         return ""
     return str((place if place.is_dir() else place.parent).resolve())
 
@@ -164,9 +166,10 @@ def _local_files(config: SourceConfig) -> tuple[str | None, list[str]]:
 
 
 def _loader_for_folder(folder: Path) -> str:
-    found = {os.path.splitext(name)[1].lower() for name in _names_near(folder)}
+    found = {name[name.rfind(".") :] for name in _names_near(folder)}
     loader = next((loader for loader in ("parquet", "arrow") if f".{loader}" in found), "imagefolder")
-    tars = loader == "imagefolder" and not found & SUFFIXES and any(map(is_shard, _names_near(folder)))
+    with_images = not SUFFIXES.isdisjoint(map(str.lower, found))
+    tars = loader == "imagefolder" and not with_images and any(map(is_shard, _names_near(folder)))
     return "webdataset" if tars else loader
 
 

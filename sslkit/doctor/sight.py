@@ -34,7 +34,12 @@ def check_views(recipe: Recipe, source: ImageSource) -> list[Finding]:
         return [same, *[not_applicable(check, f"see {VIEWS}") for check in (EPOCHS, SAMPLES, WORKERS)]]
     apart = float(np.mean([np.abs(a.astype(int) - b).mean() for a, b in zip(first, second, strict=True)]))
     findings = [
-        _judge(VIEWS, pairs, "the two views of an image are equal", f"differ by {apart:.0f} of 255 on average"),
+        _judge(
+            VIEWS,
+            pairs,
+            "the two views of an image are equal",
+            f"differ by {apart:.0f} of {np.iinfo(first[0].dtype).max} on average",
+        ),
         _judge(EPOCHS, epochs, "an image has the same views in every epoch", "an image is cut anew in every epoch"),
         _judge(SAMPLES, others, "every image is cut alike", "every image is cut in its own way"),
     ]

@@ -160,6 +160,11 @@ def _create_timm_model(spec: BackboneSpec) -> nn.Module:
         raise UserError(
             f"[backbone] name: {spec.name!r}, but {named!r} holds a {config['architecture']!r}; name that instead"
         )
+    channels = (config.get("input_size") or (3,))[0]
+    if isinstance(spec.pretrained, str) and spec.channels == 3 != channels:
+        raise UserError(
+            f"[backbone] args: {named!r} takes images of {channels} channels; add args = {{ in_chans = {channels} }}"
+        )
     return model
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from sslkit.errors import UserError
 from sslkit.evaluate.features import load_encoder
 from sslkit.evaluate.judge import evaluate_finetune, evaluate_knn, evaluate_linear
 from sslkit.evaluate.knn import KnnProtocol
+from sslkit.parts.backbone import create_backbone
 from sslkit.publish.export import export_encoder
 
 NOTHING = Draw((0, 0, 8, 8), None, (0, 1, 2, 3), False, 0.0, False, False, 0.0, None)
@@ -112,12 +114,19 @@ def test_what_cannot_be_read_so(encoded: bytes, channels: int, reason: str) -> N
         decode_channels(encoded, "x", channels)
 
 
+def test_without_tifffile_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(UserError, match=r"needs tifffile: pip install 'sslkit\[channels\]'") as caught:
+        decode_channels(b"II*\0" + bytes(90), "x", 4)
+    assert not isinstance(caught.value, UnreadableImage)  # which would count as one bad image of many
+
+
 def test_tiffs_that_are_something_else() -> None:
     with pytest.raises(UnreadableImage, match="values of type float32"):
         decode_channels(tiff(values(4).astype(np.float32), photometric="minisblack", planarconfig="contig"), "x", 4)
     with pytest.raises(UnreadableImage, match="not clear what the channels are"):
         decode_channels(tiff(np.zeros((3, 5, 8, 9), np.uint8), photometric="minisblack"), "x", 3)
-    with pytest.raises(UnreadableImage, match="more than 268435443 values"):
+    with pytest.raises(UnreadableImage, match="more than 268435455 values"):
         decode_channels(liar(), "x", 4)
 
 
@@ -231,6 +240,11 @@ def test_a_run_its_export_and_its_evaluation(plates: Path, tmp_path: Path) -> No
     assert judged.scores[0].accuracy == pytest.approx(run.results()[-1]["accuracy"])
     linear = evaluate_linear(str(tmp_path / "out"), data, "logistic")
     assert linear.scores[0].accuracy >= 0.5
+    pretrained = {"pretrained": f"local-dir:{tmp_path / 'out'}"}
+    continued = create_backbone(recipe_for(plates, backbone={"args": {"in_chans": 4}, **pretrained}).backbone_spec())
+    assert torch.equal(continued.eval()(images), model(images))
+    with pytest.raises(UserError, match=r"takes images of 4 channels; add args = \{ in_chans = 4 \}"):
+        create_backbone(small_recipe("moco_v2", "test_resnet", backbone=pretrained).backbone_spec())
     with pytest.raises(UserError, match="fine-tuning takes encoders of RGB"):
         evaluate_finetune(str(tmp_path / "out"), data, "simclr")
 

@@ -104,6 +104,21 @@ def test_without_weights_it_is_all_of_them(tmp_path: Path) -> None:
     assert [row["loss"] for row in one.metrics()] == [row["loss"] for row in other.metrics()]
 
 
+def test_a_run_that_stops_anywhere_ends_as_one_that_does_not(tmp_path: Path) -> None:
+    """Within an epoch and at its end, with images that come twice in it."""
+    sources = [{"path": str(f), "weight": w} for f, w in zip(folders(tmp_path / "data", 40, 6), (1, 2), strict=True)]
+
+    def recipe(steps: int) -> Recipe:
+        return mixed_recipe(*sources, train={"batch_size": 12, "max_steps": steps, "epochs": 2})
+
+    whole = sslkit.train(recipe(0), tmp_path / "whole")
+    for steps in (2, 3, 5, 0):
+        run = sslkit.train(recipe(steps), tmp_path / "parts")
+    assert [row["loss"] for row in run.metrics()] == [row["loss"] for row in whole.metrics()]
+    weights = [(each / "encoder" / "model.safetensors").read_bytes() for each in (whole.folder, run.folder)]
+    assert weights[0] == weights[1]
+
+
 def test_folders_tables_and_labels(class_folders: Path, tmp_path: Path) -> None:
     """Whatever columns they have, only images go on; and a monitor has labels of its own."""
     bundled = open_source(DataConfig(**BUNDLED))

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 from conftest import small_recipe
 from hostile import encode, photo
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import sslkit
+from sslkit.data.config import MixConfig
 from sslkit.data.decode import UnreadableImage
 from sslkit.data.shards import expand_braces
 from sslkit.data.source import DataConfig, ImageSource, available_splits, files_left_out, open_source
@@ -81,6 +84,18 @@ def test_patterns_folders_and_splits(tmp_path: Path) -> None:
         read(tmp_path, split="test")
     with pytest.raises(UserError, match=r"no tar file .*0003\.tar"):
         read(tmp_path / "photos-train-{0002..0003}.tar")
+
+
+def test_shards_that_are_links_and_shards_in_a_mix(tmp_path: Path) -> None:
+    elsewhere, folder = tmp_path / "elsewhere.tar", tmp_path / "shards"
+    folder.mkdir()
+    (folder / "0.tar").symlink_to(write_tar(elsewhere, samples(0, 3)))
+    source = read(folder)
+    assert [source.encoded(index)[1] for index in range(3)] == PICTURES[:3]
+    write_tar(folder / "1.tar", samples(3, 6))
+    both = open_source(DataConfig(mix=[MixConfig(path=str(folder / f"{part}.tar")) for part in (1, 0)]))
+    assert [both.encoded(index)[1] for index in range(6)] == PICTURES[3:] + PICTURES[:3]
+    assert len(open_source(DataConfig(mix=[MixConfig(path=str(folder)), MixConfig(path=str(elsewhere))]))) == 9
 
 
 def test_a_stray_tar_among_images_is_no_shard(tmp_path: Path) -> None:
@@ -251,3 +266,31 @@ def test_memory_does_not_grow_with_the_bytes(tmp_path: Path) -> None:
         "assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16, 'KiB'\n"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "a.tar")], check=True)
+
+
+PIECES = st.lists(st.tuples(st.integers(0, 6 * 1024), st.binary(max_size=40)), min_size=1, max_size=4)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=PIECES, length=st.integers(512, 9000))
+def test_whatever_a_tar_holds_it_is_a_sentence_or_images(
+    changes: list[tuple[int, bytes]], length: int, tmp_path: Path
+) -> None:
+    """Bytes overwritten anywhere, headers' sums made right again, the end cut off."""
+    content = bytearray(write_tar(tmp_path / "whole.tar", samples(0, 2)).read_bytes())
+    for at, piece in changes:
+        content[at : at + len(piece)] = piece
+        block = at - at % 512
+        content[block + 148 : block + 156] = b" " * 8
+        content[block + 148 : block + 156] = b"%06o\0 " % sum(content[block : block + 512])
+    (tmp_path / "a.tar").write_bytes(content[:length])
+    said = ""
+    try:
+        source = read(tmp_path / "a.tar")
+        assert source.names_digest()
+        for index in range(len(source)):
+            assert source.name(index).isprintable()
+            source.encoded(index)
+    except UserError as error:
+        said = str(error)
+    assert "\n" not in said
