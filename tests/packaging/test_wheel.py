@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
@@ -21,14 +22,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 CONSUMER = """\
 import sslkit
-from sslkit.parts.queue import KeyQueue
-from sslkit.parts.teacher import Teacher
+from sslkit.parts.schedules import cosine_momentum
 
 recipe: sslkit.Recipe = sslkit.load_recipe("quickstart")
 run: sslkit.Run = sslkit.train(recipe, "run")
-queue: KeyQueue = KeyQueue(size=8, dim=4)
-teacher = Teacher(queue)
-teacher.update(queue, momentum="0.9")
+momentum: float = cosine_momentum(0.5, start=0.99)
+sslkit.load_recipe(3)
 """
 
 
@@ -102,22 +101,25 @@ def test_a_stranger_pretrains_from_the_wheel(site: Path, tmp_path: Path) -> None
 
 def test_types_reach_those_who_install_it(site: Path, tmp_path: Path) -> None:
     (tmp_path / "consumer.py").write_text(CONSUMER, encoding="utf-8")
-    typed, untyped = site, shutil.copytree(site, tmp_path / "untyped")
+    untyped = shutil.copytree(site, tmp_path / "untyped")
     (untyped / "sslkit/py.typed").unlink()
-    wrong = 'consumer.py:9: error: Argument "momentum" to "update" of "Teacher" has incompatible type "str"'
-    assert check_types(typed, tmp_path).startswith(wrong)
-    assert "Found 1 error in 1 file" in check_types(typed, tmp_path)
+    seen = check_types(site, tmp_path)
+    assert 'consumer.py:7: error: Argument 1 to "load_recipe" has incompatible type "int"' in seen
+    assert "Found 1 error in 1 file" in seen
     assert "missing library stubs or py.typed marker" in check_types(untyped, tmp_path)
 
 
 def check_types(site: Path, folder: Path) -> str:
+    """What mypy says of the consumer, for an interpreter that has nothing but the wheel: torch's types stay unknown."""
+    venv.create(folder / "python", with_pip=False)
+    options = ["--strict", "--python-executable", str(folder / "python/bin/python"), "--cache-dir", os.devnull]
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(folder / f"cache-{site.name}"), "consumer.py"],
+        [sys.executable, "-m", "mypy", *options, "consumer.py"],
         capture_output=True,
         text=True,
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(site)},
-        timeout=600,
+        timeout=280,
         check=False,
     )
     return done.stdout
