@@ -74,7 +74,7 @@ def test_it_trains_as_whole_copies_do(runs: Path) -> None:
 
 
 def test_the_encoder_is_the_checkpoints(runs: Path) -> None:
-    encoders = [load_encoder(runs / run) for run in ("whole", "parts")]
+    encoders = [load_encoder(str(runs / run)) for run in ("whole", "parts")]
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     one, other = (encoder.module.eval()(images) for encoder in encoders)
     torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
