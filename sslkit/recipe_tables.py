@@ -144,6 +144,8 @@ class TrainConfig(_Table):
             equal within rounding.
         activation_checkpointing: Keep fewer activations of the student's backbone and compute them again in the
             backward pass (timm's switch): about a third more arithmetic, the same numbers.
+        shard: Keep on each process only its part of weights, gradients and optimizer state (FSDP2): for encoders too
+            large for one GPU. The numbers are those of whole copies within rounding, and checkpoints are the same.
         clip_norm: Largest norm of the gradient; 0 leaves it alone, as the papers do.
         head_warmup_epochs: Epochs at the start in which only the heads learn: for a backbone that is continued.
         processes: How many processes this run must have; 0 takes what the launcher starts.
@@ -159,6 +161,7 @@ class TrainConfig(_Table):
     tf32: bool = False
     compile: bool = False
     activation_checkpointing: bool = False
+    shard: bool = False
     seed: int = Field(strict=True, default=0, ge=0, lt=2**63)
     clip_norm: float = Field(default=0.0, ge=0.0)
     head_warmup_epochs: float = Field(default=0.0, ge=0.0)

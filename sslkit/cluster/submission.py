@@ -130,7 +130,8 @@ def batch_file(recipe: Recipe, output: str | Path, resources: Resources) -> str:
     """
     check(recipe, resources)
     executor = _slurm_executor(Path(output), resources)
-    return executor._make_submission_file_text(executor._submitit_command_str, "")
+    text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
+    return text
 
 
 def check(recipe: Recipe, resources: Resources) -> None:

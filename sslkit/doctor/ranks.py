@@ -14,9 +14,10 @@ from sslkit.data.source import ImageSource
 from sslkit.data.views import ViewPipeline, normalise
 from sslkit.doctor.findings import Finding, fault, first_line, judge, not_applicable
 from sslkit.engine.draws import SHUFFLE
+from sslkit.engine.encoders import BACKBONES
 from sslkit.engine.optim import make_optimizer, set_learning_rate
 from sslkit.engine.processes import make_accelerator
-from sslkit.engine.run import BACKBONES, build_method
+from sslkit.engine.run import build_method
 from sslkit.engine.step import GlobalBatch, whole_batch_step
 from sslkit.errors import UserError
 from sslkit.methods import Method, Progress

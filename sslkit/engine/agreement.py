@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sslkit.errors import RunError
 from sslkit.parts.collectives import gather_rows, world_size
@@ -32,16 +33,21 @@ def compare_facts(facts: dict[str, Any], device: torch.device) -> None:
 def compare_weights(method: nn.Module, step: int, device: torch.device) -> None:
     """Stop if weights, teacher or queue are not the same on all processes.
 
-    Left out are BatchNorm's running statistics: every process has those of its own images.
+    Left out are BatchNorm's running statistics, as every process has those of its own images, and weights in parts,
+    which nobody else has.
 
     Raises:
         RunError: Names the step, the processes and the first tensor that differs.
     """
     if world_size() == 1:
         return
-    named = {name: tensor for name, tensor in method.state_dict().items() if not _is_running(name)}
+    named = {
+        name: tensor
+        for name, tensor in method.state_dict().items()
+        if not (_is_running(name) or isinstance(tensor, DTensor))
+    }
     sums = [_checksum(tensor).to(device) for tensor in named.values()]
-    table = gather_rows(torch.stack([torch.full_like(sums[0], step), *sums])[None])
+    table = gather_rows(torch.stack([torch.tensor(step, device=device), *sums])[None])
     for name, column in zip(["number of steps", *named], table.T, strict=True):
         if odd := _odd_ones(column):
             raise RunError(

@@ -32,10 +32,11 @@ def try_to_write_capsule(training: Training, step: int, complaint: str, loss: fl
     """Write a capsule of a step that was not taken; the first process does.
 
     Returns:
-        Its folder, on every process; empty if there is none: enough have been written, or the disk is full.
+        Its folder, on every process; empty if there is none: enough have been written, the disk is full, or weights
+        lie in parts.
     """
     folder = training.folder / "capsules" / f"step-{step:08d}"
-    if training.course.skipped or len(list(folder.parent.glob("step-*"))) >= MOST:
+    if training.recipe.train.shard or training.course.skipped or len(list(folder.parent.glob("step-*"))) >= MOST:
         return ""
     if not training.accelerator.is_main_process:
         return str(folder)

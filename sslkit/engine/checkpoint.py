@@ -24,6 +24,7 @@ from sslkit.engine.checks import GROUP, check_optimizer, check_state, check_weig
 from sslkit.engine.optim import begin_momenta
 from sslkit.engine.retention import NAME
 from sslkit.errors import UserError
+from sslkit.parts.sharding import in_parts_like
 
 FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -136,7 +137,10 @@ def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> 
     """
     check_weights(checkpoint.model)
     try:
-        method.load_state_dict(checkpoint.model)
+        held = method.state_dict()
+        method.load_state_dict(
+            {name: in_parts_like(held.get(name, value), value) for name, value in checkpoint.model.items()}
+        )
     except RuntimeError as error:
         last = str(error).splitlines()[-1][:300]
         raise UserError(f"the checkpoint's weights do not fit this recipe: {last}") from error
@@ -164,13 +168,13 @@ def _beside(param: Tensor, value: Tensor, *, fused: bool) -> Tensor:
     """
     if value.shape != param.shape or not value.ndim:
         return value.to(param.device) if value.ndim or fused else value
-    return torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value)
+    return torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(in_parts_like(param, value))
 
 
 def flatten_optimizer(method: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by ``parameter/slot`` or ``group/slot`` (timm's LAMB counts steps there), and plain numbers.
 
-    The tensors are the optimizer's own, not copies.
+    The tensors are the optimizer's own, not copies, and in parts where parameters are.
     """
     names: dict[Tensor, str] = {param: name for name, param in method.named_parameters()}
     tensors: dict[str, Tensor] = {}

@@ -22,7 +22,7 @@ NAMED = 20  # differences that a sentence names
 # Keys that do not change what is learned; a run may be continued with others.
 FREE_KEYS = (
     *("data.workers", "data.worker_timeout", "data.max_bad_share"),
-    *("train.max_steps", "train.processes", "train.log_every"),
+    *("train.max_steps", "train.processes", "train.shard", "train.log_every"),
     *("train.max_hours", "monitor.diagnose_every", "checkpoint.", "guard.", "track.", "reference."),
 )
 

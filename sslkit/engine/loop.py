@@ -26,6 +26,7 @@ from sslkit.engine.stopping import StopRequest
 from sslkit.engine.training import Training
 from sslkit.methods import Method, Progress, Step
 from sslkit.parts.collectives import copy_buffers_from_first, max_over_processes, mean_over_processes
+from sslkit.parts.sharding import whole
 from sslkit.recipe import Recipe
 
 
@@ -184,9 +185,9 @@ def gradient_norm(training: Training) -> float:
     """Norm of the gradient over all trained parameters, before it is clipped to ``[train] clip_norm``, if asked."""
     clip_norm = training.recipe.train.clip_norm
     if clip_norm:
-        return float(training.accelerator.clip_grad_norm_(training.wrapped.parameters(), clip_norm))
+        return float(whole(training.accelerator.clip_grad_norm_(training.wrapped.parameters(), clip_norm)))
     grads = [param.grad for param in training.method.parameters() if param.grad is not None]
-    return float(torch.nn.utils.get_total_norm(grads))
+    return float(whole(torch.nn.utils.get_total_norm(grads)))
 
 
 def save_is_due(training: Training, done: int, last_save: float) -> bool:

@@ -19,6 +19,7 @@ from sslkit.data.views import ViewPipeline
 from sslkit.engine.agreement import compare_facts
 from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, restore
 from sslkit.engine.diagnostics import Diagnostics
+from sslkit.engine.encoders import BACKBONES, compile_backbones, encoders_of
 from sslkit.engine.folder import FREE_KEYS, Run, check_folder, find_checkpoint, open_folder
 from sslkit.engine.guard import BadStepError, Course, RewindError
 from sslkit.engine.heartbeat import Heartbeat, is_others_fault
@@ -41,10 +42,8 @@ from sslkit.methods import Method, find_method
 from sslkit.methods.base import local_bn_groups
 from sslkit.parts.backbone import create_backbone, feature_dim, recompute_activations
 from sslkit.parts.batchnorm import has_batch_norm, synchronise_batch_norm
-from sslkit.parts.teacher import Teacher
+from sslkit.parts.sharding import held_here, shard
 from sslkit.recipe import Recipe, changes
-
-BACKBONES = ("backbone", "teacher_backbone")
 
 
 def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
@@ -108,8 +107,8 @@ def _train(
         saver = Saver(folder, recipe, steps_per_epoch, training.start_step, journal.say, active=first)
         tracks = journal.tracks = Tracks(recipe, folder, journal.say, active=first)
         with tracks, journal, saver:
-            if training.start_step >= last_step:
-                saver.complete(training.start_step, method.backbone)
+            if checkpoint is not None and training.start_step >= last_step:
+                saver.complete(training.start_step, checkpoint.model)
                 return Run(folder, training.start_step)
             if tracks.shows_pictures and not training.start_step:
                 journal.picture("views", 0, partial(view_sheet, recipe, source))
@@ -265,13 +264,19 @@ def assemble(
     if accelerator.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # A thread that finds its core taken by a data worker holds up all the others.
         torch.set_num_threads(max(cores_of_a_process(processes_here()) - workers_of(recipe, accelerator), 1))
-    method.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # FSDP2 takes contiguous parameters only.
+    memory_format = torch.contiguous_format if recipe.train.shard else torch.channels_last
+    method.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
     if recipe.train.compile:
         compile_backbones(method)
+    if recipe.train.shard:
+        shard(method, encoders_of(method), accelerator.device)
     optimizer = make_optimizer(recipe, method)
     if checkpoint is not None:
         restore(checkpoint, method, optimizer)
-    wrapped, prepared = accelerator.prepare(method, optimizer)
+    # Sharded, the method reduces its gradients itself; Accelerate adds mixed precision and no DDP.
+    wrapped = accelerator.prepare_model(method, evaluation_mode=recipe.train.shard)
+    prepared = accelerator.prepare_optimizer(optimizer)
     if checkpoint is not None:
         _restore_scaler(accelerator, checkpoint)
     start_step = checkpoint.step if checkpoint else 0
@@ -294,14 +299,6 @@ def assemble(
         BadSamples(folder, source, recipe.data.max_bad_share, start_step, active=accelerator.is_main_process),
         source.mixture,
     )
-
-
-def compile_backbones(method: Method) -> None:
-    """Let ``torch.compile`` have the heavy parts, in place: modules, names and tensors stay what they are."""
-    for name in BACKBONES:
-        part = getattr(method, name, None)
-        if part is not None:
-            (part.module if isinstance(part, Teacher) else part).compile()
 
 
 def workers_of(recipe: Recipe, accelerator: Accelerator) -> int:
@@ -372,6 +369,9 @@ def _opening(training: Training, source: ImageSource) -> list[str]:
         f"{workers_of(recipe, accelerator)} data worker(s) each",
         f"learning rate: base {recipe.optim.lr:g}, rule {recipe.optim.lr_rule} x batch / 256, peak {recipe.peak_lr:g}",
     ]
+    if train.shard and accelerator.num_processes > 1:
+        here, there = held_here(training.method)
+        lines.append(f"weights of student and teacher in parts: {here} of {there} on this process")
     if train.micro_batch and has_batch_norm(training.method.backbone):
         slices = train.batch_size // train.micro_batch
         lines.append(

@@ -21,6 +21,7 @@ from sslkit.durable import remove, replace_text, sync, whole_folder, write_file,
 from sslkit.engine.checkpoint import FORMAT, flatten_optimizer
 from sslkit.engine.retention import checkpoint_name, monitor_scores, reasons_to_keep, saved_steps
 from sslkit.errors import RunError
+from sslkit.parts.sharding import whole
 from sslkit.publish.export import encoder_config, write_encoder
 from sslkit.recipe import Recipe
 
@@ -40,7 +41,10 @@ class HostCopy:
         self.tensors: dict[str, Tensor] = {}
 
     def fill(self, source: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy ``source``; from a GPU the copy is on its way, in the order of the current stream, when this returns."""
+        """Copy ``source``; from a GPU the copy is on its way, in the order of the current stream, when this returns.
+
+        What is in parts is made whole, one tensor at a time; the other processes do their share by `whole`.
+        """
         for name in self.tensors.keys() - source.keys():
             del self.tensors[name]
         for name, tensor in source.items():
@@ -48,7 +52,7 @@ class HostCopy:
             if held is None or (held.shape, held.dtype) != (tensor.shape, tensor.dtype):
                 held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 self.tensors[name] = held
-            held.copy_(tensor.detach(), non_blocking=True)
+            held.copy_(whole(tensor.detach()), non_blocking=True)
         return self.tensors
 
 
@@ -132,10 +136,12 @@ class Saver:
             optimizer: Its optimizer.
             state: Plain data for ``state.json``: what a resumed run needs beside tensors.
         """
+        tensors, scalars = flatten_optimizer(method, optimizer)
         if not self.active:
+            for tensor in (*method.state_dict().values(), *tensors.values()):
+                whole(tensor.detach())  # in the order of the two copies below
             return
         self.wait()
-        tensors, scalars = flatten_optimizer(method, optimizer)
         text = json.dumps({"step": step, "optimizer": scalars, **state}, indent=1)
         model = self.model.fill(method.state_dict())
         moments = self.optimizer.fill(tensors)
@@ -154,8 +160,12 @@ class Saver:
             self.writing = None
         return self.failure
 
-    def complete(self, step: int, backbone: nn.Module) -> None:
+    def complete(self, step: int, model: dict[str, Tensor]) -> None:
         """Write the encoder of a finished run, if it was killed between its last checkpoint and that.
+
+        Args:
+            step: Updates made.
+            model: The method's state dict, of that checkpoint.
 
         Raises:
             SaveError: It cannot be written.
@@ -163,7 +173,7 @@ class Saver:
         if not self.active or _encoder_step(self.folder / "encoder") == str(step):
             return
         try:
-            self._write_encoder(step, HostCopy().fill(backbone.cpu().state_dict()))
+            self._write_encoder(step, model)
         except OSError as error:
             raise SaveError(f"the encoder could not be written: {_reason(error)}") from error
 
@@ -182,9 +192,7 @@ class Saver:
                 raise SaveError(f"{name} is not finite")  # never on the disk, where it would be taken for a good state
             self._write_checkpoint(snapshot)
             self._prune()
-            prefix = "backbone."
-            encoder = {name: tensor for name, tensor in snapshot.model.items() if name.startswith(prefix)}
-            self._write_encoder(snapshot.step, {name.removeprefix(prefix): encoder[name] for name in encoder})
+            self._write_encoder(snapshot.step, snapshot.model)
         except (OSError, SaveError) as error:
             failure = f"step {snapshot.step} could not be saved: {_reason(error)}"
             there = saved_steps(self.checkpoints)
@@ -220,7 +228,9 @@ class Saver:
             remove(self.checkpoints / checkpoint_name(step))
         self.course &= stay.keys()
 
-    def _write_encoder(self, step: int, state: dict[str, Tensor]) -> None:
+    def _write_encoder(self, step: int, model: dict[str, Tensor]) -> None:
+        prefix = "backbone."
+        state = {name.removeprefix(prefix): tensor for name, tensor in model.items() if name.startswith(prefix)}
         tag = f"{self.recipe.method_name}_e{step // self.steps_per_epoch}"
         write_encoder(self.config, tag, state, self.folder / "encoder", step=str(step))
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sslkit.parts.sharding import own_part
+
 
 class Teacher(nn.Module):
     """A copy of ``student`` that receives no gradient and moves only by exponential moving average.
@@ -31,12 +33,12 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def update(self, student: nn.Module, momentum: float) -> None:
-        """Move every parameter towards the student's, in place.
+        """Move every parameter towards the student's, in place; of those in parts, each process its own.
 
         Args:
             student: The module this teacher was copied from, with its current parameters.
             momentum: Weight of the teacher's own value, in [0, 1]. 1 leaves the teacher bit-identical; 0 copies.
         """
-        own: list[Tensor] = list(self.module.parameters())
-        theirs: list[Tensor] = list(student.parameters())
+        own: list[Tensor] = [own_part(param) for param in self.module.parameters()]
+        theirs: list[Tensor] = [own_part(param) for param in student.parameters()]
         torch._foreach_lerp_(own, theirs, 1.0 - momentum)

@@ -17,6 +17,7 @@ from sslkit import cluster
 from sslkit.cluster import Resources
 from sslkit.cluster.job import Pretraining
 from sslkit.cluster.submission import batch_file, minutes
+from sslkit.data.loader import cores_of_a_process
 from sslkit.engine.lines import read_lines
 from sslkit.errors import UserError
 
@@ -118,6 +119,7 @@ def test_slurm_stops_it_on_two_nodes_and_it_queues_itself_again(tmp_path: Path, 
     assert_the_same_bits(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_slurm_stops_a_process_and_it_queues_itself_again(tmp_path: Path, slurm: Path) -> None:
     recipe = small_recipe("moco_v2", "test_resnet", train={"max_steps": STEPS})
     sslkit.train(recipe, tmp_path / "whole")
@@ -212,6 +214,18 @@ def test_the_batch_file_says_what_was_asked(tmp_path: Path) -> None:
 )
 def test_times_are_slurms(words: str, expected: int) -> None:
     assert minutes(words) == expected
+
+
+def test_a_task_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun binds each task, so what the kernel shows of cores is not to be shared once more; torchrun does not."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(12)))
+    assert cores_of_a_process(4) == 3
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")
+    assert cores_of_a_process(4) == 12
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")  # not bound: the node shows all cores of the job
+    assert cores_of_a_process(4) == 6
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    assert cores_of_a_process(4) == 3
 
 
 def test_an_unknown_time() -> None:

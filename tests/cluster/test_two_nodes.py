@@ -88,6 +88,7 @@ def train_on_one_machine(recipe: Path, output: Path) -> None:
     assert process.returncode == 0, said
 
 
+@pytest.mark.slow
 def test_two_nodes_equal_one_of_two_processes(nodes: tuple[Node, Node], tmp_path: Path) -> None:
     """Started by hand on each, as docs/clusters.md says."""
     recipe = write_recipe(tmp_path, train={"max_steps": STEPS})

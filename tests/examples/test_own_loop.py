@@ -55,6 +55,7 @@ def score(encoder: nn.Module) -> float:
     return knn_accuracy(*features(encoder, "train", 5000), *features(encoder, "test", 2000))
 
 
+@pytest.mark.slow
 def test_the_loop_of_the_docs_learns(own_loop: ModuleType) -> None:
     torch.manual_seed(0)
     encoder = timm.create_model("test_mambaout", num_classes=0)
@@ -64,6 +65,7 @@ def test_the_loop_of_the_docs_learns(own_loop: ModuleType) -> None:
     assert score(encoder) > before + 0.02  # 0.045 when written; its standard error is about 0.01
 
 
+@pytest.mark.slow
 def test_without_a_learning_rate_it_does_not(own_loop: ModuleType) -> None:
     torch.manual_seed(0)
     encoder = timm.create_model("test_mambaout", num_classes=0)
