@@ -10,7 +10,7 @@ from typing import Any
 
 from sslkit.errors import UserError
 from sslkit.watch.curve import Curve, finite
-from sslkit.watch.state import State, clean, state_of
+from sslkit.watch.state import LOCK, State, clean, state_of
 from sslkit.watch.tail import Tail, read_plain
 
 MAX_BYTES = 1_000_000  # of recipe.toml and data.json
@@ -121,7 +121,7 @@ class WatchedRun:
             raise UserError(f"{self.folder}: cannot be read: {error.strerror}") from error
         if "recipe.toml" in names:
             self._read_recipe()
-        elif any(not name.startswith(".") and name != "checkpoints" for name in names):
+        elif LOCK not in names and any(not name.startswith(".") and name != "checkpoints" for name in names):
             raise UserError(f"{self.folder}: not a run folder (no recipe.toml)")
 
     def _read_recipe(self) -> None:

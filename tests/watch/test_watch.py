@@ -213,6 +213,17 @@ def test_refusals_are_one_sentence(tmp_path: Path, class_folders: Path) -> None:
     assert "not a readable TOML file" in cli_error(["watch", str(tmp_path / "run"), "--once"])
 
 
+def test_a_run_that_is_just_beginning_is_waited_for(tmp_path: Path) -> None:
+    """Its recipe is the last thing that is written at the start."""
+    run = WatchedRun(tmp_path)
+    for name in (".lock", "checkpoints", ".recipe.tmp", "data.json", "images.parquet"):
+        (tmp_path / name).touch()
+        run.look()
+    (tmp_path / ".lock").unlink()
+    with pytest.raises(sslkit.UserError, match="not a run folder"):
+        run.look()
+
+
 def test_a_run_folder_that_vanishes(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
@@ -252,7 +263,7 @@ def test_opened_before_the_run_and_closed_at_any_time(tmp_path: Path) -> None:
     file.write_text(small_recipe("moco_v2", "test_resnet", train={"max_steps": 0, "batch_size": 20}).to_toml())
     run = start(["pretrain", str(file), "--output", str(folder)])
     try:
-        until(lambda: leaves.shows("running: ") and leaves.shows("loss"))
+        until(lambda: leaves.shows("running: ") and leaves.shows("loss") and not stays.shows("sslkit: "), 120)
         leaves.process.send_signal(signal.SIGINT)
         assert leaves.process.wait(20) == 0
         assert not leaves.shows("Traceback")
