@@ -25,7 +25,7 @@ class Layout:
     Attributes:
         across: Lanes of which every batch takes an equal part, the first of them for the first images of a batch.
         turns: Batches after which the same lanes come again; each batch of a turn has lanes of its own.
-        window: Images of a lane that are mixed.
+        window: Images of a lane that are mixed, or a few more: whole groups.
     """
 
     across: int
@@ -110,6 +110,10 @@ class EpochLanes:
         lengths = np.tile(np.array(visits, dtype=np.int64), self._layout.across) * self._part
         return np.cumsum([0, *lengths])
 
+    @cached_property
+    def _edges(self) -> dict[int, NDArray[np.int64]]:
+        return {}
+
     @property
     def _part(self) -> int:
         return self.batch_size // self._layout.across
@@ -125,15 +129,26 @@ class EpochLanes:
 
     def _visit(self, lane: int, start: int) -> NDArray[np.int64]:
         """A batch's part of a lane, from that place of it on, mixed within the lane's windows."""
-        window, begin, end = self._layout.window, int(self._bounds[lane]), int(self._bounds[lane + 1])
+        if lane not in self._edges:
+            self._edges[lane] = self._windows(lane)
+        edges = self._edges[lane]
+        first, last = np.searchsorted(edges, [start, start + self._part - 1], side="right")
+        mixed = [
+            edges[window - 1] + self._rng(WINDOW, lane, window).permutation(edges[window] - edges[window - 1])
+            for window in range(first, last + 1)
+        ]
+        skipped = start - edges[first - 1]
+        return int(self._bounds[lane]) + np.concatenate(mixed)[skipped : skipped + self._part]
+
+    def _windows(self, lane: int) -> NDArray[np.int64]:
+        """Where in a lane each of its windows begins, and the last one ends. A window is of whole groups."""
+        begin, end = self._bounds[lane : lane + 2]
+        low, high = np.searchsorted(self._ends, [begin, end], side="right")
+        starts = self._ends[low:high] - begin  # of all groups but the first
         # Lanes begin at different places of a window, so that their groups are not all due in the same batch.
-        shift = lane * window // (len(self._bounds) - 1)
-        mixed = []
-        for number in range((start + shift) // window, (start + self._part - 1 + shift) // window + 1):
-            low, high = max(number * window - shift, 0), min((number + 1) * window - shift, end - begin)
-            mixed.append(low + self._rng(WINDOW, lane, number).permutation(high - low))
-        skipped = start - max((start + shift) // window * window - shift, 0)
-        return begin + np.concatenate(mixed)[skipped : skipped + self._part]
+        shift = lane * self._layout.window // (len(self._bounds) - 1)
+        numbers = (np.concatenate([[0], starts]) + shift) // self._layout.window
+        return np.concatenate([[0], starts[np.diff(numbers) > 0], [end - begin]])
 
     def _positions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """From places in the epoch's order of groups to positions in the source."""

@@ -32,6 +32,7 @@ from sslkit.parts.hub import quick_hub, why_not
 MAX_GROUP = 2**31  # bytes of images in a row group, all of which must be held
 WAITS = (1.0, 4.0, 16.0, 32.0)  # seconds before another try, where a file is elsewhere; its library tries by itself too
 READERS = 16  # ends of files read at the same time
+DRAWN = 16  # row groups, at least, that a sample is of
 HELD = 4  # row groups kept where nobody says how many
 
 
@@ -65,7 +66,7 @@ class StreamedRows:
         ]
         self.starts = np.cumsum([0, *(group.rows for group in self.groups)], dtype=np.int64)
         self.picked: NDArray[np.int64] | None = None
-        self._capacity, self._held = HELD, dict[int, pa.ChunkedArray]()
+        self._capacity, self._held = HELD, dict[int, tuple[pa.Array, int]]()
 
     @property
     def num_rows(self) -> int:
@@ -104,7 +105,7 @@ class StreamedRows:
         encoded = cell if isinstance(cell, bytes) else (cell or {}).get("bytes")
         if encoded is None:
             raise UnreadableImage(self.name(which), "the row holds no image; a stream opens no files that rows name")
-        return {self.image_column: {"bytes": encoded, "path": None}}
+        return {self.image_column: {"bytes": encoded, "path": self.name(which)}}
 
     def name(self, index: int) -> str:
         """What to call a row in print; nothing is read for it."""
@@ -135,13 +136,12 @@ class StreamedRows:
         rng = np.random.default_rng(seed)
         if self.picked is not None:
             return rng.permutation(self.num_rows)[:count]
-        rows: list[NDArray[np.int64]] = []
+        pool: list[NDArray[np.int64]] = []
         for group in rng.permutation(len(self.groups)):
-            if sum(map(len, rows)) >= count:
+            if len(pool) >= DRAWN and sum(map(len, pool)) >= count:
                 break
-            first, size = self.starts[group], self.groups[group].rows
-            rows.append(first + rng.permutation(size)[: max(count // READERS, 1)])
-        return np.sort(np.concatenate(rows)[:count])
+            pool.append(np.arange(self.starts[group], self.starts[group + 1]))
+        return np.sort(rng.permutation(np.concatenate(pool))[:count])
 
     def words(self, held: int) -> str:
         """A sentence on what a worker that keeps so many row groups needs."""
@@ -167,14 +167,14 @@ class StreamedRows:
         group = int(np.searchsorted(self.starts, row, side="right")) - 1
         return group, row - int(self.starts[group])
 
-    def _read(self, group: int) -> pa.ChunkedArray:
-        """The images of a row group, as they are stored."""
-        cells = self._held.pop(group, None)
+    def _read(self, group: int) -> pa.Array:
+        """The images of a row group, as they are stored: kept until each was asked for once, if there is room."""
+        cells, left = self._held.pop(group, (None, self.groups[group].rows))
         if cells is None:
             piece = self.groups[group]
-            table = self._fetch(piece.file, [self.image_column], piece.place)
-            cells = table.column(0).combine_chunks()
-        self._held[group] = cells  # the last is the one used last
+            cells = self._fetch(piece.file, [self.image_column], piece.place).column(0).combine_chunks()
+        if left > 1:
+            self._held[group] = cells, left - 1  # the last is the one used last
         while len(self._held) > self._capacity:
             with suppress(StopIteration, KeyError, RuntimeError):  # another thread was faster
                 del self._held[next(iter(self._held))]
