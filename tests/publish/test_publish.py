@@ -6,8 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+import tomllib
 from collections.abc import Iterator
+from email.utils import formatdate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import sslkit
+from sslkit.publish.hub import _asked_to_wait
+from sslkit.publish.private import public_name
 
 TOKEN = "hf_" + "x" * 30
 VIT = {"img_size": 32, "args": {"num_heads": 2}}
@@ -163,12 +169,14 @@ def test_publishing_again_adds_a_commit_and_sends_only_what_changed(run: Path, c
     assert puts(hub) == 1
 
 
-def test_a_branch_is_made_and_main_stays(run: Path, client: Client, hub: Hub, tmp_path: Path) -> None:
-    code, said, complaint, _ = client.ask("publish", str(run), "--repo-id", "user/forked", "--revision", "v2")
+@pytest.mark.parametrize("branch", ["v2", "feature/v2"])
+def test_a_branch_is_made_and_main_stays(run: Path, client: Client, hub: Hub, tmp_path: Path, branch: str) -> None:
+    code, said, complaint, _ = client.ask("publish", str(run), "--repo-id", "user/forked", "--revision", branch)
     assert code == 0, complaint
-    assert "user/forked@v2" in said
+    assert f"user/forked@{branch}" in said
     assert "model.safetensors" not in hub.at("user/forked", "main")[1]  # type: ignore[index]
-    example = 'import timm\nencoder = timm.create_model("hf_hub:user/forked@v2", pretrained=True, num_classes=0).eval()'
+    name = f"hf_hub:user/forked@{branch}"
+    example = f'import timm\nencoder = timm.create_model("{name}", pretrained=True, num_classes=0).eval()'
     [found] = as_a_stranger([example], hub, tmp_path / "home")
     assert torch.equal(found, features(run))
 
@@ -181,8 +189,13 @@ def test_a_branch_is_made_and_main_stays(run: Path, client: Client, hub: Hub, tm
         ("POST", "/validate-yaml", Fault(503, {"Retry-After": "0"})),
         ("PUT", "/store/", Fault(cut=1000)),
         ("POST", "/commit/", Fault(cut=100)),
+        ("POST", "/commit/", Fault(412)),
+        ("POST", "/preupload/", Fault(200, {"Content-Type": "text/html"})),
     ],
-    ids=["busy at the door", "busy in the middle", "busy with the card", "broken upload", "broken commit"],
+    ids=[
+        *("busy at the door", "busy in the middle", "busy with the card", "broken upload", "broken commit"),
+        *("overtaken", "not JSON"),
+    ],
 )
 def test_what_goes_wrong_once_is_done_again(
     run: Path, client: Client, hub: Hub, method: str, part: str, fault: Fault
@@ -216,8 +229,10 @@ def test_an_interrupted_publication_goes_on(run: Path, client: Client, hub: Hub)
         ("/preupload/", Fault(403, {"X-Error-Code": "GatedRepo"}), 2, "may not write there"),
         ("/preupload/", Fault(404, {"X-Error-Code": "RepoNotFound"}), 2, "not there for this token"),
         ("/repos/create", Fault(503, {"Retry-After": "0"}), 1, "busy (status 503)"),
+        ("/preupload/", Fault(403, said={"error": "storage is full"}), 2, "(the Hub says: storage is full)"),
+        ("/validate-yaml", Fault(400, said={"errors": [{"message": "no such licence"}]}), 2, "no such licence"),
     ],
-    ids=["expired token", "no right", "gated", "missing", "always busy"],
+    ids=["expired token", "no right", "gated", "missing", "always busy", "no room", "a licence it has not"],
 )
 def test_what_cannot_be_is_one_sentence(
     run: Path, client: Client, hub: Hub, part: str, fault: Fault, code: int, words: str
@@ -258,6 +273,95 @@ def test_private_is_never_sent_to_a_public_repository(run: Path, client: Client,
     assert "user/hidden" in hub.private
 
 
+def test_a_silent_hub_is_a_broken_line(run: Path, client: Client, hub: Hub) -> None:
+    client.ask("silence", "1")
+    hub.faults = once("POST", "/preupload/", Fault(silent=4.0))
+    code, _, complaint, _ = client.ask("publish", str(run), "--repo-id", "user/silent")
+    client.ask("silence", "120")
+    assert code == 0, complaint
+    assert sum("/preupload/" in path for _, path in hub.asked) == 2
+
+
+def test_what_was_changed_by_hand_is_not_thrown_away(run: Path, client: Client, hub: Hub) -> None:
+    assert client.ask("publish", str(run), "--repo-id", "user/hand", "--dry-run")[0] == 0
+    card = run / "publish" / "README.md"
+    made, mine = card.read_text(), card.read_text() + "\nMy own words.\n"
+    for file, text in ((card, mine), (run / "publish" / "notes.txt", "mine")):
+        file.write_text(text)
+        code, _, complaint, _ = client.ask("publish", str(run), "--repo-id", "user/hand")
+        assert (code, file.read_text()) == (2, text)
+        assert f"{file}: was changed or added by hand" in complaint
+        card.write_text(made)
+    assert not hub.asked
+
+    # On the Hub nothing is lost, and it is said where the words are.
+    (run / "publish" / "notes.txt").unlink()
+    assert "by hand" not in client.ask("publish", str(run), "--repo-id", "user/hand")[1]
+    theirs = hub.commit("user/hand", hub.repos["user/hand"][-1][1] | {"README.md": mine.encode(), "LICENSE": b"MIT"})
+    code, said, complaint, _ = client.ask("publish", str(run), "--repo-id", "user/hand")
+    assert code == 0, complaint
+    assert f"commit {theirs} still has it" in said
+    assert hub.at("user/hand", theirs)[1]["README.md"] == mine.encode()  # type: ignore[index]
+    assert hub.repos["user/hand"][-1][1]["LICENSE"] == b"MIT"
+    code, said, _, _ = client.ask("publish", str(run), "--repo-id", "user/hand")
+    assert "nothing had changed" in said
+    assert "by hand" not in said
+
+
+def test_nobody_learns_where_it_lay(run: Path, client: Client) -> None:
+    recipe = run / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace('"builtin:fashion_mnist"', '"/home/alice/secret proj/pets `a|b` é"'))
+    result = RESULT | {"data": "/home/alice/secret proj/val: 10 / 10"}
+    result["scores"] = [{"encoder": "it", "accuracy": 0.7}, {"encoder": "/home/alice/old", "accuracy": 0.65}]
+    (run / "results.jsonl").write_text(json.dumps(result) + "\n")
+    code, _, complaint, _ = client.ask("publish", str(run), "--repo-id", "user/x", "--license", "MIT", "--dry-run")
+    assert code == 0, complaint
+    for file in (run / "publish").iterdir():
+        assert b"alice" not in file.read_bytes(), file
+        assert b"secret" not in file.read_bytes(), file
+    tables = tomllib.loads((run / "publish" / "recipe.toml").read_text())
+    assert tables["data"]["path"] == "pets `a|b` é"
+    assert tables["train"] == tomllib.loads(recipe.read_text())["train"]
+    card = ModelCard.load(run / "publish" / "README.md")
+    assert r"| data | `pets 'a\|b' é`, split" in card.text
+    assert "| val: 10 / 10 |" in card.text
+    assert "old 65.0%" in card.text
+    assert card.data.license == "mit"  # the Hub knows SPDX's names in small letters only
+    [found] = card.data.eval_results
+    assert (found.dataset_type, found.dataset_name) == ("val", "val: 10 / 10")
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        *(("/data/pets/", "pets"), ("~/pets", "pets"), ("C:\\my data\\pets", "pets"), ("/", "images")),
+        *(("local-dir:/home/me/enc", "local-dir:enc"), ("file:///srv/x.parquet", "x.parquet")),
+        *(("user/data", "user/data"), ("hf_hub:user/x@v1", "hf_hub:user/x@v1"), ("builtin:fashion_mnist",) * 2),
+        *(("knn k=20", "knn k=20"), ("pets/train", "pets/train"), ("", "")),
+    ],
+)
+def test_public_names(name: str, public: str) -> None:
+    assert public_name(name) == public
+
+
+@pytest.mark.parametrize(
+    ("asked", "seconds"),
+    [("7", 7.0), ("0.5", 0.5), ("900", 60.0), ("nan", 3.0), ("soon", 3.0), (None, 3.0), ("-5", 3.0)],
+)
+def test_the_hub_says_how_long(asked: str | None, seconds: float) -> None:
+    assert _asked_to_wait(answer_with(asked), 3.0) == seconds
+
+
+def test_the_hub_says_until_when() -> None:
+    assert 20 < _asked_to_wait(answer_with(formatdate(time.time() + 30, usegmt=True)), 3.0) <= 30
+    assert _asked_to_wait(answer_with(formatdate(0, usegmt=True)), 3.0) == 0.0
+
+
+def answer_with(retry_after: str | None) -> Any:
+    headers = {} if retry_after is None else {"Retry-After": retry_after}
+    return SimpleNamespace(response=SimpleNamespace(headers=headers))
+
+
 @pytest.mark.parametrize("repo", ["name", "a/b/c", "../x/y", "user/na me", "user/a--b", "user/x.git", ""])
 def test_impossible_names(trained: Path, client: Client, hub: Hub, repo: str) -> None:
     code, _, complaint, _ = client.ask("publish", str(trained), "--repo-id", repo)
@@ -278,8 +382,9 @@ def test_no_run(tmp_path: Path, client: Client, hub: Hub) -> None:
         ({"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": TOKEN}, "cannot be reached"),
         ({"HF_HUB_OFFLINE": "1", "HF_TOKEN": TOKEN}, "HF_HUB_OFFLINE is set"),
         ({}, "hf auth login"),
+        ({"HF_TOKEN": "hf_not a token"}, "signs that no token has"),
     ],
-    ids=["no network", "offline", "no token"],
+    ids=["no network", "offline", "no token", "no such token"],
 )
 def test_where_nobody_can_be_asked(run: Path, hub: Hub, tmp_path: Path, settings: dict[str, str], words: str) -> None:
     client = Client(hub.environment(tmp_path / "home") | settings)
