@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.table import Table
 
-from sslkit import __version__
+import sslkit
 from sslkit.cli.bench import bench
 from sslkit.cli.data import data_app, prepare
 from sslkit.cli.evaluation import evaluation
@@ -47,7 +47,7 @@ INTERRUPTED = 130  # what Typer makes of Ctrl-C
 
 def _say_version(asked: bool) -> None:
     if asked:
-        print(f"sslkit {__version__}")
+        print(f"sslkit {sslkit.__version__}")
         raise typer.Exit
 
 

@@ -25,6 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import sslkit
+from sslkit.errors import UserError
+from sslkit.publish import hub as publishing
 from sslkit.publish.hub import _asked_to_wait
 from sslkit.publish.private import public_name
 
@@ -169,8 +171,8 @@ def test_publishing_again_adds_a_commit_and_sends_only_what_changed(run: Path, c
     assert puts(hub) == 1
 
 
-@pytest.mark.parametrize("branch", ["v2", "feature/v2"])
-def test_a_branch_is_made_and_main_stays(run: Path, client: Client, hub: Hub, tmp_path: Path, branch: str) -> None:
+def test_a_branch_is_made_and_main_stays(run: Path, client: Client, hub: Hub, tmp_path: Path) -> None:
+    branch = "feature/v2"
     code, said, complaint, _ = client.ask("publish", str(run), "--repo-id", "user/forked", "--revision", branch)
     assert code == 0, complaint
     assert f"user/forked@{branch}" in said
@@ -357,6 +359,13 @@ def test_the_hub_says_until_when() -> None:
     assert _asked_to_wait(answer_with(formatdate(0, usegmt=True)), 3.0) == 0.0
 
 
+def test_what_can_be_no_token_is_not_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(publishing.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(publishing, "get_token", lambda: "hf_tokén")
+    with pytest.raises(UserError, match="signs that no token has"):
+        publishing._Sender("user/name", "main", tmp_path)
+
+
 def answer_with(retry_after: str | None) -> Any:
     headers = {} if retry_after is None else {"Retry-After": retry_after}
     return SimpleNamespace(response=SimpleNamespace(headers=headers))
@@ -382,9 +391,8 @@ def test_no_run(tmp_path: Path, client: Client, hub: Hub) -> None:
         ({"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": TOKEN}, "cannot be reached"),
         ({"HF_HUB_OFFLINE": "1", "HF_TOKEN": TOKEN}, "HF_HUB_OFFLINE is set"),
         ({}, "hf auth login"),
-        ({"HF_TOKEN": "hf_not a token"}, "signs that no token has"),
     ],
-    ids=["no network", "offline", "no token", "no such token"],
+    ids=["no network", "offline", "no token"],
 )
 def test_where_nobody_can_be_asked(run: Path, hub: Hub, tmp_path: Path, settings: dict[str, str], words: str) -> None:
     client = Client(hub.environment(tmp_path / "home") | settings)
