@@ -6,12 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
-from email.utils import formatdate
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,10 +22,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import sslkit
-from sslkit.errors import UserError
-from sslkit.publish import hub as publishing
-from sslkit.publish.hub import _asked_to_wait
-from sslkit.publish.private import public_name
 
 TOKEN = "hf_" + "x" * 30
 VIT = {"img_size": 32, "args": {"num_heads": 2}}
@@ -331,44 +324,6 @@ def test_nobody_learns_where_it_lay(run: Path, client: Client) -> None:
     assert card.data.license == "mit"  # the Hub knows SPDX's names in small letters only
     [found] = card.data.eval_results
     assert (found.dataset_type, found.dataset_name) == ("val", "val: 10 / 10")
-
-
-@pytest.mark.parametrize(
-    ("name", "public"),
-    [
-        *(("/data/pets/", "pets"), ("~/pets", "pets"), ("C:\\my data\\pets", "pets"), ("/", "images")),
-        *(("local-dir:/home/me/enc", "local-dir:enc"), ("file:///srv/x.parquet", "x.parquet")),
-        *(("user/data", "user/data"), ("hf_hub:user/x@v1", "hf_hub:user/x@v1"), ("builtin:fashion_mnist",) * 2),
-        *(("knn k=20", "knn k=20"), ("pets/train", "pets/train"), ("", "")),
-    ],
-)
-def test_public_names(name: str, public: str) -> None:
-    assert public_name(name) == public
-
-
-@pytest.mark.parametrize(
-    ("asked", "seconds"),
-    [("7", 7.0), ("0.5", 0.5), ("900", 60.0), ("nan", 3.0), ("soon", 3.0), (None, 3.0), ("-5", 3.0)],
-)
-def test_the_hub_says_how_long(asked: str | None, seconds: float) -> None:
-    assert _asked_to_wait(answer_with(asked), 3.0) == seconds
-
-
-def test_the_hub_says_until_when() -> None:
-    assert 20 < _asked_to_wait(answer_with(formatdate(time.time() + 30, usegmt=True)), 3.0) <= 30
-    assert _asked_to_wait(answer_with(formatdate(0, usegmt=True)), 3.0) == 0.0
-
-
-def test_what_can_be_no_token_is_not_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(publishing.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(publishing, "get_token", lambda: "hf_tokén")
-    with pytest.raises(UserError, match="signs that no token has"):
-        publishing._Sender("user/name", "main", tmp_path)
-
-
-def answer_with(retry_after: str | None) -> Any:
-    headers = {} if retry_after is None else {"Retry-After": retry_after}
-    return SimpleNamespace(response=SimpleNamespace(headers=headers))
 
 
 @pytest.mark.parametrize("repo", ["name", "a/b/c", "../x/y", "user/na me", "user/a--b", "user/x.git", ""])
