@@ -15,6 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.table import Table
 
+import sslkit
 from sslkit.cli.bench import bench
 from sslkit.cli.data import data_app, prepare
 from sslkit.cli.evaluation import evaluation
@@ -30,7 +31,6 @@ from sslkit.cli.watching import watch
 from sslkit.errors import RunError, UserError, without_tokens
 
 app = typer.Typer(
-    help="Self-supervised pretraining of timm image encoders.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -43,6 +43,21 @@ app.add_typer(recipes_app, name="recipes")
 BAD_INPUT = 2
 RESUMABLE = 75  # sslkit.engine.stopping has it too, behind heavy imports
 INTERRUPTED = 130  # what Typer makes of Ctrl-C
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"sslkit {sslkit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    """Self-supervised pretraining of timm image encoders."""
 
 
 @app.command(epilog="Example: sslkit pretrain mocov3_vits --set data.path=photos --output runs/photos")

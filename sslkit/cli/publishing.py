@@ -41,7 +41,11 @@ def publish(
     if dry_run:
         console.print(f"{published.folder} is ready; nothing was sent", highlight=False, markup=False, soft_wrap=True)
         return
-    console.print(f"{published.url}: commit {published.commit}", highlight=False, markup=False, soft_wrap=True)
+    news = "" if published.is_new else ", as before: nothing had changed"
+    console.print(f"{published.url}: commit {published.commit}{news}", highlight=False, markup=False, soft_wrap=True)
+    if published.replaced_card:
+        words = f"its README.md, written by hand, was replaced; commit {published.replaced_card} still has it"
+        console.print(words, highlight=False, markup=False, soft_wrap=True)
     name = repo_id if revision == "main" else f"{repo_id}@{revision}"
     how = (
         f'timm.create_model("hf_hub:{name}", pretrained=True, num_classes=0)'

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from sslkit.publish.private import public_score
 from sslkit.publish.scores import CardScore, newest_scores
 from sslkit.recipe import Recipe
 
@@ -16,7 +17,7 @@ def model_card(recipe: Recipe, run: Path, source: str, tag: str, license_id: str
     """Write the card from the run's own record.
 
     Args:
-        recipe: The run's resolved recipe.
+        recipe: The run's resolved recipe, from `public_recipe`.
         run: Run folder, for its scores.
         source: What to load it by: ``local-dir:NAME`` or ``hf_hub:user/name``.
         tag: timm's pretrained tag.
@@ -24,6 +25,7 @@ def model_card(recipe: Recipe, run: Path, source: str, tag: str, license_id: str
         curves: Whether `CURVES` lies beside the card.
     """
     scores = newest_scores(run)
+    scores = scores and [public_score(score) for score in scores]
     picture = f"![Loss, pretext accuracy, learning rate and kNN over the epochs]({CURVES})\n\n" if curves else ""
     return f"""---
 {_front_matter(recipe, source, license_id, scores or [])}
@@ -42,7 +44,7 @@ there is no classifier.
 | | |
 | --- | --- |
 | method | `{recipe.method_name}` |
-| data | `{_cell(recipe.data.title)}`, split `{_cell(recipe.data.split)}`, labels not read |
+| data | {_code(recipe.data.title)}, split {_code(str(recipe.data.split))}, labels not read |
 | started from | {_start(recipe)} |
 | epochs planned, global batch | {recipe.train.epochs}, {recipe.train.batch_size} |
 | trained for | {_trained(run)} |
@@ -69,7 +71,7 @@ def _front_matter(recipe: Recipe, source: str, license_id: str, scores: list[Car
     card = ModelCardData(
         library_name="timm",
         pipeline_tag="image-feature-extraction",
-        license=license_id,
+        license=license_id.lower(),  # as the Hub spells what SPDX writes Apache-2.0
         tags=["image-feature-extraction", "timm", "self-supervised-learning", recipe.method_name.replace("_", "")],
         datasets=_hub_datasets(recipe) or None,
         base_model=_base_model(recipe),
@@ -112,7 +114,7 @@ def _start(recipe: Recipe) -> str:
     pretrained = recipe.backbone.pretrained
     if not pretrained:
         return "random weights"
-    return "timm's pretrained weights" if pretrained is True else f"`{_cell(pretrained)}`"
+    return "timm's pretrained weights" if pretrained is True else _code(pretrained)
 
 
 def _trained(run: Path) -> str:
@@ -163,6 +165,11 @@ def _scores(scores: list[CardScore] | None) -> str:
         cells = [_cell(score.evaluation), _cell(score.data), _cell(score.measure), f"{score.value:.1%}"]
         rows.append(f"| {' | '.join([*cells, interval, others, protocol])} |")
     return "\n".join(rows)
+
+
+def _code(text: str) -> str:
+    """Text as code in a cell; a backslash in code is a backslash, so only a cell's end may be escaped."""
+    return "`" + " ".join(text.split()).replace("`", "'").replace("|", r"\|") + "`"
 
 
 def _cell(text: str) -> str:

@@ -7,7 +7,6 @@ The one file sslkit writes that is a pickle: detectron2 takes weights with forei
 
 import pickle
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from sslkit.errors import RunError, UserError
 from sslkit.evaluate.features import load_encoder
 from sslkit.parts.backbone import family
+from sslkit.publish.private import public_recipe
 from sslkit.recipe import Recipe, load_recipe
 
 FILE = "detectron2.pkl"
@@ -102,7 +102,7 @@ def export_detectron2(run: str | Path, folder: str | Path) -> dict[str, Any]:
             content = {"model": weights, "__author__": "sslkit", "matching_heuristics": True}
             _PlainPickler(stream, protocol=5).dump(content)
         (folder / "README.md").write_text(_page(recipe, model), encoding="utf-8")
-        shutil.copy(run / "recipe.toml", folder / "recipe.toml")
+        (folder / "recipe.toml").write_text(public_recipe(run / "recipe.toml")[1], encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error}") from error
     convolutions = sum(array.ndim == 4 for array in weights.values())

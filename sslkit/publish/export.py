@@ -25,6 +25,7 @@ from sslkit.evaluate.features import load_encoder
 from sslkit.parts.backbone import create_backbone
 from sslkit.parts.foreign import read_encoder_config, tensor_shapes
 from sslkit.publish.card import model_card
+from sslkit.publish.private import public_recipe
 from sslkit.recipe import Recipe, load_recipe
 
 # What timm needs of a pretrained_cfg; everything else in it belongs to the weights the architecture came with.
@@ -73,7 +74,7 @@ def timm_config(model: nn.Module, data_config: dict[str, Any], license_id: str) 
         data_config: timm's words for the preprocessing: input_size, interpolation, mean, std, crop_pct, crop_mode.
         license_id: SPDX id of the licence the weights are given under.
     """
-    model_config = {"pretrained_cfg": {"license": license_id}}
+    model_config = {"pretrained_cfg": {"license": license_id.lower()}}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         save_config_for_hf(model, str(file), model_config=model_config, data_config=data_config)
@@ -136,9 +137,10 @@ def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apach
         raise UserError(f"{folder}: cannot be written: {error}") from error
     try:
         proof = _prove(recipe, state, folder)
-        card = model_card(recipe, run, f"local-dir:{folder.name}", tag, license_id)
+        public, text = public_recipe(run / "recipe.toml")
+        card = model_card(public, run, f"local-dir:{folder.name}", tag, license_id)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        shutil.copy(run / "recipe.toml", folder / "recipe.toml")
+        (folder / "recipe.toml").write_text(text, encoding="utf-8")
     except BaseException:
         shutil.rmtree(folder)
         raise

@@ -6,6 +6,7 @@ for the Hub keeps the large files that arrived.
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -13,6 +14,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from logging import ERROR
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,11 +25,18 @@ from huggingface_hub import (
     HfApi,
     constants,
     get_hf_file_metadata,
+    get_session,
     get_token,
     hf_hub_download,
     hf_hub_url,
 )
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from sslkit.durable import refuse_links, sha256_of, whole_folder
@@ -34,15 +44,19 @@ from sslkit.errors import RunError, UserError
 from sslkit.parts.hub import is_reachable
 from sslkit.publish.card import CURVES, model_card
 from sslkit.publish.export import export_encoder
-from sslkit.recipe import load_recipe
+from sslkit.publish.private import public_recipe
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-REVISION = re.compile(r"[A-Za-z0-9][\w.-]{0,199}")
+REVISION = re.compile(r"(?=.{1,200}$)[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)*")
+PULL_REQUEST = re.compile(r"refs/pr/\d+")  # there already, or not to be made by us
 SUMS = "SHA256SUMS"
 WEIGHTS = "model.safetensors"
+CARD = "README.md"
 WAITS = (1.0, 5.0)  # seconds before each further try, unless the Hub says how long; its client has tries of its own
 LONGEST_WAIT = 60.0
+SILENCE = 120.0  # seconds without a byte after which a line counts as broken; the client would wait for ever
 BUSY = (408, 425, 429, 500, 502, 503, 504)
+OVERTAKEN = (409, 412)  # somebody else committed in the same moment; nothing is lost by committing after them
 
 Answer = TypeVar("Answer")
 
@@ -60,6 +74,8 @@ class Published:
         files: Their names and sizes in bytes.
         commit: The commit on the Hub; empty after a dry run.
         url: Its address; empty after a dry run.
+        is_new: Whether that commit was made now; not if the Hub had all files already.
+        replaced_card: Commit that has the card written by hand that this one replaced; else empty.
         loads_in_timm: Whether ``timm.create_model`` can load it.
     """
 
@@ -67,6 +83,8 @@ class Published:
     files: dict[str, int]
     commit: str
     url: str
+    is_new: bool
+    replaced_card: str
     loads_in_timm: bool
 
 
@@ -82,38 +100,69 @@ def publish_run(
     """Publish a run's newest encoder, with a model card of its record, as one commit.
 
     The folder ``RUN/publish`` is made anew and holds exactly what is sent: configuration, weights, resolved recipe,
-    card, a picture of the curves if ``RUN/pictures`` has one, and checksums.
+    card, a picture of the curves if ``RUN/pictures`` has one, and checksums. One with changes by hand is left alone.
 
     Args:
         run: Run folder.
         repo_id: ``user/name``; made if it is not there.
         private: Whether only its owner may see it. A public repository is refused then, not changed.
-        revision: Branch; made from ``main`` if it is not there.
+        revision: Branch, made from ``main`` if it is not there, or a pull request, ``refs/pr/1``.
         license_id: SPDX id of the weights' licence.
         dry_run: Make the folder and ask nobody.
 
     Raises:
-        UserError: No such run, an impossible name, or a repository that cannot be written with this token.
+        UserError: No such run, an impossible name, a folder changed by hand, or a repository that cannot be written
+            with this token.
         PublishError: The Hub cannot be reached, stayed busy, or holds other bytes than were sent.
     """
     run = Path(run)
     if not REPO_ID.fullmatch(repo_id) or ".." in repo_id or "--" in repo_id or repo_id.endswith(".git"):
         raise UserError(f"--repo-id: must be user/name of letters, digits, '-', '_' and '.', not {repo_id!r:.100}")
-    if not REVISION.fullmatch(revision):
-        raise UserError(f"--revision: must be the name of a branch, not {revision!r:.100}")
+    if not REVISION.fullmatch(revision) or ".." in revision or revision.endswith((".lock", ".")):
+        raise UserError(f"--revision: must be the name of a branch, or refs/pr/ and a number, not {revision!r:.100}")
     if not (run / "recipe.toml").is_file():
         raise UserError(f"{run}: not a run folder (no recipe.toml)")
     refuse_links(run)
     folder = run / "publish"
+    _refuse_changes(folder, repo_id)
     by_timm = _make_ready(run, folder, repo_id, license_id)
     files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     if dry_run:
-        return Published(str(folder), files, "", "", by_timm)
+        return Published(str(folder), files, "", "", False, "", by_timm)
     sender = _Sender(repo_id, revision, folder)
     sender.prepare(private=private)
-    commit = sender.send(sorted(files))
-    sender.compare(commit.oid)
-    return Published(str(folder), files, commit.oid, f"{constants.ENDPOINT}/{repo_id}", by_timm)
+    before = sender.newest_commit()
+    by_hand = sender.has_card_by_hand(before)
+    commit = sender.send(sorted(files)).oid
+    sender.compare(commit)
+    is_new, replaced = commit != before, before if by_hand else ""
+    return Published(str(folder), files, commit, f"{constants.ENDPOINT}/{repo_id}", is_new, replaced, by_timm)
+
+
+def _refuse_changes(folder: Path, repo_id: str) -> None:
+    """See that the folder is as we made it: somebody may have bettered the card in it."""
+    if not folder.is_dir():
+        return
+    try:
+        sums = _sums((folder / SUMS).read_text(encoding="utf-8")) if (folder / SUMS).is_file() else {}
+        strange = [
+            entry.name
+            for entry in sorted(folder.iterdir())
+            if entry.name != SUMS and (not entry.is_file() or sums.get(entry.name) != sha256_of(entry))
+        ]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: cannot be read: {error}") from error
+    if strange:
+        raise UserError(
+            f"{folder / strange[0]}: was changed or added by hand, and publishing makes the folder anew; move it "
+            f"away, or send the folder as it is: `hf upload {repo_id} {folder}`"
+        )
+
+
+def _sums(text: str) -> dict[str, str]:
+    """The checksum of each file by its name, as ``sha256sum`` writes them."""
+    pairs = (line.split(None, 1) for line in text.splitlines())
+    return {pair[1]: pair[0] for pair in pairs if len(pair) == 2}
 
 
 def _make_ready(run: Path, folder: Path, repo_id: str, license_id: str) -> bool:
@@ -124,13 +173,13 @@ def _make_ready(run: Path, folder: Path, repo_id: str, license_id: str) -> bool:
             curves = run / "pictures" / CURVES
             if curves.is_file():
                 shutil.copy(curves, aside / CURVES)
-            recipe = load_recipe(run / "recipe.toml")
+            recipe, _ = public_recipe(run / "recipe.toml")
             config = (aside / "config.json").read_text(encoding="utf-8")
             tag = re.search(r'"tag": "(\w+)"', config)
             card = model_card(
                 recipe, run, f"hf_hub:{repo_id}", tag[1] if tag else "", license_id, curves=curves.is_file()
             )
-            (aside / "README.md").write_text(card, encoding="utf-8")
+            (aside / CARD).write_text(card, encoding="utf-8")
             sums = "".join(f"{sha256_of(file)}  {file.name}\n" for file in sorted(aside.iterdir()))
             (aside / SUMS).write_text(sums, encoding="utf-8")
     except OSError as error:
@@ -146,11 +195,15 @@ class _Sender:
         self.ready = f"; {folder} is ready, and the same command goes on from here"
         if constants.HF_HUB_OFFLINE:
             raise PublishError(f"HF_HUB_OFFLINE is set, so the Hub was not asked{self.ready}")
-        if not get_token():
+        token = get_token()
+        if not token:
             raise UserError(f"the Hub wants to know who publishes: run `hf auth login` or set HF_TOKEN{self.ready}")
+        if not re.fullmatch(r"[!-~]+", token):
+            raise UserError(f"HF_TOKEN, or what `hf auth login` kept, has signs that no token has{self.ready}")
         if not is_reachable():
             raise PublishError(f"the Hub, {constants.ENDPOINT}, cannot be reached from here{self.ready}")
         disable_progress_bars()
+        logging.set_verbosity(ERROR)  # what is tried again and succeeds is nobody's concern
         self.api = HfApi(library_name="sslkit")
 
     def prepare(self, *, private: bool) -> None:
@@ -161,8 +214,30 @@ class _Sender:
                 f"--private: {self.repo_id} is there already and public, and nothing was sent; make it private in its "
                 f"settings first, or publish under another name{self.ready}"
             )
-        if self.revision != "main":
+        if self.revision != "main" and not PULL_REQUEST.fullmatch(self.revision):
             self._ask(lambda: self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True))
+
+    def newest_commit(self) -> str:
+        """The branch's, before ours."""
+        return self._ask(lambda: self.api.model_info(self.repo_id, revision=self.revision)).sha or ""
+
+    def has_card_by_hand(self, commit: str) -> bool:
+        """Whether a commit has a card that no publication wrote, one in which more is said than a licence."""
+        card = self._content(CARD, commit)
+        if card is None or not re.sub(rb"\A---\r?\n.*?^---\s*", b"", card, flags=re.DOTALL | re.MULTILINE).strip():
+            return False
+        sums = _sums((self._content(SUMS, commit) or b"").decode(errors="replace"))
+        return sums.get(CARD) != hashlib.sha256(card).hexdigest()
+
+    def _content(self, name: str, commit: str) -> bytes | None:
+        """A small file of a commit; None where it has none of that name."""
+
+        def content() -> bytes | None:
+            with tempfile.TemporaryDirectory() as cache, suppress(EntryNotFoundError):
+                return Path(hf_hub_download(self.repo_id, name, revision=commit, cache_dir=cache)).read_bytes()
+            return None
+
+        return self._ask(content)
 
     def send(self, names: list[str]) -> CommitInfo:
         """All files as one commit; those that the Hub has already are not sent again."""
@@ -178,6 +253,7 @@ class _Sender:
 
     def compare(self, commit: str) -> None:
         """See that the commit's weights are those that were sent: by the Hub's checksum, or else by its bytes."""
+        self.ready = f"; commit {commit} was made, and the same command checks it again"
         address = hf_hub_url(self.repo_id, WEIGHTS, revision=commit)
         etag = self._ask(lambda: get_hf_file_metadata(address, token=get_token())).etag
         file = self.folder / WEIGHTS
@@ -189,26 +265,30 @@ class _Sender:
                 return
         raise PublishError(
             f"{self.repo_id}: the Hub gives other bytes for {WEIGHTS} of commit {commit} than were sent; "
-            f"do not use it{self.ready}"
+            f"do not use it, and publish again from {self.folder}"
         )
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:
         """The Hub's answer, after some patience with a busy one or a broken line."""
         for wait in (*WAITS, None):
             try:
+                get_session().timeout = SILENCE
                 return question()
             except LocalTokenNotFoundError as error:
                 raise UserError(f"the Hub wants a token: run `hf auth login` or set HF_TOKEN{self.ready}") from error
             except HfHubHTTPError as error:
-                if wait is None or error.response.status_code not in BUSY:
+                if wait is None or error.response.status_code not in (*BUSY, *OVERTAKEN):
                     raise self._sentence(error) from error
                 time.sleep(_asked_to_wait(error, wait))
             except Exception as error:  # of which library a broken line's is depends on the version
                 if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
                     # The client's own word for a card that the Hub refuses.
-                    raise UserError(f"{self.repo_id}: {_first_line(error)}{self.ready}") from error
+                    raise UserError(f"{self.repo_id}: {_in_a_line(error)}{self.ready}") from error
                 if wait is None:
-                    raise PublishError(f"{self.repo_id}: the line broke: {_first_line(error)}{self.ready}") from error
+                    what = "the line broke"
+                    if isinstance(error, ValueError | TypeError | LookupError | AttributeError):
+                        what = f"{constants.ENDPOINT} does not answer as the Hub does (is a proxy in between?)"
+                    raise PublishError(f"{self.repo_id}: {what}: {_in_a_line(error)}{self.ready}") from error
                 time.sleep(wait)
         raise AssertionError("the last try returns or raises")
 
@@ -222,20 +302,27 @@ class _Sender:
         if status == 403:
             return UserError(
                 f"{self.repo_id}: this token may not write there; use your own name before the slash, or a token with "
-                f"the right to write{self.ready}"
+                f"the right to write{_own_words(error)}{self.ready}"
             )
         if isinstance(error, RepositoryNotFoundError) or status == 404:
             return UserError(f"{self.repo_id} [{self.revision}]: not there for this token{self.ready}")
         if status in BUSY:
             return PublishError(f"{self.repo_id}: the Hub is busy (status {status}){self.ready}")
-        return PublishError(f"{self.repo_id}: the Hub answered {status}: {_first_line(error)}{self.ready}")
+        if status in OVERTAKEN:
+            return PublishError(f"{self.repo_id}: others keep writing to it (status {status}){self.ready}")
+        said = _own_words(error) or f": {_in_a_line(error)}"
+        return PublishError(f"{self.repo_id}: the Hub answered {status}{said}{self.ready}")
 
 
 def _asked_to_wait(error: HfHubHTTPError, default: float) -> float:
-    """Seconds that the Hub asked to be left alone, within reason."""
-    with suppress(ValueError):
-        return min(max(float(error.response.headers.get("Retry-After", default)), 0.0), LONGEST_WAIT)
-    return default
+    """Seconds that the Hub asked to be left alone, within reason; it may say how many, or until when."""
+    asked = error.response.headers.get("Retry-After", "")
+    seconds = default
+    with suppress(ValueError, OverflowError):
+        seconds = (
+            float(asked) if re.match(r"\s*[\d.]", asked) else parsedate_to_datetime(asked).timestamp() - time.time()
+        )
+    return min(max(seconds, 0.0), LONGEST_WAIT) if math.isfinite(seconds) else default
 
 
 def _git_name(file: Path) -> str:
@@ -247,6 +334,11 @@ def _git_name(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]
+def _own_words(error: HfHubHTTPError) -> str:
+    """What the Hub itself said of it, if anything."""
+    said = " ".join(str(getattr(error, "server_message", None) or "").split())
+    return f" (the Hub says: {said:.200})" if said else ""
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -91,7 +91,10 @@ def import_checkpoint(
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     model = _build(backbone, model_args, kept_shapes, f"{file} ({layout.name})")
-    state = _fitted(model, kept)
+    try:
+        state = _fitted(model, kept)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
     imported = Imported(layout.name, backbone, model_args, released, sha256, fates)
     _write(imported, layout, model, state, folder, license_id)
     return imported
@@ -202,6 +205,9 @@ def _differences(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[in
 def _fitted(model: nn.Module, kept: dict[str, Tensor]) -> dict[str, Tensor]:
     """The file's tensors in the model's types, which hold what half precision held."""
     own = model.state_dict()
+    for name, tensor in kept.items():
+        if own[name].is_floating_point() and not tensor.is_floating_point():
+            raise UserError(f"{name} is of {tensor.dtype}: quantised weights, whose scales are not among the tensors")
     return {
         name: kept[name].to(tensor.dtype).clone(memory_format=torch.contiguous_format) if name in kept else tensor
         for name, tensor in own.items()

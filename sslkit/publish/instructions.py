@@ -102,6 +102,9 @@ def _zipped_instructions(file: Path) -> bytes:
             raise UserError("its list of parts can be read in two ways, as PyTorch never writes it")
         if len(lists) != 1 or lists[0].file_size > MAX_BYTES:
             raise UserError(f"has not one list of tensors of at most {MAX_BYTES} bytes, as a checkpoint has")
+        # PyTorch's reader does not look at the sums that its writer puts beside every part.
+        if torn := archive.testzip():
+            raise UserError(f"its part {torn:.100} is not what was written (CRC-32): torn or altered; get it again")
         return archive.read(lists[0])
 
 

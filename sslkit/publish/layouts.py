@@ -174,8 +174,11 @@ def sort_out(shapes: Shapes) -> tuple[Layout, list[Fate]]:
     Raises:
         UserError: No known layout, a trained classifier, or two tensors that would get the same name.
     """
-    wrapped = bool(shapes) and all(name.startswith("module.") for name in shapes)
-    bare = {name.removeprefix("module.") if wrapped else name: name for name in shapes}
+    bare = {name.replace("_orig_mod.", ""): name for name in shapes}  # as torch.compile wraps whatever it compiled
+    if len(bare) < len(shapes):
+        raise UserError("a tensor is in the file twice, compiled and not")
+    if all(name.startswith("module.") for name in bare):
+        bare = {name.removeprefix("module."): own for name, own in bare.items()}
     layout = find_layout({name: shapes[own] for name, own in bare.items()})
     encoder = next(prefix for prefix in layout.encoders if any(name.startswith(prefix) for name in bare))
     fates = []
@@ -196,6 +199,12 @@ def find_layout(shapes: Shapes) -> Layout:
     Raises:
         UserError: Nobody's known here, or a trained classifier.
     """
+    for classifier in ("head.fc.weight", "head.layers.head.weight"):
+        if len(shapes.get(classifier, ())) == 2 and not _any_begins(shapes, ("neck.",)):
+            raise UserError(
+                f"a trained classifier of {shapes[classifier][0]} classes ({classifier}), as mmpretrain's supervised "
+                "and linear files are; take the file of the pretraining itself"
+            )
     for layout in LAYOUTS:
         if _any_begins(shapes, layout.marks) and _any_begins(shapes, layout.encoders):
             return layout

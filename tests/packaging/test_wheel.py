@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -49,7 +50,7 @@ def names_and_digests(wheel: Path) -> dict[str, str]:
     return {name: digest for name, digest, _size in (line.rsplit(",", 2) for line in lines)}
 
 
-def test_the_sdist_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+def test_the_sdist_builds_the_same_wheel_and_passes_its_tests(wheel: Path, tmp_path: Path) -> None:
     run([*PIP, "install", "--target", str(tmp_path / "hatchling"), "hatchling"], tmp_path)
     tools = str(tmp_path / "hatchling")
     sdist_to = ["build", "--target", "sdist", "--directory", str(tmp_path)]
@@ -57,6 +58,11 @@ def test_the_sdist_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
     [sdist] = tmp_path.glob("sslkit-*.tar.gz")
     (tmp_path / "again").mkdir()
     assert names_and_digests(build_wheel(sdist, tmp_path / "again")) == names_and_digests(wheel)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    [unpacked] = tmp_path.glob("sslkit-*/")
+    tests = ["-m", "pytest", "-p", "no:cacheprovider", "tests/packaging/test_keeping.py"]
+    run([sys.executable, *tests], unpacked, PYTHONPATH=str(unpacked))
 
 
 def test_the_wheel_holds_all_it_needs_and_nothing_more(wheel: Path) -> None:
@@ -89,6 +95,7 @@ def test_a_stranger_pretrains_from_the_wheel(site: Path, tmp_path: Path) -> None
 
     command = [str(site / "bin/sslkit")]
     run(["sed", "-i", f"1s|.*|#!{sys.executable}|", *command], tmp_path)
+    assert run([*command, "--version"], tmp_path, **elsewhere) == f"sslkit {sslkit.__version__}\n"
     assert "pretrain" in run([*command, "--help"], tmp_path, **elsewhere)
     assert "mocov3_vits" in run([*command, "recipes"], tmp_path, **elsewhere)
     assert "queue_size = 65536" in run([*command, "recipes", "show", "mocov2_r50"], tmp_path, **elsewhere)

@@ -27,6 +27,9 @@ for line in sys.stdin:
             if words[0] == "backbone":
                 built = fingerprint(create_backbone(BackboneSpec(name="test_vit", img_size=32, pretrained=words[1])))
                 code, loaded = 0, [type("Built", (), {"module": None})]
+            elif words[0] == "silence":
+                from sslkit.publish import hub
+                hub.SILENCE, code = float(words[1]), 0
             else:
                 main(words)
         except SystemExit as ended:

@@ -10,19 +10,21 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
-FILE = re.compile(rf"/{REPO}/resolve/(?P<revision>[\w.-]+)/(?P<file>[\w./-]+)")
-MODEL = re.compile(rf"/api/models/{REPO}(?:/revision/(?P<revision>[\w.-]+))?")
-PREUPLOAD = re.compile(rf"/api/models/{REPO}/preupload/(?P<revision>[\w.-]+)")
-COMMIT = re.compile(rf"/api/models/{REPO}/commit/(?P<revision>[\w.-]+)")
-BRANCH = re.compile(rf"/api/models/{REPO}/branch/(?P<revision>[\w.-]+)")
+FILE = re.compile(rf"/{REPO}/resolve/(?P<revision>[\w.%-]+)/(?P<file>[\w./-]+)")
+MODEL = re.compile(rf"/api/models/{REPO}(?:/revision/(?P<revision>[\w.%-]+))?")
+PREUPLOAD = re.compile(rf"/api/models/{REPO}/preupload/(?P<revision>[\w.%-]+)")
+COMMIT = re.compile(rf"/api/models/{REPO}/commit/(?P<revision>[\w.%-]+)")
+BRANCH = re.compile(rf"/api/models/{REPO}/branch/(?P<revision>[\w.%-]+)")
 LFS = re.compile(rf"/{REPO}\.git/info/lfs/objects/batch")
 STORE = re.compile(r"/store/(?P<oid>[0-9a-f]{64})")
 LARGE = 100_000  # bytes from which a file is a large one
@@ -36,11 +38,15 @@ class Fault:
         status: Answered instead, if not 0.
         headers: Sent with it, or with the answer.
         cut: Bytes of the body after which the line is dropped, if not negative.
+        said: Sent with the status, as JSON.
+        silent: Seconds before anything is answered.
     """
 
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     cut: int = -1
+    said: dict[str, Any] | None = None
+    silent: float = 0.0
 
 
 @dataclass
@@ -146,16 +152,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.drop()
             return
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.fault.status:
+        time.sleep(self.fault.silent)
+        if self.fault.said is not None:
+            self.say(self.fault.said, status=self.fault.status)
+        elif self.fault.status:
             self.refuse("", status=self.fault.status)
         elif self.command in ("POST", "PUT") and not self.may_write():
             self.refuse("", status=401)
         elif self.command in ("POST", "PUT"):
             self.take(path)
         elif found := FILE.fullmatch(path):
-            self.give_file(**found.groupdict())
+            self.give_file(**_plain(found))
         elif found := MODEL.fullmatch(path):
-            self.give_model(**found.groupdict())
+            self.give_model(**_plain(found))
         else:
             self.refuse("EntryNotFound")
 
@@ -170,15 +179,15 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/validate-yaml":
             self.say({"errors": [], "warnings": []})
         elif found := BRANCH.fullmatch(path):
-            self.make_branch(**found.groupdict())
+            self.make_branch(**_plain(found))
         elif found := PREUPLOAD.fullmatch(path):
-            self.preupload(**found.groupdict())
+            self.preupload(**_plain(found))
         elif LFS.fullmatch(path):
             self.offer()
         elif found := STORE.fullmatch(path):
             self.keep(**found.groupdict())
         elif found := COMMIT.fullmatch(path):
-            self.take_commit(**found.groupdict())
+            self.take_commit(**_plain(found))
         else:
             self.refuse("EntryNotFound")
 
@@ -311,6 +320,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Nothing: `Hub.asked` has it."""
+
+
+def _plain(found: re.Match[str]) -> dict[str, Any]:
+    """What a path names; the client writes a branch's slashes as %2F."""
+    return {key: value and unquote(value) for key, value in found.groupdict().items()}
 
 
 def _sha256(content: bytes) -> str:

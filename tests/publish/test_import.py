@@ -148,6 +148,11 @@ def resnet18_layouts() -> dict[str, tuple[Any, str]]:
     v3 = under("module.base_encoder.", query | under("fc.", other)) | under("module.momentum_encoder.", key)
     v1 = under("module.encoder_q.", query | head(("fc.weight", (128, 512)), ("fc.bias", (128,))))
     return {
+        "compiled": ({"state_dict": under("module._orig_mod.base_encoder.", query)}, "MoCo v3"),
+        "compiled within": (
+            {"state_dict": under("backbone._orig_mod.", query) | under("projector.", other)},
+            "solo-learn",
+        ),
         "moco v1, cleaned": ({"state_dict": v1}, "MoCo v1 or v2"),
         "moco v3": ({"state_dict": v3}, "MoCo v3"),
         "swav": (under("module.", query) | swav, "SwAV"),
@@ -234,6 +239,14 @@ def test_what_is_not_a_pretraining_checkpoint_is_told(tmp_path: Path) -> None:
     cases = {
         "linear-r-50-100ep.pth.tar": ({"state_dict": under("module.", linear)}, r"classifier of 1000 .* linear-"),
         "moco_v2_200ep_pretrain.pth.tar": (linear, "MD5 begins with 59fd9945"),
+        "mmpretrain.pth": (
+            {"state_dict": under("backbone.", trunk(resnet18())) | head(("head.fc.weight", (1000, 512)))},
+            "classifier of 1000 classes .* mmpretrain's",
+        ),
+        "quantised.pth": (
+            under("module.encoder_q.", {name: tensor.to(torch.int8) for name, tensor in trunk(resnet18()).items()}),
+            r"quantised\.pth: .* is of torch\.int8: quantised",
+        ),
         "conv-stem.pth": (
             under("module.base_encoder.", {"patch_embed.proj.0.weight": torch.rand(4, 3, 3, 3)}),
             "convolutional stem",
@@ -272,6 +285,18 @@ def test_what_is_not_a_pretraining_checkpoint_is_told(tmp_path: Path) -> None:
         import_checkpoint(save(under("backbone.", trunk(resnet18())), tmp_path / "r.pth"), out, num_heads=3)
     assert not out.exists()
     assert cli_error(["import", str(tmp_path / "r.pth"), str(tmp_path)]).endswith("to a new or empty folder")
+
+
+def test_a_byte_that_changed_on_the_way_is_noticed(tmp_path: Path) -> None:
+    """PyTorch reads such a file without a word, and one changed weight makes no feature infinite."""
+    file = save({"state_dict": under("module.encoder_q.", trunk(resnet18()))}, tmp_path / "x.pth")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    torch.load(file, weights_only=True)
+    with pytest.raises(UserError, match=r"its part .*/data/\d+ is not what was written"):
+        import_checkpoint(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_says_what_became_of_the_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,11 +165,13 @@ def test_publishing_again_adds_a_commit_and_sends_only_what_changed(run: Path, c
 
 
 def test_a_branch_is_made_and_main_stays(run: Path, client: Client, hub: Hub, tmp_path: Path) -> None:
-    code, said, complaint, _ = client.ask("publish", str(run), "--repo-id", "user/forked", "--revision", "v2")
+    branch = "feature/v2"
+    code, said, complaint, _ = client.ask("publish", str(run), "--repo-id", "user/forked", "--revision", branch)
     assert code == 0, complaint
-    assert "user/forked@v2" in said
+    assert f"user/forked@{branch}" in said
     assert "model.safetensors" not in hub.at("user/forked", "main")[1]  # type: ignore[index]
-    example = 'import timm\nencoder = timm.create_model("hf_hub:user/forked@v2", pretrained=True, num_classes=0).eval()'
+    name = f"hf_hub:user/forked@{branch}"
+    example = f'import timm\nencoder = timm.create_model("{name}", pretrained=True, num_classes=0).eval()'
     [found] = as_a_stranger([example], hub, tmp_path / "home")
     assert torch.equal(found, features(run))
 
@@ -181,8 +184,13 @@ def test_a_branch_is_made_and_main_stays(run: Path, client: Client, hub: Hub, tm
         ("POST", "/validate-yaml", Fault(503, {"Retry-After": "0"})),
         ("PUT", "/store/", Fault(cut=1000)),
         ("POST", "/commit/", Fault(cut=100)),
+        ("POST", "/commit/", Fault(412)),
+        ("POST", "/preupload/", Fault(200, {"Content-Type": "text/html"})),
     ],
-    ids=["busy at the door", "busy in the middle", "busy with the card", "broken upload", "broken commit"],
+    ids=[
+        *("busy at the door", "busy in the middle", "busy with the card", "broken upload", "broken commit"),
+        *("overtaken", "not JSON"),
+    ],
 )
 def test_what_goes_wrong_once_is_done_again(
     run: Path, client: Client, hub: Hub, method: str, part: str, fault: Fault
@@ -216,8 +224,10 @@ def test_an_interrupted_publication_goes_on(run: Path, client: Client, hub: Hub)
         ("/preupload/", Fault(403, {"X-Error-Code": "GatedRepo"}), 2, "may not write there"),
         ("/preupload/", Fault(404, {"X-Error-Code": "RepoNotFound"}), 2, "not there for this token"),
         ("/repos/create", Fault(503, {"Retry-After": "0"}), 1, "busy (status 503)"),
+        ("/preupload/", Fault(403, said={"error": "storage is full"}), 2, "(the Hub says: storage is full)"),
+        ("/validate-yaml", Fault(400, said={"errors": [{"message": "no such licence"}]}), 2, "no such licence"),
     ],
-    ids=["expired token", "no right", "gated", "missing", "always busy"],
+    ids=["expired token", "no right", "gated", "missing", "always busy", "no room", "a licence it has not"],
 )
 def test_what_cannot_be_is_one_sentence(
     run: Path, client: Client, hub: Hub, part: str, fault: Fault, code: int, words: str
@@ -256,6 +266,64 @@ def test_private_is_never_sent_to_a_public_repository(run: Path, client: Client,
     assert puts(hub) == 0
     assert client.ask("publish", str(run), "--repo-id", "user/hidden", "--private")[0] == 0
     assert "user/hidden" in hub.private
+
+
+def test_a_silent_hub_is_a_broken_line(run: Path, client: Client, hub: Hub) -> None:
+    client.ask("silence", "1")
+    hub.faults = once("POST", "/preupload/", Fault(silent=4.0))
+    code, _, complaint, _ = client.ask("publish", str(run), "--repo-id", "user/silent")
+    client.ask("silence", "120")
+    assert code == 0, complaint
+    assert sum("/preupload/" in path for _, path in hub.asked) == 2
+
+
+def test_what_was_changed_by_hand_is_not_thrown_away(run: Path, client: Client, hub: Hub) -> None:
+    assert client.ask("publish", str(run), "--repo-id", "user/hand", "--dry-run")[0] == 0
+    card = run / "publish" / "README.md"
+    made, mine = card.read_text(), card.read_text() + "\nMy own words.\n"
+    for file, text in ((card, mine), (run / "publish" / "notes.txt", "mine")):
+        file.write_text(text)
+        code, _, complaint, _ = client.ask("publish", str(run), "--repo-id", "user/hand")
+        assert (code, file.read_text()) == (2, text)
+        assert f"{file}: was changed or added by hand" in complaint
+        card.write_text(made)
+    assert not hub.asked
+
+    # On the Hub nothing is lost, and it is said where the words are.
+    (run / "publish" / "notes.txt").unlink()
+    assert "by hand" not in client.ask("publish", str(run), "--repo-id", "user/hand")[1]
+    theirs = hub.commit("user/hand", hub.repos["user/hand"][-1][1] | {"README.md": mine.encode(), "LICENSE": b"MIT"})
+    code, said, complaint, _ = client.ask("publish", str(run), "--repo-id", "user/hand")
+    assert code == 0, complaint
+    assert f"commit {theirs} still has it" in said
+    assert hub.at("user/hand", theirs)[1]["README.md"] == mine.encode()  # type: ignore[index]
+    assert hub.repos["user/hand"][-1][1]["LICENSE"] == b"MIT"
+    code, said, _, _ = client.ask("publish", str(run), "--repo-id", "user/hand")
+    assert "nothing had changed" in said
+    assert "by hand" not in said
+
+
+def test_nobody_learns_where_it_lay(run: Path, client: Client) -> None:
+    recipe = run / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace('"builtin:fashion_mnist"', '"/home/alice/secret proj/pets `a|b` é"'))
+    result = RESULT | {"data": "/home/alice/secret proj/val: 10 / 10"}
+    result["scores"] = [{"encoder": "it", "accuracy": 0.7}, {"encoder": "/home/alice/old", "accuracy": 0.65}]
+    (run / "results.jsonl").write_text(json.dumps(result) + "\n")
+    code, _, complaint, _ = client.ask("publish", str(run), "--repo-id", "user/x", "--license", "MIT", "--dry-run")
+    assert code == 0, complaint
+    for file in (run / "publish").iterdir():
+        assert b"alice" not in file.read_bytes(), file
+        assert b"secret" not in file.read_bytes(), file
+    tables = tomllib.loads((run / "publish" / "recipe.toml").read_text())
+    assert tables["data"]["path"] == "pets `a|b` é"
+    assert tables["train"] == tomllib.loads(recipe.read_text())["train"]
+    card = ModelCard.load(run / "publish" / "README.md")
+    assert r"| data | `pets 'a\|b' é`, split" in card.text
+    assert "| val: 10 / 10 |" in card.text
+    assert "old 65.0%" in card.text
+    assert card.data.license == "mit"  # the Hub knows SPDX's names in small letters only
+    [found] = card.data.eval_results
+    assert (found.dataset_type, found.dataset_name) == ("val", "val: 10 / 10")
 
 
 @pytest.mark.parametrize("repo", ["name", "a/b/c", "../x/y", "user/na me", "user/a--b", "user/x.git", ""])
