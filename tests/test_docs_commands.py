@@ -10,17 +10,21 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tifffile
 import typer
 from PIL import Image
 
 from sslkit.cli import app
 from sslkit.data.source import DataConfig, open_source
+from sslkit.recipe_tables import TABLES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,6 +40,7 @@ SMALL = {
     "pretrain --method moco_v2": TINY.replace(
         "batch_size=8", "batch_size=16"
     ),  # as many BN groups as eight images have
+    "submit": "--dry-run",
     "doctor --method moco_v2": "--set train.batch_size=16 --set data.workers=0",
     "pretrain": TINY,
     "doctor": "--set train.batch_size=8 --set data.workers=0",
@@ -47,6 +52,9 @@ ONLY_READ = {
     "mocov3_vitb": "a ViT-B's work",
     "mocov2_r50": "eight GPUs",
     "--num_processes 8": "eight GPUs",
+    "--standalone --nproc_per_node 8": "eight GPUs",
+    "--node_rank 0": "waits for a second machine; tests/cluster has two",
+    "--machine_rank 0": "waits for a second machine; tests/cluster reads its file",
     "mocov2_resnet50": "a ResNet-50's work on 224 pixels",
     "mocov3_continue": "downloads weights",
     "bench mocov3_vits": "a ViT-S's work on 224 pixels; tests/bench runs it small",
@@ -126,6 +134,10 @@ def place(root: Path) -> Path:
         folder = root / "photos" / label.replace("/", "-")
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(source.read(index)).resize((48, 48)).save(folder / f"{index}.jpg")
+    (root / "tiles").mkdir()
+    for index in range(4):
+        pixels = np.random.default_rng(index).integers(0, 2**16, (13, 32, 32), dtype=np.uint16)
+        tifffile.imwrite(root / "tiles" / f"{index}.tif", pixels, photometric="minisblack", planarconfig="separate")
     shutil.copytree(ROOT / "recipes", root / "recipes")
     sslkit(root, "pretrain", "quickstart", *TINY.split(), "--output", "runs/quickstart")
     sslkit(root, "export", "runs/quickstart", "my-encoder")
@@ -148,6 +160,7 @@ def sslkit(root: Path, *words: str, launcher: tuple[str, ...] = ("-m", "sslkit")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the first one makes the place
 @pytest.mark.parametrize(
     "command",
     [command for command in commands() if not why_only_read(command)],
@@ -165,6 +178,56 @@ def test_it_runs(command: Command, tmp_path_factory: pytest.TempPathFactory) -> 
     launcher = command.launcher or ("-m", "sslkit")
     own = words[1:] if command.launcher and launcher[-1] == "sslkit.pretrain" else words
     sslkit(root, *own, launcher=launcher)
+
+
+def shell_lines() -> list[tuple[str, str]]:
+    """Page and line of all that stands in a block for a shell, indented blocks too."""
+    blocks = re.compile(r"^ *```(?:bash|sh)\n(.*?)^ *```", flags=re.M | re.S)
+    return [
+        (page.name, line)
+        for page in PAGES
+        for block in blocks.findall(page.read_text(encoding="utf-8"))
+        for line in block.splitlines()
+    ]
+
+
+def test_other_commands_name_what_exists() -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for page, line in shell_lines():
+        for target in re.findall(r"\bmake ([\w-]+)", line):
+            assert target in targets, f"{page}: {line}"
+        for path in re.findall(r"\b(?:benchmarks|tests|docs)/[\w/.-]+", line):
+            assert (ROOT / path).exists(), f"{page}: {line}"
+        for extra in re.findall(r"sslkit\[(\w+)\]", line):
+            assert extra in project["optional-dependencies"], f"{page}: {line}"
+
+
+def toml_blocks() -> list[tuple[str, str]]:
+    """Page and text of every piece of a recipe."""
+    blocks = re.compile(r"^```toml\n(.*?)^```", flags=re.M | re.S)
+    found = [(page.name, block) for page in PAGES for block in blocks.findall(page.read_text(encoding="utf-8"))]
+    return [(page, block) for page, block in found if "--8<--" not in block]
+
+
+def keys_of(table: str) -> set[str]:
+    return {field.alias or name for name, field in TABLES[table].model_fields.items()}
+
+
+@pytest.mark.parametrize(("page", "block"), toml_blocks(), ids=lambda word: word.splitlines()[0])
+def test_pieces_of_recipes_have_keys_that_exist(page: str, block: str) -> None:
+    for table, values in tomllib.loads(block).items():
+        assert set(values) <= keys_of(table), f"{page}: [{table}]"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_keys_of_recipes_that_pages_name_exist(page: Path) -> None:
+    """As in ``[train] micro_batch``; what ``[method]`` has is another for each."""
+    for table, key in re.findall(r"\[(\w+)\] (\w+)", page.read_text(encoding="utf-8")):
+        if table in TABLES:
+            assert key in {field.alias or name for name, field in TABLES[table].model_fields.items()}, (
+                f"[{table}] {key}"
+            )
 
 
 def test_nothing_is_only_read_for_no_reason() -> None:
