@@ -52,6 +52,9 @@ class DataConfig(SourceConfig):
     Attributes:
         path: As above; left out where ``mix`` stands for it.
         mix: Several sources in place of one.
+        streaming: Whether parquet files are read row group by row group where they lie, here or on the Hub, instead of
+            being copied to `datasets`' cache first. Other files are read where they lie anyway.
+        shuffle_buffer: Images of a stream that are held at a time to be mixed, by all processes together.
         channels: Of images that are not read as RGB; filled in by ``[backbone] args = { in_chans = n }``.
         workers: Processes that decode and augment; ``"auto"`` is one a core, less one on CPU-only machines.
         worker_timeout: Seconds that a batch may take before its worker counts as stuck (0: for ever).
@@ -61,6 +64,8 @@ class DataConfig(SourceConfig):
 
     path: str = ""
     mix: list[MixConfig] | None = None
+    streaming: bool = Field(default=False, strict=True)
+    shuffle_buffer: int = Field(default=16_384, strict=True, ge=1)
     channels: int | None = Field(default=None, strict=True, ge=1, le=MAX_CHANNELS)
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     worker_timeout: float = Field(default=300.0, ge=0.0)
@@ -75,6 +80,8 @@ class DataConfig(SourceConfig):
             raise ValueError("mix stands in place of path and its words; give either, or path as one more mix table")
         if self.mix is not None and not self.mix:
             raise ValueError("mix holds no source")
+        if self.mix is not None and self.streaming:
+            raise ValueError("streaming is of one source; leave it out, or [[data.mix]]")
         weights = [each.weight for each in self.mix or []]
         if None in weights and any(weights):
             raise ValueError("mix: give every source a weight, or none")

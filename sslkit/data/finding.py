@@ -76,6 +76,18 @@ def load_table(config: SourceConfig) -> datasets.Dataset:
         raise UserError(f"[data] path: cannot load {describe(config)!r}: {where}{reason}") from error
 
 
+def parquet_to_stream(config: SourceConfig) -> list[str] | None:
+    """Patterns of the parquet files that a source would be made of, none for a dataset of the Hub; None: other files.
+
+    Raises:
+        UserError: There is nothing of that name.
+    """
+    if config.path.startswith(BUILTIN) or image_folder(config) or _shards(config):
+        return None
+    loader, patterns = _local_files(config)
+    return patterns if loader in (None, "parquet") else None
+
+
 def _shards(config: SourceConfig) -> list[Path]:
     """The tar files that hold the split; none where the data are of another kind."""
     if config.path == "webdataset" and config.data_files:
@@ -272,18 +284,18 @@ def _has_class_folders(patterns: list[str]) -> bool:
     return any(Path(entry).is_dir() for root in roots for entry in glob.glob(f"{root}/*"))
 
 
-def find_image_column(table: datasets.Dataset, config: SourceConfig) -> str:
+def find_image_column(features: datasets.Features, config: SourceConfig) -> str:
     """The column of images that ``config`` names, or else the first of their type, or of a usual name.
 
     Raises:
         UserError: There is none.
     """
     if config.image_column is not None:
-        return _named_column(table, "image_column", config.image_column)
-    typed = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    named = [name for name in ("image", "img", "jpg", "png") if name in table.column_names]
+        return _named_column(features, "image_column", config.image_column)
+    typed = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    named = [name for name in ("image", "img", "jpg", "png") if name in features]
     if not typed and not named:
-        there = f"{table.column_names}; name it{_images_beside(config)}"
+        there = f"{list(features)}; name it{_images_beside(config)}"
         raise UserError(f"[data] image_column: no column of images found among {there}")
     return str((typed or named)[0])
 
@@ -296,22 +308,21 @@ def _images_beside(config: SourceConfig) -> str:
     return f', or, for the image files beside it, write path = "imagefolder" and data_dir = "{folder}"'
 
 
-def find_label_column(table: datasets.Dataset, config: SourceConfig) -> str | None:
+def find_label_column(features: datasets.Features, config: SourceConfig) -> str | None:
     """The column of labels that ``config`` names, or else the first of their type, or of a usual name, or None.
 
     Raises:
         UserError: There is none of the name given.
     """
     if config.label_column is not None:
-        return _named_column(table, "label_column", config.label_column)
-    typed = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
-    plain = [name for name, feature in table.features.items() if isinstance(feature, datasets.Value)]
+        return _named_column(features, "label_column", config.label_column)
+    typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    plain = [name for name, feature in features.items() if isinstance(feature, datasets.Value)]
     named = [name for name in ("label", "labels", "cls") if name in plain]
     return next(iter(typed + named), None)
 
 
-def _named_column(table: datasets.Dataset, key: str, name: str) -> str:
-    if name not in table.column_names:
-        miss = near_miss(name, table.column_names)
-        raise UserError(f"[data] {key}: no column {name!r}{miss}; there are {table.column_names}")
+def _named_column(features: datasets.Features, key: str, name: str) -> str:
+    if name not in features:
+        raise UserError(f"[data] {key}: no column {name!r}{near_miss(name, features)}; there are {list(features)}")
     return name

@@ -2,9 +2,10 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import cv2
@@ -14,14 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sslkit.data.lanes import Lanes
 from sslkit.data.mixture import Mixture
 from sslkit.data.posts import Posts
 from sslkit.data.replace import BadSample, read_or_replace
 from sslkit.data.shared_memory import PREFETCH
 from sslkit.data.source import ImageSource
+from sslkit.data.streaming import StreamedRows
 from sslkit.data.views import ViewPipeline
 
 Key = tuple[int, int]  # (epoch, sample)
+Take = Callable[[int, int, int], tuple[NDArray[np.int64], NDArray[np.int64]]]  # samples, and how often each came before
 WORKER_GRACE = 30  # seconds a worker lives on after SIGTERM
 
 
@@ -60,8 +64,8 @@ class GlobalBatches(Sampler[list[Key]]):
     """Yields this rank's keys of each global batch, from ``start_step`` to ``total_steps``, across epochs.
 
     Global batch ``i`` of an epoch is rows ``[i * N, (i + 1) * N)`` of `epoch_order`, or of a `Mixture`'s samples in
-    that order; rank ``r`` of ``W`` takes the ``r``-th of its ``W`` equal parts. Neither the order nor the batches
-    depend on ``W``.
+    that order, or what a stream's `Lanes` say; rank ``r`` of ``W`` takes the ``r``-th of its ``W`` equal parts. Neither
+    the order nor the batches depend on ``W``.
     """
 
     def __init__(
@@ -75,12 +79,12 @@ class GlobalBatches(Sampler[list[Key]]):
         start_step: int = 0,
         total_steps: int,
         detour: int = 0,
-        mixture: Mixture | None = None,
+        plan: Mixture | Lanes | None = None,
     ) -> None:
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.start_step, self.total_steps, self.detour = start_step, total_steps, detour
-        self.mixture = mixture
+        self.plan = plan
         self.steps_per_epoch = num_samples // batch_size
 
     def starting_at(self, step: int) -> "GlobalBatches":
@@ -94,7 +98,7 @@ class GlobalBatches(Sampler[list[Key]]):
             start_step=step,
             total_steps=self.total_steps,
             detour=self.detour,
-            mixture=self.mixture,
+            plan=self.plan,
         )
 
     def __len__(self) -> int:
@@ -102,23 +106,31 @@ class GlobalBatches(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         local = self.batch_size // self.world_size
-        current, samples, repeats = -1, np.empty(0, dtype=np.int64), None
-        for step in range(self.start_step, self.total_steps):
-            epoch, position = divmod(step, self.steps_per_epoch)
-            if epoch != current:
-                current, (samples, repeats) = epoch, self._epoch(epoch)
-            here = slice(first := position * self.batch_size + self.rank * local, first + local)
-            times = repeats[here] if repeats is not None else [0] * local
-            # An image that comes again in an epoch is cut as in an epoch far away: other draws, no equal views.
-            yield [(epoch + (int(time) << 32), int(each)) for time, each in zip(times, samples[here], strict=True)]
+        first, last = self.rank * local, (self.rank + 1) * local
+        epochs = groupby(range(self.start_step, self.total_steps), lambda step: step // self.steps_per_epoch)
+        for epoch, steps in epochs:
+            take = self._epoch(epoch)
+            for step in steps:
+                samples, repeats = take(step % self.steps_per_epoch, first, last)
+                # An image that comes again in an epoch is cut as in an epoch far away: other draws, no equal views.
+                yield [(epoch + (int(time) << 32), int(each)) for time, each in zip(repeats, samples, strict=True)]
 
-    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-        """An epoch's samples in their order, and, of a mixture, how often each has come before."""
+    def _epoch(self, epoch: int) -> Take:
+        """The function of a batch of the epoch, and of its first and last image."""
+        if isinstance(self.plan, Lanes):
+            lanes = self.plan.epoch((self.seed, epoch, self.detour), self.batch_size)
+            return lambda batch, first, last: (lanes.rows(batch, first, last), np.zeros(last - first, dtype=np.int64))
         order = epoch_order(self.seed, epoch, self.num_samples, self.detour)
-        if self.mixture is None:
-            return order, None
-        samples, repeats = self.mixture.samples(self.seed, epoch)
-        return samples[order], repeats[order]
+        repeats = np.zeros_like(order)
+        if self.plan is not None:
+            samples, repeats = self.plan.samples(self.seed, epoch)
+            order, repeats = samples[order], repeats[order]
+
+        def take(batch: int, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+            here = slice(batch * self.batch_size + first, batch * self.batch_size + last)
+            return order[here], repeats[here]
+
+        return take
 
 
 class Item(NamedTuple):
@@ -177,6 +189,9 @@ def make_loader(
         posts: Where workers write what they are at, or None.
         prefetch: Batches that each worker makes ahead.
     """
+    if isinstance(source.table, StreamedRows) and isinstance(batches.plan, Lanes):
+        held = batches.plan.groups_held(batches.batch_size, batches.world_size, workers)
+        source = replace(source, table=source.table.holding(held))
     loader: DataLoader[Any] = DataLoader(
         ViewDataset(source.without_labels(), pipeline, posts),
         batch_sampler=batches,

@@ -25,9 +25,12 @@ from sslkit.data.finding import (
     folder_of_table,
     image_folder,
     load_table,
+    parquet_to_stream,
 )
 from sslkit.data.folder import has_metadata, printable, span_of, to_path, to_text
+from sslkit.data.lanes import Lanes
 from sslkit.data.mixture import Mixture
+from sslkit.data.streaming import StreamedRows, features_of, find_parquet, read_footers
 from sslkit.data.tables import label_word, only_columns
 from sslkit.errors import UserError
 
@@ -39,13 +42,14 @@ class ImageSource:
     """A map-style collection of encoded images and, if any, their labels.
 
     Attributes:
-        table: The `datasets` table; its image column is not decoded by `datasets`.
+        table: The `datasets` table, or a `StreamedRows`, which answers alike; images are not decoded by `datasets`.
         image_column: Name of the image column.
         label_column: Name of the label column, or None.
         description: How to name the source in print and errors.
         root: The folder below which all images lie, as `to_text` writes it; empty where they are no files of a folder.
         within: The folder that a local table's images may lie in, where its rows name files; empty: anywhere.
-        mixture: In which shares several sources make an epoch; None where every image comes once.
+        plan: How samples make an epoch: in shares of several sources, or in a stream's lanes; None: each image once,
+            in an order without bounds.
         channels: What images are read as: None for RGB of 8 bits, or so many channels of 16.
     """
 
@@ -55,7 +59,7 @@ class ImageSource:
     description: str
     root: str = ""
     within: str = ""
-    mixture: Mixture | None = None
+    plan: Mixture | Lanes | None = None
     channels: int | None = None
 
     def __len__(self) -> int:
@@ -109,6 +113,8 @@ class ImageSource:
 
     def name(self, index: int) -> str:
         """What to call image ``index`` in print, on one line."""
+        if isinstance(self.table, StreamedRows):
+            return self.table.name(index)
         cell = self.table[index][self.image_column] or {}
         return printable(cell.get("path") or f"image {index} of {self.description}")
 
@@ -127,6 +133,8 @@ class ImageSource:
 
     def paths(self) -> list[str]:
         """The file every image came from, as `to_text` writes it; empty text where the data does not know."""
+        if isinstance(self.table, StreamedRows):
+            return [""] * len(self)
         batches = self.table.select_columns([self.image_column]).with_format("arrow").iter(1024)
         return [
             path or ""
@@ -144,6 +152,8 @@ class ImageSource:
 
     def fingerprint(self) -> str:
         """SHA-256 of what the images are: their bytes, or the paths, sizes and times of their files."""
+        if isinstance(self.table, StreamedRows):
+            return self.table.digest()
         digest = hashlib.sha256()
         for batch in self.table.select_columns([self.image_column]).with_format("arrow").iter(256):
             for cell in batch[self.image_column].to_pylist():
@@ -162,6 +172,8 @@ class ImageSource:
 
         Nothing is opened: images without a name count by their size in bytes. About a second for a million.
         """
+        if isinstance(self.table, StreamedRows):
+            return self.table.digest()
         column = self.table.select_columns([self.image_column]).with_format("arrow")
         root = self._common_folder()
         digest = hashlib.sha256(str(len(self)).encode())
@@ -196,7 +208,13 @@ class ImageSource:
     def subset(self, indices: NDArray[np.int64]) -> "ImageSource":
         """The rows at ``indices``, in that order."""
         table = self.table.select(indices)
-        return replace(self, table=table, mixture=None)
+        return replace(self, table=table, plan=None)
+
+    def draw(self, count: int, seed: int) -> NDArray[np.int64]:
+        """Positions of at most so many images to look at, drawn by ``seed``; of a stream, of few row groups."""
+        if isinstance(self.table, StreamedRows):
+            return self.table.draw(count, seed)
+        return np.random.default_rng(seed).permutation(len(self))[:count]
 
 
 def open_source(config: DataConfig) -> ImageSource:
@@ -209,7 +227,8 @@ def open_source(config: DataConfig) -> ImageSource:
     if config.mix:
         source = mix([_open(each) for each in config.mix], [each.weight for each in config.mix])
     else:
-        source = _open(config)
+        patterns = parquet_to_stream(config) if config.streaming else None
+        source = _open(config) if patterns is None else _open_stream(config, patterns)
     return replace(source, channels=config.channels)
 
 
@@ -218,11 +237,23 @@ def _open(config: SourceConfig) -> ImageSource:
     description = f"{describe(config)} [{config.split}]"
     if table.num_rows == 0:
         raise UserError(f"[data] path: {description} holds no images")
-    image_column, label_column = find_image_column(table, config), find_label_column(table, config)
+    image_column, label_column = find_image_column(table.features, config), find_label_column(table.features, config)
     table = only_columns(table, image_column, label_column)
     root = image_folder(config)
     below = to_text(str(root)) if root and not has_metadata(root) else ""
     return ImageSource(table, image_column, label_column, description, below, folder_of_table(config))
+
+
+def _open_stream(config: DataConfig, patterns: list[str]) -> ImageSource:
+    description = f"{describe(config)} [{config.split}]"
+    files = find_parquet(config, patterns)
+    footers = read_footers(files)
+    features = features_of(files[0], footers[0])
+    image_column, label_column = find_image_column(features, config), find_label_column(features, config)
+    rows = StreamedRows(files, footers, image_column)
+    if not rows.groups:
+        raise UserError(f"[data] path: {description} holds no images")
+    return ImageSource(rows, image_column, label_column, description, plan=Lanes(rows.sizes, config.shuffle_buffer))
 
 
 def mix(sources: list[ImageSource], weights: list[float | None]) -> ImageSource:
@@ -250,4 +281,4 @@ def mix(sources: list[ImageSource], weights: list[float | None]) -> ImageSource:
     mixture = Mixture(sizes, tuple(shares)) if shares else None
     said = [f" ({share / sum(shares):.3g} of an epoch)" for share in shares] or [""] * len(sources)
     description = " + ".join(source.description + share for source, share in zip(sources, said, strict=True))
-    return ImageSource(table, "image", None, description, "" if root == "/" else root, mixture=mixture)
+    return ImageSource(table, "image", None, description, "" if root == "/" else root, plan=mixture)

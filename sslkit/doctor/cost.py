@@ -71,7 +71,7 @@ def weigh_loading(patient: Patient, source: ImageSource, seen: Observation) -> F
         return judge_speed(recipe, seen.seconds / patient.batch, patient.loading_seconds / patient.batch, len(source))
     there = on_device(patient, device)
     pipeline = ViewPipeline(recipe.views, recipe.train.seed)
-    batches = GlobalBatches(len(source), patient.batch, recipe.train.seed, total_steps=ROUNDS, mixture=source.mixture)
+    batches = GlobalBatches(len(source), patient.batch, recipe.train.seed, total_steps=ROUNDS, plan=source.plan)
     loader = iter(make_loader(source, pipeline, batches, workers=0, pin_memory=False))
     computing, loading = [], []
     for _ in range(ROUNDS):

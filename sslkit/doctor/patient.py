@@ -118,7 +118,7 @@ def admit(recipe: Recipe, source: ImageSource, say: Say) -> Patient:
     say(f"one step of {recipe.method_name} on {recipe.backbone.name}, {batch} images, on the CPU"
         + (" (a large net: this takes a while)" if size > HEAVY else ""))  # fmt: skip
     started = time.perf_counter()
-    batches = GlobalBatches(len(source), batch, recipe.train.seed, total_steps=1, mixture=source.mixture)
+    batches = GlobalBatches(len(source), batch, recipe.train.seed, total_steps=1, plan=source.plan)
     pipeline = ViewPipeline(recipe.views, recipe.train.seed)
     loaded = next(iter(make_loader(source, pipeline, batches, workers=0, pin_memory=False)))
     images = finish_on(torch.device("cpu"), loaded, recipe.views)

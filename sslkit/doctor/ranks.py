@@ -78,7 +78,7 @@ def train_and_compare(accelerator: Any, recipe: Recipe, source: ImageSource) -> 
         rank=accelerator.process_index,
         world_size=world_size(),
         total_steps=STEPS,
-        mixture=source.mixture,
+        plan=source.plan,
     )
     pipeline = ViewPipeline(recipe.views, recipe.train.seed)
     for step, batch in enumerate(make_loader(source, pipeline, batches, workers=0, pin_memory=False)):

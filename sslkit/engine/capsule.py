@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sslkit.data.lanes import Lanes
 from sslkit.data.loader import GlobalBatches
 from sslkit.data.mixture import Mixture
 from sslkit.durable import sha256_of, whole_folder, write_json, write_tensors
@@ -53,8 +54,7 @@ def try_to_write_capsule(training: Training, step: int, complaint: str, loss: fl
 
 def _facts(training: Training, step: int, complaint: str, loss: float, grad_norm: float) -> dict[str, Any]:
     accelerator = training.accelerator
-    mixture = training.mixture
-    batches = batches_of(training.recipe, training.course.rewinds, step, training.images, mixture)
+    batches = batches_of(training.recipe, training.course.rewinds, step, training.images, training.plan)
     return {
         "format": FORMAT,
         "step": step,
@@ -71,7 +71,7 @@ def _facts(training: Training, step: int, complaint: str, loss: float, grad_norm
     }
 
 
-def batches_of(recipe: Recipe, detour: int, step: int, images: int, mixture: Mixture | None) -> GlobalBatches:
+def batches_of(recipe: Recipe, detour: int, step: int, images: int, plan: Mixture | Lanes | None) -> GlobalBatches:
     """The whole global batch of one step."""
     return GlobalBatches(
         images,
@@ -80,7 +80,7 @@ def batches_of(recipe: Recipe, detour: int, step: int, images: int, mixture: Mix
         start_step=step,
         total_steps=step + 1,
         detour=detour,
-        mixture=mixture,
+        plan=plan,
     )
 
 

@@ -46,7 +46,7 @@ class Diagnostics:
         self.pipeline = ViewPipeline(recipe.views, recipe.train.seed)
         self.share = min(IMAGES, recipe.train.batch_size) // world_size()
         self.chunk = min(recipe.train.micro_batch or CHUNK, CHUNK)
-        order = np.random.default_rng(recipe.train.seed).permutation(len(source))
+        order = source.draw(self.share * world_size(), recipe.train.seed)
         self.sample = order[rank() * self.share : (rank() + 1) * self.share]
         self.watch = SpikeWatch()
         self.spikes: list[Spike] = []

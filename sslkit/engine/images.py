@@ -15,6 +15,7 @@ from sslkit.data.decode import UnreadableImage
 from sslkit.data.folder import printable, table_of
 from sslkit.data.loader import Batch
 from sslkit.data.source import ImageSource
+from sslkit.data.streaming import StreamedRows
 from sslkit.durable import replace_file, replace_text
 from sslkit.engine.lines import Lines, keep_until, read_lines, step_of
 from sslkit.errors import UserError
@@ -22,6 +23,7 @@ from sslkit.parts.collectives import gather_objects
 
 IMAGES = "images.parquet"  # in the run folder: the names of its images, in order
 SAMPLED = 64  # images whose content is remembered
+FEW = 4  # of a stream
 MAX_BYTES = 100_000  # of data.json
 NAMED = 5  # images that a sentence names
 
@@ -144,7 +146,8 @@ def write_images(folder: Path, source: ImageSource) -> None:
         stream = pa.BufferOutputStream()
         parquet.write_table(pa.table({"name": _names(source)}), stream, compression="zstd")
         replace_file(folder / IMAGES, [stream.getvalue().to_pybytes()])
-    chosen = sorted({index * len(source) // SAMPLED for index in range(SAMPLED)} & set(range(len(source))))
+    sampled = FEW if isinstance(source.table, StreamedRows) else SAMPLED  # each takes a row group to read
+    chosen = sorted({index * len(source) // sampled for index in range(sampled)} & set(range(len(source))))
     content = {str(index): total for index in chosen if (total := _content(source, index))}
     fields = {"images": len(source), "names_sha256": source.names_digest(), "content": content}
     replace_text(folder / "data.json", json.dumps(fields) + "\n")

@@ -91,7 +91,7 @@ def _remarks(facts: dict[str, Any], recipe: Recipe) -> list[str]:
 
 
 def _cut_again(recipe: Recipe, source: ImageSource, facts: dict[str, Any]) -> Batch:
-    batches = batches_of(recipe, facts["detour"], facts["step"], facts["images"], source.mixture)
+    batches = batches_of(recipe, facts["detour"], facts["step"], facts["images"], source.plan)
     pipeline = ViewPipeline(recipe.views, recipe.train.seed)
     batch: Batch = next(iter(make_loader(source, pipeline, batches, workers=0, pin_memory=False)))
     return batch

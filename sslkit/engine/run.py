@@ -12,9 +12,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from sslkit.data.crew import SteadyLoader
+from sslkit.data.lanes import Lanes
 from sslkit.data.loader import GlobalBatches, cores_of_a_process, resolve_workers
 from sslkit.data.replace import read_or_replace
 from sslkit.data.source import ImageSource, open_source
+from sslkit.data.streaming import StreamedRows
 from sslkit.data.views import ViewPipeline
 from sslkit.engine.agreement import compare_facts
 from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, restore
@@ -203,7 +205,7 @@ def _make_loader(
         start_step=start_step,
         total_steps=last_step,
         detour=detour,
-        mixture=source.mixture,
+        plan=source.plan,
     )
     return SteadyLoader(
         source,
@@ -297,7 +299,7 @@ def assemble(
         Diagnostics(recipe, source, accelerator) if recipe.monitor.diagnose_every else None,
         course,
         BadSamples(folder, source, recipe.data.max_bad_share, start_step, active=accelerator.is_main_process),
-        source.mixture,
+        source.plan,
     )
 
 
@@ -372,6 +374,9 @@ def _opening(training: Training, source: ImageSource) -> list[str]:
     if train.shard and accelerator.num_processes > 1:
         here, there = held_here(training.method)
         lines.append(f"weights of student and teacher in parts: {here} of {there} on this process")
+    if isinstance(source.table, StreamedRows) and isinstance(source.plan, Lanes):
+        workers = workers_of(recipe, accelerator)
+        lines.append(source.table.words(source.plan.groups_held(train.batch_size, accelerator.num_processes, workers)))
     if train.micro_batch and has_batch_norm(training.method.backbone):
         slices = train.batch_size // train.micro_batch
         lines.append(

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
+from sslkit.data.lanes import Lanes
 from sslkit.data.loader import Batch
 from sslkit.data.mixture import Mixture
 from sslkit.engine.diagnostics import Diagnostics
@@ -38,7 +39,7 @@ class Training:
         diagnostics: What is watched without labels, or None.
         course: Troubles so far.
         bad_samples: The images that cannot be read.
-        mixture: In which shares several sources make an epoch, or None.
+        plan: How samples make an epoch; see `ImageSource`.
     """
 
     recipe: Recipe
@@ -56,4 +57,4 @@ class Training:
     diagnostics: Diagnostics | None
     course: Course
     bad_samples: BadSamples
-    mixture: Mixture | None
+    plan: Mixture | Lanes | None

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from sslkit.data.source import DataConfig, open_source
@@ -81,7 +80,7 @@ def diagnose_encoder(
         )
     if views < 2:
         raise UserError(f"--views: {views}; diagnosing compares views of an image, so it needs two or more")
-    source = source.subset(np.random.default_rng(seed).permutation(len(source))[:count])
+    source = source.subset(source.draw(count, seed))
     encoder = load_encoder(model)
     contestants = []
     for each in (encoder, encoder.random_twin(seed)):

@@ -10,6 +10,7 @@ import numpy as np
 from sslkit.data.decode import UnreadableImage
 from sslkit.data.folder import to_path
 from sslkit.data.source import ImageSource
+from sslkit.data.streaming import StreamedRows
 from sslkit.evaluate.detection.picture import Picture
 
 SAMPLED = 256  # files whose content is looked at too; of all others the size must do
@@ -22,6 +23,8 @@ def images_digest(source: ImageSource) -> str:
     by their sizes, and a spread sample of them by their bytes: a second for every 100 000 or so. One that cannot be
     read counts as such.
     """
+    if isinstance(source.table, StreamedRows):
+        return source.table.digest()[:16]
     paths = source.paths()
     named = [path for path in paths if path]
     root = os.path.commonprefix([min(named), max(named)]).rfind("/") + 1 if named else 0  # noqa: RUF071 - cut at a slash

@@ -66,7 +66,7 @@ def test_order_is_a_function_of_seed_and_epoch_alone() -> None:
     """Not of ranks, nor of where a run began."""
 
     def batches(seed: int = 3, **changes: int) -> list[list[tuple[int, int]]]:
-        return list(GlobalBatches(50, 8, seed, total_steps=14, mixture=Mixture((40, 10), (1.0, 2.0)), **changes))
+        return list(GlobalBatches(50, 8, seed, total_steps=14, plan=Mixture((40, 10), (1.0, 2.0)), **changes))
 
     whole = batches()
     ranks = [batches(rank=rank, world_size=2) for rank in range(2)]
@@ -84,7 +84,7 @@ def test_order_is_a_function_of_seed_and_epoch_alone() -> None:
 def test_an_image_that_comes_again_is_cut_anew(tmp_path: Path) -> None:
     source = open_source(DataConfig(mix=[MixConfig(path=str(f), weight=1.0) for f in folders(tmp_path, 30, 2)]))
     views = ViewsConfig(**{"policy": "moco_v2", **POLICIES["moco_v2"], "size": 32})
-    order = GlobalBatches(32, 32, 0, total_steps=1, mixture=source.mixture)
+    order = GlobalBatches(32, 32, 0, total_steps=1, plan=source.plan)
     batch = next(iter(make_loader(source, ViewPipeline(views, 0), order, workers=0, pin_memory=False)))
     again = torch.nonzero(batch.sample_ids == 31)[:, 0]
     assert len(again) == 8
@@ -95,7 +95,7 @@ def test_without_weights_it_is_all_of_them(tmp_path: Path) -> None:
     """As if the folders were one, image for image and loss for loss."""
     parts, whole = folders(tmp_path, 20, 12), folders(tmp_path / "whole", 32)
     source = open_source(DataConfig(mix=[MixConfig(path=str(each)) for each in parts]))
-    assert source.mixture is None
+    assert source.plan is None
     assert len(source) == 32
     assert source.description == f"{parts[0]} [train] + {parts[1]} [train]"
     train = {"batch_size": 16, "max_steps": 2}
