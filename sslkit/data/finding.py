@@ -4,7 +4,7 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,14 +12,15 @@ import datasets
 
 from sslkit.data.bundled import BUILTIN, load_bundled
 from sslkit.data.config import SourceConfig
-from sslkit.data.folder import SUFFIXES, folders_in, has_metadata, list_images
+from sslkit.data.folder import METADATA, SUFFIXES, folders_in, has_metadata, list_images, walk_folders
 from sslkit.data.shards import find_shards, index_shards, is_shard
-from sslkit.data.tables import map_arrow
+from sslkit.data.tables import load_parquet, map_arrow
 from sslkit.errors import UserError, near_miss
 from sslkit.parts.hub import quick_hub, why_not
 
 LOADERS = ("imagefolder", "parquet", "arrow", "webdataset")
 SPLITS = ("train", "test", "val", "validation")
+TABLES = ("parquet", "arrow")
 
 
 def available_splits(config: SourceConfig) -> list[str]:
@@ -28,8 +29,8 @@ def available_splits(config: SourceConfig) -> list[str]:
         return ["train", "test"]
     folder = Path(config.data_dir or config.path)
     if folder.is_dir():
-        named = _shards_by_split(folder)
-        return [name for name in SPLITS if name in named or (folder / name).is_dir()] or ["train"]
+        found = {*_files_by_split(folder, _loader_for(config, folder)), *folders_in(folder)}
+        return [name for name in SPLITS if name in found] or ["train"]
     return []
 
 
@@ -58,6 +59,8 @@ def load_table(config: SourceConfig) -> datasets.Dataset:
                 return datasets.load_dataset(config.path, config.name, data_dir=config.data_dir, split=config.split)
         if loader == "arrow":
             return map_arrow(files)
+        if loader == "parquet":
+            return load_parquet(files)
         # Without a word, datasets drops the labels of a split that holds only one class.
         extra = {"drop_labels": not _has_class_folders(files)} if loader == "imagefolder" else {}
         return datasets.load_dataset(loader, data_files={"split": files}, split="split", **extra)
@@ -69,6 +72,7 @@ def load_table(config: SourceConfig) -> datasets.Dataset:
         reason += "" if loader else why_not()
         if "corresponds to no data" in reason:
             reason = "no images in it"
+        reason += _images_beside(config)
         raise UserError(f"[data] path: cannot load {describe(config)!r}: {where}{reason}") from error
 
 
@@ -100,29 +104,70 @@ def _shards(config: SourceConfig) -> list[Path]:
 
 
 def _shards_below(folder: Path, split: str) -> list[Path]:
-    if by_split := _shards_by_split(folder):
-        if split not in by_split:
-            raise UserError(f"[data] split: {str(folder)!r} has tar files of {sorted(by_split)}, none of {split!r}")
-        return by_split[split]
-    root = _split_folder(folder, split)
-    files = sorted(file for file in root.rglob("*") if is_shard(file.name))
+    files = _files_of(folder, split, "webdataset")
     if not files:
-        raise UserError(f"[data] path: {str(root)!r} holds no tar files")
+        raise UserError(f"[data] path: {str(folder)!r} holds no tar files")
     return files
 
 
-def _shards_by_split(folder: Path) -> dict[str, list[Path]]:
-    """The tar files of a folder without folders by the splits in their names, such as train-0000.tar."""
-    files = sorted(file for file in folder.iterdir() if is_shard(file.name)) if not folders_in(folder) else []
+def _files_of(folder: Path, split: str, loader: str) -> list[Path]:
+    """The tables or tar files of one split of a folder."""
+    if by_split := _files_by_split(folder, loader):
+        if split not in by_split:
+            what = "tar" if loader == "webdataset" else loader
+            raise UserError(f"[data] split: {str(folder)!r} has {what} files of {sorted(by_split)}, none of {split!r}")
+        return by_split[split]
+    return _files_below(_split_folder(folder, split), loader)
+
+
+def _files_by_split(folder: Path, loader: str) -> dict[str, list[Path]]:
+    """The tables or tar files of a folder by the splits that they are named after; empty if not all are.
+
+    So ``train-0000.tar``, ``data/train-00000-of-00004.parquet`` and ``default/train/0000.parquet``. Where the folder's
+    own folders are the splits, they are told by them alone.
+    """
+    if loader == "imagefolder" or set(folders_in(folder)) & set(SPLITS):
+        return {}
+    files = _files_below(folder, loader)
     named: dict[str, list[Path]] = {}
     for file in files:
-        if split := next(iter(_words(file.name) & set(SPLITS)), ""):
+        if split := _split_named(file.relative_to(folder)):
             named.setdefault(split, []).append(file)
-    return named if sum(map(len, named.values())) == len(files) else {}
+    if sum(map(len, named.values())) == len(files):
+        return named
+    if len(named) > 1:
+        other = next(file for file in files if not _split_named(file.relative_to(folder)))
+        raise UserError(
+            f"[data] path: {str(folder)!r} has files of the splits {sorted(named)} and others, such as {other.name!r}; "
+            f"put them into folders ({', '.join(SPLITS)}), or name files by data_files"
+        )
+    return {}
 
 
-def _words(name: str) -> set[str]:
-    return set(re.split("[^a-z]+", name.lower()))
+def _split_named(file: Path) -> str:
+    """The one split that a file's name has as a word, or else the nearest of its folders; empty for none or several."""
+    for part in reversed(file.parts):
+        words = set(re.split("[^a-z]+", part.lower())) & set(SPLITS)
+        if words:
+            return words.pop() if len(words) == 1 else ""
+    return ""
+
+
+def _files_below(folder: Path, loader: str) -> list[Path]:
+    fits = _KINDS[loader]
+    return sorted(Path(place, name) for place, names in walk_folders(str(folder)) for name in names if fits(name))
+
+
+def _is_table(name: str, kind: str) -> bool:
+    return name.lower().endswith(f".{kind}") and name not in METADATA
+
+
+_KINDS: dict[str, Callable[[str], bool]] = {
+    "webdataset": is_shard,
+    "parquet": lambda name: _is_table(name, "parquet"),
+    "arrow": lambda name: _is_table(name, "arrow"),
+    "imagefolder": lambda name: name[name.rfind(".") :].lower() in SUFFIXES,
+}
 
 
 def image_folder(config: SourceConfig) -> Path | None:
@@ -158,16 +203,19 @@ def _local_files(config: SourceConfig) -> tuple[str | None, list[str]]:
             return config.path, files
         if not config.data_dir:
             raise UserError(f"[data] data_dir: path = {config.path!r} needs data_dir or data_files")
-        return config.path, [_folder_pattern(Path(config.data_dir), config.split, config.path)]
+        return config.path, _patterns(Path(config.data_dir), config.split, config.path)
     path = Path(config.path).expanduser()
     if path.is_dir():
         loader = _loader_for_folder(path)
-        return loader, [_folder_pattern(path, config.split, loader)]
+        return loader, _patterns(path, config.split, loader)
     if path.is_file():
-        loaders = {".parquet": "parquet", ".arrow": "arrow"}
-        if path.suffix not in loaders:
-            raise UserError(f"[data] path: {config.path!r} is a file but neither .parquet nor .arrow nor .tar")
-        return loaders[path.suffix], [glob.escape(str(path))]
+        loader = next((kind for kind in TABLES if _is_table(path.name, kind)), "")
+        if not loader:
+            raise UserError(
+                f"[data] path: {config.path!r} is a file but neither .parquet nor .arrow nor .tar; several images are "
+                "named by their folder"
+            )
+        return loader, [glob.escape(str(path))]
     if path.is_absolute() or config.path.count("/") != 1 or config.path.startswith((".", "~")):
         here = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(
@@ -177,25 +225,40 @@ def _local_files(config: SourceConfig) -> tuple[str | None, list[str]]:
     return None, []
 
 
+def _loader_for(config: SourceConfig, folder: Path) -> str:
+    return config.path if config.path in LOADERS else _loader_for_folder(folder)
+
+
 def _loader_for_folder(folder: Path) -> str:
-    found = {name[name.rfind(".") :] for name in _names_near(folder)}
-    loader = next((loader for loader in ("parquet", "arrow") if f".{loader}" in found), "imagefolder")
-    with_images = not SUFFIXES.isdisjoint(map(str.lower, found))
-    tars = loader == "imagefolder" and not with_images and any(map(is_shard, _names_near(folder)))
-    return "webdataset" if tars else loader
+    """What a folder holds, by the names in it and right below; where they tell nothing, by the first deeper one."""
+    return _loader_told_by(_names_near(folder)) or _loader_told_by(_first_names(folder)) or "imagefolder"
+
+
+def _loader_told_by(names: Iterable[str]) -> str:
+    found = {kind for name in set(names) for kind, fits in _KINDS.items() if fits(name)}
+    return next((kind for kind in (*TABLES, "imagefolder", "webdataset") if kind in found), "")
 
 
 def _names_near(folder: Path) -> Iterator[str]:
-    """Names in a folder and in those right below it."""
+    """Names in a folder and in those right below it, but for hidden ones."""
     places = [folder, *(folder / name for name in folders_in(folder))]
     for place in places:
         with suppress(OSError), os.scandir(place) as entries:
-            yield from (entry.name for entry in entries)
+            yield from (entry.name for entry in entries if not entry.name.startswith("."))
 
 
-def _folder_pattern(folder: Path, split: str, loader: str) -> str:
-    pattern = glob.escape(str(_split_folder(folder, split)))
-    return f"{pattern}/**" if loader == "imagefolder" else f"{pattern}/**/*.{loader}"
+def _first_names(folder: Path) -> list[str]:
+    """The names in the first folder below that has a file of a known kind."""
+    return next((names for _, names in walk_folders(str(folder)) if _loader_told_by(names)), [])
+
+
+def _patterns(folder: Path, split: str, loader: str) -> list[str]:
+    if loader == "imagefolder":
+        return [f"{glob.escape(str(_split_folder(folder, split)))}/**"]
+    files = _files_of(folder, split, loader)
+    if not files:
+        raise UserError(f"[data] path: {str(folder)!r} holds no {loader} files")
+    return [glob.escape(str(file)) for file in files]
 
 
 def _split_folder(folder: Path, split: str) -> Path:
@@ -211,7 +274,7 @@ def _split_folder(folder: Path, split: str) -> Path:
     if split not in found and ((found and set(found) <= set(SPLITS)) or split != "train"):
         raise UserError(f"[data] split: {str(folder)!r} has no folder {split!r}; it has {found[:8]}")
     root = folder / split if split in found else folder
-    if next((entry for entry in root.rglob("*") if not entry.is_dir()), None) is None:
+    if not any(names for _, names in walk_folders(str(root))):
         raise UserError(f"[data] path: the folder {str(root)!r} is empty")
     return root
 
@@ -232,8 +295,17 @@ def find_image_column(features: datasets.Features, config: SourceConfig) -> str:
     typed = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     named = [name for name in ("image", "img", "jpg", "png") if name in features]
     if not typed and not named:
-        raise UserError(f"[data] image_column: no column of images found among {list(features)}; name it")
+        there = f"{list(features)}; name it{_images_beside(config)}"
+        raise UserError(f"[data] image_column: no column of images found among {there}")
     return str((typed or named)[0])
+
+
+def _images_beside(config: SourceConfig) -> str:
+    """What to do where a table among image files was taken for the data."""
+    folder = Path(config.path).expanduser()
+    if config.path in LOADERS or not folder.is_dir() or not any(map(_KINDS["imagefolder"], _names_near(folder))):
+        return ""
+    return f', or, for the image files beside it, write path = "imagefolder" and data_dir = "{folder}"'
 
 
 def find_label_column(features: datasets.Features, config: SourceConfig) -> str | None:

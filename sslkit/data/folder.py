@@ -52,7 +52,7 @@ def list_images(root: Path) -> Listing:
     chunks: list[pa.Array] = []
     folders: list[str] = []
     left_out: Counter[str] = Counter()
-    for folder, names in _walk(str(root), ()):
+    for folder, names in walk_folders(str(root)):
         suffixes = [_suffix(name) for name in names]
         images = [name for name, suffix in zip(names, suffixes, strict=True) if suffix in SUFFIXES]
         left_out.update(to_text(suffix) or "no suffix" for suffix in suffixes if suffix not in SUFFIXES)
@@ -63,9 +63,9 @@ def list_images(root: Path) -> Listing:
 
 
 def folders_in(folder: Path) -> list[str]:
-    """Names of the folders in a folder, links to folders too, sorted."""
+    """Names of the folders in a folder that are looked into, links to folders too, sorted."""
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if _is_folder(entry))
+        return sorted(entry.name for entry in entries if not entry.name.startswith((".", "__")) and _is_folder(entry))
 
 
 def has_metadata(root: Path) -> bool:
@@ -104,7 +104,12 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, list[str]]]:
+def walk_folders(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, list[str]]]:
+    """Every folder from one on down, and the files in it, sorted; see `list_images` for which.
+
+    Raises:
+        UserError: A folder cannot be listed.
+    """
     try:
         status = os.stat(folder)
         with os.scandir(folder) as entries:
@@ -119,7 +124,7 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str
     yield folder, [name for name, is_dir in seen if not is_dir]
     for name, is_dir in seen:
         if is_dir and not name.startswith("__"):
-            yield from _walk(os.path.join(folder, name), (*above, identity))
+            yield from walk_folders(os.path.join(folder, name), (*above, identity))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

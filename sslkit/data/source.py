@@ -6,6 +6,7 @@
 import hashlib
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -102,7 +103,7 @@ class ImageSource:
             return name, encoded
         if not cell.get("path"):
             raise UnreadableImage(name, "the row holds no image")
-        path = to_path(cell["path"])
+        path = Path(self.within, to_path(cell["path"]))  # a relative name is meant from the table
         if self.within and not path.resolve().is_relative_to(self.within):
             raise UnreadableImage(name, f"the row names a file outside of {self.within}, the folder of its table")
         try:

@@ -86,6 +86,19 @@ def test_patterns_folders_and_splits(tmp_path: Path) -> None:
         read(tmp_path / "photos-train-{0002..0003}.tar")
 
 
+def test_splits_by_name_in_a_folder_below_and_hidden_files(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write_tar(tmp_path / "data" / "train-0.tar", samples(0, 4))
+    write_tar(tmp_path / "data" / "test-0.tar", samples(4, 6))
+    write_tar(tmp_path / "data" / "._train-0.tar", {}).write_bytes(b"a Mac's")
+    (tmp_path / ".git").mkdir()
+    for split, count in (("train", 4), ("test", 2)):
+        assert len(read(tmp_path, split=split)) == count
+    write_tar(tmp_path / "data" / "train-of-test-0.tar", samples(4, 6))
+    with pytest.raises(UserError, match=r"and others, such as 'train-of-test-0\.tar'"):
+        read(tmp_path)
+
+
 def test_shards_that_are_links_and_shards_in_a_mix(tmp_path: Path) -> None:
     elsewhere, folder = tmp_path / "elsewhere.tar", tmp_path / "shards"
     folder.mkdir()

@@ -145,3 +145,20 @@ def test_empty_folder_and_folder_without_images(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no pictures here")
     with pytest.raises(UserError, match=r"\[data\]"):
         open_source(DataConfig(path=str(tmp_path)))
+
+
+def test_folders_of_links_and_hidden_ones(class_folders: Path, tmp_path: Path) -> None:
+    """Class folders may lie elsewhere; what tools leave behind is no class and no split."""
+    for folder in sorted(class_folders.iterdir()):
+        (tmp_path / "linked" / "train").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "linked" / "train" / folder.name).symlink_to(folder)
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        (tmp_path / "linked" / name).mkdir()
+    source = open_source(DataConfig(path=str(tmp_path / "linked")))
+    assert (len(source), len(set(source.labels()))) == (40, len(list(class_folders.iterdir())))
+    flat = tmp_path / "flat"
+    (flat / ".thumbnails").mkdir(parents=True)
+    (flat / "0.png").write_bytes(next(class_folders.rglob("*.png")).read_bytes())
+    (flat / ".thumbnails" / "0.png").write_bytes(b"")
+    source = open_source(DataConfig(path=str(flat)))
+    assert (len(source), source.label_column) == (1, None)
