@@ -26,7 +26,7 @@ def submit(
     account: Annotated[str, typer.Option(help="Slurm's account.")] = "",
     constraint: Annotated[str, typer.Option(help="Features the nodes must have.")] = "",
     sbatch: Annotated[
-        list[str] | None, typer.Option(help="Another option of sbatch, such as qos=high; may repeat.")
+        list[str] | None, typer.Option(help="Another option of sbatch, such as qos=high or exclusive; may repeat.")
     ] = None,
     setup: Annotated[list[str] | None, typer.Option(help="Line of shell to run before; may repeat.")] = None,
     signal_seconds: Annotated[int, typer.Option(min=10, help="How long before its end it is told to save.")] = 120,
@@ -63,6 +63,8 @@ def submit(
     )
     folder = Path(output) if output else Path("runs") / Path(recipe).stem
     if dry_run:
+        if cluster != "slurm":
+            raise UserError(f"--dry-run: prints a file for sbatch; there is none with --cluster {cluster}")
         print(batch_file(loaded, folder, resources))
         return
     job = submit_run(loaded, folder, resources, cluster)
@@ -71,12 +73,12 @@ def submit(
     console.print(f"log {job.log}; {end_it} ends it, and the same command continues it", highlight=False)
 
 
-def _options(words: list[str]) -> dict[str, str]:
-    """``name=value`` each, the name with or without its dashes."""
-    options = {}
+def _options(words: list[str]) -> dict[str, str | bool]:
+    """``name=value`` each, or a name alone; with or without its dashes."""
+    options: dict[str, str | bool] = {}
     for word in words:
-        name, _, value = word.lstrip("-").partition("=")
-        if not name or not value:
-            raise UserError(f"--sbatch {word}: write name=value, such as qos=high")
-        options[name] = value
+        name, equals, value = word.lstrip("-").partition("=")
+        if not name or (equals and not value):
+            raise UserError(f"--sbatch {word}: write name=value, such as qos=high, or a name alone, such as exclusive")
+        options[name] = value if equals else True
     return options

@@ -10,6 +10,7 @@ that dies of it or hides an exit code, and srun tells the batch script how the r
            have brought no new checkpoint
 """
 
+import os
 import re
 import shlex
 import shutil
@@ -32,6 +33,13 @@ TIME = re.compile(
     r"|(?:(?P<hours_first>\d+):(?P<minutes_next>\d+):\d+)|(?P<minutes_only>\d+)(?::\d+)?"
 )
 MEMORY = re.compile(r"\d+[KMGT]?")
+OPTION = re.compile(r"[a-z][a-z0-9-]*")
+OURS = ("signal", "requeue", "no-requeue", "array", "output", "error", "open-mode", "job-name", "wckey")
+WITH_WORDS = {  # options of sbatch, and the word here that the checks know of
+    **{name: f"--{name}" for name in ("nodes", "gpus-per-node", "time", "mem", "cpus-per-task")},
+    **{name: f"--{name}" for name in ("partition", "account", "constraint")},
+    **dict.fromkeys(("ntasks", "ntasks-per-node", "gpus", "gpus-per-task"), "--gpus-per-node or --tasks-per-node"),
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Resources:
         partition: Slurm's queue.
         account: Who pays.
         constraint: Features the nodes must have.
-        sbatch: Any other option of sbatch, by its long name.
+        sbatch: Any other option of sbatch, by its long name; True for one that takes no value.
         setup: Lines of shell before the run, such as ``module load cuda``.
         signal_seconds: How long before its end a start is told to save.
         retries: Starts in a row without a new checkpoint after which it is not queued again.
@@ -63,7 +71,7 @@ class Resources:
     partition: str = ""
     account: str = ""
     constraint: str = ""
-    sbatch: dict[str, str] = field(default_factory=dict)
+    sbatch: dict[str, str | bool] = field(default_factory=dict)
     setup: list[str] = field(default_factory=list)
     signal_seconds: int = 120
     retries: int = 3
@@ -108,18 +116,21 @@ def submit(recipe: Recipe, output: str | Path, resources: Resources, cluster: st
         UserError: The cluster refuses, or something asked for does not fit; nothing has been submitted then.
     """
     check(recipe, resources)
-    if cluster == "local":
-        return _submit_here(recipe, Path(output), resources)
-    if cluster != "slurm":
+    output = _run_folder(output)
+    if cluster not in ("slurm", "local"):
         raise UserError(f"--cluster: must be slurm or local, not {cluster!r}")
+    from sslkit.engine.folder import check_folder
+
+    check_folder(output, recipe, "auto")  # as the job itself would, hours later
+    if cluster == "local":
+        return _submit_here(recipe, output, resources)
     if absent := next((name for name in ("sbatch", "srun") if shutil.which(name) is None), ""):
         raise UserError(
             f"submit: there is no {absent} here; submit from a login node of a Slurm cluster, print the file with "
             "--dry-run, or take --cluster local"
         )
-    folder = _jobs_folder(Path(output))
-    executor = _slurm_executor(Path(output), resources)
-    return _submitted(executor, Pretraining(recipe.to_toml(), str(Path(output).absolute())), folder)
+    executor = _slurm_executor(output, resources)
+    return _submitted(executor, Pretraining(recipe.to_toml(), str(output)), _jobs_folder(output))
 
 
 def batch_file(recipe: Recipe, output: str | Path, resources: Resources) -> str:
@@ -129,7 +140,7 @@ def batch_file(recipe: Recipe, output: str | Path, resources: Resources) -> str:
         UserError: Something asked for does not fit.
     """
     check(recipe, resources)
-    executor = _slurm_executor(Path(output), resources)
+    executor = _slurm_executor(_run_folder(output), resources)
     text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
     return text
 
@@ -152,8 +163,24 @@ def check(recipe: Recipe, resources: Resources) -> None:
             f"--time {resources.time}: leaves nothing to train in, as the run is told to save "
             f"{resources.signal_seconds} s before its end (--signal-seconds)"
         )
-    if odd := [name for name in resources.sbatch if name in ("signal", "requeue", "array", "output", "error")]:
-        raise UserError(f"--sbatch {odd[0]}: is set by sslkit, which needs it as it is")
+    _check_words(resources)
+
+
+def _check_words(resources: Resources) -> None:
+    """See that each word is one line of the batch file, and that nothing is said twice."""
+    for option in ("partition", "account", "constraint"):
+        if not (word := getattr(resources, option)).isprintable():
+            raise UserError(f"--{option} {word!r}: write one line without control characters")
+    for option, value in resources.sbatch.items():
+        name = option.replace("_", "-")
+        if not OPTION.fullmatch(name):
+            raise UserError(f"--sbatch {option!r}: write the long name of an option of sbatch, such as qos=high")
+        if name in OURS:
+            raise UserError(f"--sbatch {option}: is set by sslkit, which needs it as it is")
+        if name in WITH_WORDS:
+            raise UserError(f"--sbatch {option}: use {WITH_WORDS[name]}, which is checked against the recipe")
+        if not str(value).isprintable():
+            raise UserError(f"--sbatch {option}: write one line without control characters, not {value!r}")
 
 
 def minutes(time: str) -> int:
@@ -170,9 +197,26 @@ def minutes(time: str) -> int:
     return 1440 * part["days"] + 60 * hours + part["minutes"] + part["minutes_next"] + part["minutes_only"]
 
 
+def _run_folder(output: str | Path) -> Path:
+    """A run folder's full name, without ``..``.
+
+    Raises:
+        UserError: Slurm could not write logs beside it.
+    """
+    folder = Path(os.path.abspath(output))
+    if not folder.name:
+        raise UserError(f"--output {output}: logs lie beside the run folder, so it must lie in another folder")
+    if "%" in str(folder) or "\\" in str(folder) or not str(folder).isprintable():
+        raise UserError(
+            f"--output {str(folder)!r}: Slurm reads % and \\ in the names of logs in its own way; choose a folder "
+            "without these and without control characters"
+        )
+    return folder
+
+
 def _jobs_folder(output: Path) -> Path:
     """Beside the run and not in it: what submitit keeps is no part of a run."""
-    return output.absolute().with_name(f"{output.name}.jobs")
+    return output.with_name(f"{output.name}.jobs")
 
 
 def _submitit() -> Any:
@@ -214,7 +258,7 @@ def _slurm_executor(output: Path, resources: Resources) -> "SlurmExecutor":
 
 def _newest(output: Path) -> str:
     """Shell for the name of a run's newest checkpoint."""
-    return f"cat {shlex.quote(str(output.absolute() / 'checkpoints' / 'latest'))} 2>/dev/null"
+    return f"cat {shlex.quote(str(output / 'checkpoints' / 'latest'))} 2>/dev/null"
 
 
 def _before(output: Path) -> list[str]:
@@ -251,7 +295,7 @@ def _submit_here(recipe: Recipe, output: Path, resources: Resources) -> Submissi
         signal_delay_s=resources.signal_seconds,
         stderr_to_stdout=True,
     )
-    task = Pretraining(recipe.to_toml(), str(output.absolute()), LOCAL_REQUEUE_RETURN_CODE)
+    task = Pretraining(recipe.to_toml(), str(output), LOCAL_REQUEUE_RETURN_CODE)
     with environment_variables(SUBMITIT_PREEMPT_SIGNAL=SIGNAL):
         return _submitted(executor, task, folder)
 

@@ -240,7 +240,15 @@ def test_an_unknown_time() -> None:
         (["--set", "train.processes=4"], "processes = 4, but --nodes and --gpus-per-node make 1"),
         (["--mem", "much"], "--mem much: write a number"),
         (["--time", "2"], "--time 2: leaves nothing to train in"),
-        (["--sbatch", "qos"], "--sbatch qos: write name=value"),
+        (["--sbatch", "qos="], "--sbatch qos=: write name=value"),
+        (["--sbatch", "q s=1"], "--sbatch 'q s': write the long name"),
+        (["--sbatch", "ntasks_per_node=3"], "--sbatch ntasks_per_node: use --gpus-per-node or --tasks-per-node"),
+        (["--sbatch", "nodes=7"], "--sbatch nodes: use --nodes, which is checked"),
+        (["--sbatch", "qos=a\nrm -rf b"], "--sbatch qos: write one line"),
+        (["--partition", "gpu\n#SBATCH --account=x"], "--partition 'gpu\\n#SBATCH --account=x': write one line"),
+        (["--output", "/"], "--output /: logs lie beside the run folder"),
+        (["--output", "runs/50%j"], "Slurm reads %"),
+        (["--cluster", "local", "--dry-run"], "--dry-run: prints a file for sbatch"),
         (["--sbatch", "signal=TERM"], "--sbatch signal: is set by sslkit"),
         (["--cluster", "pbs"], "--cluster: must be slurm or local, not 'pbs'"),
         (["--cluster", "local", "--nodes", "2"], "--cluster local has this machine only"),
@@ -252,6 +260,26 @@ def test_what_cannot_be_submitted(words: list[str], sentence: str, tmp_path: Pat
     assert sentence in cli_error(["submit", str(recipe), "--output", str(tmp_path / "run"), *words])
     assert not (tmp_path / "run").exists()
     assert not (slurm / "ended").exists()
+
+
+def test_a_run_that_the_job_could_not_continue(tmp_path: Path, slurm: Path) -> None:
+    """Told at once, and not after hours in a queue."""
+    recipe, run = write_recipe(tmp_path), tmp_path / "run"
+    run.mkdir()
+    run.joinpath("recipe.toml").write_text(small_recipe().to_toml())
+    assert "holds a run of another recipe" in cli_error(["submit", str(recipe), "--output", str(run)])
+    run.joinpath("recipe.toml").rename(run / "notes.txt")
+    assert "holds something that is not a run" in cli_error(["submit", str(recipe), "--output", str(run)])
+    assert not run.with_name("run.jobs").exists()
+
+
+def test_the_folder_is_named_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for output in (".", "other/.."):
+        lines = batch_file(small_recipe(), output, Resources(sbatch={"exclusive": True})).splitlines()
+        assert f"#SBATCH --job-name={tmp_path.name}" in lines
+        assert f"#SBATCH --output={tmp_path}.jobs/%j_0_log.out" in lines
+        assert "#SBATCH --exclusive" in lines
 
 
 def test_no_slurm_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
