@@ -40,9 +40,8 @@ def submit(
 
     The same command continues a run whose job has ended. Needs pip install 'sslkit[slurm]'.
     """
-    from sslkit.cluster import Resources
-    from sslkit.cluster import submit as submit_run
-    from sslkit.cluster.submission import batch_file
+    from sslkit.cluster.submission import Resources, batch_file
+    from sslkit.cluster.submission import submit as submit_run
     from sslkit.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
