@@ -52,7 +52,8 @@ def draw_sample(recipe: Recipe, data: str = "") -> Sample:
     else:
         config = recipe.data
     source = open_source(config)
-    if source.label_column is not None and len(set(source.labels())) > 1:
+    labelled = source.label_column is not None and not config.streaming  # a split by lot is of a stream's every part
+    if labelled and len(set(source.labels())) > 1:
         pair = open_pair(config, config.split)
         bank, bank_rows = _some(pair.train, MAX_BANK)
         queries, query_rows = _some(pair.test, MAX_QUERIES)
@@ -61,10 +62,9 @@ def draw_sample(recipe: Recipe, data: str = "") -> Sample:
         return Sample(bank, queries, names, truth, pair.description)
     if len(source) < 3:
         raise UserError(f"{source.description}: a gallery of neighbours needs at least three images, not {len(source)}")
-    order = np.random.default_rng(SEED).permutation(len(source))[: MAX_BANK + MAX_QUERIES]
-    cut = max(len(order) // 4, 1)
-    unlabelled = source.without_labels()
-    bank, queries = (unlabelled.subset(_readable(unlabelled, np.sort(rows))) for rows in (order[cut:], order[:cut]))
+    drawn, unlabelled = source.draw(MAX_BANK + MAX_QUERIES, SEED), source.without_labels()
+    asked = np.arange(len(drawn)) % 4 == 0
+    bank, queries = (unlabelled.subset(_readable(unlabelled, np.sort(rows))) for rows in (drawn[~asked], drawn[asked]))
     if not (len(bank) and len(queries)):
         raise UserError(f"{source.description}: none of the images of a gallery can be read; see sslkit data check")
     return Sample(bank, queries, None, None, f"{source.description}, without labels")
