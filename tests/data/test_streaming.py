@@ -20,6 +20,7 @@ from sslkit.data import streaming
 from sslkit.data.config import DataConfig
 from sslkit.data.decode import UnreadableImage
 from sslkit.data.source import ImageSource, open_source
+from sslkit.engine.lines import read_lines
 from sslkit.errors import UserError
 from sslkit.recipe import Recipe, build_recipe
 
@@ -182,6 +183,17 @@ def test_an_address_is_read_in_place_and_a_loss_of_it_is_a_sentence(
         streamed("parquet", data_files="memory://gone/*.parquet")
     with pytest.raises(UserError, match="cannot look for nosuch://photos"):
         streamed("parquet", data_files="nosuch://photos/*.parquet")
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_stream_as_one_reads_it(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(recipe_of(files, workers=1).to_toml())
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", "sslkit.pretrain", str(tmp_path / "recipe.toml"), "--output", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = [line["loss"] for line in read_lines(tmp_path / "two" / "metrics.jsonl")]
+    assert both == pytest.approx(losses(sslkit.train(recipe_of(files), tmp_path / "one")), rel=1e-5)
 
 
 HUB_RUN = """
