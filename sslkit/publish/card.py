@@ -19,7 +19,7 @@ def model_card(recipe: Recipe, run: Path, source: str, tag: str, license_id: str
     Args:
         recipe: The run's resolved recipe, from `public_recipe`.
         run: Run folder, for its scores.
-        source: What to load it by: ``local-dir:NAME`` or ``hf_hub:user/name``.
+        source: What to load it by: ``local-dir:NAME``, ``hf_hub:user/name`` or ``hf_hub:user/name@branch``.
         tag: timm's pretrained tag.
         license_id: SPDX id.
         curves: Whether `CURVES` lies beside the card.
@@ -33,8 +33,8 @@ def model_card(recipe: Recipe, run: Path, source: str, tag: str, license_id: str
 # {recipe.backbone.name}.{tag}
 
 A `{recipe.backbone.name}` image encoder pretrained without labels by `{recipe.method_name}` with
-[sslkit](https://pypi.org/project/sslkit/). Input {recipe.views.size} x {recipe.views.size} pixels. It gives features;
-there is no classifier.
+[sslkit](https://pypi.org/project/sslkit/). Input {recipe.views.size} x {recipe.views.size} pixels in
+{recipe.views.channels} channels. It gives features; there is no classifier.
 
 ## Use
 
@@ -67,12 +67,13 @@ The whole recipe, every number resolved, is in `recipe.toml` beside this card.
 def _front_matter(recipe: Recipe, source: str, license_id: str, scores: list[CardScore]) -> str:
     """The card's head for programs, with a ``model-index`` of the scores that have a protocol."""
     results = [_eval_result(score) for score in scores if score.protocol_hash]
-    name = source.partition(":")[2].rpartition("/")[2]
+    name = source.partition(":")[2].partition("@")[0].rpartition("/")[2]
+    library = "sslkit" if recipe.backbone.small_stem else "timm"  # whoever reads this loads it with that
     card = ModelCardData(
-        library_name="timm",
+        library_name=library,
         pipeline_tag="image-feature-extraction",
         license=license_id.lower(),  # as the Hub spells what SPDX writes Apache-2.0
-        tags=["image-feature-extraction", "timm", "self-supervised-learning", recipe.method_name.replace("_", "")],
+        tags=["image-feature-extraction", library, "self-supervised-learning", recipe.method_name.replace("_", "")],
         datasets=_hub_datasets(recipe) or None,
         base_model=_base_model(recipe),
         model_name=name if results else None,
@@ -126,7 +127,9 @@ def _trained(run: Path) -> str:
 
 
 def _loading(recipe: Recipe, source: str) -> str:
-    plain = source.partition(":")[2]
+    kind, _, plain = source.partition(":")
+    plain, _, branch = plain.partition("@") if kind == "hf_hub" else (plain, "", "")
+    of_branch = f', revision="{branch}"' if branch else ""
     if recipe.backbone.small_stem:
         known_as = plain if source.startswith("local-dir:") else source
         return (
@@ -146,7 +149,7 @@ transformers, with timm beside it, gives the same features as `pooler_output`:
 ```python
 from transformers import AutoModel
 
-encoder = AutoModel.from_pretrained("{plain}").eval()
+encoder = AutoModel.from_pretrained("{plain}"{of_branch}).eval()
 ```
 """
 

@@ -125,7 +125,9 @@ def publish_run(
     refuse_links(run)
     folder = run / "publish"
     _refuse_changes(folder, repo_id)
-    by_timm = _make_ready(run, folder, repo_id, license_id)
+    is_named = revision != "main" and not PULL_REQUEST.fullmatch(revision)  # a merged request is on main
+    source = f"hf_hub:{repo_id}@{revision}" if is_named else f"hf_hub:{repo_id}"
+    by_timm = _make_ready(run, folder, source, license_id)
     files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     if dry_run:
         return Published(str(folder), files, "", "", False, "", by_timm)
@@ -165,7 +167,7 @@ def _sums(text: str) -> dict[str, str]:
     return {pair[1]: pair[0] for pair in pairs if len(pair) == 2}
 
 
-def _make_ready(run: Path, folder: Path, repo_id: str, license_id: str) -> bool:
+def _make_ready(run: Path, folder: Path, source: str, license_id: str) -> bool:
     """Fill the folder, whole or not at all; whether timm can load it."""
     try:
         with whole_folder(folder) as aside:
@@ -176,9 +178,7 @@ def _make_ready(run: Path, folder: Path, repo_id: str, license_id: str) -> bool:
             recipe, _ = public_recipe(run / "recipe.toml")
             config = (aside / "config.json").read_text(encoding="utf-8")
             tag = re.search(r'"tag": "(\w+)"', config)
-            card = model_card(
-                recipe, run, f"hf_hub:{repo_id}", tag[1] if tag else "", license_id, curves=curves.is_file()
-            )
+            card = model_card(recipe, run, source, tag[1] if tag else "", license_id, curves=curves.is_file())
             (aside / CARD).write_text(card, encoding="utf-8")
             sums = "".join(f"{sha256_of(file)}  {file.name}\n" for file in sorted(aside.iterdir()))
             (aside / SUMS).write_text(sums, encoding="utf-8")

@@ -116,6 +116,9 @@ def test_small_stem_is_rebuilt_by_sslkit(tmp_path: Path) -> None:
     assert export_encoder(tmp_path / "run", tmp_path / "out")["loads_in_timm"] is False
     with pytest.raises(RuntimeError, match="conv1"):
         timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=0)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: sslkit" in card
+    assert "- timm" not in card
     encoder = load_encoder(str(tmp_path / "out"))
     assert encoder.module(torch.zeros(2, 3, 32, 32)).shape == (2, 512)
     assert encoder.random_twin().module.conv1.kernel_size == (3, 3)
