@@ -2,12 +2,14 @@
 
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import sslkit
 from sslkit.cli import app
+from sslkit.evaluate.linear import LinearProtocol
 from sslkit.methods import METHODS
 from sslkit.recipe import build_recipe, shipped_recipes
 
@@ -46,3 +48,14 @@ def test_pages_name_only_what_exists(page: Path) -> None:
     for command in re.findall(r"^sslkit (\w+)", text, flags=re.M):
         known = {info.name or info.callback.__name__ for info in app.registered_commands if info.callback}
         assert command in known | {group.name for group in app.registered_groups}, command
+
+
+def test_a_reference_names_a_protocol_that_there_is() -> None:
+    named = {}
+    for name in shipped_recipes():
+        reference = tomllib.loads((ROOT / f"recipes/{name}.toml").read_text(encoding="utf-8")).get("reference", {})
+        if "linear_protocol" in reference:
+            named[name] = reference["linear_protocol"]
+    assert named["simclr_r50"] == "simclr"
+    for protocol in named.values():
+        LinearProtocol.named(protocol, is_vit=False)

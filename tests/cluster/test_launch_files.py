@@ -12,7 +12,7 @@ import torch
 import typer
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import small_recipe
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
@@ -143,3 +143,11 @@ def test_accelerate_trains_by_the_file_for_cpus(tmp_path: Path) -> None:
         assert "2 process(es), cpu" in done.stdout
     one, other = (load_file(tmp_path / name / "checkpoints/step-00000003/model.safetensors") for name in launchers)
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_page_starts_as_many_machines_as_it_speaks_of() -> None:
+    page = (FILES.parents[1] / "clusters.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    line = next(line for line in page.splitlines() if line.startswith("accelerate launch --config_file nodes.yaml"))
+    words = line.replace("nodes.yaml", str(FILES / "nodes.yaml")).split()[2:]
+    given, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    assert (given.num_machines, given.num_processes, given.multi_gpu) == (2, 16, True)
