@@ -304,18 +304,20 @@ def _contradictions(recipe: Recipe) -> list[str]:
     return mistakes + _not_sharded(recipe)
 
 
+IN_PARTS = ("moco_v3", "byol", "simclr")  # methods that have been tried with weights in parts
+
+
 def _not_sharded(recipe: Recipe) -> list[str]:
     """What weights in parts have not been tried with."""
     train, name = recipe.train, recipe.method_name
     if not train.shard:
         return []
     unfit = {
-        f"[method] name = {name!r}; take moco_v3": name != "moco_v3",
+        f"[method] name = {name!r}; take {', '.join(IN_PARTS)}": name not in IN_PARTS,
         f"[optim] name = {recipe.optim.name!r}; take adamw or sgd": recipe.optim.name not in ("adamw", "sgd"),
         "[train] precision = 'fp16'; take bf16": train.precision == "fp16",
         "[train] compile": train.compile,
         "[train] micro_batch": bool(train.micro_batch),
-        "[monitor] every_epochs; use sslkit eval knn": bool(recipe.monitor.every_epochs),
         "[monitor] layer_gradients": recipe.monitor.layer_gradients,
     }
     return [f"[train] shard: does not go with {what}" for what, found in unfit.items() if found]

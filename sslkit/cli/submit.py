@@ -62,14 +62,18 @@ def submit(
     )
     folder = Path(output) if output else Path("runs") / Path(recipe).stem
     if dry_run:
-        if cluster != "slurm":
-            raise UserError(f"--dry-run: prints a file for sbatch; there is none with --cluster {cluster}")
+        _refuse_others(cluster)
         print(batch_file(loaded, folder, resources))
         return
     job = submit_run(loaded, folder, resources, cluster)
     end_it = f"scancel {job.job_id}" if cluster == "slurm" else f"kill {job.job_id}"
     console.print(f"job {job.job_id}: {resources.processes} process(es), run folder {folder}", highlight=False)
     console.print(f"log {job.log}; {end_it} ends it, and the same command continues it", highlight=False)
+
+
+def _refuse_others(cluster: str) -> None:
+    if cluster != "slurm":
+        raise UserError(f"--dry-run: prints a file for sbatch; there is none with --cluster {cluster}")
 
 
 def _options(words: list[str]) -> dict[str, str | bool]:

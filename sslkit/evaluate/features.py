@@ -31,6 +31,7 @@ from sslkit.parts.backbone import BackboneSpec, replace_stem_for_small_images
 from sslkit.parts.foreign import check_size, read_encoder_config, tensor_shapes
 from sslkit.parts.hub import quick_hub, why_not
 from sslkit.parts.pinned import is_hub_name, pin, pin_timm
+from sslkit.parts.sharding import own_part
 
 RAW_PIXEL_SIDE = 32
 BLANK_SIDE = 256
@@ -222,7 +223,7 @@ def extract_features(
     was_training = module.training
     before = fingerprint(module)
     module.eval().to(device)
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():  # inference mode would mark weights in parts
         features = []
         for pixels, positions in loader:
             features.append(module(pixels.to(device)).to("cpu", torch.float32))
@@ -263,9 +264,9 @@ def raw_pixels(source: ImageSource, side: int) -> Tensor:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """SHA-256 of every parameter and buffer, names included."""
+    """SHA-256 of every parameter and buffer, names included; of those in parts, of what lies here."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(own_part(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -31,7 +31,9 @@ def shard(method: nn.Module, encoders: list[nn.Module], device: torch.device) ->
         blocks = getattr(encoder, "blocks", None)
         for module in [*(blocks if isinstance(blocks, nn.Sequential | nn.ModuleList) else []), encoder]:
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    fully_shard(method, mesh=mesh, reshard_after_forward=True)
+    whole_method = fully_shard(method, mesh=mesh, reshard_after_forward=True)
+    # Else an encoder that is called before the method, for a kNN that is owed, takes itself for the outermost module.
+    whole_method._get_fsdp_state()._lazy_init()
 
 
 def held_here(module: nn.Module) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Weights in parts (FSDP2) against whole copies (DDP): two gloo processes, MoCo v3 on a tiny ViT."""
+"""Weights in parts (FSDP2) against whole copies (DDP): two gloo processes, a tiny ViT."""
 
 import re
 import sys
@@ -16,19 +16,19 @@ from sslkit.evaluate import load_encoder
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 from launching import finish, pretrain, start, tensors, write_recipe
 
-STEPS = 6
+STEPS, NOISE = 6, 1e-9
 TABLES: dict[str, dict[str, Any]] = {
     "train": {"max_steps": STEPS, "batch_size": 16, "clip_norm": 0.5},
-    "optim": {"name": "adamw", "lr": 0.005},
+    "optim": {"name": "adamw", "lr": 0.005, "weight_decay": 0.1},
     "checkpoint": {"every_steps": 3, "keep": 2},
-    "monitor": {"diagnose_every": 2},
+    "monitor": {"diagnose_every": 2, "every_epochs": 1, "data": "builtin:fashion_mnist", "max_train": 500},
     "guard": {"compare_every": 2},
 }
 
 
-def train(folder: Path, output: str, processes: int, resume: str = "auto", **more: Any) -> str:
+def train(folder: Path, output: str, processes: int, resume: str = "auto", method: str = "moco_v3", **more: Any) -> str:
     (folder / f"of-{output}").mkdir()
-    recipe = write_recipe(folder / f"of-{output}", "moco_v3", "test_vit", **TABLES | {"train": TABLES["train"] | more})
+    recipe = write_recipe(folder / f"of-{output}", method, "test_vit", **TABLES | {"train": TABLES["train"] | more})
     process = start([*pretrain(recipe, folder / output), "--resume", resume], processes=processes)
     said = finish(process)
     assert process.returncode == 0, said
@@ -40,12 +40,15 @@ def losses(run: Path) -> list[float]:
 
 
 def assert_close(one: Path, other: Path, *, exact: bool = False) -> None:
+    """A bias ahead of BatchNorm is left out: its gradient is rounding alone, of which AdamW makes whole steps."""
     mine, theirs = tensors(one, STEPS), tensors(other, STEPS)
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
         assert tensor.dtype == theirs[name].dtype
         tolerance = 0.0 if exact else 2e-5
-        if "running" not in name:
+        gradient = mine.get(f"{name}/exp_avg")
+        noise = gradient is not None and not exact and float(gradient.abs().max()) < NOISE
+        if "running" not in name and not noise:
             torch.testing.assert_close(theirs[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
 
 
@@ -73,6 +76,13 @@ def test_it_trains_as_whole_copies_do(runs: Path) -> None:
         assert theirs["effective_rank"] == pytest.approx(mine["effective_rank"], rel=1e-3)
 
 
+def test_the_monitor_scores_alike(runs: Path) -> None:
+    one, other = (read_lines(runs / run / "results.jsonl") for run in ("whole", "parts"))
+    assert [row["step"] for row in one] == [row["step"] for row in other] == [STEPS]
+    assert other[0]["accuracy"] == pytest.approx(one[0]["accuracy"], abs=0.003)
+    assert one[0]["protocol_hash"] == other[0]["protocol_hash"]
+
+
 def test_the_encoder_is_the_checkpoints(runs: Path) -> None:
     encoders = [load_encoder(str(runs / run)) for run in ("whole", "parts")]
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -94,6 +104,15 @@ def test_checkpoints_are_interchangeable(runs: Path, source: str, processes: int
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["byol", "simclr"])
+def test_other_methods_train_as_whole_copies_do(method: str, tmp_path: Path) -> None:
+    train(tmp_path, "whole", 2, method=method)
+    train(tmp_path, "parts", 2, method=method, shard=True)
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    assert_close(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{"activation_checkpointing": True}, {"precision": "bf16"}], ids=str)
 def test_it_goes_with_other_switches(runs: Path, more: dict[str, Any], tmp_path: Path) -> None:
     train(tmp_path, "parts", 2, shard=True, **more)
@@ -111,7 +130,6 @@ def test_it_goes_with_other_switches(runs: Path, more: dict[str, Any], tmp_path:
         ({"train": {"compile": True}}, r"\[train\] compile"),
         ({"train": {"micro_batch": 8}}, r"\[train\] micro_batch"),
         ({"optim": {"name": "lars", "lr": 0.1, "weight_decay": 0.0}}, "name = 'lars'; take adamw or sgd"),
-        ({"monitor": {"every_epochs": 1, "data": "builtin:fashion_mnist"}}, "use sslkit eval knn"),
         ({"monitor": {"layer_gradients": True}}, "layer_gradients"),
     ],
 )
@@ -122,5 +140,5 @@ def test_what_it_does_not_go_with(tables: dict[str, dict[str, Any]], sentence: s
 
 
 def test_another_method_is_refused() -> None:
-    with pytest.raises(UserError, match="'moco_v2'; take moco_v3"):
+    with pytest.raises(UserError, match="'moco_v2'; take moco_v3, byol, simclr"):
         small_recipe("moco_v2", "test_vit", train={"shard": True})

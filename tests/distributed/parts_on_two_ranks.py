@@ -20,13 +20,16 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sslkit.engine.encoders import encoders_of
 from sslkit.engine.run import BACKBONES, build_method
 from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
+from sslkit.evaluate.features import fingerprint
 from sslkit.methods import Method, Progress, base, mechanisms, moco_v1, moco_v3, simclr
 from sslkit.parts import bank, collectives, losses
 from sslkit.parts.batchnorm import synchronise_batch_norm
 from sslkit.parts.collectives import exchange_rows, gather_rows, mean_over_processes, rank, sum_with_gradient
 from sslkit.parts.losses import info_nce_in_batch
+from sslkit.parts.sharding import shard
 
 CPU = torch.device("cpu")
 N, SAMPLES = 16, 40
@@ -203,6 +206,23 @@ def mistake(module: object, name: str, wrong: object, training: str) -> float:
     return max(difference(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def encoder_in_parts() -> float:
+    """Features of an encoder in parts that is called before its method is, as for a kNN that is owed; then a step."""
+    torch.manual_seed(0)
+    method = build_method(small_recipe("byol", "test_vit")).double()
+    images = views_of(method, 0)[0]
+    expected = method.backbone(images).detach()
+    shard(method, encoders_of(method), CPU)
+    with torch.no_grad():
+        found = method.backbone(images)
+    before = fingerprint(method.backbone)
+    batch = GlobalBatch([mine(view) for view in views_of(method, 0)], mine(torch.arange(N)), None, lambda view: view)
+    whole_batch_step(accelerator(), method, batch)
+    assert fingerprint(method.backbone) == before
+    assert all(param.grad is not None for param in method.predictor.parameters())
+    return difference(found, expected)
+
+
 MISTAKES: dict[str, tuple[object, str, object, str]] = {
     "gather without gradient": (simclr, "gather_rows_with_gradient", gather_rows, "simclr_vit"),
     "keys gathered without gradient": (mechanisms, "gather_rows_with_gradient", gather_rows, "end_to_end_vit"),
@@ -224,7 +244,7 @@ def alone() -> Iterator[None]:
 def main() -> None:
     dist.init_process_group("gloo")
     accelerator()
-    parts = (gathering, exchanging, summing, batch_norm, running_statistics, in_batch_loss)
+    parts = (gathering, exchanging, summing, batch_norm, running_statistics, in_batch_loss, encoder_in_parts)
     checks: dict[str, Callable[[], float]] = {part.__name__: part for part in parts}
     checks |= {name: functools.partial(method_trains_alike, *training) for name, training in TRAININGS.items()}
     checks |= {f"mistake: {name}": functools.partial(mistake, *made) for name, made in MISTAKES.items()}

@@ -16,7 +16,7 @@ from sslkit.engine.lines import read_lines
 
 HERE = Path(__file__).parent
 CHECKS = (
-    *("gathering", "exchanging", "summing", "batch_norm", "running_statistics", "in_batch_loss"),
+    *("gathering", "exchanging", "summing", "batch_norm", "running_statistics", "in_batch_loss", "encoder_in_parts"),
     *("v1_resnet", "v2_resnet", "v2_vit", "v2_symmetric", "v3_resnet", "v3_vit"),
     *("simclr_resnet", "simclr_vit", "byol_resnet", "swav_resnet", "instdisc_vit", "softmax_vit"),
     *("memory_bank_vit", "end_to_end_resnet", "end_to_end_vit"),
@@ -31,7 +31,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 def run(command: list[str], **extra: str) -> subprocess.CompletedProcess[str]:
     env = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), **extra}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{env.get('PYTHONPATH', '')}", **extra}
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240, check=False)
 
 
