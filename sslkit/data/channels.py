@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from sslkit.data.decode import MAX_PIXELS, Pixels, UnreadableImage, read_header
+from sslkit.data.decode import MAX_PIXELS, TIFF, Header, Pixels, UnreadableImage, read_header
 from sslkit.errors import UserError
 
 FULL_SCALE = 65_535
 FROM_8_BITS = 257  # 255 * 257 = 65535
-TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MODES = {"L": 1, "I;16": 1, "I;16B": 1, "I;16L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4}
+WHITE_IS_ZERO = 0  # of a TIFF's tag PHOTOMETRIC, which says what its values mean
+PHOTOMETRIC = 262
 DEEP_PNG = b"\x10\x06"  # bit depth and colour type of a PNG with 16 bits of red, green, blue and alpha
 
 Channels = NDArray[np.uint16]
@@ -64,7 +65,7 @@ def as_picture(values: NDArray[Any]) -> Pixels:
 
 def _decode_plain(encoded: bytes, name: str, channels: int) -> NDArray[Any]:
     header = read_header(encoded, name)
-    found = MODES.get(header.mode, 1 if header.mode == "1" else 0)
+    found = _channels_of(header)
     if header.mode == "P":
         raise UnreadableImage(name, "its pixels are numbers of a palette's colours; convert it to grey or colour")
     if found != channels:
@@ -82,12 +83,41 @@ def _decode_plain(encoded: bytes, name: str, channels: int) -> NDArray[Any]:
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(encoded)) as image:
             warnings.simplefilter("ignore")
+            _check_pages(image, name)
+            inverted = (
+                image.mode.startswith("I;16") and _tag(image, PHOTOMETRIC) == WHITE_IS_ZERO
+            )  # else Pillow does it
             upright = ImageOps.exif_transpose(image)
             values = np.asarray(upright.convert("L") if upright.mode == "1" else upright)
+    except UnreadableImage:
+        raise
     except Exception as error:  # what decoders raise about junk is no closed set
         raise UnreadableImage(name, f"broken or cut short ({str(error)[:100]})") from error
     values = values.reshape(*values.shape[:2], channels)
-    return values if values.dtype == np.uint8 else values.astype(np.uint16)
+    values = values if values.dtype == np.uint8 else values.astype(np.uint16)
+    return FULL_SCALE - values if inverted else values
+
+
+def _channels_of(header: Header) -> int:
+    """How many channels of 8 or 16 bits a mode of Pillow's has; 0 where it has none of these."""
+    if header.mode == "1" or (header.format == "PPM" and header.mode == "I"):  # 16 bits, though Pillow says 32
+        return 1
+    return MODES.get(header.mode, 0)
+
+
+def _tag(image: Image.Image, number: int) -> Any:
+    return getattr(image, "tag_v2", {}).get(number)
+
+
+def _check_pages(image: Image.Image, name: str) -> None:
+    """Pages of the same size are channels, of which none is left out by guess; a smaller one is a preview."""
+    if image.format != "TIFF" or (pages := int(getattr(image, "n_frames", 1))) == 1:
+        return
+    size = image.size
+    image.seek(1)
+    if image.size == size:
+        raise UnreadableImage(name, f"{pages} pages, where [backbone] in_chans is 1")
+    image.seek(0)
 
 
 def _decode_tiff(encoded: bytes, name: str, channels: int) -> NDArray[Any]:
@@ -98,12 +128,16 @@ def _decode_tiff(encoded: bytes, name: str, channels: int) -> NDArray[Any]:
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # a broken image is reported by us, once
     try:
         with tifffile.TiffFile(io.BytesIO(encoded)) as tiff:
-            series = tiff.series[0]
-            axes, shape, dtype = str(series.axes), tuple(series.shape), np.dtype(series.dtype)
+            pages = _pages(tiff)
+            axes, shape, dtype = str(pages[0].axes), tuple(pages[0].shape), np.dtype(pages[0].dtype)
+            if len(pages) > 1:
+                axes, shape = f"C{axes}", (len(pages), *shape)
             if np.prod(shape, dtype=np.float64) > 3 * MAX_PIXELS:
                 raise UnreadableImage(name, f"more than {3 * MAX_PIXELS} values, so refused by its header")
             _check_type(name, axes, shape, dtype, channels)
-            values = np.asarray(series.asarray())
+            values = np.stack([each.asarray() for each in pages]) if len(pages) > 1 else np.asarray(pages[0].asarray())
+            if tiff.pages[0].photometric == WHITE_IS_ZERO:
+                values = np.iinfo(dtype).max - values
     except UserError:
         raise
     except Exception as error:
@@ -112,6 +146,14 @@ def _decode_tiff(encoded: bytes, name: str, channels: int) -> NDArray[Any]:
     across, down = axes.index("X"), axes.index("Y")
     order = (down, across, *(axis for axis in range(len(axes)) if axis not in (down, across)))
     return values.transpose(order).reshape(shape[down], shape[across], channels)
+
+
+def _pages(tiff: Any) -> list[Any]:
+    """The first image of a TIFF, or all where they are pages alike that were written one by one."""
+    first, alike = tiff.series[0], [each for each in tiff.series if each.axes == "YX"]
+    if len(alike) == len(tiff.series) and all((each.shape, each.dtype) == (first.shape, first.dtype) for each in alike):
+        return alike
+    return [first]
 
 
 def _check_type(name: str, axes: str, shape: tuple[int, ...], dtype: np.dtype[Any], channels: int) -> None:

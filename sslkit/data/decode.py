@@ -1,6 +1,7 @@
 """From a file of any content to an RGB array, or a reason why not. Nothing here trusts the file."""
 
 import io
+import logging
 import os
 import stat
 import warnings
@@ -19,6 +20,7 @@ from sslkit.errors import UserError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 MAX_PIXELS = 89_478_485  # Pillow's own bound: 256 MiB of RGB
 MAX_BYTES = 2**29  # of a file
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # what one begins with
 
 Pixels = NDArray[np.unsignedinteger[Any]]  # (H, W, 3) uint8 RGB, or (H, W, channels) uint16
 Size = tuple[int, int]  # height, width
@@ -32,6 +34,7 @@ _REDUCED = {
 }
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # a broken image is reported by us, once
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
 
 
 class UnreadableImage(UserError):  # noqa: N818 - what it is, not what happened
@@ -184,6 +187,11 @@ def _check_webp_canvas(encoded: bytes) -> None:
 def _reason(error: Exception, encoded: bytes) -> str:
     if not encoded:
         return "the file is empty"
+    if isinstance(error, UnidentifiedImageError) and encoded[:4] in TIFF:
+        return (
+            "a TIFF whose channels or values are not those of grey or colour in 8 or 16 bits; images of n channels "
+            "want [backbone] args = { in_chans = n }"
+        )
     if isinstance(error, UnidentifiedImageError):
         return f"not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}; it begins with {encoded[:12]!r}"
     if isinstance(error, Image.DecompressionBombError):

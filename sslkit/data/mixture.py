@@ -21,10 +21,15 @@ class Mixture:
     sizes: tuple[int, ...]
     weights: tuple[float, ...]
 
+    def shares(self) -> list[float]:
+        """Weights that sum to 1."""
+        parts = [weight / max(self.weights) for weight in self.weights]  # whose sum is finite, as theirs may not be
+        return [part / sum(parts) for part in parts]
+
     def counts(self) -> list[int]:
         """Samples of an epoch from each source: shares of as many as there are images, rounded to keep the sum."""
         total = sum(self.sizes)
-        shares = [total * weight / sum(self.weights) for weight in self.weights]
+        shares = [total * share for share in self.shares()]
         counts = [int(share) for share in shares]
         by_rest = sorted(range(len(shares)), key=lambda part: counts[part] - shares[part])
         for part in by_rest[: total - sum(counts)]:

@@ -279,6 +279,10 @@ def mix(sources: list[ImageSource], weights: list[float | None]) -> ImageSource:
     shares = [weight for weight in weights if weight is not None]
     sizes = tuple(len(source) for source in sources)
     mixture = Mixture(sizes, tuple(shares)) if shares else None
-    said = [f" ({share / sum(shares):.3g} of an epoch)" for share in shares] or [""] * len(sources)
+    counts = mixture.counts() if mixture else []
+    if 0 in counts:
+        never = sources[counts.index(0)].description
+        raise UserError(f"[[data.mix]] weight: {never} gets no sample of an epoch of {sum(counts)}; give it more")
+    said = [f" ({share:.3g} of an epoch)" for share in mixture.shares()] if mixture else [""] * len(sources)
     description = " + ".join(source.description + share for source, share in zip(sources, said, strict=True))
     return ImageSource(table, "image", None, description, "" if root == "/" else root, plan=mixture)

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from sslkit.data.channels import FULL_SCALE, TIFF, as_picture
-from sslkit.data.decode import Header, Pixels, UnreadableImage, read_header
+from sslkit.data.channels import FULL_SCALE, as_picture
+from sslkit.data.decode import TIFF, Header, Pixels, UnreadableImage, read_header
 from sslkit.data.duplicates import difference_hash, exact_groups, near_groups
 from sslkit.data.posts import Posts
 from sslkit.data.source import ImageSource

@@ -21,7 +21,7 @@ import sslkit
 from sslkit.cli import main
 from sslkit.data.channel_views import finish_channels, resize_channels
 from sslkit.data.channels import as_picture, decode_channels
-from sslkit.data.decode import UnreadableImage
+from sslkit.data.decode import UnreadableImage, decode_rgb
 from sslkit.data.draws import Draw
 from sslkit.data.policies import POLICIES, ViewsConfig
 from sslkit.data.source import DataConfig, open_source
@@ -128,6 +128,54 @@ def test_tiffs_that_are_something_else() -> None:
         decode_channels(tiff(np.zeros((3, 5, 8, 9), np.uint8), photometric="minisblack"), "x", 3)
     with pytest.raises(UnreadableImage, match="more than 268435455 values"):
         decode_channels(liar(), "x", 4)
+
+
+def test_pages_are_channels_whoever_wrote_them() -> None:
+    """Written one by one, by Pillow or by tifffile; and none is left out where fewer are wanted."""
+    wanted = values(3)
+    first, *others = (Image.fromarray(wanted[..., channel]) for channel in range(3))
+    stream = io.BytesIO()
+    first.save(stream, "TIFF", save_all=True, append_images=others)
+    assert np.array_equal(decode_channels(stream.getvalue(), "x", 3), wanted)
+    one_by_one = io.BytesIO()
+    with pytest.importorskip("tifffile").TiffWriter(one_by_one) as writer:
+        for channel in range(3):
+            writer.write(wanted[..., channel], photometric="minisblack")
+    assert np.array_equal(decode_channels(one_by_one.getvalue(), "x", 3), wanted)
+    for pages in (stream, one_by_one):
+        with pytest.raises(UnreadableImage, match="3 channels, where"):
+            decode_channels(pages.getvalue(), "x", 4)
+        with pytest.raises(UnreadableImage, match="3 pages, where"):
+            decode_channels(pages.getvalue(), "x", 1)
+    preview = io.BytesIO()
+    first.save(preview, "TIFF", save_all=True, append_images=[first.resize((4, 4))])
+    assert np.array_equal(decode_channels(preview.getvalue(), "x", 1), wanted[..., :1])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_where_white_is_zero_it_becomes_bright(channels: int, dtype: Any) -> None:
+    """As some X-ray machines write: by the file's own word, in 8 as in 16 bits."""
+    wanted = values(channels, dtype)
+    dark = np.iinfo(dtype).max - wanted
+    words = {"planarconfig": "contig"} if channels > 1 else {}
+    encoded = tiff(dark if channels > 1 else dark[..., 0], photometric="miniswhite", **words)
+    found = decode_channels(encoded, "x", channels)
+    assert np.array_equal(found, wanted.astype(np.uint16) * (257 if dtype == np.uint8 else 1))
+
+
+def test_pgm_of_16_bits() -> None:
+    wanted = values(1)
+    height, width = wanted.shape[:2]
+    encoded = f"P5\n{width} {height}\n65535\n".encode() + wanted.astype(">u2").tobytes()
+    assert np.array_equal(decode_channels(encoded, "x", 1), wanted)
+
+
+def test_a_tiff_that_is_no_rgb_is_said_in_one_sentence(capfd: pytest.CaptureFixture[str]) -> None:
+    encoded = tiff(values(13), photometric="minisblack", planarconfig="contig")
+    with pytest.raises(UnreadableImage, match=r"a TIFF whose channels .* args = \{ in_chans = n \}"):
+        decode_rgb(encoded, "x")
+    assert capfd.readouterr().err == ""
 
 
 def liar() -> bytes:

@@ -45,6 +45,7 @@ def test_shares_are_rounded_so_that_their_sum_stays() -> None:
     assert Mixture((60, 30, 10), (1.0, 1.0, 1.0)).counts() == [34, 33, 33]
     assert Mixture((7, 3), (3.0, 1.0)).counts() == [8, 2]
     assert Mixture((5, 5), (1.0, 1e-9)).counts() == [10, 0]
+    assert Mixture((5, 5), (1e308, 1e308)).counts() == [5, 5]
 
 
 @pytest.mark.parametrize(("sizes", "weights"), [((40, 10), (1.0, 1.0)), ((5, 60, 7), (0.5, 0.2, 0.3))])
@@ -150,6 +151,12 @@ def test_a_table_that_names_files_is_refused(tmp_path: Path) -> None:
     named = ImageSource(table, "image", None, "a table", within=str(tmp_path))
     with pytest.raises(UserError, match=r"rows of a table name files instead of holding images"):
         mix([named, named], [None, None])
+
+
+def test_a_source_that_would_never_be_seen_is_refused() -> None:
+    source = open_source(DataConfig(**BUNDLED))
+    with pytest.raises(UserError, match=r"weight: builtin:fashion_mnist \[test\] gets no sample of an epoch of 4000"):
+        mix([source, source], [1e-9, 1.0])
 
 
 @pytest.mark.parametrize(
