@@ -219,7 +219,7 @@ def test_lies_about_one_image_make_it_unreadable(field: slice, value: bytes, rea
         (b"", "holds no images"),
         (b"x" * 2000, r"no tar header \(at byte 0\)"),
         (b"short", "too short for a tar file"),
-        (gzip.compress(b"x" * 5000), "is compressed by gzip, .* decompress it once to a plain .tar"),
+        (gzip.compress(b"x" * 5000, mtime=0), "is compressed by gzip, .* decompress it once to a plain .tar"),
         (b"\x28\xb5\x2f\xfd" + bytes(600), "is compressed by zstd"),
         (forged(SIZE, b"\xff" * 12), "a size that is no number"),
         (forged(SIZE, b"-1"), "a size that is no number"),
