@@ -151,7 +151,7 @@ class ImageSource:
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 of what the images are: their bytes, or the paths, sizes and times of their files."""
+        """SHA-256 of what the images are: their bytes; the paths, sizes and times of files; a stream's row groups."""
         if isinstance(self.table, StreamedRows):
             return self.table.digest()
         digest = hashlib.sha256()

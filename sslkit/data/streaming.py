@@ -38,7 +38,7 @@ HELD = 4  # row groups kept where nobody says how many
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A row group: of which file, the how manieth there, its rows, and the bytes of its images."""
+    """A row group: the number of its file, its own number there, its rows, and the bytes of its images unpacked."""
 
     file: int
     place: int
