@@ -12,41 +12,33 @@ from torch.nn.functional import interpolate
 
 from sslkit.data.channels import FULL_SCALE
 from sslkit.data.decode import Pixels
-from sslkit.data.draws import Draw
+from sslkit.data.draws import SPREAD, Draw
+from sslkit.data.policies import ViewsConfig
+from sslkit.data.tensorflow_views import BRIGHTNESS, CONTRAST, change_colours, resize_by_taps
 
 Floats = NDArray[np.float32]
 
-BRIGHTNESS, CONTRAST = 0, 1  # by the numbers of `Draw.order`; saturation and hue are of colours
 
-
-def resize_channels(values: Pixels, side: int, interpolation: str) -> Pixels:
-    """Resize (H, W, C) to (side, side, C), antialiased, as Pillow does it, in floats and rounded once."""
+def resize_channels(values: Pixels, side: int, interpolation: str, kind: str = "antialias") -> Pixels:
+    """Resize (H, W, C) to (side, side, C) as ``[views] resize`` says, in floats and rounded once."""
     if values.shape[:2] == (side, side):
         return values
+    if kind != "antialias":
+        return _rounded(resize_by_taps(values, side, interpolation, legacy=kind == "tensorflow_v1"))
     batch = torch.from_numpy(values.astype(np.float32)).permute(2, 0, 1).unsqueeze(0)
     return _rounded(interpolate(batch, (side, side), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy())
 
 
-def finish_channels(values: Pixels, draw: Draw) -> Pixels:
+def finish_channels(values: Pixels, draw: Draw, config: ViewsConfig) -> Pixels:
     """Do to a crop (side, side, C) what was drawn; the one given stays as it is.
 
-    Brightness multiplies; contrast moves values away from, or towards, their channel's mean; solarizing inverts those
-    in the upper half of the full scale; blur, mirror, rotation and blanking treat all channels alike.
+    Brightness multiplies or adds; contrast moves values away from, or towards, their channel's mean; solarizing inverts
+    those in the upper half of the full scale; blur, mirror, rotation and blanking treat all channels alike.
     """
-    pixels = values.astype(np.float32)
-    factors = draw.jitter or (1.0, 1.0, 1.0, 0.0)
-    for number in draw.order:
-        factor = np.float32(factors[number])
-        if number == BRIGHTNESS:
-            pixels = np.clip(pixels * factor, 0, FULL_SCALE)
-        elif number == CONTRAST:
-            mean = pixels.mean(axis=(0, 1), keepdims=True)
-            pixels = np.clip(mean + factor * (pixels - mean), 0, FULL_SCALE)
-    if draw.sigma:
-        kernel = create_gaussian_kernel_1d(draw.sigma)
-        pixels = _planes(pixels, lambda plane: cv2.sepFilter2D(plane, -1, kernel, kernel))
-    if draw.solarize:
-        pixels = np.where(pixels > FULL_SCALE / 2, FULL_SCALE - pixels, pixels)
+    if config.transforms == "tensorflow":
+        pixels = change_colours(values, draw, config, float(FULL_SCALE))
+    else:
+        pixels = _change(values.astype(np.float32), draw, config)
     if draw.flip:
         pixels = pixels[:, ::-1]
     if draw.angle:
@@ -59,6 +51,33 @@ def finish_channels(values: Pixels, draw: Draw) -> Pixels:
         pixels = pixels.copy()
         pixels[top : top + height, left : left + width] = 0
     return _rounded(pixels)
+
+
+def _change(pixels: Floats, draw: Draw, config: ViewsConfig) -> Floats:
+    for number in draw.order if draw.jitter else ():
+        factor = np.float32((draw.jitter or ())[number])
+        if number == BRIGHTNESS:
+            pixels = np.clip(
+                pixels + factor * FULL_SCALE if config.brightness == "add" else pixels * factor, 0, FULL_SCALE
+            )
+        elif number == CONTRAST:
+            mean = pixels.mean(axis=(0, 1), keepdims=True)
+            pixels = np.clip(mean + factor * (pixels - mean), 0, FULL_SCALE)
+    if draw.sigma:
+        kernel = _blur_kernel(draw.sigma)
+        pixels = _planes(pixels, lambda plane: cv2.sepFilter2D(plane, -1, kernel, kernel))
+    if draw.solarize:
+        pixels = np.where(pixels > FULL_SCALE / 2, FULL_SCALE - pixels, pixels)
+    return pixels
+
+
+def _blur_kernel(sigma: float) -> NDArray[Any]:
+    """A Gaussian; where it would be a single weight, three passes of a kernel with a third of its variance each."""
+    if int(SPREAD * sigma):
+        return np.asarray(create_gaussian_kernel_1d(sigma))
+    side = sigma**2 / 6.0
+    third = np.array([side, 1.0 - 2.0 * side, side])
+    return np.convolve(np.convolve(third, third), third).astype(np.float32)
 
 
 def _planes(pixels: Floats, change: Callable[[Floats], Any]) -> Floats:

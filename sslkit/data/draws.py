@@ -15,7 +15,9 @@ from sslkit.data.policies import LARGE_VIEWS, PerView, Range, ViewsConfig
 
 VIEWS = 0  # what these draws are for, the second word of their key
 ATTEMPTS = 10  # at a box that fits, as torchvision has them
+TENSORFLOW_ATTEMPTS = 100  # the same in SimCLR's code
 HOLE_RATIO = (0.3, 3.3)  # of a blanked rectangle, as in random erasing (arXiv:1708.04896)
+SPREAD = 3.5  # standard deviations at which a blur's kernel ends, as albumentations has it; none below sigma 2/7
 COLOURS, BOX = 16, 4 * ATTEMPTS  # uniform numbers that a view's colours and one box are made of
 
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
@@ -28,7 +30,8 @@ class Draw:
     Attributes:
         box: What is cut out of the image.
         jitter: Factors of brightness, contrast and saturation (1 changes nothing) and the turn of the hue, in shares
-            of the circle; None for a view whose colours are left alone.
+            of the circle; None for a view whose colours are left alone. Where brightness is added, the first is a share
+            of the full scale (0 changes nothing).
         order: In which order these four are applied.
         gray: Whether the view turns grey.
         sigma: Standard deviation of the blur in pixels; 0 for none.
@@ -78,11 +81,21 @@ def draw_view(config: ViewsConfig, seed: int, epoch: int, sample: int, view: int
         between((max(1.0 - strength, 0.0), 1.0 + strength), number)
         for strength, number in zip(config.jitter[:3], uniform[1:4], strict=True)
     )
+    if config.brightness == "add":
+        brightness = config.jitter[0] * (2.0 * uniform[1] - 1.0)
     hue = config.jitter[3] * (2.0 * uniform[4] - 1.0)
     first, second, third, fourth = sorted(range(4), key=uniform[5:9].__getitem__)
     hole = uniform[COLOURS + BOX :] if happens(config.erase_prob, uniform[15]) else None
+    numbers = uniform[COLOURS : COLOURS + BOX]
+    if config.crop_sampler == "torchvision":
+        box = draw_box(numbers, size, scale, config.crop_ratio)
+    elif config.crop_sampler == "clamped":
+        box = clamped_box(numbers, size, scale, config.crop_ratio)
+    else:
+        covered = 0.0 if small else config.min_object_covered
+        box = tensorflow_box(numbers, generator, size, scale, config.crop_ratio, covered)
     return Draw(
-        box=draw_box(uniform[COLOURS : COLOURS + BOX], size, scale, config.crop_ratio),
+        box=box,
         jitter=(brightness, contrast, saturation, hue) if happens(config.jitter_prob, uniform[0]) else None,
         order=(first, second, third, fourth),
         gray=happens(config.gray_prob, uniform[9]),
@@ -117,6 +130,69 @@ def draw_box(uniform: Sequence[float], size: tuple[int, int], scale: Range, rati
     tall = min(height, max(round(width / ratio[0]), 1))
     wide = min(width, max(round(height * ratio[1]), 1))
     return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+
+def clamped_box(uniform: Sequence[float], size: tuple[int, int], scale: Range, ratio: Range) -> Box:
+    """A box within ``size`` (height, width), as BYOL's code draws it: `draw_box`'s first attempt, each side at most
+    the image's.
+
+    Args:
+        uniform: 4 numbers in [0, 1), or more.
+        size: Of what the box is cut out of.
+        scale: Shares of the area.
+        ratio: Widths over heights.
+    """
+    height, width = size
+    share, shape, down, right = uniform[:4]
+    area = height * width * between(scale, share)
+    aspect = math.exp(between((math.log(ratio[0]), math.log(ratio[1])), shape))
+    tall = min(max(round(math.sqrt(area / aspect)), 1), height)
+    wide = min(max(round(math.sqrt(area * aspect)), 1), width)
+    return int(down * (height - tall + 1)), int(right * (width - wide + 1)), tall, wide
+
+
+def tensorflow_box(
+    uniform: Sequence[float],
+    generator: np.random.Generator,
+    size: tuple[int, int],
+    scale: Range,
+    ratio: Range,
+    covered: float,
+) -> Box:
+    """A box within ``size`` (height, width), as `tf.image.sample_distorted_bounding_box` draws it around all of it.
+
+    Its width over its height is uniform over ``ratio``; its height is a whole number, uniform between the least and the
+    largest with which the box keeps to ``scale`` and fits. A box that is out of ``scale`` by more than one row, or has
+    less than ``covered`` of the area, is drawn again; after `TENSORFLOW_ATTEMPTS` it is the whole image. As in
+    TensorFlow, a box that is smaller than the image never touches its lower or right edge.
+
+    Args:
+        uniform: 4 `ATTEMPTS` numbers in [0, 1).
+        generator: Gives the numbers of further attempts.
+        size: Of what the box is cut out of.
+        scale: Shares of the area.
+        ratio: Widths over heights.
+        covered: Least share of the area.
+    """
+    height, width = size
+    least, most = (bound * height * width for bound in scale)
+    for attempt in range(TENSORFLOW_ATTEMPTS):
+        if attempt == ATTEMPTS:
+            uniform = [*uniform, *generator.random(4 * (TENSORFLOW_ATTEMPTS - ATTEMPTS)).tolist()]
+        shape, length, down, right = uniform[4 * attempt : 4 * attempt + 4]
+        aspect = between(ratio, shape)
+        tallest = min(round(math.sqrt(most / aspect)), int((width + 0.5) / aspect), height)
+        shortest = min(round(math.sqrt(least / aspect)), tallest)
+        tall = shortest + int(length * (tallest - shortest + 1))
+        if tall * round(tall * aspect) < least:
+            tall += 1
+        if tall * round(tall * aspect) > most:
+            tall -= 1
+        wide = round(tall * aspect)
+        fits = 0 < tall <= height and 0 < wide <= width
+        if fits and max(least, covered * height * width) <= tall * wide <= most:
+            return int(down * (height - tall)), int(right * (width - wide)), tall, wide
+    return 0, 0, height, width
 
 
 def between(bounds: Range, share: float) -> float:

@@ -1,11 +1,21 @@
-"""Named view policies, exactly the papers'.
+"""Named view policies, with the numbers and the transforms of the papers' official code.
 
-A policy is a set of numbers, not code: a recipe states them and may override each.
+A policy is a set of values, not code: a recipe states them and may override each.
+
+``moco_*`` and ``swav`` follow torchvision and Pillow. ``simclr`` and ``byol`` follow the TensorFlow and JAX code of
+their authors: google-research/simclr ``data_util.py`` and deepmind-research ``byol/utils``. Three differences remain:
+
+- A crop is rounded to 8 bits after the resize, and a view once more at the end. What comes between is computed in
+  floats, as in the official code, which never rounds.
+- SimCLR's official code clips the overshoot of its bicubic resize after the first jitter step, not before it as here.
+- SimCLR's official code draws one sigma of the blur for all images of a replica's batch; here each view has its own.
+
+docs/reproduce.md has the measured size of each.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 LARGE_VIEWS = 2
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -29,7 +39,11 @@ POLICIES: dict[str, dict[str, Any]] = {
     # Pixels in [0, 1] are not normalised further.
     "simclr": {
         "crop_scale": (0.08, 1.0),
+        "crop_sampler": "tensorflow",
+        "min_object_covered": 0.1,
         "interpolation": "bicubic",
+        "resize": "tensorflow_v1",
+        "transforms": "tensorflow",
         "jitter": (0.8, 0.8, 0.8, 0.2),
         "jitter_prob": 0.8,
         "blur_prob": 0.5,
@@ -38,7 +52,11 @@ POLICIES: dict[str, dict[str, Any]] = {
     },
     "byol": {
         "crop_scale": (0.08, 1.0),
+        "crop_sampler": "clamped",
         "interpolation": "bicubic",
+        "resize": "tensorflow",
+        "transforms": "tensorflow",
+        "brightness": "add",
         "jitter": (0.4, 0.4, 0.2, 0.1),
         "jitter_prob": 0.8,
         "blur_prob": (1.0, 0.1),
@@ -86,8 +104,25 @@ class ViewsConfig(BaseModel):
             second's.
         small_size: Their side in pixels.
         small_scale: Their area as a share of the image.
-        crop_ratio: Width over height of the crop, drawn log-uniformly.
-        interpolation: Of the crop's resize. Shrinking is antialiased, as Pillow does it and so the papers.
+        crop_ratio: Width over height of the crop.
+        crop_sampler: How the crop is drawn. ``torchvision`` (`RandomResizedCrop`): area uniform, ratio log-uniform,
+            drawn again while it does not fit, ten times at most. ``clamped`` (BYOL): the same, but a side that does not
+            fit is cut to the image's. ``tensorflow`` (SimCLR, `tf.image.sample_distorted_bounding_box`): ratio uniform,
+            height uniform between the least and the largest that area and image allow, 100 attempts, then the whole
+            image; small areas are more frequent.
+        min_object_covered: For the ``tensorflow`` sampler: a crop of less than this share of the image is drawn again.
+            Not for small crops.
+        interpolation: Of the crop's resize.
+        resize: Which pixels a resize reads. ``antialias``: shrinking averages, as Pillow and torchvision do it.
+            ``tensorflow`` (`tf.image.resize`): four pixels a direction (bilinear: two), whatever the scale, cubic with
+            a = -0.5. ``tensorflow_v1`` (`tf.compat.v1.image.resize_bicubic`): cubic with a = -0.75, and output pixel i
+            reads at i times the scale, without the half-pixel offset. Only ``antialias`` allows decoding large JPEGs at
+            a lower resolution.
+        transforms: Whose jitter, grey and blur. ``torchvision`` (as on Pillow images): contrast about the mean of the
+            grey image, saturation by blending with grey, blur with mirrored edges, 8 bits between the steps.
+            ``tensorflow``: contrast about each channel's mean, saturation in HSV, a blur kernel as wide as a tenth of
+            the view with zeros beyond the edges, floats between the steps.
+        brightness: ``multiply`` pixels by a factor, or ``add`` a share of the full scale (BYOL).
         jitter: Strengths of brightness, contrast, saturation and hue, applied in random order.
         jitter_prob: How often colours are jittered.
         gray_prob: How often a view turns grey.
@@ -116,7 +151,12 @@ class ViewsConfig(BaseModel):
     small_size: int = Field(default=96, strict=True, ge=8, le=4096)
     small_scale: Range = (0.05, 0.14)
     crop_ratio: Range = (0.75, 4 / 3)
+    crop_sampler: Literal["torchvision", "clamped", "tensorflow"] = "torchvision"
+    min_object_covered: Probability = 0.1
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    resize: Literal["antialias", "tensorflow", "tensorflow_v1"] = "antialias"
+    transforms: Literal["torchvision", "tensorflow"] = "torchvision"
+    brightness: Literal["multiply", "add"] = "multiply"
     jitter: tuple[float, float, float, float]
     jitter_prob: PerView
     gray_prob: PerView = 0.2
@@ -160,6 +200,15 @@ class ViewsConfig(BaseModel):
         if not value or min(value) <= 0.0:
             raise ValueError("must be positive numbers, one a channel")
         return value
+
+    @model_validator(mode="after")
+    def _crops_possible(self) -> Self:
+        if self.crop_sampler == "tensorflow" and self.min_object_covered > self.crop_scale[1]:
+            raise ValueError(
+                f"min_object_covered: must be at most crop_scale's upper number, {self.crop_scale[1]:g}, not "
+                f"{self.min_object_covered:g}; a smaller crop is never taken"
+            )
+        return self
 
     @property
     def channels(self) -> int:

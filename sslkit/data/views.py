@@ -1,4 +1,8 @@
-"""Views cut from an image on the CPU: crops resized as Pillow does it, colours changed by albumentations."""
+"""Views cut from an image on the CPU.
+
+Crops are resized as Pillow does it and colours changed by albumentations, or both as TensorFlow does it
+(`tensorflow_views`), as the policy says.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -14,14 +18,16 @@ from albumentations.augmentations.pixel.functional import (
     adjust_saturation_torchvision,
 )
 from numpy.typing import NDArray
+from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from sslkit.data.channel_views import finish_channels, resize_channels
 from sslkit.data.channels import FULL_SCALE
 from sslkit.data.decode import Pixels, Size
-from sslkit.data.draws import Box, Draw, draw_view
+from sslkit.data.draws import SPREAD, Box, Draw, draw_view
 from sslkit.data.policies import LARGE_VIEWS, PerChannel, ViewsConfig
+from sslkit.data.tensorflow_views import change_colours, resize_by_taps
 
 REDUCTIONS = (8, 4, 2)  # by which a JPEG can be decoded smaller, at a fraction of the work
 ROOM = 1.25  # times a view's side that a reduced crop still has at least: sharpness stays within a few per cent
@@ -70,8 +76,11 @@ class ViewPipeline:
         return [draw_view(self.config, self.seed, epoch, sample, view, size) for view in range(len(self.sides))]
 
     def reduction(self, epoch: int, sample: int, size: Size) -> int:
-        """By how much an image of ``size`` may be reduced and every view still be shrunk from it: 8, 4, 2 or 1."""
-        if min(size) < REDUCTIONS[-1] * ROOM * min(self.sides):
+        """By how much an image of ``size`` may be reduced and every view still be shrunk from it: 8, 4, 2 or 1.
+
+        Reducing averages pixels, so that only views that are antialiased anyway allow it.
+        """
+        if self.config.resize != "antialias" or min(size) < REDUCTIONS[-1] * ROOM * min(self.sides):
             return 1
         boxes = [draw.box for draw in self.draw(epoch, sample, size)]
         room = min(min(box[2:]) / (ROOM * side) for box, side in zip(boxes, self.sides, strict=True))
@@ -79,13 +88,14 @@ class ViewPipeline:
 
     def finish(self, pixels: Pixels, draw: Draw) -> Pixels:
         """Do to a crop all that follows."""
-        return self.colours(pixels, draw) if pixels.dtype == np.uint8 else finish_channels(pixels, draw)
+        return self.colours(pixels, draw) if pixels.dtype == np.uint8 else finish_channels(pixels, draw, self.config)
 
     def crop(self, image: Pixels, draw: Draw, view: int, size: Size | None = None) -> Pixels:
         """Cut a draw's box out of ``image`` and resize it to the view's side."""
         top, left, height, width = draw.box if size is None else reduced(draw.box, size, image.shape[:2])
         shrink = resize if image.dtype == np.uint8 else resize_channels
-        return shrink(image[top : top + height, left : left + width], self.sides[view], self.config.interpolation)
+        box, side = image[top : top + height, left : left + width], self.sides[view]
+        return shrink(box, side, self.config.interpolation, self.config.resize)
 
 
 def reduced(box: Box, size: Size, small: Size) -> Box:
@@ -96,21 +106,32 @@ def reduced(box: Box, size: Size, small: Size) -> Box:
     return top, left, max(bottom - top, 1), max(right - left, 1)
 
 
-def resize(pixels: Pixels, side: int, interpolation: str) -> Pixels:
-    """Resize (H, W, 3) to (side, side, 3), antialiased: PyTorch's byte kernels, which are Pillow's within a level."""
+def resize(pixels: Pixels, side: int, interpolation: str, kind: str = "antialias") -> Pixels:
+    """Resize (H, W, 3) to (side, side, 3), uint8.
+
+    ``kind`` is ``[views] resize``. ``"antialias"`` are PyTorch's byte kernels, which are Pillow's within a level.
+    """
     if pixels.shape[:2] == (side, side):
         return pixels
+    if kind != "antialias":
+        return round_to_bytes(resize_by_taps(pixels, side, interpolation, legacy=kind == "tensorflow_v1"))
     # Its fast path wants four bytes a pixel and the strides of a batch: three times as fast, conversions included.
     batch = torch.from_numpy(cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA)).unsqueeze(0).permute(0, 3, 1, 2)
     resized = interpolate(batch, (side, side), mode=interpolation, antialias=True)
     return np.asarray(cv2.cvtColor(resized[0].permute(1, 2, 0).numpy(), cv2.COLOR_RGBA2RGB), dtype=np.uint8)
 
 
+def round_to_bytes(values: NDArray[np.float32]) -> Pixels:
+    """The nearest of 0 to 255."""
+    return np.asarray(cv2.convertScaleAbs(np.maximum(values, 0.0)), dtype=np.uint8)
+
+
 class Colours:
-    """All that follows the crop, in the paper's order; albumentations' transforms with the numbers of a draw."""
+    """All that follows the crop, in the paper's order, with the numbers of a draw."""
 
     def __init__(self, config: ViewsConfig) -> None:
-        self.gray_first = config.gray_first
+        self.config = config
+        self.adjust = (add_brightness, *ADJUST[1:]) if config.brightness == "add" else ADJUST
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # an argument that albumentations does not know is only a warning to it
             self.gray = A.ToGray(num_output_channels=3)
@@ -120,17 +141,10 @@ class Colours:
 
     def __call__(self, pixels: Pixels, draw: Draw) -> Pixels:
         """Change (side, side, 3) pixels as drawn; the ones given stay as they are."""
-        if draw.gray and self.gray_first:
-            pixels = self.gray.apply(pixels)
-        if draw.jitter is not None:
-            for number in draw.order:
-                pixels = ADJUST[number](pixels, draw.jitter[number])
-        if draw.gray and not self.gray_first:
-            pixels = self.gray.apply(pixels)
-        if draw.sigma:
-            pixels = self.blur.apply(pixels, kernel=create_gaussian_kernel_1d(draw.sigma))
-        if draw.solarize:
-            pixels = self.solarize.apply(pixels, threshold=0.5)
+        if self.config.transforms == "torchvision":
+            pixels = self._change(pixels, draw)
+        elif draw.jitter is not None or draw.gray or draw.sigma or draw.solarize:
+            pixels = round_to_bytes(change_colours(pixels, draw, self.config, 255.0))
         if draw.flip:
             pixels = self.flip.apply(pixels)
         if draw.angle:
@@ -140,6 +154,33 @@ class Colours:
             pixels = pixels.copy()
             pixels[top : top + height, left : left + width] = 0
         return np.ascontiguousarray(pixels, dtype=np.uint8)
+
+    def _change(self, pixels: Pixels, draw: Draw) -> Pixels:
+        """Colours and blur as torchvision and Pillow do them, by albumentations' transforms."""
+        if draw.gray and self.config.gray_first:
+            pixels = self.gray.apply(pixels)
+        if draw.jitter is not None:
+            for number in draw.order:
+                pixels = self.adjust[number](pixels, draw.jitter[number])
+        if draw.gray and not self.config.gray_first:
+            pixels = self.gray.apply(pixels)
+        if int(SPREAD * draw.sigma):
+            pixels = self.blur.apply(pixels, kernel=create_gaussian_kernel_1d(draw.sigma))
+        elif draw.sigma:
+            pixels = blur_slightly(pixels, draw.sigma)
+        if draw.solarize:
+            pixels = self.solarize.apply(pixels, threshold=0.5)
+        return pixels
+
+
+def blur_slightly(pixels: Pixels, sigma: float) -> Pixels:
+    """Pillow's blur, for sigmas whose albumentations kernel would be a single pixel."""
+    return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(sigma)), dtype=np.uint8)
+
+
+def add_brightness(pixels: Pixels, share: float) -> Pixels:
+    """Add a share of the full scale."""
+    return round_to_bytes(pixels.astype(np.float32) + np.float32(255.0 * share))
 
 
 def turn_hue(pixels: Pixels, turn: float) -> Pixels:

@@ -33,6 +33,7 @@ from sslkit.evaluate.knn import KnnProtocol
 from sslkit.parts.backbone import create_backbone
 from sslkit.publish.export import export_encoder
 
+VIEWS = ViewsConfig(policy="moco_v2", jitter=(0.4, 0.4, 0.0, 0.0), jitter_prob=0.8, gray_prob=0.0, blur_prob=0.5)
 NOTHING = Draw((0, 0, 8, 8), None, (0, 1, 2, 3), False, 0.0, False, False, 0.0, None)
 
 
@@ -192,12 +193,10 @@ def test_steps_are_what_they_say() -> None:
     """Each against the same arithmetic, written down another way."""
     pixels = values(5, size=(8, 8))
     exact = pixels.astype(np.float64)
-    assert np.array_equal(finish_channels(pixels, NOTHING), pixels)
+    assert np.array_equal(finish_channels(pixels, NOTHING, VIEWS), pixels)
 
     def done(**changes: Any) -> NDArray[np.float64]:
-        return finish_channels(pixels, Draw(**{**{k: getattr(NOTHING, k) for k in Draw.__slots__}, **changes})).astype(
-            float
-        )
+        return finish_channels(pixels, replace(NOTHING, **changes), VIEWS).astype(float)
 
     assert np.abs(done(jitter=(1.7, 1.0, 1.0, 0.0)) - np.minimum(exact * 1.7, 65535)).max() <= 1
     mean = exact.mean(axis=(0, 1))
@@ -208,7 +207,7 @@ def test_steps_are_what_they_say() -> None:
     for channel in range(5):
         blurred = cv2.GaussianBlur(exact[..., channel], (7, 7), 1.0)
         assert np.abs(done(sigma=1.0)[..., channel] - blurred).max() <= 1
-    rounds = finish_channels(done(angle=90.0).astype(np.uint16), NOTHING)
+    rounds = finish_channels(done(angle=90.0).astype(np.uint16), NOTHING, VIEWS)
     assert np.abs(rounds.astype(float) - np.rot90(exact)).max() <= 1
 
 
