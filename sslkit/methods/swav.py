@@ -6,14 +6,26 @@ Sinkhorn-Knopp; every other crop, small ones too, must predict them.
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sslkit.methods.base import Features, Method, MethodOptions, Progress, Step, Views
+from sslkit.methods.base import (
+    Features,
+    Method,
+    MethodOptions,
+    PaperRun,
+    Progress,
+    Step,
+    Views,
+    encode_in_slices,
+    local_bn_groups,
+)
 from sslkit.parts.backbone import Family
+from sslkit.parts.batchnorm import GroupStatistics, has_batch_norm
 from sslkit.parts.collectives import gather_rows, rank, world_size
 from sslkit.parts.heads import swav_head
 from sslkit.parts.losses import inner_products, sinkhorn_codes, swapped_prediction, unit_rows
@@ -33,8 +45,12 @@ class SwAVOptions(MethodOptions):
         epsilon: Temperature of the codes.
         sinkhorn_iterations: Rounds of normalisation.
         freeze_prototypes_steps: Updates during which prototypes stay (313 at batch 4096, 5005 at 256).
-        queue_size: Embeddings kept for small batches; 0 for none (3840 at batch 256). Used once it is full.
+        queue_size: Embeddings kept for small batches; 0 for none (3840 at batch 256). Used once it is full. Trimmed to
+            a multiple of the batch, as in the official code.
         queue_start_epoch: When it starts to fill.
+        bn_groups: Groups of the global batch with batch statistics of their own, of backbone and projector. The official
+            scripts for batch 4096 synchronise BatchNorm within 8 GPUs of 64 images: 8 groups of 512 images. The script
+            for batch 256 synchronises all: 1 group.
     """
 
     dim: int = Field(default=128, strict=True, ge=1, le=65536)
@@ -46,12 +62,15 @@ class SwAVOptions(MethodOptions):
     freeze_prototypes_steps: int = Field(default=313, strict=True, ge=0)
     queue_size: int = Field(default=0, strict=True, ge=0)
     queue_start_epoch: float = Field(default=15.0, ge=0.0)
+    bn_groups: int = Field(default=1, strict=True, ge=1)
 
 
 class SwAV(Method):
     """Algorithm 1 of the paper, with multi-crop (views after the second are small crops) and queue."""
 
     Options = SwAVOptions
+    views = {"global": ASSIGNMENT_CROPS, "local": (0, None)}
+    groups_across_processes = True
     queue_open: Tensor
     queue_filled: Tensor
 
@@ -66,6 +85,7 @@ class SwAV(Method):
         self.register_buffer("queue_open", torch.tensor(options.queue_start_epoch == 0.0))
         self.register_buffer("queue_filled", torch.zeros((), dtype=torch.long))
         self.new_embeddings: list[Tensor] = []
+        self.bn_groups = options.bn_groups if has_batch_norm(backbone) else 1
 
     def student(self, views: Views) -> Features:
         """One pass for each run of crops of one size, so that a pass's batch statistics are of that size."""
@@ -79,7 +99,7 @@ class SwAV(Method):
         if self.training:
             self.normalise_prototypes()
         crops = len(student_features)
-        embeddings = unit_rows(self.projector(torch.cat(student_features))).chunk(crops)
+        embeddings = unit_rows(torch.cat(self.project(student_features))).chunk(crops)
         scores = [inner_products(embedding, self.prototypes.weight) for embedding in embeddings]
         codes = [self.codes(scores[crop], crop) for crop in range(ASSIGNMENT_CROPS)]
         if self.training:
@@ -87,6 +107,20 @@ class SwAV(Method):
         loss = swapped_prediction(codes, scores, self.options.temperature)
         agreement = (scores[0].argmax(dim=1) == scores[1].argmax(dim=1)).float().mean()
         return Step(loss, {"agreement": agreement})
+
+    def project(self, features: Features) -> Features:
+        """Embeddings (B, C) of each crop's features; a BN group's crops go through the projector together."""
+        if self.options.bn_groups == 1:
+            return list(self.projector(torch.cat(features)).chunk(len(features)))
+
+        def project_group(crops: Views) -> Features:
+            return list(self.projector(torch.cat(list(crops))).chunk(len(crops)))
+
+        groups = local_bn_groups(self.options.bn_groups)
+        return encode_in_slices(project_group, features, groups, statistics=GroupStatistics([self.projector]))
+
+    def batch_norm_groups(self) -> dict[str, int]:
+        return {**super().batch_norm_groups(), "projector": self.options.bn_groups}
 
     @torch.no_grad()
     def normalise_prototypes(self) -> None:
@@ -135,3 +169,30 @@ class SwAV(Method):
             },
             "train": {"epochs": 800, "batch_size": 4096},
         }
+
+    @staticmethod
+    def paper_runs(family: Family) -> Sequence[PaperRun]:
+        """The official scripts for 64 GPUs and for 4; the rate does not follow the batch."""
+        large = {
+            "method": {"bn_groups": 8, "freeze_prototypes_steps": 313, "queue_size": 0},
+            "optim": {"lr": 4.8},
+            "schedule": {"warmup_epochs": 10, "warmup_start": 0.0625},
+        }
+        small = {
+            "method": {"bn_groups": 1, "freeze_prototypes_steps": 5005, "queue_size": 3840},
+            "optim": {"lr": 0.6},
+            "schedule": {"warmup_epochs": 0, "warmup_start": 0.0},
+        }
+        return [PaperRun({"batch_size": 4096}, large), PaperRun({"batch_size": 256}, small)]
+
+    @classmethod
+    def fit_to_batch(cls, options: SwAVOptions, batch_size: int) -> tuple[SwAVOptions, str]:
+        """Trim the queue to a multiple of the batch."""
+        trimmed = options.queue_size - options.queue_size % batch_size
+        if trimmed == options.queue_size:
+            return options, ""
+        said = f"is trimmed to {trimmed}" if trimmed else "is less than one batch, so there is no queue"
+        return options.model_copy(update={"queue_size": trimmed}), (
+            f"[method] queue_size: {options.queue_size} is no multiple of [train] batch_size = {batch_size}; as in the "
+            f"official code, it {said}"
+        )

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sslkit.engine.encoders import encoders_of
-from sslkit.engine.run import BACKBONES, build_method
+from sslkit.engine.run import build_method
 from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.evaluate.features import fingerprint
 from sslkit.methods import Method, Progress, base, mechanisms, moco_v1, moco_v3, simclr
 from sslkit.parts import bank, collectives, losses
-from sslkit.parts.batchnorm import synchronise_batch_norm
+from sslkit.parts.batchnorm import synchronise_batch_norm, synchronise_in_groups
 from sslkit.parts.collectives import exchange_rows, gather_rows, mean_over_processes, rank, sum_with_gradient
 from sslkit.parts.losses import info_nce_in_batch
 from sslkit.parts.sharding import shard
@@ -138,7 +138,9 @@ def train_five_steps(method: Method, part: Callable[[Tensor], Tensor], *, wrap: 
     """Losses of the global batch and final parameters, with whole batches or a rank's part of them."""
     torch.manual_seed(0)
     if wrap:
-        synchronise_batch_norm(method, CPU, spare=BACKBONES if method.bn_groups > 1 else ())
+        synchronise_in_groups(
+            method, CPU, method.batch_norm_groups(), across_processes=method.groups_across_processes
+        )
     wrapped: nn.Module = DistributedDataParallel(method, broadcast_buffers=False) if wrap else method
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
     losses = []
