@@ -142,8 +142,8 @@ def build_recipe(tables: dict[str, Any], overrides: list[str] | None = None, nam
             mistakes += [_sentence(table, model, item) for item in error.errors()]
     if mistakes:
         raise _refusal(name, mistakes)
-    parsed["method"], trimmed = method.fit_to_batch(parsed["method"], parsed["train"].batch_size)
-    remarks = (*_of_another_run(method, tables, parsed), *([trimmed] if trimmed else []))
+    of_batch = method.remark_on_batch(parsed["method"], parsed["train"].batch_size)
+    remarks = (*_of_another_run(method, tables, parsed), *filter(None, [of_batch]))
     recipe = Recipe(method_name=method_name, **parsed, reference=tables.get("reference", {}), remarks=remarks)
     if mistakes := _contradictions(recipe):
         raise _refusal(name, mistakes)

@@ -124,13 +124,9 @@ class Method(nn.Module, ABC):
         return ()
 
     @classmethod
-    def fit_to_batch(cls, options: Any, batch_size: int) -> tuple[Any, str]:
-        """The options as the paper's code changes them for a global batch of ``batch_size``.
-
-        Returns:
-            The options, and a sentence about what was changed; empty if nothing was.
-        """
-        return options, ""
+    def remark_on_batch(cls, options: Any, batch_size: int) -> str:
+        """A sentence for the user about what becomes of the options at this global batch; empty if there is none."""
+        return ""
 
     def student(self, views: Views) -> Features:
         """Features of the views the student looks at, each (B, D), with gradient; all of them, unless overridden."""

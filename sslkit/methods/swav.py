@@ -34,6 +34,11 @@ from sslkit.parts.queue import KeyQueue
 ASSIGNMENT_CROPS = 2
 
 
+def trimmed(queue_size: int, batch_size: int) -> int:
+    """The largest multiple of the global batch that is no more than ``queue_size``: the rows of a queue in use."""
+    return queue_size - queue_size % batch_size
+
+
 class SwAVOptions(MethodOptions):
     """Options of SwAV, defaults from section 3 and the official scripts (batch 4096).
 
@@ -46,7 +51,7 @@ class SwAVOptions(MethodOptions):
         sinkhorn_iterations: Rounds of normalisation.
         freeze_prototypes_steps: Updates during which prototypes stay (313 at batch 4096, 5005 at 256).
         queue_size: Embeddings kept for small batches; 0 for none (3840 at batch 256). Used once it is full. Trimmed to
-            a multiple of the batch, as in the official code.
+            a multiple of the global batch, as in the official code.
         queue_start_epoch: When it starts to fill.
         bn_groups: Groups of the global batch with batch statistics of their own, of backbone and projector. The official
             scripts for batch 4096 synchronise BatchNorm within 8 GPUs of 64 images: 8 groups of 512 images. The script
@@ -131,8 +136,9 @@ class SwAV(Method):
     def codes(self, scores: Tensor, crop: int) -> Tensor:
         """Codes (B, P) of an assignment crop's scores; a full queue's scores help to spread them."""
         batch = len(scores)
-        if self.queues and int(self.queue_filled) >= self.options.queue_size:
-            queue = self.queue(crop).keys[rank() :: world_size()]  # every process counts its share
+        size = trimmed(self.options.queue_size, batch * world_size())
+        if size and int(self.queue_filled) >= size:
+            queue = self.queue(crop).keys[:size][rank() :: world_size()]  # every process counts its share
             scores = torch.cat([inner_products(queue, self.prototypes.weight), scores])
         return sinkhorn_codes(scores, self.options.epsilon, self.options.sinkhorn_iterations)[-batch:]
 
@@ -149,7 +155,7 @@ class SwAV(Method):
     def after_update(self, progress: Progress) -> dict[str, float]:
         if self.queue_open:
             for crop, embeddings in enumerate(self.new_embeddings):
-                self.queue(crop).push(embeddings)
+                self.queue(crop).push(embeddings, trimmed(self.options.queue_size, len(embeddings)))
             self.queue_filled += len(self.new_embeddings[0]) if self.new_embeddings else 0
         self.queue_open.fill_(progress.epoch >= self.options.queue_start_epoch)
         return {}
@@ -186,13 +192,12 @@ class SwAV(Method):
         return [PaperRun({"batch_size": 4096}, large), PaperRun({"batch_size": 256}, small)]
 
     @classmethod
-    def fit_to_batch(cls, options: SwAVOptions, batch_size: int) -> tuple[SwAVOptions, str]:
-        """Trim the queue to a multiple of the batch."""
-        trimmed = options.queue_size - options.queue_size % batch_size
-        if trimmed == options.queue_size:
-            return options, ""
-        said = f"is trimmed to {trimmed}" if trimmed else "is less than one batch, so there is no queue"
-        return options.model_copy(update={"queue_size": trimmed}), (
-            f"[method] queue_size: {options.queue_size} is no multiple of [train] batch_size = {batch_size}; as in the "
-            f"official code, it {said}"
+    def remark_on_batch(cls, options: SwAVOptions, batch_size: int) -> str:
+        used = trimmed(options.queue_size, batch_size)
+        if used == options.queue_size:
+            return ""
+        done = f"{used} rows are used" if used else "no queue is used"
+        return (
+            f"[method] queue_size: {options.queue_size} is not a multiple of [train] batch_size = {batch_size}; as in the "
+            f"official code it is trimmed to one, so {done}"
         )
