@@ -5,7 +5,8 @@ A recipe is data; reading a stranger's runs no code. Layers, later ones win: the
 """
 
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from sslkit.data.config import MixConfig
-from sslkit.data.policies import POLICIES, ViewsConfig
+from sslkit.data.policies import LARGE_VIEWS, POLICIES, ViewsConfig
 from sslkit.data.source import DataConfig
 from sslkit.errors import UserError, near_miss
-from sslkit.methods import MethodOptions, canonical_name, find_method
+from sslkit.methods import Method, MethodOptions, canonical_name, find_method
+from sslkit.methods.base import view_mistake
 from sslkit.parts.backbone import BackboneSpec, check_name, family, takes_image_size
 from sslkit.recipe_tables import (
     MAX_RECIPE_BYTES,
@@ -42,7 +44,10 @@ ALL_TABLES = ("method", *TABLES, "reference")
 
 @dataclass(frozen=True)
 class Recipe:
-    """A resolved recipe. Each attribute is a table; ``reference`` is free: published figures and their source."""
+    """A resolved recipe. Each attribute is a table; ``reference`` is free: published figures and their source.
+
+    ``remarks`` are sentences for the user about numbers that were filled in.
+    """
 
     method_name: str
     method: MethodOptions
@@ -57,6 +62,7 @@ class Recipe:
     guard: GuardConfig
     track: TrackConfig
     reference: dict[str, Any]
+    remarks: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def peak_lr(self) -> float:
@@ -124,7 +130,8 @@ def build_recipe(tables: dict[str, Any], overrides: list[str] | None = None, nam
         raise _refusal(name, mistakes)
     method_name = canonical_name(tables["method"]["name"])
     method = find_method(method_name)
-    layered = _lay_over(method.paper_defaults(family(tables["backbone"]["name"])), tables)
+    defaults = _defaults_of(method, tables)
+    layered = _lay_over(defaults, tables)
     mistakes += _fill_policy(layered)
     parsed: dict[str, Any] = {}
     for table, model in [("method", method.Options), *TABLES.items()]:
@@ -135,7 +142,9 @@ def build_recipe(tables: dict[str, Any], overrides: list[str] | None = None, nam
             mistakes += [_sentence(table, model, item) for item in error.errors()]
     if mistakes:
         raise _refusal(name, mistakes)
-    recipe = Recipe(method_name=method_name, **parsed, reference=tables.get("reference", {}))
+    of_batch = method.remark_on_batch(parsed["method"], parsed["train"].batch_size)
+    remarks = (*_of_another_run(method, tables, parsed), *filter(None, [of_batch]))
+    recipe = Recipe(method_name=method_name, **parsed, reference=tables.get("reference", {}), remarks=remarks)
     if mistakes := _contradictions(recipe):
         raise _refusal(name, mistakes)
     return recipe
@@ -230,6 +239,45 @@ def _name_mistakes(tables: dict[str, Any]) -> list[str]:
     return mistakes
 
 
+def _defaults_of(method: type[Method], tables: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The paper's recipe, with the numbers of its run of this length or batch size if it has one."""
+    kind = family(tables["backbone"]["name"])
+    defaults = method.paper_defaults(kind)
+    train = {**defaults.get("train", {}), **tables.get("train", {})}
+    for run in method.paper_runs(kind):
+        if run.train.items() <= train.items():
+            return {
+                table: {**defaults.get(table, {}), **run.tables.get(table, {})} for table in {**defaults, **run.tables}
+            }
+    return defaults
+
+
+def _of_another_run(method: type[Method], tables: Mapping[str, Any], parsed: Mapping[str, Any]) -> list[str]:
+    """Say which of the numbers that were filled in belong to a run of the paper of another length or batch size."""
+    kind = family(tables["backbone"]["name"])
+    defaults, runs = method.paper_defaults(kind), method.paper_runs(kind)
+    asked = parsed["train"].model_dump()
+    usual = [run for run in runs if run.train.items() <= defaults["train"].items()]
+    if not usual or any(run.train.items() <= asked.items() for run in runs):
+        return []
+    kinds = {"optim": "name", "schedule": "decay"}  # numbers of another optimizer or decay are not the paper's
+    filled = [
+        f"[{table}] {key} = {value}"
+        for table, keys in usual[0].tables.items()
+        for key, value in keys.items()
+        if key not in tables.get(table, {}) and getattr(parsed[table], key) == value
+        if table not in kinds or getattr(parsed[table], kinds[table]) == defaults[table][kinds[table]]
+    ]
+    if not filled:
+        return []
+    (key,) = usual[0].train
+    lengths = ", ".join(str(run.train[key]) for run in runs)
+    return [
+        f"[train] {key} = {asked[key]}: the paper's numbers are for {lengths}; {', '.join(filled)} "
+        f"{'is' if len(filled) == 1 else 'are'} what it has for {usual[0].train[key]}. State them in the recipe to choose"
+    ]
+
+
 def _lay_over(defaults: dict[str, dict[str, Any]], tables: dict[str, Any]) -> dict[str, dict[str, Any]]:
     layered = {table: {**defaults.get(table, {}), **tables.get(table, {})} for table in ("method", *TABLES)}
     if layered["backbone"].get("pretrained"):
@@ -299,9 +347,26 @@ def _contradictions(recipe: Recipe) -> list[str]:
             "out, [backbone] args in_chans rules"
         )
     mistakes += [f"[views] {mistake}" for mistake in recipe.views.unfit_for(recipe.backbone.channels)]
+    mistakes += _views_not_taken(recipe)
     if recipe.schedule.decay == "steps" and not recipe.schedule.milestones:
         mistakes.append("[schedule] milestones: decay = 'steps' needs the epochs at which the rate falls")
     return mistakes + _not_sharded(recipe)
+
+
+def _views_not_taken(recipe: Recipe) -> list[str]:
+    """Where the views that are made are not those that the method takes."""
+    name, method = recipe.method_name, find_method(recipe.method_name)
+    mistakes = []
+    if view_mistake(name, method, "global", LARGE_VIEWS):
+        mistakes.append(
+            f"[method] name: {name} takes {method.views.get('global', 0)} global views, and sslkit makes {LARGE_VIEWS} of "
+            "every image"
+        )
+    if mistake := view_mistake(name, method, "local", recipe.views.small_crops):
+        of_policy = POLICIES[recipe.views.policy].get("small_crops", 0) == recipe.views.small_crops != 0
+        origin = f" (of policy {recipe.views.policy!r})" if of_policy else ""
+        mistakes.append(f"[views] small_crops: {recipe.views.small_crops}{origin}, but {mistake}")
+    return mistakes
 
 
 IN_PARTS = ("moco_v3", "byol", "simclr")  # methods that have been tried with weights in parts

@@ -89,7 +89,7 @@ def profile(recipe: Recipe, seconds: float = 20.0) -> Profile:
     try:
         torch.manual_seed(recipe.train.seed)
         method = build_method(recipe, len(source))
-        check_batch(recipe, method.bn_groups, accelerator.num_processes)
+        check_batch(recipe, method.bn_groups, accelerator.num_processes, across=method.groups_across_processes)
         endless = 2**40
         training = assemble(recipe, Path(), accelerator, method, source, None, epoch_steps, endless, None)
         return measure(training, images, seconds)

@@ -111,7 +111,7 @@ def admit(recipe: Recipe, source: ImageSource, say: Say) -> Patient:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
         method = build_method(recipe, len(source)).train()
-    check_batch(recipe, method.bn_groups, processes_of(recipe))
+    check_batch(recipe, method.bn_groups, processes_of(recipe), across=method.groups_across_processes)
     method.bn_groups = min(method.bn_groups, MOST_GROUPS)
     size = sum(param.numel() for param in method.parameters())
     batch = small_batch(recipe, method.bn_groups, heavy=size > HEAVY)

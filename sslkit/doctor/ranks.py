@@ -14,14 +14,13 @@ from sslkit.data.source import ImageSource
 from sslkit.data.views import ViewPipeline, normalise
 from sslkit.doctor.findings import Finding, fault, first_line, judge, not_applicable
 from sslkit.engine.draws import SHUFFLE
-from sslkit.engine.encoders import BACKBONES
 from sslkit.engine.optim import make_optimizer, set_learning_rate
 from sslkit.engine.processes import make_accelerator
 from sslkit.engine.run import build_method
 from sslkit.engine.step import GlobalBatch, whole_batch_step
 from sslkit.errors import UserError
 from sslkit.methods import Method, Progress
-from sslkit.parts.batchnorm import has_batch_norm, synchronise_batch_norm
+from sslkit.parts.batchnorm import has_batch_norm, synchronise_in_groups
 from sslkit.parts.collectives import gather_rows, world_size
 from sslkit.recipe import Recipe
 
@@ -67,7 +66,8 @@ def train_and_compare(accelerator: Any, recipe: Recipe, source: ImageSource) -> 
     groups_each = 2 if images_each % 4 == 0 else 1
     method.bn_groups = min(method.bn_groups, groups_each * world_size())
     if has_batch_norm(method):
-        synchronise_batch_norm(method, accelerator.device, spare=BACKBONES if method.bn_groups > 1 else ())
+        across = method.groups_across_processes
+        synchronise_in_groups(method, accelerator.device, method.batch_norm_groups(), across_processes=across)
     method.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     wrapped, optimizer = accelerator.prepare(method, make_optimizer(recipe, method))
     set_learning_rate(optimizer, recipe.peak_lr)

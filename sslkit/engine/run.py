@@ -21,7 +21,7 @@ from sslkit.data.views import ViewPipeline
 from sslkit.engine.agreement import compare_facts
 from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, restore
 from sslkit.engine.diagnostics import Diagnostics
-from sslkit.engine.encoders import BACKBONES, compile_backbones, encoders_of
+from sslkit.engine.encoders import compile_backbones, encoders_of
 from sslkit.engine.folder import FREE_KEYS, Run, check_folder, find_checkpoint, open_folder
 from sslkit.engine.guard import BadStepError, Course, RewindError
 from sslkit.engine.heartbeat import Heartbeat, is_others_fault
@@ -43,7 +43,7 @@ from sslkit.evaluate.transforms import evaluation_transform
 from sslkit.methods import Method, find_method
 from sslkit.methods.base import local_bn_groups
 from sslkit.parts.backbone import create_backbone, feature_dim, recompute_activations
-from sslkit.parts.batchnorm import has_batch_norm, synchronise_batch_norm
+from sslkit.parts.batchnorm import has_batch_norm, synchronise_in_groups
 from sslkit.parts.sharding import held_here, shard
 from sslkit.recipe import Recipe, changes
 
@@ -90,7 +90,7 @@ def _train(
 ) -> Run:
     torch.manual_seed(recipe.train.seed)
     method = build_method(recipe, len(source))
-    check_batch(recipe, method.bn_groups, accelerator.num_processes)
+    check_batch(recipe, method.bn_groups, accelerator.num_processes, across=method.groups_across_processes)
     monitor = make_monitor(recipe, accelerator)
     checkpoint, complaints = find_checkpoint(folder, recipe, resume)
     compare_facts(_facts(recipe, source, checkpoint), accelerator.device)
@@ -262,7 +262,8 @@ def assemble(
 ) -> Training:
     """Wire method, optimizer and loader to the processes, and put the checkpoint in."""
     if accelerator.num_processes > 1 and has_batch_norm(method):
-        synchronise_batch_norm(method, accelerator.device, spare=BACKBONES if method.bn_groups > 1 else ())
+        across = method.groups_across_processes
+        synchronise_in_groups(method, accelerator.device, method.batch_norm_groups(), across_processes=across)
     if accelerator.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # A thread that finds its core taken by a data worker holds up all the others.
         torch.set_num_threads(max(cores_of_a_process(processes_here()) - workers_of(recipe, accelerator), 1))
@@ -337,8 +338,14 @@ def _last_step(recipe: Recipe, steps_per_epoch: int) -> int:
     return min(recipe.train.max_steps or total, total)
 
 
-def check_batch(recipe: Recipe, groups: int, processes: int) -> None:
+def check_batch(recipe: Recipe, groups: int, processes: int, *, across: bool = False) -> None:
     """See that the global batch falls into equal parts for processes, for their BN groups and for slices.
+
+    Args:
+        recipe: Its batch sizes.
+        groups: BN groups of the global batch.
+        processes: That share it.
+        across: Whether a group may span processes.
 
     Raises:
         UserError: It does not.
@@ -350,7 +357,7 @@ def check_batch(recipe: Recipe, groups: int, processes: int) -> None:
             f"[train] batch_size = {batch}; take a divisor"
         )
     parts = processes * local_bn_groups(groups)
-    if processes < groups and groups % processes:
+    if (processes < groups and groups % processes) or (across and groups < processes and processes % groups):
         raise UserError(f"[method] bn_groups: {groups} groups cannot be shared by {processes} processes")
     if batch % parts or batch // parts < 2:
         raise UserError(
@@ -383,6 +390,7 @@ def _opening(training: Training, source: ImageSource) -> list[str]:
             f"{slices} slices, each with BatchNorm statistics of its own, as {slices} GPUs would have; slices change "
             "nothing in a backbone without BatchNorm"
         )
+    lines += recipe.remarks
     done, last = training.start_step, training.last_step
     if done >= last:
         lines.append(f"{training.folder} is already trained to step {done} of {last}; nothing to do")

@@ -7,7 +7,7 @@ mixes two equal networks, and ours after the last update is the one the official
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,13 +17,17 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from sslkit.errors import UserError
 from sslkit.parts.backbone import Family
+from sslkit.parts.batchnorm import GroupStatistics
 from sslkit.parts.collectives import exchange_rows, world_size
 
 Views = Sequence[Tensor]
 Features = list[Tensor]
 Permutation = NDArray[np.int64]
 Prepare = Callable[[Tensor], Tensor]
+ViewCount = int | tuple[int, int | None]
+VIEW_ROLES = ("global", "local")
 
 
 @dataclass
@@ -64,14 +68,32 @@ class MethodOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+@dataclass(frozen=True)
+class PaperRun:
+    """Numbers that a paper gives for runs of one length or batch size only.
+
+    Attributes:
+        train: Keys of ``[train]`` by which the run is known, such as ``{"epochs": 300}``.
+        tables: Its numbers, by recipe table.
+    """
+
+    train: Mapping[str, int]
+    tables: Mapping[str, Mapping[str, Any]]
+
+
 class Method(nn.Module, ABC):
     """A self-supervised method. It owns what it trains and knows no device, precision, loader, optimizer or loop.
 
     Attributes:
         Options: The method's ``[method]`` table.
+        views: How many views of each role the method takes: an exact number, or the fewest and the most (None: any
+            number). ``global`` views have ``[views] size``, ``local`` ones are the small crops. A role that is left out
+            is not taken. The views come in this order: global, then local.
         backbone: The encoder that is learned for its own sake: (B, 3, H, W) -> (B, D).
         bn_groups: Into how many groups of its own batch statistics the *global* batch falls. 1: one for all
             (synchronised). The papers' 8 GPUs without synchronisation are 8 groups, on any number of processes.
+        groups_across_processes: Whether a group may span processes. Otherwise each process is a group where there are
+            more processes than groups.
         shuffle_keys: Whether keys must be computed among other companions than their queries (shuffling BN).
         teacher_views: Which views the teacher looks at; under `shuffle_keys` these are shuffled for it.
         student_key_views: Views that are keys to the student itself (end-to-end): shuffled for it under
@@ -79,16 +101,32 @@ class Method(nn.Module, ABC):
     """
 
     Options: ClassVar[type[MethodOptions]]
+    views: ClassVar[Mapping[str, ViewCount]] = {"global": 2}
     shuffle_keys: bool = False
     teacher_views: tuple[int, ...] = ()
     student_key_views: tuple[int, ...] = ()
     backbone: nn.Module
     bn_groups: int = 1
+    groups_across_processes: ClassVar[bool] = False
 
     @staticmethod
     @abstractmethod
     def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:
         """The paper's recipe for a backbone of this family: recipe tables that a user's recipe is laid over."""
+
+    @staticmethod
+    def paper_runs(family: Family) -> Sequence[PaperRun]:
+        """Runs of the paper whose numbers depend on their length or batch size, the one of `paper_defaults` too.
+
+        A recipe of such a length or batch size gets the run's numbers. Any other gets those of `paper_defaults`, and the
+        user is told.
+        """
+        return ()
+
+    @classmethod
+    def remark_on_batch(cls, options: Any, batch_size: int) -> str:
+        """A sentence for the user about what becomes of the options at this global batch; empty if there is none."""
+        return ""
 
     def student(self, views: Views) -> Features:
         """Features of the views the student looks at, each (B, D), with gradient; all of them, unless overridden."""
@@ -152,11 +190,23 @@ class Method(nn.Module, ABC):
     ) -> Features:
         """`student` slice by slice; key views are shuffled before and their features put back after."""
         views = shuffle_views(views, self.student_key_views, permutation)
-        features = encode_in_slices(self.student, views, slices, prepare, before_slice)
+        statistics = self.group_statistics(slices, of_teacher=False)
+        features = encode_in_slices(self.student, views, slices, prepare, before_slice, statistics)
         if permutation is not None:
             for index in self.student_key_views:
                 features[index] = exchange_rows(features[index], np.argsort(permutation))
         return features
+
+    def group_statistics(self, slices: int, *, of_teacher: bool) -> GroupStatistics | None:
+        """The running statistics of the encoder that is about to see the batch in groups; None if it is one group."""
+        if slices == 1 and (self.bn_groups == 1 or world_size() == 1):
+            return None
+        encoder = getattr(self, "teacher_backbone", None) if of_teacher else self.backbone
+        return GroupStatistics([encoder] if isinstance(encoder, nn.Module) else [])
+
+    def batch_norm_groups(self) -> dict[str, int]:
+        """By the name of a child: into how many BN groups the global batch falls for it; for all others it is one."""
+        return {"backbone": self.bn_groups, "teacher_backbone": self.bn_groups}
 
     def teacher_in_slices(
         self,
@@ -170,10 +220,37 @@ class Method(nn.Module, ABC):
         if not self.teacher_views:
             return []
         views = shuffle_views(views, self.teacher_views, permutation)
-        features = encode_in_slices(self.teacher, views, slices, prepare, before_slice)
+        statistics = self.group_statistics(slices, of_teacher=True)
+        features = encode_in_slices(self.teacher, views, slices, prepare, before_slice, statistics)
         if permutation is not None:
             features = [exchange_rows(each, np.argsort(permutation)) for each in features]
         return features
+
+
+def view_mistake(name: str, method: type[Method], role: str, made: int) -> str:
+    """What is wrong with the number of views of one role, in a few words; empty if the method takes so many.
+
+    Args:
+        name: Of the method.
+        method: Its class.
+        role: One of `VIEW_ROLES`.
+        made: How many views of this role are made of each image.
+
+    Raises:
+        UserError: The method declares a role that there is not.
+    """
+    if unknown := sorted(set(method.views) - set(VIEW_ROLES)):
+        raise UserError(f"[method] name: {name} declares views of role {unknown[0]!r}; the roles are {VIEW_ROLES}")
+    count = method.views.get(role, 0)
+    fewest, most = count if isinstance(count, tuple) else (count, count)
+    if made >= fewest and (most is None or made <= most):
+        return ""
+    if most == 0:
+        return f"{name} takes no {role} views; set it to 0"
+    if most is None:
+        return f"{name} takes {fewest} or more {role} views; set it to {fewest}"
+    wanted = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    return f"{name} takes {wanted} {role} views; set it to {min(max(made, fewest), most)}"
 
 
 class PreparedViews(Sequence[Tensor]):
@@ -213,11 +290,21 @@ def encode_in_slices(
     slices: int,
     prepare: Prepare | None = None,
     before_slice: Callable[[int], None] | None = None,
+    statistics: GroupStatistics | None = None,
 ) -> Features:
-    """Encode contiguous slices of the batch one after the other, each with its own batch statistics."""
+    """Encode contiguous slices of the batch one after the other, each with its own batch statistics.
+
+    ``statistics`` make one update of the running statistics of it.
+    """
     parts = []
     for index, part in enumerate(slice_views(views, slices, prepare)):
         if before_slice is not None:
             before_slice(index)
+        if statistics is not None:
+            statistics.start_group()
         parts.append(encode(part))
+        if statistics is not None:
+            statistics.end_group()
+    if statistics is not None:
+        statistics.finish()
     return [torch.cat(features) if slices > 1 else features[0] for features in zip(*parts, strict=True)]

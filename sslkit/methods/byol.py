@@ -4,12 +4,13 @@ No negatives. The online network predicts, from one view, what a slowly moving t
 predictor and the target's inertia keep the two from agreeing on nothing.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from sslkit.methods.base import Features, Method, MethodOptions, Progress, Step, Views
+from sslkit.methods.base import Features, Method, MethodOptions, PaperRun, Progress, Step, Views
 from sslkit.parts.backbone import Family
 from sslkit.parts.heads import byol_mlp
 from sslkit.parts.losses import regression_loss
@@ -75,3 +76,12 @@ class BYOL(Method):
             "schedule": {"decay": "cosine", "warmup_epochs": 10, "per": "step"},
             "train": {"epochs": 1000, "batch_size": 4096},
         }
+
+    @staticmethod
+    def paper_runs(family: Family) -> Sequence[PaperRun]:
+        """The presets of the official code, by epochs: momentum, rate, decay."""
+        presets = {40: (0.97, 0.45, 1e-6), 100: (0.99, 0.45, 1e-6), 300: (0.99, 0.3, 1e-6), 1000: (0.996, 0.2, 1.5e-6)}
+        return [
+            PaperRun({"epochs": epochs}, {"method": {"momentum": momentum}, "optim": {"lr": lr, "weight_decay": decay}})
+            for epochs, (momentum, lr, decay) in presets.items()
+        ]

@@ -4,6 +4,7 @@ arXiv:1805.01978. Every image is a class of its own, whose weight vector is the 
 softmax over all images is too large for large data, so noise-contrastive estimation takes its place.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sslkit.methods.base import Features, Method, MethodOptions, Progress, Step, Views
+from sslkit.methods.base import Features, Method, MethodOptions, PaperRun, Progress, Step, Views
 from sslkit.parts.backbone import Family
 from sslkit.parts.bank import MemoryBank
 from sslkit.parts.collectives import mean_over_processes
@@ -89,3 +90,7 @@ class InstDisc(Method):
             "schedule": {"decay": "steps", "milestones": [120, 160], "per": "epoch"},
             "train": {"epochs": 200, "batch_size": 256},
         }
+
+    @staticmethod
+    def paper_runs(family: Family) -> Sequence[PaperRun]:
+        return [PaperRun({"epochs": 200}, {"schedule": {"milestones": [120, 160]}})]

@@ -4,12 +4,13 @@ He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", 
 section 4.1. Encoder, head, views and loss are MoCo v1's; only where the keys come from differs.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from sslkit.methods.base import Features, Method, MethodOptions, Progress, Step, Views
+from sslkit.methods.base import Features, Method, MethodOptions, PaperRun, Progress, Step, Views
 from sslkit.methods.moco_v1 import MoCoV1
 from sslkit.parts.backbone import Family
 from sslkit.parts.bank import MemoryBank
@@ -67,6 +68,10 @@ class EndToEnd(Method):
     def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:
         return MoCoV1.paper_defaults(family)
 
+    @staticmethod
+    def paper_runs(family: Family) -> Sequence[PaperRun]:
+        return MoCoV1.paper_runs(family)
+
 
 class MemoryBankOptions(MethodOptions):
     """Options of the memory-bank mechanism.
@@ -122,3 +127,7 @@ class MemoryBankMechanism(Method):
     @staticmethod
     def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:
         return MoCoV1.paper_defaults(family)
+
+    @staticmethod
+    def paper_runs(family: Family) -> Sequence[PaperRun]:
+        return MoCoV1.paper_runs(family)

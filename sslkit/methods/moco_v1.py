@@ -5,13 +5,14 @@ momentum teacher, and are computed among other batch companions than the queries
 statistics cannot give the answer away.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sslkit.methods.base import Features, Method, MethodOptions, Progress, Step, Views
+from sslkit.methods.base import Features, Method, MethodOptions, PaperRun, Progress, Step, Views
 from sslkit.parts.backbone import Family
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.collectives import gather_rows
@@ -105,3 +106,7 @@ class MoCoV1(Method):
             "schedule": {"decay": "steps", "milestones": [120, 160], "per": "epoch"},
             "train": {"epochs": 200, "batch_size": 256},
         }
+
+    @staticmethod
+    def paper_runs(family: Family) -> Sequence[PaperRun]:
+        return [PaperRun({"epochs": 200}, {"schedule": {"milestones": [120, 160]}})]

@@ -4,11 +4,13 @@ MoCo v1 with three changes taken from SimCLR's design: an MLP head, stronger vie
 learning rate; the temperature rises to 0.2. The mechanism is v1's, line for line.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import Field
 from torch import nn
 
+from sslkit.methods.base import PaperRun
 from sslkit.methods.moco_v1 import MoCoV1, MoCoV1Options
 from sslkit.parts.backbone import Family
 from sslkit.parts.heads import mlp_head
@@ -42,3 +44,7 @@ class MoCoV2(MoCoV1):
             "views": {"policy": "moco_v2"},
             "schedule": {"decay": "cosine", "per": "epoch"},
         }
+
+    @staticmethod
+    def paper_runs(family: Family) -> Sequence[PaperRun]:
+        return ()  # 200 and 800 epochs have the same numbers

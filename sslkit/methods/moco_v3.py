@@ -5,12 +5,13 @@ predictor follows the projector on the query's side only, and the teacher's mome
 projection stays frozen at random, which cures the instability of their training.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from sslkit.methods.base import Features, Method, MethodOptions, Progress, Step, Views
+from sslkit.methods.base import Features, Method, MethodOptions, PaperRun, Progress, Step, Views
 from sslkit.parts.backbone import Family
 from sslkit.parts.collectives import gather_rows, rank
 from sslkit.parts.heads import batch_norm_mlp
@@ -119,3 +120,14 @@ class MoCoV3(Method):
             "schedule": {"decay": "cosine", "warmup_epochs": 40, "per": "step"},
             "train": {"epochs": 300, "batch_size": 4096},
         }
+
+    @staticmethod
+    def paper_runs(family: Family) -> Sequence[PaperRun]:
+        """ResNet's numbers by epochs: momentum, rate, decay. ViT's are the same at every length."""
+        if family != "resnet":
+            return ()
+        presets = {100: (0.99, 0.6, 1e-6), 300: (0.99, 0.3, 1e-6), 1000: (0.996, 0.3, 1.5e-6)}
+        return [
+            PaperRun({"epochs": epochs}, {"method": {"momentum": momentum}, "optim": {"lr": lr, "weight_decay": decay}})
+            for epochs, (momentum, lr, decay) in presets.items()
+        ]

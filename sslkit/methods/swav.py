@@ -6,20 +6,37 @@ Sinkhorn-Knopp; every other crop, small ones too, must predict them.
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sslkit.methods.base import Features, Method, MethodOptions, Progress, Step, Views
+from sslkit.methods.base import (
+    Features,
+    Method,
+    MethodOptions,
+    PaperRun,
+    Progress,
+    Step,
+    Views,
+    encode_in_slices,
+    local_bn_groups,
+)
 from sslkit.parts.backbone import Family
+from sslkit.parts.batchnorm import GroupStatistics, has_batch_norm
 from sslkit.parts.collectives import gather_rows, rank, world_size
 from sslkit.parts.heads import swav_head
 from sslkit.parts.losses import inner_products, sinkhorn_codes, swapped_prediction, unit_rows
 from sslkit.parts.queue import KeyQueue
 
 ASSIGNMENT_CROPS = 2
+
+
+def trimmed(queue_size: int, batch_size: int) -> int:
+    """The largest multiple of the global batch that is no more than ``queue_size``: the rows of a queue in use."""
+    return queue_size - queue_size % batch_size
 
 
 class SwAVOptions(MethodOptions):
@@ -33,8 +50,12 @@ class SwAVOptions(MethodOptions):
         epsilon: Temperature of the codes.
         sinkhorn_iterations: Rounds of normalisation.
         freeze_prototypes_steps: Updates during which prototypes stay (313 at batch 4096, 5005 at 256).
-        queue_size: Embeddings kept for small batches; 0 for none (3840 at batch 256). Used once it is full.
+        queue_size: Embeddings kept for small batches; 0 for none (3840 at batch 256). Used once it is full. Trimmed to
+            a multiple of the global batch, as in the official code.
         queue_start_epoch: When it starts to fill.
+        bn_groups: Groups of the global batch with batch statistics of their own, of backbone and projector. The official
+            scripts for batch 4096 synchronise BatchNorm within 8 GPUs of 64 images: 8 groups of 512 images. The script
+            for batch 256 synchronises all: 1 group.
     """
 
     dim: int = Field(default=128, strict=True, ge=1, le=65536)
@@ -46,12 +67,15 @@ class SwAVOptions(MethodOptions):
     freeze_prototypes_steps: int = Field(default=313, strict=True, ge=0)
     queue_size: int = Field(default=0, strict=True, ge=0)
     queue_start_epoch: float = Field(default=15.0, ge=0.0)
+    bn_groups: int = Field(default=1, strict=True, ge=1)
 
 
 class SwAV(Method):
     """Algorithm 1 of the paper, with multi-crop (views after the second are small crops) and queue."""
 
     Options = SwAVOptions
+    views = {"global": ASSIGNMENT_CROPS, "local": (0, None)}
+    groups_across_processes = True
     queue_open: Tensor
     queue_filled: Tensor
 
@@ -66,6 +90,7 @@ class SwAV(Method):
         self.register_buffer("queue_open", torch.tensor(options.queue_start_epoch == 0.0))
         self.register_buffer("queue_filled", torch.zeros((), dtype=torch.long))
         self.new_embeddings: list[Tensor] = []
+        self.bn_groups = options.bn_groups if has_batch_norm(backbone) else 1
 
     def student(self, views: Views) -> Features:
         """One pass for each run of crops of one size, so that a pass's batch statistics are of that size."""
@@ -79,7 +104,7 @@ class SwAV(Method):
         if self.training:
             self.normalise_prototypes()
         crops = len(student_features)
-        embeddings = unit_rows(self.projector(torch.cat(student_features))).chunk(crops)
+        embeddings = unit_rows(torch.cat(self.project(student_features))).chunk(crops)
         scores = [inner_products(embedding, self.prototypes.weight) for embedding in embeddings]
         codes = [self.codes(scores[crop], crop) for crop in range(ASSIGNMENT_CROPS)]
         if self.training:
@@ -87,6 +112,20 @@ class SwAV(Method):
         loss = swapped_prediction(codes, scores, self.options.temperature)
         agreement = (scores[0].argmax(dim=1) == scores[1].argmax(dim=1)).float().mean()
         return Step(loss, {"agreement": agreement})
+
+    def project(self, features: Features) -> Features:
+        """Embeddings (B, C) of each crop's features; a BN group's crops go through the projector together."""
+        if self.options.bn_groups == 1:
+            return list(self.projector(torch.cat(features)).chunk(len(features)))
+
+        def project_group(crops: Views) -> Features:
+            return list(self.projector(torch.cat(list(crops))).chunk(len(crops)))
+
+        groups = local_bn_groups(self.options.bn_groups)
+        return encode_in_slices(project_group, features, groups, statistics=GroupStatistics([self.projector]))
+
+    def batch_norm_groups(self) -> dict[str, int]:
+        return {**super().batch_norm_groups(), "projector": self.options.bn_groups}
 
     @torch.no_grad()
     def normalise_prototypes(self) -> None:
@@ -97,8 +136,9 @@ class SwAV(Method):
     def codes(self, scores: Tensor, crop: int) -> Tensor:
         """Codes (B, P) of an assignment crop's scores; a full queue's scores help to spread them."""
         batch = len(scores)
-        if self.queues and int(self.queue_filled) >= self.options.queue_size:
-            queue = self.queue(crop).keys[rank() :: world_size()]  # every process counts its share
+        size = trimmed(self.options.queue_size, batch * world_size())
+        if size and int(self.queue_filled) >= size:
+            queue = self.queue(crop).keys[:size][rank() :: world_size()]  # every process counts its share
             scores = torch.cat([inner_products(queue, self.prototypes.weight), scores])
         return sinkhorn_codes(scores, self.options.epsilon, self.options.sinkhorn_iterations)[-batch:]
 
@@ -115,7 +155,7 @@ class SwAV(Method):
     def after_update(self, progress: Progress) -> dict[str, float]:
         if self.queue_open:
             for crop, embeddings in enumerate(self.new_embeddings):
-                self.queue(crop).push(embeddings)
+                self.queue(crop).push(embeddings, trimmed(self.options.queue_size, len(embeddings)))
             self.queue_filled += len(self.new_embeddings[0]) if self.new_embeddings else 0
         self.queue_open.fill_(progress.epoch >= self.options.queue_start_epoch)
         return {}
@@ -135,3 +175,29 @@ class SwAV(Method):
             },
             "train": {"epochs": 800, "batch_size": 4096},
         }
+
+    @staticmethod
+    def paper_runs(family: Family) -> Sequence[PaperRun]:
+        """The official scripts for 64 GPUs and for 4; the rate does not follow the batch."""
+        large = {
+            "method": {"bn_groups": 8, "freeze_prototypes_steps": 313, "queue_size": 0},
+            "optim": {"lr": 4.8},
+            "schedule": {"warmup_epochs": 10, "warmup_start": 0.0625},
+        }
+        small = {
+            "method": {"bn_groups": 1, "freeze_prototypes_steps": 5005, "queue_size": 3840},
+            "optim": {"lr": 0.6},
+            "schedule": {"warmup_epochs": 0, "warmup_start": 0.0},
+        }
+        return [PaperRun({"batch_size": 4096}, large), PaperRun({"batch_size": 256}, small)]
+
+    @classmethod
+    def remark_on_batch(cls, options: SwAVOptions, batch_size: int) -> str:
+        used = trimmed(options.queue_size, batch_size)
+        if used == options.queue_size:
+            return ""
+        done = f"{used} rows are used" if used else "no queue is used"
+        return (
+            f"[method] queue_size: {options.queue_size} is not a multiple of [train] batch_size = {batch_size}; as in the "
+            f"official code it is trimmed to one, so {done}"
+        )

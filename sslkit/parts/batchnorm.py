@@ -1,33 +1,36 @@
-"""BatchNorm over the global batch, on any device.
+"""BatchNorm over the global batch, or over groups of it, on any device and any number of processes.
 
 PyTorch's SyncBatchNorm refuses CPU tensors. The papers' heads need one, and tests on CPU processes must be able to
 show that several processes equal one, so there is a plain version here; GPUs get PyTorch's own.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
+import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sslkit.parts.collectives import sum_with_gradient, world_size
+from sslkit.parts.collectives import average_tensors, processes_sharing_a_group, sum_with_gradient, world_size
 
 
 class GlobalBatchNorm(nn.Module):
-    """BatchNorm whose statistics are those of the rows of all processes together. Keeps the state-dict keys.
+    """BatchNorm whose statistics are those of the rows of several processes together. Keeps the state-dict keys.
 
     Args:
         norm: The BatchNorm to stand in for; its parameters and buffers are shared, not copied. timm's
             BatchNormAct2d keeps its dropout and activation.
+        group: The processes; None: all.
     """
 
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
 
-    def __init__(self, norm: _BatchNorm) -> None:
+    def __init__(self, norm: _BatchNorm, group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
+        self.group = group
         self.weight, self.bias = norm.weight, norm.bias
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             self.register_buffer(name, getattr(norm, name))
@@ -53,10 +56,11 @@ class GlobalBatchNorm(nn.Module):
     def _global_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         axes = [axis for axis in range(x.ndim) if axis != 1]
         x = x.double()  # as PyTorch's own CPU BatchNorm accumulates
-        count = x.numel() // x.shape[1] * world_size()
-        mean = sum_with_gradient(x.sum(dim=axes)) / count
+        processes = dist.get_world_size(self.group) if self.group is not None else world_size()
+        count = x.numel() // x.shape[1] * processes
+        mean = sum_with_gradient(x.sum(dim=axes), self.group) / count
         centred = x - mean.view(1, -1, *([1] * (x.ndim - 2)))
-        var = sum_with_gradient(centred.square().sum(dim=axes)) / count
+        var = sum_with_gradient(centred.square().sum(dim=axes), self.group) / count
         with torch.no_grad():
             momentum = 0.1 if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean.to(self.running_mean), momentum)
@@ -65,20 +69,110 @@ class GlobalBatchNorm(nn.Module):
         return mean, var
 
 
-def synchronise_batch_norm(module: nn.Module, device: torch.device, spare: Collection[str] = ()) -> nn.Module:
-    """Replace every BatchNorm in ``module`` by one over the global batch; names and parameters stay.
+def synchronise_batch_norm(
+    module: nn.Module, device: torch.device, spare: Collection[str] = (), group: dist.ProcessGroup | None = None
+) -> nn.Module:
+    """Replace every BatchNorm in ``module`` by one over the rows of several processes; names and parameters stay.
 
     Args:
         module: Changed in place.
         device: GPUs get PyTorch's own, CPUs `GlobalBatchNorm`.
         spare: Names of children to leave as they are.
+        group: The processes; None: all.
     """
     if isinstance(module, _BatchNorm):
-        return convert_sync_batchnorm(module) if device.type == "cuda" else GlobalBatchNorm(module)
+        return convert_sync_batchnorm(module, group) if device.type == "cuda" else GlobalBatchNorm(module, group)
     for name, child in list(module.named_children()):
         if name not in spare:
-            setattr(module, name, synchronise_batch_norm(child, device))
+            setattr(module, name, synchronise_batch_norm(child, device, group=group))
     return module
+
+
+def synchronise_in_groups(
+    module: nn.Module, device: torch.device, groups: Mapping[str, int], *, across_processes: bool
+) -> None:
+    """Give every BatchNorm in ``module`` the rows of the other processes that it is to be computed with.
+
+    Args:
+        module: Changed in place.
+        device: See `synchronise_batch_norm`.
+        groups: By the name of a child, into how many groups with batch statistics of their own the global batch falls;
+            for all other children it is one group.
+        across_processes: Whether a group may span processes; else each process is a group where there are more
+            processes than groups.
+    """
+    grouped = {name: count for name, count in groups.items() if count > 1 and hasattr(module, name)}
+    synchronise_batch_norm(module, device, spare=grouped)
+    if not across_processes:
+        return
+    shared = {count: processes_sharing_a_group(count) for count in dict.fromkeys(grouped.values())}
+    for name, count in grouped.items():
+        if shared[count] is not None:
+            setattr(module, name, synchronise_batch_norm(getattr(module, name), device, group=shared[count]))
+
+
+class GroupStatistics:
+    """One update of the running statistics for several groups of a batch: the mean of the groups' own updates.
+
+    Each group is passed through the network by itself. Left alone, BatchNorm would move its running statistics once for
+    every group, with an effective momentum of ``1 - (1 - m) ** groups``, and on several processes each would keep its
+    own. So every group starts from the statistics before the step, and what the groups arrive at is averaged, over
+    processes too. As an update is linear in the batch's mean and variance, this is the update by their means over the
+    groups. (In the papers' runs every GPU is a group with running statistics of its own, of which the first GPU's are
+    kept; their mean over the GPUs moves as here.)
+
+    Training itself is untouched: it normalises by batch statistics.
+
+    Args:
+        modules: Whose BatchNorm layers are in training mode during the step.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        layers = [
+            layer
+            for module in modules
+            for layer in module.modules()
+            if isinstance(layer, (_BatchNorm, GlobalBatchNorm)) and layer.training and layer.running_mean is not None
+        ]
+        # `.data`: autograd has saved these tensors and would refuse them changed, though it does not read them.
+        self.statistics = [buffer.data for layer in layers for buffer in (layer.running_mean, layer.running_var)]
+        self.counts = [layer.num_batches_tracked.data for layer in layers]
+        self.before: list[Tensor] = []
+        self.counts_before: list[Tensor] = []
+        self.sums: list[Tensor] = []
+        self.groups = 0
+
+    @torch.no_grad()
+    def start_group(self) -> None:
+        """Before a group: back to where the step began."""
+        if not self.statistics:
+            return
+        if not self.groups:
+            self.before = [tensor.clone() for tensor in self.statistics]
+            self.counts_before = [tensor.clone() for tensor in self.counts]
+        else:
+            torch._foreach_copy_(self.statistics, self.before)
+            torch._foreach_copy_(self.counts, self.counts_before)
+
+    @torch.no_grad()
+    def end_group(self) -> None:
+        """After a group: keep what it arrived at."""
+        if not self.statistics:
+            return
+        self.groups += 1
+        if self.groups == 1:
+            self.sums = [tensor.clone() for tensor in self.statistics]
+        else:
+            torch._foreach_add_(self.sums, self.statistics)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """After the last group of this process: the mean over all groups of all processes."""
+        if self.groups > 1:
+            torch._foreach_div_(self.sums, self.groups)
+        average_tensors(self.sums)
+        if self.sums:
+            torch._foreach_copy_(self.statistics, self.sums)
 
 
 def has_batch_norm(module: nn.Module) -> bool:

@@ -106,11 +106,11 @@ def _exchange(rows: Tensor, permutation: NDArray[np.int64]) -> Tensor:
 
 
 @named
-def sum_with_gradient(values: Tensor) -> Tensor:
-    """Sum a tensor over processes; the gradient of the sum reaches every process's own addend."""
+def sum_with_gradient(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum a tensor over the processes of ``group`` (None: all); the gradient reaches every process's own addend."""
     if world_size() == 1:
         return values
-    result: Tensor = _AllReduceSum.apply(values)
+    result: Tensor = _AllReduceSum.apply(values, group)
     return result
 
 
@@ -156,6 +156,31 @@ def copy_buffers_from_first(module: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
+def processes_sharing_a_group(groups: int) -> dist.ProcessGroup | None:
+    """The processes that share a batch group with this one, where ``groups`` groups span all processes.
+
+    None where a group spans all of them, or lies on one alone. Called by all processes at the same time.
+    """
+    size = world_size() // groups
+    if groups == 1 or size <= 1:
+        return None
+    own, _ = dist.new_subgroups(group_size=size)
+    return own
+
+
+@named
+@torch.no_grad()
+def average_tensors(tensors: list[Tensor]) -> None:
+    """Replace each tensor by its mean over processes, in one reduction."""
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
 @named
 @torch.no_grad()
 def average_gradients(module: nn.Module) -> None:
@@ -163,13 +188,8 @@ def average_gradients(module: nn.Module) -> None:
     if world_size() == 1:
         return
     grads = [param.grad for param in module.parameters() if param.grad is not None]
-    for dtype in {grad.dtype for grad in grads}:
-        alike = [grad for grad in grads if grad.dtype == dtype]
-        flat = torch.cat([grad.flatten() for grad in alike])
-        dist.all_reduce(flat)
-        flat /= world_size()
-        for grad, part in zip(alike, flat.split([grad.numel() for grad in alike]), strict=True):
-            grad.copy_(part.view_as(grad))
+    for dtype in dict.fromkeys(grad.dtype for grad in grads):
+        average_tensors([grad for grad in grads if grad.dtype == dtype])
 
 
 class _GatherRows(torch.autograd.Function):
@@ -198,13 +218,14 @@ class _ExchangeRows(torch.autograd.Function):
 
 class _AllReduceSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
         total = values.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         grad = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None

@@ -30,9 +30,16 @@ class KeyQueue(nn.Module):
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
-    def push(self, keys: Tensor) -> None:
-        """Overwrite the oldest rows with ``keys`` (N, C), the global batch in rank order; N may exceed K."""
-        size = self.keys.shape[0]
+    def push(self, keys: Tensor, size: int | None = None) -> None:
+        """Overwrite the oldest rows with ``keys`` (N, C), the global batch in rank order; N may exceed K.
+
+        Args:
+            keys: L2-normalised.
+            size: Use only the first so many rows of the queue; None: all. 0 keeps nothing.
+        """
+        size = self.keys.shape[0] if size is None else size
+        if not size:
+            return
         overflow = max(keys.shape[0] - size, 0)
         rows = (self.pointer + torch.arange(overflow, keys.shape[0], device=self.keys.device)) % size
         self.keys.index_copy_(0, rows, keys[overflow:].to(self.keys))

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from sslkit.parts.batchnorm import GlobalBatchNorm
 from sslkit.parts.sharding import own_part
 
 
@@ -17,6 +19,10 @@ class Teacher(nn.Module):
     Only **parameters** are averaged. BatchNorm running statistics are the teacher's own, collected by its own
     forward passes in training mode, as in the papers' code; they are never averaged.
 
+    Dropout and stochastic depth (timm's ``drop_rate``, ``drop_path_rate`` and their kin) are off in the teacher, whatever
+    the student has: the same view always has the same key. The official code of MoCo and BYOL has neither; DINO's builds
+    its teacher with ``drop_path_rate = 0``. So in training mode everything but BatchNorm is in eval mode.
+
     Args:
         student: Module to copy. The copy starts equal to it, buffers included.
     """
@@ -25,6 +31,14 @@ class Teacher(nn.Module):
         super().__init__()
         self.module = copy.deepcopy(student)
         self.module.requires_grad_(False)
+        self.train(student.training)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Set the mode. In training mode only BatchNorm trains: it normalises by the batch's own statistics."""
+        super().train(mode)
+        for layer in self.module.modules():
+            layer.training = mode and isinstance(layer, (_BatchNorm, GlobalBatchNorm))
+        return self
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:

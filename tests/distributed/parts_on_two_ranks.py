@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sslkit.engine.encoders import encoders_of
-from sslkit.engine.run import BACKBONES, build_method
+from sslkit.engine.run import build_method
 from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.evaluate.features import fingerprint
 from sslkit.methods import Method, Progress, base, mechanisms, moco_v1, moco_v3, simclr
 from sslkit.parts import bank, collectives, losses
-from sslkit.parts.batchnorm import synchronise_batch_norm
+from sslkit.parts.batchnorm import synchronise_batch_norm, synchronise_in_groups
 from sslkit.parts.collectives import exchange_rows, gather_rows, mean_over_processes, rank, sum_with_gradient
 from sslkit.parts.losses import info_nce_in_batch
 from sslkit.parts.sharding import shard
@@ -135,10 +135,12 @@ def views_of(method: Method, step: int) -> list[Tensor]:
 
 
 def train_five_steps(method: Method, part: Callable[[Tensor], Tensor], *, wrap: bool, micro: int) -> list[Tensor]:
-    """Losses of the global batch and final parameters, with whole batches or a rank's part of them."""
+    """Losses of the global batch, final parameters and running statistics, of whole batches or a rank's part."""
     torch.manual_seed(0)
     if wrap:
-        synchronise_batch_norm(method, CPU, spare=BACKBONES if method.bn_groups > 1 else ())
+        synchronise_in_groups(
+            method, CPU, method.batch_norm_groups(), across_processes=method.groups_across_processes
+        )
     wrapped: nn.Module = DistributedDataParallel(method, broadcast_buffers=False) if wrap else method
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
     losses = []
@@ -156,7 +158,7 @@ def train_five_steps(method: Method, part: Callable[[Tensor], Tensor], *, wrap: 
         optimizer.zero_grad()
         method.after_update(Progress(step + 1, 10))
         losses.append(mean_over_processes(result.loss) if wrap else result.loss.detach())
-    state = [value for key, value in method.state_dict().items() if "running" not in key and value.is_floating_point()]
+    state = [value for value in method.state_dict().values() if value.is_floating_point()]
     return [torch.stack(losses), *state]
 
 
@@ -171,6 +173,8 @@ TRAININGS: dict[str, tuple[str, str, dict[str, object], int]] = {
     "simclr_resnet": ("simclr", "test_resnet", {}, 0),
     "simclr_vit": ("simclr", "test_vit", {}, 0),
     "byol_resnet": ("byol", "test_resnet", {}, 0),
+    "v2_of_four_groups": ("moco_v2", "test_resnet", {"bn_groups": 4}, 0),
+    "swav_of_four_groups": ("swav", "test_resnet", {"bn_groups": 4}, 0),
     "swav_resnet": ("swav", "test_resnet", {"queue_size": 16, "queue_start_epoch": 0.0}, 0),
     "instdisc_vit": ("instdisc", "test_vit", {}, 0),
     "softmax_vit": ("instdisc", "test_vit", {"loss": "softmax"}, 0),

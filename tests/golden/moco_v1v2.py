@@ -3,7 +3,7 @@
 Conventions: student and teacher are ``nn.ModuleDict`` with entries ``backbone`` and ``head``, so state dicts
 have the prefixes ``backbone.`` and ``head.``. Both run in train mode. A batch is split into ``groups`` equal
 contiguous slices and the network is called once per slice, in order: BN normalises with the statistics of the
-slice, and its running statistics (and ``num_batches_tracked``) move once per slice.
+slice; its running statistics (and ``num_batches_tracked``) move once, by the mean over the slices.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .common import one_update_of_statistics
 from .formulas import l2_rows, moco_logits_loss
 
 
@@ -55,9 +56,10 @@ def grouped_forward(net: nn.ModuleDict, x: Tensor, groups: int) -> Tensor:
     if rest:
         raise ValueError(f"batch {x.shape[0]} does not divide into {groups} groups")
     outputs = []
-    for g in range(groups):
-        part = x[g * size : (g + 1) * size]
-        outputs.append(net["head"](net["backbone"](part)))
+    with one_update_of_statistics(net, groups):
+        for g in range(groups):
+            part = x[g * size : (g + 1) * size]
+            outputs.append(net["head"](net["backbone"](part)))
     return torch.cat(outputs)
 
 

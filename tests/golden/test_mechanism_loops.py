@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import byol, instdisc, mechanisms, simclr, swav
+from .common import one_update_of_statistics
 from .formulas import ema_closed_form
 from .moco_v1v2 import train_moco
 from .test_loops import BATCH, SLOTS, STEPS, params, sgd, trunk
@@ -48,14 +49,17 @@ def run_symmetric(
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_groups_are_separate_calls(groups: int) -> None:
-    """Shuffled and restored features equal one call per slice, and their BN buffers too."""
+    """Shuffled and restored features equal one call per slice; their BN buffers are the mean of as many GPUs'."""
     net = nn.ModuleDict({"backbone": trunk(), "projector": linear()}).train()
-    reference = copy.deepcopy(net)
+    gpus = [copy.deepcopy(net) for _ in range(groups)]
     x, order = VIEWS[0][0], PERMUTATIONS[0]
     out = mechanisms.embed(net, x, groups, order)
-    parts = [reference["projector"](reference["backbone"](part)) for part in x[order].chunk(groups)]
+    slices = x[order].chunk(groups)
+    parts = [gpu["projector"](gpu["backbone"](part)) for gpu, part in zip(gpus, slices, strict=True)]
     torch.testing.assert_close(out, torch.cat(parts)[order.argsort()], rtol=0, atol=1e-14)
-    close(net.state_dict(), reference.state_dict())
+    states = [gpu.state_dict() for gpu in gpus]
+    mean = {key: (sum(state[key] for state in states) / groups).to(value.dtype) for key, value in states[0].items()}
+    close(net.state_dict(), mean)
     torch.testing.assert_close(mechanisms.embed(net, x, 1, order), mechanisms.embed(net, x, 1), rtol=0, atol=1e-12)
 
 
@@ -67,14 +71,16 @@ def test_end_to_end_loop(groups: int) -> None:
 
     def loss(step: int) -> Tensor:
         (x_q, x_k), order = VIEWS[step], PERMUTATIONS[step]
-        q = nn.functional.normalize(torch.cat([net(part) for part in x_q.chunk(groups)]))
-        k = nn.functional.normalize(torch.cat([net(part) for part in x_k[order].chunk(groups)]))[order.argsort()]
+        with one_update_of_statistics(net, groups):
+            q = nn.functional.normalize(torch.cat([net(part) for part in x_q.chunk(groups)]))
+        with one_update_of_statistics(net, groups):
+            k = nn.functional.normalize(torch.cat([net(part) for part in x_k[order].chunk(groups)]))[order.argsort()]
         return nn.functional.cross_entropy(q @ k.T / 0.2, torch.arange(BATCH))
 
     assert run.losses == pytest.approx(torch_loop(net, loss), rel=1e-10)
     close(run.student, net[0].state_dict(), "backbone.")
     close(run.student, net[1].state_dict(), "projector.")
-    assert run.student["backbone.1.num_batches_tracked"].item() == 2 * groups * STEPS
+    assert run.student["backbone.1.num_batches_tracked"].item() == 2 * STEPS
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -131,7 +137,7 @@ def test_symmetric_teacher_and_queue() -> None:
     expected = ema_closed_form(trunk().state_dict()["0.weight"], trajectory, 0.9)
     torch.testing.assert_close(run.teacher[name], expected, rtol=0, atol=1e-14)
     assert run.queue.norm(dim=0).tolist() == pytest.approx([1.0] * SLOTS, abs=1e-12)
-    assert run.teacher["backbone.1.num_batches_tracked"].item() == 4 * STEPS
+    assert run.teacher["backbone.1.num_batches_tracked"].item() == 2 * STEPS
     copied = run_symmetric(m=0.0)
     for key, value in params(copied.teacher).items():
         assert torch.equal(value, copied.student[key])
