@@ -13,7 +13,7 @@ from sslkit.data.folder import printable, to_text
 from sslkit.data.source import ImageSource
 from sslkit.durable import refuse_links, replace_text
 from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
-from sslkit.engine.images import DATA, IMAGES, same_images, write_images
+from sslkit.engine.images import DATA, IMAGES, images_digest, same_images, write_images
 from sslkit.engine.lines import read_lines
 from sslkit.engine.lock import LOCK, PROBE, prepare_folder
 from sslkit.engine.stopping import remove_marker
@@ -88,8 +88,7 @@ def check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
         before = read_tables(saved)
     except UserError as error:
         raise UserError(f"{error}, so this run cannot be continued") from error
-    changed = [line for line in changes(with_defaults(before), recipe.as_tables()) if not line.startswith(FREE_KEYS)]
-    if changed:
+    if changed := _changed(before, recipe):
         raise UserError(
             f"--output {folder}: holds a run of another recipe; choose another folder or undo: {_in_short(changed)}"
         )
@@ -103,6 +102,11 @@ def _not_of_a_first_start(folder: Path) -> list[str]:
         others.remove(checkpoints)
         others += [entry for entry in checkpoints.iterdir() if not (entry.is_file() and entry.name == PROBE)]
     return sorted(str(entry.relative_to(folder)) for entry in others if entry.exists())
+
+
+def _changed(before: dict[str, Any], recipe: Recipe) -> list[str]:
+    """The keys in which a recipe differs from that of an earlier start, but for those that are free to change."""
+    return [line for line in changes(with_defaults(before), recipe.as_tables()) if not line.startswith(FREE_KEYS)]
 
 
 def _in_short(lines: list[str]) -> str:
@@ -154,7 +158,10 @@ def look_into(folder: Path, recipe: Recipe, resume: str, source: ImageSource) ->
 def find_checkpoint(folder: Path, recipe: Recipe, resume: str) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint to continue from, if any, and a sentence for each broken one passed over."""
     if resume in ("auto", "never"):
-        return newest_checkpoint(folder / "checkpoints")
+        newest, broken = newest_checkpoint(folder / "checkpoints")
+        if newest is not None:
+            check_own(newest, folder, recipe)
+        return newest, broken
     path = Path(resume)
     complaints: list[str] = []
     if (path / "manifest.json").is_file():
@@ -170,6 +177,21 @@ def find_checkpoint(folder: Path, recipe: Recipe, resume: str) -> tuple[Checkpoi
     if unfit:
         raise UserError(f"--resume {resume}: was trained by another recipe, which must agree in: {_in_short(unfit)}")
     return checkpoint, complaints
+
+
+def check_own(checkpoint: Checkpoint, folder: Path, recipe: Recipe) -> None:
+    """See that a checkpoint in a run folder was saved by this run, and not by another from which it was copied.
+
+    Raises:
+        UserError: It was not; names the keys of the recipe that differ.
+    """
+    check_plain(checkpoint.state["recipe"], f"{checkpoint.folder}: its recipe:")
+    cure = "move it away to continue from the one before it, or train from it in another folder by --resume"
+    if changed := _changed(checkpoint.state["recipe"], recipe):
+        raise UserError(f"{checkpoint.folder}: was saved by a run of another recipe: {_in_short(changed)}; {cure}")
+    images = checkpoint.state.get("images")
+    if images and (ours := images_digest(folder)) and images != ours:
+        raise UserError(f"{checkpoint.folder}: was saved by a run on other images; {cure}")
 
 
 def open_folder(folder: Path, recipe: Recipe, accelerator: Accelerator, source: ImageSource) -> None:

@@ -159,6 +159,14 @@ def write_images(folder: Path, source: ImageSource) -> None:
     replace_text(folder / DATA, json.dumps(fields) + "\n")
 
 
+def images_digest(folder: Path) -> str:
+    """The sum of the images' names that a run folder has written down; empty if it has none."""
+    try:
+        return str(json.loads((folder / DATA).read_text(encoding="utf-8"))["names_sha256"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
+
+
 def _as_it_was(folder: Path, source: ImageSource, max_share: float) -> tuple[ImageSource, list[str]] | None:
     """The source by the names that were written down, if they were and all lie below a folder."""
     try:

@@ -21,7 +21,7 @@ from sslkit.engine.agreement import all_or_none, compare_facts
 from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, restore
 from sslkit.engine.diagnostics import Diagnostics
 from sslkit.engine.encoders import BACKBONES, compile_backbones, encoders_of
-from sslkit.engine.folder import FREE_KEYS, Run, check_folder, look_into, open_folder
+from sslkit.engine.folder import FREE_KEYS, Run, check_folder, check_own, look_into, open_folder
 from sslkit.engine.guard import BadStepError, Course, RewindError
 from sslkit.engine.heartbeat import Heartbeat, is_others_fault
 from sslkit.engine.images import BadSamples
@@ -165,7 +165,7 @@ def _run_through(
 
 def _restore_scaler(accelerator: Accelerator, checkpoint: Checkpoint) -> None:
     """The loss scale, where there is one now and was one then."""
-    if accelerator.scaler is not None and (state := checkpoint.state["scaler"]):
+    if accelerator.scaler is not None and (state := checkpoint.state.get("scaler")):
         accelerator.scaler.load_state_dict(state)
 
 
@@ -177,6 +177,7 @@ def _go_back(training: Training, source: ImageSource, journal: Journal, why: str
     checkpoint, _ = newest_checkpoint(training.folder / "checkpoints")
     if checkpoint is None:
         raise BadStepError(f"{why}; there is no checkpoint yet to go back to")
+    check_own(checkpoint, training.folder, training.recipe)
     restore(checkpoint, training.method, training.optimizer.optimizer)
     _restore_scaler(training.accelerator, checkpoint)
     course = replace(
