@@ -164,7 +164,7 @@ def refuse_links(run: Path) -> None:
                 raise UserError(
                     f"{entry}: is a link; a run's files must lie in its folder (a link to the whole is fine)"
                 )
-            if not (entry.is_file() or entry.is_dir()):
+            if not (entry.is_file() or entry.is_dir()) and os.path.lexists(entry):  # it may just have been removed
                 raise UserError(f"{entry}: is a pipe, a socket or a device; a run has files and folders only")
 
 

@@ -19,8 +19,8 @@ from sslkit.data.views import ViewPipeline, normalise
 from sslkit.engine.clock import StepClock
 from sslkit.engine.loop import forward_and_backward, gradient_norm, prepare_gradients, update, vote
 from sslkit.engine.optim import learning_rate, set_learning_rate
-from sslkit.engine.processes import make_accelerator, processes_here
-from sslkit.engine.run import assemble, build_method, check_batch, steps_per_epoch, workers_of
+from sslkit.engine.processes import make_accelerator, processes_here, workers_of
+from sslkit.engine.run import assemble, build_method, check_batch, steps_per_epoch
 from sslkit.engine.training import Training
 from sslkit.parts.collectives import max_over_processes
 from sslkit.recipe import Recipe

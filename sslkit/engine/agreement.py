@@ -2,16 +2,37 @@
 
 import hashlib
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sslkit.errors import RunError
-from sslkit.parts.collectives import gather_rows, world_size
+from sslkit.errors import RunError, UserError
+from sslkit.parts.collectives import gather_objects, gather_rows, world_size
+
+Result = TypeVar("Result")
 
 CHUNK = 1 << 22  # words summed at a time, so that a memory bank needs no copy of its size
+
+
+def all_or_none(work: Callable[[], Result]) -> Result:
+    """Do something on every process; what one of them refuses, all refuse, and none waits for it in vain.
+
+    Raises:
+        UserError: Of the first process that had one.
+    """
+    result: Result
+    refusal = None
+    try:
+        result = work()
+    except UserError as error:
+        refusal = str(error)
+    for sentence in gather_objects(refusal):
+        if sentence is not None:
+            raise UserError(sentence)
+    return result
 
 
 def compare_facts(facts: dict[str, Any], device: torch.device) -> None:

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from sslkit.engine.checks import GROUP, check_optimizer, check_state, check_weights
 from sslkit.engine.optim import begin_momenta
-from sslkit.engine.retention import NAME
+from sslkit.engine.retention import NAME, by_step
 from sslkit.errors import UserError
 from sslkit.parts.sharding import in_parts_like
 
@@ -41,12 +41,14 @@ class Checkpoint:
         model: The method's state dict.
         optimizer: Tensors by ``parameter name/key``.
         state: What else the run needs: optimizer scalars, loss scale, and the recipe it was trained by.
+        folder: Where it lies; None: nowhere.
     """
 
     step: int
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
+    folder: Path | None = None
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -59,7 +61,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         UserError: There are checkpoints and all are broken.
     """
     complaints: list[str] = []
-    candidates = sorted(folder.glob("step-*"), reverse=True)
+    candidates = by_step(folder.glob("step-*"))[::-1]
     for candidate in candidates:
         try:
             return read_checkpoint(candidate), complaints
@@ -95,7 +97,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     named = NAME.fullmatch(folder.name)
     if named and int(named[1]) != state["step"]:
         raise UserError(f"{folder}: is of step {state['step']}, as its state.json says, and not of the one in its name")
-    return Checkpoint(state["step"], model, optimizer, state)
+    return Checkpoint(state["step"], model, optimizer, state, folder)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -135,17 +137,15 @@ def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> 
     Raises:
         UserError: They were built from another recipe, or no run saved this.
     """
-    check_weights(checkpoint.model)
-    try:
-        held = method.state_dict()
-        method.load_state_dict(
-            {name: in_parts_like(held.get(name, value), value) for name, value in checkpoint.model.items()}
-        )
-    except RuntimeError as error:
-        last = str(error).splitlines()[-1][:300]
-        raise UserError(f"the checkpoint's weights do not fit this recipe: {last}") from error
+    held = method.state_dict()
     scalars = checkpoint.state["optimizer"]
-    check_optimizer(checkpoint.optimizer, scalars, method, optimizer)
+    try:
+        check_weights(checkpoint.model, held)
+        check_optimizer(checkpoint.optimizer, checkpoint.state, method, optimizer)
+    except UserError as error:
+        where = f"{checkpoint.folder}: " if checkpoint.folder else ""
+        raise UserError(f"{where}{error}; move the checkpoint away to continue from the one before it") from error
+    method.load_state_dict({name: in_parts_like(held[name], value) for name, value in checkpoint.model.items()})
     fused = bool(optimizer.defaults.get("fused"))
     tensors: dict[str, dict[str, Any]] = {}
     for key, tensor in checkpoint.optimizer.items():
@@ -188,3 +188,10 @@ def flatten_optimizer(method: nn.Module, optimizer: Optimizer) -> tuple[dict[str
     for index, group in enumerate(optimizer.param_groups):
         tensors |= {f"{GROUP}{index}/{slot}": value for slot, value in group.items() if isinstance(value, Tensor)}
     return tensors, scalars
+
+
+def without_state(method: nn.Module, optimizer: Optimizer) -> list[str]:
+    """The trained parameters of which the optimizer remembers nothing, as they have had no gradient yet."""
+    held = {param for group in optimizer.param_groups for param in group["params"]}
+    known = {param for param, slots in optimizer.state.items() if any(value is not None for value in slots.values())}
+    return [name for name, param in method.named_parameters() if param in held - known]

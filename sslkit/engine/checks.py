@@ -39,17 +39,35 @@ def check_state(state: Any) -> None:
         for slot, value in scalars.items():
             if slot != "step" or not is_finite(value) or value < 0:
                 raise UserError(f"optimizer {slot:.50} of {name:.100} cannot be {value!r:.50}")
+    without = state.get("without_state", [])
+    if not isinstance(without, list) or not all(isinstance(name, str) for name in without):
+        raise UserError(f"without_state must be a list of parameters, not {without!r:.50}")
+    if not isinstance(state.get("images", ""), str):
+        raise UserError(f"images must be a sum of their names, not {state['images']!r:.50}")
     _check_scaler(state.get("scaler", {}))
     Course.from_json(state.get("course", {}))
 
 
-def check_weights(model: Mapping[str, Tensor]) -> None:
-    """See that whole numbers among the weights are counts: places in a queue, draws, batches.
+def check_weights(model: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
+    """See that weights have the names, shapes and dtypes of a recipe's, and that whole numbers are counts.
+
+    Args:
+        model: Of a checkpoint.
+        held: The state dict that they are for.
 
     Raises:
-        UserError: One is not; names it.
+        UserError: They are not; names the tensor, what it is and what it should be.
     """
+    for name, ours in held.items():
+        if name not in model:
+            raise UserError(f"the checkpoint's weights do not fit this recipe: {name} ({_kind(ours)}) is missing")
+        if _kind(model[name]) != _kind(ours):
+            raise UserError(
+                f"the checkpoint's weights do not fit this recipe: {name} is {_kind(model[name])}, not {_kind(ours)}"
+            )
     for name, tensor in model.items():
+        if name not in held:
+            raise UserError(f"the checkpoint's weights do not fit this recipe, which has no {name:.100}")
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             continue
         numbers = tensor.double()
@@ -57,24 +75,29 @@ def check_weights(model: Mapping[str, Tensor]) -> None:
             raise UserError(f"the checkpoint's {name:.100} has numbers that count nothing")
 
 
+def _kind(tensor: Tensor) -> str:
+    """Dtype and shape, such as ``float32 (3, 4)``."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
 def check_optimizer(
-    tensors: Mapping[str, Tensor], scalars: Mapping[str, Mapping[str, Any]], method: nn.Module, optimizer: Optimizer
+    tensors: Mapping[str, Tensor], state: Mapping[str, Any], method: nn.Module, optimizer: Optimizer
 ) -> None:
-    """See that an optimizer's state is of this optimizer, and of these parameters.
+    """See that an optimizer's state is of this optimizer and of these parameters, and that none of it is missing.
 
     Args:
         tensors: By ``parameter/slot`` or ``group/slot``.
-        scalars: By parameter, then slot.
+        state: Of ``state.json``: plain numbers by parameter, then slot, and which parameters had no state.
         method: Whose parameters they are.
         optimizer: Which takes them.
 
     Raises:
-        UserError: Something is of neither, or of another shape; names it.
+        UserError: Something is of neither, missing, or of another shape; names it.
     """
     held = {param for group in optimizer.param_groups for param in group["params"]}
     params = {name: param for name, param in method.named_parameters() if param in held}
     slots = SLOTS[type(optimizer).__name__]
-    found: dict[str, set[str]] = {name: set(of_it) for name, of_it in scalars.items()}
+    found: dict[str, set[str]] = {name: set(of_it) for name, of_it in state["optimizer"].items()}
     for key, tensor in tensors.items():
         name, _, slot = key.rpartition("/")
         if name.startswith(GROUP):
@@ -89,6 +112,36 @@ def check_optimizer(
                 f"the checkpoint's optimizer has {', '.join(sorted(its_slots)):.100} of {name!r:.100}; this recipe's "
                 f"has {', '.join(slots)} of each parameter that is trained"
             )
+    _check_nothing_is_missing(set(found), tensors, state, params, optimizer)
+
+
+def _check_nothing_is_missing(
+    found: set[str],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    params: Mapping[str, nn.Parameter],
+    optimizer: Optimizer,
+) -> None:
+    slots = ", ".join(SLOTS[type(optimizer).__name__])
+    for name in params:
+        if name not in found and not _may_be_missing(name, state, optimizer, nothing=not found):
+            raise UserError(f"the checkpoint's optimizer has no {slots} of {name!r:.100}, which it needs")
+    if type(optimizer).__name__ == "Lamb":
+        ids = {id(params[name]) for name in found}
+        for index, group in enumerate(optimizer.param_groups):
+            if f"{GROUP}{index}/step" not in tensors and not ids.isdisjoint(map(id, group["params"])):
+                raise UserError(f"the checkpoint's optimizer has no count of steps of {GROUP}{index}, which it needs")
+
+
+def _may_be_missing(name: str, state: Mapping[str, Any], optimizer: Optimizer, *, nothing: bool) -> bool:
+    """Whether a parameter need not have a state: it had no gradient yet when the checkpoint was saved.
+
+    Earlier versions did not write down which; of their checkpoints only one without any state is incomplete.
+    """
+    if "without_state" in state:
+        return name in state["without_state"]
+    untouched = not state["step"] or bool(state.get("scaler"))  # a gradient scaler may have skipped all steps
+    return not nothing or untouched or not any(group.get("momentum", 1.0) for group in optimizer.param_groups)
 
 
 def _is_whole(value: Any) -> bool:

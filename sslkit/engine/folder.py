@@ -9,15 +9,24 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from sslkit.data.folder import printable, to_text
 from sslkit.data.source import ImageSource
-from sslkit.durable import refuse_links
+from sslkit.durable import refuse_links, replace_text
 from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
-from sslkit.engine.images import write_images
+from sslkit.engine.images import DATA, IMAGES, images_digest, same_images, write_images
 from sslkit.engine.lines import read_lines
+from sslkit.engine.lock import LOCK, PROBE, prepare_folder
+from sslkit.engine.stopping import remove_marker
 from sslkit.errors import UserError
 from sslkit.recipe import Recipe, build_recipe, changes, read_tables
 from sslkit.recipe_tables import check_plain
 
+# What a first start writes before the recipe: whole, and aside; an earlier version wrote the recipe as .recipe.tmp.
+FIRST_FILES = (
+    *(LOCK, PROBE, ".recipe.tmp"),
+    *(DATA, IMAGES),
+    *(f".{name}.tmp" for name in (DATA, IMAGES, "recipe.toml")),
+)
 NAMED = 20  # differences that a sentence names
 # Keys that do not change what is learned; a run may be continued with others.
 FREE_KEYS = (
@@ -51,7 +60,10 @@ class Run:
 
 
 def check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
-    """Refuse a folder that is not ours to write to, before anything is written."""
+    """Refuse a folder that is not ours to write to, before anything is written.
+
+    A run begins with its ``recipe.toml``. A folder that holds only what a start writes before it counts as empty.
+    """
     try:
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         filled = folder.exists() and any(folder.iterdir())
@@ -62,20 +74,39 @@ def check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
     if not filled:
         return
     refuse_links(folder)
-    saved = folder / "recipe.toml"
-    if not saved.is_file():
-        raise UserError(f"--output {folder}: holds something that is not a run; choose a new or empty folder")
+    saved, others = folder / "recipe.toml", _not_of_a_first_start(folder)
+    if not saved.is_file():  # asked last, as another start may be writing it
+        if others:
+            raise UserError(
+                f"--output {folder}: holds something that is not a run, such as {printable(to_text(others[0]))}; "
+                "choose a new or empty folder"
+            )
+        return
     if resume == "never":
         raise UserError(f"--output {folder}: already holds a run; --resume never needs a new or empty folder")
     try:
         before = read_tables(saved)
     except UserError as error:
         raise UserError(f"{error}, so this run cannot be continued") from error
-    changed = [line for line in changes(with_defaults(before), recipe.as_tables()) if not line.startswith(FREE_KEYS)]
-    if changed:
+    if changed := _changed(before, recipe):
         raise UserError(
             f"--output {folder}: holds a run of another recipe; choose another folder or undo: {_in_short(changed)}"
         )
+
+
+def _not_of_a_first_start(folder: Path) -> list[str]:
+    """What lies in a folder without a recipe beside what a first start writes, which may have been killed at it."""
+    checkpoints = folder / "checkpoints"
+    others = [entry for entry in folder.iterdir() if not (entry.is_file() and entry.name in FIRST_FILES)]
+    if checkpoints in others and checkpoints.is_dir():
+        others.remove(checkpoints)
+        others += [entry for entry in checkpoints.iterdir() if not (entry.is_file() and entry.name == PROBE)]
+    return sorted(str(entry.relative_to(folder)) for entry in others if entry.exists())
+
+
+def _changed(before: dict[str, Any], recipe: Recipe) -> list[str]:
+    """The keys in which a recipe differs from that of an earlier start, but for those that are free to change."""
+    return [line for line in changes(with_defaults(before), recipe.as_tables()) if not line.startswith(FREE_KEYS)]
 
 
 def _in_short(lines: list[str]) -> str:
@@ -91,10 +122,46 @@ def with_defaults(tables: dict[str, Any]) -> dict[str, Any]:
         return tables
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a start found in its folder.
+
+    Attributes:
+        source: The images to train on: those the run began with, if there is one.
+        checkpoint: What to continue from; None: from the start.
+        remarks: What the user should know of it.
+    """
+
+    source: ImageSource
+    checkpoint: Checkpoint | None
+    remarks: list[str]
+
+
+def look_into(folder: Path, recipe: Recipe, resume: str, source: ImageSource) -> Found:
+    """Look at all in a folder that decides how a start goes on; it must be held, so that no other run changes it.
+
+    Args:
+        folder: Run folder.
+        recipe: What to train.
+        resume: See `sslkit.engine.run.train`.
+        source: The images that are there now.
+
+    Raises:
+        UserError: The folder is not ours to write to, or what it holds cannot be continued so.
+    """
+    check_folder(folder, recipe, resume)
+    source, remarks = same_images(folder, source, recipe.data.max_bad_share)
+    checkpoint, complaints = find_checkpoint(folder, recipe, resume)
+    return Found(source, checkpoint, [*remarks, *complaints])
+
+
 def find_checkpoint(folder: Path, recipe: Recipe, resume: str) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint to continue from, if any, and a sentence for each broken one passed over."""
     if resume in ("auto", "never"):
-        return newest_checkpoint(folder / "checkpoints")
+        newest, broken = newest_checkpoint(folder / "checkpoints")
+        if newest is not None:
+            check_own(newest, folder, recipe)
+        return newest, broken
     path = Path(resume)
     complaints: list[str] = []
     if (path / "manifest.json").is_file():
@@ -112,17 +179,37 @@ def find_checkpoint(folder: Path, recipe: Recipe, resume: str) -> tuple[Checkpoi
     return checkpoint, complaints
 
 
+def check_own(checkpoint: Checkpoint, folder: Path, recipe: Recipe) -> None:
+    """See that a checkpoint in a run folder was saved by this run, and not by another from which it was copied.
+
+    Raises:
+        UserError: It was not; names the keys of the recipe that differ.
+    """
+    check_plain(checkpoint.state["recipe"], f"{checkpoint.folder}: its recipe:")
+    cure = "move it away to continue from the one before it, or train from it in another folder by --resume"
+    if changed := _changed(checkpoint.state["recipe"], recipe):
+        raise UserError(f"{checkpoint.folder}: was saved by a run of another recipe: {_in_short(changed)}; {cure}")
+    images = checkpoint.state.get("images")
+    if images and (ours := images_digest(folder)) and images != ours:
+        raise UserError(f"{checkpoint.folder}: was saved by a run on other images; {cure}")
+
+
 def open_folder(folder: Path, recipe: Recipe, accelerator: Accelerator, source: ImageSource) -> None:
-    """Create the run folder and write its recipe and which images it is of, whole or not at all."""
+    """Make a held folder the recipe's run, or see that it still is; the first process does.
+
+    Raises:
+        UserError: It cannot be written to.
+    """
+    if not accelerator.is_main_process:
+        return
+    prepare_folder(folder)
     versions = {name: importlib.metadata.version(name) for name in ("sslkit", "torch", "timm", "accelerate")}
     header = "".join(f"# {name} {version}\n" for name, version in versions.items())
     header += f"# Python {platform.python_version()}, {platform.platform()}\n"
     header += f"# processes {accelerator.num_processes}, {accelerator.device.type}\n"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / ".recipe.tmp"
-        aside.write_text(f"{header}\n{recipe.to_toml()}", encoding="utf-8")
         write_images(folder, source)
-        aside.replace(folder / "recipe.toml")
+        replace_text(folder / "recipe.toml", f"{header}\n{recipe.to_toml()}")  # last: with it the folder is a run
+        remove_marker(folder)
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be written to: {error}") from error

@@ -16,11 +16,12 @@ from sslkit.data.folder import printable, table_of
 from sslkit.data.loader import Batch
 from sslkit.data.source import ImageSource
 from sslkit.data.streaming import StreamedRows
-from sslkit.durable import replace_file, replace_text
+from sslkit.durable import remove, replace_file, replace_text
 from sslkit.engine.lines import Lines, keep_until, read_lines, step_of
 from sslkit.errors import UserError
 from sslkit.parts.collectives import gather_objects
 
+DATA = "data.json"  # in the run folder: how many images it is of, and sums of them
 IMAGES = "images.parquet"  # in the run folder: the names of its images, in order
 SAMPLED = 64  # images whose content is remembered
 FEW = 4  # of a stream
@@ -37,7 +38,7 @@ class BadSamples:
         folder: Run folder.
         source: Images of the run.
         max_share: Share of them, rounded up to whole images, that may be bad.
-        start_step: Lines of later steps, left by a run that was killed, are dropped.
+        start_step: Lines of later steps, left by a run that was killed, do not count.
         active: Whether this process writes.
 
     Raises:
@@ -48,8 +49,6 @@ class BadSamples:
         self.file, self.source, self.active = folder / "bad_samples.jsonl", source, active
         self.lines = Lines(self.file, lambda sentence: print(f"sslkit: {sentence}", file=sys.stderr))
         self.max_share, self.allowed = max_share, math.ceil(max_share * len(source))
-        if active:
-            keep_until(self.file, start_step)
         written = [
             line
             for line in read_lines(self.file)
@@ -61,6 +60,11 @@ class BadSamples:
         # The folder may be on the first process's machine only.
         self.known = {line["index"]: line for lines in gather_objects(written) for line in lines}
         self._check()
+
+    def drop_later(self, step: int) -> None:
+        """Remove the lines of steps after ``step`` from the file; they are not among the known ones."""
+        if self.active:
+            keep_until(self.file, step)
 
     def new_in(self, batch: Batch) -> int:
         """How many of this process's bad images are not known yet."""
@@ -112,8 +116,8 @@ def same_images(folder: Path, source: ImageSource, max_share: float) -> tuple[Im
     Raises:
         UserError: They are others, or too many are gone.
     """
-    file = folder / "data.json"
-    if not file.is_file():
+    file = folder / DATA
+    if not file.is_file() or not (folder / "recipe.toml").is_file():  # the recipe is written last
         return source, []
     try:
         if file.stat().st_size > MAX_BYTES:
@@ -140,8 +144,10 @@ def same_images(folder: Path, source: ImageSource, max_share: float) -> tuple[Im
 
 def write_images(folder: Path, source: ImageSource) -> None:
     """Write down which images a run begins with, for `same_images`: their names, and what some of them hold."""
-    if (folder / "data.json").is_file():
+    if (folder / DATA).is_file() and (folder / "recipe.toml").is_file():
         return
+    for left in (DATA, IMAGES):  # by a start that ended before it was a run
+        remove(folder / left)
     if source.root:
         stream = pa.BufferOutputStream()
         parquet.write_table(pa.table({"name": _names(source)}), stream, compression="zstd")
@@ -150,7 +156,15 @@ def write_images(folder: Path, source: ImageSource) -> None:
     chosen = sorted({index * len(source) // sampled for index in range(sampled)} & set(range(len(source))))
     content = {str(index): total for index in chosen if (total := _content(source, index))}
     fields = {"images": len(source), "names_sha256": source.names_digest(), "content": content}
-    replace_text(folder / "data.json", json.dumps(fields) + "\n")
+    replace_text(folder / DATA, json.dumps(fields) + "\n")
+
+
+def images_digest(folder: Path) -> str:
+    """The sum of the images' names that a run folder has written down; empty if it has none."""
+    try:
+        return str(json.loads((folder / DATA).read_text(encoding="utf-8"))["names_sha256"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
 
 
 def _as_it_was(folder: Path, source: ImageSource, max_share: float) -> tuple[ImageSource, list[str]] | None:

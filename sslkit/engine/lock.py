@@ -2,23 +2,25 @@
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sslkit.durable import sweep, write_file
 from sslkit.errors import UserError
 
-LOCK = ".lock"
+LOCK, PROBE = ".lock", ".probe.tmp"
+ATTEMPTS = 100  # at opening the lock while others remove the folder
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
 def hold_folder(folder: Path, *, active: bool = True) -> Iterator[list[str]]:
-    """Create a run folder, hold its lock, see that it can be written to, and sweep what a killed run left aside.
+    """Create a run folder and hold its lock. Folders that were made for it and are still empty go on leaving.
 
     The lock is the kernel's, on ``.lock``: it goes with the process, however that ends, and is not inherited by data
     workers. Process and host stand in the file for whoever finds it taken. Over NFS it holds between hosts.
@@ -36,32 +38,61 @@ def hold_folder(folder: Path, *, active: bool = True) -> Iterator[list[str]]:
     if not active:
         yield []
         return
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    descriptor = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         descriptor, said = _take(folder)
-    except OSError as error:
-        raise UserError(f"--output {folder}: cannot be written to: {error.strerror}") from error
-    try:
-        _prepare(folder)
         yield said
     finally:
-        (folder / LOCK).unlink(missing_ok=True)  # before it is released, else it could be another's
-        os.close(descriptor)
+        with suppress(OSError):
+            if descriptor is not None:
+                (folder / LOCK).unlink()  # before it is released, else it could be another's
+        with suppress(OSError):
+            for each in missing:
+                each.rmdir()
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _take(folder: Path) -> tuple[int, list[str]]:
-    """Lock the file that bears the name; whoever held it last may have removed the one that was opened."""
-    file = folder / LOCK
-    while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        said = _lock(descriptor, folder)
-        if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
-            break
+    try:
+        descriptor, said = _open_locked(folder)
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be written to: {error.strerror}") from error
+    try:
+        if left := _holder(descriptor):
+            said.append(f"{folder}: taken over from {left}, which is gone")
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode(), 0)
+    except OSError as error:
+        with suppress(OSError):
+            (folder / LOCK).unlink()
         os.close(descriptor)
-    if left := _holder(descriptor):
-        said.append(f"{folder}: taken over from {left}, which is gone")
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode(), 0)
+        raise UserError(f"--output {folder}: cannot be written to: {error.strerror}") from error
+    return descriptor, said
+
+
+def _open_locked(folder: Path) -> tuple[int, list[str]]:
+    """Lock the file that bears the name. Whoever held it last may have removed the one that was opened, or the folder.
+
+    Raises:
+        OSError: It cannot be created.
+        UserError: It is locked.
+    """
+    file = folder / LOCK
+    for attempt in itertools.count(1):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:
+            if attempt == ATTEMPTS:
+                raise
+            continue
+        said = _lock(descriptor, folder)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), file.stat()):
+                break
+        os.close(descriptor)
     return descriptor, said
 
 
@@ -90,13 +121,17 @@ def _holder(descriptor: int) -> str:
         return ""
 
 
-def _prepare(folder: Path) -> None:
-    """Write as a checkpoint will be written, before anything is trained for nothing."""
+def prepare_folder(folder: Path) -> None:
+    """See that a folder that is held takes a checkpoint, and sweep what a killed run left aside.
+
+    Raises:
+        UserError: It cannot be written to.
+    """
     try:
         checkpoints = folder / "checkpoints"
         checkpoints.mkdir(exist_ok=True)
         for place in (folder, checkpoints):
-            write_file(place / ".probe.tmp", [bytes(4096)])
+            write_file(place / PROBE, [bytes(4096)])
             sweep(place)
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be written to: {error.strerror}") from error

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from sslkit.data.loader import resolve_workers
 from sslkit.engine.rendezvous import meeting_place
 from sslkit.errors import UserError
 from sslkit.recipe import Recipe
@@ -54,6 +55,13 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 def processes_here() -> int:
     """How many of the run's processes share this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def workers_of(recipe: Recipe, accelerator: Accelerator) -> int:
+    """Data workers of each process."""
+    return resolve_workers(
+        recipe.data.workers, on_accelerator=accelerator.device.type != "cpu", processes_here=processes_here()
+    )
 
 
 def _only_cpu() -> bool:

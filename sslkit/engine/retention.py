@@ -1,6 +1,7 @@
 """Which checkpoints stay: the newest few, one every so many epochs, the best. All of it is read from the disk."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from sslkit.engine.lines import read_lines
@@ -12,6 +13,16 @@ NAME = re.compile(r"step-(\d{8,})")
 def checkpoint_name(step: int) -> str:
     """What the checkpoint of ``step`` is called."""
     return f"step-{step:08d}"
+
+
+def by_step(folders: Iterable[Path]) -> list[Path]:
+    """Checkpoints in the order of their steps, which names of nine digits are not in; other names come first."""
+
+    def key(folder: Path) -> tuple[int, str]:
+        found = NAME.fullmatch(folder.name)
+        return (int(found[1]) if found else -1, folder.name)
+
+    return sorted(folders, key=key)
 
 
 def saved_steps(checkpoints: Path) -> set[int]:

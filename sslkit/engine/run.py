@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,30 +13,29 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from sslkit.data.crew import SteadyLoader
-from sslkit.data.lanes import Lanes
-from sslkit.data.loader import GlobalBatches, cores_of_a_process, resolve_workers
+from sslkit.data.loader import GlobalBatches, cores_of_a_process
 from sslkit.data.replace import read_or_replace
 from sslkit.data.source import ImageSource, open_source
-from sslkit.data.streaming import StreamedRows
 from sslkit.data.views import ViewPipeline
-from sslkit.engine.agreement import compare_facts
+from sslkit.engine.agreement import all_or_none, compare_facts
 from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, restore
 from sslkit.engine.diagnostics import Diagnostics
 from sslkit.engine.encoders import compile_backbones, encoders_of
-from sslkit.engine.folder import FREE_KEYS, Run, check_folder, find_checkpoint, open_folder
+from sslkit.engine.folder import FREE_KEYS, Run, check_folder, check_own, look_into, open_folder
 from sslkit.engine.guard import BadStepError, Course, RewindError
 from sslkit.engine.heartbeat import Heartbeat, is_others_fault
-from sslkit.engine.images import BadSamples, same_images
+from sslkit.engine.images import BadSamples
 from sslkit.engine.journal import Journal
 from sslkit.engine.lock import hold_folder
 from sslkit.engine.loop import run_loop
 from sslkit.engine.monitors import KnnMonitor, preprocessing_of
+from sslkit.engine.opening import opening_lines
 from sslkit.engine.optim import make_optimizer
-from sslkit.engine.processes import make_accelerator, processes_here
+from sslkit.engine.processes import make_accelerator, processes_here, workers_of
 from sslkit.engine.retention import checkpoint_name
 from sslkit.engine.saver import Saver
 from sslkit.engine.sights import view_sheet
-from sslkit.engine.stopping import MARKER, StopRequest, die_with_launcher, leave_marker, remove_marker
+from sslkit.engine.stopping import MARKER, StopRequest, die_with_launcher, leave_marker
 from sslkit.engine.track import Tracks, check_trackers
 from sslkit.engine.training import Training
 from sslkit.errors import UserError
@@ -44,7 +44,7 @@ from sslkit.methods import Method, find_method
 from sslkit.methods.base import local_bn_groups
 from sslkit.parts.backbone import create_backbone, feature_dim, recompute_activations
 from sslkit.parts.batchnorm import has_batch_norm, synchronise_in_groups
-from sslkit.parts.sharding import held_here, shard
+from sslkit.parts.sharding import shard
 from sslkit.recipe import Recipe, changes
 
 
@@ -61,17 +61,16 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
         UserError: Something in recipe, data or folder is not as it must be. Nothing has been written then.
     """
     folder = Path(output)
-    check_folder(folder, recipe, resume)
+    check_folder(folder, recipe, resume)  # to refuse early; it counts once the folder is held
     check_trackers(recipe)
     source = open_source(recipe.data).without_labels()
-    source, remarks = same_images(folder, source, recipe.data.max_bad_share)
-    epoch_steps = steps_per_epoch(recipe, source)
-    read_or_replace(source, recipe.train.seed, epoch=0, sample=0)  # images can be read at all
     accelerator = make_accelerator(recipe)
     die_with_launcher()
     try:
-        with StopRequest(recipe.train.max_hours) as stop:
-            return _train(recipe, folder, resume, source, epoch_steps, accelerator, stop, remarks)
+        with StopRequest(recipe.train.max_hours) as stop, ExitStack() as held:
+            lock = hold_folder(folder, active=accelerator.is_main_process)
+            said = all_or_none(lambda: held.enter_context(lock))
+            return _train(recipe, folder, resume, source, accelerator, stop, said)
     finally:
         accelerator.end_training()
         if accelerator.num_processes == 1:
@@ -83,40 +82,40 @@ def _train(
     folder: Path,
     resume: str,
     source: ImageSource,
-    steps_per_epoch: int,
     accelerator: Accelerator,
     stop: StopRequest,
-    remarks: list[str],
+    said: list[str],
 ) -> Run:
+    """Look at a folder that is held, build what it and the recipe ask for, and only then write and train."""
+    found = all_or_none(lambda: look_into(folder, recipe, resume, source))
+    source, checkpoint = found.source, found.checkpoint
+    epoch_steps = steps_per_epoch(recipe, source)
+    read_or_replace(source, recipe.train.seed, epoch=0, sample=0)  # images can be read at all
     torch.manual_seed(recipe.train.seed)
     method = build_method(recipe, len(source))
     check_batch(recipe, method.bn_groups, accelerator.num_processes, across=method.groups_across_processes)
     monitor = make_monitor(recipe, accelerator)
-    checkpoint, complaints = find_checkpoint(folder, recipe, resume)
     compare_facts(_facts(recipe, source, checkpoint), accelerator.device)
-    last_step = _last_step(recipe, steps_per_epoch)
-    training = assemble(recipe, folder, accelerator, method, source, checkpoint, steps_per_epoch, last_step, monitor)
+    last_step = _last_step(recipe, epoch_steps)
+    training = assemble(recipe, folder, accelerator, method, source, checkpoint, epoch_steps, last_step, monitor)
     # All that can be refused has been: from here on the folder is written to.
-    accelerator.wait_for_everyone()
     first = accelerator.is_main_process
-    with hold_folder(folder, active=first) as taken_over:
-        if first:
-            open_folder(folder, recipe, accelerator, source)
-            remove_marker(folder)
-        journal = Journal(folder, training.start_step, active=first)
-        for sentence in [*taken_over, *remarks, *complaints, *_opening(training, source)]:
-            journal.say(sentence)
-        saver = Saver(folder, recipe, steps_per_epoch, training.start_step, journal.say, active=first)
-        tracks = journal.tracks = Tracks(recipe, folder, journal.say, active=first)
-        with tracks, journal, saver:
-            if checkpoint is not None and training.start_step >= last_step:
-                saver.complete(training.start_step, checkpoint.model)
-                return Run(folder, training.start_step)
-            if tracks.shows_pictures and not training.start_step:
-                journal.picture("views", 0, partial(view_sheet, recipe, source))
-            with Heartbeat(recipe.guard.timeout_seconds) as heart:
-                step, reason = _run_through(training, source, journal, saver, stop, heart)
-            _close(training, journal, saver, step, reason)
+    all_or_none(partial(open_folder, folder, recipe, accelerator, source))
+    training.bad_samples.drop_later(training.start_step)
+    journal = Journal(folder, training.start_step, active=first)
+    for sentence in [*said, *found.remarks, *opening_lines(training, source)]:
+        journal.say(sentence)
+    saver = Saver(folder, recipe, epoch_steps, training.start_step, journal.say, active=first)
+    tracks = journal.tracks = Tracks(recipe, folder, journal.say, active=first)
+    with tracks, journal, saver:
+        if checkpoint is not None and training.start_step >= last_step:
+            saver.complete(training.start_step, checkpoint.model)
+            return Run(folder, training.start_step)
+        if tracks.shows_pictures and not training.start_step:
+            journal.picture("views", 0, partial(view_sheet, recipe, source))
+        with Heartbeat(recipe.guard.timeout_seconds) as heart:
+            step, reason = _run_through(training, source, journal, saver, stop, heart)
+        _close(training, journal, saver, step, reason)
     return Run(folder, step, reason)
 
 
@@ -166,7 +165,7 @@ def _run_through(
 
 def _restore_scaler(accelerator: Accelerator, checkpoint: Checkpoint) -> None:
     """The loss scale, where there is one now and was one then."""
-    if accelerator.scaler is not None and (state := checkpoint.state["scaler"]):
+    if accelerator.scaler is not None and (state := checkpoint.state.get("scaler")):
         accelerator.scaler.load_state_dict(state)
 
 
@@ -178,6 +177,7 @@ def _go_back(training: Training, source: ImageSource, journal: Journal, why: str
     checkpoint, _ = newest_checkpoint(training.folder / "checkpoints")
     if checkpoint is None:
         raise BadStepError(f"{why}; there is no checkpoint yet to go back to")
+    check_own(checkpoint, training.folder, training.recipe)
     restore(checkpoint, training.method, training.optimizer.optimizer)
     _restore_scaler(training.accelerator, checkpoint)
     course = replace(
@@ -304,13 +304,6 @@ def assemble(
     )
 
 
-def workers_of(recipe: Recipe, accelerator: Accelerator) -> int:
-    """Data workers of each process."""
-    return resolve_workers(
-        recipe.data.workers, on_accelerator=accelerator.device.type != "cpu", processes_here=processes_here()
-    )
-
-
 def make_monitor(recipe: Recipe, accelerator: Accelerator) -> KnnMonitor | None:
     """The kNN that the recipe's ``[monitor]`` asks for, or None."""
     if not recipe.monitor.every_epochs:
@@ -364,36 +357,3 @@ def check_batch(recipe: Recipe, groups: int, processes: int, *, across: bool = F
             f"[train] batch_size: {batch} does not fall into {parts} equal parts of two or more images "
             f"({processes} processes, [method] bn_groups = {groups})"
         )
-
-
-def _opening(training: Training, source: ImageSource) -> list[str]:
-    """What the user is told before the first step."""
-    recipe, accelerator = training.recipe, training.accelerator
-    trained = sum(param.numel() for param in training.method.parameters() if param.requires_grad)
-    train = recipe.train
-    lines = [
-        f"{recipe.method_name} on {recipe.backbone.name}: {trained / 1e6:.2f} M trained parameters",
-        f"data {source.description}: {len(source)} images, batch {train.batch_size}, {train.epochs} epochs",
-        f"{accelerator.num_processes} process(es), {accelerator.device.type}, precision {train.precision}, "
-        f"{workers_of(recipe, accelerator)} data worker(s) each",
-        f"learning rate: base {recipe.optim.lr:g}, rule {recipe.optim.lr_rule} x batch / 256, peak {recipe.peak_lr:g}",
-    ]
-    if train.shard and accelerator.num_processes > 1:
-        here, there = held_here(training.method)
-        lines.append(f"weights of student and teacher in parts: {here} of {there} on this process")
-    if isinstance(source.table, StreamedRows) and isinstance(source.plan, Lanes):
-        workers = workers_of(recipe, accelerator)
-        lines.append(source.table.words(source.plan.groups_held(train.batch_size, accelerator.num_processes, workers)))
-    if train.micro_batch and has_batch_norm(training.method.backbone):
-        slices = train.batch_size // train.micro_batch
-        lines.append(
-            f"{slices} slices, each with BatchNorm statistics of its own, as {slices} GPUs would have; slices change "
-            "nothing in a backbone without BatchNorm"
-        )
-    lines += recipe.remarks
-    done, last = training.start_step, training.last_step
-    if done >= last:
-        lines.append(f"{training.folder} is already trained to step {done} of {last}; nothing to do")
-    elif done:
-        lines.append(f"continuing {training.folder} from step {done} of {last}")
-    return lines

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sslkit.durable import remove, replace_text, sync, whole_folder, write_file, write_json, write_tensors
-from sslkit.engine.checkpoint import FORMAT, flatten_optimizer
+from sslkit.engine.checkpoint import FORMAT, flatten_optimizer, without_state
+from sslkit.engine.images import images_digest
 from sslkit.engine.retention import checkpoint_name, monitor_scores, reasons_to_keep, saved_steps
 from sslkit.errors import RunError
 from sslkit.parts.sharding import whole
@@ -142,7 +143,8 @@ class Saver:
                 whole(tensor.detach())  # in the order of the two copies below
             return
         self.wait()
-        text = json.dumps({"step": step, "optimizer": scalars, **state}, indent=1)
+        identity = {"images": images_digest(self.folder), "without_state": without_state(method, optimizer)}
+        text = json.dumps({"step": step, "optimizer": scalars, **identity, **state}, indent=1)
         model = self.model.fill(method.state_dict())
         moments = self.optimizer.fill(tensors)
         trained = [name for name, _ in method.named_parameters() if name in model]

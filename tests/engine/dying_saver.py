@@ -17,7 +17,7 @@ import torch
 from conftest import small_recipe
 
 from sslkit.engine.checkpoint import newest_checkpoint
-from sslkit.engine.lock import hold_folder
+from sslkit.engine.lock import hold_folder, prepare_folder
 from sslkit.engine.run import build_method
 from sslkit.engine.saver import Saver
 
@@ -31,6 +31,7 @@ def save(folder: Path, start: int, step: int) -> None:
     optimizer = torch.optim.SGD([param for param in method.parameters() if param.requires_grad], lr=0.1)
     state: dict[str, Any] = {"scaler": {}, "course": {}, "recipe": RECIPE.as_tables()}
     with hold_folder(folder), Saver(folder, RECIPE, 62, start, say=print) as saver:
+        prepare_folder(folder)
         saver.save(step, method, optimizer, state)
         if failure := saver.wait():
             raise SystemExit(failure)
