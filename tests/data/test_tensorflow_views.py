@@ -107,8 +107,8 @@ def test_views_are_the_transcriptions_but_for_rounding(name: str) -> None:
         cpu.append(np.abs(pipeline.finish(crop, draw) - expected))
         device.append(np.abs(finish_on_device(crop, draw, config) - expected))
     for off in (np.stack(cpu), np.stack(device)):
-        assert off.mean() < 0.6
-        assert np.quantile(off, 0.999) < 5
+        assert off.mean() < 0.35  # 0.25 is what rounding a uniform number to a whole one costs
+        assert np.quantile(off, 0.999) < 2.5
 
 
 def photograph() -> NDArray[np.uint8]:
@@ -138,8 +138,8 @@ def test_simclrs_crops_are_distributed_as_tensorflows(size: str) -> None:
 def test_byols_crops_are_clamped(size: tuple[int, int]) -> None:
     """Their mean share and sides beside an integral over a grid of areas and ratios."""
     height, width = size
-    area = np.linspace(0.08, 1.0, 1001)[:, None] * height * width
-    ratio = np.exp(np.linspace(np.log(3 / 4), np.log(4 / 3), 1001))
+    area = np.linspace(0.08, 1.0, 301)[:, None] * height * width
+    ratio = np.exp(np.linspace(np.log(3 / 4), np.log(4 / 3), 301))
     tall, wide = np.minimum(np.sqrt(area / ratio), height), np.minimum(np.sqrt(area * ratio), width)
     boxes = np.array([draw_view(policy("byol"), 0, 0, sample, 0, size).box for sample in range(DRAWS)])
     assert abs(boxes[:, 2].mean() / tall.mean() - 1) < 0.02
