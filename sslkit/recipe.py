@@ -15,7 +15,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from sslkit.data.config import MixConfig
-from sslkit.data.policies import LARGE_VIEWS, POLICIES, ViewsConfig
+from sslkit.data.policies import LARGE_VIEWS, POLICIES, ViewsConfig, fill_policy
 from sslkit.data.source import DataConfig
 from sslkit.errors import UserError, near_miss
 from sslkit.methods import Method, MethodOptions, canonical_name, find_method
@@ -302,7 +302,7 @@ def _fill_policy(layered: dict[str, dict[str, Any]]) -> list[str]:
     policy = layered["views"].get("policy")
     if not isinstance(policy, str) or policy not in POLICIES:
         return [f"[views] policy: unknown policy {policy!r}{near_miss(str(policy), POLICIES)}; there are {[*POLICIES]}"]
-    layered["views"] = {**POLICIES[policy], **layered["views"]}
+    layered["views"] = fill_policy(layered["views"])
     return []
 
 

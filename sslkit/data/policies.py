@@ -92,6 +92,9 @@ POLICIES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Keys that resolved recipes did not state before the policies "simclr" and "byol" followed TensorFlow.
+LATER_KEYS = ("crop_sampler", "min_object_covered", "resize", "transforms", "brightness")
+
 
 class ViewsConfig(BaseModel):
     """The ``[views]`` table. Probabilities may be one number, or one per view; what is not given is the policy's.
@@ -232,3 +235,14 @@ class ViewsConfig(BaseModel):
         if self.device != "cpu":
             found.append("device: views of other than three channels are finished on the 'cpu'")
         return found
+
+
+def fill_policy(views: dict[str, Any]) -> dict[str, Any]:
+    """A ``[views]`` table with what it does not give taken from its policy, which must be a known one.
+
+    A table that states everything but `LATER_KEYS` is a run's, resolved before they existed. It keeps the views it had
+    then: those of `ViewsConfig`'s defaults.
+    """
+    if ViewsConfig.model_fields.keys() - LATER_KEYS <= views.keys():
+        return views
+    return {**POLICIES[views["policy"]], **views}

@@ -119,7 +119,7 @@ def jitter(floats: Floats, draw: Draw, config: ViewsConfig, full_scale: float) -
         elif number == SATURATION:
             floats[..., 1] = np.minimum(floats[..., 1] * np.float32(factor), 1.0)
         else:
-            floats[..., 0] += np.float32(360.0 * factor)
+            floats[..., 0] += np.float32(360.0 * (factor % 1.0))  # OpenCV takes hues above the circle, not below it
     return _as_float(cv2.cvtColor(floats, cv2.COLOR_HSV2RGB)) if in_hsv else floats
 
 

@@ -13,6 +13,11 @@ from sslkit.recipe import Recipe
 from sslkit.report.thumbnails import data_uri
 
 NUM_IMAGES, NUM_DRAWS, SIDE = 8, 3, 144
+SAMPLERS = {
+    "torchvision": "",
+    "clamped": ", cut to the image where it does not fit",
+    "tensorflow": ", drawn as TensorFlow does: more often small",
+}
 SHOWN_SMALL = 2  # of SwAV's six small crops, which are alike
 
 
@@ -97,8 +102,9 @@ def _steps(config: ViewsConfig, view: int) -> list[str]:
     low, high = config.small_scale if small else config.crop_scale
     narrow, wide = config.crop_ratio
     crop = (
-        f"a crop of {low:.0%} to {high:.0%} of the area, {narrow:.2f} to {wide:.2f} times as wide as high, resized to "
-        f"{side} x {side} pixels ({config.interpolation})"
+        f"a crop of {low:.0%} to {high:.0%} of the area, {narrow:.2f} to {wide:.2f} times as wide as high"
+        f"{SAMPLERS[config.crop_sampler]}, resized to {side} x {side} pixels ({config.interpolation}"
+        f"{'' if config.resize == 'antialias' else ', not antialiased'})"
     )
     jitter = (
         _share(config.jitter_prob, view) if any(config.jitter) else 0.0,
@@ -123,11 +129,10 @@ def _steps(config: ViewsConfig, view: int) -> list[str]:
 
 def _jitter(config: ViewsConfig) -> str:
     brightness, contrast, saturation, hue = config.jitter
-    parts = [
-        f"{name} times {max(1 - strength, 0):g} to {1 + strength:g}"
-        for name, strength in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation))
-        if strength
-    ]
+    added = config.brightness == "add"
+    factors = [("brightness", 0.0 if added else brightness), ("contrast", contrast), ("saturation", saturation)]
+    parts = [f"brightness plus or minus {brightness:g} of the full scale"] if added and brightness else []
+    parts += [f"{name} times {max(1 - strength, 0):g} to {1 + strength:g}" for name, strength in factors if strength]
     return ", ".join(parts + ([f"hue turned by up to {360 * hue:.0f} degrees of 360"] if hue else []))
 
 
