@@ -246,9 +246,10 @@ def _defaults_of(method: type[Method], tables: Mapping[str, Any]) -> dict[str, d
     train = {**defaults.get("train", {}), **tables.get("train", {})}
     for run in method.paper_runs(kind):
         if run.train.items() <= train.items():
-            return {
-                table: {**defaults.get(table, {}), **run.tables.get(table, {})} for table in {**defaults, **run.tables}
-            }
+            laid = {table: {**defaults.get(table, {}), **keys} for table, keys in run.tables.items()}
+            known = method.Options.model_fields  # a method that builds on another may have fewer options
+            laid["method"] = {key: value for key, value in laid.get("method", {}).items() if key in known}
+            return {**defaults, **laid}
     return defaults
 
 
@@ -257,7 +258,7 @@ def _of_another_run(method: type[Method], tables: Mapping[str, Any], parsed: Map
     kind = family(tables["backbone"]["name"])
     defaults, runs = method.paper_defaults(kind), method.paper_runs(kind)
     asked = parsed["train"].model_dump()
-    usual = [run for run in runs if run.train.items() <= defaults["train"].items()]
+    usual = [run for run in runs if run.train.items() <= defaults.get("train", {}).items()]
     if not usual or any(run.train.items() <= asked.items() for run in runs):
         return []
     kinds = {"optim": "name", "schedule": "decay"}  # numbers of another optimizer or decay are not the paper's
@@ -265,7 +266,7 @@ def _of_another_run(method: type[Method], tables: Mapping[str, Any], parsed: Map
         f"[{table}] {key} = {value}"
         for table, keys in usual[0].tables.items()
         for key, value in keys.items()
-        if key not in tables.get(table, {}) and getattr(parsed[table], key) == value
+        if key not in tables.get(table, {}) and getattr(parsed[table], key, None) == value
         if table not in kinds or getattr(parsed[table], kinds[table]) == defaults[table][kinds[table]]
     ]
     if not filled:

@@ -6,10 +6,14 @@ and is its gradient its own?
 """
 
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.overrides import TorchFunctionMode
 
 from sslkit.doctor.findings import Finding, fault, judge, not_applicable, ok, warning
 from sslkit.doctor.gradients import STOP
@@ -24,6 +28,36 @@ DIM, SAMPLES = 128, 2048
 SMALL = {"dim": DIM, "hidden_dim": 16, "queue_size": 1024, "negatives": 1024, "prototypes": 256}
 ROWS = 256
 CLEAR = 0.03  # share of a loss by which it must differ to be another
+STEPS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # of finite differences; coarse arithmetic needs the larger
+EXACT = 1e-3  # share of a slope by which a gradient may be off
+COARSEST = 0.03  # and the share up to which slopes must be known for the gradient to be judged
+COARSE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class _InFloat64(TorchFunctionMode):
+    """Answers every wish for a coarser floating-point type with float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            func = Tensor.double
+        args = tuple(torch.float64 if isinstance(arg, torch.dtype) and arg in COARSE else arg for arg in args)
+        named = {
+            key: torch.float64 if isinstance(arg, torch.dtype) and arg in COARSE else arg
+            for key, arg in (kwargs or {}).items()
+        }
+        return func(*args, **named)
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Let a loss that lowers its precision on the way, by ``.float()`` or ``dtype=``, be computed in float64."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _InFloat64():
+            yield
+    finally:
+        torch.set_default_dtype(usual)
 
 
 class Bench:
@@ -70,7 +104,8 @@ class Bench:
                 bank.rows[ids] = memories
         torch.manual_seed(0)
         students, teachers = ([self.length * each for each in given] for given in (students, teachers))
-        return self.method.objective(students, teachers, ids).loss
+        with in_float64():
+            return self.method.objective(students, teachers, ids).loss
 
     def alike(self, rows: Tensor, shown: Tensor) -> float:
         """Loss where the queries are ``rows`` and whatever they must find is ``shown``."""
@@ -124,18 +159,18 @@ def check_derivative(bench: Bench, seen: Observation) -> Finding:
     bench.loss(students, teachers, memories)  # what is estimated once, from the first batch, is estimated now
     leaves = [each.clone().requires_grad_() for each in students]
     grads = torch.autograd.grad(bench.loss(leaves, teachers, memories), leaves)
-    differ = total = 0.0
-    for _ in range(4):
-        ways = [torch.randn(each.shape, dtype=each.dtype, generator=bench.generator) for each in students]
-        up, down = (
-            value(bench.loss([s + sign * 1e-6 * w for s, w in zip(students, ways, strict=True)], teachers, memories))
-            for sign in (1, -1)
+    ways = [[torch.randn(each.shape, dtype=each.dtype, generator=bench.generator) for each in students] for _ in range(4)]
+    slopes, unsure = measured_slopes(bench, students, teachers, memories, ways)
+    told = [sum(float((g * w).sum()) for g, w in zip(grads, way, strict=True)) for way in ways]
+    size = sum(slope**2 for slope in slopes) ** 0.5
+    if unsure > COARSEST * size:
+        return not_applicable(
+            check, f"the loss is computed too coarsely: its slope is known to {unsure / max(size, 1e-300):.0%} only"
         )
-        slope, told = (up - down) / 2e-6, sum(float((g * w).sum()) for g, w in zip(grads, ways, strict=True))
-        differ, total = differ + (slope - told) ** 2, total + slope**2
-    off = (differ / max(total, 1e-300)) ** 0.5
+    off = sum((slope - own) ** 2 for slope, own in zip(slopes, told, strict=True)) ** 0.5 / max(size, 1e-300)
+    slack = max(EXACT, 10 * unsure / max(size, 1e-300))
     if stops:
-        missing = off < 1e-3
+        missing = off < slack
         words = "the gradient is the whole slope of the loss: nothing stops it on the targets' side"
         return judge(
             check, [words] if missing else [], f"in place: the gradient leaves out {off:.0%} of the loss's slope"
@@ -143,9 +178,37 @@ def check_derivative(bench: Bench, seen: Observation) -> Finding:
     complaint = (
         f"the gradient is {off:.0%} off the slope of the loss: part of it is cut, as by a gather without gradient"
     )
-    if off > 1e-3 and not isinstance(method, tuple(METHODS.values())):
+    if off > slack and not isinstance(method, tuple(METHODS.values())):
         return warning(check, f"{complaint}; right if this method stops one on purpose")
-    return judge(check, [complaint] if off > 1e-3 else [], "equal to the slope of the loss")
+    return judge(check, [complaint] if off > slack else [], "equal to the slope of the loss")
+
+
+def measured_slopes(
+    bench: Bench, students: list[Tensor], teachers: list[Tensor], memories: Tensor, ways: list[list[Tensor]]
+) -> tuple[list[float], float]:
+    """Slopes of the loss in several directions by central differences, and how well they are known.
+
+    Rounding spoils small steps and curvature large ones, and the precision of a loss is not known. So its rounding is
+    measured, several steps are tried, and the one with the smallest error is taken: rounding over step, and the difference
+    from the next larger step.
+
+    Returns:
+        A slope for each of ``ways``, and the norm of the error of all.
+    """
+
+    def at(step: float, way: list[Tensor]) -> float:
+        return value(bench.loss([s + step * w for s, w in zip(students, way, strict=True)], teachers, memories))
+
+    here = at(0.0, ways[0])
+    changes = (abs(at(10.0**power, ways[0]) - here) for power in range(-15, -1))
+    rounding = next((change for change in changes if change), abs(here))
+    tried = [[(at(step, way) - at(-step, way)) / (2 * step) for way in ways] for step in STEPS]
+    errors = [
+        sum((a - b) ** 2 for a, b in zip(fine, coarse, strict=True)) ** 0.5 + len(ways) ** 0.5 * rounding / step
+        for step, fine, coarse in zip(STEPS, tried, tried[1:], strict=False)
+    ]
+    best = min(range(len(errors)), key=errors.__getitem__)
+    return tried[best], errors[best]
 
 
 def value(loss: Tensor) -> float:

@@ -98,7 +98,7 @@ def _depends_on_length(bench: Bench) -> bool:
     losses = []
     for bench.length in (1.0, 1.0, 3.0):  # the first call may estimate a constant that is kept
         losses.append(bench.alike(rows, others))
-    return abs(losses[2] - losses[1]) > 1e-6 * abs(losses[1])
+    return abs(losses[2] - losses[1]) > 1e-4 * abs(losses[1])
 
 
 def _judge_known_level(bench: Bench) -> Finding:

@@ -166,7 +166,7 @@ def evaluate_linear(
     Args:
         model: As `load_encoder` takes it.
         data: Labelled images.
-        protocol: ``logistic``, ``moco_v1`` (also v2's) or ``moco_v3``; see `LinearProtocol`.
+        protocol: ``logistic``, or a paper's by name; see `LinearProtocol`.
         reading: Which layer, which crop.
         augment: Whether the SGD protocols see random crops and mirrors, as in the papers; else the features of the
             centre crop, computed once. ``logistic`` always uses those.
@@ -192,7 +192,7 @@ def evaluate_linear(
         score = linear_accuracy(train, pair.train_labels, test, pair.test_labels, used)
         scores.append(_score(encoder, score.accuracy, pair, score.chosen))
         if encoder and not settings:
-            settings = {"kind": "linear", **vars(used), "augment": online, "selection": used.selection}
+            settings = {"kind": "linear", **used.settings(), "augment": online, "selection": used.selection}
             settings |= preprocessing_settings(encoder.preprocessing)
     settings |= {**reading.settings(), **data_settings(pair)}
     return Judgement(f"linear {protocol}{_of(reading)}", pair.description, settings, scores)

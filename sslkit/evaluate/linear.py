@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +23,33 @@ class LinearProtocol:
 
     ``logistic`` standardises the features and minimises the full-batch loss with an L2 penalty 1 / (2 C n) by L-BFGS;
     C is chosen from `C_GRID` by the log loss of a seeded tenth of the training set, never on the test set: accuracies
-    on so few images differ by chance alone. The others are the papers': SGD with momentum 0.9 on raw features, the rate
-    set per epoch.
+    on so few images differ by chance alone. The others are the papers': SGD with momentum 0.9 on raw features.
+
+    ``moco_v1``, ``moco_v3``, ``swav`` and ``dino`` set the rate per epoch, use every image in every epoch and report the
+    best epoch on the test set, as their code does. ``simclr`` and ``byol`` set it per step, drop what is left of an epoch
+    after its last whole batch, and score the final classifier. (Their loaders let a batch run over the end of an epoch
+    instead of dropping the rest.) BYOL's paper chooses among five rates on held-out images; its code, and ``byol``, has
+    one.
 
     Attributes:
         name: Which protocol.
-        epochs: Passes of the SGD protocols (moco_v1 and dino 100, moco_v3 and simclr 90).
-        batch_size: Of the SGD protocols (moco_v1 256, moco_v3 and dino 1024, simclr 4096).
-        lr: Peak rate (moco_v1 30; times batch / 256: moco_v3 0.1 for ResNet, 3 for ViT, simclr 0.1, dino 0.001).
-        decay: ``steps`` times 0.1 at 60 % and 80 %, or ``cosine``, both per epoch.
+        epochs: Passes of the SGD protocols (moco_v1, swav and dino 100, moco_v3 and simclr 90, byol 80).
+        batch_size: Of the SGD protocols (moco_v1 and swav 256, moco_v3 and dino 1024, simclr and byol 4096).
+        lr: Peak rate (moco_v1 30, swav 0.3; times batch / 256: moco_v3 0.1 for ResNet, 3 for ViT, simclr 0.1, byol 0.2,
+            dino 0.001).
+        decay: ``steps`` times 0.1 at 60 % and 80 %, or ``cosine``.
         seed: Of held-out draw, initialisation and order.
-        weight_decay: L2 penalty (simclr 1e-6, else none).
-        nesterov: Whether the momentum looks ahead (simclr).
-        init_std: Of the first weights: 0.01, but simclr begins at zero.
+        weight_decay: L2 penalty (simclr and swav 1e-6, else none).
+        nesterov: Whether the momentum looks ahead (simclr, byol).
+        init_std: Of the first weights: 0.01, but simclr begins at zero. -1: cut at two deviations of 1 / sqrt(D), as
+            Haiku's Linear (byol).
+        per: Whether the rate moves with every ``step`` or ``epoch``.
+        drop_last: Whether what is left of an epoch after its last whole batch is left out. Fewer images than a batch are
+            one batch.
+        scored: Whether the ``best`` epoch on the test set is reported or the ``last``.
     """
 
-    name: Literal["logistic", "moco_v1", "moco_v3", "simclr", "dino"] = "logistic"
+    name: Literal["logistic", "moco_v1", "moco_v3", "simclr", "byol", "swav", "dino"] = "logistic"
     epochs: int = 0
     batch_size: int = 0
     lr: float = 0.0
@@ -47,11 +58,21 @@ class LinearProtocol:
     weight_decay: float = 0.0
     nesterov: bool = False
     init_std: float = 0.01
+    per: Literal["step", "epoch"] = "epoch"
+    drop_last: bool = False
+    scored: Literal["best", "last"] = "best"
 
     @property
     def selection(self) -> str:
         """On which images something is chosen."""
-        return HELD_OUT_CHOOSES if self.name == "logistic" else "the best epoch, by the test images"
+        if self.name == "logistic":
+            return HELD_OUT_CHOOSES
+        return "the best epoch, by the test images" if self.scored == "best" else "none, the last epoch"
+
+    def settings(self) -> dict[str, Any]:
+        """What a score's protocol says of it; keys that came later are named only where they are not at their default."""
+        later = {"per": "epoch", "drop_last": False, "scored": "best"}
+        return {name: value for name, value in vars(self).items() if name not in later or value != later[name]}
 
     def __post_init__(self) -> None:
         check_seed(self.seed, "linear")
@@ -63,14 +84,17 @@ class LinearProtocol:
             return LinearProtocol("moco_v1", 100, 256, 30.0, "steps", seed)
         if name == "moco_v3":
             return LinearProtocol("moco_v3", 90, 1024, (3.0 if is_vit else 0.1) * 1024 / 256, "cosine", seed)
+        final: dict[str, Any] = {"nesterov": True, "per": "step", "drop_last": True, "scored": "last"}
         if name == "simclr":
-            return LinearProtocol(
-                "simclr", 90, 4096, 0.1 * 4096 / 256, "cosine", seed, 1e-6, nesterov=True, init_std=0.0
-            )
+            return LinearProtocol("simclr", 90, 4096, 0.1 * 4096 / 256, "cosine", seed, 1e-6, init_std=0.0, **final)
+        if name == "byol":
+            return LinearProtocol("byol", 80, 4096, 0.2 * 4096 / 256, "cosine", seed, init_std=-1.0, **final)
+        if name == "swav":
+            return LinearProtocol("swav", 100, 256, 0.3, "cosine", seed, 1e-6)
         if name == "dino":
             return LinearProtocol("dino", 100, 1024, 0.001 * 1024 / 256, "cosine", seed)
         if name != "logistic":
-            known = ("logistic", "moco_v1", "moco_v3", "simclr", "dino")
+            known = ("logistic", "moco_v1", "moco_v3", "simclr", "byol", "swav", "dino")
             raise UserError(f"linear: unknown protocol {name!r}{near_miss(name, known)}; there are {', '.join(known)}")
         return LinearProtocol("logistic", seed=seed)
 
@@ -184,11 +208,10 @@ def _sgd(
     protocol: LinearProtocol,
 ) -> LinearScore:
     generator = torch.Generator().manual_seed(protocol.seed)
-    with torch.random.fork_rng(devices=[]):
-        classifier = nn.Linear(test.shape[1], num_classes)
-    with torch.no_grad():
-        classifier.weight.normal_(0.0, protocol.init_std, generator=generator)
-        classifier.bias.zero_()
+    classifier = _first_classifier(test.shape[1], num_classes, protocol, generator)
+    batch_size = min(protocol.batch_size, len(labels))
+    images = len(labels) - (len(labels) % batch_size if protocol.drop_last else 0)
+    steps = -(-images // batch_size)
     optimizer = torch.optim.SGD(
         classifier.parameters(),
         lr=protocol.lr,
@@ -196,12 +219,12 @@ def _sgd(
         weight_decay=protocol.weight_decay,
         nesterov=protocol.nesterov,
     )
-    best, best_epoch = 0.0, 0
+    best, best_epoch, accuracy = 0.0, 0, 0.0
     for epoch in range(protocol.epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = protocol.lr * _decay(protocol, epoch)
         features = epoch_features(epoch)
-        for batch in torch.randperm(len(features), generator=generator).split(protocol.batch_size):
+        for step, batch in enumerate(torch.randperm(len(features), generator=generator)[:images].split(batch_size)):
+            for group in optimizer.param_groups:
+                group["lr"] = protocol.lr * _decay(protocol, epoch + (step / steps if protocol.per == "step" else 0.0))
             loss = cross_entropy(classifier(features[batch]), labels[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -214,10 +237,27 @@ def _sgd(
         accuracy = _accuracy(classifier, test, truth)
         if accuracy > best:
             best, best_epoch = accuracy, epoch + 1
+    if protocol.scored == "last":
+        return LinearScore(accuracy, f"after the last of {protocol.epochs} epochs, as the paper reports")
     return LinearScore(best, f"best of {protocol.epochs} epochs, at {best_epoch}, as the paper reports")
 
 
-def _decay(protocol: LinearProtocol, epoch: int) -> float:
+@torch.no_grad()
+def _first_classifier(
+    width: int, num_classes: int, protocol: LinearProtocol, generator: torch.Generator
+) -> nn.Linear:
+    with torch.random.fork_rng(devices=[]):
+        classifier = nn.Linear(width, num_classes)
+    if protocol.init_std < 0.0:
+        std = width**-0.5
+        nn.init.trunc_normal_(classifier.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+    else:
+        classifier.weight.normal_(0.0, protocol.init_std, generator=generator)
+    classifier.bias.zero_()
+    return classifier
+
+
+def _decay(protocol: LinearProtocol, epoch: float) -> float:
     if protocol.decay == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * epoch / protocol.epochs))
     return float(0.1 ** sum(epoch >= share * protocol.epochs for share in (0.6, 0.8)))

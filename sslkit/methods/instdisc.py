@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from sslkit.methods.base import Features, Method, MethodOptions, PaperRun, Progress, Step, Views
 from sslkit.parts.backbone import Family
 from sslkit.parts.bank import MemoryBank
+from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.collectives import mean_over_processes
 from sslkit.parts.heads import linear_head
 from sslkit.parts.losses import inner_products, nce_against_noise, unit_rows
@@ -29,6 +30,8 @@ class InstDiscOptions(MethodOptions):
         negatives: Noise samples K of a query under ``"nce"``.
         temperature: Divides the similarities (0.07; 0.1 on CIFAR-10). Below 0.0125, exp(1 / temperature) overflows.
         bank_momentum: Weight of a memory's old value.
+        bn_groups: Groups of the global batch with batch statistics of their own. The official code has a group for each
+            GPU and does not say how many; 1 is BatchNorm over the global batch.
     """
 
     dim: int = Field(default=128, strict=True, ge=1, le=65536)
@@ -36,6 +39,7 @@ class InstDiscOptions(MethodOptions):
     negatives: int = Field(default=4096, strict=True, ge=1, le=10_000_000)
     temperature: float = Field(default=0.07, ge=0.0125)
     bank_momentum: float = Field(default=0.5, ge=0.0, le=1.0)
+    bn_groups: int = Field(default=1, strict=True, ge=1)
 
 
 class InstDisc(Method):
@@ -50,6 +54,7 @@ class InstDisc(Method):
         self.options = options
         self.backbone = backbone
         self.projector = linear_head(feature_dim, options.dim)
+        self.bn_groups = options.bn_groups if has_batch_norm(backbone) else 1
         self.register_buffer("normaliser", torch.zeros(()))  # Z of eq. 4; 0 until the first batch estimates it
 
     def meet_data(self, num_samples: int) -> None:

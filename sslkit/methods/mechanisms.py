@@ -81,12 +81,15 @@ class MemoryBankOptions(MethodOptions):
         negatives: Memories K drawn for each query.
         temperature: Divides the similarities.
         bank_momentum: Weight of a memory's old value (InstDisc's).
+        bn_groups: Groups of the global batch with batch statistics of their own. MoCo's runs have a group for each of
+            their 8 GPUs; there is no official code of this one. 1 is BatchNorm over the global batch.
     """
 
     dim: int = Field(default=128, strict=True, ge=1, le=65536)
     negatives: int = Field(default=65536, strict=True, ge=1, le=100_000_000)
     temperature: float = Field(default=0.07, gt=0.0)
     bank_momentum: float = Field(default=0.5, ge=0.0, le=1.0)
+    bn_groups: int = Field(default=1, strict=True, ge=1)
 
 
 class MemoryBankMechanism(Method):
@@ -103,6 +106,7 @@ class MemoryBankMechanism(Method):
         self.options = options
         self.backbone = backbone
         self.projector = linear_head(feature_dim, options.dim)
+        self.bn_groups = options.bn_groups if has_batch_norm(backbone) else 1
 
     def meet_data(self, num_samples: int) -> None:
         self.bank = MemoryBank(num_samples, self.options.dim)

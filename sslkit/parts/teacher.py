@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from sslkit.parts.batchnorm import GlobalBatchNorm
 from sslkit.parts.sharding import own_part
@@ -37,7 +37,7 @@ class Teacher(nn.Module):
         """Set the mode. In training mode only BatchNorm trains: it normalises by the batch's own statistics."""
         super().train(mode)
         for layer in self.module.modules():
-            layer.training = mode and isinstance(layer, (_BatchNorm, GlobalBatchNorm))
+            layer.training = mode and isinstance(layer, (_NormBase, GlobalBatchNorm))
         return self
 
     @torch.no_grad()

@@ -108,3 +108,37 @@ def test_per_epoch_holds_between_boundaries() -> None:
 @pytest.mark.parametrize(("epoch", "lr"), [(0, 0.3), (5, 2.55), (10, 4.8), (405, 2.4024), (800, 0.0048)])
 def test_swav_rate_starts_and_ends_above_zero(epoch: float, lr: float) -> None:
     assert warmup_then_cosine(epoch, 800, 10, 4.8, start=0.3, final=0.0048) == pytest.approx(lr, rel=1e-12)
+
+
+DRAWN = {
+    "simclr, 2 layers": (lambda: simclr_head(512, 512, 128, num_layers=2), lambda _width: 0.01, None),
+    "simclr, 3 layers": (lambda: simclr_head(512, 512, 128, num_layers=3), lambda _width: 0.01, None),
+    # A normal cut at two deviations has 0.8796 of its standard deviation.
+    "byol": (lambda: byol_mlp(512, 1024, 256), lambda width: 0.87962566 / math.sqrt(width), lambda w: 2 / math.sqrt(w)),
+    "swav": (lambda: swav_head(512, 512, 128), lambda width: 1 / math.sqrt(3 * width), lambda w: 1 / math.sqrt(w)),
+    "moco_v1": (lambda: linear_head(512, 128), lambda width: 1 / math.sqrt(3 * width), lambda w: 1 / math.sqrt(w)),
+    "moco_v2": (lambda: mlp_head(512, 512, 128), lambda width: 1 / math.sqrt(3 * width), lambda w: 1 / math.sqrt(w)),
+    "moco_v3": (
+        lambda: batch_norm_mlp(512, 1024, 256, num_layers=3, last_norm=True),
+        lambda width: 1 / math.sqrt(3 * width),
+        lambda w: 1 / math.sqrt(w),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_first_weights_are_drawn_as_the_official_code_draws_them(name: str) -> None:
+    make, spread, bound = DRAWN[name]
+    torch.manual_seed(0)
+    for layer in make().modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        assert layer.weight.std().item() == pytest.approx(spread(layer.in_features), rel=0.02)
+        assert layer.weight.mean().item() == pytest.approx(0.0, abs=0.02 * spread(layer.in_features))
+        largest = layer.weight.abs().max().item()
+        if bound is None:  # a normal is not cut: of 65 536 draws the largest lies beyond 3.5 deviations
+            assert largest > 3.5 * spread(layer.in_features)
+        else:
+            assert 0.99 * bound(layer.in_features) < largest <= bound(layer.in_features) * (1 + 1e-6)
+        if layer.bias is not None:
+            assert bool(layer.bias.any()) == (name != "byol")
