@@ -269,7 +269,7 @@ def test_a_backbone_that_rests_has_no_momenta_to_miss(images: Path, tmp_path: Pa
     assert "has no momentum_buffer of 'projector." in continued(changed(recipe, train={"max_steps": 3}), run)
 
 
-def test_a_checkpoint_of_an_earlier_version_may_not_say_what_it_lacks(
+def test_a_checkpoint_of_an_earlier_version_need_not_say_what_it_lacks(
     adam: tuple[Recipe, Path], tmp_path: Path
 ) -> None:
     """Then only one without any momenta is refused."""
