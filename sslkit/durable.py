@@ -128,10 +128,10 @@ def replace_file(file: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """
     try:
         write_file(_aside(file), chunks)
+        os.replace(_aside(file), file)
     except OSError:
         remove(_aside(file))
         raise
-    os.replace(_aside(file), file)
     sync(file.parent)
 
 

@@ -28,6 +28,47 @@ def near_miss(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def path_fault(path: str | os.PathLike[str], *, lines: bool = False) -> str:
+    """What keeps a path from being written down in recipes, results and pages as it is; empty if nothing does.
+
+    Args:
+        path: Of a file or folder, or a word that may name one.
+        lines: Whether it may have line breaks, as words that are no path may.
+    """
+    text = os.fspath(path)
+    if "\0" in text:
+        what = "has a NUL character"
+    elif text.encode(errors="replace").decode() != text:
+        what = "is not valid UTF-8"
+    elif not lines and text.splitlines() not in ([], [text]):
+        what = "has a line break"
+    else:
+        return ""
+    shown = "".join(char if char.isprintable() else _escaped(char) for char in text)
+    return f"{shown} {what}; rename the file or folder, and give its new name"
+
+
+def check_path(path: str | os.PathLike[str], where: str, *, lines: bool = False) -> None:
+    """Refuse a path that could not be written down as it is, before anything is read or written.
+
+    Args:
+        path: See `path_fault`.
+        where: Argument or key; opens the sentence.
+        lines: See `path_fault`.
+
+    Raises:
+        UserError: It is not valid UTF-8, or has a NUL character or a line break.
+    """
+    if fault := path_fault(path, lines=lines):
+        raise UserError(f"{where}: {fault}")
+
+
+def _escaped(char: str) -> str:
+    """A byte of a path that is not UTF-8, or another character that is not printable, in ASCII."""
+    byte = 0xDC80 <= ord(char) <= 0xDCFF
+    return f"\\x{ord(char) & 0xFF:02x}" if byte else char.encode("unicode_escape").decode()
+
+
 # Every repetition is bounded, so that no text takes long.
 TOKENS = (
     r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{16,}|hf_[A-Za-z0-9]{30,}",  # Hugging Face

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from sslkit.data.config import MixConfig
 from sslkit.data.policies import LARGE_VIEWS, POLICIES, ViewsConfig, fill_policy
 from sslkit.data.source import DataConfig
-from sslkit.errors import UserError, near_miss
+from sslkit.errors import UserError, check_path, near_miss, path_fault
 from sslkit.methods import Method, MethodOptions, canonical_name, find_method
 from sslkit.methods.base import view_mistake
 from sslkit.parts.backbone import BackboneSpec, check_name, family, takes_image_size
@@ -163,6 +163,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 def find_recipe(source: str | Path) -> Path:
     """The file of a recipe given by path or by name."""
+    check_path(source, "RECIPE")
     path = Path(source)
     shipped = shipped_recipes()
     if path.is_file():
@@ -325,9 +326,16 @@ def _sentence(table: str, model: type[BaseModel], item: Any) -> str:
     return f"{where} {message[0].lower() + message[1:]}{given}"
 
 
+def _path_mistakes(recipe: Recipe) -> list[str]:
+    """Paths that could not be written down; what names data or weights may be one."""
+    named = [*recipe.data.paths(), ("[monitor] data", recipe.monitor.data)]
+    named.append(("[backbone] pretrained", str(recipe.backbone.pretrained)))
+    return [f"{key}: {fault}" for key, path in named if (fault := path_fault(path))]
+
+
 def _contradictions(recipe: Recipe) -> list[str]:
     """What no single table can know."""
-    mistakes = []
+    mistakes = _path_mistakes(recipe)
     if recipe.schedule.warmup_epochs > recipe.train.epochs:
         mistakes.append(
             f"[schedule] warmup_epochs: {recipe.schedule.warmup_epochs:g} epochs of warm-up do not fit in "

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from sslkit.data.config import MAX_CHANNELS
 from sslkit.data.policies import ViewsConfig
 from sslkit.data.source import DataConfig
-from sslkit.errors import UserError, without_tokens
+from sslkit.errors import UserError, check_path, without_tokens
 
 MAX_RECIPE_BYTES = 1_000_000
 MAX_DEPTH = 8  # of tables and lists in each other
@@ -39,6 +39,8 @@ def check_plain(tables: dict[str, Any], name: str) -> None:
                 raise UserError(f"{name} {where}: a whole number of more than 64 bits")
             if not isinstance(value, bool | int | float | str):
                 raise UserError(f"{name} {where}: must be a number, a word, a list or a table, not a date or time")
+        for word in words[:1] if isinstance(value, str) else words:
+            check_path(word, f"{name} {where}".strip(), lines=True)
         if any(without_tokens(word) != word for word in words):
             raise UserError(
                 f"{name} {without_tokens(where)}: holds what looks like an access token; give it in the environment "

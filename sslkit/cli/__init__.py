@@ -28,7 +28,7 @@ from sslkit.cli.replay import replay
 from sslkit.cli.show import AsJson, console, show_report
 from sslkit.cli.submit import submit
 from sslkit.cli.watching import watch
-from sslkit.errors import RunError, UserError, without_tokens
+from sslkit.errors import RunError, UserError, check_path, without_tokens
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -203,6 +203,8 @@ def show(
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; bad input becomes one sentence and exit code 2."""
     try:
+        for word in sys.argv[1:] if arguments is None else arguments:
+            check_path(word, "command line", lines=True)  # of those that are paths, more is asked where they are read
         code = app(arguments, standalone_mode=False)
     except UserError as error:
         _complain(str(error))

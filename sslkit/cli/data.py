@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sslkit.cli.show import AsJson, console
-from sslkit.errors import UserError
+from sslkit.errors import UserError, check_path
 
 FINDINGS = 2  # exit code of --strict
 SHOWN = 10  # of a list, on the screen
@@ -84,6 +84,7 @@ def prepare(
     from sslkit.data.packing import Packing, pack
     from sslkit.data.source import DataConfig, available_splits, open_source
 
+    check_path(output, "OUTPUT")
     if Path(path).is_dir() and Path(output).resolve().is_relative_to(Path(path).resolve()):
         raise UserError(f"{output}: lies in the folder that is packed; give one elsewhere")
     config = DataConfig(path=path, name=name or None)

@@ -24,7 +24,7 @@ from sslkit.cli.options import (
 )
 from sslkit.cli.quick import quick_imports
 from sslkit.cli.show import AsJson, conclude, show_comparison, show_diagnosis
-from sslkit.errors import UserError
+from sslkit.errors import UserError, check_path
 
 if TYPE_CHECKING:
     from sslkit.evaluate.compare import Row
@@ -203,6 +203,7 @@ def _judged(path: Path) -> "list[Row]":
     """Evaluations of a run folder, or of a file that holds a judgement."""
     from sslkit.engine.lines import read_lines
 
+    check_path(path, "MODEL")
     if (path / "recipe.toml").is_file():
         rows = [row for row in read_lines(path / "results.jsonl") if row.get("by") == "eval"]
         return [row for row in rows if _is_score(row)]

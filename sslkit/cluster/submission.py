@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sslkit.cluster.job import CANCELLED, Pretraining
-from sslkit.errors import UserError
+from sslkit.errors import UserError, check_path
 from sslkit.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -203,6 +203,7 @@ def _run_folder(output: str | Path) -> Path:
     Raises:
         UserError: Slurm could not write logs beside it.
     """
+    check_path(output, "--output")
     folder = Path(os.path.abspath(output))
     if not folder.name:
         raise UserError(f"--output {output}: logs lie beside the run folder, so it must lie in another folder")

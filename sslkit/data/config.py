@@ -87,6 +87,16 @@ class DataConfig(SourceConfig):
             raise ValueError("mix: give every source a weight, or none")
         return self
 
+    def paths(self) -> list[tuple[str, str]]:
+        """Everything in the table that may be a path, each after the key that it stands under."""
+        found = []
+        tables = [("[data]", self), *((f"[[data.mix]] {n}", each) for n, each in enumerate(self.mix or [], 1))]
+        for table, source in tables:
+            files = source.data_files or []
+            found += [(f"{table} path", source.path), (f"{table} data_dir", source.data_dir or "")]
+            found += [(f"{table} data_files", each) for each in ([files] if isinstance(files, str) else files)]
+        return found
+
     @property
     def title(self) -> str:
         """What to call the data in print."""

@@ -28,7 +28,7 @@ from sslkit.data.loader import start_worker
 from sslkit.data.policies import ViewsConfig
 from sslkit.data.source import ImageSource
 from sslkit.durable import remove, replace_file, replace_text, sync, write_json
-from sslkit.errors import RunError, UserError
+from sslkit.errors import RunError, UserError, check_path
 
 FACTS, JOB = "prepared.json", "job.json"
 CHUNK = 16  # images that a worker hands over at a time
@@ -96,6 +96,7 @@ def pack(
         UserError: ``folder`` exists, or cannot be written.
         RunError: A worker died.
     """
+    check_path(folder, "OUTPUT")
     if os.path.lexists(folder):
         raise UserError(f"{folder}: is there already; give a new folder, or remove it")
     read_from = source.within or source.root

@@ -32,7 +32,7 @@ from sslkit.data.lanes import Lanes
 from sslkit.data.mixture import Mixture
 from sslkit.data.streaming import StreamedRows, features_of, find_parquet, read_footers
 from sslkit.data.tables import label_word, only_columns
-from sslkit.errors import UserError
+from sslkit.errors import UserError, check_path
 
 __all__ = ["DataConfig", "ImageSource", "available_splits", "files_left_out", "open_source"]
 
@@ -223,6 +223,8 @@ def open_source(config: DataConfig) -> ImageSource:
     Raises:
         UserError: Nothing there, no such split, no image column.
     """
+    for key, path in config.paths():
+        check_path(path, key)
     datasets.disable_progress_bars()
     if config.mix:
         source = mix([_open(each) for each in config.mix], [each.weight for each in config.mix])

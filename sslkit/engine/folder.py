@@ -17,7 +17,7 @@ from sslkit.engine.images import DATA, IMAGES, images_digest, same_images, write
 from sslkit.engine.lines import read_lines
 from sslkit.engine.lock import LOCK, PROBE, prepare_folder
 from sslkit.engine.stopping import remove_marker
-from sslkit.errors import UserError
+from sslkit.errors import UserError, check_path
 from sslkit.recipe import Recipe, build_recipe, changes, read_tables
 from sslkit.recipe_tables import check_plain
 
@@ -64,6 +64,8 @@ def check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
 
     A run begins with its ``recipe.toml``. A folder that holds only what a start writes before it counts as empty.
     """
+    check_path(folder, "--output")
+    check_path(resume, "--resume")
     try:
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         filled = folder.exists() and any(folder.iterdir())

@@ -131,7 +131,9 @@ def prepare_folder(folder: Path) -> None:
         checkpoints = folder / "checkpoints"
         checkpoints.mkdir(exist_ok=True)
         for place in (folder, checkpoints):
-            write_file(place / PROBE, [bytes(4096)])
-            sweep(place)
+            try:
+                write_file(place / PROBE, [bytes(4096)])
+            finally:
+                sweep(place)
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be written to: {error.strerror}") from error

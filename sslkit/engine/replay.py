@@ -16,7 +16,7 @@ from sslkit.data.views import ViewPipeline
 from sslkit.engine.capsule import batches_of, read_capsule
 from sslkit.engine.loop import forward_and_backward
 from sslkit.engine.run import build_method
-from sslkit.errors import UserError
+from sslkit.errors import UserError, check_path
 from sslkit.methods import Method
 from sslkit.recipe import Recipe, build_recipe
 
@@ -57,6 +57,7 @@ def replay_capsule(folder: str | Path) -> Replay:
     Raises:
         UserError: It is no capsule, it is torn, or its images are not there as they were.
     """
+    check_path(folder, "CAPSULE")
     facts, weights = read_capsule(Path(folder))
     recipe = build_recipe(facts["recipe"], name=f"{folder}/capsule.json")
     source = open_source(recipe.data).without_labels()

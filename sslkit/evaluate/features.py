@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from sslkit.data.decode import UnreadableImage
 from sslkit.data.loader import start_worker
 from sslkit.data.source import ImageSource
-from sslkit.errors import UserError, near_miss
+from sslkit.errors import UserError, check_path, near_miss
 from sslkit.evaluate.transforms import (
     Transform,
     blank_for,
@@ -92,6 +92,7 @@ def load_encoder(name: str) -> Encoder:
     Raises:
         UserError: Nothing of that name, or weights that do not fit.
     """
+    check_path(name, "MODEL")
     folder = _encoder_folder(name)
     if folder is not None:
         return _load_folder(folder, name)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sslkit.data.source import ImageSource
-from sslkit.errors import UserError
+from sslkit.errors import UserError, check_path
 
 
 def choose_subset(source: ImageSource, labels: NDArray[np.int64], words: str, seed: int) -> NDArray[np.int64]:
@@ -26,6 +26,7 @@ def choose_subset(source: ImageSource, labels: NDArray[np.int64], words: str, se
     """
     if not words:
         raise UserError("--labels: write 10%, 5-shot, all or a file that names images, not nothing")
+    check_path(words, "--labels")
     if words == "all":
         return np.arange(len(labels))
     if words.endswith("%"):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from sslkit.errors import RunError, UserError
+from sslkit.errors import RunError, UserError, check_path
 from sslkit.evaluate.features import load_encoder
 from sslkit.parts.backbone import family
 from sslkit.publish.private import public_recipe
@@ -82,6 +82,8 @@ def export_detectron2(run: str | Path, folder: str | Path) -> dict[str, Any]:
     Raises:
         UserError: No such run, a folder that holds something, or an encoder that is no plain ResNet.
     """
+    check_path(run, "RUN")
+    check_path(folder, "FOLDER")
     run, folder = Path(run), Path(folder)
     source = run / "encoder" / "model.safetensors"
     if not source.is_file() or not (run / "recipe.toml").is_file():

@@ -20,7 +20,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from sslkit.durable import whole_folder, write_json, write_tensors
-from sslkit.errors import RunError, UserError
+from sslkit.errors import RunError, UserError, check_path
 from sslkit.evaluate.features import load_encoder
 from sslkit.parts.backbone import create_backbone
 from sslkit.parts.foreign import read_encoder_config, tensor_shapes
@@ -121,6 +121,8 @@ def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apach
         UserError: No such run, or a folder that holds something.
         EncoderFolderError: The reloaded encoder differs.
     """
+    check_path(run, "RUN")
+    check_path(folder, "FOLDER")
     run, folder = Path(run), Path(folder)
     source = run / "encoder"
     if not (source / "model.safetensors").is_file() or not (run / "recipe.toml").is_file():

@@ -40,7 +40,7 @@ from huggingface_hub.utils import logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from sslkit.durable import refuse_links, sha256_of, whole_folder
-from sslkit.errors import RunError, UserError
+from sslkit.errors import RunError, UserError, check_path
 from sslkit.parts.hub import is_reachable
 from sslkit.publish.card import CURVES, model_card
 from sslkit.publish.export import export_encoder
@@ -115,6 +115,7 @@ def publish_run(
             with this token.
         PublishError: The Hub cannot be reached, stayed busy, or holds other bytes than were sent.
     """
+    check_path(run, "RUN")
     run = Path(run)
     if not REPO_ID.fullmatch(repo_id) or ".." in repo_id or "--" in repo_id or repo_id.endswith(".git"):
         raise UserError(f"--repo-id: must be user/name of letters, digits, '-', '_' and '.', not {repo_id!r:.100}")

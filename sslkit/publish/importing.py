@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sslkit.durable import DTYPES, write_json
-from sslkit.errors import UserError
+from sslkit.errors import UserError, check_path
 from sslkit.parts.backbone import check_name
 from sslkit.parts.foreign import tensor_shapes
 from sslkit.publish.export import EncoderFolderError, check_license, timm_config, write_encoder
@@ -70,6 +70,8 @@ def import_checkpoint(
             kind of difference.
         EncoderFolderError: The folder does not give back the file's features; nothing is left behind.
     """
+    check_path(file, "FILE")
+    check_path(folder, "FOLDER")
     file, folder = Path(file), Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: already holds something; import to a new or empty folder")

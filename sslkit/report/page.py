@@ -11,7 +11,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 import sslkit
-from sslkit.errors import UserError
+from sslkit.errors import UserError, check_path
 from sslkit.recipe import Recipe
 from sslkit.report.curves import accuracy_panel, score_rows, training_panels
 from sslkit.report.galleries import draw_galleries
@@ -88,6 +88,7 @@ def check_output(file: Path) -> None:
     Raises:
         UserError: It is a folder, or lies in none.
     """
+    check_path(file, "--output")
     if file.is_dir():
         raise UserError(f"--output {file}: is a folder; name a file, such as {file / 'report.html'}")
     if not file.absolute().parent.is_dir():

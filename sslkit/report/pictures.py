@@ -11,7 +11,7 @@ from sslkit.data.replace import read_or_replace
 from sslkit.data.source import open_source
 from sslkit.data.views import ViewPipeline
 from sslkit.engine.lines import read_lines
-from sslkit.errors import UserError
+from sslkit.errors import UserError, check_path
 from sslkit.recipe import Recipe, load_recipe
 
 mpl.use("Agg")
@@ -43,6 +43,7 @@ def draw_curves(run: Path) -> Path:
     Raises:
         UserError: Not a run folder, or one that has not logged anything yet.
     """
+    check_path(run, "RUN")
     if not (run / "recipe.toml").is_file():
         raise UserError(f"{run}: not a run folder (no recipe.toml)")
     metrics = read_lines(run / "metrics.jsonl")

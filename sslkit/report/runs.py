@@ -9,7 +9,7 @@ from typing import Any
 
 from sslkit.durable import refuse_links
 from sslkit.engine.lines import read_lines
-from sslkit.errors import UserError
+from sslkit.errors import UserError, check_path
 from sslkit.recipe import Recipe, load_recipe
 
 Row = dict[str, Any]
@@ -74,6 +74,7 @@ def read_run(folder: Path, name: str = "") -> RunRecord:
     Raises:
         UserError: Not a run folder, nothing logged yet, or a log that is not one.
     """
+    check_path(folder, "RUN")
     if not (folder / "recipe.toml").is_file():
         raise UserError(f"{folder}: not a run folder (no recipe.toml)")
     refuse_links(folder)  # pages and pictures are written into it
@@ -103,6 +104,8 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     Raises:
         UserError: As `read_run`, or a run given twice.
     """
+    for folder in folders:
+        check_path(folder, "RUN")
     places = [folder.resolve() for folder in folders]
     for place in places:
         if places.count(place) > 1:

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from sslkit.errors import UserError
+from sslkit.errors import UserError, check_path
 from sslkit.watch.page import Page
 from sslkit.watch.run import WatchedRun
 
@@ -26,6 +26,7 @@ def watch(folder: Path, console: Console, *, once: bool = False) -> None:
     Raises:
         UserError: There is no run, or the folder holds something else or is gone.
     """
+    check_path(folder, "RUN")
     run = WatchedRun(folder)
     try:
         if once or not console.is_terminal:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sslkit.errors import UserError, near_miss
+from sslkit.errors import UserError, check_path, near_miss
 from sslkit.evaluate.detection import coco, voc
 from sslkit.evaluate.detection.picture import Picture
 
@@ -50,6 +50,7 @@ def open_annotated(folder: str | Path, train_split: str = "", test_split: str = 
     Raises:
         UserError: Neither format, a split that is not there, or annotations that cannot be read.
     """
+    check_path(folder, "--data")
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise UserError(f"--data: {folder} is not a folder")
