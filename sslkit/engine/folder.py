@@ -13,10 +13,10 @@ from sslkit.data.source import ImageSource
 from sslkit.durable import refuse_links
 from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from sslkit.engine.images import write_images
-from sslkit.engine.lines import read_lines
 from sslkit.errors import UserError
 from sslkit.recipe import Recipe, build_recipe, changes, read_tables
 from sslkit.recipe_tables import check_plain
+from sslkit.rows import rows_of
 
 NAMED = 20  # differences that a sentence names
 # Keys that do not change what is learned; a run may be continued with others.
@@ -43,11 +43,11 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
-        return read_lines(self.folder / "metrics.jsonl")
+        return rows_of(self.folder / "metrics.jsonl")
 
     def results(self) -> list[dict[str, Any]]:
         """The lines of results.jsonl."""
-        return read_lines(self.folder / "results.jsonl")
+        return rows_of(self.folder / "results.jsonl")
 
 
 def check_folder(folder: Path, recipe: Recipe, resume: str) -> None:

@@ -17,9 +17,10 @@ from sslkit.data.loader import Batch
 from sslkit.data.source import ImageSource
 from sslkit.data.streaming import StreamedRows
 from sslkit.durable import replace_file, replace_text
-from sslkit.engine.lines import Lines, keep_until, read_lines, step_of
+from sslkit.engine.lines import Lines
 from sslkit.errors import UserError
 from sslkit.parts.collectives import gather_objects
+from sslkit.rows import rows_of, step_of
 
 IMAGES = "images.parquet"  # in the run folder: the names of its images, in order
 SAMPLED = 64  # images whose content is remembered
@@ -49,15 +50,8 @@ class BadSamples:
         self.lines = Lines(self.file, lambda sentence: print(f"sslkit: {sentence}", file=sys.stderr))
         self.max_share, self.allowed = max_share, math.ceil(max_share * len(source))
         if active:
-            keep_until(self.file, start_step)
-        written = [
-            line
-            for line in read_lines(self.file)
-            if isinstance(line.get("index"), int)
-            and isinstance(line.get("name"), str)
-            and isinstance(line.get("reason"), str)
-            and step_of(line) <= start_step
-        ]
+            self.lines.go_back(start_step)
+        written = [line for line in rows_of(self.file) if step_of(line) <= start_step]
         # The folder may be on the first process's machine only.
         self.known = {line["index"]: line for lines in gather_objects(written) for line in lines}
         self._check()
