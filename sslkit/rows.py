@@ -7,6 +7,7 @@ out and counted, and never ends a command.
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ def read_log(file: Path) -> Log:
         if not line.strip():
             continue
         lines, row = lines + 1, parse_row(line)
-        wrong = "is torn, or no JSON object" if row is None else _wrong_key(kind, row)
+        wrong = "is torn, or no JSON object" if row is None else wrong_key(kind, row)
         if row is None or wrong:
             odd.append((count, wrong))
         else:
@@ -180,7 +181,7 @@ def _lines_of(file: Path) -> list[bytes]:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
 
 
-def _wrong_key(kind: str, row: Row) -> str:
+def wrong_key(kind: str, row: Row) -> str:
     """What is wrong with a row's keys; empty if nothing is."""
     for key, right in NEEDED.get(kind, {}).items():
         if key not in row:
@@ -200,4 +201,5 @@ def _in_short(value: Any) -> str:
 def _warn(sentence: str) -> None:
     if sentence not in _said:
         _said.add(sentence)
-        print(without_tokens(f"sslkit: {sentence}"), file=sys.stderr)
+        with suppress(OSError):  # standard error may be a file on a disk that is full
+            print(without_tokens(f"sslkit: {sentence}"), file=sys.stderr)

@@ -201,10 +201,10 @@ def compare(
 
 def _judged(path: Path) -> "list[Row]":
     """Evaluations of a run folder, or of a file that holds a judgement."""
-    from sslkit.engine.lines import read_lines
+    from sslkit.rows import rows_of
 
     if (path / "recipe.toml").is_file():
-        rows = [row for row in read_lines(path / "results.jsonl") if row.get("by") == "eval"]
+        rows = [row for row in rows_of(path / "results.jsonl") if row.get("by") == "eval"]
         return [row for row in rows if _is_score(row)]
     try:
         printed = json.loads(path.read_text(encoding="utf-8"))
