@@ -95,6 +95,11 @@ def write_json(file: Path, value: dict[str, Any]) -> dict[str, Any]:
     return write_file(file, [(json.dumps(value, indent=1) + "\n").encode()])
 
 
+def write_text(file: Path, text: str) -> dict[str, Any]:
+    """Write a text; see `write_file`."""
+    return write_file(file, [text.encode("utf-8", errors="replace")])
+
+
 def write_tensors(file: Path, tensors: dict[str, Tensor], **metadata: str) -> dict[str, Any]:
     """Write contiguous tensors in host memory as safetensors, straight from where they lie; see `write_file`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
@@ -133,6 +138,26 @@ def replace_file(file: Path, chunks: Iterable[bytes | memoryview]) -> None:
         remove(_aside(file))
         raise
     sync(file.parent)
+
+
+def write_output(file: Path, text: str) -> None:
+    """Write a text file that a user named, whole at every instant; a pipe or a device of that name is written into.
+
+    A link stays, and what it leads to is replaced.
+
+    Raises:
+        OSError: It could not be written; an older one is as it was.
+    """
+    content = text.encode("utf-8", errors="replace")
+    if file.exists() and not file.is_file():
+        file.write_bytes(content)
+        return
+    try:
+        replace_file(file.resolve(), [content])
+    except PermissionError:  # a file in a folder to which nothing may be added
+        if not file.is_file():
+            raise
+        file.write_bytes(content)
 
 
 def remove(path: Path) -> None:

@@ -72,7 +72,9 @@ def linear(
     model: Model,
     labelled: Labelled,
     frozen: Frozen,
-    protocol: Annotated[str, typer.Option(help="logistic, moco_v1 (also v2's), moco_v3, simclr, byol, swav or dino.")] = "logistic",
+    protocol: Annotated[
+        str, typer.Option(help="logistic, moco_v1 (also v2's), moco_v3, simclr, byol, swav or dino.")
+    ] = "logistic",
     augment: Annotated[
         bool, typer.Option(help="Random crops and mirrors in the SGD protocols, as in the papers.")
     ] = True,
@@ -201,11 +203,11 @@ def compare(
 
 def _judged(path: Path) -> "list[Row]":
     """Evaluations of a run folder, or of a file that holds a judgement."""
-    from sslkit.engine.lines import read_lines
+    from sslkit.rows import rows_of
 
     check_path(path, "MODEL")
     if (path / "recipe.toml").is_file():
-        rows = [row for row in read_lines(path / "results.jsonl") if row.get("by") == "eval"]
+        rows = [row for row in rows_of(path / "results.jsonl") if row.get("by") == "eval"]
         return [row for row in rows if _is_score(row)]
     try:
         printed = json.loads(path.read_text(encoding="utf-8"))

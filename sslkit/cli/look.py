@@ -1,5 +1,6 @@
 """``sslkit report`` and ``sslkit views``: pages to look at, and a few numbers for those who stay in the terminal."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ from rich.text import Text
 from sslkit.cli.options import Overrides
 from sslkit.cli.quick import quick_imports
 from sslkit.cli.show import console
-from sslkit.errors import UserError
+from sslkit.errors import UserError, without_tokens
 
 if TYPE_CHECKING:
     from sslkit.report import Summary
@@ -37,7 +38,11 @@ def report(
     summaries = [summarise(record) for record in records]
     file = Path(output) if output else records[0].folder / "report.html"
     write_report(records, summaries, file, galleries=gallery, data=data)
-    written = [file, *(draw_run(records[0].folder) if len(records) == 1 else [])]
+    written = [file]
+    try:
+        written += draw_run(records[0].folder) if len(records) == 1 else []
+    except UserError as error:  # the page is there; a run on a read-only disk has no place for its pictures
+        print(without_tokens(f"sslkit: WARNING: {error}"), file=sys.stderr)
     _print_summaries(summaries)
     for path in written:
         console.print(str(path), highlight=False, markup=False, soft_wrap=True)

@@ -111,7 +111,7 @@ def show_comparison(groups: list[dict[str, dict[str, Any]]], as_json: bool) -> N
         console.print(f"{first['evaluation']}, protocol {first['protocol_hash']}", highlight=False, markup=False)
         table = Table("model", first.get("measure", "top-1 accuracy"), "95 % interval")
         for model, row in sorted(group.items(), key=lambda item: -item[1]["accuracy"]):
-            table.add_row(model, f"{row['accuracy']:.2%}", _in_words(row["interval"]))
+            table.add_row(model, f"{row['accuracy']:.2%}", _in_words(row.get("interval")))
         console.print(table)
 
 

@@ -159,7 +159,9 @@ def check_derivative(bench: Bench, seen: Observation) -> Finding:
     bench.loss(students, teachers, memories)  # what is estimated once, from the first batch, is estimated now
     leaves = [each.clone().requires_grad_() for each in students]
     grads = torch.autograd.grad(bench.loss(leaves, teachers, memories), leaves)
-    ways = [[torch.randn(each.shape, dtype=each.dtype, generator=bench.generator) for each in students] for _ in range(4)]
+    ways = [
+        [torch.randn(each.shape, dtype=each.dtype, generator=bench.generator) for each in students] for _ in range(4)
+    ]
     slopes, unsure = measured_slopes(bench, students, teachers, memories, ways)
     told = [sum(float((g * w).sum()) for g, w in zip(grads, way, strict=True)) for way in ways]
     size = sum(slope**2 for slope in slopes) ** 0.5

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
+from sslkit.rows import number, step_of
+
 COLLAPSED_STD = 0.05  # as a share of 1 / sqrt(D); healthy runs: 0.12 and more
 COLLAPSED_RANK = 2.0  # healthy runs: 5 and more
 FALLEN_RANK = 0.1  # of the run's highest; healthy runs: 0.38 and more
@@ -91,12 +93,19 @@ def first_and_last(layers: Sequence[str]) -> tuple[str, ...]:
 def find_spikes(
     metrics: Iterable[Mapping[str, Any]], factor: float = SPIKE_FACTOR, window: int = SPIKE_WINDOW
 ) -> list[Spike]:
-    """Every spike in the rows of a metrics.jsonl; a row is a step if ``[train] log_every`` is 1."""
+    """Every spike in the rows of a metrics.jsonl; a row is a step if ``[train] log_every`` is 1.
+
+    A row without a gradient norm that is a number is passed over.
+    """
     watch = SpikeWatch(factor, window)
     found = []
     for row in metrics:
-        layers = {name: value for name, value in row.items() if name.startswith("gradient/")}
-        found.append(watch.see(row["step"], row["grad_norm"], layers))
+        norm, layers = (
+            number(row.get("grad_norm")),
+            {name: number(row[name]) for name in row if name[:9] == "gradient/"},
+        )
+        if norm is not None:
+            found.append(watch.see(int(step_of(row)), norm, {name: each or math.nan for name, each in layers.items()}))
     return [spike for spike in found if spike is not None]
 
 
@@ -125,14 +134,18 @@ class Measured:
 
 
 def read_curve(metrics: Iterable[Mapping[str, Any]], results: Iterable[Mapping[str, Any]]) -> list[Measured]:
-    """The monitor's measurements in the rows of a run's results.jsonl, beside those of its metrics.jsonl."""
-    pretext = [(row["step"], row["accuracy"]) for row in metrics if "accuracy" in row]
-    curve, before = [], 0
+    """The monitor's measurements in the rows of a run's results.jsonl, beside those of its metrics.jsonl.
+
+    Rows that lack one of these numbers are passed over.
+    """
+    pretext = [(step_of(row), each) for row in metrics if (each := number(row.get("accuracy"))) is not None]
+    curve, before = [], 0.0
     for row in results:
-        if row.get("by") == "monitor":
-            since = [accuracy for step, accuracy in pretext if before < step <= row["step"]]
-            curve.append(Measured(row["epoch"], row["accuracy"], fmean(since) if since else None))
-            before = row["step"]
+        knn, epoch = number(row.get("accuracy")), number(row.get("epoch"))
+        if row.get("by") == "monitor" and knn is not None and epoch is not None:
+            since = [accuracy for step, accuracy in pretext if before < step <= step_of(row)]
+            curve.append(Measured(epoch, knn, fmean(since) if since else None))
+            before = step_of(row)
     return curve
 
 
@@ -185,6 +198,8 @@ def spike_alarm(spikes: Sequence[Spike], factor: float = SPIKE_FACTOR, window: i
 
 def dip_alarm(curve: Sequence[Measured], test_images: int) -> list[str]:
     """Whether kNN has just fallen far below its best, more than chance on so many test images allows."""
+    if not curve:
+        return []
     best = max(curve, key=lambda point: point.knn)
     now = curve[-1]
     threshold = max(DIP, _chance(best.knn, test_images))
@@ -211,9 +226,9 @@ def leak_alarm(
         exposed: Queries and keys share their BatchNorm groups, unshuffled: a flat kNN is enough.
         batch_norm: Whether the backbone has BatchNorm at all; without it statistics are not to blame.
     """
-    now = curve[-1]
-    if now.pretext is None:
+    if not curve or curve[-1].pretext is None:
         return []
+    now = curve[-1]
     for then in curve[:-1]:
         rise = now.pretext - then.pretext if then.pretext is not None else 0.0
         noise = _chance(then.knn, test_images)

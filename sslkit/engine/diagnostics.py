@@ -25,6 +25,7 @@ from sslkit.engine.alarms import Spike, SpikeWatch, collapse_alarm, spike_alarm
 from sslkit.evaluate.collapse import label_free
 from sslkit.parts.collectives import copy_buffers_from_first, gather_rows, rank, world_size
 from sslkit.recipe import Recipe
+from sslkit.rows import number
 
 IMAGES = 256  # at most, over all processes: enough to see a collapse, and few beside fifty batches
 CHUNK = 64
@@ -54,8 +55,8 @@ class Diagnostics:
 
     def remember(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Take up from the lines of diagnostics.jsonl that a run left which is now continued."""
-        ranks = (line.get("effective_rank") for line in lines)
-        self.highest_rank = max((rank for rank in ranks if isinstance(rank, int | float)), default=0.0)
+        ranks = (number(line.get("effective_rank")) for line in lines)
+        self.highest_rank = max((rank for rank in ranks if rank is not None), default=0.0)
 
     def see(self, step: int, grad_norm: float, layers: Mapping[str, float]) -> None:
         """Look at a step's gradient norm, whole and by layer."""

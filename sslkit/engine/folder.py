@@ -14,12 +14,12 @@ from sslkit.data.source import ImageSource
 from sslkit.durable import refuse_links, replace_text
 from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from sslkit.engine.images import DATA, IMAGES, images_digest, same_images, write_images
-from sslkit.engine.lines import read_lines
 from sslkit.engine.lock import LOCK, PROBE, prepare_folder
 from sslkit.engine.stopping import remove_marker
 from sslkit.errors import UserError, check_path
 from sslkit.recipe import Recipe, build_recipe, changes, read_tables
 from sslkit.recipe_tables import check_plain
+from sslkit.rows import rows_of
 
 # What a first start writes before the recipe: whole, and aside; an earlier version wrote the recipe as .recipe.tmp.
 FIRST_FILES = (
@@ -52,11 +52,11 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
-        return read_lines(self.folder / "metrics.jsonl")
+        return rows_of(self.folder / "metrics.jsonl")
 
     def results(self) -> list[dict[str, Any]]:
         """The lines of results.jsonl."""
-        return read_lines(self.folder / "results.jsonl")
+        return rows_of(self.folder / "results.jsonl")
 
 
 def check_folder(folder: Path, recipe: Recipe, resume: str) -> None:

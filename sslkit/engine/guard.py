@@ -17,6 +17,7 @@ from sslkit.errors import RunError, UserError
 from sslkit.recipe_tables import GuardConfig
 
 MOST = 1_000_000  # troubles of a kind
+MAX_STEP = 2**53
 WINDOW, FEWEST = 50, 20  # losses whose median tells a spike, and how many there must be
 
 
@@ -37,11 +38,14 @@ class Course:
         rewinds: How often the run went back; each time it takes the images in another order from there.
         lr_factor: What that made of the learning rate.
         losses: Of the latest good steps.
+        back_to: Step of the checkpoint that the run would go back to; 0 is its start, None says that there is none.
+            See `sslkit.engine.rewind`.
     """
 
     skipped: int = 0
     rewinds: int = 0
     lr_factor: float = 1.0
+    back_to: int | None = 0
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
     def as_json(self) -> dict[str, Any]:
@@ -62,6 +66,7 @@ class Course:
             "rewinds": _is_count,
             "lr_factor": lambda value: is_finite(value) and 0 < value <= 1,
             "losses": lambda value: isinstance(value, list) and all(map(is_finite, value)),
+            "back_to": lambda value: value is None or (type(value) is int and 0 <= value < MAX_STEP),
         }
         for name, value in fields.items():
             if name not in right or not right[name](value):
@@ -128,7 +133,7 @@ class Guard:
             )
         self.course.skipped += 1
         if self.course.skipped > self.config.max_skips:
-            raise RewindError(f"{sentence}, the {self.course.skipped}th bad step in a row{replay}")
+            raise RewindError(f"{sentence}; {self.course.skipped} bad steps in a row{replay}")
         return f"{sentence}; skipped ({self.course.skipped} in a row){replay}"
 
 

@@ -17,9 +17,10 @@ from sslkit.data.loader import Batch
 from sslkit.data.source import ImageSource
 from sslkit.data.streaming import StreamedRows
 from sslkit.durable import remove, replace_file, replace_text
-from sslkit.engine.lines import Lines, keep_until, read_lines, step_of
+from sslkit.engine.lines import Lines, step_of
 from sslkit.errors import UserError
 from sslkit.parts.collectives import gather_objects
+from sslkit.rows import rows_of, step_of
 
 DATA = "data.json"  # in the run folder: how many images it is of, and sums of them
 IMAGES = "images.parquet"  # in the run folder: the names of its images, in order
@@ -51,7 +52,7 @@ class BadSamples:
         self.max_share, self.allowed = max_share, math.ceil(max_share * len(source))
         written = [
             line
-            for line in read_lines(self.file)
+            for line in rows_of(self.file)
             if isinstance(line.get("index"), int)
             and isinstance(line.get("name"), str)
             and isinstance(line.get("reason"), str)
@@ -64,7 +65,7 @@ class BadSamples:
     def drop_later(self, step: int) -> None:
         """Remove the lines of steps after ``step`` from the file; they are not among the known ones."""
         if self.active:
-            keep_until(self.file, step)
+            self.lines.go_back(step)
 
     def new_in(self, batch: Batch) -> int:
         """How many of this process's bad images are not known yet."""

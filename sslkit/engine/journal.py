@@ -13,10 +13,11 @@ from rich.live import Live
 from rich.text import Text
 
 from sslkit.durable import refuse_links
-from sslkit.engine.lines import Lines, append_text, keep_until, read_lines, settle_all
+from sslkit.engine.lines import Lines, append_text, settle_all
 from sslkit.engine.sights import Draw
 from sslkit.engine.track import Tracks
 from sslkit.errors import UserError, without_tokens
+from sslkit.rows import rows_of
 
 FILES = ("metrics", "results", "diagnostics")
 PLAIN_SECONDS = 15.0
@@ -61,14 +62,14 @@ class Journal:
         """Drop the lines of later steps, which will be written again."""
         if not self.active:
             return
-        settle_all((self.metrics, self.results, self.diagnoses))
-        for name, only_by in (("metrics", None), ("results", "monitor"), ("diagnostics", None)):
-            latest = keep_until(self.folder / f"{name}.jsonl", step, only_by)
-            self.reached[name] = max(self.reached[name], latest)
+        for name, lines, only_by in (
+            ("metrics", self.metrics, None),
+            ("results", self.results, "monitor"),
+            ("diagnostics", self.diagnoses, None),
+        ):
+            self.reached[name] = max(self.reached[name], lines.go_back(step, only_by))
         self.said = {
-            kind_of(str(alarm))
-            for row in read_lines(self.folder / "diagnostics.jsonl")
-            for alarm in (row["alarms"] if isinstance(row.get("alarms"), list) else [])
+            kind_of(str(alarm)) for row in rows_of(self.diagnoses.file, self.say) for alarm in row.get("alarms", [])
         }
 
     def record(self, fields: dict[str, float]) -> None:

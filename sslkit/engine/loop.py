@@ -20,6 +20,7 @@ from sslkit.engine.journal import Journal
 from sslkit.engine.measure import epoch_ends, measure, measure_what_is_owed, monitor_is_due, report
 from sslkit.engine.monitors import layer_gradients
 from sslkit.engine.optim import learning_rate, set_learning_rate
+from sslkit.engine.rewind import is_rewind_point
 from sslkit.engine.saver import SaveError, Saver
 from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.engine.stopping import StopRequest
@@ -191,12 +192,30 @@ def gradient_norm(training: Training) -> float:
 
 
 def save_is_due(training: Training, done: int, last_save: float) -> bool:
-    """Every so many steps, epochs, measurements or minutes. Clocks differ: if one process finds it time, all save."""
+    """Every so many steps, epochs, measurements or minutes, and at rewind points, where there may be a need of them.
+
+    Clocks differ: if one process finds it time, all save.
+    """
     rules = training.recipe.checkpoint
     kept_steps = rules.keep_every_epochs * training.steps_per_epoch
     by_steps = any(every and done % every == 0 for every in (rules.every_steps, kept_steps))
+    if training.recipe.guard.policy == "skip":
+        by_steps |= is_rewind_point(training.recipe, training.steps_per_epoch, done)
     measured = bool(rules.keep_best) and monitor_is_due(training, done)
     return by_steps or measured or bool(rules.every_minutes and time.monotonic() - last_save > 60 * rules.every_minutes)
+
+
+def mark_rewind_point(training: Training, done: int) -> None:
+    """Note in the counters that the run can go back to what is saved now, if so.
+
+    A run that stops at bad steps never goes back. Each of its checkpoints is a point all the same, for the case that it
+    is continued with ``policy = "skip"``.
+    """
+    recipe, course = training.recipe, training.course
+    if recipe.guard.policy == "stop" or (
+        not course.skipped and is_rewind_point(recipe, training.steps_per_epoch, done)
+    ):
+        course.back_to = done
 
 
 def save(training: Training, saver: Saver, done: int, *, wait: bool) -> None:
@@ -212,6 +231,7 @@ def save(training: Training, saver: Saver, done: int, *, wait: bool) -> None:
         SaveError: ``wait`` was asked for and it could not be written; on all processes.
     """
     copy_buffers_from_first(training.method.backbone)
+    mark_rewind_point(training, done)
     scaler = training.accelerator.scaler
     state = {
         "scaler": scaler.state_dict() if scaler is not None else {},

@@ -11,12 +11,13 @@ from sslkit.engine.alarms import dip_alarm, leak_alarm, read_curve, teacher_alar
 from sslkit.engine.clock import StepClock
 from sslkit.engine.diagnostics import Diagnostics
 from sslkit.engine.journal import Journal, kind_of
-from sslkit.engine.lines import read_lines
 from sslkit.engine.training import Training
+from sslkit.errors import UserError
 from sslkit.evaluate.protocol import bootstrap_interval, protocol_hash
 from sslkit.methods import Method
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.collectives import max_over_processes
+from sslkit.rows import rows_of
 
 
 def report(
@@ -57,11 +58,12 @@ def measure_what_is_owed(training: Training, journal: Journal) -> None:
     """The kNN of the checkpoint that a run continues from, if it was stopped before that was measured."""
     start = training.start_step
     if training.diagnostics and journal.active:
-        training.diagnostics.remember(read_lines(journal.folder / "diagnostics.jsonl"))
+        training.diagnostics.remember(rows_of(journal.folder / "diagnostics.jsonl", journal.say))
     if not start or not monitor_is_due(training, start):
         return
     missing = journal.active and not any(
-        row.get("by") == "monitor" and row.get("step") == start for row in read_lines(journal.folder / "results.jsonl")
+        row.get("by") == "monitor" and row["step"] == start
+        for row in rows_of(journal.folder / "results.jsonl", journal.say)
     )
     if max_over_processes(torch.tensor(float(missing), device=training.accelerator.device)) > 0:
         measure(training, journal, None, start, with_knn=True)
@@ -69,21 +71,24 @@ def measure_what_is_owed(training: Training, journal: Journal) -> None:
 
 def measure(training: Training, journal: Journal, batch: Batch | None, done: int, *, with_knn: bool) -> None:
     """kNN if it is asked for, and what diagnostics are due."""
-    if with_knn:
-        measure_knn(training, journal, done)
-    diagnose(training, journal, None if with_knn else batch, done)
+    measured = with_knn and measure_knn(training, journal, done)
+    diagnose(training, journal, None if with_knn else batch, done, measured=measured)
 
 
-def measure_knn(training: Training, journal: Journal, done: int) -> None:
-    """Score the backbone by kNN and write it down."""
+def measure_knn(training: Training, journal: Journal, done: int) -> bool:
+    """Score the backbone by kNN and write it down; whether that is done, on the disk."""
     assert training.monitor is not None
     started = time.monotonic()
     show = partial(journal.picture, "neighbours", done) if journal.shows_pictures else None
-    accuracy = training.monitor(training.method.backbone, show)
     epoch = done / training.steps_per_epoch
+    try:
+        accuracy = training.monitor(training.method.backbone, show)
+    except UserError as error:  # alike on all processes: it is about the images of all of them
+        journal.say(f"WARNING: epoch {epoch:g}: kNN cannot be measured: {error}; the run goes on")
+        return False
     if accuracy is None:
-        journal.say(f"epoch {epoch:g}: kNN cannot be measured, the features are not finite")
-        return
+        journal.say(f"WARNING: epoch {epoch:g}: kNN cannot be measured, the features are not finite; the run goes on")
+        return False
     left_out = training.monitor.left_out
     if journal.active:
         settings = {**training.monitor.settings, **({"left_out": left_out} if left_out else {})}
@@ -103,10 +108,19 @@ def measure_knn(training: Training, journal: Journal, done: int) -> None:
         )
     without = f", without {left_out} images that cannot be read" if left_out else ""
     journal.say(f"epoch {epoch:g}: kNN {accuracy:.2%}{without} ({duration(time.monotonic() - started)})")
+    return not journal.results.owed
 
 
-def diagnose(training: Training, journal: Journal, batch: Batch | None, done: int) -> None:
-    """Write a line of diagnostics if one is due: of the batch, or, without one, of a fixed sample after a kNN."""
+def diagnose(training: Training, journal: Journal, batch: Batch | None, done: int, *, measured: bool) -> None:
+    """Write a line of diagnostics if one is due: of the batch, or, without one, of a fixed sample after a kNN.
+
+    Args:
+        training: Whose backbone is looked at.
+        journal: Takes the line.
+        batch: The step's, or None.
+        done: Updates made.
+        measured: Whether a kNN of this step is in results.jsonl, to be held against those before it.
+    """
     diagnostics: Diagnostics | None = training.diagnostics
     if diagnostics is None:
         return
@@ -119,17 +133,29 @@ def diagnose(training: Training, journal: Journal, batch: Batch | None, done: in
         return
     if not journal.active:
         return
-    if batch is None and training.monitor:
-        curve = read_curve(*(read_lines(journal.folder / name) for name in ("metrics.jsonl", "results.jsonl")))
-        test_images = len(training.monitor.pair.test)
-        fields["alarms"] += dip_alarm(curve, test_images)
-        # Features that collapse have a falling kNN too, and nothing to do with a leak.
-        if not any(kind_of(alarm) == "collapse" for alarm in fields["alarms"]):
-            batch_norm, exposed = has_batch_norm(backbone), shares_batch_statistics(training.method)
-            fields["alarms"] += leak_alarm(curve, test_images, exposed=exposed, batch_norm=batch_norm)
+    if measured:
+        fields["alarms"] += _alarms_of_curve(training, journal, fields["alarms"])
     if hasattr(training.method, "teacher_backbone"):
         fields["alarms"] += teacher_alarm(getattr(training.recipe.method, "momentum", None))
     journal.diagnosis({"step": done, "epoch": round(done / training.steps_per_epoch, 6), **fields})
+
+
+def _alarms_of_curve(training: Training, journal: Journal, raised: list[str]) -> list[str]:
+    """What the kNN just measured says beside those before it."""
+    assert training.monitor is not None
+    try:
+        rows = (rows_of(journal.folder / name, journal.say) for name in ("metrics.jsonl", "results.jsonl"))
+        curve = read_curve(*rows)
+    except UserError as error:
+        journal.say(f"WARNING: {error}; without it there are no alarms of kNN")
+        return []
+    backbone, test_images = training.method.backbone, len(training.monitor.pair.test)
+    alarms = dip_alarm(curve, test_images)
+    # Features that collapse have a falling kNN too, and nothing to do with a leak.
+    if not any(kind_of(alarm) == "collapse" for alarm in raised + alarms):
+        batch_norm, exposed = has_batch_norm(backbone), shares_batch_statistics(training.method)
+        alarms += leak_alarm(curve, test_images, exposed=exposed, batch_norm=batch_norm)
+    return alarms
 
 
 def shares_batch_statistics(method: Method) -> bool:

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from sslkit.engine.lines import read_lines
 from sslkit.recipe_tables import CheckpointConfig
+from sslkit.rows import rows_of
 
 NAME = re.compile(r"step-(\d{8,})")
 
@@ -38,12 +38,9 @@ def monitor_scores(results: Path, evaluation: str) -> dict[int, float]:
         evaluation: First word of the protocol, such as ``"knn"``.
     """
     return {
-        row["step"]: row["accuracy"]
-        for row in read_lines(results)
-        if row.get("by") == "monitor"
-        and str(row.get("evaluation")).split(" ")[0] == evaluation
-        and isinstance(row.get("step"), int)
-        and isinstance(row.get("accuracy"), float)
+        row["step"]: float(row["accuracy"])
+        for row in rows_of(results)
+        if row.get("by") == "monitor" and row.get("evaluation", "").split(" ")[0] == evaluation
     }
 
 

@@ -18,7 +18,7 @@ from sslkit.data.replace import read_or_replace
 from sslkit.data.source import ImageSource, open_source
 from sslkit.data.views import ViewPipeline
 from sslkit.engine.agreement import all_or_none, compare_facts
-from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, restore
+from sslkit.engine.checkpoint import Checkpoint, restore
 from sslkit.engine.diagnostics import Diagnostics
 from sslkit.engine.encoders import compile_backbones, encoders_of
 from sslkit.engine.folder import FREE_KEYS, Run, check_folder, check_own, look_into, open_folder
@@ -33,6 +33,7 @@ from sslkit.engine.opening import opening_lines
 from sslkit.engine.optim import make_optimizer
 from sslkit.engine.processes import make_accelerator, processes_here, workers_of
 from sslkit.engine.retention import checkpoint_name
+from sslkit.engine.rewind import course_of, rewind_checkpoint, start_again
 from sslkit.engine.saver import Saver
 from sslkit.engine.sights import view_sheet
 from sslkit.engine.stopping import MARKER, StopRequest, die_with_launcher, leave_marker
@@ -105,7 +106,8 @@ def _train(
     journal = Journal(folder, training.start_step, active=first)
     for sentence in [*said, *found.remarks, *opening_lines(training, source)]:
         journal.say(sentence)
-    saver = Saver(folder, recipe, epoch_steps, training.start_step, journal.say, active=first)
+    start, back_to = training.start_step, training.course.back_to
+    saver = Saver(folder, recipe, epoch_steps, start, journal.say, back_to=back_to, active=first)
     tracks = journal.tracks = Tracks(recipe, folder, journal.say, active=first)
     with tracks, journal, saver:
         if checkpoint is not None and training.start_step >= last_step:
@@ -157,6 +159,7 @@ def _run_through(
             saver.wait()
             training.accelerator.wait_for_everyone()
             training = _go_back(training, source, journal, str(error))
+            saver.go_back(training.start_step)
         except RuntimeError as error:
             if training.accelerator.num_processes > 1 and is_others_fault(error):
                 raise heart.blame(error) from error
@@ -170,27 +173,26 @@ def _restore_scaler(accelerator: Accelerator, checkpoint: Checkpoint) -> None:
 
 
 def _go_back(training: Training, source: ImageSource, journal: Journal, why: str) -> Training:
-    """The same training as its last checkpoint has it, with another order of the images from there."""
+    """The same training as at its newest rewind point, with another order of the images from there."""
     config, course = training.recipe.guard, training.course
     if course.rewinds >= config.max_rewinds:
         raise BadStepError(f"{why}; went back {course.rewinds} time(s) before, [guard] max_rewinds allows no more")
-    checkpoint, _ = newest_checkpoint(training.folder / "checkpoints")
-    if checkpoint is None:
+    checkpoint = rewind_checkpoint(training.folder, course)
+    if checkpoint is not None:
+        check_own(checkpoint, training.folder, training.recipe)
+        step, before = checkpoint.step, course_of(checkpoint, training.folder)
+        restore(checkpoint, training.method, training.optimizer.optimizer)
+        _restore_scaler(training.accelerator, checkpoint)
+    elif course.back_to == 0:
+        step, before = 0, Course()
+        start_again(training, build_method)
+    else:
         raise BadStepError(f"{why}; there is no checkpoint yet to go back to")
-    check_own(checkpoint, training.folder, training.recipe)
-    restore(checkpoint, training.method, training.optimizer.optimizer)
-    _restore_scaler(training.accelerator, checkpoint)
-    course = replace(
-        Course.from_json(checkpoint.state.get("course", {})),
-        rewinds=course.rewinds + 1,
-        lr_factor=course.lr_factor * config.rewind_lr,
-    )
-    journal.go_back(checkpoint.step)
-    journal.say(f"{why}; back to step {checkpoint.step}, with another order of the images from there")
-    loader = _make_loader(
-        training.recipe, training.accelerator, source, checkpoint.step, training.last_step, course.rewinds
-    )
-    return replace(training, start_step=checkpoint.step, course=course, loader=loader)
+    course = replace(before, rewinds=course.rewinds + 1, lr_factor=course.lr_factor * config.rewind_lr)
+    journal.go_back(step)
+    journal.say(f"{why}; back to step {step}, with another order of the images from there")
+    loader = _make_loader(training.recipe, training.accelerator, source, step, training.last_step, course.rewinds)
+    return replace(training, start_step=step, course=course, loader=loader)
 
 
 def _make_loader(
@@ -283,7 +285,7 @@ def assemble(
     if checkpoint is not None:
         _restore_scaler(accelerator, checkpoint)
     start_step = checkpoint.step if checkpoint else 0
-    course = Course.from_json(checkpoint.state.get("course", {}) if checkpoint else {})
+    course = course_of(checkpoint, folder)
     return Training(
         recipe,
         folder,

@@ -67,6 +67,7 @@ class Snapshot:
         optimizer: Tensors by ``parameter name/slot``.
         state: What else the run needs, as JSON.
         trained: Names in ``model`` that must be finite: parameters, not buffers.
+        rewind_point: Whether the run may go back to it.
         arrived: Waits until the copies from a GPU have.
     """
 
@@ -75,6 +76,7 @@ class Snapshot:
     optimizer: dict[str, Tensor]
     state: str
     trained: list[str]
+    rewind_point: bool
     arrived: Callable[[], None]
 
     def not_finite(self) -> str:
@@ -96,6 +98,7 @@ class Saver:
         start_step: Updates made before; checkpoints of later ones, broken or of a course that was left, go with the
             first save.
         say: Told each sentence, from the writing thread.
+        back_to: The checkpoint that the run may go back to, if it has one; see `sslkit.engine.rewind`.
         active: False on all processes but the first: then nothing is copied or written.
     """
 
@@ -107,6 +110,7 @@ class Saver:
         start_step: int,
         say: Callable[[str], None],
         *,
+        back_to: int | None = None,
         active: bool = True,
     ) -> None:
         self.folder, self.recipe, self.say, self.active = folder, recipe, say, active
@@ -118,6 +122,7 @@ class Saver:
         self.failure = ""
         self.config = encoder_config(recipe, LICENSE) if active else {}
         self.course = {step for step in saved_steps(self.checkpoints) if step <= start_step}
+        self.rewind_points = {back_to} & self.course
 
     def __enter__(self) -> "Saver":
         return self
@@ -148,7 +153,9 @@ class Saver:
         model = self.model.fill(method.state_dict())
         moments = self.optimizer.fill(tensors)
         trained = [name for name, _ in method.named_parameters() if name in model]
-        snapshot = Snapshot(step, model, moments, text, trained, _mark(next(method.parameters()).device))
+        rewind_point = state.get("course", {}).get("back_to") == step
+        arrived = _mark(next(method.parameters()).device)
+        snapshot = Snapshot(step, model, moments, text, trained, rewind_point, arrived)
         self.writing = self.thread.submit(self._write, snapshot)
 
     def wait(self) -> str:
@@ -183,7 +190,15 @@ class Saver:
         """The checkpoints that stay, and why."""
         rules = self.recipe.checkpoint
         scores = monitor_scores(self.folder / "results.jsonl", rules.keep_best) if rules.keep_best else {}
-        return reasons_to_keep(self.course, rules, self.steps_per_epoch, scores)
+        reasons = reasons_to_keep(self.course, rules, self.steps_per_epoch, scores)
+        if self.recipe.guard.policy == "skip" and (points := self.rewind_points & self.course):
+            newest = max(points)
+            reasons[newest] = ", ".join(filter(None, [reasons.get(newest, ""), "to go back to"]))
+        return dict(sorted(reasons.items()))
+
+    def go_back(self, step: int) -> None:
+        """Count later checkpoints as of a course that was left: they go with the next save."""
+        self.course = {each for each in self.course if each <= step}
 
     def _write(self, snapshot: Snapshot) -> str:
         """Write a snapshot, in the saver's thread; returns why it could not be, if so."""
@@ -222,6 +237,8 @@ class Saver:
             }
             write_json(aside / "manifest.json", {"format": FORMAT, "files": files})
         self.course.add(snapshot.step)
+        if snapshot.rewind_point:
+            self.rewind_points.add(snapshot.step)
         replace_text(self.checkpoints / "latest", name + "\n")
 
     def _prune(self) -> None:

@@ -243,9 +243,7 @@ def _sgd(
 
 
 @torch.no_grad()
-def _first_classifier(
-    width: int, num_classes: int, protocol: LinearProtocol, generator: torch.Generator
-) -> nn.Linear:
+def _first_classifier(width: int, num_classes: int, protocol: LinearProtocol, generator: torch.Generator) -> nn.Linear:
     with torch.random.fork_rng(devices=[]):
         classifier = nn.Linear(width, num_classes)
     if protocol.init_std < 0.0:

@@ -5,6 +5,7 @@ The one file sslkit writes that is a pickle: detectron2 takes weights with forei
 ``numpy.ndarray``, so that a reader can refuse everything else. sslkit itself never reads one.
 """
 
+import io
 import pickle
 import re
 from collections.abc import Mapping
@@ -17,9 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from sslkit.durable import write_file, write_text
 from sslkit.errors import RunError, UserError, check_path
 from sslkit.evaluate.features import load_encoder
 from sslkit.parts.backbone import family
+from sslkit.publish.export import check_empty, new_folder
 from sslkit.publish.private import public_recipe
 from sslkit.recipe import Recipe, load_recipe
 
@@ -88,8 +91,7 @@ def export_detectron2(run: str | Path, folder: str | Path) -> dict[str, Any]:
     source = run / "encoder" / "model.safetensors"
     if not source.is_file() or not (run / "recipe.toml").is_file():
         raise UserError(f"{run}: no run with an encoder (no {source}); train it first")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: already holds something; export to a new or empty folder")
+    check_empty(folder, "export")
     recipe = load_recipe(run / "recipe.toml")
     name = recipe.backbone.name
     if family(name) != "resnet":
@@ -98,15 +100,13 @@ def export_detectron2(run: str | Path, folder: str | Path) -> dict[str, Any]:
     twin = _plain_twin(model, name)
     weights = detectron2_weights(model.state_dict())
     _prove(model, twin, name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / FILE).open("wb") as stream:
-            content = {"model": weights, "__author__": "sslkit", "matching_heuristics": True}
-            _PlainPickler(stream, protocol=5).dump(content)
-        (folder / "README.md").write_text(_page(recipe, model), encoding="utf-8")
-        (folder / "recipe.toml").write_text(public_recipe(run / "recipe.toml")[1], encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error}") from error
+    content = io.BytesIO()
+    _PlainPickler(content, protocol=5).dump({"model": weights, "__author__": "sslkit", "matching_heuristics": True})
+    text = public_recipe(run / "recipe.toml")[1]
+    with new_folder(folder) as aside:
+        write_file(aside / FILE, [content.getbuffer()])
+        write_text(aside / "README.md", _page(recipe, model))
+        write_text(aside / "recipe.toml", text)
     convolutions = sum(array.ndim == 4 for array in weights.values())
     return {"file": folder / FILE, "tensors": len(weights), "convolutions": convolutions}
 

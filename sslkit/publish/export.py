@@ -6,9 +6,11 @@ bit for bit.
 """
 
 import json
+import os
 import re
-import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from safetensors.torch import load_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from sslkit.durable import whole_folder, write_json, write_tensors
+from sslkit.durable import whole_folder, write_json, write_tensors, write_text
 from sslkit.errors import RunError, UserError, check_path
 from sslkit.evaluate.features import load_encoder
 from sslkit.parts.backbone import create_backbone
@@ -100,14 +102,22 @@ def write_encoder(config: dict[str, Any], tag: str, state: dict[str, Tensor], fo
     Raises:
         OSError: It could not be written; what was there before still is.
     """
-    tagged = {**config, "pretrained_cfg": {**config["pretrained_cfg"], "tag": tag}}
     with whole_folder(folder) as aside:
-        write_json(aside / "config.json", tagged)
-        write_tensors(aside / "model.safetensors", state, **metadata)
+        fill_encoder(config, tag, state, aside, **metadata)
+
+
+def fill_encoder(config: dict[str, Any], tag: str, state: dict[str, Tensor], folder: Path, **metadata: str) -> None:
+    """Write the two files of `write_encoder` into a folder that is there."""
+    tagged = {**config, "pretrained_cfg": {**config["pretrained_cfg"], "tag": tag}}
+    write_json(folder / "config.json", tagged)
+    write_tensors(folder / "model.safetensors", state, **metadata)
 
 
 def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apache-2.0") -> dict[str, Any]:
     """Copy a run's encoder to a folder of its own, with a model card, and prove that it loads.
+
+    The folder appears when all is in it and proven. Until then it is made beside, under a hidden name that the next call
+    uses again.
 
     Args:
         run: Run folder; its newest checkpoint's encoder is taken.
@@ -118,7 +128,7 @@ def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apach
         What was proven: ``{"features": (N, D) shape, "loads_in_timm": bool}``.
 
     Raises:
-        UserError: No such run, or a folder that holds something.
+        UserError: No such run, a folder that holds something, or one that cannot be written.
         EncoderFolderError: The reloaded encoder differs.
     """
     check_path(run, "RUN")
@@ -127,26 +137,43 @@ def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apach
     source = run / "encoder"
     if not (source / "model.safetensors").is_file() or not (run / "recipe.toml").is_file():
         raise UserError(f"{run}: no run with an encoder (no {source / 'model.safetensors'}); train it first")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: already holds something; export to a new or empty folder")
+    check_empty(folder, "export")
     check_license(license_id)
     recipe = load_recipe(run / "recipe.toml")
     state, tag = _read_encoder(source, recipe)
+    public, text = public_recipe(run / "recipe.toml")
+    card = model_card(public, run, f"local-dir:{folder.name}", tag, license_id)
+    with new_folder(folder) as aside:
+        fill_encoder(encoder_config(recipe, license_id), tag, state, aside)
+        proof = _prove(recipe, state, aside, folder)
+        write_text(aside / "README.md", card)
+        write_text(aside / "recipe.toml", text)
+    return proof
+
+
+def check_empty(folder: Path, what: str) -> None:
+    """See that a folder to be written is not there, or empty.
+
+    Raises:
+        UserError: It holds something.
+    """
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: already holds something; {what} to a new or empty folder")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, beside ``folder``, whose place it takes when all is in it; after an error nothing is left.
+
+    Raises:
+        UserError: It cannot be written.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        write_encoder(encoder_config(recipe, license_id), tag, state, folder)
+        with whole_folder(Path(os.path.abspath(folder))) as aside:
+            yield aside
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error}") from error
-    try:
-        proof = _prove(recipe, state, folder)
-        public, text = public_recipe(run / "recipe.toml")
-        card = model_card(public, run, f"local-dir:{folder.name}", tag, license_id)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        (folder / "recipe.toml").write_text(text, encoding="utf-8")
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
-    return proof
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
 def _read_encoder(source: Path, recipe: Recipe) -> tuple[dict[str, Tensor], str]:
@@ -173,15 +200,22 @@ def _build(recipe: Recipe) -> nn.Module:
     return create_backbone(replace(recipe.backbone_spec(), pretrained=False))
 
 
-def _prove(recipe: Recipe, state: dict[str, Tensor], folder: Path) -> dict[str, Any]:
-    """Load the folder as a stranger would and compare features on noise images, bit for bit."""
+def _prove(recipe: Recipe, state: dict[str, Tensor], written: Path, folder: Path) -> dict[str, Any]:
+    """Load what was written as anybody would, and compare features on noise images, bit for bit.
+
+    Args:
+        recipe: The run's.
+        state: The encoder's tensors.
+        written: Where the files lie.
+        folder: What to call them.
+    """
     backbone = _build(recipe)
     backbone.load_state_dict(state)
     by_timm = not recipe.backbone.small_stem
     if by_timm:
-        reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+        reloaded = timm.create_model(f"local-dir:{written}", pretrained=True, num_classes=0)
     else:
-        reloaded = load_encoder(str(folder)).module
+        reloaded = load_encoder(str(written)).module
     size = recipe.backbone_spec().img_size
     images = torch.randn(2, recipe.views.channels, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -7,8 +7,8 @@ for the Hub keeps the large files that arrived.
 import hashlib
 import json
 import math
+import os
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -39,7 +39,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from sslkit.durable import refuse_links, sha256_of, whole_folder
+from sslkit.durable import refuse_links, sha256_of, whole_folder, write_file, write_text
 from sslkit.errors import RunError, UserError, check_path
 from sslkit.parts.hub import is_reachable
 from sslkit.publish.card import CURVES, model_card
@@ -101,6 +101,7 @@ def publish_run(
 
     The folder ``RUN/publish`` is made anew and holds exactly what is sent: configuration, weights, resolved recipe,
     card, a picture of the curves if ``RUN/pictures`` has one, and checksums. One with changes by hand is left alone.
+    Where the run cannot be written to, the folder is made in the system's folder for temporary files.
 
     Args:
         run: Run folder.
@@ -124,7 +125,7 @@ def publish_run(
     if not (run / "recipe.toml").is_file():
         raise UserError(f"{run}: not a run folder (no recipe.toml)")
     refuse_links(run)
-    folder = run / "publish"
+    folder = _place_to_write(run) / "publish"
     _refuse_changes(folder, repo_id)
     is_named = revision != "main" and not PULL_REQUEST.fullmatch(revision)  # a merged request is on main
     source = f"hf_hub:{repo_id}@{revision}" if is_named else f"hf_hub:{repo_id}"
@@ -140,6 +141,16 @@ def publish_run(
     sender.compare(commit)
     is_new, replaced = commit != before, before if by_hand else ""
     return Published(str(folder), files, commit, f"{constants.ENDPOINT}/{repo_id}", is_new, replaced, by_timm)
+
+
+def _place_to_write(run: Path) -> Path:
+    """The run folder; a temporary one for a run on a read-only disk, which is left alone."""
+    if os.access(run, os.W_OK):
+        return run
+    try:
+        return Path(tempfile.mkdtemp(prefix="sslkit-"))
+    except OSError as error:
+        raise UserError(f"{run}: cannot be written to, and no folder for temporary files either: {error}") from error
 
 
 def _refuse_changes(folder: Path, repo_id: str) -> None:
@@ -175,16 +186,16 @@ def _make_ready(run: Path, folder: Path, source: str, license_id: str) -> bool:
             proof = export_encoder(run, aside, license_id)
             curves = run / "pictures" / CURVES
             if curves.is_file():
-                shutil.copy(curves, aside / CURVES)
+                write_file(aside / CURVES, [curves.read_bytes()])
             recipe, _ = public_recipe(run / "recipe.toml")
             config = (aside / "config.json").read_text(encoding="utf-8")
             tag = re.search(r'"tag": "(\w+)"', config)
             card = model_card(recipe, run, source, tag[1] if tag else "", license_id, curves=curves.is_file())
-            (aside / CARD).write_text(card, encoding="utf-8")
+            write_text(aside / CARD, card)
             sums = "".join(f"{sha256_of(file)}  {file.name}\n" for file in sorted(aside.iterdir()))
-            (aside / SUMS).write_text(sums, encoding="utf-8")
+            write_text(aside / SUMS, sums)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error}") from error
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return bool(proof["loads_in_timm"])
 
 

@@ -5,8 +5,6 @@ refused, and what it asked for is named.
 """
 
 import hashlib
-import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +19,14 @@ from sslkit.durable import DTYPES, write_json
 from sslkit.errors import UserError, check_path
 from sslkit.parts.backbone import check_name
 from sslkit.parts.foreign import tensor_shapes
-from sslkit.publish.export import EncoderFolderError, check_license, timm_config, write_encoder
+from sslkit.publish.export import (
+    EncoderFolderError,
+    check_empty,
+    check_license,
+    fill_encoder,
+    new_folder,
+    timm_config,
+)
 from sslkit.publish.instructions import check_instructions
 from sslkit.publish.layouts import RELEASED, Fate, Layout, guess_backbone, sort_out, vit_arguments
 
@@ -73,8 +78,7 @@ def import_checkpoint(
     check_path(file, "FILE")
     check_path(folder, "FOLDER")
     file, folder = Path(file), Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: already holds something; import to a new or empty folder")
+    check_empty(folder, "import")
     check_license(license_id)
     if backbone:
         check_name(backbone)
@@ -228,23 +232,16 @@ def _write(
         "crop_pct": 0.875,
         "crop_mode": "center",
     }
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        write_encoder(timm_config(model, data_config, license_id), layout.tag, state, folder)
-        write_json(folder / "import.json", json.loads(json.dumps(asdict(imported))))
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise UserError(f"{folder}: cannot be written: {error}") from error
-    try:
-        _prove(model, state, folder, size)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
+    with new_folder(folder) as aside:
+        fill_encoder(timm_config(model, data_config, license_id), layout.tag, state, aside)
+        write_json(aside / "import.json", asdict(imported))
+        _prove(model, state, aside, folder, size)
 
 
-def _prove(model: nn.Module, state: dict[str, Tensor], folder: Path, size: int) -> None:
+def _prove(model: nn.Module, state: dict[str, Tensor], written: Path, folder: Path, size: int) -> None:
+    """Load what was written, to become ``folder``, and compare features on noise images, bit for bit."""
     model.load_state_dict(state)
-    reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+    reloaded = timm.create_model(f"local-dir:{written}", pretrained=True, num_classes=0)
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected, found = model.eval()(images), reloaded.eval()(images)

@@ -1,10 +1,10 @@
 """What a run's evaluations said of its newest weights, read from ``results.jsonl``."""
 
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from sslkit.errors import UserError
+from sslkit.rows import Row, number, rows_of
 
 
 @dataclass(frozen=True)
@@ -33,48 +33,33 @@ class CardScore:
 def newest_scores(run: Path) -> list[CardScore] | None:
     """The last score of each evaluation, data and protocol at the newest checkpoint; None where they cannot be read.
 
-    A line of another shape, such as a killed run's last one or a stranger's, is passed over.
+    A row that does not say what was scored on what is passed over.
     """
     file = run / "results.jsonl"
     if not file.is_file():
         return []
     try:
         latest = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
+        rows = rows_of(file)
+    except (OSError, ValueError, UserError):
         return None
     newest: dict[tuple[str, str, str], CardScore] = {}
-    for line in lines:
-        try:
-            row = json.loads(line)
-            if latest != f"step-{row['step']:08d}":
-                continue
+    for row in rows:
+        if latest == f"step-{row['step']:08d}" and "evaluation" in row and "data" in row:
             score = _score(row)
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            continue
-        newest[score.evaluation, score.data, score.protocol_hash] = score
+            newest[score.evaluation, score.data, score.protocol_hash] = score
     return list(newest.values())
 
 
-def _score(row: dict[str, Any]) -> CardScore:
-    interval = row.get("interval")
-    if interval is not None:
-        low, high = interval
-        interval = (_share(low), _share(high))
-    others = [each for each in row.get("scores", [])[1:] if isinstance(each["encoder"], str)]
+def _score(row: Row) -> CardScore:
+    low, high = row.get("interval") or (None, None)
+    others = {each.get("encoder"): number(each.get("accuracy")) for each in row.get("scores", [])[1:]}
     return CardScore(
-        evaluation=str(row["evaluation"]),
-        data=str(row["data"]),
-        measure=str(row.get("measure", "top-1 accuracy")),
-        value=_share(row["accuracy"]),
-        interval=interval,
-        protocol_hash=str(row.get("protocol_hash", "")),
-        others={each["encoder"]: _share(each["accuracy"]) for each in others},
+        evaluation=row["evaluation"],
+        data=row["data"],
+        measure=row.get("measure", "top-1 accuracy"),
+        value=float(row["accuracy"]),
+        interval=None if low is None or high is None else (float(low), float(high)),
+        protocol_hash=row.get("protocol_hash", ""),
+        others={name: value for name, value in others.items() if isinstance(name, str) and value is not None},
     )
-
-
-def _share(value: object) -> float:
-    number = float(value)  # type: ignore[arg-type]  # what cannot be one raises TypeError
-    if not math.isfinite(number):
-        raise ValueError("not a finite number")
-    return number

@@ -85,7 +85,7 @@ def gradient_panel(run: RunRecord, title: str) -> Panel:
     decades = range(math.floor(min(finite, default=0.0)), math.ceil(max(finite, default=0.0)) + 1)
     figure = go.Figure(
         go.Heatmap(
-            x=[rows[stretch[-1]]["step"] for stretch in stretches],
+            x=[float(rows[stretch[-1]]["step"]) for stretch in stretches],
             y=[plain(layer.removeprefix(GRADIENT)) for layer in layers],
             z=logs,
             customdata=norms,

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 import sslkit
+from sslkit.durable import write_output
 from sslkit.errors import UserError, check_path
 from sslkit.recipe import Recipe
 from sslkit.report.curves import accuracy_panel, score_rows, training_panels
@@ -114,7 +115,7 @@ def _write(file: Path, template: str, **words: Any) -> None:
         **words,
     )
     try:
-        file.write_text(text, encoding="utf-8")
+        write_output(file, text)
     except OSError as error:
         raise UserError(f"--output {file}: cannot be written: {error.strerror}") from error
 

@@ -1,18 +1,21 @@
 """Pictures of a run: its curves, and the views it learned from."""
 
+import io
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.figure import Figure
 
 from sslkit.data.channels import as_picture
 from sslkit.data.policies import LARGE_VIEWS
 from sslkit.data.replace import read_or_replace
 from sslkit.data.source import open_source
 from sslkit.data.views import ViewPipeline
-from sslkit.engine.lines import read_lines
+from sslkit.durable import replace_file
 from sslkit.errors import UserError, check_path
 from sslkit.recipe import Recipe, load_recipe
+from sslkit.rows import Row, number, rows_of
 
 mpl.use("Agg")
 
@@ -41,36 +44,35 @@ def draw_curves(run: Path) -> Path:
     """Draw ``pictures/curves.png`` in a run folder, which asks nothing of its data, and return its path.
 
     Raises:
-        UserError: Not a run folder, or one that has not logged anything yet.
+        UserError: Not a run folder, one that has not logged anything yet, or one that cannot be written to.
     """
     check_path(run, "RUN")
     if not (run / "recipe.toml").is_file():
         raise UserError(f"{run}: not a run folder (no recipe.toml)")
-    metrics = read_lines(run / "metrics.jsonl")
+    metrics = rows_of(run / "metrics.jsonl")
     if not metrics:
         raise UserError(f"{run}: nothing to draw yet, metrics.jsonl is empty")
-    (run / "pictures").mkdir(exist_ok=True)
     return _draw_curves(run, metrics, run / "pictures" / "curves.png")
 
 
-def _draw_curves(run: Path, metrics: list[dict[str, float]], file: Path) -> Path:
+def _draw_curves(run: Path, metrics: list[Row], file: Path) -> Path:
     """Loss, pretext accuracy, schedules, and kNN over epochs."""
-    epochs = [row["epoch"] for row in metrics]
-    scores = [row for row in read_lines(run / "results.jsonl") if row.get("by") == "monitor"]
+    epochs = [float(row["epoch"]) for row in metrics]
+    watched = [row for row in rows_of(run / "results.jsonl") if row.get("by") == "monitor"]
+    scores = [(row["epoch"], 100 * row["accuracy"]) for row in watched if "epoch" in row]
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.2), layout="constrained")
     panels = (("loss", "loss (nats)"), ("accuracy", "pretext accuracy"), ("lr", "learning rate"))
     for axis, (key, title) in zip(axes, panels, strict=False):
-        axis.plot(epochs, [row.get(key, np.nan) for row in metrics], color="#2f6db5", linewidth=1.2)
+        values = [np.nan if (value := number(row.get(key))) is None else value for row in metrics]
+        axis.plot(epochs, values, color="#2f6db5", linewidth=1.2)
         axis.set(title=title, xlabel="epoch")
     if scores:
-        axes[3].plot([row["epoch"] for row in scores], [100 * row["accuracy"] for row in scores], "o-", color="#c4501b")
+        axes[3].plot(*zip(*scores, strict=True), "o-", color="#c4501b")
     axes[3].set(title="kNN top-1 (%)" if scores else "kNN top-1: not monitored", xlabel="epoch")
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-    return file
+    return _save(figure, file)
 
 
 def _draw_views(recipe: Recipe, file: Path) -> Path:
@@ -90,6 +92,17 @@ def _draw_views(recipe: Recipe, file: Path) -> Path:
     for axis, name in zip(axes[0], ["image", *names], strict=True):
         axis.set_title(name, fontsize=7)
     figure.tight_layout(pad=0.4)
-    figure.savefig(file, dpi=110)
+    return _save(figure, file)
+
+
+def _save(figure: Figure, file: Path) -> Path:
+    """Write a picture, whole or not at all, in the place of an older one."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, format="png")
     plt.close(figure)
+    try:
+        file.parent.mkdir(exist_ok=True)
+        replace_file(file, [drawn.getbuffer()])
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror or error}") from error
     return file

@@ -5,16 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from sslkit.durable import refuse_links
-from sslkit.engine.lines import read_lines
 from sslkit.errors import UserError, check_path
 from sslkit.recipe import Recipe, load_recipe
+from sslkit.rows import Row, number, read_log, rows_of
 
-Row = dict[str, Any]
-
-LARGEST = 1e300  # float arithmetic on anything below stays finite for a while
+__all__ = ["Row", "RunRecord", "number", "read_run", "read_runs"]
 
 
 @dataclass(frozen=True)
@@ -26,9 +23,9 @@ class RunRecord:
         name: What it is called on the page; no other run of the page has it.
         recipe: Its recipe.
         made_with: The header of its recipe.toml: versions, Python, platform, processes.
-        metrics: The lines of metrics.jsonl, at least one.
-        results: The lines of results.jsonl.
-        diagnostics: The lines of diagnostics.jsonl.
+        metrics: The rows of metrics.jsonl, at least one.
+        results: The rows of results.jsonl.
+        diagnostics: The rows of diagnostics.jsonl.
     """
 
     folder: Path
@@ -57,13 +54,6 @@ class RunRecord:
         return (number(row.get("step")) or 0.0) / self.steps_per_epoch
 
 
-def number(value: Any) -> float | None:
-    """A finite number, or None: a page has no place for NaN."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST:
-        return float(value)
-    return None
-
-
 def read_run(folder: Path, name: str = "") -> RunRecord:
     """Read a run folder.
 
@@ -72,29 +62,27 @@ def read_run(folder: Path, name: str = "") -> RunRecord:
         name: What to call it; the folder's own name if empty.
 
     Raises:
-        UserError: Not a run folder, nothing logged yet, or a log that is not one.
+        UserError: Not a run folder, or nothing logged yet.
     """
     check_path(folder, "RUN")
     if not (folder / "recipe.toml").is_file():
         raise UserError(f"{folder}: not a run folder (no recipe.toml)")
     refuse_links(folder)  # pages and pictures are written into it
     recipe = load_recipe(folder / "recipe.toml")
-    metrics = read_lines(folder / "metrics.jsonl")
-    if not metrics:
+    metrics = read_log(folder / "metrics.jsonl")
+    if not metrics.rows and metrics.odd:
+        line = metrics.odd[0][0]
+        raise UserError(
+            f"{metrics.file} line {line}: has no positive step and epoch, as every line must; nor has another"
+        )
+    if not metrics.rows:
         raise UserError(f"{folder}: nothing to draw yet, metrics.jsonl is empty")
-    for line, row in enumerate(metrics, start=1):
-        if not all(1e-9 < (number(row.get(key)) or 0.0) < 1e15 for key in ("step", "epoch")):
-            raise UserError(
-                f"{folder / 'metrics.jsonl'} line {line}: has no positive step and epoch, as every line must"
-            )
     return RunRecord(
         folder,
         name or folder.resolve().name,
         recipe,
         _read_header(folder / "recipe.toml"),
-        metrics,
-        read_lines(folder / "results.jsonl"),
-        read_lines(folder / "diagnostics.jsonl"),
+        *(rows_of(folder / f"{name}.jsonl") for name in ("metrics", "results", "diagnostics")),
     )
 
 

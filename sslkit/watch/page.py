@@ -74,6 +74,9 @@ def _remarks(run: WatchedRun) -> list[Text]:
         said.append(Text(f"{run.skipped} step(s) with bad numbers were left out", style="yellow"))
     if run.bad_images:
         said.append(Text(f"{run.bad_images} image(s) cannot be read: see bad_samples.jsonl", style="yellow"))
+    if odd := {name: count for name, count in run.odd.items() if count}:
+        counts = ", ".join(f"{count} of {name}.jsonl" for name, count in odd.items())
+        said.append(Text(f"lines left out, which lack what a row must have: {counts}", style="yellow"))
     return said + [Text(score) for score in run.scores]
 
 

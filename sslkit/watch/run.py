@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from sslkit.errors import UserError
+from sslkit.rows import wrong_key
 from sslkit.watch.curve import Curve, finite
 from sslkit.watch.state import LOCK, State, clean, state_of
 from sslkit.watch.tail import Tail, read_plain
@@ -36,6 +37,7 @@ class WatchedRun:
         past_alarms: Kinds of alarm that earlier ones raised.
         scores: The newest evaluations from outside, in words.
         bad_images: Lines of bad_samples.jsonl.
+        odd: Of each file, the lines that lack what a row of it has, and are left out.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,6 +52,7 @@ class WatchedRun:
         self.seen = False
         self.recipe: dict[str, Any] = {}
         self.images, self.stamp = 0.0, (0, 0)
+        self.odd = dict.fromkeys(self.takers, 0)
         for name in self.takers:
             self._forget(name)
         self.state = State("waiting", "no run here yet")
@@ -67,7 +70,10 @@ class WatchedRun:
             if news.again:
                 self._forget(name)
             for row in news.rows:
-                self.takers[name](row)
+                if wrong_key(name, row):
+                    self.odd[name] += 1
+                else:
+                    self.takers[name](row)
             more |= news.more
         self.state = state_of(self.folder, self.step, self.last_step, self.seconds_a_line)
         return more
@@ -136,6 +142,7 @@ class WatchedRun:
             raise UserError(f"{file}: not a readable TOML file: {str(error)[:200]}") from error
 
     def _forget(self, name: str) -> None:
+        self.odd[name] = 0
         if name == "metrics":
             self.step, self.epoch, self.skipped = 0, 0.0, 0
             self.metrics: dict[str, Curve] = {}

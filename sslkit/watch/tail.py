@@ -1,7 +1,6 @@
 """The new lines of a file that another process appends to, and may take back."""
 
 import errno
-import json
 import os
 import stat
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sslkit.errors import UserError
+from sslkit.rows import parse_row
 
 CHUNK = 4 * 2**20  # bytes that a look reads at most
 MARK = 256  # bytes before the place reached that must still be there
@@ -96,16 +96,8 @@ class Tail:
         end = data.rfind(b"\n") + 1 or (CHUNK if full else 0)  # a line longer than any of ours is passed over
         self.offset += end
         self.inode, self.mark = inode, data[max(end - MARK, 0) : end] if end else self.mark
-        return News([row for line in data[:end].split(b"\n") if (row := _object(line)) is not None], again, full)
+        return News([row for line in data[:end].split(b"\n") if (row := parse_row(line)) is not None], again, full)
 
     def _goes_on(self, descriptor: int, inode: int) -> bool:
         start = self.offset - len(self.mark)
         return inode == self.inode and os.pread(descriptor, len(self.mark), start) == self.mark
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None

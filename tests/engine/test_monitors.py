@@ -1,6 +1,11 @@
 """What is watched while training."""
 
+import errno
+import math
+import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -10,6 +15,8 @@ from conftest import small_recipe
 from torch import nn
 
 import sslkit
+from sslkit.engine import lines, monitors
+from sslkit.engine import run as run_module
 from sslkit.engine.monitors import layer_gradients
 from sslkit.engine.run import make_monitor
 
@@ -52,3 +59,84 @@ def test_features_that_are_not_numbers_have_no_score_and_end_no_run(class_folder
     assert isinstance(monitor(backbone), float)
     backbone.conv1[0].weight.data[0, 0, 0, 0] = float("nan")
     assert monitor(backbone) is None
+
+
+def vanish(monkeypatch: pytest.MonkeyPatch, folder: Path, stays: int) -> None:
+    """All images of the monitor but some of each split go once the run has begun."""
+    measure = monitors.KnnMonitor._features
+
+    def after_that(self: Any, backbone: nn.Module, source: Any) -> Any:
+        for split in ("train", "test"):
+            for file in sorted((folder / split).rglob("*.png"))[stays:]:
+                file.unlink()
+        return measure(self, backbone, source)
+
+    monkeypatch.setattr(monitors.KnnMonitor, "_features", after_that)
+
+
+def not_a_number(monkeypatch: pytest.MonkeyPatch, _folder: Path) -> None:
+    extract = monitors.extract_features
+    monkeypatch.setattr(monitors, "extract_features", lambda *args, **options: extract(*args, **options) * math.nan)
+
+
+def one_class(monkeypatch: pytest.MonkeyPatch, _folder: Path) -> None:
+    make = run_module.KnnMonitor
+
+    def alike(*arguments: Any) -> Any:
+        monitor = make(*arguments)
+        monitor.pair.train_labels.zero_()
+        monitor.pair.test_labels.zero_()
+        return monitor
+
+    monkeypatch.setattr(run_module, "KnnMonitor", alike)
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, _folder: Path) -> None:
+    append = lines.append_text
+
+    def refuse(file: Path, text: str) -> None:
+        if file.name == "results.jsonl":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(file, text)
+
+    monkeypatch.setattr(lines, "append_text", refuse)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "words", "scores"),
+    [
+        (partial(vanish, stays=0), "cannot be measured: [monitor] data: 40 images of", 0),
+        (partial(vanish, stays=2), "cannot be measured: [monitor] data: 36 images of", 0),
+        (not_a_number, "cannot be measured, the features are not finite", 0),
+        (one_class, "kNN 100.00%", 1),
+        (full_disk, "No space left on device; 1 line(s) wait for room", 0),
+    ],
+    ids=["no image can be read", "fewer than k can", "features are no numbers", "one class", "full disk"],
+)
+def test_a_knn_that_cannot_be_measured_ends_no_run(
+    trouble: Any,
+    words: str,
+    scores: int,
+    class_folders: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The run goes on to its end, with a sentence."""
+    for number, file in enumerate(sorted(class_folders.rglob("*.png"))):
+        target = tmp_path / "images" / ("train" if number % 2 else "test") / file.parent.name / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    trouble(monkeypatch, tmp_path / "images")
+    recipe = small_recipe(
+        "moco_v2",
+        "test_resnet",
+        train={"max_steps": 2},
+        monitor={"every_epochs": 1, "data": str(tmp_path / "images"), "k": 3, "diagnose_every": 1},
+    )
+    run = sslkit.train(recipe, tmp_path / "run")
+    assert run.step == 2
+    said = capsys.readouterr().out
+    assert words in said
+    assert len(run.results()) == scores
+    assert (tmp_path / "run/checkpoints/step-00000002").is_dir()
