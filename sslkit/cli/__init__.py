@@ -18,6 +18,7 @@ from rich.table import Table
 import sslkit
 from sslkit.cli.bench import bench
 from sslkit.cli.data import data_app, prepare
+from sslkit.cli.data_lines import data_lines
 from sslkit.cli.evaluation import evaluation
 from sslkit.cli.importing import import_
 from sslkit.cli.look import report, views
@@ -203,7 +204,8 @@ def show(
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; bad input becomes one sentence and exit code 2."""
     try:
-        code = app(arguments, standalone_mode=False)
+        with data_lines():
+            code = app(arguments, standalone_mode=False)
     except UserError as error:
         _complain(str(error))
     except RunError as error:
