@@ -32,6 +32,7 @@ from sslkit.data.splits import (
     no_such_split,
     split_words,
     splits_of_folders,
+    what_to_do,
 )
 from sslkit.errors import UserError
 
@@ -154,11 +155,10 @@ def _sections_of(root: Path, found: Sequence[ImageFolder]) -> tuple[dict[str, tu
     others = [each for each in found if parts[each.path] not in placed]
     doubtful = [each for each in others if parts[each.path] not in above]
     if doubtful:
-        named = sorted({"/".join(path[: depth + 1]) for path, (_, depth) in placed.items()})
+        named = {"/".join(path[: depth + 1]): word for path, (word, depth) in placed.items()}
         raise UserError(
-            f"[data] path: {str(root)!r} has folders of splits and others: splits {named[:8]}, others "
-            f"{[os.path.relpath(each.path, root) for each in doubtful[:8]]}; name the folder to be read, such as "
-            f"{str(root / named[0])!r}, or move the others elsewhere; {ALL_HELP}"
+            f"[data] path: {str(root)!r} has folders of splits and others: splits {sorted(named)[:8]}, others "
+            f"{[os.path.relpath(each.path, root) for each in doubtful[:8]]}; {what_to_do(str(root), named)}"
         )
     sections = {
         each.path: (placed[path][0], root.joinpath(*path[: placed[path][1] + 1]))

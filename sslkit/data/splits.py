@@ -105,9 +105,18 @@ def splits_of_folders(names: Sequence[str], where: str) -> dict[str, str]:
         return {}
     raise UserError(
         f"[data] path: {where!r} has folders of splits and others: splits {sorted(named)[:8]}, others "
-        f"{sorted(others)[:8]}; name the folder to be read, such as {f'{where}/{min(named)}'!r}, or move the others "
-        f"elsewhere; {ALL_HELP}"
+        f"{sorted(others)[:8]}; {what_to_do(where, named)}"
     )
+
+
+def what_to_do(where: str, named: dict[str, str]) -> str:
+    """The rest of the sentence on folders of which some are splits: paths below ``where`` by their split words."""
+    training = sorted(name for name, word in named.items() if SPLIT_OF[word] == "train")
+    if training:
+        way = f"name the folder to be read, such as {f'{where}/{training[0]}'!r}, or move the others elsewhere"
+    else:
+        way = f"move the others into {f'{where}/train'!r}, if they are what is trained on"
+    return f"{way}; {ALL_HELP}"
 
 
 def _are_splits(named: dict[str, str], others: Sequence[str]) -> bool:

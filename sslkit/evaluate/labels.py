@@ -50,10 +50,9 @@ def open_pair(config: DataConfig, train_split: str = "train", test_split: str = 
         UserError: No labels, fewer than two classes, or the same split for both.
     """
     train = open_source(config.model_copy(update={"split": train_split}))
-    splits = available_splits(config)
-    learned = splits if train_split == ALL else choose(splits, train_split) or [train_split]
-    scored = splits if test_split == ALL else choose(splits, test_split) or [test_split]
-    if test_split and (test_split == train_split or set(learned) & set(scored)):
+    splits = available_splits(config) if train_split != ALL else []
+    learned, scored = (choose(splits, split) or [split] for split in (train_split, test_split))
+    if test_split and (set(learned) & set(scored) or ALL in (train_split, test_split)):
         raise UserError(f"{config.path}: --test-split {test_split} is what is learned from too; take another, or none")
     held_out = [name for name in splits if SPLIT_OF.get(name, "train") != "train" and name not in learned]
     test_split = test_split or next(iter(held_out), "")
