@@ -111,6 +111,13 @@ def list_images(root: Path) -> Listing:
     return Listing(str(root), folders, left_out, example)
 
 
+def folders_with_images(root: Path) -> list[str]:
+    """Paths of the folders that `list_images` finds images in."""
+    return [
+        visited.path for visited in walk_folders(str(root)) if any(_suffix(name) in SUFFIXES for name in visited.names)
+    ]
+
+
 def folders_in(folder: Path) -> list[str]:
     """Names of the folders in a folder that are looked into, links to folders too, sorted."""
     with os.scandir(folder) as entries:

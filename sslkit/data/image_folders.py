@@ -15,6 +15,7 @@ from sslkit.data.folder import (
     ImageFolder,
     Listing,
     folders_in,
+    folders_with_images,
     list_images,
     printable,
     table_of_folders,
@@ -84,7 +85,8 @@ def find_images(folder: Path, split: str) -> ImageFiles:
     listing = list_images(folder)
     if not listing.folders:
         raise _without_images(folder, [listing])
-    placed, beside = ({}, 0) if split == ALL else _sections_of(folder, listing.folders)
+    paths = [each.path for each in listing.folders]
+    placed = {} if split == ALL else _sections_of(folder, paths)
     if not placed:
         if split != ALL and not choose(["train"], split):
             raise UserError(
@@ -99,7 +101,7 @@ def find_images(folder: Path, split: str) -> ImageFiles:
     sections = sorted({placed[each.path][1] for each in chosen})
     others = sorted({section for word, section in placed.values() if word not in words})
     images = _of_sections(folder, sections, others, split, [replace(listing, folders=chosen)])
-    if beside:
+    if beside := sum(len(each.images) for each in listing.folders if each.path not in placed):
         images.notes.append(f"{beside:,} images beside the folders of the splits are left out")
     return images
 
@@ -112,7 +114,7 @@ def image_splits(folder: Path) -> list[str]:
     """
     if tops := _split_at_top(folder):
         return in_order(tops.values())
-    return in_order({word for word, _ in _sections_of(folder, list_images(folder).folders)[0].values()})
+    return in_order({word for word, _ in _sections_of(folder, folders_with_images(folder)).values()})
 
 
 def refuse_several_folders(files: Sequence[str], split: str) -> None:
@@ -140,32 +142,31 @@ def _split_at_top(folder: Path) -> dict[str, str]:
     return splits_of_folders(names, str(folder)) if names and all(len(split_words(name)) == 1 for name in names) else {}
 
 
-def _sections_of(root: Path, found: Sequence[ImageFolder]) -> tuple[dict[str, tuple[str, Path]], int]:
-    """For each folder with images its split word and the folder of that split, and how many images lie beside these.
+def _sections_of(root: Path, paths: Sequence[str]) -> dict[str, tuple[str, Path]]:
+    """For each folder with images its split word and the folder of that split; not for those around such folders.
 
     Raises:
         UserError: Some are of a split and others are not.
     """
     placed: dict[Parts, tuple[str, int]] = {}
-    parts = {each.path: Path(each.path).relative_to(root).parts for each in found}
+    skipped = len(str(root).rstrip("/")) + 1
+    parts = {path: tuple(path[skipped:].split("/")) if len(path) > skipped else () for path in paths}
     _place(list(parts.values()), 0, str(root), placed)
     if not placed:
-        return {}, 0
+        return {}
     above = {path[:depth] for path, (_, depth) in placed.items()}
-    others = [each for each in found if parts[each.path] not in placed]
-    doubtful = [each for each in others if parts[each.path] not in above]
+    doubtful = [path for path in paths if parts[path] not in placed and parts[path] not in above]
     if doubtful:
         named = {"/".join(path[: depth + 1]): word for path, (word, depth) in placed.items()}
         raise UserError(
             f"[data] path: {str(root)!r} has folders of splits and others: splits {sorted(named)[:8]}, others "
-            f"{[os.path.relpath(each.path, root) for each in doubtful[:8]]}; {what_to_do(str(root), named)}"
+            f"{['/'.join(parts[path]) for path in doubtful[:8]]}; {what_to_do(str(root), named)}"
         )
-    sections = {
-        each.path: (placed[path][0], root.joinpath(*path[: placed[path][1] + 1]))
-        for each in found
-        if (path := parts[each.path]) in placed
+    return {
+        path: (placed[part][0], root.joinpath(*part[: placed[part][1] + 1]))
+        for path, part in parts.items()
+        if part in placed
     }
-    return sections, sum(len(each.images) for each in others)
 
 
 def _place(paths: list[Parts], depth: int, where: str, placed: dict[Parts, tuple[str, int]]) -> None:

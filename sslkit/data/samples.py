@@ -41,21 +41,21 @@ class Indexed:
     unlabelled: str
 
 
-@dataclass
+@dataclass(slots=True)
 class _Image:
-    """An image of a sample: what its name has after the first dot, its name without the suffix, and its place."""
+    """An image of a sample: what its name has after the first dot, its name, and its place."""
 
     suffixes: str
-    stem: bytes
+    name: bytes
     place: str
     annotation: bool
 
 
-@dataclass
+@dataclass(slots=True)
 class _Label:
-    """A label of a sample: its file's name without the suffix, and the word, or what is wrong with it."""
+    """A label of a sample: its file's name, and the word, or what is wrong with it."""
 
-    stem: bytes
+    name: bytes
     word: str
     problem: str = ""
 
@@ -155,13 +155,11 @@ def _index(file: Path, wanted: str, label: str, tally: _Tally) -> None:
                 continue
             suffixes = after.decode("latin-1").lower()
             suffix = suffixes[suffixes.rfind(".") + 1 :] if dot else ""
-            whole = member.name[: len(member.name) - len(suffix) - len(dot)]
             if f".{suffixes}".endswith(ending) if wanted else f".{suffix}" in SUFFIXES:
                 place = place_in(shard, member.offset, member.size, to_text(os.fsdecode(member.name)))
-                drawn = suffixes != suffix and is_annotation(suffixes)
-                images.append(_Image(suffixes, whole, place, drawn))
+                drawn = len(suffixes) > len(suffix) and is_annotation(suffixes)
+                images.append(_Image(suffixes, member.name, place, drawn))
             elif (found := _label(stream, file, member, suffix, label)) is not None:
-                found.stem = whole
                 labels.append(found)
             else:
                 _count_other(tally, file, member, f".{suffix}" if dot else "no suffix")
@@ -183,7 +181,7 @@ def _close(file: Path, key: bytes, images: list[_Image], labels: list[_Label], t
     for image in images:
         label = _label_of(file, key, image, labels, tally) if labels else None
         tally.add(image.place, label, annotation=image.annotation)
-        tally.read[_kind(image)] += 1
+        tally.read[image.suffixes] += 1
 
 
 def _preferred(file: Path, key: bytes, images: list[_Image], tally: _Tally) -> list[_Image]:
@@ -199,14 +197,14 @@ def _preferred(file: Path, key: bytes, images: list[_Image], tally: _Tally) -> l
             f"(--image-column {kinds[0]})"
         )
     chosen = plain or others
-    tally.left_out.update(_kind(each) for each in images if each not in chosen and each not in drawn)
+    tally.left_out.update(_kind(each.suffixes) for each in images if each not in chosen and each not in drawn)
     # What is drawn over images is left out at the end, once it is known that there are images.
     return [*chosen, *(each for each in drawn if each not in chosen)]
 
 
-def _kind(image: _Image) -> str:
-    """A suffix for print; numbers in it, as of a date, are left out."""
-    return "." + re.sub(r"\d+", "#", image.suffixes) if "." in image.suffixes else f".{image.suffixes}"
+def _kind(suffixes: str) -> str:
+    """What a name has after its first dot, for print: a number of several digits, as in a date, is one sign."""
+    return f".{re.sub('[0-9]+(?=.*[.])', '#', suffixes)}"
 
 
 def _without_annotations(tally: _Tally, wanted: str) -> pa.Table:
@@ -215,14 +213,16 @@ def _without_annotations(tally: _Tally, wanted: str) -> pa.Table:
     drawn = rows["annotation"]
     if is_annotation(wanted) or not compute.any(drawn).as_py() or compute.all(drawn).as_py():
         return rows
-    for kind in [kind for kind in tally.read if "." in kind[1:] and is_annotation(kind)]:
-        tally.left_out[kind] += tally.read.pop(kind)
+    for suffixes in [each for each in tally.read if "." in each and is_annotation(each)]:
+        tally.left_out[_kind(suffixes)] += tally.read.pop(suffixes)
     return rows.filter(compute.invert(drawn))
 
 
 def _label_of(file: Path, key: bytes, image: _Image, labels: list[_Label], tally: _Tally) -> str | None:
     """The label of an image: the one called like it, or else the only one of its sample."""
-    own = [each for each in labels if each.stem == image.stem] or labels
+    own = labels
+    if len(labels) > 1:
+        own = [each for each in labels if _stem(each.name) == _stem(image.name)] or labels
     problem = own[0].problem
     if len(own) > 1:
         problem = (
@@ -235,6 +235,10 @@ def _label_of(file: Path, key: bytes, image: _Image, labels: list[_Label], tally
     return own[0].word
 
 
+def _stem(name: bytes) -> bytes:
+    return name[: name.rfind(b".")]
+
+
 def _shown(key: bytes) -> str:
     return repr(printable(to_text(os.fsdecode(key))))
 
@@ -243,23 +247,31 @@ def _label(stream: BinaryIO, file: Path, member: Member, suffix: str, label: str
     """The label that a member holds, if it holds one."""
     if suffix not in (label, "json") or (suffix == "json" and label in ("cls", "txt")):
         return None
-    where = f"{printable(to_text(os.fsdecode(member.name)))} of {printable(to_text(str(file)))}"
     if not 0 <= member.size <= MAX_NAME:
-        return _Label(b"", "", f"{where} is a label of {member.size} bytes, where {MAX_NAME} would do")
+        return _Label(
+            member.name, "", f"{_named(member, file)} is a label of {member.size} bytes, where {MAX_NAME} would do"
+        )
     stream.seek(member.offset)
     text = stream.read(member.size).decode("utf-8", "replace").strip()
     if suffix == label:
-        return _Label(b"", text)
+        return _Label(member.name, text)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        return _Label(b"", "", f"{where} is a .json that is none")
+        return _Label(member.name, "", f"{_named(member, file)} is a .json that is none")
     found = value.get(label) if isinstance(value, dict) else None
-    return _Label(b"", str(found)) if isinstance(found, str | int) else None
+    return _Label(member.name, str(found)) if isinstance(found, str | int) else None
+
+
+def _named(member: Member, file: Path) -> str:
+    return f"{printable(to_text(os.fsdecode(member.name)))} of {printable(to_text(str(file)))}"
 
 
 def _words(tally: _Tally, label: str | None) -> str:
-    read = ", ".join(kind for kind, _ in tally.read.most_common(4))
+    kinds = Counter[str]()
+    for suffixes, number in tally.read.items():
+        kinds[_kind(suffixes)] += number
+    read = ", ".join(kind for kind, _ in kinds.most_common(4))
     left = f" (left out: {count_suffixes(tally.left_out)})" if tally.left_out else ""
     return f"image files {read}{left}, " + (f"labels of .{label}" if label else "no labels")
 
