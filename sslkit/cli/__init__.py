@@ -196,7 +196,7 @@ def show(
     from sslkit.recipe import find_recipe, load_recipe
 
     recipe = load_recipe(name, overrides)
-    lines = find_recipe(name).read_text(encoding="utf-8").splitlines()
+    lines = find_recipe(name).read_text(encoding="utf-8-sig").splitlines()
     comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
     print("\n".join([*comment, "", recipe.to_toml()]))
 

@@ -126,9 +126,10 @@ def _columns(file: Path) -> dict[str, list[Any]]:
     files = [name for name in columns if name == FILE or name.endswith(f"_{FILE}")]
     lists = [name for name in columns if name.endswith(f"{FILE}s")]
     if not files:
-        what = f"column {lists[0]!r} names several files a row; give each a row, and the column {FILE!r}"
-        if not lists:
-            close = near_miss(FILE, columns) or ""
+        if lists:
+            what = f"a column {lists[0]!r} of several files a row; write a row for each, and a column {FILE!r}"
+        else:
+            close = near_miss(FILE, columns)
             what = f"no column {FILE!r} among {list(columns)[:12]}{close}; rename the column that names the image files"
         raise UserError(f"[data] path: {_shown(file)} has {what}{_without(file)}")
     return columns
