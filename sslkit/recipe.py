@@ -39,6 +39,7 @@ ACCUMULATION = (
     "accumulating the gradients of small batches is another loss, in which every image meets fewer negatives; "
     "[train] micro_batch = n gives the whole batch's loss and gradient in the memory of n images"
 )
+UTF16 = (b"\xff\xfe", b"\xfe\xff")  # how such a file begins
 ALL_TABLES = ("method", *TABLES, "reference")
 
 
@@ -111,7 +112,10 @@ def read_tables(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > MAX_RECIPE_BYTES:
             raise UserError(f"{file}: more than {MAX_RECIPE_BYTES} bytes; no recipe needs so much said")
-        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+        content = file.read_bytes()
+        if content[:2] in UTF16:
+            raise UserError(f"{file}: saved as UTF-16, where TOML is UTF-8; save it again with the encoding UTF-8")
+        tables = tomllib.loads(content.decode("utf-8-sig"))  # editors on Windows begin a file with a mark
     except (OSError, ValueError, RecursionError) as error:  # tomllib lets out more than its own error
         if isinstance(error, UserError):
             raise

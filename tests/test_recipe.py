@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sslkit.errors import UserError
-from sslkit.recipe import Recipe, build_recipe, changes, load_recipe, shipped_recipes
+from sslkit.recipe import Recipe, build_recipe, changes, find_recipe, load_recipe, shipped_recipes
 
 BARE = {"method": {"name": "moco_v2"}, "backbone": {"name": "resnet50"}, "data": {"path": "photos"}}
 
@@ -124,6 +124,16 @@ def test_files_that_are_not_recipes(tmp_path: Path) -> None:
     broken.write_text("[method\nname = 3")
     with pytest.raises(UserError, match="not a readable TOML file"):
         load_recipe(broken)
+
+
+def test_a_recipe_saved_on_windows(tmp_path: Path) -> None:
+    file, text = tmp_path / "mine.toml", find_recipe("quickstart").read_text(encoding="utf-8")
+    for mark in ("", "\ufeff"):
+        file.write_bytes((mark + text.replace("\n", "\r\n")).encode())
+        assert load_recipe(file) == load_recipe("quickstart")
+    file.write_text(text, encoding="utf-16")
+    with pytest.raises(UserError, match=r"mine\.toml: saved as UTF-16, where TOML is UTF-8"):
+        load_recipe(file)
 
 
 PUBLISHED = {

@@ -18,6 +18,7 @@ from rich.table import Table
 import sslkit
 from sslkit.cli.bench import bench
 from sslkit.cli.data import data_app, prepare
+from sslkit.cli.data_lines import data_lines
 from sslkit.cli.evaluation import evaluation
 from sslkit.cli.importing import import_
 from sslkit.cli.look import report, views
@@ -195,7 +196,7 @@ def show(
     from sslkit.recipe import find_recipe, load_recipe
 
     recipe = load_recipe(name, overrides)
-    lines = find_recipe(name).read_text(encoding="utf-8").splitlines()
+    lines = find_recipe(name).read_text(encoding="utf-8-sig").splitlines()
     comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
     print("\n".join([*comment, "", recipe.to_toml()]))
 
@@ -205,7 +206,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         for word in sys.argv[1:] if arguments is None else arguments:
             check_path(word, "command line", lines=True)  # of those that are paths, more is asked where they are read
-        code = app(arguments, standalone_mode=False)
+        with data_lines():
+            code = app(arguments, standalone_mode=False)
     except UserError as error:
         _complain(str(error))
     except RunError as error:

@@ -11,6 +11,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from sslkit.cli.options import ImageColumn, LabelColumn, data_config
 from sslkit.cli.show import AsJson, console
 from sslkit.errors import UserError, check_path
 
@@ -28,8 +29,10 @@ def _group() -> None:
 @data_app.command(epilog="Example: sslkit data check photos --strict")
 def check(
     path: Annotated[str, typer.Argument(help="Folder of images or datasets id.", metavar="DIR|ID")],
-    split: Annotated[str, typer.Option(help="Split to read.")] = "train",
+    split: Annotated[str, typer.Option(help="Split to read; all: everything, whatever folders are called.")] = "train",
     name: Annotated[str, typer.Option(help="Configuration of the dataset.")] = "",
+    image_column: ImageColumn = "",
+    label_column: LabelColumn = "",
     channels: Annotated[
         int, typer.Option(help="Channels of images that are not RGB, as [backbone] in_chans has it.", min=1, max=512)
     ] = 3,
@@ -43,10 +46,12 @@ def check(
     standard deviation for a recipe; the share of grey images, which colour jitter does nothing for; class counts.
     """
     from sslkit.data.loader import cores_of_a_process
-    from sslkit.data.source import DataConfig, files_left_out, open_source
+    from sslkit.data.source import files_left_out, open_source
     from sslkit.data.survey import survey
 
-    config = DataConfig(path=path, split=split, name=name or None, channels=None if channels == 3 else channels)
+    config = data_config(path, name, label_column, image_column).model_copy(
+        update={"split": split, "channels": None if channels == 3 else channels}
+    )
     source = open_source(config)
     with _progress(len(source)) as advance:
         found = survey(source, cores_of_a_process(1) if workers < 0 else workers, advance)
@@ -64,6 +69,8 @@ def prepare(
     output: Annotated[str, typer.Argument(help="Folder to write; a folder of shards in it for each split.")],
     split: Annotated[list[str] | None, typer.Option(help="Split to pack; may repeat. Default: all there are.")] = None,
     name: Annotated[str, typer.Option(help="Configuration of the dataset.")] = "",
+    image_column: ImageColumn = "",
+    label_column: LabelColumn = "",
     side: Annotated[
         int,
         typer.Option(
@@ -82,12 +89,12 @@ def prepare(
     """
     from sslkit.data.loader import cores_of_a_process
     from sslkit.data.packing import Packing, pack
-    from sslkit.data.source import DataConfig, available_splits, open_source
+    from sslkit.data.source import available_splits, open_source
 
     check_path(output, "OUTPUT")
     if Path(path).is_dir() and Path(output).resolve().is_relative_to(Path(path).resolve()):
         raise UserError(f"{output}: lies in the folder that is packed; give one elsewhere")
-    config = DataConfig(path=path, name=name or None)
+    config = data_config(path, name, label_column, image_column)
     packing = Packing(side, quality, seed, shard_images)
     for each in split or available_splits(config) or ["train"]:
         source = open_source(config.model_copy(update={"split": each}))
@@ -131,6 +138,8 @@ def _show(found: dict[str, Any]) -> None:
         _say(f"files not taken for images: {_counts(left_out)}")
     if found["readable"]:
         _show_readable(found)
+    if found["label_problem"]:
+        _say(f"labels cannot be used for evaluation: {found['label_problem']}", "yellow")
     if found["classes"]:
         least, most = min(found["classes"].values()), max(found["classes"].values())
         _say(f"{len(found['classes'])} classes of {least} to {most} images")

@@ -12,6 +12,7 @@ import typer
 from sslkit.cli.options import (
     Baseline,
     Frozen,
+    ImageColumn,
     Labelled,
     Layer,
     Model,
@@ -284,6 +285,7 @@ def diagnose(
     seed: Annotated[int, typer.Option(min=0, help="Of the draw, the views and the random twin.")] = 0,
     layer: Layer = "out",
     data_name: Annotated[str, typer.Option(help="The data set's configuration, if it has several.")] = "",
+    image_column: ImageColumn = "",
     workers: Workers = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -291,6 +293,6 @@ def diagnose(
     with quick_imports():
         from sslkit.evaluate.diagnose import diagnose_encoder
 
-    source = data_config(data, data_name).model_copy(update={"split": split})
+    source = data_config(data, data_name, image_column=image_column).model_copy(update={"split": split})
     reading = Frozen(cache=False, workers=workers).reading(layer)
     show_diagnosis(diagnose_encoder(model, source, reading, images=images, views=views, seed=seed), as_json)

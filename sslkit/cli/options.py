@@ -33,6 +33,12 @@ Layer = Annotated[
 ]
 Baseline = Annotated[list[str] | None, typer.Option("--baseline", help="Also score this timm name; may repeat.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
+ImageColumn = Annotated[
+    str, typer.Option(help="Column of images, if several hold some; of tar files, the images' suffix, such as jpg.")
+]
+LabelColumn = Annotated[
+    str, typer.Option(help="Column of labels, if it is not found by its type; of tar files, the labels' suffix.")
+]
 Scratch = Annotated[bool, typer.Option(help="Also train the architecture from random weights.")]
 
 
@@ -42,8 +48,9 @@ class Labelled:
 
     data: Annotated[str, typer.Option("--data", help="Folder with a folder per class, datasets id, or builtin:NAME.")]
     data_name: Annotated[str, typer.Option(help="The data set's configuration, if it has several.")] = ""
-    label_column: Annotated[str, typer.Option(help="Column of labels, if it is not found by its type.")] = ""
-    train_split: Annotated[str, typer.Option(help="Split to learn from.")] = "train"
+    image_column: ImageColumn = ""
+    label_column: LabelColumn = ""
+    train_split: Annotated[str, typer.Option(help="Split to learn from; all: everything, a fifth held out.")] = "train"
     test_split: Annotated[str, typer.Option(help="Split to score on. Default: test or val, else a fifth held out.")] = (
         ""
     )
@@ -51,7 +58,7 @@ class Labelled:
 
     def config(self) -> "DataConfig":
         """The images."""
-        return data_config(self.data, self.data_name, self.label_column)
+        return data_config(self.data, self.data_name, self.label_column, self.image_column)
 
     def sides(self) -> dict[str, Any]:
         """Arguments of every ``evaluate_*``."""
@@ -107,13 +114,15 @@ def shared(command: Callable[..., None]) -> Callable[..., None]:
     return with_fields
 
 
-def data_config(path: str, name: str = "", label_column: str = "") -> "DataConfig":
+def data_config(path: str, name: str = "", label_column: str = "", image_column: str = "") -> "DataConfig":
     """What ``--data`` and its companions say."""
     from sslkit.data.source import DataConfig
 
     if not path:
         raise UserError("--data: name a folder, a datasets id or builtin:fashion_mnist")
-    return DataConfig(path=path, name=name or None, label_column=label_column or None)
+    return DataConfig(
+        path=path, name=name or None, label_column=label_column or None, image_column=image_column or None
+    )
 
 
 def numbers(option: str, words: str, kind: Callable[[str], Number]) -> list[Number]:

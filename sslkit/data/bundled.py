@@ -9,6 +9,7 @@ import pyarrow.parquet
 
 from sslkit.data.config import SourceConfig
 from sslkit.data.idx import read_idx
+from sslkit.data.splits import ALL, choose
 from sslkit.errors import UserError, near_miss
 
 BUILTIN = "builtin:"
@@ -26,13 +27,18 @@ def load_bundled(config: SourceConfig) -> datasets.Dataset:
     if name not in BUILTIN_SETS:
         known = [BUILTIN + each for each in BUILTIN_SETS]
         raise UserError(f"[data] path: no bundled set {config.path!r}{near_miss(config.path, known)}; there is {known}")
-    if config.split not in ("train", "test"):
+    if config.split == ALL:
+        return datasets.concatenate_datasets(
+            [load_bundled(config.model_copy(update={"split": split})) for split in ("train", "test")]
+        )
+    split = next(iter(choose(("train", "test"), config.split)), "")
+    if not split:
         raise UserError(f"[data] split: {config.path} has the splits 'train' and 'test', not {config.split!r}")
     if config.name == "full":
-        return _read_idx_fashion_mnist(Path(config.data_dir or DEBIAN_FASHION_MNIST), config.split)
+        return _read_idx_fashion_mnist(Path(config.data_dir or DEBIAN_FASHION_MNIST), split)
     if config.name is not None:
         raise UserError(f"[data] name: {config.path} has the configuration 'full' or none, not {config.name!r}")
-    resource = resources.files("sslkit.data") / "builtin" / name / f"{config.split}.parquet"
+    resource = resources.files("sslkit.data") / "builtin" / name / f"{split}.parquet"
     with resources.as_file(resource) as file:
         return datasets.Dataset(pyarrow.parquet.read_table(file))
 

@@ -7,7 +7,8 @@ fails on a name that is not UTF-8.
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,35 @@ SUFFIXES = frozenset(
     )
 )
 PLACE = re.compile("\0@(\\d{1,19})\\+(-?\\d{1,19})(?=/)")  # between a tar file's name and that of a file in it
+MAX_WAYS = 64  # to one folder, over links
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+
+@dataclass(frozen=True)
+class Visited:
+    """A folder that was walked through.
+
+    Attributes:
+        path: Its path, by way of links.
+        names: Names of its files, sorted.
+        linked: Whether the way to it leads over a link.
+        links: Those of the names that are links.
+    """
+
+    path: str
+    names: list[str]
+    linked: bool
+    links: frozenset[str]
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """A folder with images right in it: its path, the images' paths as `to_text` writes them, and see `Visited`."""
+
+    path: str
+    images: pa.Array
+    linked: bool
+    links: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -32,12 +61,28 @@ class Listing:
     """What lies below a folder.
 
     Attributes:
-        table: A column ``image`` of paths without bytes and, where there are folders below, a ``label`` by folder.
+        root: The folder.
+        folders: Those with images, in order.
         left_out: How many files were not taken for images, by suffix.
+        example: The first of these.
     """
 
-    table: datasets.Dataset
+    root: str
+    folders: list[ImageFolder]
     left_out: Counter[str]
+    example: str
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The name of each folder, or None where all images lie right in the root."""
+        if all(each.path == self.root for each in self.folders):
+            return None
+        return [printable(to_text(os.path.basename(each.path))) for each in self.folders]
+
+    @property
+    def table(self) -> datasets.Dataset:
+        """A column ``image`` of paths without bytes and, where there are folders below, a ``label`` by folder."""
+        return table_of_folders(self.folders, self.classes)
 
 
 def list_images(root: Path) -> Listing:
@@ -47,19 +92,30 @@ def list_images(root: Path) -> Listing:
     that begin with two underscores, as `datasets` does.
 
     Raises:
-        UserError: A folder cannot be listed.
+        UserError: A folder cannot be listed, or links lead round and round.
     """
-    chunks: list[pa.Array] = []
-    folders: list[str] = []
+    folders: list[ImageFolder] = []
     left_out: Counter[str] = Counter()
-    for folder, names in walk_folders(str(root)):
+    example = ""
+    for visited in walk_folders(str(root)):
+        folder, names = visited.path, visited.names
         suffixes = [_suffix(name) for name in names]
         images = [name for name, suffix in zip(names, suffixes, strict=True) if suffix in SUFFIXES]
-        left_out.update(to_text(suffix) or "no suffix" for suffix in suffixes if suffix not in SUFFIXES)
+        if len(images) < len(names):
+            left_out.update(to_text(suffix) or "no suffix" for suffix in suffixes if suffix not in SUFFIXES)
+            other = next(name for name, suffix in zip(names, suffixes, strict=True) if suffix not in SUFFIXES)
+            example = example or f"{folder}/{other}"
         if images:
-            chunks.append(pa.array([to_text(f"{folder}/{name}") for name in images], pa.string()))
-            folders.append(printable(to_text(os.path.basename(folder))))
-    return Listing(_table(chunks, folders, with_labels=bool(folders_in(root))), left_out)
+            paths = pa.array([to_text(f"{folder}/{name}") for name in images], pa.string())
+            folders.append(ImageFolder(folder, paths, visited.linked, visited.links))
+    return Listing(str(root), folders, left_out, example)
+
+
+def folders_with_images(root: Path) -> list[str]:
+    """Paths of the folders that `list_images` finds images in."""
+    return [
+        visited.path for visited in walk_folders(str(root)) if any(_suffix(name) in SUFFIXES for name in visited.names)
+    ]
 
 
 def folders_in(folder: Path) -> list[str]:
@@ -104,27 +160,56 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def walk_folders(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, list[str]]]:
+def walk_folders(folder: str) -> Iterator[Visited]:
     """Every folder from one on down, and the files in it, sorted; see `list_images` for which.
 
     Raises:
-        UserError: A folder cannot be listed.
+        UserError: A folder cannot be listed, or links lead round and round.
     """
+    yield from _walk(folder, _folders_above(folder), linked=False, times=Counter())
+
+
+def _folders_above(folder: str) -> tuple[tuple[int, int], ...]:
+    """Identities of the folders that one lies in, which a link may lead back to."""
+    identities = []
+    for parent in Path(os.path.realpath(folder)).parents:
+        with suppress(OSError):
+            identities.append(_identity(os.stat(parent)))
+    return tuple(identities)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _walk(
+    folder: str, above: tuple[tuple[int, int], ...], *, linked: bool, times: Counter[tuple[int, int]]
+) -> Iterator[Visited]:
     try:
-        status = os.stat(folder)
+        identity = _identity(os.stat(folder))
         with os.scandir(folder) as entries:
-            seen = sorted((entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith("."))
+            seen = sorted(
+                (entry.name, _is_folder(entry), entry.is_symlink())
+                for entry in entries
+                if not entry.name.startswith(".")
+            )
     except OSError as error:
         raise UserError(
             f"[data] path: cannot list the folder {printable(to_text(folder))}: {error.strerror}"
         ) from error
-    identity = (status.st_dev, status.st_ino)
     if identity in above:
         return
-    yield folder, [name for name, is_dir in seen if not is_dir]
-    for name, is_dir in seen:
+    times[identity] += 1
+    if times[identity] > MAX_WAYS:
+        raise UserError(
+            f"[data] path: {printable(to_text(folder))} is one of more than {MAX_WAYS} ways to the same folder over "
+            "links; remove links that lead from folder to folder"
+        )
+    links = frozenset(name for name, is_dir, is_link in seen if is_link and not is_dir)
+    yield Visited(folder, [name for name, is_dir, _ in seen if not is_dir], linked, links)
+    for name, is_dir, is_link in seen:
         if is_dir and not name.startswith("__"):
-            yield from walk_folders(os.path.join(folder, name), (*above, identity))
+            yield from _walk(os.path.join(folder, name), (*above, identity), linked=linked or is_link, times=times)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -148,18 +233,22 @@ def table_of(names: pa.ChunkedArray, root: str) -> datasets.Dataset:
     return datasets.Dataset(pa.table({"image": image}), info=datasets.DatasetInfo(features=features))
 
 
-def _table(chunks: list[pa.Array], folders: list[str], *, with_labels: bool) -> datasets.Dataset:
+def table_of_folders(folders: Sequence[ImageFolder], classes: Sequence[str] | None) -> datasets.Dataset:
+    """A column ``image`` of paths without bytes and, where each folder has a class, a ``label``."""
     images = [
-        pa.StructArray.from_arrays([pa.nulls(len(chunk), pa.binary()), chunk], ["bytes", "path"]) for chunk in chunks
+        pa.StructArray.from_arrays([pa.nulls(len(each.images), pa.binary()), each.images], ["bytes", "path"])
+        for each in folders
     ]
     features = {"image": datasets.Image(decode=False)}
     columns = {"image": pa.chunked_array(images, features["image"].pa_type)}
-    if with_labels:
-        classes = sorted(set(folders))
-        numbers = [pa.repeat(pa.scalar(classes.index(name), pa.int64()), len(chunk))
-                   for name, chunk in zip(folders, chunks, strict=True)]  # fmt: skip
-        columns["label"] = pa.chunked_array(numbers, pa.int64())
-        features["label"] = datasets.ClassLabel(names=classes)
+    if classes is not None:
+        number = {name: place for place, name in enumerate(sorted(set(classes)))}
+        labels = [
+            pa.repeat(pa.scalar(number[name], pa.int64()), len(each.images))
+            for name, each in zip(classes, folders, strict=True)
+        ]
+        columns["label"] = pa.chunked_array(labels, pa.int64())
+        features["label"] = datasets.ClassLabel(names=list(number))
     # A row group for each folder would make looking up a row slow where folders are many.
     table = pa.table(columns).combine_chunks()
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=datasets.Features(features)))

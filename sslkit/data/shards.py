@@ -6,7 +6,6 @@ an image may be cut short, which shows when it is read.
 
 import glob
 import itertools
-import json
 import math
 import os
 import re
@@ -16,10 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import datasets
-import pyarrow as pa
-
-from sslkit.data.folder import SUFFIXES, place_in, printable, to_text
+from sslkit.data.folder import printable, to_text
 from sslkit.errors import UserError
 
 BLOCK = 512  # bytes; headers and contents begin at multiples of it
@@ -94,86 +90,6 @@ def _choices(inside: str) -> Sequence[str]:
     return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
 
 
-def index_shards(files: list[Path], label: str | None) -> datasets.Dataset:
-    """A row for each image of tar files, in their order: column ``image``, and one of labels if there are any.
-
-    A sample is a run of files whose names are equal up to the first dot; its label is for each of its images.
-
-    Args:
-        files: Plain tar files.
-        label: Suffix of the file that holds a sample's label, or a key of its ``.json``; None for ``cls`` where there
-            is one.
-
-    Raises:
-        UserError: A file is not to be read as a plain tar file, or a label is none.
-    """
-    if label == "image":
-        raise UserError("[data] label_column: 'image' is the column of images itself")
-    chunks, labels = [], []
-    for file in files:
-        places, words = _index(file, label or "cls")
-        chunks.append(pa.array(places, pa.string()))
-        labels.append(pa.array(words, pa.string()))
-    images = [
-        pa.StructArray.from_arrays([pa.nulls(len(each), pa.binary()), each], ["bytes", "path"]) for each in chunks
-    ]
-    features = {"image": datasets.Image(decode=False)}
-    columns = {"image": pa.chunked_array(images, features["image"].pa_type)}
-    if any(len(each) > each.null_count for each in labels):
-        name = label or "cls"
-        columns[name], features[name] = pa.chunked_array(labels, pa.string()), datasets.Value("string")
-    elif label is not None and any(map(len, labels)):
-        raise UserError(f"[data] label_column: beside no image lies a .{label}, or a .json with a key {label!r}")
-    table = pa.table(columns).combine_chunks()
-    return datasets.Dataset(table, info=datasets.DatasetInfo(features=datasets.Features(features)))
-
-
-def _index(file: Path, label: str) -> tuple[list[str], list[str | None]]:
-    """Places of the images of one tar file, and their labels."""
-    places: list[str] = []
-    labels: list[str | None] = []
-    shard = to_text(str(file))
-    with _open_shard(file) as stream:
-        key, start, word = b"", 0, None
-        for member in walk(stream, file):
-            base = member.name[member.name.rfind(b"/") + 1 :]
-            stem, dot, suffixes = base.partition(b".")
-            sample = member.name[: len(member.name) - len(dot + suffixes)]
-            if sample != key:
-                labels[start:] = [word] * (len(places) - start)
-                key, start, word = sample, len(places), None
-            suffix = suffixes.rpartition(b".")[2].decode("latin-1").lower()
-            if not stem or not dot:
-                continue
-            if "." + suffix in SUFFIXES:
-                places.append(place_in(shard, member.offset, member.size, to_text(os.fsdecode(member.name))))
-                labels.append(None)
-            elif (found := _label(stream, file, member, suffix, label)) is not None:
-                if word is not None:
-                    raise _broken(file, member.offset, f"the second label of {printable(to_text(os.fsdecode(key)))}")
-                word = found
-        labels[start:] = [word] * (len(places) - start)
-    return places, labels
-
-
-def _label(stream: BinaryIO, file: Path, member: Member, suffix: str, label: str) -> str | None:
-    """The label that a member holds, if it holds one."""
-    if suffix not in (label, "json") or (suffix == "json" and label in ("cls", "txt")):
-        return None
-    if not 0 <= member.size <= MAX_NAME:
-        raise _broken(file, member.offset, f"a label of {member.size} bytes, where {MAX_NAME} would do")
-    stream.seek(member.offset)
-    text = stream.read(member.size).decode("utf-8", "replace").strip()
-    if suffix == label:
-        return text
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _broken(file, member.offset, "a .json that is none") from error
-    found = value.get(label) if isinstance(value, dict) else None
-    return str(found) if isinstance(found, str | int) else None
-
-
 def walk(stream: BinaryIO, file: Path) -> Iterator[Member]:
     """Every regular file and link of a tar file, in its order; only headers are read.
 
@@ -205,12 +121,17 @@ def walk(stream: BinaryIO, file: Path) -> Iterator[Member]:
         if kind in REGULAR or kind in LINKS:
             yield Member(long_name or _name(header), content, UNREADABLE if kind in LINKS else size)
         elif kind == b"S":
-            raise _broken(file, content - BLOCK, "a file with holes (GNU sparse); pack it without --sparse")
+            raise broken(file, content - BLOCK, "a file with holes (GNU sparse); pack it without --sparse")
         if kind not in (b"g", b"K"):
             long_name, long_size = b"", -1
 
 
-def _open_shard(file: Path) -> BinaryIO:
+def open_shard(file: Path) -> BinaryIO:
+    """A tar file to be read, without waiting for a pipe.
+
+    Raises:
+        UserError: It is not there, or no regular file.
+    """
     try:
         stream = open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=4096)  # noqa: SIM115
     except OSError as error:
@@ -231,12 +152,12 @@ def _check_header(header: bytes, at: int, file: Path) -> tuple[bytes, int]:
             "without all those before it; images are compressed already: decompress it once to a plain .tar"
         )
     if len(header) < BLOCK:
-        raise _broken(file, at, "cut short within a header" if at else "too short for a tar file")
+        raise broken(file, at, "cut short within a header" if at else "too short for a tar file")
     if _number(header[148:156]) != total:
-        raise _broken(file, at, "no tar header")
+        raise broken(file, at, "no tar header")
     size = _number(header[124:136])
     if size is None:
-        raise _broken(file, at, "a size that is no number")
+        raise broken(file, at, "a size that is no number")
     return header[156:157], min(size, MAX_SIZE)
 
 
@@ -258,7 +179,7 @@ def _name(header: bytes) -> bytes:
 
 def _extension(stream: BinaryIO, file: Path, at: int, size: int) -> bytes:
     if size > MAX_NAME:
-        raise _broken(file, at, f"a name of {size} bytes")
+        raise broken(file, at, f"a name of {size} bytes")
     stream.seek(at)
     return stream.read(size)
 
@@ -269,21 +190,22 @@ def _pax(records: bytes, file: Path, at: int) -> tuple[bytes, int]:
     while records:
         length, space, _ = records.partition(b" ")
         if not (space and length.isdigit() and len(length) < int(length) <= len(records)):
-            raise _broken(file, at, "a broken extended header")
+            raise broken(file, at, "a broken extended header")
         key, _, value = records[len(length) + 1 : int(length) - 1].partition(b"=")
         if key.startswith(b"GNU.sparse"):
-            raise _broken(file, at, "a file with holes (GNU sparse); pack it without --sparse")
+            raise broken(file, at, "a file with holes (GNU sparse); pack it without --sparse")
         if key == b"path":
             name = value.split(b"\0")[0]
         elif key == b"size":
             if not value.isdigit() or len(value) > 30:
-                raise _broken(file, at, "a size that is no number")
+                raise broken(file, at, "a size that is no number")
             size = min(int(value), MAX_SIZE)
         records = records[int(length) :]
     return name, size
 
 
-def _broken(file: Path, at: int, what: str) -> UserError:
+def broken(file: Path, at: int, what: str) -> UserError:
+    """The refusal of a tar file that cannot be read."""
     return UserError(
         f"[data] path: {printable(to_text(str(file)))} cannot be read as a tar file: {what} (at byte {at}); pack it "
         "again or leave it out"

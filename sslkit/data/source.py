@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,26 +15,19 @@ from numpy.typing import NDArray
 from pyarrow import compute
 
 from sslkit.data.channels import decode_channels
+from sslkit.data.columns import choose_columns
 from sslkit.data.config import DataConfig, SourceConfig
 from sslkit.data.decode import Pixels, Reduction, Size, UnreadableImage, decode_reduced, decode_rgb, read_file
-from sslkit.data.finding import (
-    available_splits,
-    describe,
-    files_left_out,
-    find_image_column,
-    find_label_column,
-    folder_of_table,
-    image_folder,
-    load_table,
-    parquet_to_stream,
-)
-from sslkit.data.folder import has_metadata, printable, span_of, to_path, to_text
+from sslkit.data.finding import available_splits, files_left_out, find_data, parquet_to_stream
+from sslkit.data.folder import printable, span_of, to_path
 from sslkit.data.lanes import Lanes
 from sslkit.data.mixture import Mixture
+from sslkit.data.place import describe
 from sslkit.data.streaming import StreamedRows, features_of, find_parquet, read_footers
 from sslkit.data.tables import label_word, only_columns
 from sslkit.errors import UserError, check_path
 
+LOGGER = logging.getLogger("sslkit.data")
 __all__ = ["DataConfig", "ImageSource", "available_splits", "files_left_out", "open_source"]
 
 
@@ -51,6 +45,7 @@ class ImageSource:
         plan: How samples make an epoch: in shares of several sources, or in a stream's lanes; None: each image once,
             in an order without bounds.
         channels: What images are read as: None for RGB of 8 bits, or so many channels of 16.
+        unlabelled: What is wrong with the labels, or why there are none; empty if nothing is known.
     """
 
     table: datasets.Dataset
@@ -61,6 +56,7 @@ class ImageSource:
     within: str = ""
     plan: Mixture | Lanes | None = None
     channels: int | None = None
+    unlabelled: str = ""
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -124,12 +120,19 @@ class ImageSource:
         Raises:
             UserError: The source has none, or a row's is of no class.
         """
-        if self.label_column is None:
+        if self.label_column is None or self.unlabelled:
+            why = f": {self.unlabelled}" if self.unlabelled else ""
             raise UserError(
-                f"{self.description} has no labels; evaluation needs a folder per class, or [data] label_column"
+                f"{self.description} has no labels; evaluation needs a folder per class, or [data] label_column "
+                f"(--label-column){why}"
             )
-        names = self.class_names()
-        return [label_word(value, names, index) for index, value in enumerate(self.table[self.label_column])]
+        names, values = self.class_names(), list(self.table[self.label_column])
+        if missing := [row for row, value in enumerate(values) if value is None]:
+            raise UserError(
+                f"[data] label_column: {len(missing):,} of {len(values):,} images of {self.description} have no label; "
+                f"row {missing[0]} has the label None, which is of no class; leave unlabelled rows out"
+            )
+        return [label_word(value, names, index) for index, value in enumerate(values)]
 
     def paths(self) -> list[str]:
         """The file every image came from, as `to_text` writes it; empty text where the data does not know."""
@@ -198,12 +201,12 @@ class ImageSource:
     def class_names(self) -> list[str]:
         """Names of the classes in the order of their labels, or an empty list."""
         feature = self.table.features[self.label_column] if self.label_column else None
-        return list(feature.names) if isinstance(feature, datasets.ClassLabel) else []
+        return list(feature.names or []) if isinstance(feature, datasets.ClassLabel) else []
 
     def without_labels(self) -> "ImageSource":
         """The same images with every other column dropped, so that a label cannot reach pretraining."""
         table = self.table.select_columns([self.image_column])
-        return replace(self, table=table, label_column=None)
+        return replace(self, table=table, label_column=None, unlabelled="")
 
     def subset(self, indices: NDArray[np.int64]) -> "ImageSource":
         """The rows at ``indices``, in that order."""
@@ -235,27 +238,36 @@ def open_source(config: DataConfig) -> ImageSource:
 
 
 def _open(config: SourceConfig) -> ImageSource:
-    table = load_table(config)
     description = f"{describe(config)} [{config.split}]"
-    if table.num_rows == 0:
+    found = find_data(config)
+    if found.table.num_rows == 0:
         raise UserError(f"[data] path: {description} holds no images")
-    image_column, label_column = find_image_column(table.features, config), find_label_column(table.features, config)
-    table = only_columns(table, image_column, label_column)
-    root = image_folder(config)
-    below = to_text(str(root)) if root and not has_metadata(root) else ""
-    return ImageSource(table, image_column, label_column, description, below, folder_of_table(config))
+    columns = found.columns
+    table = only_columns(found.table, columns.image, columns.label)
+    _say(f"{description}: {table.num_rows:,} images, {found.words}")
+    for note in found.notes:
+        _say(f"{description}: {note}")
+    return ImageSource(
+        table, columns.image, columns.label, description, found.root, found.within, unlabelled=columns.unlabelled
+    )
+
+
+def _say(words: str) -> None:
+    """What was found, for commands to print; see `sslkit.cli.data_lines`."""
+    LOGGER.info("data: %s", printable(words))
 
 
 def _open_stream(config: DataConfig, patterns: list[str]) -> ImageSource:
     description = f"{describe(config)} [{config.split}]"
     files = find_parquet(config, patterns)
     footers = read_footers(files)
-    features = features_of(files[0], footers[0])
-    image_column, label_column = find_image_column(features, config), find_label_column(features, config)
-    rows = StreamedRows(files, footers, image_column)
+    columns = choose_columns(features_of(files[0], footers[0]), config)
+    rows = StreamedRows(files, footers, columns.image)
     if not rows.groups:
         raise UserError(f"[data] path: {description} holds no images")
-    return ImageSource(rows, image_column, label_column, description, plan=Lanes(rows.sizes, config.shuffle_buffer))
+    _say(f"{description}: {rows.num_rows:,} images, read as a stream, {columns.words()}")
+    plan = Lanes(rows.sizes, config.shuffle_buffer)
+    return ImageSource(rows, columns.image, columns.label, description, plan=plan, unlabelled=columns.unlabelled)
 
 
 def mix(sources: list[ImageSource], weights: list[float | None]) -> ImageSource:

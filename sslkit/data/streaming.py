@@ -26,6 +26,7 @@ from pyarrow import parquet
 from sslkit.data.config import SourceConfig
 from sslkit.data.decode import UnreadableImage
 from sslkit.data.folder import printable
+from sslkit.data.splits import ALL, choose, no_such_split, refuse_several
 from sslkit.errors import UserError
 from sslkit.parts.hub import quick_hub, why_not
 
@@ -234,6 +235,7 @@ def find_parquet(config: SourceConfig, patterns: list[str]) -> list[str]:
             found += sorted(map(system.unstrip_protocol, system.glob(path) if "*" in path else [path]))
         except Exception as error:  # a protocol unknown, a library not here, a server that does not answer
             raise UserError(f"[data] data_files: cannot look for {printable(pattern)}: {_brief(error)}") from error
+    refuse_several(found, patterns, config.split)
     if not found:
         raise UserError(f"[data] path: no parquet file is named by {', '.join(map(printable, patterns))}")
     return found
@@ -272,7 +274,9 @@ def _opened(file: str) -> Iterator[Any]:
 def _hub_files(config: SourceConfig) -> list[str]:
     try:
         with quick_hub():
-            builder = datasets.load_dataset_builder(config.path, config.name, data_dir=config.data_dir)
+            builder = datasets.load_dataset_builder(
+                config.path, config.name, data_dir=config.data_dir, data_files=config.data_files
+            )
         files = builder.config.data_files or {}
     except Exception as error:  # what a stranger's repository makes of `datasets` is no closed set
         raise UserError(
@@ -283,9 +287,11 @@ def _hub_files(config: SourceConfig) -> list[str]:
         raise UserError(
             f"[data] streaming: {config.path!r} is not made of parquet files; leave streaming out to download it"
         )
-    if config.split not in files:
-        raise UserError(f"[data] split: {config.path!r} has {sorted(map(str, files))}, none of {config.split!r}")
-    return [str(file) for file in files[config.split]]
+    there = {str(name): [str(file) for file in each] for name, each in files.items()}
+    words = list(there) if config.split == ALL else choose(there, config.split)
+    if not words:
+        raise no_such_split(config.path, "the splits", there, config.split)
+    return [file for word in words for file in there[word]]
 
 
 def features_of(file: str, footer: parquet.FileMetaData) -> datasets.Features:
@@ -307,8 +313,10 @@ def _groups(files: list[str], file: int, footer: parquet.FileMetaData, column: s
         raise UserError(f"[data] image_column: {name} has no column {column!r}; there are {schema.names}")
     kind = schema.field(column).type
     held = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
-    if not (pa.types.is_binary(held) or pa.types.is_large_binary(held)):
-        raise UserError(f"[data] image_column: {column!r} of {name} holds {kind}, not the bytes of images")
+    if not (pa.types.is_binary(held) or pa.types.is_large_binary(held) or pa.types.is_binary_view(held)):
+        text = pa.types.is_string(held) or pa.types.is_large_string(held) or pa.types.is_string_view(held)
+        rest = "; leave streaming out for names of files or other text" if text else ""
+        raise UserError(f"[data] image_column: {column!r} of {name} holds {kind}, not the bytes of images{rest}")
     wanted = {column, f"{column}.bytes"}
     leaves = [place for place, leaf in enumerate(_leaves(footer)) if leaf in wanted]
     for place in range(footer.num_row_groups):

@@ -18,7 +18,7 @@ from sslkit.data.decode import TIFF, Header, Pixels, UnreadableImage, read_heade
 from sslkit.data.duplicates import difference_hash, exact_groups, near_groups
 from sslkit.data.posts import Posts
 from sslkit.data.source import ImageSource
-from sslkit.errors import RunError
+from sslkit.errors import RunError, UserError
 
 CHUNK = 32  # images that a worker hands over at a time
 LISTED = 1000  # names in a list, groups in a list of groups; counts are of all
@@ -193,7 +193,7 @@ def _findings(source: ImageSource, tally: _Tally) -> dict[str, Any]:
             {"index": index, "name": source.name(index), "reason": reason} for index, reason in tally.unreadable
         ],
     }
-    found["classes"] = _class_counts(source)
+    found["classes"], found["label_problem"] = _class_counts(source)
     if not good:
         return found
     mean, digits = tally.mean / good, 4 if source.channels is None else 6  # 16 bits may use little of their scale
@@ -249,8 +249,11 @@ def _duplicates(source: ImageSource, positions: NDArray[np.int64], tally: _Tally
     }
 
 
-def _class_counts(source: ImageSource) -> dict[str, int] | None:
-    """Images of each class, or None without labels."""
-    if source.label_column is None:
-        return None
-    return dict(sorted(Counter(source.labels()).items()))
+def _class_counts(source: ImageSource) -> tuple[dict[str, int] | None, str]:
+    """Images of each class, or None without labels; and what is wrong with the labels."""
+    if source.label_column is None and not source.unlabelled:
+        return None, ""
+    try:
+        return dict(sorted(Counter(source.labels()).items())), ""
+    except UserError as error:
+        return None, str(error) if source.label_column else ""

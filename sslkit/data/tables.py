@@ -1,8 +1,9 @@
 """Tables of strangers, of which only the columns of images and labels are looked at."""
 
+import base64
 import glob
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,18 +11,25 @@ import datasets
 import pyarrow as pa
 from pyarrow import parquet
 
+from sslkit.data.hints import image_suffix
 from sslkit.errors import UserError
 
+TEXT = ("string", "large_string", "string_view")
 
-def map_arrow(patterns: list[str]) -> datasets.Dataset:
+
+def map_arrow(patterns: list[str], files: list[str] | None = None) -> datasets.Dataset:
     """The rows of Arrow files where they lie, without the copy that `datasets` makes of other files.
+
+    Args:
+        patterns: Of the files.
+        files: The files themselves, in their order; None: those that the patterns name, sorted.
 
     Raises:
         UserError: One of them is no such file, or broken.
         ValueError: There are none.
     """
     tables = []
-    for file in _named_by(patterns):
+    for file in _named_by(patterns) if files is None else files:
         try:
             table = datasets.Dataset.from_file(file)
             table.data.validate(full=True)  # a stranger's offsets may point anywhere
@@ -128,22 +136,66 @@ def only_columns(table: datasets.Dataset, image: str, label: str | None) -> data
     table = table.select_columns([image, *([label] if label and label != image else [])])
     if table.features[image] == datasets.Image(decode=False):
         return table
+    if table.features[image] == datasets.Value("binary_view"):
+        table = table.cast_column(image, datasets.Value("large_binary"))
+    if getattr(table.features[image], "dtype", "") in TEXT:
+        _refuse_text(image, table[image])
     try:
         return table.cast_column(image, datasets.Image(decode=False))
     except (pa.ArrowException, ValueError, TypeError) as error:
         raise UserError(f"[data] image_column: {image!r} holds {table.features[image]}, not images") from error
 
 
+def _refuse_text(image: str, values: Iterable[Any]) -> None:
+    """Refuse a column of text that is not the names of files, by its first row that is not empty."""
+    text = next((value for value in values if value), None)
+    if not isinstance(text, str):
+        return
+    if kind := what_text(text):
+        raise UserError(f"[data] image_column: {image!r} holds {kind}")
+
+
+def what_text(text: str) -> str:
+    """What a text is that should be an image or the name of a file, and what to do; empty for what may be a name."""
+    if text.startswith(("http://", "https://")):
+        return f"addresses ({text[:60]}), not images; download them first, and name the files"
+    encoded = text.partition(",")[2] if text.startswith("data:") else text
+    try:
+        start = base64.b64decode("".join(encoded[:80].split())[:64], validate=True)
+    except ValueError:
+        return ""
+    if not image_suffix(start):
+        return ""
+    return (
+        "images as base64 text; decode it once: import base64, pandas; table = pandas.read_parquet('x.parquet'); "
+        "table['image'] = [base64.b64decode(text.split(',')[-1]) for text in table['image']]; "
+        "table.to_parquet('decoded.parquet'); then path = \"decoded.parquet\""
+    )
+
+
 def label_word(value: Any, names: list[str], row: int) -> str:
     """A label as a word: its class's name, or the number where classes have none.
 
     Raises:
-        UserError: It is of no class, as -1 is, which marks images without a label.
+        UserError: It is of no class, as -1 is, which marks images without a label, or it is several or a measurement.
     """
-    if not names and value is not None:
-        return str(value)
-    if type(value) is int and 0 <= value < len(names):
-        return str(names[value])
-    raise UserError(
-        f"[data] label_column: row {row} has the label {value!r:.50}, which is of no class; leave unlabelled rows out"
-    )
+    where = f"[data] label_column: row {row} has"
+    if value is None or value != value:  # the second: not a number
+        raise UserError(f"{where} the label None, which is of no class; leave unlabelled rows out")
+    if names:
+        if type(value) is int and 0 <= value < len(names):
+            return str(names[value])
+        raise UserError(f"{where} the label {value!r:.50}, which is of no class; leave unlabelled rows out")
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise UserError(
+                f"{where} the label {value!r}, a number with a fraction; evaluation needs classes: name another column "
+                "(--label-column), or write class names"
+            )
+        return str(int(value))
+    if isinstance(value, list | dict):
+        raise UserError(
+            f"{where} the label {value!r:.50}, {'several classes' if isinstance(value, list) else 'a structure'}; "
+            "evaluation needs one class a row: name another column (--label-column), or write one class name a row"
+        )
+    return str(value)

@@ -17,7 +17,7 @@ from sslkit.data.loader import Batch
 from sslkit.data.source import ImageSource
 from sslkit.data.streaming import StreamedRows
 from sslkit.durable import remove, replace_file, replace_text
-from sslkit.engine.lines import Lines, step_of
+from sslkit.engine.lines import Lines
 from sslkit.errors import UserError
 from sslkit.parts.collectives import gather_objects
 from sslkit.rows import rows_of, step_of

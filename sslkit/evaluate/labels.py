@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sslkit.data.source import DataConfig, ImageSource, available_splits, open_source
+from sslkit.data.splits import ALL, SPLIT_OF, choose
 from sslkit.errors import UserError
 
 HELD_OUT = 0.2
@@ -41,31 +42,35 @@ def open_pair(config: DataConfig, train_split: str = "train", test_split: str = 
     Args:
         config: The source; its own ``split`` is not used.
         train_split: Split to learn from.
-        test_split: Split to score on; empty picks test, val or validation, whichever there is and is not learned from.
+        test_split: Split to score on; empty picks the first of test, validation and held-out sets, by any of their
+            names, that there is and that is not learned from. With ``train_split = "all"`` nothing is picked.
         seed: Of the held-out draw.
 
     Raises:
         UserError: No labels, fewer than two classes, or the same split for both.
     """
     train = open_source(config.model_copy(update={"split": train_split}))
-    splits = available_splits(config)
-    if test_split == train_split:
+    splits = available_splits(config) if train_split != ALL else []
+    learned, scored = (choose(splits, split) or [split] for split in (train_split, test_split))
+    if test_split and (set(learned) & set(scored) or ALL in (train_split, test_split)):
         raise UserError(f"{config.path}: --test-split {test_split} is what is learned from too; take another, or none")
-    others = [name for name in ("test", "val", "validation") if name in splits and name != train_split]
-    test_split = test_split or next(iter(others), "")
+    held_out = [name for name in splits if SPLIT_OF.get(name, "train") != "train" and name not in learned]
+    test_split = test_split or next(iter(held_out), "")
     if test_split:
         test = open_source(config.model_copy(update={"split": test_split}))
         description = f"{config.path}: {train_split} {len(train)} / {test_split} {len(test)} images"
         split = f"{train_split} / {test_split}"
     else:
         order = np.random.default_rng(seed).permutation(len(train))
-        held_out = max(round(len(train) * HELD_OUT), 1)
-        train, test = train.subset(np.sort(order[held_out:])), train.subset(np.sort(order[:held_out]))
-        description = f"{config.path}: {len(order)} images, {held_out} of them held out (seed {seed})"
+        count = max(round(len(train) * HELD_OUT), 1)
+        train, test = train.subset(np.sort(order[count:])), train.subset(np.sort(order[:count]))
+        description = f"{config.path}: {len(order)} images, {count} of them held out (seed {seed})"
         split = f"{HELD_OUT:.0%} of {train_split} held out by seed {seed}"
     classes, numbers = np.unique([*train.labels(), *test.labels()], return_inverse=True)
     if len(classes) < 2:
-        raise UserError(f"{config.path}: evaluation needs images of at least two classes, found {len(classes)}")
+        raise UserError(
+            f"{config.path}: evaluation needs images of at least two classes, found {len(classes)}: {list(classes)}"
+        )
     labels = torch.from_numpy(numbers.astype(np.int64))
     names = [str(name) for name in classes]
     return LabelledPair(train, test, labels[: len(train)], labels[len(train) :], names, description, split)

@@ -11,7 +11,7 @@ from sslkit.data.decode import UnreadableImage
 from sslkit.data.source import DataConfig, ImageSource, open_source
 from sslkit.errors import UserError
 from sslkit.evaluate.features import Encoder, extract_features
-from sslkit.evaluate.labels import open_pair
+from sslkit.evaluate.labels import LabelledPair, open_pair
 from sslkit.recipe import Recipe
 
 MAX_BANK, MAX_QUERIES = 1500, 500
@@ -52,9 +52,7 @@ def draw_sample(recipe: Recipe, data: str = "") -> Sample:
     else:
         config = recipe.data
     source = open_source(config)
-    labelled = source.label_column is not None and not config.streaming  # a split by lot is of a stream's every part
-    if labelled and len(set(source.labels())) > 1:
-        pair = open_pair(config, config.split)
+    if pair := _labelled(config, source):
         bank, bank_rows = _some(pair.train, MAX_BANK)
         queries, query_rows = _some(pair.test, MAX_QUERIES)
         names = [pair.classes[number] for number in pair.train_labels[torch.from_numpy(bank_rows)].tolist()]
@@ -68,6 +66,16 @@ def draw_sample(recipe: Recipe, data: str = "") -> Sample:
     if not (len(bank) and len(queries)):
         raise UserError(f"{source.description}: none of the images of a gallery can be read; see sslkit data check")
     return Sample(bank, queries, None, None, f"{source.description}, without labels")
+
+
+def _labelled(config: DataConfig, source: ImageSource) -> LabelledPair | None:
+    """Both sides, where every image has a label, of more than one class in all; a page of pictures does without."""
+    if source.label_column is None or config.streaming:  # a split by lot is of a stream's every part
+        return None
+    try:
+        return open_pair(config, config.split) if len(set(source.labels())) > 1 else None
+    except UserError:
+        return None
 
 
 def _some(source: ImageSource, at_most: int) -> tuple[ImageSource, NDArray[np.int64]]:

@@ -77,7 +77,7 @@ def check(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tu
     with pytest.raises(SystemExit) as ended:
         main(["data", "check", str(folder), "--workers", "0", *options])
     said = capsys.readouterr()
-    assert not said.err
+    assert all(line.startswith("data: ") for line in said.err.splitlines())
     return int(ended.value.code or 0), said.out
 
 
