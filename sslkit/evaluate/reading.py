@@ -184,13 +184,14 @@ def read_features(
         UserError: Features are not finite.
     """
     first, device = readings[0], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch_size = encoder.batch_size(first.batch_size)
     if not all(reading.taken_alike(first) for reading in readings):
         raise ValueError("readings of one pass differ in nothing but layer, last_blocks and patch_mean")
 
     def extract(wanted: Sequence[Reading], images: ImageSource) -> list[Tensor]:
         module = Reader(encoder, wanted) if any(reading.of_blocks for reading in wanted) else encoder.module
         features = extract_features(
-            module, images, transform, device=device, batch_size=first.batch_size, workers=first.workers, seed=seed
+            module, images, transform, device=device, batch_size=batch_size, workers=first.workers, seed=seed
         )
         check_finite(features, encoder.description)
         return list(features.split(module.widths, dim=1)) if isinstance(module, Reader) else [features]

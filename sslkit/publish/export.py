@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sslkit.durable import whole_folder, write_json, write_tensors
 from sslkit.errors import RunError, UserError
 from sslkit.evaluate.features import load_encoder
-from sslkit.parts.backbone import create_backbone
+from sslkit.parts.backbone import check_backbone_size, create_backbone
 from sslkit.parts.foreign import read_encoder_config, tensor_shapes
 from sslkit.publish.card import model_card
 from sslkit.publish.private import public_recipe
@@ -153,6 +153,7 @@ def _read_encoder(source: Path, recipe: Recipe) -> tuple[dict[str, Tensor], str]
     if not isinstance(tag, str) or not re.fullmatch(r"\w{1,100}", tag):
         raise UserError(f"{source / 'config.json'}: 'pretrained_cfg' tag cannot be {tag!r:.100}")
     shapes = tensor_shapes(source / "model.safetensors")
+    check_backbone_size(recipe.backbone_spec(), shapes, f"{source.parent / 'recipe.toml'} [backbone]")
     expected = {name: tuple(tensor.shape) for name, tensor in _build(recipe).state_dict().items()}
     if shapes != expected:
         wrong = sorted(name for name in shapes.keys() | expected if shapes.get(name) != expected.get(name))
