@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import stat
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from sslkit.durable import replace_file, replace_text
 from sslkit.engine.lines import Lines, keep_until, read_lines, step_of
 from sslkit.errors import UserError
 from sslkit.parts.collectives import gather_objects
+from sslkit.terminal import say
 
 IMAGES = "images.parquet"  # in the run folder: the names of its images, in order
 SAMPLED = 64  # images whose content is remembered
@@ -46,7 +46,7 @@ class BadSamples:
 
     def __init__(self, folder: Path, source: ImageSource, max_share: float, start_step: int, *, active: bool) -> None:
         self.file, self.source, self.active = folder / "bad_samples.jsonl", source, active
-        self.lines = Lines(self.file, lambda sentence: print(f"sslkit: {sentence}", file=sys.stderr))
+        self.lines = Lines(self.file, say)
         self.max_share, self.allowed = max_share, math.ceil(max_share * len(source))
         if active:
             keep_until(self.file, start_step)

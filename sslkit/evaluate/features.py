@@ -29,10 +29,11 @@ from sslkit.evaluate.transforms import (
     training_transform,
 )
 from sslkit.parts.backbone import BackboneSpec, replace_stem_for_small_images
-from sslkit.parts.foreign import check_model, encoder_state, read_encoder_config, tensor_shapes
+from sslkit.parts.foreign import check_model, encoder_state, named, read_encoder_config, tensor_shapes
 from sslkit.parts.hub import quick_hub, why_not
 from sslkit.parts.pinned import is_hub_name, pin, pin_timm
 from sslkit.parts.sharding import own_part
+from sslkit.terminal import say
 
 RAW_PIXEL_SIDE = 32
 MOST_PIXELS = 256 * 3 * 512**2  # numbers in a batch of images
@@ -139,12 +140,14 @@ def _load_folder(folder: Path, name: str) -> Encoder:
     try:
         module = build(config.architecture, config.model_args, config.small_stem)
         state = load_file(folder / "model.safetensors")
-        taken = encoder_state(config, state, module.state_dict())
+        taken, left_out = encoder_state(config, state, module.state_dict())
         module.load_state_dict(taken)
         data_config = resolve_data_config(pretrained_cfg={"architecture": config.architecture, **config.preprocessing})
     except Exception as error:  # unknown arguments make models raise anything
         lines = (str(error).strip() or type(error).__name__).splitlines()
         raise UserError(f"{name}: {folder} is not a loadable encoder: {' '.join(lines)[:300]}") from error
+    if left_out:
+        say(f"{name}: its classifier is left out ({named(left_out)})")
     return Encoder(module, data_config, name, config.architecture, config.model_args, config.small_stem)
 
 

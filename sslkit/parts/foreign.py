@@ -26,7 +26,7 @@ FOREIGN_ARGS = {
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "pretrained_strict"),
     *("features_only", "scriptable", "exportable", "no_jit"),
 }
-PICKLES = ("pytorch_model.bin", "pytorch_model.pth", "model.pth")  # that timm saves or looks for
+OWN_FORMAT = ("pytorch_model.bin", "pytorch_model.pth", "model.pth")  # PyTorch's, as timm saves it by default
 NAMED = 3  # tensors, in a sentence
 INPUT_KEYS = ("input_size", "fixed_input_size", "first_conv", "pool_size")  # of a pretrained_cfg, for timm's loading
 
@@ -40,12 +40,14 @@ class EncoderConfig:
         model_args: timm's arguments, plain and small.
         preprocessing: timm's pretrained_cfg, of which only the picture's treatment counts.
         small_stem: Whether it has sslkit's stem for small images.
+        num_classes: Of the classifier that may lie beside the encoder's weights; 0 for none.
     """
 
     architecture: str
     model_args: dict[str, Any]
     preprocessing: dict[str, Any]
     small_stem: bool
+    num_classes: int = 0
 
 
 def read_encoder_config(folder: Path) -> EncoderConfig:
@@ -77,7 +79,9 @@ def read_encoder_config(folder: Path) -> EncoderConfig:
         raise UserError(f"{file}: 'pretrained_cfg' must be an object, not {preprocessing!r:.100}")
     _check_preprocessing(preprocessing, file)
     args = {**_args_of_input(architecture, preprocessing), **model_args}
-    return EncoderConfig(architecture, args, preprocessing, bool(config.get("small_stem", False)))
+    classes = config.get("num_classes", preprocessing.get("num_classes"))
+    num_classes = classes if type(classes) is int and 0 <= classes <= MAX_NUMBER else 0
+    return EncoderConfig(architecture, args, preprocessing, bool(config.get("small_stem", False)), num_classes)
 
 
 def _args_of_input(architecture: str, preprocessing: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,11 +130,11 @@ def tensor_shapes(file: Path) -> Shapes:
 
 
 def _instead(file: Path) -> str:
-    """What to do where the weights lie in a pickle."""
-    found = next((name for name in PICKLES if (file.parent / name).is_file()), "")
+    """What to do where the weights lie in a file that only code can read."""
+    found = next((name for name in OWN_FORMAT if (file.parent / name).is_file()), "")
     return found and (
-        f"; {found} beside it is a pickle, which can run code and is not read: save the model again with "
-        "timm.models.save_for_hf(model, folder, safe_serialization=True)"
+        f"; {found} beside it is in PyTorch's own format, which can run code and is not read: save the model again "
+        "with timm.models.save_for_hf(model, folder, safe_serialization=True)"
     )
 
 
@@ -176,8 +180,10 @@ def classifier_names(config: EncoderConfig, shapes: Shapes) -> set[str]:
     return classifier - encoder
 
 
-def encoder_state(config: EncoderConfig, state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file that an encoder takes, by timm's present names.
+def encoder_state(
+    config: EncoderConfig, state: dict[str, Tensor], own: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a file that an encoder takes, by timm's present names, and the names of those of a classifier.
 
     Args:
         config: The encoder.
@@ -188,22 +194,32 @@ def encoder_state(config: EncoderConfig, state: dict[str, Tensor], own: Mapping[
         UserError: Some are missing, or there are others than a classifier's.
         Exception: Whatever timm raises where it cannot translate.
     """
-    if state.keys() - own.keys():
-        left_out = classifier_names(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
-        state = {name: tensor for name, tensor in state.items() if name not in left_out}
+    own_and_classifier = own.keys() | (
+        classifier_names(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
+        if state.keys() - own.keys()
+        else set()
+    )
     missing = sorted(name for name in own.keys() - state.keys() if not name.endswith("num_batches_tracked"))
-    unexpected = sorted(state.keys() - own.keys())
-    if not (missing and unexpected):
-        if missing:
-            raise UserError(f"lacks {named(missing)}")
-        if unexpected:
-            raise UserError(f"has tensors that are no {config.architecture}'s: {named(unexpected)}")
-        return state
-    known = {key: value for key, value in config.preprocessing.items() if key in INPUT_KEYS}
-    source = {**known, "state_dict": state, "num_classes": 0}
-    model_args = {**config.model_args, "num_classes": 0}
-    translated = timm.create_model(config.architecture, pretrained=True, pretrained_cfg=source, **model_args)
-    return dict(translated.state_dict())
+    unexpected = sorted(state.keys() - own_and_classifier)
+    if missing and not unexpected:
+        raise UserError(f"lacks {named(missing)}")
+    if unexpected and not missing:
+        raise UserError(f"has tensors that are no {config.architecture}'s: {named(unexpected)}")
+    if unexpected:
+        state = _translated(config, state)
+    left_out = sorted(state.keys() - own.keys())
+    return {name: tensor for name, tensor in state.items() if name not in left_out}, left_out
+
+
+def _translated(config: EncoderConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors by timm's present names, as timm loads them, all of them."""
+    model_args = {**config.model_args, "num_classes": config.num_classes}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    build_on_meta(config.architecture, model_args, Bounds.of_weights(shapes))
+    source = {key: value for key, value in config.preprocessing.items() if key in INPUT_KEYS}
+    source |= {"state_dict": state, "num_classes": config.num_classes}
+    model = timm.create_model(config.architecture, pretrained=True, pretrained_cfg=source, **model_args)
+    return dict(model.state_dict())
 
 
 def named(names: Sequence[str]) -> str:

@@ -48,9 +48,7 @@ class Bounds:
         """What a model whose weights have these shapes needs at most."""
         elements = int(HEADROOM * sum(map(math.prod, shapes.values())))
         tensors = int(HEADROOM * len(shapes)) + SMALL_TENSORS
-        return Bounds(
-            elements + SMALL_PARAMETERS, elements + SMALL_BUFFERS, tensors, MODULES_OF_TENSOR * tensors
-        )
+        return Bounds(elements + SMALL_PARAMETERS, elements + SMALL_BUFFERS, tensors, MODULES_OF_TENSOR * tensors)
 
 
 def build_on_meta(architecture: str, model_args: Mapping[str, Any], bounds: Bounds) -> nn.Module:

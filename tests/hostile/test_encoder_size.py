@@ -62,9 +62,10 @@ def peak():
 load_encoder(sys.argv[1])
 before = peak()
 for folder in sys.argv[2:]:
-    for door in (load_encoder, lambda name: create_backbone(BackboneSpec(name="test_vit", img_size=32, pretrained=f"local-dir:{name}"))):
+    spec = BackboneSpec(name="test_vit", img_size=32, pretrained=f"local-dir:{folder}")
+    for door in (lambda: load_encoder(folder), lambda: create_backbone(spec)):
         try:
-            door(folder)
+            door()
         except UserError as error:
             print(round(peak() - before), str(error).replace("\\n", " "))
         else:
@@ -100,7 +101,7 @@ def test_a_runs_recipe_is_bounded_by_its_encoder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet_gn", "swin_tiny_patch4_window7_224"])
 def test_honest_models_are_within_bounds(name: str) -> None:
-    """Also with a small fraction of the usual width and at twice the side, where buffers are far larger than weights."""
+    """Also with a fraction of the usual width and at twice the side, where buffers are far larger than weights."""
     arguments: list[dict[str, Any]] = [{}]
     arguments += [{**SWIN, "img_size": 448}] if name.startswith("swin") else []
     for args in arguments:
