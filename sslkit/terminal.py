@@ -5,8 +5,10 @@ never read in it.
 """
 
 import json
+import logging
 import sys
 import traceback
+import warnings
 from typing import Any
 
 from rich.console import Console
@@ -63,6 +65,25 @@ def show_traceback(error: BaseException) -> None:
     """Print an error of ours in full on standard error."""
     lines = "".join(traceback.format_exception(error)).rstrip("\n").split("\n")
     print("\n".join(map(printed, lines)), file=sys.stderr)
+
+
+def guard_other_libraries() -> None:
+    """Let warnings of other libraries, which name files and tensors, go the same way to standard error."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_PrintedRecords())
+    warnings.formatwarning = _format_warning
+
+
+class _PrintedRecords(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printed(super().format(record))
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    del line  # of the source; says nothing to a user
+    return f"{printed(filename)}:{lineno}: {category.__name__}: {printed(message)}\n"
 
 
 class PlainTable(Table):

@@ -29,7 +29,16 @@ from sslkit.cli.show import AsJson, console, show_report
 from sslkit.cli.submit import submit
 from sslkit.cli.watching import watch
 from sslkit.errors import RunError, UserError
-from sslkit.terminal import PlainTable, printed, say, sentences_of, show, show_text, show_traceback
+from sslkit.terminal import (
+    PlainTable,
+    guard_other_libraries,
+    printed,
+    say,
+    sentences_of,
+    show,
+    show_text,
+    show_traceback,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -199,6 +208,7 @@ def show_recipe(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; bad input becomes one sentence and exit code 2."""
+    guard_other_libraries()
     threading.excepthook = _print_thread_traceback
     try:
         code = app(arguments, standalone_mode=False)

@@ -135,8 +135,8 @@ class Reader(nn.Module):
         tokens = inspect.signature(module.forward_intermediates).parameters
         if self.with_tokens and not ("return_prefix_tokens" in tokens and hasattr(module, "norm")):
             raise UserError(
-                f"--layer: timm does not give the class tokens of {name}'s blocks, which last and dino_vit read; take a "
-                f"block's mean over positions instead, such as --layer {-min(2, self.count)}"
+                f"--layer: timm does not give the class tokens of {name}'s blocks, which last and dino_vit read; take "
+                f"a block's mean over positions instead, such as --layer {-min(2, self.count)}"
             )
         try:
             final, _, _ = self._maps(images)

@@ -20,7 +20,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from sslkit.errors import RunError, UserError
 from sslkit.evaluate.features import load_encoder
 from sslkit.parts.backbone import family
-from sslkit.publish.private import public_recipe
+from sslkit.publish.private import public_recipe, refuse_tokens_in
 from sslkit.recipe import Recipe, load_recipe
 
 FILE = "detectron2.pkl"
@@ -92,6 +92,8 @@ def export_detectron2(run: str | Path, folder: str | Path) -> dict[str, Any]:
     name = recipe.backbone.name
     if family(name) != "resnet":
         raise UserError(f"--format detectron2: takes ResNets only, and {name} is none; use --format timm")
+    _, text = public_recipe(run / "recipe.toml")
+    refuse_tokens_in(text, "recipe.toml", str(run / "recipe.toml"))
     model: Any = load_encoder(str(run)).module
     twin = _plain_twin(model, name)
     weights = detectron2_weights(model.state_dict())
@@ -102,7 +104,7 @@ def export_detectron2(run: str | Path, folder: str | Path) -> dict[str, Any]:
             content = {"model": weights, "__author__": "sslkit", "matching_heuristics": True}
             _PlainPickler(stream, protocol=5).dump(content)
         (folder / "README.md").write_text(_page(recipe, model), encoding="utf-8")
-        (folder / "recipe.toml").write_text(public_recipe(run / "recipe.toml")[1], encoding="utf-8")
+        (folder / "recipe.toml").write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error}") from error
     convolutions = sum(array.ndim == 4 for array in weights.values())

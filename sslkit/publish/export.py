@@ -25,7 +25,7 @@ from sslkit.evaluate.features import load_encoder
 from sslkit.parts.backbone import check_backbone_size, create_backbone
 from sslkit.parts.foreign import read_encoder_config, tensor_shapes
 from sslkit.publish.card import model_card
-from sslkit.publish.private import public_recipe
+from sslkit.publish.private import public_recipe, refuse_tokens
 from sslkit.recipe import Recipe, load_recipe
 
 # What timm needs of a pretrained_cfg; everything else in it belongs to the weights the architecture came with.
@@ -141,6 +141,7 @@ def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apach
         card = model_card(public, run, f"local-dir:{folder.name}", tag, license_id)
         (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / "recipe.toml").write_text(text, encoding="utf-8")
+        refuse_tokens(folder, f"{run / 'recipe.toml'} or {run / 'results.jsonl'}")
     except BaseException:
         shutil.rmtree(folder)
         raise

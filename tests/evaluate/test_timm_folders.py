@@ -16,7 +16,7 @@ from sslkit.evaluate import load_encoder
 from sslkit.parts.backbone import BackboneSpec, create_backbone
 
 TINY_VIT = {"img_size": 32, "embed_dim": 16, "depth": 1, "num_heads": 2}
-# By timm's name, the arguments that make it small; heads are called head, fc, head.fc, classifier, head and head_dist ...
+# Arguments that make them small. Heads are called head, fc, head.fc, classifier, head and head_dist ...
 MODELS: dict[str, dict[str, Any]] = {
     "test_vit": {"img_size": 32},
     "test_resnet": {},
