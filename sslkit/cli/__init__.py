@@ -19,7 +19,7 @@ from sslkit.cli.bench import bench
 from sslkit.cli.data import data_app, prepare
 from sslkit.cli.evaluation import evaluation
 from sslkit.cli.importing import import_
-from sslkit.cli.launched import is_said_by_first, leave_for_launcher
+from sslkit.cli.launched import is_said_by_first, leave_for_launcher, wait_for_others
 from sslkit.cli.look import report, views
 from sslkit.cli.options import Backbone, Images, MethodName, Overrides, RecipeName, recipe_from_words
 from sslkit.cli.publishing import publish
@@ -245,7 +245,7 @@ def _complain(sentences: list[str], code: int) -> NoReturn:
     message = "\n".join(f"sslkit: {sentence}" for sentence in sentences if sentence)
     if message:
         leave_for_launcher(message)
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))  # a launcher ends the others when one has failed
         if not is_said_by_first(message):
-            print(message, file=sys.stderr)
+            print(message, file=sys.stderr, flush=True)
+        wait_for_others()
     sys.exit(code)
