@@ -10,12 +10,17 @@ class UserError(ValueError):
     """Bad input. The doors print it as one sentence and exit with code 2.
 
     A DataLoader makes a worker's error anew from the text of its traceback, of which only the sentence is kept.
+
+    Attributes:
+        sentences: One for each mistake; each is printed on a line of its own.
     """
 
-    def __init__(self, sentence: str = "") -> None:
-        if sentence.startswith("Caught ") and " in DataLoader worker process " in sentence:
-            sentence = sentence.strip().splitlines()[-1].partition(": ")[2]
-        super().__init__(sentence)
+    def __init__(self, *sentences: str) -> None:
+        first = sentences[0] if sentences else ""
+        if first.startswith("Caught ") and " in DataLoader worker process " in first:
+            sentences = (first.strip().splitlines()[-1].partition(": ")[2],)
+        self.sentences = sentences
+        super().__init__("\n".join(sentences))
 
 
 class RunError(RuntimeError):

@@ -155,7 +155,7 @@ def build_recipe(tables: dict[str, Any], overrides: list[str] | None = None, nam
 
 
 def _refusal(name: str, mistakes: list[str]) -> UserError:
-    return UserError("\n".join(f"{name} {mistake}" for mistake in mistakes))
+    return UserError(*(f"{name} {mistake}" for mistake in mistakes))
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -10,6 +10,7 @@ ROOT = Path(sslkit.__file__).parent
 LAYERS = {
     "errors": 0,
     "durations": 0,
+    "terminal": 0.5,
     "durable": 1,
     "rows": 1,
     "watch": 2,

@@ -7,13 +7,12 @@ import itertools
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
-from traceback import format_exception
 from types import TracebackType
 from typing import Annotated, NoReturn
 
 import typer
-from rich.table import Table
 
 import sslkit
 from sslkit.cli.bench import bench
@@ -21,6 +20,7 @@ from sslkit.cli.data import data_app, prepare
 from sslkit.cli.data_lines import data_lines
 from sslkit.cli.evaluation import evaluation
 from sslkit.cli.importing import import_
+from sslkit.cli.launched import is_said_by_first, leave_for_launcher, wait_for_others
 from sslkit.cli.look import report, views
 from sslkit.cli.options import Backbone, Images, MethodName, Overrides, RecipeName, recipe_from_words
 from sslkit.cli.publishing import publish
@@ -29,7 +29,17 @@ from sslkit.cli.replay import replay
 from sslkit.cli.show import AsJson, console, show_report
 from sslkit.cli.submit import submit
 from sslkit.cli.watching import watch
-from sslkit.errors import RunError, UserError, check_path, without_tokens
+from sslkit.errors import RunError, UserError, check_path
+from sslkit.terminal import (
+    PlainTable,
+    guard_other_libraries,
+    printed,
+    say,
+    sentences_of,
+    show,
+    show_text,
+    show_traceback,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -83,6 +93,7 @@ def pretrain(
     loaded = recipe_from_words(recipe, overrides or [], method, backbone, data)
     name = Path(recipe).stem if recipe else f"{loaded.method_name}_{loaded.backbone.name}"
     if train(loaded, output or Path("runs") / name, resume).stopped:
+        leave_for_launcher("sslkit: stopped on request and saved; the same command continues")
         raise typer.Exit(RESUMABLE)
 
 
@@ -108,20 +119,15 @@ def export(
         raise UserError(f"--format: must be timm or detectron2, not {layout!r}")
     if layout == "detectron2":
         written = export_detectron2(run, folder)
-        console.print(f"{written['file']}: {written['convolutions']} convolutions with their norms", highlight=False)
-        console.print(f"{folder}/README.md has the configuration that goes with it", highlight=False)
+        show(f"{written['file']}: {written['convolutions']} convolutions with their norms")
+        show(f"{folder}/README.md has the configuration that goes with it")
         return
     proof = export_encoder(run, folder, license_id)
-    console.print(f"{folder}: features {proof['features']} equal bit for bit after reloading", highlight=False)
+    show(f"{folder}: features {proof['features']} equal bit for bit after reloading")
     if proof["loads_in_timm"]:
-        console.print(
-            f'load it with timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0)', highlight=False
-        )
+        show(f'load it with timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0)')
     else:
-        console.print(
-            "its stem for small images is not one timm can build: load it with sslkit.evaluate.load_encoder",
-            highlight=False,
-        )
+        show("its stem for small images is not one timm can build: load it with sslkit.evaluate.load_encoder")
 
 
 app.command(epilog="Example: sslkit publish runs/quickstart --repo-id user/my-encoder")(publish)
@@ -153,7 +159,7 @@ def doctor(
 
     if recipe or overrides or method or backbone or data:
         loaded = recipe_from_words(recipe, overrides or [], method, backbone, data)
-        examined = examine(loaded, lambda stage: print(f"sslkit: {stage} ...", file=sys.stderr))
+        examined = examine(loaded, lambda stage: say(f"{stage} ..."))
     else:
         examined = Report(examine_machine())
     if examined.findings:
@@ -167,7 +173,7 @@ def methods() -> None:
     """List the methods."""
     from sslkit.methods import all_methods
 
-    table = Table("method", "paper")
+    table = PlainTable("method", "paper")
     for name, method in sorted(all_methods().items()):
         doc = sys.modules[method.__module__].__doc__ or method.__doc__ or ""
         table.add_row(name, doc.strip().splitlines()[0])
@@ -181,14 +187,14 @@ def recipes(context: typer.Context) -> None:
         return
     from sslkit.recipe import shipped_recipes
 
-    table = Table("recipe", "what it is")
+    table = PlainTable("recipe", "what it is")
     for name, file in shipped_recipes().items():
         table.add_row(name, file.read_text(encoding="utf-8").splitlines()[0].lstrip("# "))
     console.print(table)
 
 
-@recipes_app.command(epilog="Example: sslkit recipes show mocov3_vits")
-def show(
+@recipes_app.command("show", epilog="Example: sslkit recipes show mocov3_vits")
+def show_recipe(
     name: Annotated[str, typer.Argument(help="Name or TOML file.")],
     overrides: Overrides = None,
 ) -> None:
@@ -198,38 +204,52 @@ def show(
     recipe = load_recipe(name, overrides)
     lines = find_recipe(name).read_text(encoding="utf-8-sig").splitlines()
     comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
-    print("\n".join([*comment, "", recipe.to_toml()]))
+    show_text("\n".join([*comment, "", recipe.to_toml()]))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; bad input becomes one sentence and exit code 2."""
+    guard_other_libraries()
+    threading.excepthook = _print_thread_traceback
     try:
         for word in sys.argv[1:] if arguments is None else arguments:
             check_path(word, "command line", lines=True)  # of those that are paths, more is asked where they are read
         with data_lines():
             code = app(arguments, standalone_mode=False)
     except UserError as error:
-        _complain(str(error))
+        _complain(sentences_of(error), BAD_INPUT)
     except RunError as error:
-        _complain(str(error), code=1)
+        _complain(sentences_of(error), code=1)
     except Exception as error:
         # Typer's usage errors: of click or of Typer's own copy of it, depending on its version.
         if not hasattr(error, "format_message"):
+            leave_for_launcher(f"sslkit: {type(error).__name__}: {' '.join(sentences_of(error))}")
             sys.excepthook = _print_traceback  # Typer has set its own
             raise
-        _complain(error.format_message())
+        _complain([printed(error.format_message())], BAD_INPUT)
     else:
         if code == INTERRUPTED:
-            print("sslkit: stopped; the same command continues from what was saved, if anything was", file=sys.stderr)
+            say("stopped; the same command continues from what was saved, if anything was")
         sys.exit(code or 0)
 
 
-def _print_traceback(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+def _print_traceback(_kind: type[BaseException], error: BaseException, _traceback: TracebackType | None) -> None:
     """A fault of ours, in full but for tokens, which addresses and headers bring along."""
-    print(without_tokens("".join(format_exception(kind, error, traceback))), end="", file=sys.stderr)
+    show_traceback(error)
 
 
-def _complain(sentence: str, code: int = 2) -> NoReturn:
-    if sentence:
-        print(f"sslkit: {without_tokens(sentence)}", file=sys.stderr)
+def _print_thread_traceback(failed: threading.ExceptHookArgs) -> None:
+    """The same of a thread."""
+    if failed.exc_value is not None:
+        show_traceback(failed.exc_value)
+
+
+def _complain(sentences: list[str], code: int) -> NoReturn:
+    """Say what is wrong and exit; of the processes of a launcher that have the same to say, the first one says it."""
+    message = "\n".join(f"sslkit: {sentence}" for sentence in sentences if sentence)
+    if message:
+        leave_for_launcher(message)
+        if not is_said_by_first(message):
+            print(message, file=sys.stderr, flush=True)
+        wait_for_others()
     sys.exit(code)

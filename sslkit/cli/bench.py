@@ -1,15 +1,14 @@
 """``sslkit bench``: a table of where a step's time goes, and what to change."""
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from sslkit.cli.options import Backbone, Images, MethodName, Overrides, RecipeName, recipe_from_words
 from sslkit.cli.quick import quick_imports
 from sslkit.cli.show import AsJson, console
+from sslkit.terminal import PlainTable, show, show_json
 
 if TYPE_CHECKING:
     from sslkit.bench import Change, Profile
@@ -40,7 +39,7 @@ def bench(
         return
     if as_json:
         fields = {**dataclasses.asdict(measured), "images_per_second": measured.images_per_second}
-        print(json.dumps({**fields, "changes": [dataclasses.asdict(each) for each in changes]}))
+        show_json({**fields, "changes": [dataclasses.asdict(each) for each in changes]})
         return
     _show(measured, changes)
 
@@ -48,34 +47,29 @@ def bench(
 def _show(measured: "Profile", changes: "list[Change]") -> None:
     from sslkit.bench.advice import share_of_passes
 
-    console.print(
+    show(
         f"{measured.images_per_second:.4g} images/s: a step of {measured.batch} images on each of {measured.processes} "
-        f"process(es) takes {_ms(measured.step)} ({measured.device}, {measured.steps} steps)",
-        highlight=False,
+        f"process(es) takes {_ms(measured.step)} ({measured.device}, {measured.steps} steps)"
     )
-    table = Table("where it goes", "ms", "share", "")
+    table = PlainTable("where it goes", "ms", "share", "")
     for name, spent in [("waiting for data", measured.waiting), *measured.stages.items()]:
         share = spent / measured.step
         table.add_row(name, f"{1e3 * spent:.1f}", f"{share:.1%}", "█" * round(BAR * min(share, 1.0)))
     console.print(table)
     images = measured.images
     left_out = f", {images.unreadable} more cannot be read" if images.unreadable else ""
-    console.print(
+    show(
         f"an image costs one core {_ms(images.seconds)}: reading {_ms(images.read)}, decoding {_ms(images.decode)}, "
         f"views {_ms(images.views)} (mean of {images.images}{left_out}); {measured.workers} data worker(s) a process "
-        f"and {measured.cores} core(s)",
-        highlight=False,
+        f"and {measured.cores} core(s)"
     )
     if measured.peak_bytes is not None:
-        console.print(f"most memory of the device in use: {measured.peak_bytes / 2**30:.2f} GiB", highlight=False)
+        show(f"most memory of the device in use: {measured.peak_bytes / 2**30:.2f} GiB")
     for number, change in enumerate(changes):
         opening = "what would help most" if number == 0 else "also"
-        console.print(f"{opening}: {change.what} ({change.gain:.2f} x as fast)", highlight=False, markup=False)
+        show(f"{opening}: {change.what} ({change.gain:.2f} x as fast)")
     if not changes:
-        console.print(
-            f"nothing stands out: the backbones' own passes are {share_of_passes(measured):.0%} of a step",
-            highlight=False,
-        )
+        show(f"nothing stands out: the backbones' own passes are {share_of_passes(measured):.0%} of a step")
 
 
 def _ms(seconds: float) -> str:

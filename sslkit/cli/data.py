@@ -1,6 +1,5 @@
 """``sslkit data check`` finds what is wrong with images before a run does; ``sslkit prepare`` packs them for one."""
 
-import json
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,12 +7,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
-from rich.text import Text
 
 from sslkit.cli.options import ImageColumn, LabelColumn, data_config
 from sslkit.cli.show import AsJson, console
 from sslkit.errors import UserError, check_path
+from sslkit.terminal import PlainTable, show, show_json
 
 FINDINGS = 2  # exit code of --strict
 SHOWN = 10  # of a list, on the screen
@@ -57,7 +55,7 @@ def check(
         found = survey(source, cores_of_a_process(1) if workers < 0 else workers, advance)
     found["left_out"] = dict(files_left_out(config).most_common())
     if as_json:
-        print(json.dumps(found))
+        show_json(found)
     else:
         _show(found)
     if strict and (found["unreadable"]["count"] or found.get("exact_duplicates", {}).get("groups")):
@@ -154,7 +152,7 @@ def _show_readable(found: dict[str, Any]) -> None:
     _say(f"formats: {_counts(found['formats'])}; modes: {_counts(found['modes'])}")
     _say(f"turned by EXIF: {found['exif_rotated']}; grey: {found['grey_share']:.1%}")
     _say(f"[views] mean = {found['mean']}, std = {found['std']}")
-    table = Table("quantile", *found["quantiles"])
+    table = PlainTable("quantile", *found["quantiles"])
     for share in found["quantiles"]["width"]:
         table.add_row(f"{float(share):.0%}", *(str(values[share]) for values in found["quantiles"].values()))
     console.print(table)
@@ -192,4 +190,4 @@ def _counts(counts: dict[str, int]) -> str:
 
 
 def _say(line: str, style: str = "") -> None:
-    console.print(Text(line, style), soft_wrap=True)
+    show(line, style)

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +25,7 @@ from sslkit.cli.options import (
 from sslkit.cli.quick import quick_imports
 from sslkit.cli.show import AsJson, conclude, show_comparison, show_diagnosis
 from sslkit.errors import UserError, check_path
+from sslkit.terminal import say
 
 if TYPE_CHECKING:
     from sslkit.evaluate.compare import Row
@@ -181,13 +181,9 @@ def finetune(
         scratch=scratch,
         **labelled.sides(),
         workers=workers,
-        say=_say,
+        say=say,
     )
     conclude(model, [judgement], as_json)
-
-
-def _say(sentence: str) -> None:
-    print(f"sslkit: {sentence}", file=sys.stderr)
 
 
 @evaluation.command(epilog="Example: sslkit eval compare runs/a runs/b")
@@ -270,7 +266,7 @@ def detect(
         train_split=train_split,
         test_split=test_split,
         workers=workers,
-        say=_say,
+        say=say,
     )
     conclude(model, [judgement], as_json)
 

@@ -1,16 +1,14 @@
 """``sslkit import``: others' checkpoints as timm folders."""
 
 import dataclasses
-import json
 from collections import Counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from sslkit.cli.quick import quick_imports
 from sslkit.cli.show import AsJson, console
+from sslkit.terminal import PlainTable, show, show_json
 
 if TYPE_CHECKING:
     from sslkit.publish import Imported
@@ -33,26 +31,22 @@ def import_(
 
     imported = import_checkpoint(file, folder, backbone, num_heads, license_id)
     if as_json:
-        print(json.dumps(dataclasses.asdict(imported)))
+        show_json(dataclasses.asdict(imported))
         return
     _show(imported, folder)
 
 
 def _show(imported: "Imported", folder: str) -> None:
     arguments = "".join(f", {name} {value}" for name, value in imported.model_args.items())
-    console.print(f"{imported.layout}: {imported.backbone}{arguments}", highlight=False, markup=False)
+    show(f"{imported.layout}: {imported.backbone}{arguments}")
     if imported.released:
-        console.print(f"its MD5 begins as that of the authors' {imported.released}", highlight=False, markup=False)
-    table = Table("tensors", "fate", "such as")
+        show(f"its MD5 begins as that of the authors' {imported.released}")
+    table = PlainTable("tensors", "fate", "such as")
     fates = Counter(fate.why for fate in imported.fates)
     for why, count in sorted(fates.items(), key=lambda item: (item[0] != "", item[0])):
         example = next(fate for fate in imported.fates if fate.why == why)
         arrow = f" -> {example.kept_as}" if example.kept_as else ""
-        table.add_row(str(count), f"left out: {why}" if why else "kept", Text(f"{example.name}{arrow}"))
+        table.add_row(str(count), f"left out: {why}" if why else "kept", f"{example.name}{arrow}")
     console.print(table)
-    console.print(
-        f"{folder}: features equal bit for bit after reloading; import.json has every tensor", highlight=False
-    )
-    console.print(
-        f'load it with timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0)', highlight=False
-    )
+    show(f"{folder}: features equal bit for bit after reloading; import.json has every tensor")
+    show(f'load it with timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0)')

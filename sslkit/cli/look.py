@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from sslkit.cli.options import Overrides
 from sslkit.cli.quick import quick_imports
 from sslkit.cli.show import console
 from sslkit.errors import UserError, without_tokens
+from sslkit.terminal import PlainTable, show
 
 if TYPE_CHECKING:
     from sslkit.report import Summary
@@ -45,7 +44,7 @@ def report(
         print(without_tokens(f"sslkit: WARNING: {error}"), file=sys.stderr)
     _print_summaries(summaries)
     for path in written:
-        console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+        show(path)
 
 
 def views(
@@ -62,14 +61,14 @@ def views(
 
     given = [f"data.path={json.dumps(data)}"] if data else []
     write_views(load_recipe(recipe, given + (overrides or [])), Path(recipe).stem, Path(output))
-    console.print(output, highlight=False, markup=False, soft_wrap=True)
+    show(output)
 
 
 def _print_summaries(summaries: list["Summary"]) -> None:
-    table = Table("run", "epoch", "last loss", "chance", "pretext accuracy", "kNN first -> best -> last")
+    table = PlainTable("run", "epoch", "last loss", "chance", "pretext accuracy", "kNN first -> best -> last")
     for its in summaries:
         table.add_row(
-            Text(its.name),
+            its.name,
             f"{its.epoch:g} of {its.epochs}",
             "-" if its.loss is None else f"{its.loss:.4g}",
             "not known" if its.chance is None else f"{its.chance:.4g}",
@@ -80,4 +79,4 @@ def _print_summaries(summaries: list["Summary"]) -> None:
     for alarm in (alarm for its in summaries for alarm in its.alarms):
         when = f"epoch {alarm.first:.3g}" + (f" to {alarm.last:.3g}" if alarm.last > alarm.first else "")
         colour = "bold red" if alarm.standing else "yellow"
-        console.print(Text(f"alarm, {alarm.run}, {when}: {alarm.sentence}", colour))
+        show(f"alarm, {alarm.run}, {when}: {alarm.sentence}", colour)

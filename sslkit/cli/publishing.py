@@ -1,7 +1,6 @@
 """``sslkit publish``: a run's encoder as a repository of the Hub."""
 
 import dataclasses
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -9,8 +8,9 @@ from typing import Annotated
 import typer
 
 from sslkit.cli.quick import quick_imports
-from sslkit.cli.show import AsJson, console
+from sslkit.cli.show import AsJson
 from sslkit.errors import UserError
+from sslkit.terminal import show, show_json
 
 
 def publish(
@@ -34,22 +34,22 @@ def publish(
         draw_curves(Path(run))
     published = publish_run(run, repo_id, private=private, revision=revision, license_id=license_id, dry_run=dry_run)
     if as_json:
-        print(json.dumps(dataclasses.asdict(published)))
+        show_json(dataclasses.asdict(published))
         return
     for name, size in published.files.items():
-        console.print(f"{size:>12,} {name}", highlight=False, markup=False)
+        show(f"{size:>12,} {name}")
     if dry_run:
-        console.print(f"{published.folder} is ready; nothing was sent", highlight=False, markup=False, soft_wrap=True)
+        show(f"{published.folder} is ready; nothing was sent")
         return
     news = "" if published.is_new else ", as before: nothing had changed"
-    console.print(f"{published.url}: commit {published.commit}{news}", highlight=False, markup=False, soft_wrap=True)
+    show(f"{published.url}: commit {published.commit}{news}")
     if published.replaced_card:
         words = f"its README.md, written by hand, was replaced; commit {published.replaced_card} still has it"
-        console.print(words, highlight=False, markup=False, soft_wrap=True)
+        show(words)
     name = repo_id if revision == "main" else f"{repo_id}@{revision}"
     how = (
         f'timm.create_model("hf_hub:{name}", pretrained=True, num_classes=0)'
         if published.loads_in_timm
         else f'sslkit.evaluate.load_encoder("hf_hub:{name}")'
     )
-    console.print(f"load it with {how}", highlight=False, markup=False, soft_wrap=True)
+    show(f"load it with {how}")

@@ -1,14 +1,13 @@
 """``sslkit replay``: a bad step, computed again at a desk."""
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from sslkit.cli.quick import quick_imports
 from sslkit.cli.show import AsJson, console
+from sslkit.terminal import PlainTable, show, show_json
 
 if TYPE_CHECKING:
     from sslkit.engine.replay import Replay
@@ -29,22 +28,22 @@ def replay(
 
     found = replay_capsule(capsule)
     if as_json:
-        print(json.dumps(_plain(found)))
+        show_json(_plain(found))
         return
-    _say(f"step {found.step}: {found.complaint}")
-    table = Table("", "then", "now")
+    show(f"step {found.step}: {found.complaint}")
+    table = PlainTable("", "then", "now")
     for name, value in found.then.items():
         table.add_row(name.replace("_", " "), f"{value:.9g}", f"{found.now[name]:.9g}")
     console.print(table)
-    _say("the same numbers, bit for bit" if found.same else "not the same numbers, bit for bit")
+    show("the same numbers, bit for bit" if found.same else "not the same numbers, bit for bit")
     for remark in found.remarks:
-        _say(f"note: {remark}")
+        show(f"note: {remark}")
     if found.culprit:
-        _say(f"first output that is not finite: {found.culprit}")
+        show(f"first output that is not finite: {found.culprit}")
     if found.bad_samples:
-        _say(f"in it, the rows of images {_few(found.bad_samples)} (positions in the data)")
+        show(f"in it, the rows of images {_few(found.bad_samples)} (positions in the data)")
     if found.bad_gradients:
-        _say(f"{len(found.bad_gradients)} gradients that are not finite: {_few(found.bad_gradients)}")
+        show(f"{len(found.bad_gradients)} gradients that are not finite: {_few(found.bad_gradients)}")
 
 
 def _plain(found: "Replay") -> dict[str, object]:
@@ -57,7 +56,3 @@ def _plain(found: "Replay") -> dict[str, object]:
 
 def _few(items: "list[int] | list[str]") -> str:
     return ", ".join(map(str, items[:SHOWN])) + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
-
-
-def _say(line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)

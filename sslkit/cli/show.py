@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sslkit.errors import UserError
+from sslkit.errors import UserError, without_tokens
+from sslkit.terminal import PlainTable, show, show_json
 
 if TYPE_CHECKING:
     from sslkit.doctor import Report
@@ -28,16 +28,16 @@ def show_report(report: "Report", as_json: bool) -> None:
     """Print an examination: what applies as a table, the worst first; all of it, in its own order, as JSON."""
     counts = {verdict: len(report.of(verdict)) for verdict in ("fault", "warning", "ok")}
     if as_json:
-        print(json.dumps({**counts, "findings": [dataclasses.asdict(finding) for finding in report.findings]}))
+        show_json({**counts, "findings": [dataclasses.asdict(finding) for finding in report.findings]})
         return
     colours = {"fault": "bold red", "warning": "yellow", "ok": "green"}
-    table = Table("check", "verdict", "what was seen")
+    table = PlainTable("check", "verdict", "what was seen")
     for finding in [*report.of("fault"), *report.of("warning"), *report.of("ok")]:
-        table.add_row(finding.check, Text(finding.verdict, colours[finding.verdict]), Text(finding.sentence))
+        table.add_row(finding.check, Text(finding.verdict, colours[finding.verdict]), finding.sentence)
     console.print(table)
     absent = [finding.check for finding in report.of("not applicable")]
-    console.print("not applicable here: " + (", ".join(absent) or "none"), highlight=False)
-    console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()), highlight=False)
+    show("not applicable here: " + (", ".join(absent) or "none"))
+    show(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
 
 
 def conclude(model: str, judgements: "Sequence[Judgement]", as_json: bool) -> None:
@@ -50,7 +50,7 @@ def conclude(model: str, judgements: "Sequence[Judgement]", as_json: bool) -> No
             _show_judgement(judgement)
     if as_json:
         fields = [{**dataclasses.asdict(each), "protocol_hash": each.protocol_hash} for each in judgements]
-        print(json.dumps(fields[0] if len(fields) == 1 else fields))
+        show_json(fields[0] if len(fields) == 1 else fields)
 
 
 def _store(run: Path, judgement: "Judgement") -> None:
@@ -65,15 +65,16 @@ def _store(run: Path, judgement: "Judgement") -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"{latest}: does not name a checkpoint, so the score cannot be added to the run") from error
     scores = [dataclasses.asdict(score) for score in judgement.scores]
-    append_result(run, {"step": step, **row, "protocol": judgement.protocol, "scores": scores})
+    row = {"step": step, **row, "protocol": judgement.protocol, "scores": scores}
+    append_result(run, json.loads(without_tokens(json.dumps(row))))  # it is shown in reports and model cards
 
 
 def _show_judgement(judgement: "Judgement") -> None:
-    console.print(f"{judgement.evaluation}, {judgement.data}", highlight=False, markup=False)
+    show(f"{judgement.evaluation}, {judgement.data}")
     scores = judgement.scores
     console.print(_table_of_measures(scores) if scores[0].measures else _table_of_scores(scores, judgement.measure))
     if judgement.grid:
-        grid = Table(*judgement.grid[0], title="every head, best first on the held-out images")
+        grid = PlainTable(*judgement.grid[0], title="every head, best first on the held-out images")
         for head in judgement.grid:
             grid.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in head.values()))
         console.print(grid)
@@ -82,7 +83,7 @@ def _show_judgement(judgement: "Judgement") -> None:
 def _table_of_scores(scores: "Sequence[Score]", measure: str) -> Table:
     """A row for each encoder."""
     with_intervals, with_notes = any(score.interval for score in scores), any(score.note for score in scores)
-    table = Table("encoder", measure)
+    table = PlainTable("encoder", measure)
     for heading in ["95 % interval"] * with_intervals + ["chosen"] * with_notes:
         table.add_column(heading)
     for score in scores:
@@ -93,9 +94,9 @@ def _table_of_scores(scores: "Sequence[Score]", measure: str) -> Table:
 
 def _table_of_measures(scores: "Sequence[Score]") -> Table:
     """A row for each measure: six columns of them, each with its interval, are more than a terminal has room for."""
-    table = Table("measure (95 % interval)")
+    table = PlainTable("measure (95 % interval)")
     for score in scores:
-        table.add_column(escape(score.encoder), overflow="fold")
+        table.add_column(score.encoder, overflow="fold")
     for name in scores[0].measures:
         table.add_row(name, *(f"{score.measures[name]:.2%} ({_in_words(score.intervals[name])})" for score in scores))
     return table
@@ -104,12 +105,12 @@ def _table_of_measures(scores: "Sequence[Score]") -> Table:
 def show_comparison(groups: list[dict[str, dict[str, Any]]], as_json: bool) -> None:
     """Print a table for each protocol, best first."""
     if as_json:
-        print(json.dumps(groups))
+        show_json(groups)
         return
     for group in groups:
         first = next(iter(group.values()))
-        console.print(f"{first['evaluation']}, protocol {first['protocol_hash']}", highlight=False, markup=False)
-        table = Table("model", first.get("measure", "top-1 accuracy"), "95 % interval")
+        show(f"{first['evaluation']}, protocol {first['protocol_hash']}")
+        table = PlainTable("model", first.get("measure", "top-1 accuracy"), "95 % interval")
         for model, row in sorted(group.items(), key=lambda item: -item[1]["accuracy"]):
             table.add_row(model, f"{row['accuracy']:.2%}", _in_words(row.get("interval")))
         console.print(table)
@@ -126,7 +127,7 @@ def show_diagnosis(diagnosis: "Diagnosis", as_json: bool) -> None:
     own = diagnosis.contestants[0]
     alarms = collapse_alarm(own.numbers.embedding_std, own.numbers.effective_rank, own.dim)
     if as_json:
-        print(json.dumps({**dataclasses.asdict(diagnosis), "alarms": alarms}))
+        show_json({**dataclasses.asdict(diagnosis), "alarms": alarms})
         return
     rows = min(2 * diagnosis.images, own.dim)
     meanings = {
@@ -139,11 +140,11 @@ def show_diagnosis(diagnosis: "Diagnosis", as_json: bool) -> None:
         "pretext_top1": "found by its view",
     }
     opening = f"{diagnosis.images} images of {diagnosis.data}, {diagnosis.views} views each"
-    console.print(opening, highlight=False, markup=False)
-    table = Table("", *(escape(each.encoder) for each in diagnosis.contestants), "reads as")
+    show(opening)
+    table = PlainTable("", *(each.encoder for each in diagnosis.contestants), "reads as")
     for name, meaning in meanings.items():
         values = [getattr(each.numbers, name) for each in diagnosis.contestants]
         table.add_row(name, *("-" if value is None else f"{value:.4g}" for value in values), meaning)
     console.print(table)
     for alarm in alarms:
-        console.print(alarm, style="bold red", highlight=False, markup=False, soft_wrap=True)
+        show(alarm, "bold red")

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from sslkit.cli.options import Overrides, RecipeName
-from sslkit.cli.show import console
 from sslkit.errors import UserError
+from sslkit.terminal import show, show_text
 
 
 def submit(
@@ -63,12 +63,12 @@ def submit(
     folder = Path(output) if output else Path("runs") / Path(recipe).stem
     if dry_run:
         _refuse_others(cluster)
-        print(batch_file(loaded, folder, resources))
+        show_text(batch_file(loaded, folder, resources))
         return
     job = submit_run(loaded, folder, resources, cluster)
     end_it = f"scancel {job.job_id}" if cluster == "slurm" else f"kill {job.job_id}"
-    console.print(f"job {job.job_id}: {resources.processes} process(es), run folder {folder}", highlight=False)
-    console.print(f"log {job.log}; {end_it} ends it, and the same command continues it", highlight=False)
+    show(f"job {job.job_id}: {resources.processes} process(es), run folder {folder}")
+    show(f"log {job.log}; {end_it} ends it, and the same command continues it")
 
 
 def _refuse_others(cluster: str) -> None:

@@ -10,7 +10,8 @@ import sys
 import tomllib
 from dataclasses import dataclass
 
-from sslkit.errors import RunError, UserError, without_tokens
+from sslkit.errors import RunError, UserError
+from sslkit.terminal import say, sentences_of, show_traceback
 
 RESUMABLE = 75  # exit code: asked to stop, goes on when started again
 CANCELLED = 128 + signal.SIGTERM  # exit code: asked to end, by scancel or by a preemption that Slurm itself undoes
@@ -39,15 +40,19 @@ class Pretraining:
         """
         signal.signal(signal.SIGUSR1, lambda *_: os._exit(self.resumable))
         signal.signal(signal.SIGTERM, lambda *_: os._exit(CANCELLED))
-        join_tasks()
-        from sslkit.engine import train
-        from sslkit.recipe import build_recipe
-
         try:
+            join_tasks()
+            from sslkit.engine import train
+            from sslkit.recipe import build_recipe
+
             run = train(build_recipe(tomllib.loads(self.recipe), name="the submitted recipe"), self.output)
         except (UserError, RunError) as error:
-            print(f"sslkit: {without_tokens(str(error))}", file=sys.stderr)
+            for sentence in sentences_of(error):
+                say(sentence)
             sys.exit(2 if isinstance(error, UserError) else 1)
+        except Exception as error:  # submitit would print it, and store it, with whatever tokens it holds
+            show_traceback(error)
+            sys.exit(1)
         if run.stopped:
             sys.exit(CANCELLED if run.stopped == "SIGTERM" else self.resumable)
         return self.output

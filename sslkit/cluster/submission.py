@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sslkit.cluster.job import CANCELLED, Pretraining
-from sslkit.errors import UserError, check_path
+from sslkit.errors import UserError, check_path, without_tokens
 from sslkit.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -167,7 +167,16 @@ def check(recipe: Recipe, resources: Resources) -> None:
 
 
 def _check_words(resources: Resources) -> None:
-    """See that each word is one line of the batch file, and that nothing is said twice."""
+    """See that each word is one line of the batch file, that nothing is said twice, and that no token is among them."""
+    words = {f"--{option}": getattr(resources, option) for option in ("partition", "account", "constraint")}
+    words |= {f"--sbatch {option}": str(value) for option, value in resources.sbatch.items()}
+    words |= {f"--setup (line {line})": text for line, text in enumerate(resources.setup, start=1)}
+    for option, word in words.items():
+        if without_tokens(word) != word:
+            raise UserError(
+                f"{option}: holds what looks like an access token, and the job's file is kept and others can read it; "
+                "write it into a file that only you can read, and give --setup '. ~/tokens.sh'"
+            )
     for option in ("partition", "account", "constraint"):
         if not (word := getattr(resources, option)).isprintable():
             raise UserError(f"--{option} {word!r}: write one line without control characters")

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from sslkit.data.shared_memory import fitting_prefetch, free_bytes, shortage
 from sslkit.data.source import ImageSource
 from sslkit.data.views import ViewPipeline
 from sslkit.errors import RunError
+from sslkit.terminal import say as say_aloud
 
 POLL = 5.0  # seconds between looks at the workers while a batch is awaited
 DYING = 2.0  # seconds
@@ -46,7 +46,7 @@ class SteadyLoader:
         workers: int,
         pin_memory: bool,
         timeout: float,
-        say: Callable[[str], None] = lambda sentence: print(f"sslkit: {sentence}", file=sys.stderr),
+        say: Callable[[str], None] = say_aloud,
     ) -> None:
         self.source, self.pipeline, self.batches = source, pipeline, batches
         self.workers, self.pin_memory, self.timeout, self.say = workers, pin_memory, timeout, say

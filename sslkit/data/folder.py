@@ -17,6 +17,7 @@ import pyarrow as pa
 from pyarrow import compute
 
 from sslkit.errors import UserError
+from sslkit.terminal import escaped
 
 SUFFIXES = frozenset(
     (
@@ -156,8 +157,7 @@ def span_of(text: str) -> tuple[int, int] | None:
 
 def printable(text: str) -> str:
     """A path's text for people, on one line: what is not printable is escaped."""
-    text = re.sub("\0(..)", r"\\x\1", PLACE.sub("", text, count=1))
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return escaped(re.sub("\0(..)", r"\\x\1", PLACE.sub("", text, count=1)))
 
 
 def walk_folders(folder: str) -> Iterator[Visited]:

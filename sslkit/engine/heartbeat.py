@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from sslkit.errors import RunError
 from sslkit.parts.collectives import rank, under_way, world_size
+from sslkit.terminal import say
 
 INTERVAL = 1.0
 WAITING, IN_VAIN = "in the collective ", "waiting for others in vain"
@@ -106,7 +107,7 @@ class Heartbeat:
 
     def _give_up(self) -> None:
         """The main thread neither goes on nor fails: end this process from here."""
-        print(f"sslkit: {self.blame()}", file=sys.stderr)
+        say(self.blame())
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         sys.stderr.flush()
         os._exit(1)

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import stat
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from sslkit.engine.lines import Lines
 from sslkit.errors import UserError
 from sslkit.parts.collectives import gather_objects
 from sslkit.rows import rows_of, step_of
+from sslkit.terminal import say
 
 DATA = "data.json"  # in the run folder: how many images it is of, and sums of them
 IMAGES = "images.parquet"  # in the run folder: the names of its images, in order
@@ -48,7 +48,7 @@ class BadSamples:
 
     def __init__(self, folder: Path, source: ImageSource, max_share: float, start_step: int, *, active: bool) -> None:
         self.file, self.source, self.active = folder / "bad_samples.jsonl", source, active
-        self.lines = Lines(self.file, lambda sentence: print(f"sslkit: {sentence}", file=sys.stderr))
+        self.lines = Lines(self.file, say)
         self.max_share, self.allowed = max_share, math.ceil(max_share * len(source))
         written = [
             line

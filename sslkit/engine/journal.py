@@ -16,8 +16,9 @@ from sslkit.durable import refuse_links
 from sslkit.engine.lines import Lines, append_text, settle_all
 from sslkit.engine.sights import Draw
 from sslkit.engine.track import Tracks
-from sslkit.errors import UserError, without_tokens
+from sslkit.errors import UserError
 from sslkit.rows import rows_of
+from sslkit.terminal import printed, show
 
 FILES = ("metrics", "results", "diagnostics")
 PLAIN_SECONDS = 15.0
@@ -113,7 +114,7 @@ class Journal:
     def show(self, line: str) -> None:
         """Redraw the progress line, or print it now and then where there is no terminal."""
         if self.live is not None:
-            self.live.update(Text(line, no_wrap=True, overflow="ellipsis"))
+            self.live.update(Text(printed(line), no_wrap=True, overflow="ellipsis"))
         elif self.active and time.monotonic() - self.last_plain > PLAIN_SECONDS:
             self.last_plain = time.monotonic()
             self.say(line)
@@ -122,7 +123,7 @@ class Journal:
         """Print a line that stays."""
         if self.active:
             with suppress(OSError):  # standard output may be a file on the disk that is full
-                self.console.print(without_tokens(line), markup=False, highlight=False, soft_wrap=True)
+                show(line, console=self.console)
 
 
 def append_result(folder: Path, fields: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 from sslkit.engine.checkpoint import newest_checkpoint
 from sslkit.engine.run import build_method
 from sslkit.errors import UserError
+from sslkit.parts.backbone import check_backbone_size
 from sslkit.recipe import load_recipe
 
 
@@ -28,7 +29,10 @@ def first_projector_layers(run: Path, count: int) -> nn.Sequential:
     checkpoint, _ = newest_checkpoint(run / "checkpoints")
     if checkpoint is None:
         raise UserError(f"--head-layers: {run} holds no checkpoint to read its projector from")
-    projector = getattr(build_method(load_recipe(str(run / "recipe.toml"))), "projector", nn.Identity())
+    recipe = load_recipe(str(run / "recipe.toml"))
+    shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.model.items()}
+    check_backbone_size(recipe.backbone_spec(), shapes, f"{run / 'recipe.toml'} [backbone]")
+    projector = getattr(build_method(recipe), "projector", nn.Identity())
     layers = list(projector) if isinstance(projector, nn.Sequential) else [projector]
     linear = [place for place, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
     if not 0 < count < len(linear):

@@ -1,6 +1,7 @@
 """Encoders as functions from images to features, and the features of a whole source."""
 
 import hashlib
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -28,12 +29,14 @@ from sslkit.evaluate.transforms import (
     training_transform,
 )
 from sslkit.parts.backbone import BackboneSpec, replace_stem_for_small_images
-from sslkit.parts.foreign import check_size, read_encoder_config, tensor_shapes
+from sslkit.parts.foreign import check_model, encoder_state, named, read_encoder_config, tensor_shapes
 from sslkit.parts.hub import quick_hub, why_not
 from sslkit.parts.pinned import is_hub_name, pin, pin_timm
 from sslkit.parts.sharding import own_part
+from sslkit.terminal import say
 
 RAW_PIXEL_SIDE = 32
+MOST_PIXELS = 256 * 3 * 512**2  # numbers in a batch of images
 BLANK_SIDE = 256
 
 
@@ -72,6 +75,11 @@ class Encoder:
         """Of the images that it takes."""
         return int(self.preprocessing["input_size"][0])
 
+    def batch_size(self, wanted: int) -> int:
+        """Images to take at a time: fewer where they are so large that ``wanted`` of them would fill the memory."""
+        numbers = math.prod(int(side) for side in self.preprocessing["input_size"])
+        return max(min(wanted, MOST_PIXELS // numbers), 1)
+
     def random_twin(self, seed: int = 0) -> "Encoder":
         """The same architecture with the weights timm draws for it: what training has to beat."""
         with torch.random.fork_rng(devices=[]):
@@ -99,9 +107,7 @@ def load_encoder(name: str) -> Encoder:
     if is_hub_name(name):
         with quick_hub():
             pinned = pin(name)
-        if pinned.small_stem:
-            return replace(_load_folder(pinned.folder, pinned.description), revision=pinned.revision)
-        return _load_from_timm(pinned.source, pinned.description, pinned.revision)
+        return replace(_load_folder(pinned.folder, pinned.description), revision=pinned.revision)
     if not timm.is_model(name):
         miss = near_miss(name, timm.list_pretrained())
         raise UserError(f"{name}: no run folder, no exported folder and no timm model{miss}")
@@ -131,14 +137,18 @@ def _encoder_folder(name: str) -> Path | None:
 
 def _load_folder(folder: Path, name: str) -> Encoder:
     config = read_encoder_config(folder)
-    check_size(config, tensor_shapes(folder / "model.safetensors"), name)
+    check_model(config, tensor_shapes(folder / "model.safetensors"), name)
     try:
         module = build(config.architecture, config.model_args, config.small_stem)
-        module.load_state_dict(load_file(folder / "model.safetensors"))
-        data_config = resolve_data_config(pretrained_cfg=config.preprocessing)
-    except Exception as error:  # a stranger's arguments make models raise anything
+        state = load_file(folder / "model.safetensors")
+        taken, left_out = encoder_state(config, state, module.state_dict())
+        module.load_state_dict(taken)
+        data_config = resolve_data_config(pretrained_cfg={"architecture": config.architecture, **config.preprocessing})
+    except Exception as error:  # unknown arguments make models raise anything
         lines = (str(error).strip() or type(error).__name__).splitlines()
         raise UserError(f"{name}: {folder} is not a loadable encoder: {' '.join(lines)[:300]}") from error
+    if left_out:
+        say(f"{name}: its classifier is left out ({named(left_out)})")
     return Encoder(module, data_config, name, config.architecture, config.model_args, config.small_stem)
 
 
@@ -227,7 +237,14 @@ def extract_features(
     with torch.random.fork_rng(devices=[]), torch.no_grad():  # inference mode would mark weights in parts
         features = []
         for pixels, positions in loader:
-            features.append(module(pixels.to(device)).to("cpu", torch.float32))
+            found = module(pixels.to(device))
+            if not isinstance(found, Tensor) or found.ndim != 2:
+                kind = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+                raise UserError(
+                    f"the model's output is {kind}, where it should be one vector for each image: it was built without "
+                    "pooling (global_pool)"
+                )
+            features.append(found.to("cpu", torch.float32))
             if unreadable is not None:
                 unreadable += (positions[positions < 0] + len(source)).tolist()
     module.train(was_training)

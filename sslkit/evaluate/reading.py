@@ -1,7 +1,9 @@
 """What is read off an encoder, which block and how pooled: any number of readings from one pass over the images."""
 
+import inspect
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,19 +121,30 @@ class Reader(nn.Module):
             self.module.train(was_training)
 
     def _find_blocks(self, images: Tensor, name: str) -> None:
-        """Count the blocks, and learn whether the model's output is its head over what comes with them."""
+        """Count the blocks, try to read those that are wanted, and learn whether the model's output comes with them."""
         module: Any = self.module
         try:
-            final, maps = module.forward_intermediates(images)
-        except (AttributeError, AssertionError, TypeError, ValueError) as error:
-            raise UserError(f"--layer: {name} has no blocks to read ({error})") from error
-        self.count = len(maps)
+            self.count = len(module.forward_intermediates(images, intermediates_only=True))
+        except Exception as error:  # timm's models each have their own way to say that they cannot
+            raise UserError(f"--layer: {name} has no blocks to read ({_first_line(error)})") from error
         for reading in self.readings:
             if reading.last_blocks > self.count or not -self.count <= (reading.layer or 0) < self.count:
                 raise UserError(f"--layer: {name} has {self.count} blocks, so that {reading} cannot be read")
             if reading.patch_mean and not self.has_class_token:
                 raise UserError(f"--layer: {name} has no class token beside which its patch tokens could stand")
-        self.head_on_blocks = torch.equal(module.forward_head(final), module(images))
+        tokens = inspect.signature(module.forward_intermediates).parameters
+        if self.with_tokens and not ("return_prefix_tokens" in tokens and hasattr(module, "norm")):
+            raise UserError(
+                f"--layer: timm does not give the class tokens of {name}'s blocks, which last and dino_vit read; take "
+                f"a block's mean over positions instead, such as --layer {-min(2, self.count)}"
+            )
+        try:
+            final, _, _ = self._maps(images)
+        except Exception as error:
+            wanted = ", ".join(str(reading) for reading in self.readings if reading.of_blocks)
+            raise UserError(f"--layer: {wanted} of {name} cannot be read ({_first_line(error)})") from error
+        with suppress(Exception):  # where the model stops at the last block that is wanted, its output comes apart
+            self.head_on_blocks = torch.equal(module.forward_head(final), module(images))
 
     def forward(self, images: Tensor) -> Tensor:
         """All readings, in their order."""
@@ -139,20 +152,31 @@ class Reader(nn.Module):
 
     def _read(self, images: Tensor) -> list[Tensor]:
         module: Any = self.module
-        wanted = sorted({block for reading in self.readings for block in reading.blocks(self.count)})
         output: Any = None
-        maps, prefixes = {}, {}
-        if wanted:
-            options = {"return_prefix_tokens": True} if self.with_tokens else {}
-            final, found = module.forward_intermediates(images, indices=wanted, norm=False, **options)
-            if self.with_tokens:
-                prefixes = {block: prefix for block, (_, prefix) in zip(wanted, found, strict=True)}
-                found = [patches for patches, _ in found]
-            maps = dict(zip(wanted, found, strict=True))
+        maps: dict[int, Tensor] = {}
+        prefixes: dict[int, Tensor] = {}
+        if any(reading.of_blocks for reading in self.readings):
+            final, maps, prefixes = self._maps(images)
             output = module.forward_head(final) if self.head_on_blocks else None
         if output is None and not all(reading.of_blocks for reading in self.readings):
             output = module(images)
         return [self._pool(reading, maps, prefixes) if reading.of_blocks else output for reading in self.readings]
+
+    def _maps(self, images: Tensor) -> tuple[Any, dict[int, Tensor], dict[int, Tensor]]:
+        """What the model goes on with after its blocks, and of each block that is wanted its map and prefix tokens."""
+        module: Any = self.module
+        wanted = sorted({block for reading in self.readings for block in reading.blocks(self.count)})
+        options = {"return_prefix_tokens": True} if self.with_tokens else {}
+        final, found = module.forward_intermediates(images, indices=wanted, norm=False, **options)
+        prefixes = {}
+        if self.with_tokens:
+            prefixes = {block: prefix for block, (_, prefix) in zip(wanted, found, strict=True)}
+            found = [patches for patches, _ in found]
+        maps = dict(zip(wanted, found, strict=True))
+        for block, each in maps.items():
+            if not isinstance(each, Tensor) or each.ndim != 4:
+                raise ValueError(f"block {block} gives no map of features")
+        return final, maps, prefixes
 
     def _pool(self, reading: Reading, maps: dict[int, Tensor], prefixes: dict[int, Tensor]) -> Tensor:
         """Maps (B, C, H, W) and prefix tokens (B, P, C) of blocks to (B, D)."""
@@ -164,6 +188,10 @@ class Reader(nn.Module):
         if reading.patch_mean:
             parts.append(norm(maps[blocks[-1]].flatten(2).transpose(1, 2)).mean(dim=1))
         return torch.cat(parts, dim=1)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def read_features(
@@ -184,13 +212,14 @@ def read_features(
         UserError: Features are not finite.
     """
     first, device = readings[0], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch_size = encoder.batch_size(first.batch_size)
     if not all(reading.taken_alike(first) for reading in readings):
         raise ValueError("readings of one pass differ in nothing but layer, last_blocks and patch_mean")
 
     def extract(wanted: Sequence[Reading], images: ImageSource) -> list[Tensor]:
         module = Reader(encoder, wanted) if any(reading.of_blocks for reading in wanted) else encoder.module
         features = extract_features(
-            module, images, transform, device=device, batch_size=first.batch_size, workers=first.workers, seed=seed
+            module, images, transform, device=device, batch_size=batch_size, workers=first.workers, seed=seed
         )
         check_finite(features, encoder.description)
         return list(features.split(module.widths, dim=1)) if isinstance(module, Reader) else [features]

@@ -12,8 +12,9 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
 from sslkit.errors import UserError, near_miss
-from sslkit.parts.foreign import check_model_args, check_size, read_encoder_config, tensor_shapes
+from sslkit.parts.foreign import check_model, check_model_args, check_size, read_encoder_config, tensor_shapes
 from sslkit.parts.hub import quick_hub
+from sslkit.parts.meta_build import Shapes
 from sslkit.parts.pinned import is_hub_name, pin
 
 Family = Literal["resnet", "vit", "other"]
@@ -135,14 +136,8 @@ def _create_timm_model(spec: BackboneSpec) -> nn.Module:
     check_model_args(spec.args, "[backbone] args")
     if isinstance(spec.pretrained, str) and spec.pretrained.startswith("local-dir:"):
         folder = Path(spec.pretrained.removeprefix("local-dir:"))
-        check_size(read_encoder_config(folder), tensor_shapes(folder / "model.safetensors"), spec.pretrained)
-    kwargs: dict[str, Any] = {"num_classes": 0, **spec.args}
-    if spec.zero_init_last is not None:
-        kwargs.setdefault("zero_init_last", spec.zero_init_last)
-    if takes_image_size(spec.name):
-        kwargs.setdefault("img_size", spec.img_size)
-    if spec.pos_embed == "none":
-        kwargs["pos_embed"] = "none"
+        check_model(read_encoder_config(folder), tensor_shapes(folder / "model.safetensors"), spec.pretrained)
+    kwargs = _timm_args(spec)
     named = spec.pretrained if isinstance(spec.pretrained, str) else spec.name
     source = _pinned(named)
     try:
@@ -166,6 +161,27 @@ def _create_timm_model(spec: BackboneSpec) -> nn.Module:
             f"[backbone] args: {named!r} takes images of {channels} channels; add args = {{ in_chans = {channels} }}"
         )
     return model
+
+
+def check_backbone_size(spec: BackboneSpec, shapes: Shapes, where: str) -> None:
+    """See that a backbone is no larger than weights of these shapes, before it takes memory.
+
+    Raises:
+        UserError: It is larger, or timm cannot build it; ``where`` opens the sentence.
+    """
+    check_model_args(spec.args, where)
+    check_size(spec.name, _timm_args(spec), shapes, where)
+
+
+def _timm_args(spec: BackboneSpec) -> dict[str, Any]:
+    args: dict[str, Any] = {"num_classes": 0, **spec.args}
+    if spec.zero_init_last is not None:
+        args.setdefault("zero_init_last", spec.zero_init_last)
+    if takes_image_size(spec.name):
+        args.setdefault("img_size", spec.img_size)
+    if spec.pos_embed == "none":
+        args["pos_embed"] = "none"
+    return args
 
 
 def _pinned(name: str) -> str:

@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download, model_info, try_to_load_from_cache
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from sslkit.errors import UserError
-from sslkit.parts.foreign import check_size, read_encoder_config, tensor_shapes
+from sslkit.parts.foreign import check_model, read_encoder_config, tensor_shapes
 from sslkit.parts.hub import why_not
 
 PREFIXES = ("hf_hub:", "hf-hub:")
@@ -32,14 +32,12 @@ class Pinned:
         revision: The commit, forty hexadecimal digits.
         description: What to call it in tables.
         folder: Its files.
-        small_stem: Whether it has sslkit's stem for small images, which timm does not load.
     """
 
     source: str
     revision: str
     description: str
     folder: Path
-    small_stem: bool
 
 
 def is_hub_name(name: str) -> bool:
@@ -64,9 +62,9 @@ def pin(name: str) -> Pinned:
     config = read_encoder_config(config_file.parent)
     if elsewhere := [key for key in ELSEWHERE if config.preprocessing.get(key)]:
         raise UserError(f"{name}: its {CONFIG} sets {elsewhere[0]!r}, which would load other weights than its own")
-    check_size(config, tensor_shapes(weights), name)
+    check_model(config, tensor_shapes(weights), name)
     described = f"hf_hub:{repo}@{revision[:12]}"
-    return Pinned(f"hf-hub:{repo}@{revision}", revision, described, config_file.parent, config.small_stem)
+    return Pinned(f"hf-hub:{repo}@{revision}", revision, described, config_file.parent)
 
 
 def pin_timm(name: str) -> tuple[str, dict[str, Any]]:

@@ -23,7 +23,7 @@ from sslkit.errors import RunError, UserError, check_path
 from sslkit.evaluate.features import load_encoder
 from sslkit.parts.backbone import family
 from sslkit.publish.export import check_empty, new_folder
-from sslkit.publish.private import public_recipe
+from sslkit.publish.private import public_recipe, refuse_tokens_in
 from sslkit.recipe import Recipe, load_recipe
 
 FILE = "detectron2.pkl"
@@ -96,13 +96,14 @@ def export_detectron2(run: str | Path, folder: str | Path) -> dict[str, Any]:
     name = recipe.backbone.name
     if family(name) != "resnet":
         raise UserError(f"--format detectron2: takes ResNets only, and {name} is none; use --format timm")
+    _, text = public_recipe(run / "recipe.toml")
+    refuse_tokens_in(text, "recipe.toml", str(run / "recipe.toml"))
     model: Any = load_encoder(str(run)).module
     twin = _plain_twin(model, name)
     weights = detectron2_weights(model.state_dict())
     _prove(model, twin, name)
     content = io.BytesIO()
     _PlainPickler(content, protocol=5).dump({"model": weights, "__author__": "sslkit", "matching_heuristics": True})
-    text = public_recipe(run / "recipe.toml")[1]
     with new_folder(folder) as aside:
         write_file(aside / FILE, [content.getbuffer()])
         write_text(aside / "README.md", _page(recipe, model))

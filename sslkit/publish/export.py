@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from sslkit.durable import whole_folder, write_json, write_tensors, write_text
 from sslkit.errors import RunError, UserError, check_path
 from sslkit.evaluate.features import load_encoder
-from sslkit.parts.backbone import create_backbone
+from sslkit.parts.backbone import check_backbone_size, create_backbone
 from sslkit.parts.foreign import read_encoder_config, tensor_shapes
 from sslkit.publish.card import model_card
-from sslkit.publish.private import public_recipe
+from sslkit.publish.private import public_recipe, refuse_tokens
 from sslkit.recipe import Recipe, load_recipe
 
 # What timm needs of a pretrained_cfg; everything else in it belongs to the weights the architecture came with.
@@ -148,6 +148,7 @@ def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apach
         proof = _prove(recipe, state, aside, folder)
         write_text(aside / "README.md", card)
         write_text(aside / "recipe.toml", text)
+        refuse_tokens(aside, f"{run / 'recipe.toml'} or {run / 'results.jsonl'}")
     return proof
 
 
@@ -182,6 +183,7 @@ def _read_encoder(source: Path, recipe: Recipe) -> tuple[dict[str, Tensor], str]
     if not isinstance(tag, str) or not re.fullmatch(r"\w{1,100}", tag):
         raise UserError(f"{source / 'config.json'}: 'pretrained_cfg' tag cannot be {tag!r:.100}")
     shapes = tensor_shapes(source / "model.safetensors")
+    check_backbone_size(recipe.backbone_spec(), shapes, f"{source.parent / 'recipe.toml'} [backbone]")
     expected = {name: tuple(tensor.shape) for name, tensor in _build(recipe).state_dict().items()}
     if shapes != expected:
         wrong = sorted(name for name in shapes.keys() | expected if shapes.get(name) != expected.get(name))

@@ -44,7 +44,7 @@ from sslkit.errors import RunError, UserError, check_path
 from sslkit.parts.hub import is_reachable
 from sslkit.publish.card import CURVES, model_card
 from sslkit.publish.export import export_encoder
-from sslkit.publish.private import public_recipe
+from sslkit.publish.private import public_recipe, refuse_tokens
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 REVISION = re.compile(r"(?=.{1,200}$)[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)*")
@@ -194,6 +194,7 @@ def _make_ready(run: Path, folder: Path, source: str, license_id: str) -> bool:
             write_text(aside / CARD, card)
             sums = "".join(f"{sha256_of(file)}  {file.name}\n" for file in sorted(aside.iterdir()))
             write_text(aside / SUMS, sums)
+            refuse_tokens(aside, f"{run / 'recipe.toml'} or {run / 'results.jsonl'}")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return bool(proof["loads_in_timm"])

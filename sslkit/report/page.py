@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 import sslkit
 from sslkit.durable import write_output
-from sslkit.errors import UserError, check_path
+from sslkit.errors import UserError, check_path, without_tokens
 from sslkit.recipe import Recipe
 from sslkit.report.curves import accuracy_panel, score_rows, training_panels
 from sslkit.report.galleries import draw_galleries
@@ -101,6 +101,7 @@ def _write(file: Path, template: str, **words: Any) -> None:
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
         autoescape=True,
+        finalize=lambda value: without_tokens(value) if type(value) is str else value,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -101,8 +101,9 @@ def _readable(source: ImageSource, rows: NDArray[np.int64]) -> NDArray[np.int64]
 def features_of(encoder: Encoder, sample: Sample) -> tuple[Tensor, Tensor]:
     """The encoder's features of bank and queries, unit rows (N, D) and (Q, D)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = encoder.batch_size(256)
     bank, queries = (
-        extract_features(encoder.module, source, encoder.transform(), device=device)
+        extract_features(encoder.module, source, encoder.transform(), device=device, batch_size=size)
         for source in (sample.bank, sample.queries)
     )
     return torch.nn.functional.normalize(bank, dim=1), torch.nn.functional.normalize(queries, dim=1)

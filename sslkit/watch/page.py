@@ -8,9 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from sslkit.durations import duration
+from sslkit.terminal import printed
 from sslkit.watch.curve import ASCII_BARS, BARS, Curve, finite, sparkline
 from sslkit.watch.run import DIAGNOSES, KNN, WatchedRun
-from sslkit.watch.state import clean, newest_checkpoint, quiet_seconds
+from sslkit.watch.state import newest_checkpoint, quiet_seconds
 
 COLOURS = {"running": "green", "done": "green", "silent": "bold yellow", "stopped": "yellow", "killed": "bold red"}
 COLOURS |= {"ended": "bold red"}
@@ -38,7 +39,7 @@ class Page:
 
 def _title(run: WatchedRun) -> Text:
     state = run.state
-    title = Text(clean(str(run.folder)), style="bold")
+    title = Text(printed(str(run.folder)), style="bold")
     if run.what:
         title.append(f"  {run.what}", style="not bold")
     title.append(f"\n{state.word}: ", style=COLOURS.get(state.word, "cyan"))
@@ -69,7 +70,7 @@ def _remarks(run: WatchedRun) -> list[Text]:
     if past := [kind for kind in run.past_alarms if kind not in standing]:
         said.append(Text(f"alarms that no longer stand: {', '.join(past[:MOST_ALARMS])}", style="yellow"))
     if wrong := [name for name, curve in run.metrics.items() if curve.newest is None]:
-        said.append(Text(f"not finite in the newest line: {clean(', '.join(wrong))}", style="bold red"))
+        said.append(Text(f"not finite in the newest line: {printed(', '.join(wrong))}", style="bold red"))
     if run.skipped:
         said.append(Text(f"{run.skipped} step(s) with bad numbers were left out", style="yellow"))
     if run.bad_images:
@@ -97,7 +98,7 @@ def _curves(rows: list[tuple[str, Curve]], width: int, bars: str) -> Table:
     for name, curve in rows:
         told = f"{_short(name, curve.lowest)} to {_short(name, curve.highest)}" if curve.means and with_range else ""
         line = sparkline(curve.points(min(max(room, 1), WIDEST_CURVE)), bars)
-        table.add_row(Text(clean(name)), Text(_short(name, curve.newest)), Text(line), Text(told, style="dim"))
+        table.add_row(Text(printed(name)), Text(_short(name, curve.newest)), Text(line), Text(told, style="dim"))
     return table
 
 

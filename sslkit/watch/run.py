@@ -10,8 +10,9 @@ from typing import Any
 
 from sslkit.errors import UserError
 from sslkit.rows import wrong_key
+from sslkit.terminal import printed
 from sslkit.watch.curve import Curve, finite
-from sslkit.watch.state import LOCK, State, clean, state_of
+from sslkit.watch.state import LOCK, State, state_of
 from sslkit.watch.tail import Tail, read_plain
 
 MAX_BYTES = 1_000_000  # of recipe.toml and data.json
@@ -82,7 +83,7 @@ class WatchedRun:
     def what(self) -> str:
         """Method and backbone."""
         names = (_of(self.recipe, "method").get("name"), _of(self.recipe, "backbone").get("name"))
-        return clean("{} on {}".format(*names)) if all(names) else ""
+        return printed("{} on {}".format(*names)) if all(names) else ""
 
     @property
     def epochs(self) -> float:
@@ -173,7 +174,7 @@ class WatchedRun:
         if row.get("by") == "monitor":
             self.knn.add(accuracy)
         else:
-            name, step = clean(str(row.get("evaluation", "score"))[:60]), int(finite(row.get("step")) or 0.0)
+            name, step = printed(str(row.get("evaluation", "score"))[:60]), int(finite(row.get("step")) or 0.0)
             self.scores.append(f"{name}: {accuracy:.2%} at step {step}")
 
     def _take_diagnostics(self, row: dict[str, Any]) -> None:
@@ -181,7 +182,7 @@ class WatchedRun:
             if name in row:
                 self.diagnoses.setdefault(name, Curve()).add(row[name])
         raised = row.get("alarms")
-        self.alarms = [clean(str(each)[:500]) for each in raised] if isinstance(raised, list) else []
+        self.alarms = [printed(str(each)[:500]) for each in raised] if isinstance(raised, list) else []
         for alarm in self.alarms:
             if len(self.past_alarms) < MOST_CURVES:
                 self.past_alarms[alarm.partition(":")[0]] = None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sslkit.durations import duration
+from sslkit.terminal import printed
 from sslkit.watch.tail import plain_file, read_plain
 
 # sslkit.engine.lock and sslkit.engine.stopping have these too, behind heavy imports.
@@ -73,7 +74,7 @@ def lock_of(folder: Path) -> tuple[bool, str]:
         with plain_file(folder / LOCK) as descriptor:
             with suppress(ValueError, KeyError, TypeError, RecursionError):
                 entry = json.loads(os.pread(descriptor, MAX_BYTES, 0))
-                holder = f"process {int(entry['pid'])} on {clean(str(entry['host'])[:100])}"
+                holder = f"process {int(entry['pid'])} on {printed(str(entry['host'])[:100])}"
             return _is_locked(descriptor), holder
     except FileNotFoundError:
         return False, ""
@@ -105,11 +106,6 @@ def newest_checkpoint(folder: Path) -> int:
 def read_text(file: Path) -> str:
     """The first line of a small file; empty if there is none."""
     try:
-        return clean(read_plain(file, MAX_BYTES).decode(errors="replace").strip().partition("\n")[0])
+        return printed(read_plain(file, MAX_BYTES).decode(errors="replace").strip().partition("\n")[0])
     except OSError:
         return ""
-
-
-def clean(text: str) -> str:
-    """Text that moves no cursor: what is not printable becomes a question mark."""
-    return "".join(each if each.isprintable() else "?" for each in text)

@@ -23,7 +23,7 @@ from sslkit.engine.checkpoint import newest_checkpoint, read_checkpoint
 from sslkit.engine.checks import SCALER
 from sslkit.engine.guard import Course, Guard
 from sslkit.engine.lines import read_lines
-from sslkit.parts.foreign import check_size, read_encoder_config, tensor_shapes
+from sslkit.parts.foreign import check_model, read_encoder_config, tensor_shapes
 from sslkit.publish.importing import read_tensors
 from sslkit.publish.layouts import LAYOUTS, OUTSIDE, guess_backbone, sort_out, vit_arguments
 from sslkit.recipe import build_recipe, load_recipe
@@ -156,7 +156,7 @@ arguments = st.dictionaries(st.sampled_from(words), trees)
 def test_encoder_configs(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_bytes(content)
-        only_user_errors(lambda: check_size(read_encoder_config(Path(folder)), {"a": (10**5,)}, "here"))
+        only_user_errors(lambda: check_model(read_encoder_config(Path(folder)), {"a": (10**5,)}, "here"))
 
 
 tails = [

@@ -160,7 +160,7 @@ def hostile(good: Path) -> dict[str, tuple[dict[str, bytes], str]]:
         return of({"pretrained_cfg": config["pretrained_cfg"] | change})
 
     return {
-        "larger": (of({"model_args": {"depth": 90_000}}), "larger than the weights"),
+        "larger": (of({"model_args": {"depth": 90_000}}), "in the size of its weights"),
         "elsewhere": (preprocessing(hf_hub_filename="evil.bin"), "would load other weights"),
         "a-file": (preprocessing(file="/etc/passwd"), "would load other weights"),
         "custom": (preprocessing(custom_load=True), "would load other weights"),

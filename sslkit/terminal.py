@@ -1,0 +1,107 @@
+"""Everything that sslkit prints goes through here: no text from outside moves the cursor, adds a line or holds a token.
+
+Text from outside is what files, folders, other libraries and users say: names, keys, labels, messages. Rich's markup is
+never read in it.
+"""
+
+import json
+import logging
+import sys
+import traceback
+import warnings
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sslkit.errors import UserError, without_tokens
+
+SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def escaped(text: object) -> str:
+    r"""Text on one line, of printable characters only: others are written as TOML and JSON write them, ``\u001b``.
+
+    Control characters, line ends, and marks that turn the direction of writing are not printable.
+    """
+    line = str(text)
+    if line.isprintable():
+        return line
+    return "".join(each if each.isprintable() else SHORT.get(each, _code(each)) for each in line)
+
+
+def printed(text: object) -> str:
+    """A line as it may be printed: escaped, and without access tokens."""
+    return escaped(without_tokens(str(text)))
+
+
+def say(sentence: object) -> None:
+    """Print a sentence on standard error."""
+    print(f"sslkit: {printed(sentence)}", file=sys.stderr)
+
+
+def sentences_of(error: Exception) -> list[str]:
+    """What to say of an error, one or more lines as they may be printed."""
+    return [printed(each) for each in (error.sentences if isinstance(error, UserError) else (error,))]
+
+
+def show(line: object, style: str = "", console: Console | None = None) -> None:
+    """Print a line on standard output, which the terminal and not we breaks."""
+    (console or Console()).print(Text(printed(line), style), soft_wrap=True)
+
+
+def show_json(value: Any) -> None:
+    """Print JSON on standard output; it escapes control characters itself."""
+    print(without_tokens(json.dumps(value)))
+
+
+def show_text(text: str) -> None:
+    """Print several lines on standard output."""
+    print("\n".join(map(printed, text.split("\n"))))
+
+
+def show_traceback(error: BaseException) -> None:
+    """Print an error of ours in full on standard error."""
+    lines = "".join(traceback.format_exception(error)).rstrip("\n").split("\n")
+    print("\n".join(map(printed, lines)), file=sys.stderr)
+
+
+def guard_other_libraries() -> None:
+    """Let warnings of other libraries, which name files and tensors, go the same way to standard error."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_PrintedRecords())
+    warnings.formatwarning = _format_warning
+
+
+class _PrintedRecords(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printed(super().format(record))
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    del line  # of the source; says nothing to a user
+    return f"{printed(filename)}:{lineno}: {category.__name__}: {printed(message)}\n"
+
+
+class PlainTable(Table):
+    """A table whose words are printed as they are."""
+
+    def __init__(self, *headers: str, title: str | None = None) -> None:
+        super().__init__(title=title)
+        for header in headers:
+            self.add_column(header)
+
+    def add_column(self, header: Any = "", *args: Any, **options: Any) -> None:
+        """As Rich's, with a header that is no markup."""
+        super().add_column(Text(printed(header)), *args, **options)
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """As Rich's, with words that are no markup."""
+        super().add_row(*(Text(printed(each)) if isinstance(each, str) else each for each in cells), **options)
+
+
+def _code(character: str) -> str:
+    return f"\\u{ord(character):04x}" if ord(character) < 0x10000 else f"\\U{ord(character):08x}"
