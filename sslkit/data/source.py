@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pyarrow import compute
 
+from sslkit.data.background import WHITE
 from sslkit.data.channels import decode_channels
 from sslkit.data.config import DataConfig, SourceConfig
 from sslkit.data.decode import Pixels, Reduction, Size, UnreadableImage, decode_reduced, decode_rgb, read_file
@@ -51,6 +52,7 @@ class ImageSource:
         plan: How samples make an epoch: in shares of several sources, or in a stream's lanes; None: each image once,
             in an order without bounds.
         channels: What images are read as: None for RGB of 8 bits, or so many channels of 16.
+        background: What transparent pixels of RGB are composited over; see `DataConfig`.
     """
 
     table: datasets.Dataset
@@ -61,6 +63,7 @@ class ImageSource:
     within: str = ""
     plan: Mixture | Lanes | None = None
     channels: int | None = None
+    background: str = WHITE
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -76,7 +79,9 @@ class ImageSource:
     def read_as(self, index: int, channels: int | None) -> Pixels:
         """Decode image ``index`` to so many channels, whatever ``channels`` says of the source; see `read`."""
         name, encoded = self.encoded(index)
-        return decode_rgb(encoded, name) if channels is None else decode_channels(encoded, name, channels)
+        if channels is None:
+            return decode_rgb(encoded, name, self.background)
+        return decode_channels(encoded, name, channels)
 
     def read_reduced(self, index: int, reduction: Reduction) -> tuple[Pixels, Size]:
         """Image ``index`` as `decode_reduced` gives it, and height and width of the whole image; channels stay whole.
@@ -84,11 +89,14 @@ class ImageSource:
         Raises:
             UnreadableImage: It cannot be decoded.
         """
-        if self.channels is not None:
-            whole = self.read(index)
-            return whole, whole.shape[:2]
-        name, encoded = self.encoded(index)
-        return decode_reduced(encoded, name, reduction)
+        return self.decode(*self.encoded(index), reduction)
+
+    def decode(self, name: str, encoded: bytes, reduction: Reduction) -> tuple[Pixels, Size]:
+        """What `read_reduced` gives, from what `encoded` gave."""
+        if self.channels is None:
+            return decode_reduced(encoded, name, reduction, self.background)
+        whole = decode_channels(encoded, name, self.channels)
+        return whole, whole.shape[:2]
 
     def encoded(self, index: int) -> tuple[str, bytes]:
         """The printable name of image ``index``, and its bytes as they are stored.
@@ -229,7 +237,7 @@ def open_source(config: DataConfig) -> ImageSource:
     else:
         patterns = parquet_to_stream(config) if config.streaming else None
         source = _open(config) if patterns is None else _open_stream(config, patterns)
-    return replace(source, channels=config.channels)
+    return replace(source, channels=config.channels, background=config.background)
 
 
 def _open(config: SourceConfig) -> ImageSource:

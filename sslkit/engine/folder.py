@@ -3,19 +3,20 @@
 import importlib.metadata
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
+from sslkit.data.background import KEEP
 from sslkit.data.source import ImageSource
 from sslkit.durable import refuse_links
 from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from sslkit.engine.images import write_images
 from sslkit.engine.lines import read_lines
 from sslkit.errors import UserError
-from sslkit.recipe import Recipe, build_recipe, changes, read_tables
+from sslkit.recipe import Recipe, as_saved, build_recipe, changes, read_tables
 from sslkit.recipe_tables import check_plain
 
 NAMED = 20  # differences that a sentence names
@@ -78,6 +79,23 @@ def check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
         )
 
 
+def as_begun(folder: Path, recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """The recipe as a run in ``folder`` began with it, where its keys are older than the recipe's, and what to say."""
+    saved = folder / "recipe.toml"
+    if "background" in recipe.data.model_fields_set or not saved.is_file():
+        return recipe, []
+    try:
+        before = read_tables(saved).get("data")
+    except UserError:  # which `check_folder` reports
+        return recipe, []
+    if not isinstance(before, dict) or "background" in before:
+        return recipe, []
+    recipe = replace(recipe, data=recipe.data.model_copy(update={"background": KEEP}))
+    return recipe, [
+        f'{folder} began before [data] background was there; it goes on with background = "keep", as it began'
+    ]
+
+
 def _in_short(lines: list[str]) -> str:
     more = f"; and {len(lines) - NAMED} more" if len(lines) > NAMED else ""
     return "; ".join(line[:200] for line in lines[:NAMED]) + more
@@ -86,7 +104,7 @@ def _in_short(lines: list[str]) -> str:
 def with_defaults(tables: dict[str, Any]) -> dict[str, Any]:
     """A recipe of an earlier version with the keys that it did not have yet; as it is, if it no longer is one."""
     try:
-        return build_recipe(tables).as_tables()
+        return build_recipe(as_saved(tables)).as_tables()
     except UserError:
         return tables
 

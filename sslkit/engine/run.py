@@ -17,12 +17,13 @@ from sslkit.data.loader import GlobalBatches, cores_of_a_process, resolve_worker
 from sslkit.data.replace import read_or_replace
 from sslkit.data.source import ImageSource, open_source
 from sslkit.data.streaming import StreamedRows
+from sslkit.data.survey import describe_alpha
 from sslkit.data.views import ViewPipeline
 from sslkit.engine.agreement import compare_facts
 from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, restore
 from sslkit.engine.diagnostics import Diagnostics
 from sslkit.engine.encoders import BACKBONES, compile_backbones, encoders_of
-from sslkit.engine.folder import FREE_KEYS, Run, check_folder, find_checkpoint, open_folder
+from sslkit.engine.folder import FREE_KEYS, Run, as_begun, check_folder, find_checkpoint, open_folder
 from sslkit.engine.guard import BadStepError, Course, RewindError
 from sslkit.engine.heartbeat import Heartbeat, is_others_fault
 from sslkit.engine.images import BadSamples, same_images
@@ -61,10 +62,12 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
         UserError: Something in recipe, data or folder is not as it must be. Nothing has been written then.
     """
     folder = Path(output)
+    recipe, said = as_begun(folder, recipe)
     check_folder(folder, recipe, resume)
     check_trackers(recipe)
     source = open_source(recipe.data).without_labels()
     source, remarks = same_images(folder, source, recipe.data.max_bad_share)
+    remarks = [*said, *remarks]
     epoch_steps = steps_per_epoch(recipe, source)
     read_or_replace(source, recipe.train.seed, epoch=0, sample=0)  # images can be read at all
     accelerator = make_accelerator(recipe)
@@ -371,6 +374,8 @@ def _opening(training: Training, source: ImageSource) -> list[str]:
         f"{workers_of(recipe, accelerator)} data worker(s) each",
         f"learning rate: base {recipe.optim.lr:g}, rule {recipe.optim.lr_rule} x batch / 256, peak {recipe.peak_lr:g}",
     ]
+    if accelerator.is_main_process and source.channels is None:
+        lines.append(describe_alpha(source))
     if train.shard and accelerator.num_processes > 1:
         here, there = held_here(training.method)
         lines.append(f"weights of student and teacher in parts: {here} of {there} on this process")

@@ -12,7 +12,7 @@ from sslkit.data.source import open_source
 from sslkit.data.views import ViewPipeline
 from sslkit.engine.lines import read_lines
 from sslkit.errors import UserError
-from sslkit.recipe import Recipe, load_recipe
+from sslkit.recipe import Recipe, load_saved
 
 mpl.use("Agg")
 
@@ -32,7 +32,7 @@ def draw_run(run: Path) -> list[Path]:
     """
     curves = draw_curves(run)
     try:
-        return [curves, _draw_views(load_recipe(run / "recipe.toml"), run / "pictures" / "views.png")]
+        return [curves, _draw_views(load_saved(run / "recipe.toml"), run / "pictures" / "views.png")]
     except UserError:
         return [curves]
 

@@ -10,7 +10,7 @@ from typing import Any
 from sslkit.durable import refuse_links
 from sslkit.engine.lines import read_lines
 from sslkit.errors import UserError
-from sslkit.recipe import Recipe, load_recipe
+from sslkit.recipe import Recipe, load_saved
 
 Row = dict[str, Any]
 
@@ -77,7 +77,7 @@ def read_run(folder: Path, name: str = "") -> RunRecord:
     if not (folder / "recipe.toml").is_file():
         raise UserError(f"{folder}: not a run folder (no recipe.toml)")
     refuse_links(folder)  # pages and pictures are written into it
-    recipe = load_recipe(folder / "recipe.toml")
+    recipe = load_saved(folder / "recipe.toml")
     metrics = read_lines(folder / "metrics.jsonl")
     if not metrics:
         raise UserError(f"{folder}: nothing to draw yet, metrics.jsonl is empty")
