@@ -92,7 +92,8 @@ def as_begun(folder: Path, recipe: Recipe) -> tuple[Recipe, list[str]]:
         return recipe, []
     recipe = replace(recipe, data=recipe.data.model_copy(update={"background": KEEP}))
     return recipe, [
-        f'{folder} began before [data] background was there; it goes on with background = "keep", as it began'
+        f'{folder} began before there was [data] background: it goes on as it began, with background = "keep"; name '
+        "another in a new folder"
     ]
 
 
