@@ -14,6 +14,7 @@ import timm
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from sslkit.data.background import KEEP
 from sslkit.data.config import MixConfig
 from sslkit.data.policies import LARGE_VIEWS, POLICIES, ViewsConfig, fill_policy
 from sslkit.data.source import DataConfig
@@ -122,6 +123,24 @@ def read_tables(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not a readable TOML file: {str(error)[:300]}") from error
     check_plain(tables, str(file))
     return tables
+
+
+def load_saved(file: Path) -> Recipe:
+    """Read the recipe that a run saved; see `as_saved`.
+
+    Raises:
+        UserError: It is none.
+    """
+    return build_recipe(as_saved(read_tables(file)), name=str(file))
+
+
+def as_saved(tables: dict[str, Any]) -> dict[str, Any]:
+    """The tables that a run saved, with what it did where a key is newer than the run and its default does otherwise.
+
+    A run saves every key, so that one which is not there is newer.
+    """
+    data = tables.get("data")
+    return {**tables, "data": {"background": KEEP, **data}} if isinstance(data, dict) else tables
 
 
 def build_recipe(tables: dict[str, Any], overrides: list[str] | None = None, name: str = "recipe") -> Recipe:

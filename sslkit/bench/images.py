@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-from sslkit.data.decode import UnreadableImage, decode_reduced
+from sslkit.data.decode import UnreadableImage
 from sslkit.data.source import ImageSource
 from sslkit.data.views import ViewPipeline
 
@@ -68,7 +68,7 @@ def _cost(source: ImageSource, pipeline: ViewPipeline, sample: int) -> ImageCost
     started = time.perf_counter()
     name, encoded = source.encoded(sample)
     read = time.perf_counter()
-    pixels, size = decode_reduced(encoded, name, partial(pipeline.reduction, 0, sample))
+    pixels, size = source.decode(name, encoded, partial(pipeline.reduction, 0, sample))
     decoded = time.perf_counter()
     pipeline.crops(pixels, 0, sample, size)
     cropped = time.perf_counter()

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from sslkit.cli.options import ImageColumn, LabelColumn, data_config
+from sslkit.cli.options import ImageColumn, LabelColumn, data_config, find_background
 from sslkit.cli.show import AsJson, console
 from sslkit.errors import UserError, check_path
 from sslkit.terminal import PlainTable, show, show_json
@@ -34,6 +34,9 @@ def check(
     channels: Annotated[
         int, typer.Option(help="Channels of images that are not RGB, as [backbone] in_chans has it.", min=1, max=512)
     ] = 3,
+    background: Annotated[
+        str, typer.Option(help="Colour that transparent pixels are composited over, or keep, which drops alpha.")
+    ] = "white",
     workers: Annotated[int, typer.Option(help="Processes that read; -1: one a core.", min=-1)] = -1,
     strict: Annotated[bool, typer.Option(help="Exit with 2 if an image is unreadable or occurs twice.")] = False,
     as_json: AsJson = False,
@@ -47,7 +50,7 @@ def check(
     from sslkit.data.source import files_left_out, open_source
     from sslkit.data.survey import survey
 
-    config = data_config(path, name, label_column, image_column).model_copy(
+    config = data_config(path, name, label_column, image_column, find_background(background)).model_copy(
         update={"split": split, "channels": None if channels == 3 else channels}
     )
     source = open_source(config)
@@ -79,6 +82,10 @@ def prepare(
     workers: Annotated[int, typer.Option(help="Processes that decode; -1: one a core.", min=-1)] = -1,
     seed: Annotated[int, typer.Option(min=0, help="Of the order.")] = 0,
     shard_images: Annotated[int, typer.Option(min=64, help="Images of a shard.")] = 2048,
+    background: Annotated[
+        str,
+        typer.Option(help="Colour that transparent pixels of shrunk images are composited over, or keep."),
+    ] = "white",
 ) -> None:
     """Pack images into a few large files, large ones made smaller, for where disk or decoding holds training up.
 
@@ -88,15 +95,17 @@ def prepare(
     from sslkit.data.loader import cores_of_a_process
     from sslkit.data.packing import Packing, pack
     from sslkit.data.source import available_splits, open_source
+    from sslkit.data.survey import describe_alpha
 
     check_path(output, "OUTPUT")
     if Path(path).is_dir() and Path(output).resolve().is_relative_to(Path(path).resolve()):
         raise UserError(f"{output}: lies in the folder that is packed; give one elsewhere")
-    config = data_config(path, name, label_column, image_column)
-    packing = Packing(side, quality, seed, shard_images)
+    config = data_config(path, name, label_column, image_column, find_background(background))
+    packing = Packing(side, quality, seed, shard_images, config.background)
     for each in split or available_splits(config) or ["train"]:
         source = open_source(config.model_copy(update={"split": each}))
         folder = Path(output) / each
+        _say(describe_alpha(source))
         with _progress(len(source)) as advance:
             packed = pack(source, folder, packing, cores_of_a_process(1) if workers < 0 else workers, advance)
         _say(
@@ -149,8 +158,13 @@ def _show(found: dict[str, Any]) -> None:
 
 
 def _show_readable(found: dict[str, Any]) -> None:
+    from sslkit.data.background import describe_background
+
     _say(f"formats: {_counts(found['formats'])}; modes: {_counts(found['modes'])}")
     _say(f"turned by EXIF: {found['exif_rotated']}; grey: {found['grey_share']:.1%}")
+    if alpha := found.get("alpha"):
+        done = f": {describe_background(alpha['background'])}" if alpha["count"] else ""
+        _say(f"alpha channel: {alpha['count']}, {alpha['transparent']} of them with transparent pixels{done}")
     _say(f"[views] mean = {found['mean']}, std = {found['std']}")
     table = PlainTable("quantile", *found["quantiles"])
     for share in found["quantiles"]["width"]:

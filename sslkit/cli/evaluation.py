@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sslkit.cli.options import (
+    Background,
     Baseline,
     Frozen,
     ImageColumn,
@@ -18,6 +19,7 @@ from sslkit.cli.options import (
     Scratch,
     Workers,
     data_config,
+    find_background,
     numbers,
     override,
     shared,
@@ -59,7 +61,7 @@ def knn(
         protocols = [KnnProtocol(neighbours, each, centre) for neighbours, each in grid]
     judgements = evaluate_knn_grid(
         model,
-        labelled.config(),
+        labelled.config(model),
         protocols,
         frozen.reading(layer),
         **labelled.sides(),
@@ -89,7 +91,7 @@ def linear(
 
     judgement = evaluate_linear(
         model,
-        labelled.config(),
+        labelled.config(model),
         protocol,
         frozen.reading(layer),
         augment=augment,
@@ -130,7 +132,7 @@ def sweep(
     norms = tuple(word == "yes" for word in words)
     judgement = evaluate_sweep(
         model,
-        labelled.config(),
+        labelled.config(model),
         SweepProtocol(tuple(rates), tuple(decays), norms, epochs, batch_size, seed),
         [frozen.reading(word) for word in layer.split(",")],
         **labelled.sides(),
@@ -173,7 +175,7 @@ def finetune(
         neck = first_projector_layers(Path(model), head_layers)
     judgement = evaluate_finetune(
         model,
-        labelled.config(),
+        labelled.config(model),
         protocol,
         changes={name: value for name, value in given.items() if value},
         labels=labels,
@@ -245,6 +247,7 @@ def detect(
     train_split: Annotated[str, typer.Option(help="Split to learn from. Default: trainval or train.")] = "",
     test_split: Annotated[str, typer.Option(help="Split to score on. Default: test, else val.")] = "",
     baseline: Baseline = None,
+    background: Background = "",
     workers: Workers = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -266,6 +269,7 @@ def detect(
         train_split=train_split,
         test_split=test_split,
         workers=workers,
+        background=find_background(background, model),
         say=say,
     )
     conclude(model, [judgement], as_json)
@@ -282,6 +286,7 @@ def diagnose(
     layer: Layer = "out",
     data_name: Annotated[str, typer.Option(help="The data set's configuration, if it has several.")] = "",
     image_column: ImageColumn = "",
+    background: Background = "",
     workers: Workers = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -289,6 +294,7 @@ def diagnose(
     with quick_imports():
         from sslkit.evaluate.diagnose import diagnose_encoder
 
-    source = data_config(data, data_name, image_column=image_column).model_copy(update={"split": split})
+    config = data_config(data, data_name, image_column=image_column, background=find_background(background, model))
+    source = config.model_copy(update={"split": split})
     reading = Frozen(cache=False, workers=workers).reading(layer)
     show_diagnosis(diagnose_encoder(model, source, reading, images=images, views=views, seed=seed), as_json)

@@ -4,7 +4,9 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
@@ -39,6 +41,13 @@ ImageColumn = Annotated[
 LabelColumn = Annotated[
     str, typer.Option(help="Column of labels, if it is not found by its type; of tar files, the labels' suffix.")
 ]
+Background = Annotated[
+    str,
+    typer.Option(
+        help="Colour that transparent pixels are composited over, or keep, which drops alpha. Default: as MODEL was "
+        "trained, if that is a folder with a recipe.toml, else white."
+    ),
+]
 Scratch = Annotated[bool, typer.Option(help="Also train the architecture from random weights.")]
 
 
@@ -55,10 +64,12 @@ class Labelled:
         ""
     )
     baseline: Baseline = None
+    background: Background = ""
 
-    def config(self) -> "DataConfig":
-        """The images."""
-        return data_config(self.data, self.data_name, self.label_column, self.image_column)
+    def config(self, model: str) -> "DataConfig":
+        """The images, for an encoder."""
+        background = find_background(self.background, model)
+        return data_config(self.data, self.data_name, self.label_column, self.image_column, background)
 
     def sides(self) -> dict[str, Any]:
         """Arguments of every ``evaluate_*``."""
@@ -114,14 +125,40 @@ def shared(command: Callable[..., None]) -> Callable[..., None]:
     return with_fields
 
 
-def data_config(path: str, name: str = "", label_column: str = "", image_column: str = "") -> "DataConfig":
+def find_background(given: str, model: str = "") -> str:
+    """What ``--background`` says, else the recipe in the model's folder, else white.
+
+    Raises:
+        UserError: It names no colour.
+    """
+    from sslkit.data.background import WHITE, check_background
+    from sslkit.recipe import load_saved
+
+    if given:
+        try:
+            return check_background(given)
+        except ValueError as error:
+            raise UserError(f"--background: {error}, not {given!r}") from None
+    recipe = Path(model, "recipe.toml")
+    with suppress(UserError):  # of a recipe that only the commands for runs need
+        return load_saved(recipe).data.background if model and recipe.is_file() else WHITE
+    return WHITE
+
+
+def data_config(
+    path: str, name: str = "", label_column: str = "", image_column: str = "", background: str = "white"
+) -> "DataConfig":
     """What ``--data`` and its companions say."""
     from sslkit.data.source import DataConfig
 
     if not path:
         raise UserError("--data: name a folder, a datasets id or builtin:fashion_mnist")
     return DataConfig(
-        path=path, name=name or None, label_column=label_column or None, image_column=image_column or None
+        path=path,
+        name=name or None,
+        label_column=label_column or None,
+        image_column=image_column or None,
+        background=background,
     )
 
 

@@ -1,6 +1,7 @@
 """Images of any number of channels, in 8 or 16 bits: microscopes, satellites, X-rays.
 
 Values keep 16 bits. Of 8 bits they are multiplied by 257, so that full scale is 65535 either way and nothing is lost.
+Signed values are moved up by half of their range, 32768 or 128.
 """
 
 import importlib
@@ -12,16 +13,25 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-from sslkit.data.decode import MAX_PIXELS, TIFF, Header, Pixels, UnreadableImage, read_header
+from sslkit.data.decode import (
+    MAX_PIXELS,
+    ORIENTATION,
+    TIFF,
+    WHITE_IS_ZERO,
+    Header,
+    Pixels,
+    UnreadableImage,
+    grey_16,
+    read_header,
+    turn_upright,
+)
 from sslkit.errors import UserError
 
 FULL_SCALE = 65_535
 FROM_8_BITS = 257  # 255 * 257 = 65535
 MODES = {"L": 1, "I;16": 1, "I;16B": 1, "I;16L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4}
-WHITE_IS_ZERO = 0  # of a TIFF's tag PHOTOMETRIC, which says what its values mean
-PHOTOMETRIC = 262
 DEEP_PNG = b"\x10\x06"  # bit depth and colour type of a PNG with 16 bits of red, green, blue and alpha
 
 Channels = NDArray[np.uint16]
@@ -30,7 +40,7 @@ Channels = NDArray[np.uint16]
 def decode_channels(encoded: bytes, name: str, channels: int) -> Channels:
     """Decode one image to (H, W, channels) uint16, full scale 65535.
 
-    It is turned upright by its EXIF tag, unless it is a TIFF of several channels.
+    It is turned upright by its EXIF tag.
 
     One, two or four channels of 8 bits, and one of 16, may come in any format; 16-bit alpha in PNG; everything else in
     TIFF, with channels as samples or as pages, which `tifffile` reads.
@@ -77,36 +87,43 @@ def _decode_plain(encoded: bytes, name: str, channels: int) -> NDArray[Any]:
         values = cv2.imdecode(np.frombuffer(encoded, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
         if values is None or values.ndim != 3 or values.shape[2] != channels:
             raise UnreadableImage(name, "broken or cut short")
-        return np.asarray(values[..., [2, 1, 0, 3]])
+        return turn_upright(np.asarray(values[..., [2, 1, 0, 3]]), header.orientation)
     if header.format == "JPEG2000" and channels > 1:
         raise UnreadableImage(name, "JPEG 2000 of several channels, which might lose bits; convert it to TIFF")
+    values = _read_plain(encoded, name, header)
+    values = values.reshape(*values.shape[:2], channels)
+    return values if header.format == "TIFF" else turn_upright(values, header.orientation)  # Pillow turns a TIFF
+
+
+def _read_plain(encoded: bytes, name: str, header: Header) -> NDArray[Any]:
+    """What Pillow reads, unsigned and of full scale."""
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(encoded)) as image:
             warnings.simplefilter("ignore")
             _check_pages(image, name)
-            inverted = (
-                image.mode.startswith("I;16") and _tag(image, PHOTOMETRIC) == WHITE_IS_ZERO
-            )  # else Pillow does it
-            upright = ImageOps.exif_transpose(image)
-            values = np.asarray(upright.convert("L") if upright.mode == "1" else upright)
+            if header.signed:
+                return _unsigned(np.asarray(image).astype(f"i{header.signed // 8}"))
+            if image.mode.startswith("I"):
+                return grey_16(image)
+            return np.asarray(image.convert("L") if image.mode == "1" else image)
     except UnreadableImage:
         raise
     except Exception as error:  # what decoders raise about junk is no closed set
         raise UnreadableImage(name, f"broken or cut short ({str(error)[:100]})") from error
-    values = values.reshape(*values.shape[:2], channels)
-    values = values if values.dtype == np.uint8 else values.astype(np.uint16)
-    return FULL_SCALE - values if inverted else values
+
+
+def _unsigned(values: NDArray[Any]) -> NDArray[Any]:
+    """Signed values moved up by half of their range: the lowest becomes 0, and 0 the middle."""
+    unsigned = values.view(np.dtype(f"u{values.itemsize}"))
+    return np.asarray(unsigned ^ np.array(1 << (8 * values.itemsize - 1), unsigned.dtype))
 
 
 def _channels_of(header: Header) -> int:
     """How many channels of 8 or 16 bits a mode of Pillow's has; 0 where it has none of these."""
-    if header.mode == "1" or (header.format == "PPM" and header.mode == "I"):  # 16 bits, though Pillow says 32
+    # Pillow says "I", 32 bits, of some samples of 16.
+    if header.mode == "1" or (header.mode == "I" and (header.format == "PPM" or header.signed == 16)):
         return 1
     return MODES.get(header.mode, 0)
-
-
-def _tag(image: Image.Image, number: int) -> Any:
-    return getattr(image, "tag_v2", {}).get(number)
 
 
 def _check_pages(image: Image.Image, name: str) -> None:
@@ -135,9 +152,13 @@ def _decode_tiff(encoded: bytes, name: str, channels: int) -> NDArray[Any]:
             if np.prod(shape, dtype=np.float64) > 3 * MAX_PIXELS:
                 raise UnreadableImage(name, f"more than {3 * MAX_PIXELS} values, so refused by its header")
             _check_type(name, axes, shape, dtype, channels)
+            turn = tiff.pages[0].tags.get(ORIENTATION)
+            orientation = next((each for each in range(2, 9) if turn is not None and turn.value == each), 1)
             values = np.stack([each.asarray() for each in pages]) if len(pages) > 1 else np.asarray(pages[0].asarray())
+            if dtype.kind == "i":
+                values = _unsigned(values)
             if tiff.pages[0].photometric == WHITE_IS_ZERO:
-                values = np.iinfo(dtype).max - values
+                values = np.iinfo(values.dtype).max - values
     except UserError:
         raise
     except Exception as error:
@@ -145,7 +166,7 @@ def _decode_tiff(encoded: bytes, name: str, channels: int) -> NDArray[Any]:
         raise UnreadableImage(name, f"broken or cut short ({said or type(error).__name__})") from error
     across, down = axes.index("X"), axes.index("Y")
     order = (down, across, *(axis for axis in range(len(axes)) if axis not in (down, across)))
-    return values.transpose(order).reshape(shape[down], shape[across], channels)
+    return turn_upright(values.transpose(order).reshape(shape[down], shape[across], channels), orientation)
 
 
 def _pages(tiff: Any) -> list[Any]:
@@ -162,5 +183,5 @@ def _check_type(name: str, axes: str, shape: tuple[int, ...], dtype: np.dtype[An
         raise UnreadableImage(name, f"axes {axes} of {shape}, of which it is not clear what the channels are")
     if (found := others[0] if others else 1) != channels:
         raise UnreadableImage(name, f"{found} channels, where [backbone] in_chans is {channels}")
-    if dtype not in (np.uint8, np.uint16):
+    if dtype not in (np.uint8, np.uint16, np.int8, np.int16):
         raise UnreadableImage(name, f"values of type {dtype}, whose range nothing tells; convert them to 8 or 16 bits")

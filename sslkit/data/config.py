@@ -2,7 +2,9 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from sslkit.data.background import WHITE, check_background
 
 MAX_CHANNELS = 512
 
@@ -55,6 +57,8 @@ class DataConfig(SourceConfig):
         streaming: Whether parquet files are read row group by row group where they lie, here or on the Hub, instead of
             being copied to `datasets`' cache first. Other files are read where they lie anyway.
         shuffle_buffer: Images of a stream that are held at a time to be mixed, by all processes together.
+        background: The colour, as CSS writes it, that transparent pixels of RGB are composited over; ``"keep"`` drops
+            alpha and keeps the colours under it.
         channels: Of images that are not read as RGB; filled in by ``[backbone] args = { in_chans = n }``.
         workers: Processes that decode and augment; ``"auto"`` is one a core, less one on CPU-only machines.
         worker_timeout: Seconds that a batch may take before its worker counts as stuck (0: for ever).
@@ -66,6 +70,7 @@ class DataConfig(SourceConfig):
     mix: list[MixConfig] | None = None
     streaming: bool = Field(default=False, strict=True)
     shuffle_buffer: int = Field(default=16_384, strict=True, ge=1)
+    background: Annotated[str, AfterValidator(check_background)] = WHITE
     channels: int | None = Field(default=None, strict=True, ge=1, le=MAX_CHANNELS)
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     worker_timeout: float = Field(default=300.0, ge=0.0)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from sslkit.data.loader import Batch, GlobalBatches, make_loader
 from sslkit.data.posts import Post, Posts
-from sslkit.data.shared_memory import fitting_prefetch, free_bytes, shortage
+from sslkit.data.shared_memory import prefetch_of, shortage
 from sslkit.data.source import ImageSource
 from sslkit.data.views import ViewPipeline
 from sslkit.errors import RunError
@@ -52,7 +52,7 @@ class SteadyLoader:
         self.workers, self.pin_memory, self.timeout, self.say = workers, pin_memory, timeout, say
         local = batches.batch_size // batches.world_size
         self.batch_bytes = local * sum(pipeline.pixel_bytes * side * side for side in pipeline.sides)
-        self.prefetch = fitting_prefetch(self.batch_bytes, workers, free_bytes()) if workers else 0
+        self.prefetch = prefetch_of(self.batch_bytes, workers) or 0
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.workers:

@@ -4,17 +4,19 @@ import io
 import logging
 import os
 import stat
+import struct
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 
+from sslkit.data.background import KEEP, flatten
 from sslkit.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -26,6 +28,24 @@ Pixels = NDArray[np.unsignedinteger[Any]]  # (H, W, 3) uint8 RGB, or (H, W, chan
 Size = tuple[int, int]  # height, width
 Reduction = Callable[[Size], int]
 
+ORIENTATION = 0x0112  # EXIF's tag, and TIFF's
+BITS, PHOTOMETRIC, PLANES, SAMPLE_FORMAT = 258, 262, 284, 339  # tags of a TIFF
+SIGNED = 2  # of SAMPLE_FORMAT
+WHITE_IS_ZERO = 0  # of PHOTOMETRIC
+ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+LATE = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of PNG texts that may hold an orientation
+YCC = b"colr\x01\0\0\0\0\0\x12"  # a JPEG 2000's colour space
+
+TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {  # upright, by EXIF's orientation
+    2: lambda pixels: cv2.flip(pixels, 1),
+    3: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_180),
+    4: lambda pixels: cv2.flip(pixels, 0),
+    5: cv2.transpose,
+    6: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_CLOCKWISE),
+    7: lambda pixels: cv2.rotate(cv2.transpose(pixels), cv2.ROTATE_180),
+    8: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE),
+}
+
 _REDUCED = {
     1: cv2.IMREAD_COLOR_RGB,
     2: cv2.IMREAD_REDUCED_COLOR_2,
@@ -35,6 +55,7 @@ _REDUCED = {
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # a broken image is reported by us, once
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # parallelism is the workers' business
 
 
 class UnreadableImage(UserError):  # noqa: N818 - what it is, not what happened
@@ -62,7 +83,10 @@ class Header:
         mode: Pillow's word for the pixels, such as ``"RGB"``, ``"CMYK"`` or ``"I;16"``.
         width: In pixels, before it is turned upright.
         height: Likewise.
-        orientation: EXIF's, 1 (upright) to 8; 1 where reading it would need the whole image.
+        orientation: EXIF's, 1 (upright) to 8; 1 where it says something else.
+        alpha: Whether pixels can be transparent: there is an alpha channel, or a colour that means transparent.
+        signed: Bits of a sample that is a signed integer, which only a TIFF can have; 0 for all others.
+        opencv: Whether OpenCV reads it as Pillow does; Pillow reads all others.
     """
 
     format: str
@@ -70,6 +94,14 @@ class Header:
     width: int
     height: int
     orientation: int
+    alpha: bool = False
+    signed: int = 0
+    opencv: bool = False
+
+    @property
+    def size(self) -> Size:
+        """Height and width of the pixels, which are upright."""
+        return (self.height, self.width) if self.orientation < 5 else (self.width, self.height)
 
 
 def read_file(path: Path, span: tuple[int, int] | None = None) -> bytes:
@@ -107,11 +139,8 @@ def read_header(encoded: bytes, name: str) -> Header:
         warnings.simplefilter("ignore")  # of the size, which is judged below, and of odd metadata
         try:
             _check_webp_canvas(encoded)
-            with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-                # Pillow has to decode a PNG to find EXIF data that may stand at its end.
-                looks = image.format != "PNG" or "exif" in image.info
-                orientation = image.getexif().get(0x0112, 1) if looks else 1
-                header = Header(str(image.format), image.mode, image.width, image.height, orientation)
+            with Image.open(io.BytesIO(_metadata_first(encoded)), formats=FORMATS) as image:
+                header = _describe(image, encoded)
         except Exception as error:  # what decoders raise about junk is no closed set
             raise UnreadableImage(name, _reason(error, encoded)) from error
     if header.width * header.height > MAX_PIXELS:
@@ -119,24 +148,92 @@ def read_header(encoded: bytes, name: str) -> Header:
     return header
 
 
-def decode_rgb(encoded: bytes, name: str) -> Pixels:
+def _describe(image: Image.Image, encoded: bytes) -> Header:
+    width, height = image.size
+    if tiff_tag(image, ORIENTATION) in ((5,), (6,), (7,), (8,)):  # of a TIFF, Pillow gives the size once it is turned
+        width, height = height, width
+    try:
+        said = Image.Image.getexif(image).get(ORIENTATION, 1)  # a PNG's own method decodes its pixels
+    except Exception:  # junk where EXIF should be
+        said = 1
+    orientation = next((turn for turn in range(2, 9) if said == turn), 1)
+    alpha = image.mode in ALPHA_MODES or "transparency" in image.info
+    signed = max(tiff_tag(image, BITS), default=0) if SIGNED in tiff_tag(image, SAMPLE_FORMAT) else 0
+    header = Header(str(image.format), image.mode, width, height, orientation, alpha, signed)
+    return replace(header, opencv=_is_read_alike(image, header, encoded))
+
+
+def _is_read_alike(image: Image.Image, header: Header, encoded: bytes) -> bool:
+    """Whether OpenCV reads an image as Pillow does, as it was found for each format (docs/log.md)."""
+    codec, _, _, options = next(iter(getattr(image, "tile", ())), ("", None, 0, None))
+    match header.format:
+        case "JPEG" | "MPO" | "PNG" | "WEBP":
+            return True
+        case "BMP":  # 5 bits become 0 to 248
+            return not header.alpha and isinstance(options, tuple) and options[0] not in ("BGR;15", "BGR;16")
+        case "PPM":  # other codecs scale a maxval that is not 255 or 65535
+            return codec == "raw"
+        case "JPEG2000":
+            return not header.alpha and header.mode in ("L", "RGB") and _is_plain_jpeg2000(encoded)
+        case "TIFF":
+            bits = {*tiff_tag(image, BITS)}
+            if header.mode == "RGB" and bits == {16} and tiff_tag(image, PLANES) == (2,):
+                return True  # which Pillow reads as zeros
+            upright = header.orientation == 1 and tiff_tag(image, ORIENTATION) in ((), (1,))
+            return upright and header.mode in ("L", "P", "RGB", "CMYK", "I;16", "I;16B") and bits in ({8}, {16})
+    return False  # GIF: transparent pixels have other colours; AVIF: no orientation, and red is blue beside alpha
+
+
+def tiff_tag(image: Image.Image, number: int) -> tuple[Any, ...]:
+    """The values of a TIFF's tag; none where it has none, or is no TIFF."""
+    values = getattr(image, "tag_v2", {}).get(number, ())
+    return values if isinstance(values, tuple) else (values,)
+
+
+def _is_plain_jpeg2000(encoded: bytes) -> bool:
+    """Whether all components have 8 bits and the full size, in grey or RGB."""
+    at = encoded.find(b"\xff\x4f\xff\x51")
+    if at < 0 or YCC in encoded[:at] or b"pclr" in encoded[:at]:
+        return False
+    count = int.from_bytes(encoded[at + 40 : at + 42], "big")
+    return encoded[at + 42 : at + 42 + 3 * count] == b"\x07\x01\x01" * count
+
+
+def _metadata_first(encoded: bytes) -> bytes:
+    """A PNG with chunks that may tell its orientation before its pixels; Pillow reads no further for a header."""
+    if encoded[:8] != b"\x89PNG\r\n\x1a\n":
+        return encoded
+    at, first, late = 8, 0, b""
+    while at + 12 <= len(encoded):
+        size, kind = struct.unpack_from(">I4s", encoded, at)
+        if kind == b"IDAT":
+            first = first or at
+        elif first and (kind == b"eXIf" or encoded.startswith(LATE, at + 8)):
+            late += encoded[at : at + 12 + size]
+        at += 12 + size
+    return encoded[:first] + late + encoded[first:] if late else encoded
+
+
+def decode_rgb(encoded: bytes, name: str, background: str = KEEP) -> Pixels:
     """Decode one image to (H, W, 3) uint8 RGB, upright by its EXIF tag.
 
-    Grey is repeated, palettes are looked up, alpha is dropped, CMYK is converted without a colour profile, 16-bit
-    samples keep their high byte, and of an animation the first frame is taken: what Pillow's ``convert("RGB")`` gives,
+    Grey is repeated, palettes are looked up, CMYK is converted without a colour profile, 16-bit samples keep their
+    high byte, and of an animation the first frame is taken: what Pillow's ``convert("RGB")`` gives, within a level,
     except that Pillow clips 16-bit grey to white.
 
     Args:
-        encoded: The file's content. OpenCV decodes; Pillow reads the header and takes what OpenCV refuses.
+        encoded: The file's content. Pillow reads the header, and the pixels wherever OpenCV would read others.
         name: What to call the image in an error, printable.
+        background: The colour that transparent pixels are composited over, or ``"keep"``, which drops alpha.
 
     Raises:
-        UnreadableImage: The bytes are not an image, or a broken one, or too large a one.
+        UnreadableImage: The bytes are not an image, or a broken one, or too large a one, or one whose samples do not
+            fit into 8 bits.
     """
-    return decode_reduced(encoded, name, lambda _size: 1)[0]
+    return decode_reduced(encoded, name, lambda _size: 1, background)[0]
 
 
-def decode_reduced(encoded: bytes, name: str, reduction: Reduction) -> tuple[Pixels, Size]:
+def decode_reduced(encoded: bytes, name: str, reduction: Reduction, background: str = KEEP) -> tuple[Pixels, Size]:
     """Decode an image, a JPEG in a smaller size if asked: libjpeg leaves out the work for what is not wanted.
 
     Args:
@@ -144,36 +241,120 @@ def decode_reduced(encoded: bytes, name: str, reduction: Reduction) -> tuple[Pix
         name: Likewise.
         reduction: Is told height and width of the image, upright, and tells by which of 1, 2, 4 and 8 it may be
             reduced, each block of pixels to its mean.
+        background: As `decode_rgb` takes it.
 
     Returns:
         Pixels as `decode_rgb` gives them, and height and width of the whole image.
     """
     header = read_header(encoded, name)
-    size = (header.height, header.width) if header.orientation < 5 else (header.width, header.height)
-    flags = _REDUCED[reduction(size)] if header.format in ("JPEG", "MPO") else cv2.IMREAD_COLOR_RGB
+    by = reduction(header.size) if header.format in ("JPEG", "MPO") else 1
+    pixels = _decode(encoded, name, header, by, with_alpha=header.alpha and background != KEEP)
+    if pixels.shape[2] == 4:
+        pixels = flatten(pixels, background)
+    return pixels, header.size if by > 1 else pixels.shape[:2]
+
+
+def is_transparent(encoded: bytes, name: str) -> bool:
+    """Whether an image has a pixel that is not opaque.
+
+    Raises:
+        UnreadableImage: It cannot be decoded.
+    """
+    header = read_header(encoded, name)
+    if not header.alpha:
+        return False
+    pixels = _decode(encoded, name, header, 1, with_alpha=True)
+    return pixels.shape[2] == 4 and int(pixels[..., 3].min()) < 255
+
+
+def _decode(encoded: bytes, name: str, header: Header, by: int, *, with_alpha: bool) -> NDArray[np.uint8]:
+    """Upright pixels, (H, W, 3) RGB, or with alpha, (H, W, 4) RGBA where there is some."""
+    if reason := _unfit(header):
+        raise UnreadableImage(name, reason)
     try:
-        pixels = cv2.imdecode(np.frombuffer(encoded, dtype=np.uint8), flags)
-    except cv2.error:  # such as an image too large for it
-        pixels = None
-    if pixels is not None:
-        rgb = pixels if flags == cv2.IMREAD_COLOR_RGB else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
-        return np.asarray(rgb, dtype=np.uint8), size
-    if header.mode in ("F", "I"):
-        raise UnreadableImage(name, "samples of 32 bits, whose range nothing tells; convert it to 8 or 16 bits")
-    try:
-        return _decode_with_pillow(encoded), size
+        pixels = _decode_with_opencv(encoded, header, by, with_alpha=with_alpha) if header.opencv else None
+        if pixels is None:
+            pixels = _decode_with_pillow(encoded, header, with_alpha=with_alpha)
     except Exception as error:
         raise UnreadableImage(name, _reason(error, encoded)) from error
+    # Both turn a TIFF upright themselves.
+    return pixels if header.format == "TIFF" else turn_upright(pixels, header.orientation)
 
 
-def _decode_with_pillow(encoded: bytes) -> Pixels:
+def _unfit(header: Header) -> str:
+    """Why samples do not fit into 8 bits; empty if they do."""
+    if header.signed in (8, 16):
+        return (
+            "signed samples, which do not fit into the 8 bits of RGB; read them as they are with [backbone] args = "
+            "{ in_chans = 1 }, or convert them to unsigned ones"
+        )
+    if header.mode == "F" or (header.mode == "I" and header.format != "PPM"):
+        return (
+            "samples of 32 bits, whose range nothing tells; convert it to 8 or 16 bits (16 are kept with [backbone] "
+            "args = { in_chans = 1 })"
+        )
+    return ""
+
+
+def _decode_with_opencv(encoded: bytes, header: Header, by: int, *, with_alpha: bool) -> NDArray[np.uint8] | None:
+    """Pixels, not turned but for a TIFF's; None where it refuses."""
+    flags = cv2.IMREAD_UNCHANGED if with_alpha else _REDUCED[by]
+    try:
+        pixels = cv2.imdecode(np.frombuffer(encoded, dtype=np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:  # such as an image too large for it
+        return None
+    if pixels is None:
+        return None
+    if with_alpha:
+        return _rgba(pixels, encoded)
+    return np.asarray(pixels if by == 1 else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+
+
+def _rgba(pixels: NDArray[Any], encoded: bytes) -> NDArray[np.uint8]:
+    """What OpenCV read unchanged, grey, BGR or BGRA, as RGBA; the grey that means transparent is the PNG's to tell."""
+    if pixels.ndim == 2:
+        alpha = np.full_like(pixels, np.iinfo(pixels.dtype).max)
+        at = encoded.find(b"tRNS")
+        if at > 0:
+            value, depth = int.from_bytes(encoded[at + 4 : at + 6], "big"), encoded[24]
+            alpha[pixels == value * int(alpha[0, 0]) // (2**depth - 1)] = 0
+        pixels = np.dstack([pixels, pixels, pixels, alpha])
+    else:
+        code = cv2.COLOR_BGR2RGBA if pixels.shape[2] == 3 else cv2.COLOR_BGRA2RGBA
+        pixels = np.asarray(cv2.cvtColor(pixels, code), dtype=pixels.dtype)
+    return np.asarray(pixels >> 8 if pixels.dtype == np.uint16 else pixels, dtype=np.uint8)
+
+
+def _decode_with_pillow(encoded: bytes, header: Header, *, with_alpha: bool) -> NDArray[np.uint8]:
+    """Pixels, not turned but for a TIFF's."""
     with warnings.catch_warnings(), Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
         warnings.simplefilter("ignore")
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I;16"):
-            grey = (np.asarray(upright) >> 8).astype(np.uint8)
-            return np.repeat(grey[..., None], 3, axis=2)
-        return np.asarray(upright.convert("RGB"))
+        if header.mode.startswith("I"):  # 16 bits, of which Pillow would clip all above 255
+            return np.repeat((grey_16(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        image.load()
+        wanted = "RGBA" if with_alpha else "RGB"
+        return np.asarray(image if image.mode == wanted else image.convert(wanted))
+
+
+def grey_16(image: Image.Image) -> NDArray[np.uint16]:
+    """Values of a grey image of 16 bits, (H, W) of full scale 65535; Pillow leaves 12 bits, and white that is 0."""
+    bits, inverted = tiff_tag(image, BITS), tiff_tag(image, PHOTOMETRIC) == (WHITE_IS_ZERO,)
+    values = np.asarray(image).astype(np.uint16)
+    if bits == (12,):
+        values = np.asarray(values << 4 | values >> 8, dtype=np.uint16)
+    return 65_535 - values if inverted else values
+
+
+def turn_upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Turn pixels (H, W, C) upright from EXIF's orientation, 1 to 8."""
+    if orientation == 1:
+        return pixels
+    if pixels.shape[2] * pixels.itemsize > 32:  # bytes of a pixel, more than OpenCV's transposition takes
+        turned = pixels.swapaxes(0, 1) if orientation > 4 else pixels
+        turned = turned[::-1] if orientation in (3, 4, 7, 8) else turned
+        return np.ascontiguousarray(turned[:, ::-1] if orientation in (2, 3, 6, 7) else turned)
+    turned = TURNS[orientation](pixels)
+    return turned.reshape(*turned.shape[:2], pixels.shape[2])  # OpenCV takes a single channel away
 
 
 def _check_webp_canvas(encoded: bytes) -> None:
@@ -189,8 +370,8 @@ def _reason(error: Exception, encoded: bytes) -> str:
         return "the file is empty"
     if isinstance(error, UnidentifiedImageError) and encoded[:4] in TIFF:
         return (
-            "a TIFF whose channels or values are not those of grey or colour in 8 or 16 bits; images of n channels "
-            "want [backbone] args = { in_chans = n }"
+            "a TIFF whose channels or values are not those of grey or colour in 8 or 16 bits; images of n channels of "
+            "8 or 16 bits want [backbone] args = { in_chans = n }, others must be converted"
         )
     if isinstance(error, UnidentifiedImageError):
         return f"not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}; it begins with {encoded[:12]!r}"

@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from sslkit.data.background import WHITE
 from sslkit.data.decode import Pixels, Size, UnreadableImage, decode_reduced
 from sslkit.data.folder import printable
 from sslkit.data.loader import start_worker
 from sslkit.data.policies import ViewsConfig
+from sslkit.data.shared_memory import prefetch_of
 from sslkit.data.source import ImageSource
 from sslkit.durable import remove, replace_file, replace_text, sync, write_json
 from sslkit.errors import RunError, UserError, check_path
@@ -48,12 +50,15 @@ class Packing:
         quality: Of the JPEG that a shrunk image becomes.
         seed: Of the order.
         shard_images: How many a shard holds.
+        background: What transparent pixels of an image that is shrunk are composited over; one that is kept keeps its
+            alpha.
     """
 
     side: int = 504
     quality: int = 95
     seed: int = 0
     shard_images: int = 2048
+    background: str = WHITE
 
 
 @dataclass
@@ -205,7 +210,7 @@ def shrink(encoded: bytes, name: str, packing: Packing) -> bytes:
     def reduction(size: Size) -> int:
         return next((by for by in (8, 4, 2) if min(size) / by >= FINE * side), 1)
 
-    pixels, size = decode_reduced(encoded, name, reduction)
+    pixels, size = decode_reduced(encoded, name, reduction, packing.background)
     stream = io.BytesIO()
     if min(size) > side and max(size) * side / min(size) < LONGEST:
         _resized(pixels, side).save(stream, "JPEG", quality=packing.quality, optimize=True)
@@ -235,6 +240,7 @@ def _rows_of(
         num_workers=workers,
         collate_fn=list,
         worker_init_fn=start_worker,
+        prefetch_factor=prefetch_of(0, workers, "--workers", 2),
     )
     batches = iter(loader)
 

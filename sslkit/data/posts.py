@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from torch.utils.data import get_worker_info
 
@@ -30,7 +31,8 @@ class Posts:
     """Memory shared with the workers of one loader."""
 
     def __init__(self, workers: int) -> None:
-        self.words = multiprocessing.RawArray("d", WORDS * workers)
+        # Without workers it needs no shared memory, which may be read-only.
+        self.words: Any = multiprocessing.RawArray("d", WORDS * workers) if workers else []
 
     def begin(self, sample: int) -> None:
         """Called by a worker before it touches a sample."""

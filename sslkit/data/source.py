@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pyarrow import compute
 
+from sslkit.data.background import WHITE
 from sslkit.data.channels import decode_channels
 from sslkit.data.columns import choose_columns
 from sslkit.data.config import DataConfig, SourceConfig
@@ -46,6 +47,7 @@ class ImageSource:
             in an order without bounds.
         channels: What images are read as: None for RGB of 8 bits, or so many channels of 16.
         unlabelled: What is wrong with the labels, or why there are none; empty if nothing is known.
+        background: What transparent pixels of RGB are composited over; see `DataConfig`.
     """
 
     table: datasets.Dataset
@@ -57,6 +59,7 @@ class ImageSource:
     plan: Mixture | Lanes | None = None
     channels: int | None = None
     unlabelled: str = ""
+    background: str = WHITE
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -72,7 +75,9 @@ class ImageSource:
     def read_as(self, index: int, channels: int | None) -> Pixels:
         """Decode image ``index`` to so many channels, whatever ``channels`` says of the source; see `read`."""
         name, encoded = self.encoded(index)
-        return decode_rgb(encoded, name) if channels is None else decode_channels(encoded, name, channels)
+        if channels is None:
+            return decode_rgb(encoded, name, self.background)
+        return decode_channels(encoded, name, channels)
 
     def read_reduced(self, index: int, reduction: Reduction) -> tuple[Pixels, Size]:
         """Image ``index`` as `decode_reduced` gives it, and height and width of the whole image; channels stay whole.
@@ -80,11 +85,14 @@ class ImageSource:
         Raises:
             UnreadableImage: It cannot be decoded.
         """
-        if self.channels is not None:
-            whole = self.read(index)
-            return whole, whole.shape[:2]
-        name, encoded = self.encoded(index)
-        return decode_reduced(encoded, name, reduction)
+        return self.decode(*self.encoded(index), reduction)
+
+    def decode(self, name: str, encoded: bytes, reduction: Reduction) -> tuple[Pixels, Size]:
+        """What `read_reduced` gives, from what `encoded` gave."""
+        if self.channels is None:
+            return decode_reduced(encoded, name, reduction, self.background)
+        whole = decode_channels(encoded, name, self.channels)
+        return whole, whole.shape[:2]
 
     def encoded(self, index: int) -> tuple[str, bytes]:
         """The printable name of image ``index``, and its bytes as they are stored.
@@ -234,7 +242,7 @@ def open_source(config: DataConfig) -> ImageSource:
     else:
         patterns = parquet_to_stream(config) if config.streaming else None
         source = _open(config) if patterns is None else _open_stream(config, patterns)
-    return replace(source, channels=config.channels)
+    return replace(source, channels=config.channels, background=config.background)
 
 
 def _open(config: SourceConfig) -> ImageSource:

@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from sslkit.data.background import describe_background
 from sslkit.data.channels import FULL_SCALE, as_picture
-from sslkit.data.decode import TIFF, Header, Pixels, UnreadableImage, read_header
+from sslkit.data.decode import TIFF, Header, Pixels, UnreadableImage, is_transparent, read_header
 from sslkit.data.duplicates import difference_hash, exact_groups, near_groups
 from sslkit.data.posts import Posts
+from sslkit.data.shared_memory import prefetch_of
 from sslkit.data.source import ImageSource
 from sslkit.errors import RunError, UserError
 
@@ -24,6 +26,7 @@ CHUNK = 32  # images that a worker hands over at a time
 LISTED = 1000  # names in a list, groups in a list of groups; counts are of all
 TINY, HUGE, LONG = 32, 16_000_000, 8  # pixels of the shorter side, pixels in all, longer side over shorter
 COLOURLESS = 3  # levels between red, green and blue, up to which a pixel is grey
+LOOKED_AT = 64  # images, to see whether any have alpha
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 
 
@@ -38,6 +41,8 @@ class Sight:
     width: int = 0
     height: int = 0
     orientation: int = 1
+    alpha: bool = False
+    transparent: bool = False
     num_bytes: int = 0
     content: bytes = b""
     likeness: int = 0
@@ -65,6 +70,8 @@ def look(source: ImageSource, index: int) -> Sight:
         width,
         height,
         header.orientation,
+        header.alpha,
+        header.alpha and is_transparent(encoded, name),
         len(encoded),
         hashlib.blake2b(encoded, digest_size=16).digest(),
         difference_hash(as_picture(pixels)),
@@ -97,6 +104,8 @@ class _Tally:
     formats: Counter[str] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
     orientations: Counter[int] = field(default_factory=Counter)
+    alpha: int = 0
+    transparent: int = 0
     grey: int = 0
     bad: int = 0
     unreadable: list[tuple[int, str]] = field(default_factory=list)
@@ -117,6 +126,8 @@ class _Tally:
         self.modes[sight.mode] += 1
         if sight.orientation != 1:
             self.orientations[sight.orientation] += 1
+        self.alpha += sight.alpha
+        self.transparent += sight.transparent
         self.grey += sight.grey
         self.positions.append(sight.index)
         self.sizes.extend((sight.width, sight.height, sight.num_bytes))
@@ -141,8 +152,10 @@ def survey(
         Plain data by the names in docs/data.md. A list holds the first 1000; its count is of all.
 
     Raises:
+        UserError: Workers cannot be started; see `prefetch_of`.
         RunError: A worker died or hung; the sentence names the images that were being read.
     """
+    prefetch = prefetch_of(0, workers, "--workers", 2)
     tally, posts = _Tally(), Posts(workers)
     loader: DataLoader[Any] = DataLoader(
         _Sights(source.without_labels(), posts),
@@ -151,6 +164,7 @@ def survey(
         collate_fn=list,
         timeout=timeout if workers else 0.0,
         worker_init_fn=_start_worker,
+        prefetch_factor=prefetch,
     )
     try:
         for sights in loader:
@@ -202,12 +216,40 @@ def _findings(source: ImageSource, tally: _Tally) -> dict[str, Any]:
         "formats": dict(tally.formats.most_common()),
         "modes": dict(tally.modes.most_common()),
         "exif_rotated": tally.orientations.total(),
+        **_alpha(source, tally),
         "grey_share": tally.grey / good,
         "mean": mean.round(digits).tolist(),
         "std": np.sqrt(np.maximum(tally.square / good - mean**2, 0)).round(digits).tolist(),
         **_sizes(source, positions, np.frombuffer(tally.sizes, np.uint64).reshape(-1, 3).astype(np.int64)),
         **_duplicates(source, positions, tally),
     }
+
+
+def _alpha(source: ImageSource, tally: _Tally) -> dict[str, Any]:
+    """How many images have alpha and what is done with it; nothing of images of channels, which keep it."""
+    if source.channels is not None:
+        return {}
+    return {"alpha": {"count": tally.alpha, "transparent": tally.transparent, "background": source.background}}
+
+
+def count_alpha(source: ImageSource, at_most: int = LOOKED_AT) -> tuple[int, int]:
+    """How many images have alpha, of how many looked at: a draw of at most so many, without those unreadable."""
+    found = looked_at = 0
+    for index in np.sort(source.draw(at_most, 0)).tolist():
+        try:
+            name, encoded = source.encoded(index)
+            found += read_header(encoded, name).alpha
+        except UnreadableImage:
+            continue
+        looked_at += 1
+    return found, looked_at
+
+
+def describe_alpha(source: ImageSource) -> str:
+    """How many of a few images have alpha, and what is done with it, in words for print."""
+    found, looked_at = count_alpha(source)
+    done = f": {describe_background(source.background)}" if found else ""
+    return f"alpha channel in {found} of the {looked_at} images looked at{done}"
 
 
 def _sizes(source: ImageSource, positions: NDArray[np.int64], sizes: NDArray[np.int64]) -> dict[str, Any]:

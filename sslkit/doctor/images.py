@@ -6,10 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sslkit.data.background import KEEP
 from sslkit.data.policies import PerView, ViewsConfig
 from sslkit.data.source import ImageSource
-from sslkit.doctor.findings import Finding, ok, warning
+from sslkit.data.survey import count_alpha, describe_alpha
+from sslkit.doctor.findings import Finding, not_applicable, ok, warning
 
+ALPHA = "alpha"
 COLOUR, CROPS, SIZE, BLUR, PIXELS = "colour", "crops", "view size", "blur", "pixel values"
 
 LOOKED_AT = 32
@@ -44,6 +47,14 @@ def look_at(source: ImageSource) -> ImageFacts:
     images = [source.read(int(index)) for index in indices]
     height, width = (int(np.median([image.shape[axis] for image in images])) for axis in (0, 1))
     return ImageFacts(len(source), height, width, all(_is_grey(image) for image in images))
+
+
+def check_alpha(source: ImageSource) -> Finding:
+    """Say how many images have alpha, and warn where the colours under it are learned from."""
+    if source.channels is not None:
+        return not_applicable(ALPHA, "a channel like others in images that are not read as RGB")
+    alpha, sentence = count_alpha(source)[0], describe_alpha(source)
+    return warning(ALPHA, sentence) if alpha and source.background == KEEP else ok(ALPHA, sentence)
 
 
 def _is_grey(image: NDArray[np.uint8]) -> bool:

@@ -140,6 +140,10 @@ def _memory() -> Finding:
 def _shared_memory() -> Finding:
     if not SHARED_MEMORY.is_dir():
         return not_applicable("shared memory", f"no {SHARED_MEMORY} here")
+    if not os.access(SHARED_MEMORY, os.W_OK):
+        return warning(
+            "shared memory", f"{SHARED_MEMORY} cannot be written to; mount it writable, or set [data] workers = 0"
+        )
     system = os.statvfs(SHARED_MEMORY)
     size = system.f_frsize * system.f_blocks
     if size < GIB:

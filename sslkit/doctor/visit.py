@@ -14,7 +14,7 @@ from sslkit.doctor.cost import (
     weigh_loading,
 )
 from sslkit.doctor.findings import Finding, Report, Say, attempt
-from sslkit.doctor.images import check_pixels, look_at
+from sslkit.doctor.images import check_alpha, check_pixels, look_at
 from sslkit.doctor.ranks import check_processes, launched, not_launched
 from sslkit.doctor.sight import check_views
 from sslkit.doctor.wiring import examine_wiring
@@ -61,4 +61,4 @@ def examine(recipe: Recipe, say: Say = _quiet) -> Report:
         ]
     say("weighing the recipe's numbers")
     on_machine = [check_threads(recipe), check_precision(recipe)]
-    return Report([*wiring, agreement, *views, *advise(recipe, facts), *measured, *on_machine])
+    return Report([*wiring, agreement, *views, check_alpha(source), *advise(recipe, facts), *measured, *on_machine])

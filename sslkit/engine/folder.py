@@ -3,12 +3,13 @@
 import importlib.metadata
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
+from sslkit.data.background import KEEP
 from sslkit.data.folder import printable, to_text
 from sslkit.data.source import ImageSource
 from sslkit.durable import refuse_links, replace_text
@@ -17,7 +18,7 @@ from sslkit.engine.images import DATA, IMAGES, images_digest, same_images, write
 from sslkit.engine.lock import LOCK, PROBE, prepare_folder
 from sslkit.engine.stopping import remove_marker
 from sslkit.errors import UserError, check_path
-from sslkit.recipe import Recipe, build_recipe, changes, read_tables
+from sslkit.recipe import Recipe, as_saved, build_recipe, changes, read_tables
 from sslkit.recipe_tables import check_plain
 from sslkit.rows import rows_of
 
@@ -111,6 +112,24 @@ def _changed(before: dict[str, Any], recipe: Recipe) -> list[str]:
     return [line for line in changes(with_defaults(before), recipe.as_tables()) if not line.startswith(FREE_KEYS)]
 
 
+def as_begun(folder: Path, recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """The recipe as a run in ``folder`` began with it, where its keys are older than the recipe's, and what to say."""
+    saved = folder / "recipe.toml"
+    if "background" in recipe.data.model_fields_set or not saved.is_file():
+        return recipe, []
+    try:
+        before = read_tables(saved).get("data")
+    except UserError:  # which `check_folder` reports
+        return recipe, []
+    if not isinstance(before, dict) or "background" in before:
+        return recipe, []
+    recipe = replace(recipe, data=recipe.data.model_copy(update={"background": KEEP}))
+    return recipe, [
+        f'{folder} began before there was [data] background: it goes on as it began, with background = "keep"; name '
+        "another in a new folder"
+    ]
+
+
 def _in_short(lines: list[str]) -> str:
     more = f"; and {len(lines) - NAMED} more" if len(lines) > NAMED else ""
     return "; ".join(line[:200] for line in lines[:NAMED]) + more
@@ -119,7 +138,7 @@ def _in_short(lines: list[str]) -> str:
 def with_defaults(tables: dict[str, Any]) -> dict[str, Any]:
     """A recipe of an earlier version with the keys that it did not have yet; as it is, if it no longer is one."""
     try:
-        return build_recipe(tables).as_tables()
+        return build_recipe(as_saved(tables)).as_tables()
     except UserError:
         return tables
 

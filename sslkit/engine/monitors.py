@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from sslkit.data.policies import ViewsConfig
+from sslkit.data.shared_memory import fitting_workers
 from sslkit.data.source import DataConfig, ImageSource
 from sslkit.engine.sights import Draw, neighbour_sheet
 from sslkit.errors import UserError
-from sslkit.evaluate.features import extract_features
+from sslkit.evaluate.features import batch_bytes, extract_features
 from sslkit.evaluate.knn import KnnProtocol, knn_accuracy
 from sslkit.evaluate.labels import LabelledPair, open_pair
 from sslkit.evaluate.protocol import data_settings, knn_settings, preprocessing_settings
@@ -21,6 +22,8 @@ from sslkit.evaluate.reading import Reading
 from sslkit.evaluate.transforms import Transform
 from sslkit.parts.collectives import copy_buffers_from_first, gather_rows, rank, world_size
 from sslkit.recipe import Recipe
+
+BATCH = 256  # images at a time
 
 
 class KnnMonitor:
@@ -36,9 +39,11 @@ class KnnMonitor:
     def __init__(self, recipe: Recipe, transform: Transform, device: torch.device, workers: int) -> None:
         monitor = recipe.monitor
         self.transform, self.device, self.workers = transform, device, workers
-        pair = open_pair(DataConfig(path=monitor.data, name=monitor.name), seed=recipe.train.seed)
+        data = DataConfig(path=monitor.data, name=monitor.name, background=recipe.data.background)
+        pair = open_pair(data, seed=recipe.train.seed)
         self.pair = _limit_bank(pair, monitor.max_train, recipe.train.seed)
         self.protocol = KnnProtocol(min(monitor.k, len(self.pair.train)), monitor.temperature)
+        self.batch_bytes = batch_bytes(transform, BATCH) if workers else 0
         self.left_out, self.scored, self.views = 0, len(self.pair.test), recipe.views
         self.seed = recipe.train.seed
 
@@ -85,7 +90,8 @@ class KnnMonitor:
             source.subset(mine),
             self.transform,
             device=self.device,
-            workers=self.workers,
+            workers=fitting_workers(self.batch_bytes, self.workers),
+            batch_size=BATCH,
             unreadable=unreadable,
         )
         readable = torch.ones(share, 1)

@@ -3,6 +3,7 @@
 from sslkit.data.lanes import Lanes
 from sslkit.data.source import ImageSource
 from sslkit.data.streaming import StreamedRows
+from sslkit.data.survey import describe_alpha
 from sslkit.engine.processes import workers_of
 from sslkit.engine.training import Training
 from sslkit.parts.batchnorm import has_batch_norm
@@ -21,6 +22,8 @@ def opening_lines(training: Training, source: ImageSource) -> list[str]:
         f"{workers_of(recipe, accelerator)} data worker(s) each",
         f"learning rate: base {recipe.optim.lr:g}, rule {recipe.optim.lr_rule} x batch / 256, peak {recipe.peak_lr:g}",
     ]
+    if accelerator.is_main_process and source.channels is None:
+        lines.append(describe_alpha(source))
     if train.shard and accelerator.num_processes > 1:
         here, there = held_here(training.method)
         lines.append(f"weights of student and teacher in parts: {here} of {there} on this process")

@@ -18,7 +18,7 @@ from sslkit.engine.loop import forward_and_backward
 from sslkit.engine.run import build_method
 from sslkit.errors import UserError, check_path
 from sslkit.methods import Method
-from sslkit.recipe import Recipe, build_recipe
+from sslkit.recipe import Recipe, as_saved, build_recipe
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def replay_capsule(folder: str | Path) -> Replay:
     """
     check_path(folder, "CAPSULE")
     facts, weights = read_capsule(Path(folder))
-    recipe = build_recipe(facts["recipe"], name=f"{folder}/capsule.json")
+    recipe = build_recipe(as_saved(facts["recipe"]), name=f"{folder}/capsule.json")
     source = open_source(recipe.data).without_labels()
     if len(source) != facts["images"]:
         raise UserError(f"{folder}: was made with {facts['images']} images; {source.description} has {len(source)} now")

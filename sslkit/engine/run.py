@@ -21,7 +21,15 @@ from sslkit.engine.agreement import all_or_none, compare_facts
 from sslkit.engine.checkpoint import Checkpoint, restore
 from sslkit.engine.diagnostics import Diagnostics
 from sslkit.engine.encoders import compile_backbones, encoders_of
-from sslkit.engine.folder import FREE_KEYS, Run, check_folder, check_own, look_into, open_folder
+from sslkit.engine.folder import (
+    FREE_KEYS,
+    Run,
+    as_begun,
+    check_folder,
+    check_own,
+    look_into,
+    open_folder,
+)
 from sslkit.engine.guard import BadStepError, Course, RewindError
 from sslkit.engine.heartbeat import Heartbeat, is_others_fault
 from sslkit.engine.images import BadSamples
@@ -62,6 +70,7 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
         UserError: Something in recipe, data or folder is not as it must be. Nothing has been written then.
     """
     folder = Path(output)
+    recipe, begun = as_begun(folder, recipe)
     check_folder(folder, recipe, resume)  # to refuse early; it counts once the folder is held
     check_trackers(recipe)
     source = open_source(recipe.data).without_labels()
@@ -70,7 +79,7 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
     try:
         with StopRequest(recipe.train.max_hours) as stop, ExitStack() as held:
             lock = hold_folder(folder, active=accelerator.is_main_process)
-            said = all_or_none(lambda: held.enter_context(lock))
+            said = [*begun, *all_or_none(lambda: held.enter_context(lock))]
             return _train(recipe, folder, resume, source, accelerator, stop, said)
     finally:
         accelerator.end_training()

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, Dataset
 
+from sslkit.data.background import WHITE
 from sslkit.data.loader import start_worker
+from sslkit.data.shared_memory import explain_death, prefetch_of
 from sslkit.errors import UserError, near_miss
 from sslkit.evaluate.checks import check_rates, check_seed
 from sslkit.evaluate.detection.annotations import AnnotatedPair, open_annotated
@@ -122,12 +124,18 @@ _PROTOCOLS = {
 }
 
 
-def _check_pictures(pictures: list[Picture], *, masks: bool) -> None:
+def _check_pictures(pictures: list[Picture], longest_side: int, *, masks: bool) -> None:
     """All that can be found out before hours of training."""
     if masks:
         check_masks(pictures)
     for picture in pictures:
         picture.check_size()
+        shorter, longer = sorted((picture.width, picture.height))
+        if longer > longest_side * shorter:
+            raise UserError(
+                f"{picture.file}: is {picture.width} x {picture.height} pixels; with a longer side of {longest_side} "
+                "nothing of the shorter one is left, so leave it out"
+            )
 
 
 def evaluate_detect(
@@ -142,6 +150,7 @@ def evaluate_detect(
     train_split: str = "",
     test_split: str = "",
     workers: int = 0,
+    background: str = WHITE,
     say: Say = lambda _sentence: None,
 ) -> Judgement:
     """Train a detector over the encoder and score it, beside the same training from random weights.
@@ -157,6 +166,7 @@ def evaluate_detect(
         train_split: What is learned from; see `open_annotated`.
         test_split: What is scored on.
         workers: Processes that decode pictures.
+        background: What transparent pixels are composited over.
         say: Told of progress.
 
     Returns:
@@ -167,10 +177,12 @@ def evaluate_detect(
             annotation says, or a loss that is not finite.
     """
     require_pycocotools()
-    pair = open_annotated(folder, train_split, test_split)
+    pair = open_annotated(folder, train_split, test_split, background)
     if masks and pair.format == "voc":
         raise UserError("--masks: VOC's annotations have boxes only; give a folder in COCO format")
-    _check_pictures([*pair.train, *pair.test], masks=masks)
+    _check_pictures([*pair.train, *pair.test], protocol.longest_side, masks=masks)
+    largest = max(3 * picture.width * picture.height for picture in [*pair.train, *pair.test])
+    prefetch_of(largest * protocol.batch_size, workers, "--workers")
     encoder = load_encoder(model)
     if encoder.channels != 3:
         raise UserError(f"{model}: detection takes encoders of RGB; kNN and linear evaluation take any channels")
@@ -180,8 +192,9 @@ def evaluate_detect(
     for contestant in contestants:
         name = "from scratch" if contestant.description == "random init" else contestant.description
         say(name)
-        detector = train_detector(contestant, pair, protocol, arch=chosen, masks=masks, workers=workers, say=say)
-        scored = score_detector(detector, pair, masks=masks, workers=workers)
+        with explain_death(largest * protocol.batch_size):
+            detector = train_detector(contestant, pair, protocol, arch=chosen, masks=masks, workers=workers, say=say)
+            scored = score_detector(detector, pair, masks=masks, workers=workers)
         own = scored.measures["AP"], scored.intervals["AP"]
         scores.append(Score(name, *own, "", scored.measures, scored.intervals, contestant.revision))
     settings = {"kind": "detect", **vars(protocol), "arch": chosen, "masks": masks}

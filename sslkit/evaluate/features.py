@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sslkit.data.decode import UnreadableImage
 from sslkit.data.loader import start_worker
+from sslkit.data.shared_memory import explain_death, prefetch_of
 from sslkit.data.source import ImageSource
 from sslkit.errors import UserError, check_path, near_miss
 from sslkit.evaluate.transforms import (
@@ -38,6 +39,8 @@ from sslkit.terminal import say
 RAW_PIXEL_SIDE = 32
 MOST_PIXELS = 256 * 3 * 512**2  # numbers in a batch of images
 BLANK_SIDE = 256
+AHEAD = 2  # batches that a worker makes ahead, where there is room
+DECODING = "2"  # raised when the pixels of any image change, so that stored features of others are not found
 
 
 @dataclass(frozen=True)
@@ -227,14 +230,22 @@ def extract_features(
 
     Raises:
         UnreadableImage: An image cannot be read, and no list was given.
+        UserError: Shared memory has no room for the workers' batches.
+        RunError: A worker died.
     """
     key = None if seed is None else (seed,)
     images = TransformedImages(source.without_labels(), transform, key, refuse=unreadable is None)
-    loader = DataLoader(images, batch_size, num_workers=workers, worker_init_fn=start_worker)
+    nbytes = batch_bytes(transform, batch_size) if workers else 0
+    prefetch = prefetch_of(nbytes, workers, "--workers", AHEAD)
+    loader = DataLoader(images, batch_size, num_workers=workers, worker_init_fn=start_worker, prefetch_factor=prefetch)
     was_training = module.training
     before = fingerprint(module)
     module.eval().to(device)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():  # inference mode would mark weights in parts
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+        explain_death(nbytes),
+    ):  # inference mode would mark weights in parts
         features = []
         for pixels, positions in loader:
             found = module(pixels.to(device))
@@ -253,10 +264,20 @@ def extract_features(
     return torch.cat(features)
 
 
+def batch_bytes(transform: Transform, batch_size: int) -> int:
+    """Bytes of a batch of a transform's results; random numbers are left as they were."""
+    state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        nbytes = transform(blank_for(transform, BLANK_SIDE)).nbytes
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    return int(nbytes) * batch_size
+
+
 def features_key(encoder: Encoder, source: ImageSource, transform: str, reading: str) -> str:
     """Hexadecimal name of the features of an encoder, a source and a transform: equal only if all of them are."""
     said = [fingerprint(encoder.module), encoder.architecture, repr(sorted(encoder.model_args.items())), reading]
-    said += [transform, source.fingerprint(), timm.__version__, torch.__version__]
+    said += [transform, source.fingerprint(), timm.__version__, torch.__version__, DECODING, source.background]
     return hashlib.sha256("\0".join(said).encode()).hexdigest()[:32]
 
 

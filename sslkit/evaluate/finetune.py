@@ -22,15 +22,17 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
 from sslkit.data.loader import start_worker
+from sslkit.data.shared_memory import explain_death, prefetch_of
 from sslkit.data.source import ImageSource
 from sslkit.errors import UserError, near_miss
 from sslkit.evaluate.checks import check_rates, check_seed
-from sslkit.evaluate.features import Encoder, TransformedImages, build
+from sslkit.evaluate.features import AHEAD, Encoder, TransformedImages, batch_bytes, build
 from sslkit.parts.layerwise import Lars
 from sslkit.parts.schedules import per_epoch, warmup_then_cosine, warmup_then_steps
 
 Say = Callable[[str], None]
 
+TESTED = 256  # images at a time in testing
 FEW = 0.03  # share of labelled images below which SwAV's rates for 1 % are meant, not those for 10 %
 
 
@@ -232,6 +234,8 @@ def _epoch_loader(images: TransformedImages, batch_size: int, workers: int) -> D
     """Whole batches in an order that the images' key decides."""
     order = torch.Generator().manual_seed(int(np.random.SeedSequence(images.key).generate_state(1)[0]))
     options: dict[str, Any] = {"num_workers": workers, "worker_init_fn": start_worker}
+    if workers:
+        options["prefetch_factor"] = prefetch_of(batch_bytes(images.transform, batch_size), workers, "--workers", AHEAD)
     return DataLoader(images, batch_size, shuffle=True, generator=order, drop_last=True, **options)
 
 
@@ -374,5 +378,8 @@ def classify(model: nn.Module, encoder: Encoder, source: ImageSource, workers: i
     """The class of every image, (len(source),) int64, by a classifier in eval mode."""
     device = next(model.parameters()).device
     images = TransformedImages(source.without_labels(), encoder.transform())
-    loader = DataLoader(images, 256, num_workers=workers, worker_init_fn=start_worker)
-    return torch.cat([model(batch.to(device)).argmax(dim=1).cpu() for batch, _ in loader])
+    nbytes = batch_bytes(images.transform, TESTED) if workers else 0
+    prefetch = prefetch_of(nbytes, workers, "--workers", AHEAD)
+    loader = DataLoader(images, TESTED, num_workers=workers, worker_init_fn=start_worker, prefetch_factor=prefetch)
+    with explain_death(nbytes):
+        return torch.cat([model(batch.to(device)).argmax(dim=1).cpu() for batch, _ in loader])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sslkit.data.shared_memory import explain_death
 from sslkit.data.source import DataConfig, ImageSource
 from sslkit.errors import UserError
 from sslkit.evaluate.features import (
@@ -20,7 +21,7 @@ from sslkit.evaluate.features import (
     raw_pixels,
 )
 from sslkit.evaluate.finetune import FinetuneProtocol, Say, classify, finetune
-from sslkit.evaluate.knn import KnnProtocol, predict_all
+from sslkit.evaluate.knn import KnnProtocol, check_neighbours, predict_all
 from sslkit.evaluate.labels import LabelledPair, open_pair
 from sslkit.evaluate.linear import HELD_OUT_CHOOSES, EpochFeatures, LinearProtocol, linear_accuracy
 from sslkit.evaluate.protocol import (
@@ -130,6 +131,7 @@ def evaluate_knn_grid(
     """
     reading = reading or Reading()
     pair = open_pair(data, train_split, test_split)
+    check_neighbours(protocols, len(pair.train))
     scores: list[list[Score]] = [[] for _ in protocols]
     crop: dict[str, Any] = {}
     for encoder in _contestants(model, baselines, reading):
@@ -293,7 +295,8 @@ def evaluate_finetune(
         name = "from scratch" if contestant.description == "random init" else contestant.description
         say(name)
         options: dict[str, Any] = {"neck": its_neck, "workers": workers, "say": say}
-        classifier = finetune(contestant, source, known, len(pair.classes), protocol, **options)
+        with explain_death():
+            classifier = finetune(contestant, source, known, len(pair.classes), protocol, **options)
         right = classify(classifier, contestant, pair.test, workers) == pair.test_labels
         scores.append(replace(_score(contestant, float(right.float().mean()), pair), encoder=name))
     settings = {"kind": "finetune", **vars(protocol), "neck": neck is not None, "selection": "none, the last epoch"}

@@ -115,20 +115,27 @@ def largest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, columns.gather(1, places)
 
 
+def check_neighbours(protocols: Sequence[KnnProtocol], bank: int) -> None:
+    """See that each protocol's k is one that a bank of so many images has.
+
+    Raises:
+        UserError: It is not.
+    """
+    for protocol in protocols:
+        if not 1 <= protocol.k <= bank:
+            raise UserError(f"knn: k = {protocol.k} neighbours of a bank of {bank} images; give --k from 1 to {bank}")
+
+
 def predict_all(
     queries: Tensor, bank: Tensor, labels: Tensor, num_classes: int, protocols: Sequence[KnnProtocol]
 ) -> list[Tensor]:
     """What `predict` gives under each protocol; neighbours are looked for once, and once more if some are centred."""
+    check_neighbours(protocols, len(bank))
     check_finite(bank, "knn, bank")
     check_finite(queries, "knn, queries")
     predicted: dict[KnnProtocol, Tensor] = {}
     for centre in {protocol.centre for protocol in protocols}:
         alike = [protocol for protocol in protocols if protocol.centre == centre]
-        for protocol in alike:
-            if not 1 <= protocol.k <= len(bank):
-                raise UserError(
-                    f"knn: k = {protocol.k} neighbours of a bank of {len(bank)} images; k must be within 1 and it"
-                )
         mean = bank.mean(dim=0, dtype=torch.float32).to(queries.device) if centre else 0.0
         unit = partial(_unit, mean)
         similarity, rows = nearest(queries, bank, max(protocol.k for protocol in alike), unit)

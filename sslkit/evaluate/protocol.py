@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sslkit.data.survey import count_alpha
 from sslkit.evaluate.detection.annotations import AnnotatedPair
 from sslkit.evaluate.identity import images_digest, pictures_digest
 from sslkit.evaluate.knn import KnnProtocol
@@ -24,7 +25,9 @@ def protocol_hash(settings: dict[str, Any]) -> str:
 
 def data_settings(pair: LabelledPair) -> dict[str, Any]:
     """The data's part of a protocol: which images, split how, with which labels, wherever they lie."""
-    return {
+    # Only where it shows, so that scores of images without alpha stay comparable with earlier ones.
+    alpha = any(count_alpha(source)[0] for source in (pair.train, pair.test))
+    return ({"background": pair.train.background} if alpha else {}) | {
         "split": pair.split,
         "train_images": len(pair.train),
         "test_images": len(pair.test),

@@ -14,7 +14,7 @@ from sslkit.data.source import open_source
 from sslkit.data.views import ViewPipeline
 from sslkit.durable import replace_file
 from sslkit.errors import UserError, check_path
-from sslkit.recipe import Recipe, load_recipe
+from sslkit.recipe import Recipe, load_saved
 from sslkit.rows import Row, number, rows_of
 
 mpl.use("Agg")
@@ -35,7 +35,7 @@ def draw_run(run: Path) -> list[Path]:
     """
     curves = draw_curves(run)
     try:
-        return [curves, _draw_views(load_recipe(run / "recipe.toml"), run / "pictures" / "views.png")]
+        return [curves, _draw_views(load_saved(run / "recipe.toml"), run / "pictures" / "views.png")]
     except UserError:
         return [curves]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sslkit.durable import refuse_links
 from sslkit.errors import UserError, check_path
-from sslkit.recipe import Recipe, load_recipe
+from sslkit.recipe import Recipe, load_saved
 from sslkit.rows import Row, number, read_log, rows_of
 
 __all__ = ["Row", "RunRecord", "number", "read_run", "read_runs"]
@@ -68,7 +68,7 @@ def read_run(folder: Path, name: str = "") -> RunRecord:
     if not (folder / "recipe.toml").is_file():
         raise UserError(f"{folder}: not a run folder (no recipe.toml)")
     refuse_links(folder)  # pages and pictures are written into it
-    recipe = load_recipe(folder / "recipe.toml")
+    recipe = load_saved(folder / "recipe.toml")
     metrics = read_log(folder / "metrics.jsonl")
     if not metrics.rows and metrics.odd:
         line = metrics.odd[0][0]

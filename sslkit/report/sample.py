@@ -45,10 +45,11 @@ def draw_sample(recipe: Recipe, data: str = "") -> Sample:
     Raises:
         UserError: The data cannot be read, or holds fewer than three images.
     """
+    read_as = {"channels": recipe.data.channels, "background": recipe.data.background}
     if data:
-        config = DataConfig(path=data, channels=recipe.data.channels)
+        config = DataConfig.model_validate({"path": data, **read_as})
     elif recipe.monitor.data:
-        config = DataConfig(path=recipe.monitor.data, name=recipe.monitor.name, channels=recipe.data.channels)
+        config = DataConfig.model_validate({"path": recipe.monitor.data, "name": recipe.monitor.name, **read_as})
     else:
         config = recipe.data
     source = open_source(config)

@@ -1,12 +1,13 @@
 """Folders of pictures with boxes, in the formats of PASCAL VOC and COCO."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sslkit.data.background import WHITE
 from sslkit.errors import UserError, check_path, near_miss
 from sslkit.evaluate.detection import coco, voc
 from sslkit.evaluate.detection.picture import Picture
@@ -35,7 +36,9 @@ class AnnotatedPair:
     split: str
 
 
-def open_annotated(folder: str | Path, train_split: str = "", test_split: str = "") -> AnnotatedPair:
+def open_annotated(
+    folder: str | Path, train_split: str = "", test_split: str = "", background: str = WHITE
+) -> AnnotatedPair:
     """Read a folder in VOC or COCO format.
 
     A folder that holds VOC2007 and VOC2012 is one data set: the pictures of a split are those of every year that has
@@ -46,6 +49,7 @@ def open_annotated(folder: str | Path, train_split: str = "", test_split: str = 
         train_split: What is learned from; empty takes VOC's trainval where there is a test split, else train; COCO's
             split whose name starts with ``train``.
         test_split: What is scored on; empty takes test, else val, valid or validation, with or without a year after it.
+        background: What transparent pixels are composited over.
 
     Raises:
         UserError: Neither format, a split that is not there, or annotations that cannot be read.
@@ -68,8 +72,10 @@ def open_annotated(folder: str | Path, train_split: str = "", test_split: str = 
     if not years:
         test_names = _shared(train_names, test_names, test, f"{folder}: {test_split}", train_split)
     numbers = {name: number for number, name in enumerate(sorted({*train_names.values(), *test_names.values()}), 1)}
-    train = [_numbered(picture, train_names, numbers) for picture in train]
-    test = [_numbered(picture, test_names, numbers) for picture in test]
+    train, test = (
+        [replace(_numbered(picture, names, numbers), background=background) for picture in pictures]
+        for pictures, names in ((train, train_names), (test, test_names))
+    )
     if not any(picture.usable().any() for picture in train):
         raise UserError(f"{folder}: split {train_split!r} has nothing to learn from, no object with a box but crowds")
     if not any(picture.counted().any() for picture in test):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sslkit.data.background import WHITE
 from sslkit.data.decode import Header, UnreadableImage, decode_rgb, read_header
 from sslkit.errors import UserError
 
@@ -44,6 +45,7 @@ class Picture:
         crowds: (N,) bool: those that are no single object, which nothing is learned from.
         areas: (N,) float64, in square pixels, for COCO's three classes of size.
         segments: One a box, polygons or run lengths as COCO has them; empty where the format has none.
+        background: What transparent pixels are composited over; see `sslkit.data.DataConfig`.
     """
 
     file: Path
@@ -55,6 +57,7 @@ class Picture:
     crowds: NDArray[np.bool_]
     areas: NDArray[np.float64]
     segments: tuple[Any, ...] = ()
+    background: str = WHITE
 
     def __post_init__(self) -> None:
         """Refuse, by a ValueError, what no picture can have."""
@@ -91,7 +94,7 @@ class Picture:
             encoded = self.file.read_bytes()
         except OSError as error:
             raise UserError(f"{self.file}: cannot be read, but its annotation names it ({error.strerror})") from error
-        pixels = decode_rgb(encoded, str(self.file))
+        pixels = decode_rgb(encoded, str(self.file), self.background)
         if pixels.shape[:2] != (self.height, self.width):
             found = f"{pixels.shape[1]} x {pixels.shape[0]}"
             turned = pixels.shape[1::-1] == (self.height, self.width) and _is_turned(read_header(encoded, ""))
@@ -109,8 +112,7 @@ class Picture:
                     header = read_header(stream.read(count), "")
             except (OSError, UnreadableImage):  # WebP and TIFF may need all of it
                 continue
-            upright = (header.height, header.width) if _is_turned(header) else (header.width, header.height)
-            if upright == (self.width, self.height):
+            if header.size == (self.height, self.width):
                 return
         self.pixels()  # it has the last word: a PNG's tag may stand behind the pixels
 
