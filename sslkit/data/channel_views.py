@@ -24,7 +24,8 @@ def resize_channels(values: Pixels, side: int, interpolation: str, kind: str = "
     if values.shape[:2] == (side, side):
         return values
     if kind != "antialias":
-        return _rounded(resize_by_taps(values, side, interpolation, legacy=kind == "tensorflow_v1"))
+        turned = resize_by_taps(values, side, interpolation, legacy=kind == "tensorflow_v1")
+        return _rounded(turned.transpose(1, 0, 2))
     batch = torch.from_numpy(values.astype(np.float32)).permute(2, 0, 1).unsqueeze(0)
     return _rounded(interpolate(batch, (side, side), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy())
 

@@ -28,7 +28,9 @@ BLUR_SPREAD = 4.0  # standard deviations after which weights are left out; toget
 
 
 def resize_by_taps(pixels: Pixels, side: int, interpolation: str, *, legacy: bool) -> Floats:
-    """Resize (H, W, C) to (side, side, C) without antialiasing, as `tf.image.resize` does; not clipped.
+    """Resize (H, W, C) without antialiasing, as `tf.image.resize` does; turned over, (W, H, C), and not rounded.
+
+    Values below zero, of a cubic's overshoot, become zero.
 
     Args:
         pixels: Whole numbers.
@@ -37,13 +39,13 @@ def resize_by_taps(pixels: Pixels, side: int, interpolation: str, *, legacy: boo
         legacy: As `tf.compat.v1.image.resize_bicubic` (or ``_bilinear``) does it instead.
     """
     height, width, channels = pixels.shape
-    columns = swap_axes(pixels).reshape(width, height * channels)
-    places, weights = taps(width, side, interpolation, legacy)
-    narrowed = embedding_bag(places, torch.from_numpy(columns).float(), mode="sum", per_sample_weights=weights)
-    rows = swap_axes(narrowed.view(side, height, channels).numpy()).reshape(height, side * channels)
+    rows = torch.from_numpy(np.ascontiguousarray(pixels)).view(height, width * channels).float()
     places, weights = taps(height, side, interpolation, legacy)
-    resized = embedding_bag(places, torch.from_numpy(rows), mode="sum", per_sample_weights=weights)
-    return np.asarray(resized.view(side, side, channels).numpy(), dtype=np.float32)
+    shortened = embedding_bag(places, rows, mode="sum", per_sample_weights=weights)
+    columns = torch.from_numpy(swap_axes(shortened.view(side, width, channels).numpy())).view(width, side * channels)
+    places, weights = taps(width, side, interpolation, legacy)
+    resized = embedding_bag(places, columns, mode="sum", per_sample_weights=weights)
+    return np.asarray(resized.clamp_min_(0.0).view(side, side, channels).numpy(), dtype=np.float32)
 
 
 def swap_axes(image: NDArray[Any]) -> NDArray[Any]:
@@ -64,7 +66,7 @@ def taps(length: int, side: int, interpolation: str, legacy: bool) -> tuple[Tens
     centres = (np.arange(side, dtype=np.float32) + half) * scale - half
     first = np.floor(centres)
     beyond = (centres - first)[:, None]
-    places = first.astype(np.int64)[:, None] + np.arange(-1, 3)
+    places = first.astype(np.int32)[:, None] + np.arange(-1, 3, dtype=np.int32)
     if interpolation == "bicubic":
         beyond = np.rint(beyond * TABLE_STEPS) / TABLE_STEPS
     distances = np.abs(beyond - np.arange(-1, 3))

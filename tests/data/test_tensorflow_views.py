@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_sample_images
 
 from sslkit.data import device_views, tensorflow_views
+from sslkit.data.channel_views import resize_channels
 from sslkit.data.draws import Draw, draw_view
 from sslkit.data.policies import POLICIES, ViewsConfig
-from sslkit.data.views import ViewPipeline
-from sslkit.recipe import build_recipe, load_recipe
+from sslkit.data.views import ViewPipeline, resize
+from sslkit.engine.folder import with_defaults
+from sslkit.errors import UserError
+from sslkit.recipe import build_recipe, changes, load_recipe
 
 NOTHING = Draw((0, 0, 8, 8), None, (0, 1, 2, 3), False, 0.0, False, False, 0.0, None)
 NUMBERS = {"brightness": 0, "contrast": 1, "saturation": 2, "hue": 3}
@@ -58,8 +61,11 @@ def test_resizing_is_tensorflows(case: str) -> None:
     height, width, side, kind, interpolation = case.split()
     pixels, new = golden.rough(int(height), int(width)), int(side)
     expected = np.reshape(VALUES["resize"][case], (new, new, 3))
-    found = tensorflow_views.resize_by_taps(pixels, new, interpolation, legacy=kind == "tensorflow_v1")
-    assert np.abs(found - expected).max() < 2e-3
+    turned = tensorflow_views.resize_by_taps(pixels, new, interpolation, legacy=kind == "tensorflow_v1")
+    assert np.abs(turned.transpose(1, 0, 2) - expected.clip(0)).max() < 2e-3
+    assert np.abs(resize(pixels, new, interpolation, kind) - expected.clip(0, 255)).max() < 0.502
+    deep = resize_channels(np.repeat(pixels, 2, axis=2).astype(np.uint16) * 257, new, interpolation, kind)
+    assert np.abs(deep[..., ::2] / 257 - expected.clip(0, 255)).max() < 0.01
     # TensorFlow looks weights up in a table of 1024 steps.
     assert np.abs(golden.resize(pixels.astype(float), new, kind, interpolation) - expected).max() < 0.5
 
@@ -184,8 +190,21 @@ def test_recipes_of_earlier_runs_keep_their_views() -> None:
     tables = {"method": {"name": "simclr"}, "backbone": {"name": "test_vit"}, "data": {"path": "x"}}
     earlier = build_recipe({**tables, "views": RESOLVED}).views
     assert (earlier.transforms, earlier.crop_sampler, earlier.resize) == ("torchvision", "torchvision", "antialias")
-    now = build_recipe({**tables, "views": {"policy": "simclr", "size": 32}}).views
+    shipped = build_recipe({**tables, "views": {"policy": "simclr", "size": 32}})
+    now, saved = shipped.views, with_defaults({**tables, "views": RESOLVED})
+    assert [line.partition(":")[0] for line in changes(saved, shipped.as_tables())] == [
+        f"views.{key}" for key in ("crop_sampler", "resize", "transforms")
+    ]
     assert (now.transforms, now.crop_sampler, now.resize) == ("tensorflow", "tensorflow", "tensorflow_v1")
+
+
+def test_crops_that_min_object_covered_never_takes_are_refused() -> None:
+    tables = {"method": {"name": "simclr"}, "backbone": {"name": "test_vit"}, "data": {"path": "x"}}
+    with pytest.raises(
+        UserError, match=r"\[views\] min_object_covered: must be at most crop_scale's upper number, 0\.09"
+    ):
+        build_recipe({**tables, "views": {"crop_scale": [0.05, 0.09]}})
+    assert build_recipe({**tables, "views": {"crop_scale": [0.05, 0.09], "min_object_covered": 0.0}})
 
 
 @pytest.mark.parametrize("name", ["simclr_r50", "simclr_cifar10", "byol_r50", "byol_r50_300ep"])
