@@ -100,7 +100,10 @@ def find_spikes(
     watch = SpikeWatch(factor, window)
     found = []
     for row in metrics:
-        norm, layers = number(row.get("grad_norm")), {name: number(row[name]) for name in row if name[:9] == "gradient/"}
+        norm, layers = (
+            number(row.get("grad_norm")),
+            {name: number(row[name]) for name in row if name[:9] == "gradient/"},
+        )
         if norm is not None:
             found.append(watch.see(int(step_of(row)), norm, {name: each or math.nan for name, each in layers.items()}))
     return [spike for spike in found if spike is not None]
@@ -223,9 +226,11 @@ def leak_alarm(
         exposed: Queries and keys share their BatchNorm groups, unshuffled: a flat kNN is enough.
         batch_norm: Whether the backbone has BatchNorm at all; without it statistics are not to blame.
     """
-    if not curve or curve[-1].pretext is None:
+    if not curve:
         return []
     now = curve[-1]
+    if now.pretext is None:
+        return []
     for then in curve[:-1]:
         rise = now.pretext - then.pretext if then.pretext is not None else 0.0
         noise = _chance(then.knn, test_images)

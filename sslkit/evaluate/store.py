@@ -200,7 +200,9 @@ class _Extraction:
             raise UserError(
                 f"feature store {self.store.folder}: {error}; free it, or leave it out with --no-cache"
             ) from error
-        sentence = f"feature store {self.store.folder}: {error.strerror or error}; these features are not kept, and the next"
+        sentence = (
+            f"feature store {self.store.folder}: {error.strerror or error}; these features are not kept, and the next"
+        )
         with suppress(OSError):  # standard error may be a file on the same disk
             if not self.said:
                 print(f"sslkit: WARNING: {sentence} evaluation extracts them again", file=sys.stderr)
@@ -235,7 +237,11 @@ def _load(file: Path, rows: int) -> Tensor | None:
                 return None
             whole: Tensor = opened.get_tensor("features")
             return whole
-    except (SafetensorError, OSError, RuntimeError):  # PyTorch's own, if another process removes it between two openings
+    except (
+        SafetensorError,
+        OSError,
+        RuntimeError,
+    ):  # PyTorch's own, if another process removes it between two openings
         return None
 
 

@@ -71,7 +71,9 @@ def read_run(folder: Path, name: str = "") -> RunRecord:
     metrics = read_log(folder / "metrics.jsonl")
     if not metrics.rows and metrics.odd:
         line = metrics.odd[0][0]
-        raise UserError(f"{metrics.file} line {line}: has no positive step and epoch, as every line must; nor has another")
+        raise UserError(
+            f"{metrics.file} line {line}: has no positive step and epoch, as every line must; nor has another"
+        )
     if not metrics.rows:
         raise UserError(f"{folder}: nothing to draw yet, metrics.jsonl is empty")
     return RunRecord(

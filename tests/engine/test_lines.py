@@ -1,4 +1,4 @@
-"""Lines of several processes at once: each is there afterwards, whole, whoever starts, goes back or is killed meanwhile."""
+"""Lines of several processes at once: each is there afterwards, whoever starts, goes back or is killed meanwhile."""
 
 import errno
 import fcntl

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from test_store import rows_of
 
 from sslkit.evaluate import store as store_module
 from sslkit.evaluate.store import MERGED, FeatureStore
-from test_store import rows_of
 
 FORK = multiprocessing.get_context("fork")
 
