@@ -143,21 +143,26 @@ def replace_file(file: Path, chunks: Iterable[bytes | memoryview]) -> None:
 def write_output(file: Path, text: str) -> None:
     """Write a text file that a user named, whole at every instant; a pipe or a device of that name is written into.
 
-    A link stays, and what it leads to is replaced.
+    A link stays, and what it leads to is replaced. It is not synced: whoever named the file can have it made again.
 
     Raises:
         OSError: It could not be written; an older one is as it was.
     """
-    content = text.encode("utf-8", errors="replace")
+    content, target = text.encode("utf-8", errors="replace"), Path(os.path.realpath(file))
     if file.exists() and not file.is_file():
         file.write_bytes(content)
         return
     try:
-        replace_file(file.resolve(), [content])
+        remove(_aside(target))
+        _aside(target).write_bytes(content)
+        os.replace(_aside(target), target)
     except PermissionError:  # a file in a folder to which nothing may be added
         if not file.is_file():
             raise
         file.write_bytes(content)
+    except OSError:
+        remove(_aside(target))
+        raise
 
 
 def remove(path: Path) -> None:

@@ -205,6 +205,9 @@ class MonitorConfig(_Table):
 class CheckpointConfig(_Table):
     """``[checkpoint]``: when the run is saved, and which of its checkpoints stay.
 
+    With ``[guard] policy = "skip"``, checkpoints of ``every_steps`` (of every 1000 steps where it is 0), of
+    ``keep_every_epochs`` and of ``keep_best`` are rewind points: the run can go back to them. The newest stays.
+
     Attributes:
         every_steps: Save every so many steps (0: never); the end of the run is always saved.
         every_minutes: Save every so many minutes (0: never).
@@ -227,8 +230,8 @@ class GuardConfig(_Table):
         policy: For a step whose loss or gradient is not finite, or whose loss is a spike: ``stop`` the run, or
             ``skip`` the step. Either way it never reaches weights, teacher or queue.
         loss_spike: A loss above so many times the median of the last 50 is a spike; 0: none is.
-        max_skips: Steps in a row that may be skipped; then the run goes back to its last checkpoint and takes the
-            images in another order from there.
+        max_skips: Steps in a row that may be skipped; then the run goes back to its newest rewind point (see
+            `CheckpointConfig`) and takes the images in another order from there.
         max_rewinds: How often it may go back before it stops after all.
         rewind_lr: Factor on the learning rate each time it goes back.
         compare_every: Steps between comparisons of the processes' weights; 0: never.

@@ -1,4 +1,4 @@
-"""The lines of JSON in a run folder, read: one reader for ``metrics``, ``results``, ``diagnostics`` and ``bad_samples``.
+"""Read the lines of JSON in a run folder: ``metrics``, ``results``, ``diagnostics`` and ``bad_samples``.
 
 A process may be killed in the middle of a line, and files are edited by hand. A line that is no row of its file is left
 out and counted, and never ends a command.
@@ -6,7 +6,7 @@ out and counted, and never ends a command.
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ def number(value: Any) -> float | None:
     return None
 
 
-def step_of(row: Row) -> float:
+def step_of(row: Mapping[str, Any]) -> float:
     """A row's step; 0 where it has none that is a number."""
     return number(row.get("step")) or 0.0
 

@@ -41,16 +41,15 @@ def show_report(report: "Report", as_json: bool) -> None:
 
 
 def conclude(model: str, judgements: "Sequence[Judgement]", as_json: bool) -> None:
-    """Print judgements and, if the model is a run, add them to the run's results."""
-    is_run = (Path(model) / "recipe.toml").is_file() and (Path(model) / "encoder").is_dir()
-    for judgement in judgements:
-        if is_run:
-            _store(Path(model), judgement)
-        if not as_json:
-            _show_judgement(judgement)
+    """Print judgements and then, if the model is a run, add them to the run's results, which a full disk may refuse."""
     if as_json:
         fields = [{**dataclasses.asdict(each), "protocol_hash": each.protocol_hash} for each in judgements]
         show_json(fields[0] if len(fields) == 1 else fields)
+    for judgement in judgements if not as_json else ():
+        _show_judgement(judgement)
+    if (Path(model) / "recipe.toml").is_file() and (Path(model) / "encoder").is_dir():
+        for judgement in judgements:
+            _store(Path(model), judgement)
 
 
 def _store(run: Path, judgement: "Judgement") -> None:

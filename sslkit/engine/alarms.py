@@ -226,9 +226,11 @@ def leak_alarm(
         exposed: Queries and keys share their BatchNorm groups, unshuffled: a flat kNN is enough.
         batch_norm: Whether the backbone has BatchNorm at all; without it statistics are not to blame.
     """
-    if not curve or curve[-1].pretext is None:
+    if not curve:
         return []
     now = curve[-1]
+    if now.pretext is None:
+        return []
     for then in curve[:-1]:
         rise = now.pretext - then.pretext if then.pretext is not None else 0.0
         noise = _chance(then.knn, test_images)

@@ -122,7 +122,7 @@ class Saver:
         self.failure = ""
         self.config = encoder_config(recipe, LICENSE) if active else {}
         self.course = {step for step in saved_steps(self.checkpoints) if step <= start_step}
-        self.rewind_points = {back_to} & self.course
+        self.rewind_points = {step for step in self.course if step == back_to}
 
     def __enter__(self) -> "Saver":
         return self

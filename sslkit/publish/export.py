@@ -116,8 +116,8 @@ def fill_encoder(config: dict[str, Any], tag: str, state: dict[str, Tensor], fol
 def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apache-2.0") -> dict[str, Any]:
     """Copy a run's encoder to a folder of its own, with a model card, and prove that it loads.
 
-    The folder appears when all is in it and proven. Until then it is made beside, under a hidden name that the next call
-    uses again.
+    The folder appears when all is in it and proven. Until then it is made beside, under a hidden name that the next
+    call uses again.
 
     Args:
         run: Run folder; its newest checkpoint's encoder is taken.

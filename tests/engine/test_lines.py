@@ -1,4 +1,4 @@
-"""Lines of several processes at once: each is there afterwards, whole, whoever starts, goes back or is killed meanwhile."""
+"""Lines of several processes at once: each is there afterwards, whoever starts, goes back or is killed meanwhile."""
 
 import errno
 import fcntl
@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 
+from sslkit.cli.show import conclude
 from sslkit.engine import lines as lines_module
 from sslkit.engine.journal import Journal, append_result
 from sslkit.engine.lines import Lines, append_text, keep_until
+from sslkit.errors import UserError
+from sslkit.evaluate.judge import Judgement, Score
 from sslkit.rows import read_log, rows_of
 
 FORK = multiprocessing.get_context("fork")
@@ -186,3 +189,19 @@ def test_lines_that_cannot_be_taken_out_are_passed_over(tmp_path: Path, monkeypa
     assert "lines after step 1 cannot be taken out: No space left on device" in said[-1]
     lines.append({"step": 2, "epoch": 1.0, "loss": 7.0})
     assert [(row["step"], row["loss"]) for row in rows_of(lines.file)] == [(1, 1), (2, 7.0)]
+
+
+def test_scores_that_cannot_be_added_are_shown_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "recipe.toml").touch()
+    (tmp_path / "checkpoints/latest").write_text("step-00000003\n")
+    monkeypatch.setattr("sslkit.engine.journal.append_text", full)
+    with pytest.raises(UserError, match="the score cannot be added: No space left on device"):
+        conclude(str(tmp_path), [Judgement("knn", "x", {}, [Score("mine", 0.625)])], False)
+    assert "62.50%" in capsys.readouterr().out

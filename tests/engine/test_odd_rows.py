@@ -150,7 +150,9 @@ def test_other_keys_may_hold_anything(run: Path, file: str) -> None:
     draw_curves(run)
 
 
-def test_commands_say_how_many(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_say_how_many(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """report, export, publish and watch end well, and name the file once each."""
     for file, rows in ODD.items():
         put_in(run, file, rows)
@@ -163,8 +165,8 @@ def test_commands_say_how_many(run: Path, tmp_path: Path, capsys: pytest.Capture
     }
     said = {}
     for name, words in commands.items():
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-            patch.setattr("sslkit.rows._said", set())
+        monkeypatch.setattr("sslkit.rows._said", set())
+        with pytest.raises(SystemExit) as ended:
             main(words)
         assert not ended.value.code, capsys.readouterr().err
         said[name] = capsys.readouterr()
