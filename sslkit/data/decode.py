@@ -33,6 +33,7 @@ BITS, PHOTOMETRIC, PLANES, SAMPLE_FORMAT = 258, 262, 284, 339  # tags of a TIFF
 SIGNED = 2  # of SAMPLE_FORMAT
 WHITE_IS_ZERO = 0  # of PHOTOMETRIC
 ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+METADATA = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}  # where Pillow keeps an orientation
 LATE = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of PNG texts that may hold an orientation
 YCC = b"colr\x01\0\0\0\0\0\x12"  # a JPEG 2000's colour space
 
@@ -86,7 +87,7 @@ class Header:
         orientation: EXIF's, 1 (upright) to 8; 1 where it says something else.
         alpha: Whether pixels can be transparent: there is an alpha channel, or a colour that means transparent.
         signed: Bits of a sample that is a signed integer, which only a TIFF can have; 0 for all others.
-        opencv: Whether OpenCV reads it as Pillow does; Pillow reads all others.
+        opencv: Whether OpenCV reads it, as Pillow would; Pillow reads all others.
     """
 
     format: str
@@ -149,26 +150,33 @@ def read_header(encoded: bytes, name: str) -> Header:
 
 
 def _describe(image: Image.Image, encoded: bytes) -> Header:
-    width, height = image.size
-    if tiff_tag(image, ORIENTATION) in ((5,), (6,), (7,), (8,)):  # of a TIFF, Pillow gives the size once it is turned
-        width, height = height, width
-    try:
-        said = Image.Image.getexif(image).get(ORIENTATION, 1)  # a PNG's own method decodes its pixels
-    except Exception:  # junk where EXIF should be
-        said = 1
-    orientation = next((turn for turn in range(2, 9) if said == turn), 1)
+    kind, (width, height), signed = str(image.format), image.size, 0
+    orientation = _orientation(image)
     alpha = image.mode in ALPHA_MODES or "transparency" in image.info
-    signed = max(tiff_tag(image, BITS), default=0) if SIGNED in tiff_tag(image, SAMPLE_FORMAT) else 0
-    header = Header(str(image.format), image.mode, width, height, orientation, alpha, signed)
+    if kind in ("JPEG", "PNG", "WEBP", "MPO"):
+        return Header(kind, image.mode, width, height, orientation, alpha, opencv=True)
+    if kind == "TIFF":
+        if tiff_tag(image, ORIENTATION) in ((5,), (6,), (7,), (8,)):  # Pillow gives the size once it is turned
+            width, height = height, width
+        signed = max(tiff_tag(image, BITS), default=0) if SIGNED in tiff_tag(image, SAMPLE_FORMAT) else 0
+    header = Header(kind, image.mode, width, height, orientation, alpha, signed)
     return replace(header, opencv=_is_read_alike(image, header, encoded))
 
 
+def _orientation(image: Image.Image) -> int:
+    if image.format != "TIFF" and not METADATA & image.info.keys():
+        return 1
+    try:
+        said = Image.Image.getexif(image).get(ORIENTATION, 1)  # a PNG's own method decodes its pixels
+    except Exception:  # junk where EXIF should be
+        return 1
+    return next((turn for turn in range(2, 9) if said == turn), 1)
+
+
 def _is_read_alike(image: Image.Image, header: Header, encoded: bytes) -> bool:
-    """Whether OpenCV reads an image as Pillow does, as it was found for each format (docs/log.md)."""
+    """Whether OpenCV reads an image of a rarer format as Pillow does, as it was found (docs/log.md)."""
     codec, _, _, options = next(iter(getattr(image, "tile", ())), ("", None, 0, None))
     match header.format:
-        case "JPEG" | "MPO" | "PNG" | "WEBP":
-            return True
         case "BMP":  # 5 bits become 0 to 248
             return not header.alpha and isinstance(options, tuple) and options[0] not in ("BGR;15", "BGR;16")
         case "PPM":  # other codecs scale a maxval that is not 255 or 65535
