@@ -14,7 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import AvifImagePlugin, Image, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, TiffImagePlugin, UnidentifiedImageError
 
 from sslkit.data.background import KEEP, flatten
 from sslkit.errors import UserError
@@ -184,11 +184,9 @@ def _is_read_alike(image: Image.Image, header: Header, encoded: bytes) -> bool:
         case "JPEG2000":
             return not header.alpha and header.mode in ("L", "RGB") and _is_plain_jpeg2000(encoded)
         case "TIFF":
-            bits = {*tiff_tag(image, BITS)}
-            if header.mode == "RGB" and bits == {16} and tiff_tag(image, PLANES) == (2,):
-                return True  # which Pillow reads as zeros
             upright = header.orientation == 1 and tiff_tag(image, ORIENTATION) in ((), (1,))
-            return upright and header.mode in ("L", "P", "RGB", "CMYK", "I;16", "I;16B") and bits in ({8}, {16})
+            plain = header.mode in ("L", "P", "RGB", "CMYK", "I;16", "I;16B") and tiff_tag(image, PLANES) in ((), (1,))
+            return upright and plain and {*tiff_tag(image, BITS)} in ({8}, {16})
     return False  # GIF: transparent pixels have other colours; AVIF: no orientation, and red is blue beside alpha
 
 
@@ -335,13 +333,25 @@ def _rgba(pixels: NDArray[Any], encoded: bytes) -> NDArray[np.uint8]:
 
 def _decode_with_pillow(encoded: bytes, header: Header, *, with_alpha: bool) -> NDArray[np.uint8]:
     """Pixels, not turned but for a TIFF's."""
-    with warnings.catch_warnings(), Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+    with warnings.catch_warnings(), open_for_pixels(encoded) as image:
         warnings.simplefilter("ignore")
         if header.mode.startswith("I"):  # 16 bits, of which Pillow would clip all above 255
             return np.repeat((grey_16(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
         image.load()
         wanted = "RGBA" if with_alpha else "RGB"
         return np.asarray(image if image.mode == wanted else image.convert(wanted))
+
+
+def open_for_pixels(encoded: bytes) -> Image.Image:
+    """An image as Pillow opens it, but for a TIFF in planes, whose 16 bits Pillow reads as zeros; libtiff does not."""
+    image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    if tiff_tag(image, PLANES) != (2,):
+        return image
+    TiffImagePlugin.READ_LIBTIFF = True
+    try:
+        return Image.open(io.BytesIO(encoded), formats=FORMATS)
+    finally:
+        TiffImagePlugin.READ_LIBTIFF = False
 
 
 def grey_16(image: Image.Image) -> NDArray[np.uint16]:
