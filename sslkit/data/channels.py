@@ -17,7 +17,6 @@ from PIL import Image
 
 from sslkit.data.decode import (
     MAX_PIXELS,
-    ORIENTATION,
     TIFF,
     WHITE_IS_ZERO,
     Header,
@@ -26,8 +25,8 @@ from sslkit.data.decode import (
     grey_16,
     open_for_pixels,
     read_header,
-    turn_upright,
 )
+from sslkit.data.orientation import ORIENTATION, turn_upright
 from sslkit.errors import UserError
 
 FULL_SCALE = 65_535

@@ -4,7 +4,6 @@ import io
 import logging
 import os
 import stat
-import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import AvifImagePlugin, Image, TiffImagePlugin, UnidentifiedImageError
 
 from sslkit.data.background import KEEP, flatten
+from sslkit.data.orientation import ORIENTATION, metadata_first, orientation_of, turn_upright
 from sslkit.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -28,24 +28,11 @@ Pixels = NDArray[np.unsignedinteger[Any]]  # (H, W, 3) uint8 RGB, or (H, W, chan
 Size = tuple[int, int]  # height, width
 Reduction = Callable[[Size], int]
 
-ORIENTATION = 0x0112  # EXIF's tag, and TIFF's
 BITS, PHOTOMETRIC, PLANES, SAMPLE_FORMAT = 258, 262, 284, 339  # tags of a TIFF
 SIGNED = 2  # of SAMPLE_FORMAT
 WHITE_IS_ZERO = 0  # of PHOTOMETRIC
 ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
-METADATA = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}  # where Pillow keeps an orientation
-LATE = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of PNG texts that may hold an orientation
 YCC = b"colr\x01\0\0\0\0\0\x12"  # a JPEG 2000's colour space
-
-TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {  # upright, by EXIF's orientation
-    2: lambda pixels: cv2.flip(pixels, 1),
-    3: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_180),
-    4: lambda pixels: cv2.flip(pixels, 0),
-    5: cv2.transpose,
-    6: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_CLOCKWISE),
-    7: lambda pixels: cv2.rotate(cv2.transpose(pixels), cv2.ROTATE_180),
-    8: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE),
-}
 
 _REDUCED = {
     1: cv2.IMREAD_COLOR_RGB,
@@ -140,7 +127,7 @@ def read_header(encoded: bytes, name: str) -> Header:
         warnings.simplefilter("ignore")  # of the size, which is judged below, and of odd metadata
         try:
             _check_webp_canvas(encoded)
-            with Image.open(io.BytesIO(_metadata_first(encoded)), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(metadata_first(encoded)), formats=FORMATS) as image:
                 header = _describe(image, encoded)
         except Exception as error:  # what decoders raise about junk is no closed set
             raise UnreadableImage(name, _reason(error, encoded)) from error
@@ -151,7 +138,7 @@ def read_header(encoded: bytes, name: str) -> Header:
 
 def _describe(image: Image.Image, encoded: bytes) -> Header:
     kind, (width, height), signed = str(image.format), image.size, 0
-    orientation = _orientation(image)
+    orientation = orientation_of(image)
     alpha = image.mode in ALPHA_MODES or "transparency" in image.info
     if kind in ("JPEG", "PNG", "WEBP", "MPO"):
         return Header(kind, image.mode, width, height, orientation, alpha, opencv=True)
@@ -161,16 +148,6 @@ def _describe(image: Image.Image, encoded: bytes) -> Header:
         signed = max(tiff_tag(image, BITS), default=0) if SIGNED in tiff_tag(image, SAMPLE_FORMAT) else 0
     header = Header(kind, image.mode, width, height, orientation, alpha, signed)
     return replace(header, opencv=_is_read_alike(image, header, encoded))
-
-
-def _orientation(image: Image.Image) -> int:
-    if image.format != "TIFF" and not METADATA & image.info.keys():
-        return 1
-    try:
-        said = Image.Image.getexif(image).get(ORIENTATION, 1)  # a PNG's own method decodes its pixels
-    except Exception:  # junk where EXIF should be
-        return 1
-    return next((turn for turn in range(2, 9) if said == turn), 1)
 
 
 def _is_read_alike(image: Image.Image, header: Header, encoded: bytes) -> bool:
@@ -203,21 +180,6 @@ def _is_plain_jpeg2000(encoded: bytes) -> bool:
         return False
     count = int.from_bytes(encoded[at + 40 : at + 42], "big")
     return encoded[at + 42 : at + 42 + 3 * count] == b"\x07\x01\x01" * count
-
-
-def _metadata_first(encoded: bytes) -> bytes:
-    """A PNG with chunks that may tell its orientation before its pixels; Pillow reads no further for a header."""
-    if encoded[:8] != b"\x89PNG\r\n\x1a\n":
-        return encoded
-    at, first, late = 8, 0, b""
-    while at + 12 <= len(encoded):
-        size, kind = struct.unpack_from(">I4s", encoded, at)
-        if kind == b"IDAT":
-            first = first or at
-        elif first and (kind == b"eXIf" or encoded.startswith(LATE, at + 8)):
-            late += encoded[at : at + 12 + size]
-        at += 12 + size
-    return encoded[:first] + late + encoded[first:] if late else encoded
 
 
 def decode_rgb(encoded: bytes, name: str, background: str = KEEP) -> Pixels:
@@ -361,18 +323,6 @@ def grey_16(image: Image.Image) -> NDArray[np.uint16]:
     if bits == (12,):
         values = np.asarray(values << 4 | values >> 8, dtype=np.uint16)
     return 65_535 - values if inverted else values
-
-
-def turn_upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Turn pixels (H, W, C) upright from EXIF's orientation, 1 to 8."""
-    if orientation == 1:
-        return pixels
-    if pixels.shape[2] * pixels.itemsize > 32:  # bytes of a pixel, more than OpenCV's transposition takes
-        turned = pixels.swapaxes(0, 1) if orientation > 4 else pixels
-        turned = turned[::-1] if orientation in (3, 4, 7, 8) else turned
-        return np.ascontiguousarray(turned[:, ::-1] if orientation in (2, 3, 6, 7) else turned)
-    turned = TURNS[orientation](pixels)
-    return turned.reshape(*turned.shape[:2], pixels.shape[2])  # OpenCV takes a single channel away
 
 
 def _check_webp_canvas(encoded: bytes) -> None:
