@@ -2,19 +2,19 @@
 
 from contextlib import suppress
 from functools import cache
-from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ImageColor
+from PIL import Image, ImageColor
 
 KEEP = "keep"  # drop alpha and keep the colours under it
 WHITE = "white"
 
 
 @cache
-def colour_of(background: str) -> NDArray[np.uint16]:
-    """The colour that a ``background`` names, (3,) in 0 to 255.
+def colour_of(background: str) -> tuple[int, int, int]:
+    """The red, green and blue that a ``background`` names, each 0 to 255.
 
     Args:
         background: As CSS writes colours: ``"white"``, ``"#8090a0"``, ``"rgb(128, 144, 160)"``.
@@ -27,7 +27,8 @@ def colour_of(background: str) -> NDArray[np.uint16]:
         colour = ImageColor.getrgb(background)
     if len(colour) != 3:
         raise ValueError(f'must be "{KEEP}" or a colour such as "white", "black" or "#8090a0"')
-    return np.array(colour, dtype=np.uint16)
+    red, green, blue = colour
+    return red, green, blue
 
 
 def check_background(background: str) -> str:
@@ -41,18 +42,17 @@ def check_background(background: str) -> str:
     return background
 
 
-def flatten(pixels: NDArray[np.uint8], background: str) -> NDArray[Any]:
-    """Composite (H, W, 4) uint8 RGBA over a colour, or drop its alpha: (H, W, 3) uint8 RGB.
+def flatten(pixels: NDArray[np.uint8], background: str) -> NDArray[np.uint8]:
+    """Composite (H, W, 4) RGBA over a colour, or drop its alpha: (H, W, 3) RGB.
 
     Pixels without transparency come out as they are.
     """
-    colours, alpha = pixels[..., :3], pixels[..., 3:]
-    if background == KEEP or alpha.min() == 255:
-        return np.ascontiguousarray(colours)
-    mixed = colours * alpha.astype(np.uint16) + colour_of(background) * (255 - alpha)  # at most 255 * 255
-    mixed += 127
-    mixed //= 255
-    return mixed.astype(np.uint8)
+    colours = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB), dtype=np.uint8)
+    if background == KEEP or pixels[..., 3].min() == 255:
+        return colours
+    flat = Image.new("RGB", pixels.shape[1::-1], colour_of(background))
+    flat.paste(Image.fromarray(colours), mask=Image.fromarray(np.ascontiguousarray(pixels[..., 3])))
+    return np.asarray(flat)
 
 
 def describe_background(background: str) -> str:

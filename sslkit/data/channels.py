@@ -17,16 +17,16 @@ from PIL import Image
 
 from sslkit.data.decode import (
     MAX_PIXELS,
-    ORIENTATION,
     TIFF,
     WHITE_IS_ZERO,
     Header,
     Pixels,
     UnreadableImage,
     grey_16,
+    open_for_pixels,
     read_header,
-    turn_upright,
 )
+from sslkit.data.orientation import ORIENTATION, turn_upright
 from sslkit.errors import UserError
 
 FULL_SCALE = 65_535
@@ -98,7 +98,7 @@ def _decode_plain(encoded: bytes, name: str, channels: int) -> NDArray[Any]:
 def _read_plain(encoded: bytes, name: str, header: Header) -> NDArray[Any]:
     """What Pillow reads, unsigned and of full scale."""
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(encoded)) as image:
+        with warnings.catch_warnings(), open_for_pixels(encoded) as image:
             warnings.simplefilter("ignore")
             _check_pages(image, name)
             if header.signed:

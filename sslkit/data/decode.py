@@ -4,7 +4,6 @@ import io
 import logging
 import os
 import stat
-import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,9 +13,10 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import AvifImagePlugin, Image, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, TiffImagePlugin, UnidentifiedImageError
 
 from sslkit.data.background import KEEP, flatten
+from sslkit.data.orientation import ORIENTATION, metadata_first, orientation_of, turn_upright
 from sslkit.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -28,23 +28,11 @@ Pixels = NDArray[np.unsignedinteger[Any]]  # (H, W, 3) uint8 RGB, or (H, W, chan
 Size = tuple[int, int]  # height, width
 Reduction = Callable[[Size], int]
 
-ORIENTATION = 0x0112  # EXIF's tag, and TIFF's
 BITS, PHOTOMETRIC, PLANES, SAMPLE_FORMAT = 258, 262, 284, 339  # tags of a TIFF
 SIGNED = 2  # of SAMPLE_FORMAT
 WHITE_IS_ZERO = 0  # of PHOTOMETRIC
 ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
-LATE = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of PNG texts that may hold an orientation
 YCC = b"colr\x01\0\0\0\0\0\x12"  # a JPEG 2000's colour space
-
-TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {  # upright, by EXIF's orientation
-    2: lambda pixels: cv2.flip(pixels, 1),
-    3: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_180),
-    4: lambda pixels: cv2.flip(pixels, 0),
-    5: cv2.transpose,
-    6: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_CLOCKWISE),
-    7: lambda pixels: cv2.rotate(cv2.transpose(pixels), cv2.ROTATE_180),
-    8: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE),
-}
 
 _REDUCED = {
     1: cv2.IMREAD_COLOR_RGB,
@@ -86,7 +74,7 @@ class Header:
         orientation: EXIF's, 1 (upright) to 8; 1 where it says something else.
         alpha: Whether pixels can be transparent: there is an alpha channel, or a colour that means transparent.
         signed: Bits of a sample that is a signed integer, which only a TIFF can have; 0 for all others.
-        opencv: Whether OpenCV reads it as Pillow does; Pillow reads all others.
+        opencv: Whether OpenCV reads it, as Pillow would; Pillow reads all others.
     """
 
     format: str
@@ -139,7 +127,7 @@ def read_header(encoded: bytes, name: str) -> Header:
         warnings.simplefilter("ignore")  # of the size, which is judged below, and of odd metadata
         try:
             _check_webp_canvas(encoded)
-            with Image.open(io.BytesIO(_metadata_first(encoded)), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(metadata_first(encoded)), formats=FORMATS) as image:
                 header = _describe(image, encoded)
         except Exception as error:  # what decoders raise about junk is no closed set
             raise UnreadableImage(name, _reason(error, encoded)) from error
@@ -149,26 +137,23 @@ def read_header(encoded: bytes, name: str) -> Header:
 
 
 def _describe(image: Image.Image, encoded: bytes) -> Header:
-    width, height = image.size
-    if tiff_tag(image, ORIENTATION) in ((5,), (6,), (7,), (8,)):  # of a TIFF, Pillow gives the size once it is turned
-        width, height = height, width
-    try:
-        said = Image.Image.getexif(image).get(ORIENTATION, 1)  # a PNG's own method decodes its pixels
-    except Exception:  # junk where EXIF should be
-        said = 1
-    orientation = next((turn for turn in range(2, 9) if said == turn), 1)
+    kind, (width, height), signed = str(image.format), image.size, 0
+    orientation = orientation_of(image)
     alpha = image.mode in ALPHA_MODES or "transparency" in image.info
-    signed = max(tiff_tag(image, BITS), default=0) if SIGNED in tiff_tag(image, SAMPLE_FORMAT) else 0
-    header = Header(str(image.format), image.mode, width, height, orientation, alpha, signed)
+    if kind in ("JPEG", "PNG", "WEBP", "MPO"):
+        return Header(kind, image.mode, width, height, orientation, alpha, opencv=True)
+    if kind == "TIFF":
+        if tiff_tag(image, ORIENTATION) in ((5,), (6,), (7,), (8,)):  # Pillow gives the size once it is turned
+            width, height = height, width
+        signed = max(tiff_tag(image, BITS), default=0) if SIGNED in tiff_tag(image, SAMPLE_FORMAT) else 0
+    header = Header(kind, image.mode, width, height, orientation, alpha, signed)
     return replace(header, opencv=_is_read_alike(image, header, encoded))
 
 
 def _is_read_alike(image: Image.Image, header: Header, encoded: bytes) -> bool:
-    """Whether OpenCV reads an image as Pillow does, as it was found for each format (docs/log.md)."""
+    """Whether OpenCV reads an image of a rarer format as Pillow does, as it was found (docs/log.md)."""
     codec, _, _, options = next(iter(getattr(image, "tile", ())), ("", None, 0, None))
     match header.format:
-        case "JPEG" | "MPO" | "PNG" | "WEBP":
-            return True
         case "BMP":  # 5 bits become 0 to 248
             return not header.alpha and isinstance(options, tuple) and options[0] not in ("BGR;15", "BGR;16")
         case "PPM":  # other codecs scale a maxval that is not 255 or 65535
@@ -176,11 +161,9 @@ def _is_read_alike(image: Image.Image, header: Header, encoded: bytes) -> bool:
         case "JPEG2000":
             return not header.alpha and header.mode in ("L", "RGB") and _is_plain_jpeg2000(encoded)
         case "TIFF":
-            bits = {*tiff_tag(image, BITS)}
-            if header.mode == "RGB" and bits == {16} and tiff_tag(image, PLANES) == (2,):
-                return True  # which Pillow reads as zeros
             upright = header.orientation == 1 and tiff_tag(image, ORIENTATION) in ((), (1,))
-            return upright and header.mode in ("L", "P", "RGB", "CMYK", "I;16", "I;16B") and bits in ({8}, {16})
+            plain = header.mode in ("L", "P", "RGB", "CMYK", "I;16", "I;16B") and tiff_tag(image, PLANES) in ((), (1,))
+            return upright and plain and {*tiff_tag(image, BITS)} in ({8}, {16})
     return False  # GIF: transparent pixels have other colours; AVIF: no orientation, and red is blue beside alpha
 
 
@@ -197,21 +180,6 @@ def _is_plain_jpeg2000(encoded: bytes) -> bool:
         return False
     count = int.from_bytes(encoded[at + 40 : at + 42], "big")
     return encoded[at + 42 : at + 42 + 3 * count] == b"\x07\x01\x01" * count
-
-
-def _metadata_first(encoded: bytes) -> bytes:
-    """A PNG with chunks that may tell its orientation before its pixels; Pillow reads no further for a header."""
-    if encoded[:8] != b"\x89PNG\r\n\x1a\n":
-        return encoded
-    at, first, late = 8, 0, b""
-    while at + 12 <= len(encoded):
-        size, kind = struct.unpack_from(">I4s", encoded, at)
-        if kind == b"IDAT":
-            first = first or at
-        elif first and (kind == b"eXIf" or encoded.startswith(LATE, at + 8)):
-            late += encoded[at : at + 12 + size]
-        at += 12 + size
-    return encoded[:first] + late + encoded[first:] if late else encoded
 
 
 def decode_rgb(encoded: bytes, name: str, background: str = KEEP) -> Pixels:
@@ -327,13 +295,25 @@ def _rgba(pixels: NDArray[Any], encoded: bytes) -> NDArray[np.uint8]:
 
 def _decode_with_pillow(encoded: bytes, header: Header, *, with_alpha: bool) -> NDArray[np.uint8]:
     """Pixels, not turned but for a TIFF's."""
-    with warnings.catch_warnings(), Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+    with warnings.catch_warnings(), open_for_pixels(encoded) as image:
         warnings.simplefilter("ignore")
         if header.mode.startswith("I"):  # 16 bits, of which Pillow would clip all above 255
             return np.repeat((grey_16(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
         image.load()
         wanted = "RGBA" if with_alpha else "RGB"
         return np.asarray(image if image.mode == wanted else image.convert(wanted))
+
+
+def open_for_pixels(encoded: bytes) -> Image.Image:
+    """An image as Pillow opens it, but for a TIFF in planes, whose 16 bits Pillow reads as zeros; libtiff does not."""
+    image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    if tiff_tag(image, PLANES) != (2,):
+        return image
+    TiffImagePlugin.READ_LIBTIFF = True
+    try:
+        return Image.open(io.BytesIO(encoded), formats=FORMATS)
+    finally:
+        TiffImagePlugin.READ_LIBTIFF = False
 
 
 def grey_16(image: Image.Image) -> NDArray[np.uint16]:
@@ -343,18 +323,6 @@ def grey_16(image: Image.Image) -> NDArray[np.uint16]:
     if bits == (12,):
         values = np.asarray(values << 4 | values >> 8, dtype=np.uint16)
     return 65_535 - values if inverted else values
-
-
-def turn_upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Turn pixels (H, W, C) upright from EXIF's orientation, 1 to 8."""
-    if orientation == 1:
-        return pixels
-    if pixels.shape[2] * pixels.itemsize > 32:  # bytes of a pixel, more than OpenCV's transposition takes
-        turned = pixels.swapaxes(0, 1) if orientation > 4 else pixels
-        turned = turned[::-1] if orientation in (3, 4, 7, 8) else turned
-        return np.ascontiguousarray(turned[:, ::-1] if orientation in (2, 3, 6, 7) else turned)
-    turned = TURNS[orientation](pixels)
-    return turned.reshape(*turned.shape[:2], pixels.shape[2])  # OpenCV takes a single channel away
 
 
 def _check_webp_canvas(encoded: bytes) -> None:

@@ -124,18 +124,31 @@ _PROTOCOLS = {
 }
 
 
-def _check_pictures(pictures: list[Picture], longest_side: int, *, masks: bool) -> None:
-    """All that can be found out before hours of training."""
+def _check_pictures(pair: AnnotatedPair, protocol: DetectProtocol, workers: int, *, masks: bool) -> int:
+    """Refuse all that can be found out before hours of training; return the bytes of the largest batch."""
+    if masks and pair.format == "voc":
+        raise UserError("--masks: VOC's annotations have boxes only; give a folder in COCO format")
+    pictures = [*pair.train, *pair.test]
     if masks:
         check_masks(pictures)
     for picture in pictures:
         picture.check_size()
         shorter, longer = sorted((picture.width, picture.height))
-        if longer > longest_side * shorter:
+        if longer > protocol.longest_side * shorter:
             raise UserError(
-                f"{picture.file}: is {picture.width} x {picture.height} pixels; with a longer side of {longest_side} "
-                "nothing of the shorter one is left, so leave it out"
+                f"{picture.file}: is {picture.width} x {picture.height} pixels; with a longer side of "
+                f"{protocol.longest_side} nothing of the shorter one is left, so leave it out"
             )
+    batch_bytes = protocol.batch_size * max(3 * picture.width * picture.height for picture in pictures)
+    prefetch_of(batch_bytes, workers, "--workers", 2)
+    return batch_bytes
+
+
+def _load_rgb_encoder(model: str) -> Encoder:
+    encoder = load_encoder(model)
+    if encoder.channels != 3:
+        raise UserError(f"{model}: detection takes encoders of RGB; kNN and linear evaluation take any channels")
+    return encoder
 
 
 def evaluate_detect(
@@ -178,21 +191,15 @@ def evaluate_detect(
     """
     require_pycocotools()
     pair = open_annotated(folder, train_split, test_split, background)
-    if masks and pair.format == "voc":
-        raise UserError("--masks: VOC's annotations have boxes only; give a folder in COCO format")
-    _check_pictures([*pair.train, *pair.test], protocol.longest_side, masks=masks)
-    largest = max(3 * picture.width * picture.height for picture in [*pair.train, *pair.test])
-    prefetch_of(largest * protocol.batch_size, workers, "--workers")
-    encoder = load_encoder(model)
-    if encoder.channels != 3:
-        raise UserError(f"{model}: detection takes encoders of RGB; kNN and linear evaluation take any channels")
+    batch_bytes = _check_pictures(pair, protocol, workers, masks=masks)
+    encoder = _load_rgb_encoder(model)
     chosen = choose_arch(encoder, arch)
     contestants = [encoder, *([encoder.random_twin(protocol.seed)] if scratch else []), *map(load_encoder, baselines)]
     scores = []
     for contestant in contestants:
         name = "from scratch" if contestant.description == "random init" else contestant.description
         say(name)
-        with explain_death(largest * protocol.batch_size):
+        with explain_death(batch_bytes):
             detector = train_detector(contestant, pair, protocol, arch=chosen, masks=masks, workers=workers, say=say)
             scored = score_detector(detector, pair, masks=masks, workers=workers)
         own = scored.measures["AP"], scored.intervals["AP"]

@@ -1,6 +1,7 @@
 """Every kind of image: its size is that of its pixels, which are what Pillow gives, upright; or a reason why not."""
 
 import io
+from typing import Any
 
 import cv2
 import numpy as np
@@ -26,7 +27,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from sslkit.data.channels import decode_channels
-from sslkit.data.decode import Pixels, UnreadableImage, decode_reduced, decode_rgb, read_header, turn_upright
+from sslkit.data.decode import Pixels, UnreadableImage, decode_reduced, decode_rgb, read_header
+from sslkit.data.orientation import turn_upright
 
 CASES = dict(upright_cases())
 DEEP = colours()[..., 0].astype(np.uint16) * 256 + 7
@@ -199,6 +201,30 @@ def test_what_a_tiff_of_another_layout_shows(name: str) -> None:
     }
     expected = np.repeat(colours()[..., :1], 3, axis=2) if "white" in name else colours()
     assert apart(decode_rgb(made[name](), "x"), expected) <= 1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", ["contig", "separate"])
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+@pytest.mark.parametrize("kind", ["rgb", "rgba", "cmyk", "la"])
+def test_a_tiff_of_planes_is_read_like_any_other(kind: str, depth: type, layout: str) -> None:
+    """Pillow reads uncompressed planes of 16 bits as zeros."""
+    cmyk = np.asarray(Image.fromarray(colours()).convert("CMYK"))
+    pixels = {"rgb": colours(), "rgba": rgba(), "cmyk": cmyk, "la": rgba()[..., [0, 3]], "grey": colours()[..., :1]}[
+        kind
+    ]
+    if kind == "la" and depth is np.uint16:
+        return  # which is refused
+    expected = colours() if pixels.shape[2] > 2 else np.repeat(colours()[..., :1], 3, axis=2)
+    values = pixels.astype(depth) * depth(1 if depth is np.uint8 else 257)
+    options: dict[str, Any] = {"extrasamples": ["unassalpha"]} if kind in ("rgba", "la") else {}
+    photometric = {"rgb": "rgb", "rgba": "rgb", "cmyk": "separated"}.get(kind, "minisblack")
+    values = np.ascontiguousarray(values.transpose(2, 0, 1)) if layout == "separate" else values
+    for compression in (None, "deflate"):
+        for order in "<>":
+            more = {"planarconfig": layout, "byteorder": order, "compression": compression, **options}
+            encoded = tiff(values, photometric=photometric, **more)
+            assert apart(decode_rgb(encoded, "x"), expected) <= 1
 
 
 @pytest.mark.parametrize("fields", [False, True])

@@ -1,19 +1,22 @@
 """kNN and the linear probe against golden values, naive loops and scikit-learn."""
 
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from sslkit.cli import main
 from sslkit.data.source import DataConfig, open_source
 from sslkit.errors import UserError
-from sslkit.evaluate import KnnProtocol, LinearProtocol, knn_accuracy, linear_accuracy
+from sslkit.evaluate import KnnProtocol, LinearProtocol, judge, knn_accuracy, linear_accuracy
 from sslkit.evaluate import knn as knn_module
 from sslkit.evaluate.features import extract_features, fingerprint, raw_pixel_side, raw_pixels
 from sslkit.evaluate.knn import largest, nearest, predict, predict_all
@@ -191,3 +194,18 @@ def test_raw_pixels_reach_their_known_score() -> None:
         raw_pixels(train, side), labels, raw_pixels(test, side), truth, KnnProtocol(20, 0.07, centre=True)
     )
     assert 0.825 < score < 0.84
+
+
+@pytest.mark.parametrize("words", [["--k", "20,9"], ["--k", "0"], ["--protocol", "instdisc"]])
+def test_a_k_that_the_bank_has_not_is_refused_before_features(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ten images, of which two are held out, so that the bank has eight."""
+    for number in range(10):
+        (tmp_path / f"class{number % 2}").mkdir(exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), 25 * number, np.uint8)).save(tmp_path / f"class{number % 2}/{number}.png")
+    monkeypatch.setattr(judge, "load_encoder", lambda name: pytest.fail("the encoder was loaded"))
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", "knn", "resnet18", "--data", str(tmp_path), *words])
+    assert ended.value.code == 2
+    assert "neighbours of a bank of 8 images; give --k from 1 to 8" in capsys.readouterr().err
