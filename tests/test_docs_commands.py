@@ -24,11 +24,13 @@ from PIL import Image
 
 from sslkit.cli import app
 from sslkit.data.source import DataConfig, open_source
+from sslkit.recipe import find_recipe, shipped_recipes
 from sslkit.recipe_tables import TABLES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(?:bash|sh)\n(.*?)^```", flags=re.M | re.S)
+KNOWN_WORDS: tuple[str, ...] = ()  # that look like a recipe's name and are not one
 LAUNCHERS = ("accelerate", "torchrun")
 
 # By how a command begins, what makes it small enough for a CPU.
@@ -55,7 +57,6 @@ ONLY_READ = {
     "--standalone --nproc_per_node 8": "eight GPUs",
     "--node_rank 0": "waits for a second machine; tests/cluster has two",
     "--machine_rank 0": "waits for a second machine; tests/cluster reads its file",
-    "mocov2_resnet50": "a ResNet-50's work on 224 pixels",
     "mocov3_continue": "downloads weights",
     "bench mocov3_vits": "a ViT-S's work on 224 pixels; tests/bench runs it small",
     "doctor mocov3_vits": "a ViT-S's work on 224 pixels; tests/doctor runs it small",
@@ -119,7 +120,54 @@ def test_the_command_line_knows_it(command: Command) -> None:
         assert words, f"{command.text}: names no command"
         assert words[0] in group.commands, words[0]
         group = group.commands[words.pop(0)]
-    group.make_context("sslkit", words)  # raises on an option that is not there or wants another kind of value
+    # Raises on an option that is not there or wants another kind of value.
+    given = group.make_context("sslkit", words).params
+    recipe = given.get("recipe") or (given.get("name") if group.name == "show" else "")
+    if recipe:
+        find_recipe(recipe)
+
+
+def inline_commands() -> list[tuple[str, str]]:
+    """Page and text of the commands in its prose, which may have places to fill in."""
+    return [
+        (page.name, span.replace("\n", " "))
+        for page in PAGES
+        for span in re.findall(r"(?<!`)`(sslkit [^`]+)`(?!`)", page.read_text(encoding="utf-8"))
+    ]
+
+
+def test_prose_names_commands_options_and_recipes_that_exist() -> None:
+    assert len(inline_commands()) > 30
+    for page, text in inline_commands():
+        group: Any = typer.main.get_command(app)
+        words = [word for word in re.split(r"[\s=]+", text)[1:] if word not in ("...", "…")]
+        while hasattr(group, "commands") and words and not words[0].startswith("-"):
+            assert words[0] in group.commands, f"{page}: {text}"
+            group = group.commands[words.pop(0)]
+        options = {name for parameter in group.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        for word in words:
+            assert not word.startswith("--") or word in {*options, "--help"}, f"{page}: {text}"
+        if words and group.params and group.params[0].name == "recipe" and re.fullmatch(r"[a-z][\w./]*", words[0]):
+            find_recipe(words[0])
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_prose_names_recipes_and_files_that_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    families = {name.split("_")[0] for name in shipped_recipes()}
+    for name in re.findall(r"`(\w+)`", text):
+        if "_" in name and name.split("_")[0] in families and name not in KNOWN_WORDS:
+            assert name in shipped_recipes(), f"`{name}`"
+    for path in re.findall(r"`((?:sslkit|tests|docs|benchmarks|recipes|shared)/[\w/.-]+)", text):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text):
+        assert (page.parent / path).exists(), path
+
+
+def test_nobody_is_told_to_install_sslkit_from_a_registry() -> None:
+    """It is not there yet: in a checkout the extras are ``.[detect]`` and the like."""
+    for file in [*PAGES, *(ROOT / "sslkit").rglob("*.py")]:
+        assert not re.search(r"pip install [^\n`]*sslkit\[", file.read_text(encoding="utf-8")), file
 
 
 def why_only_read(command: Command) -> str:
@@ -199,8 +247,8 @@ def test_other_commands_name_what_exists() -> None:
             assert target in targets, f"{page}: {line}"
         for path in re.findall(r"\b(?:benchmarks|tests|docs)/[\w/.-]+", line):
             assert (ROOT / path).exists(), f"{page}: {line}"
-        for extra in re.findall(r"sslkit\[(\w+)\]", line):
-            assert extra in project["optional-dependencies"], f"{page}: {line}"
+        for extra in re.findall(r"(?:sslkit|\.)\[([\w,]+)\]", line):
+            assert set(extra.split(",")) <= project["optional-dependencies"].keys(), f"{page}: {line}"
 
 
 def toml_blocks() -> list[tuple[str, str]]:

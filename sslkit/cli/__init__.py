@@ -210,7 +210,8 @@ def show_recipe(
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; bad input becomes one sentence and exit code 2."""
     guard_other_libraries()
-    threading.excepthook = _print_thread_traceback
+    if threading.excepthook is threading.__excepthook__:  # a test runner has its own
+        threading.excepthook = _print_thread_traceback
     try:
         for word in sys.argv[1:] if arguments is None else arguments:
             check_path(word, "command line", lines=True)  # of those that are paths, more is asked where they are read

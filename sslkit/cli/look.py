@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sslkit.cli.options import Overrides
+from sslkit.cli.options import Backbone, Images, MethodName, Overrides, RecipeName, recipe_from_words
 from sslkit.cli.quick import quick_imports
 from sslkit.cli.show import console
 from sslkit.errors import UserError, without_tokens
@@ -48,19 +48,22 @@ def report(
 
 
 def views(
-    recipe: Annotated[str, typer.Argument(help="TOML file, or the name of a shipped recipe.")],
-    data: Annotated[str, typer.Option(help="Folder of images or datasets id. Default: the recipe's.")] = "",
+    recipe: RecipeName = "",
     overrides: Overrides = None,
+    method: MethodName = "",
+    backbone: Backbone = "",
+    data: Images = "",
     output: Annotated[str, typer.Option(help="HTML file to write.")] = "views.html",
 ) -> None:
-    """Write one HTML page of what a recipe's augmentations do to its images, with every step in words."""
-    import json
+    """Write one HTML page of what a recipe's augmentations do to its images, with every step in words.
 
-    from sslkit.recipe import load_recipe
+    Give a recipe, or all of --method, --backbone and --data, as for pretrain.
+    """
     from sslkit.report import write_views
 
-    given = [f"data.path={json.dumps(data)}"] if data else []
-    write_views(load_recipe(recipe, given + (overrides or [])), Path(recipe).stem, Path(output))
+    loaded = recipe_from_words(recipe, overrides or [], method, backbone, data)
+    name = Path(recipe).stem if recipe else f"{loaded.method_name}_{loaded.backbone.name}"
+    write_views(loaded, name, Path(output))
     show(output)
 
 

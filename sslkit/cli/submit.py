@@ -38,7 +38,7 @@ def submit(
 ) -> None:
     """Submit a run as a job with one process per GPU. It saves before its time is over, and is queued again until done.
 
-    The same command continues a run whose job has ended. Needs pip install 'sslkit[slurm]'.
+    The same command continues a run whose job has ended. Needs submitit: pip install submitit.
     """
     from sslkit.cluster.submission import Resources, batch_file
     from sslkit.cluster.submission import submit as submit_run

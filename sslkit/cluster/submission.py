@@ -233,7 +233,7 @@ def _submitit() -> Any:
     try:
         import submitit
     except ImportError:
-        raise UserError("submit: needs submitit; install it with: pip install 'sslkit[slurm]'") from None
+        raise UserError("submit: needs submitit; install it with: pip install submitit") from None
     return submitit
 
 

@@ -141,7 +141,7 @@ def _decode_tiff(encoded: bytes, name: str, channels: int) -> NDArray[Any]:
     try:
         tifffile = importlib.import_module("tifffile")
     except ImportError as error:
-        raise UserError(f"{name}: TIFF of several channels needs tifffile: pip install 'sslkit[channels]'") from error
+        raise UserError(f"{name}: TIFF of several channels needs tifffile: pip install tifffile") from error
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # a broken image is reported by us, once
     try:
         with tifffile.TiffFile(io.BytesIO(encoded)) as tiff:

@@ -1,5 +1,6 @@
 """Access tokens and passwords are struck out wherever sslkit prints, and words that are none stay."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,9 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import cli_error
+from conftest import cli_error, small_recipe
 
-from sslkit.errors import TOKEN_VARIABLES, without_tokens
+import sslkit
+from sslkit.cli import main
+from sslkit.cluster import job
+from sslkit.cluster.submission import Resources, batch_file
+from sslkit.errors import TOKEN_VARIABLES, UserError, without_tokens
+from sslkit.publish import export_encoder, publish_run
 
 # In parts, so that no scanner takes this file for a leak.
 HEX = "0123456789abcdef" * 2 + "01234567"
@@ -150,3 +156,79 @@ def test_tracebacks_hold_none(module: str, words: list[str]) -> None:
     assert "Bearer [token]" in done.stderr
     for secret in secrets.values():
         assert secret not in done.stdout + done.stderr
+
+
+TOKEN = SECRETS["Hugging Face"]
+
+
+def test_a_recipes_comment_is_shown_without_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = small_recipe("simclr", "test_vit").to_toml()
+    (tmp_path / "recipe.toml").write_text(f"# HF_TOKEN={TOKEN} sslkit pretrain ...\n\n{recipe}")
+    with pytest.raises(SystemExit) as ended:
+        main(["recipes", "show", str(tmp_path / "recipe.toml")])
+    assert ended.value.code == 0
+    assert "# HF_TOKEN=[token] sslkit pretrain" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--setup", f"export HF_TOKEN={TOKEN}"],
+        ["--setup", "module load cuda", "--setup", "git clone https://user:secret@host/x"],
+        ["--sbatch", f"export=ALL,HF_TOKEN={TOKEN}"],
+        ["--account", TOKEN],
+    ],
+)
+def test_a_jobs_file_holds_none(words: list[str]) -> None:
+    error = cli_error(["submit", "quickstart", "--dry-run", *words])
+    assert "access token" in error
+    assert ". ~/tokens.sh" in error
+    assert TOKEN not in error
+    pytest.importorskip("submitit")
+    advised = Resources(setup=[". ~/tokens.sh"])
+    assert ". ~/tokens.sh" in batch_file(sslkit.load_recipe("quickstart"), "runs/x", advised)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, OSError, UserError])
+def test_an_exception_in_a_job_is_printed_without_them(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise kind(f"cannot log in with {TOKEN}\x1b[2J")
+
+    monkeypatch.setattr(job, "join_tasks", fail)
+    monkeypatch.setattr(job.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        job.Pretraining("", "runs/x")()
+    assert ended.value.code == (2 if kind is UserError else 1)
+    printed = capsys.readouterr().err
+    assert "cannot log in with [token]" in printed
+    assert "\x1b" not in printed
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "run"
+    sslkit.train(small_recipe("simclr", "test_vit", backbone={"img_size": 32}, train={"max_steps": 1}), folder)
+    return folder
+
+
+def test_what_is_published_is_looked_through_once_more(run: Path, tmp_path: Path) -> None:
+    recipe, results = run / "recipe.toml", run / "results.jsonl"
+    original = recipe.read_text()
+    recipe.write_text(f"# made with {TOKEN}\n{original}")
+    for publish in (
+        lambda: export_encoder(run, tmp_path / "out"),
+        lambda: publish_run(run, "user/name", dry_run=True),
+    ):
+        with pytest.raises(UserError, match=r"recipe\.toml would hold what looks like an access token, in line 1"):
+            publish()
+    recipe.write_text(original)
+    row = {"step": 1, "by": "eval", "evaluation": "knn", "accuracy": 0.5, "protocol_hash": "x"}
+    results.write_text(json.dumps({**row, "data": "https://user:secret@host/x"}) + "\n")
+    with pytest.raises(UserError, match=r"README\.md would hold"):
+        publish_run(run, "user/name", dry_run=True)
+    assert not (tmp_path / "out").exists()
+    assert not (run / "publish").exists()
+    results.unlink()
+    assert publish_run(run, "user/name", dry_run=True).files["README.md"]

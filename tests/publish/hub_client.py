@@ -21,7 +21,7 @@ judge.load_encoder = lambda name: loaded.append(load(name)) or loaded[-1]
 
 for line in sys.stdin:
     words = json.loads(line)
-    said, complaint, loaded[:] = io.StringIO(), io.StringIO(), []
+    said, complaint, loaded[:], built = io.StringIO(), io.StringIO(), [], []
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complaint):
         try:
             if words[0] == "backbone":

@@ -185,7 +185,7 @@ def test_what_a_run_folder_says_moves_no_cursor(trained: Path, tmp_path: Path) -
         stream.write("\n")
     shown = page(tmp_path, 160)
     assert not {"\x1b", "\x07"} & set(shown)
-    assert "ALARM collapse: ?[2J?[bold]x[/bold]" in shown
+    assert r"ALARM collapse: \u001b[2J\u0007[bold]x[/bold]" in shown
     assert "alarms that no longer stand: spike" in shown
     assert "not finite in the newest line: loss" in shown
     assert "50.00% at step 3" in shown

@@ -200,7 +200,7 @@ def _part(name: str) -> Any:
     try:
         return importlib.import_module(f"pycocotools.{name}")
     except ImportError as error:
-        raise UserError("detection needs pycocotools: pip install 'sslkit[detect]'") from error
+        raise UserError("detection needs pycocotools: pip install pycocotools") from error
 
 
 def _truth(pictures: list[Picture], classes: list[str]) -> dict[str, Any]:
