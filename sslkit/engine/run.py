@@ -90,7 +90,7 @@ def _train(
 ) -> Run:
     torch.manual_seed(recipe.train.seed)
     method = build_method(recipe, len(source))
-    check_batch(recipe, method.bn_groups, accelerator.num_processes, across=method.groups_across_processes)
+    check_groups(recipe, method, accelerator.num_processes)
     monitor = make_monitor(recipe, accelerator)
     checkpoint, complaints = find_checkpoint(folder, recipe, resume)
     compare_facts(_facts(recipe, source, checkpoint), accelerator.device)
@@ -336,6 +336,12 @@ def steps_per_epoch(recipe: Recipe, source: ImageSource) -> int:
 def _last_step(recipe: Recipe, steps_per_epoch: int) -> int:
     total = recipe.train.epochs * steps_per_epoch
     return min(recipe.train.max_steps or total, total)
+
+
+def check_groups(recipe: Recipe, method: Method, processes: int) -> None:
+    """`check_batch` for every part of a method that has BN groups of its own."""
+    for groups in dict.fromkeys(method.batch_norm_groups().values()):
+        check_batch(recipe, groups, processes, across=method.groups_across_processes)
 
 
 def check_batch(recipe: Recipe, groups: int, processes: int, *, across: bool = False) -> None:
