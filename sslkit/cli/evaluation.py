@@ -72,7 +72,9 @@ def linear(
     model: Model,
     labelled: Labelled,
     frozen: Frozen,
-    protocol: Annotated[str, typer.Option(help="logistic, moco_v1 (also v2's), moco_v3, simclr, byol, swav or dino.")] = "logistic",
+    protocol: Annotated[
+        str, typer.Option(help="logistic, moco_v1 (also v2's), moco_v3, simclr, byol, swav or dino.")
+    ] = "logistic",
     augment: Annotated[
         bool, typer.Option(help="Random crops and mirrors in the SGD protocols, as in the papers.")
     ] = True,

@@ -159,7 +159,9 @@ def check_derivative(bench: Bench, seen: Observation) -> Finding:
     bench.loss(students, teachers, memories)  # what is estimated once, from the first batch, is estimated now
     leaves = [each.clone().requires_grad_() for each in students]
     grads = torch.autograd.grad(bench.loss(leaves, teachers, memories), leaves)
-    ways = [[torch.randn(each.shape, dtype=each.dtype, generator=bench.generator) for each in students] for _ in range(4)]
+    ways = [
+        [torch.randn(each.shape, dtype=each.dtype, generator=bench.generator) for each in students] for _ in range(4)
+    ]
     slopes, unsure = measured_slopes(bench, students, teachers, memories, ways)
     told = [sum(float((g * w).sum()) for g, w in zip(grads, way, strict=True)) for way in ways]
     size = sum(slope**2 for slope in slopes) ** 0.5
@@ -189,8 +191,8 @@ def measured_slopes(
     """Slopes of the loss in several directions by central differences, and how well they are known.
 
     Rounding spoils small steps and curvature large ones, and the precision of a loss is not known. So its rounding is
-    measured, several steps are tried, and the one with the smallest error is taken: rounding over step, and the difference
-    from the next larger step.
+    measured, several steps are tried, and the one with the smallest error is taken: rounding over step, and the
+    difference from the next larger step.
 
     Returns:
         A slope for each of ``ways``, and the norm of the error of all.

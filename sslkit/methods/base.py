@@ -118,8 +118,8 @@ class Method(nn.Module, ABC):
     def paper_runs(family: Family) -> Sequence[PaperRun]:
         """Runs of the paper whose numbers depend on their length or batch size, the one of `paper_defaults` too.
 
-        A recipe of such a length or batch size gets the run's numbers. Any other gets those of `paper_defaults`, and the
-        user is told.
+        A recipe of such a length or batch size gets the run's numbers. Any other gets those of `paper_defaults`, and
+        the user is told.
         """
         return ()
 

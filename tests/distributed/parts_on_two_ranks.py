@@ -138,9 +138,7 @@ def train_five_steps(method: Method, part: Callable[[Tensor], Tensor], *, wrap: 
     """Losses of the global batch, final parameters and running statistics, of whole batches or a rank's part."""
     torch.manual_seed(0)
     if wrap:
-        synchronise_in_groups(
-            method, CPU, method.batch_norm_groups(), across_processes=method.groups_across_processes
-        )
+        synchronise_in_groups(method, CPU, method.batch_norm_groups(), across_processes=method.groups_across_processes)
     wrapped: nn.Module = DistributedDataParallel(method, broadcast_buffers=False) if wrap else method
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
     losses = []

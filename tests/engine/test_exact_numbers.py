@@ -3,6 +3,7 @@
 A wrong one of these trains all the same, only worse; nothing else would notice.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -163,7 +164,9 @@ def test_key_permutation_of_each_step(ran: Ran) -> None:
 
 
 def test_dropout_seed_of_each_step(ran: Ran) -> None:
-    expected = [int(np.random.SeedSequence([SEED, 2, step, 0, 0]).generate_state(1, np.uint64)[0] >> 1) for step in range(6)]
+    expected = [
+        int(np.random.SeedSequence([SEED, 2, step, 0, 0]).generate_state(1, np.uint64)[0] >> 1) for step in range(6)
+    ]
     assert TOTAL == len(set(expected)) == 6
     for diary, _ in ran.values():
         assert diary.seeds == expected
@@ -176,8 +179,17 @@ def test_how_the_rate_follows_the_batch(rule: str, factor: float) -> None:
     assert make_optimizer(recipe, nn.Linear(2, 1)).param_groups[0]["lr"] == pytest.approx(0.3 * factor)
 
 
-STEPWISE = {"decay": "steps", "milestones": [2, 3], "factor": 0.5, "warmup_epochs": 1, "warmup_start": 0.5, "per": "step"}
-RATES: list[tuple[dict[str, Any], list[float]]] = [  # rates of steps 0, 5, 10, 15 ... of ten steps an epoch, four epochs
+STEPWISE = {
+    "decay": "steps",
+    "milestones": [2, 3],
+    "factor": 0.5,
+    "warmup_epochs": 1,
+    "warmup_start": 0.5,
+    "per": "step",
+}
+RATES: list[
+    tuple[dict[str, Any], list[float]]
+] = [  # rates of steps 0, 5, 10, 15 ... of ten steps an epoch, four epochs
     (STEPWISE, [0.5, 0.75, 1, 1, 0.5, 0.5, 0.25, 0.25]),
     ({"decay": "constant", "warmup_epochs": 2, "per": "step"}, [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]),
     (
@@ -264,7 +276,7 @@ def test_a_views_draw_depends_on_each_word_of_its_key() -> None:
     keys = [change((3, 1, 4, 0)) for change in WORDS]
     drawn = [draw_view(views, *key, size=(40, 60)) for key in keys]
     assert len({each.box for each in drawn}) == len(keys)
-    for seed, epoch, sample, view in [(s, e, i, v) for s in (0, 5) for e in range(3) for i in range(4) for v in range(2)]:
+    for seed, epoch, sample, view in itertools.product((0, 5), range(3), range(4), range(2)):
         numbers = np.random.default_rng([seed, 0, epoch, sample, view]).random(14)
         draw = draw_view(views, seed, epoch, sample, view, size=(40, 60))
         assert (draw.flip, draw.jitter is not None) == (numbers[13] < 0.5, numbers[0] < 0.5)
