@@ -43,7 +43,7 @@ from sslkit.evaluate.transforms import evaluation_transform
 from sslkit.methods import Method, find_method
 from sslkit.methods.base import local_bn_groups
 from sslkit.parts.backbone import create_backbone, feature_dim, recompute_activations
-from sslkit.parts.batchnorm import has_batch_norm, synchronise_in_groups
+from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.sharding import held_here, shard
 from sslkit.recipe import Recipe, changes
 
@@ -262,8 +262,7 @@ def assemble(
 ) -> Training:
     """Wire method, optimizer and loader to the processes, and put the checkpoint in."""
     if accelerator.num_processes > 1 and has_batch_norm(method):
-        across = method.groups_across_processes
-        synchronise_in_groups(method, accelerator.device, method.batch_norm_groups(), across_processes=across)
+        method.synchronise_batch_norm(accelerator.device)
     if accelerator.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # A thread that finds its core taken by a data worker holds up all the others.
         torch.set_num_threads(max(cores_of_a_process(processes_here()) - workers_of(recipe, accelerator), 1))
@@ -347,11 +346,7 @@ def check_groups(recipe: Recipe, method: Method, processes: int) -> None:
 def check_batch(recipe: Recipe, groups: int, processes: int, *, across: bool = False) -> None:
     """See that the global batch falls into equal parts for processes, for their BN groups and for slices.
 
-    Args:
-        recipe: Its batch sizes.
-        groups: BN groups of the global batch.
-        processes: That share it.
-        across: Whether a group may span processes.
+    A group may span processes if ``across`` says so.
 
     Raises:
         UserError: It does not.
