@@ -299,7 +299,7 @@ def _of_another_run(method: type[Method], tables: Mapping[str, Any], parsed: Map
     lengths = ", ".join(str(run.train[key]) for run in runs)
     return [
         f"[train] {key} = {asked[key]}: the paper's numbers are for {lengths}; {', '.join(filled)} "
-        f"{'is' if len(filled) == 1 else 'are'} what it has for {usual[0].train[key]}. State them in the recipe to choose"
+        f"{'is' if len(filled) == 1 else 'are'} what it has for {usual[0].train[key]}. State them to choose others"
     ]
 
 
@@ -391,8 +391,8 @@ def _views_not_taken(recipe: Recipe) -> list[str]:
     mistakes = []
     if view_mistake(name, method, "global", LARGE_VIEWS):
         mistakes.append(
-            f"[method] name: {name} takes {method.views.get('global', 0)} global views, and sslkit makes {LARGE_VIEWS} of "
-            "every image"
+            f"[method] name: {name} takes {method.views.get('global', 0)} global views, and sslkit makes {LARGE_VIEWS} "
+            "of every image"
         )
     if mistake := view_mistake(name, method, "local", recipe.views.small_crops):
         of_policy = POLICIES[recipe.views.policy].get("small_crops", 0) == recipe.views.small_crops != 0

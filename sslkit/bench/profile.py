@@ -20,7 +20,7 @@ from sslkit.engine.clock import StepClock
 from sslkit.engine.loop import forward_and_backward, gradient_norm, prepare_gradients, update, vote
 from sslkit.engine.optim import learning_rate, set_learning_rate
 from sslkit.engine.processes import make_accelerator, processes_here, workers_of
-from sslkit.engine.run import assemble, build_method, check_batch, steps_per_epoch
+from sslkit.engine.run import assemble, build_method, check_groups, steps_per_epoch
 from sslkit.engine.training import Training
 from sslkit.parts.collectives import max_over_processes
 from sslkit.recipe import Recipe
@@ -89,7 +89,7 @@ def profile(recipe: Recipe, seconds: float = 20.0) -> Profile:
     try:
         torch.manual_seed(recipe.train.seed)
         method = build_method(recipe, len(source))
-        check_batch(recipe, method.bn_groups, accelerator.num_processes, across=method.groups_across_processes)
+        check_groups(recipe, method, accelerator.num_processes)
         endless = 2**40
         training = assemble(recipe, Path(), accelerator, method, source, None, epoch_steps, endless, None)
         return measure(training, images, seconds)

@@ -191,8 +191,8 @@ def measured_slopes(
     """Slopes of the loss in several directions by central differences, and how well they are known.
 
     Rounding spoils small steps and curvature large ones, and the precision of a loss is not known. So its rounding is
-    measured, several steps are tried, and the one with the smallest error is taken: rounding over step, and the difference
-    from the next larger step.
+    measured, several steps are tried, and the one with the smallest error is taken: rounding over step, and the
+    difference from the next larger step.
 
     Returns:
         A slope for each of ``ways``, and the norm of the error of all.

@@ -18,7 +18,7 @@ from sslkit.data.loader import GlobalBatches, make_loader
 from sslkit.data.source import ImageSource
 from sslkit.data.views import ViewPipeline, normalise
 from sslkit.doctor.findings import Say
-from sslkit.engine.run import build_method, check_batch
+from sslkit.engine.run import build_method, check_groups
 from sslkit.methods import Method, Step
 from sslkit.methods.base import Features, Permutation, Prepare, Views
 from sslkit.parts.bank import MemoryBank
@@ -111,7 +111,7 @@ def admit(recipe: Recipe, source: ImageSource, say: Say) -> Patient:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
         method = build_method(recipe, len(source)).train()
-    check_batch(recipe, method.bn_groups, processes_of(recipe), across=method.groups_across_processes)
+    check_groups(recipe, method, processes_of(recipe))
     method.bn_groups = min(method.bn_groups, MOST_GROUPS)
     size = sum(param.numel() for param in method.parameters())
     batch = small_batch(recipe, method.bn_groups, heavy=size > HEAVY)

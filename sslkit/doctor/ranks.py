@@ -20,7 +20,7 @@ from sslkit.engine.run import build_method
 from sslkit.engine.step import GlobalBatch, whole_batch_step
 from sslkit.errors import UserError
 from sslkit.methods import Method, Progress
-from sslkit.parts.batchnorm import has_batch_norm, synchronise_in_groups
+from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.collectives import gather_rows, world_size
 from sslkit.recipe import Recipe
 
@@ -66,8 +66,7 @@ def train_and_compare(accelerator: Any, recipe: Recipe, source: ImageSource) -> 
     groups_each = 2 if images_each % 4 == 0 else 1
     method.bn_groups = min(method.bn_groups, groups_each * world_size())
     if has_batch_norm(method):
-        across = method.groups_across_processes
-        synchronise_in_groups(method, accelerator.device, method.batch_norm_groups(), across_processes=across)
+        method.synchronise_batch_norm(accelerator.device)
     method.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     wrapped, optimizer = accelerator.prepare(method, make_optimizer(recipe, method))
     set_learning_rate(optimizer, recipe.peak_lr)

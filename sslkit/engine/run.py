@@ -52,7 +52,7 @@ from sslkit.evaluate.transforms import evaluation_transform
 from sslkit.methods import Method, find_method
 from sslkit.methods.base import local_bn_groups
 from sslkit.parts.backbone import create_backbone, feature_dim, recompute_activations
-from sslkit.parts.batchnorm import has_batch_norm, synchronise_in_groups
+from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.sharding import shard
 from sslkit.recipe import Recipe, changes
 
@@ -103,7 +103,7 @@ def _train(
     read_or_replace(source, recipe.train.seed, epoch=0, sample=0)  # images can be read at all
     torch.manual_seed(recipe.train.seed)
     method = build_method(recipe, len(source))
-    check_batch(recipe, method.bn_groups, accelerator.num_processes, across=method.groups_across_processes)
+    check_groups(recipe, method, accelerator.num_processes)
     monitor = make_monitor(recipe, accelerator)
     compare_facts(_facts(recipe, source, checkpoint), accelerator.device)
     last_step = _last_step(recipe, epoch_steps)
@@ -273,8 +273,7 @@ def assemble(
 ) -> Training:
     """Wire method, optimizer and loader to the processes, and put the checkpoint in."""
     if accelerator.num_processes > 1 and has_batch_norm(method):
-        across = method.groups_across_processes
-        synchronise_in_groups(method, accelerator.device, method.batch_norm_groups(), across_processes=across)
+        method.synchronise_batch_norm(accelerator.device)
     if accelerator.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # A thread that finds its core taken by a data worker holds up all the others.
         torch.set_num_threads(max(cores_of_a_process(processes_here()) - workers_of(recipe, accelerator), 1))
@@ -342,14 +341,16 @@ def _last_step(recipe: Recipe, steps_per_epoch: int) -> int:
     return min(recipe.train.max_steps or total, total)
 
 
+def check_groups(recipe: Recipe, method: Method, processes: int) -> None:
+    """`check_batch` for every part of a method that has BN groups of its own."""
+    for groups in dict.fromkeys(method.batch_norm_groups().values()):
+        check_batch(recipe, groups, processes, across=method.groups_across_processes)
+
+
 def check_batch(recipe: Recipe, groups: int, processes: int, *, across: bool = False) -> None:
     """See that the global batch falls into equal parts for processes, for their BN groups and for slices.
 
-    Args:
-        recipe: Its batch sizes.
-        groups: BN groups of the global batch.
-        processes: That share it.
-        across: Whether a group may span processes.
+    A group may span processes if ``across`` says so.
 
     Raises:
         UserError: It does not.

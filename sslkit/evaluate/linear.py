@@ -25,11 +25,11 @@ class LinearProtocol:
     C is chosen from `C_GRID` by the log loss of a seeded tenth of the training set, never on the test set: accuracies
     on so few images differ by chance alone. The others are the papers': SGD with momentum 0.9 on raw features.
 
-    ``moco_v1``, ``moco_v3``, ``swav`` and ``dino`` set the rate per epoch, use every image in every epoch and report the
-    best epoch on the test set, as their code does. ``simclr`` and ``byol`` set it per step, drop what is left of an epoch
-    after its last whole batch, and score the final classifier. (Their loaders let a batch run over the end of an epoch
-    instead of dropping the rest.) BYOL's paper chooses among five rates on held-out images; its code, and ``byol``, has
-    one.
+    ``moco_v1``, ``moco_v3``, ``swav`` and ``dino`` set the rate per epoch, use every image in every epoch and report
+    the best epoch on the test set, as their code does. ``simclr`` and ``byol`` set it per step, drop what is left of an
+    epoch after its last whole batch, and score the final classifier. (Their loaders let a batch run over the end of an
+    epoch instead of dropping the rest.) BYOL's paper chooses among five rates on held-out images; its code has one, and
+    so has ``byol``.
 
     Attributes:
         name: Which protocol.
@@ -44,8 +44,8 @@ class LinearProtocol:
         init_std: Of the first weights: 0.01, but simclr begins at zero. -1: cut at two deviations of 1 / sqrt(D), as
             Haiku's Linear (byol).
         per: Whether the rate moves with every ``step`` or ``epoch``.
-        drop_last: Whether what is left of an epoch after its last whole batch is left out. Fewer images than a batch are
-            one batch.
+        drop_last: Whether what is left of an epoch after its last whole batch is left out. Fewer images than a batch
+            are one batch.
         scored: Whether the ``best`` epoch on the test set is reported or the ``last``.
     """
 
@@ -70,7 +70,7 @@ class LinearProtocol:
         return "the best epoch, by the test images" if self.scored == "best" else "none, the last epoch"
 
     def settings(self) -> dict[str, Any]:
-        """What a score's protocol says of it; keys that came later are named only where they are not at their default."""
+        """What a score's protocol says of it; keys that came later are named only where they differ from before."""
         later = {"per": "epoch", "drop_last": False, "scored": "best"}
         return {name: value for name, value in vars(self).items() if name not in later or value != later[name]}
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sslkit.errors import UserError
 from sslkit.parts.backbone import Family
-from sslkit.parts.batchnorm import GroupStatistics
+from sslkit.parts.batchnorm import GroupStatistics, synchronise_in_groups
 from sslkit.parts.collectives import exchange_rows, world_size
 
 Views = Sequence[Tensor]
@@ -118,8 +118,8 @@ class Method(nn.Module, ABC):
     def paper_runs(family: Family) -> Sequence[PaperRun]:
         """Runs of the paper whose numbers depend on their length or batch size, the one of `paper_defaults` too.
 
-        A recipe of such a length or batch size gets the run's numbers. Any other gets those of `paper_defaults`, and the
-        user is told.
+        A recipe of such a length or batch size gets the run's numbers. Any other gets those of `paper_defaults`, and
+        the user is told.
         """
         return ()
 
@@ -207,6 +207,11 @@ class Method(nn.Module, ABC):
     def batch_norm_groups(self) -> dict[str, int]:
         """By the name of a child: into how many BN groups the global batch falls for it; for all others it is one."""
         return {"backbone": self.bn_groups, "teacher_backbone": self.bn_groups}
+
+    def synchronise_batch_norm(self, device: torch.device) -> None:
+        """Compute batch statistics over the processes that share a group; called once, by all processes."""
+        across = self.groups_across_processes
+        synchronise_in_groups(self, device, self.batch_norm_groups(), across_processes=across)
 
     def teacher_in_slices(
         self,

@@ -6,8 +6,8 @@ Sinkhorn-Knopp; every other crop, small ones too, must predict them.
 """
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -20,6 +20,7 @@ from sslkit.methods.base import (
     PaperRun,
     Progress,
     Step,
+    ViewCount,
     Views,
     encode_in_slices,
     local_bn_groups,
@@ -53,9 +54,9 @@ class SwAVOptions(MethodOptions):
         queue_size: Embeddings kept for small batches; 0 for none (3840 at batch 256). Used once it is full. Trimmed to
             a multiple of the global batch, as in the official code.
         queue_start_epoch: When it starts to fill.
-        bn_groups: Groups of the global batch with batch statistics of their own, of backbone and projector. The official
-            scripts for batch 4096 synchronise BatchNorm within 8 GPUs of 64 images: 8 groups of 512 images. The script
-            for batch 256 synchronises all: 1 group.
+        bn_groups: Groups of the global batch with batch statistics of their own, of backbone and projector. The
+            official scripts for batch 4096 synchronise BatchNorm within 8 GPUs of 64 images: 8 groups of 512 images.
+            The script for batch 256 synchronises all: 1 group.
     """
 
     dim: int = Field(default=128, strict=True, ge=1, le=65536)
@@ -74,7 +75,7 @@ class SwAV(Method):
     """Algorithm 1 of the paper, with multi-crop (views after the second are small crops) and queue."""
 
     Options = SwAVOptions
-    views = {"global": ASSIGNMENT_CROPS, "local": (0, None)}
+    views: ClassVar[Mapping[str, ViewCount]] = {"global": ASSIGNMENT_CROPS, "local": (0, None)}
     groups_across_processes = True
     queue_open: Tensor
     queue_filled: Tensor
@@ -179,12 +180,12 @@ class SwAV(Method):
     @staticmethod
     def paper_runs(family: Family) -> Sequence[PaperRun]:
         """The official scripts for 64 GPUs and for 4; the rate does not follow the batch."""
-        large = {
+        large: dict[str, dict[str, Any]] = {
             "method": {"bn_groups": 8, "freeze_prototypes_steps": 313, "queue_size": 0},
             "optim": {"lr": 4.8},
             "schedule": {"warmup_epochs": 10, "warmup_start": 0.0625},
         }
-        small = {
+        small: dict[str, dict[str, Any]] = {
             "method": {"bn_groups": 1, "freeze_prototypes_steps": 5005, "queue_size": 3840},
             "optim": {"lr": 0.6},
             "schedule": {"warmup_epochs": 0, "warmup_start": 0.0},
@@ -198,6 +199,6 @@ class SwAV(Method):
             return ""
         done = f"{used} rows are used" if used else "no queue is used"
         return (
-            f"[method] queue_size: {options.queue_size} is not a multiple of [train] batch_size = {batch_size}; as in the "
-            f"official code it is trimmed to one, so {done}"
+            f"[method] queue_size: {options.queue_size} is not a multiple of [train] batch_size = {batch_size}; as in "
+            f"the official code it is trimmed to one, so {done}"
         )

@@ -128,15 +128,16 @@ class GroupStatistics:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        layers = [
-            layer
+        buffers = [
+            # `.data`: autograd has saved these tensors and would refuse them changed, though it does not read them.
+            buffer.data
             for module in modules
             for layer in module.modules()
-            if isinstance(layer, (_BatchNorm, GlobalBatchNorm)) and layer.training and layer.running_mean is not None
+            if isinstance(layer, (_BatchNorm, GlobalBatchNorm)) and layer.training
+            for buffer in layer.buffers(recurse=False)
         ]
-        # `.data`: autograd has saved these tensors and would refuse them changed, though it does not read them.
-        self.statistics = [buffer.data for layer in layers for buffer in (layer.running_mean, layer.running_var)]
-        self.counts = [layer.num_batches_tracked.data for layer in layers]
+        self.statistics = [buffer for buffer in buffers if buffer.is_floating_point()]
+        self.counts = [buffer for buffer in buffers if not buffer.is_floating_point()]
         self.before: list[Tensor] = []
         self.counts_before: list[Tensor] = []
         self.sums: list[Tensor] = []

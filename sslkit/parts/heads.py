@@ -65,8 +65,8 @@ def simclr_head(in_dim: int, hidden_dim: int, out_dim: int, *, num_layers: int) 
 def byol_mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
     """BYOL's projector and predictor: Linear with bias, BatchNorm, ReLU, Linear without (arXiv:2006.07733).
 
-    Weights are drawn as Haiku's Linear draws them: from a normal of standard deviation 1 / sqrt(fan in), again where they
-    lie more than two deviations out. Biases are zero.
+    Weights are drawn as Haiku's Linear draws them: from a normal of standard deviation 1 / sqrt(fan in), again where
+    they lie more than two deviations out. Biases are zero.
     """
     first, last = nn.Linear(in_dim, hidden_dim), nn.Linear(hidden_dim, out_dim, bias=False)
     for layer in (first, last):

@@ -19,9 +19,9 @@ class Teacher(nn.Module):
     Only **parameters** are averaged. BatchNorm running statistics are the teacher's own, collected by its own
     forward passes in training mode, as in the papers' code; they are never averaged.
 
-    Dropout and stochastic depth (timm's ``drop_rate``, ``drop_path_rate`` and their kin) are off in the teacher, whatever
-    the student has: the same view always has the same key. The official code of MoCo and BYOL has neither; DINO's builds
-    its teacher with ``drop_path_rate = 0``. So in training mode everything but BatchNorm is in eval mode.
+    Dropout and stochastic depth (timm's ``drop_rate``, ``drop_path_rate`` and their kin) are off in the teacher,
+    whatever the student has: the same view always has the same key. The official code of MoCo and BYOL has neither;
+    DINO's builds its teacher with ``drop_path_rate = 0``. So in training mode everything but BatchNorm is in eval mode.
 
     Args:
         student: Module to copy. The copy starts equal to it, buffers included.

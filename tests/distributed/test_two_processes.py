@@ -55,7 +55,7 @@ def test_a_classic_mistake_of_distributed_code_is_seen(differences: dict[str, fl
 
 
 def test_a_group_of_batch_norm_spans_processes() -> None:
-    """SwAV's official runs synchronise within 8 of 64 GPUs: here within 2 of 4 processes, as one process with 2 groups."""
+    """SwAV's official runs synchronise within 8 of 64 GPUs: here within 2 of 4 processes, as one with 2 groups."""
     command = [word if word != "2" else "4" for word in TORCHRUN]
     result = run([*command, str(HERE / "groups_on_four_ranks.py")])
     assert result.returncode == 0, result.stderr[-3000:]

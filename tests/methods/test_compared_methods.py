@@ -111,7 +111,12 @@ def test_byol(backbone: str) -> None:
 )
 @pytest.mark.parametrize("queue", [0, 16])
 def test_swav(backbone: str, sizes: tuple[int, ...], queue: int) -> None:
-    options = {"queue_size": queue, "queue_start_epoch": 1, "freeze_prototypes_steps": 2}
+    swav_follows_the_oracle(backbone, sizes, queue)
+
+
+def swav_follows_the_oracle(backbone: str, sizes: tuple[int, ...], queue: int, more: int = 0) -> None:
+    """``more``: by how many rows the recipe's queue is longer than the one that the official code keeps."""
+    options = {"queue_size": queue + more, "queue_start_epoch": 1, "freeze_prototypes_steps": 2}
     recipe, method = prepare("swav", backbone, method=options, optim={"weight_decay": 0.1})
     oracle = train_swav(
         method.backbone,
@@ -134,8 +139,15 @@ def test_swav(backbone: str, sizes: tuple[int, ...], queue: int) -> None:
         assert oracle.queue_used == [False, False, False, True, True]
         assert oracle.queue is not None
         for crop, rows in enumerate(oracle.queue):
-            ours = method.queues[crop].keys
+            ours = method.queues[crop].keys[:queue]
             torch.testing.assert_close(ours.sort(dim=0).values, rows.sort(dim=0).values, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("more", [1, 7])
+def test_swavs_queue_is_trimmed_to_a_multiple_of_the_batch(more: int) -> None:
+    """Official: ``queue_length -= queue_length % (batch_size * world_size)``, here at batch 8."""
+    swav_follows_the_oracle("test_resnet", (32, 32), 16, more)
+    swav_follows_the_oracle("test_resnet", (32, 32), 0, more)
 
 
 def noise_of(method: Method, negatives: int) -> list[Tensor]:
