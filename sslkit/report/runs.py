@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sslkit.data.folder import printable, to_text
 from sslkit.durable import refuse_links
 from sslkit.engine.lines import read_lines
 from sslkit.errors import UserError, check_path
@@ -89,7 +90,7 @@ def read_run(folder: Path, name: str = "") -> RunRecord:
             )
     return RunRecord(
         folder,
-        name or folder.resolve().name,
+        printable(to_text(name or folder.resolve().name)),
         recipe,
         _read_header(folder / "recipe.toml"),
         metrics,
