@@ -128,7 +128,7 @@ class Guard:
             )
         self.course.skipped += 1
         if self.course.skipped > self.config.max_skips:
-            raise RewindError(f"{sentence}, the {self.course.skipped}th bad step in a row{replay}")
+            raise RewindError(f"{sentence}; bad steps in a row: {self.course.skipped}{replay}")
         return f"{sentence}; skipped ({self.course.skipped} in a row){replay}"
 
 

@@ -28,7 +28,7 @@ from sslkit.engine.images import BadSamples
 from sslkit.engine.journal import Journal
 from sslkit.engine.lock import hold_folder
 from sslkit.engine.loop import run_loop
-from sslkit.engine.monitors import KnnMonitor, preprocessing_of
+from sslkit.engine.monitors import KnnMonitor, check_neighbours, preprocessing_of
 from sslkit.engine.opening import opening_lines
 from sslkit.engine.optim import make_optimizer
 from sslkit.engine.processes import make_accelerator, processes_here, workers_of
@@ -95,6 +95,8 @@ def _train(
     method = build_method(recipe, len(source))
     check_batch(recipe, method.bn_groups, accelerator.num_processes)
     monitor = make_monitor(recipe, accelerator)
+    if monitor is not None and checkpoint is None:
+        check_neighbours(monitor, recipe.monitor.k)
     compare_facts(_facts(recipe, source, checkpoint), accelerator.device)
     last_step = _last_step(recipe, epoch_steps)
     training = assemble(recipe, folder, accelerator, method, source, checkpoint, epoch_steps, last_step, monitor)
