@@ -3,7 +3,7 @@
 import importlib.metadata
 import os
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from sslkit.data.replace import read_or_replace
 from sslkit.data.source import ImageSource, open_source
 from sslkit.data.views import ViewPipeline
 from sslkit.engine.agreement import all_or_none, compare_facts
+from sslkit.engine.alarms import data_alarm
 from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, restore
 from sslkit.engine.diagnostics import Diagnostics
 from sslkit.engine.encoders import BACKBONES, compile_backbones, encoders_of
@@ -38,6 +39,7 @@ from sslkit.engine.sights import view_sheet
 from sslkit.engine.stopping import MARKER, StopRequest, die_with_launcher, leave_marker
 from sslkit.engine.track import Tracks, check_trackers
 from sslkit.engine.training import Training
+from sslkit.engine.variety import look_for_variety
 from sslkit.errors import UserError
 from sslkit.evaluate.transforms import evaluation_transform
 from sslkit.methods import Method, find_method
@@ -107,6 +109,11 @@ def _train(
     journal = Journal(folder, training.start_step, active=first)
     for sentence in [*said, *found.remarks, *opening_lines(training, source)]:
         journal.say(sentence)
+    if first and not training.start_step:
+        alarms = data_alarm(*astuple(look_for_variety(source, recipe.train.seed)))
+        journal.warn(alarms, 0)
+        if training.diagnostics:
+            training.diagnostics.of_data = alarms
     saver = Saver(folder, recipe, epoch_steps, training.start_step, journal.say, active=first)
     tracks = journal.tracks = Tracks(recipe, folder, journal.say, active=first)
     with tracks, journal, saver:
