@@ -139,3 +139,15 @@ def test_bytes_that_are_not_utf8_are_fine_within_the_data(place: Path, tmp_path:
     )
     assert sslkit.train(recipe, tmp_path / "run").step == 1
     assert sslkit.train(recipe, tmp_path / "run").step == 1
+
+
+def test_a_run_may_be_called_from_within_a_folder_of_such_a_name(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own path is then plain, and pages show the name in ASCII."""
+    run = shutil.copytree(place / "run", tmp_path / "caf\udce9")
+    monkeypatch.chdir(run)
+    with pytest.raises(SystemExit) as ended:
+        main(["report", ".", "--no-gallery"])
+    assert ended.value.code == 0
+    assert "caf\\xe9" in (run / "report.html").read_text()

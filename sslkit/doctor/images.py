@@ -1,6 +1,6 @@
 """What the user's images are like, and whether the views suit them."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,9 +10,12 @@ from sslkit.data.background import KEEP
 from sslkit.data.policies import PerView, ViewsConfig
 from sslkit.data.source import ImageSource
 from sslkit.data.survey import count_alpha, describe_alpha
-from sslkit.doctor.findings import Finding, not_applicable, ok, warning
+from sslkit.doctor.findings import Finding, fault, not_applicable, ok, warning
+from sslkit.engine.alarms import data_alarm
+from sslkit.engine.variety import Variety, variety_of
 
 ALPHA = "alpha"
+COPIES = "copies"
 COLOUR, CROPS, SIZE, BLUR, PIXELS = "colour", "crops", "view size", "blur", "pixel values"
 
 LOOKED_AT = 32
@@ -28,12 +31,14 @@ class ImageFacts:
         height: Median height in pixels.
         width: Median width.
         grey: Whether no image looked at has colour.
+        variety: How different those looked at are; None: not known.
     """
 
     count: int
     height: int
     width: int
     grey: bool
+    variety: Variety | None = None
 
     @property
     def short_side(self) -> int:
@@ -46,7 +51,7 @@ def look_at(source: ImageSource) -> ImageFacts:
     indices = np.linspace(0, len(source) - 1, min(LOOKED_AT, len(source)), dtype=int)
     images = [source.read(int(index)) for index in indices]
     height, width = (int(np.median([image.shape[axis] for image in images])) for axis in (0, 1))
-    return ImageFacts(len(source), height, width, all(_is_grey(image) for image in images))
+    return ImageFacts(len(source), height, width, all(_is_grey(image) for image in images), variety_of(images))
 
 
 def check_alpha(source: ImageSource) -> Finding:
@@ -63,7 +68,20 @@ def _is_grey(image: NDArray[np.uint8]) -> bool:
 
 def advise_on_views(views: ViewsConfig, facts: ImageFacts) -> list[Finding]:
     """Everything that `[views]` and the images' size and colour say together."""
-    return [_colour(views, facts), _crops(views, facts), _size(views, facts), _blur(views)]
+    found = [_colour(views, facts), _crops(views, facts), _size(views, facts), _blur(views)]
+    return [*([_variety(facts.variety)] if facts.variety else []), *found]
+
+
+def _variety(variety: Variety) -> Finding:
+    alarms = data_alarm(*astuple(variety))
+    if not alarms:
+        return ok(COPIES, f"{variety.different} different ones of {variety.looked_at} looked at")
+    sentence = alarms[0].partition(": ")[2]
+    return (
+        fault(COPIES, sentence)
+        if min(variety.different, variety.looked_at - variety.plain) <= 1
+        else warning(COPIES, sentence)
+    )
 
 
 def _colour(views: ViewsConfig, facts: ImageFacts) -> Finding:

@@ -1,7 +1,7 @@
 """When a run is in trouble, judged from its curves: one plain sentence with the number, its threshold and a cure.
 
-Each sentence opens with its kind and a colon: collapse, spike, dip, leak, teacher. Thresholds lie well outside of what
-healthy runs show (docs/diagnostics.md has the figures), so that an alarm is worth a look.
+Each sentence opens with its kind and a colon: data, collapse, spike, dip, leak, teacher. Thresholds lie well outside
+of what healthy runs show (docs/diagnostics.md has the figures), so that an alarm is worth a look.
 """
 
 import math
@@ -256,6 +256,25 @@ def teacher_alarm(momentum: float | None) -> list[str]:
     return [
         f"teacher: with [method] momentum = {momentum:g} {what}; MoCo fails to converge so (arXiv:1911.05722, section "
         "4.1), try 0.99 to 0.999"
+    ]
+
+
+def data_alarm(looked_at: int, different: int, plain: int) -> list[str]:
+    """Whether images are mostly copies of each other, or of one colour; see `sslkit.engine.variety.Variety`."""
+    if looked_at < 2:
+        return []
+    found = ""
+    if 2 * plain >= looked_at:
+        found = f"{plain} of {looked_at} images looked at are of one colour each"
+    elif different == 1:
+        found = f"all {looked_at} images looked at are the same picture"
+    elif 2 * different <= looked_at:
+        found = f"{looked_at} images looked at are only {different} different pictures"
+    if not found:
+        return []
+    return [
+        f"data: {found} (alarm from a half on), so that there is nothing to tell apart; look at [data] path, and see "
+        "all copies by `sslkit data check`"
     ]
 
 

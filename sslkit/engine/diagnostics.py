@@ -52,6 +52,7 @@ class Diagnostics:
         self.watch = SpikeWatch()
         self.spikes: list[Spike] = []
         self.highest_rank = 0.0
+        self.of_data: list[str] = []  # alarms at the start, for the first line
 
     def remember(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Take up from the lines of diagnostics.jsonl that a run left which is now continued."""
@@ -97,10 +98,11 @@ class Diagnostics:
 
     def _line(self, backbone: nn.Module, chunks: Iterable[Sequence[Tensor]]) -> dict[str, Any]:
         spikes, self.spikes = self.spikes, []
+        of_data, self.of_data = self.of_data, []
         features = self._encode(backbone, chunks)
         if not self.accelerator.is_main_process:
             return {}
-        alarms = spike_alarm(spikes)
+        alarms = of_data + spike_alarm(spikes)
         if not features.isfinite().all():
             return {"alarms": ["collapse: features are not finite; try a lower [optim] lr", *alarms]}
         numbers = label_free(features)

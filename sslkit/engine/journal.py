@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -91,10 +91,14 @@ class Journal:
             return
         self.diagnoses.append(fields)
         self._track("diagnostics", fields)
-        for alarm in fields["alarms"]:
+        self.warn(fields["alarms"], fields["step"])
+
+    def warn(self, alarms: Iterable[str], step: int) -> None:
+        """Say alarms, each kind the first time a run has it."""
+        for alarm in alarms:
             if kind_of(alarm) not in self.said:
                 self.said.add(kind_of(alarm))
-                self.say(f"ALARM at step {fields['step']}: {alarm}")
+                self.say(f"ALARM at step {step}: {alarm}")
 
     def _track(self, file: str, fields: Mapping[str, Any]) -> None:
         """Tell the trackers; they cannot take back what a run that went back, or was killed, has told them before."""

@@ -108,6 +108,22 @@ def preprocessing_of(views: ViewsConfig) -> dict[str, Any]:
     return crop | {"mean": views.mean, "std": views.std, "crop_pct": views.crop_pct}
 
 
+def check_neighbours(monitor: KnnMonitor, k: int) -> None:
+    """See that a run's monitor has a bank of as many images as neighbours are asked for.
+
+    Earlier versions took fewer neighbours without a word; a run of theirs goes on with as many as it had.
+
+    Raises:
+        UserError: It has fewer; names the largest k that fits.
+    """
+    bank = len(monitor.pair.train)
+    if k > bank:
+        raise UserError(
+            f"[monitor] k: {k} neighbours are more than the {bank} images of the bank "
+            f"({monitor.pair.description}); set k = {bank} or less"
+        )
+
+
 def _limit_bank(pair: LabelledPair, max_train: int, seed: int) -> LabelledPair:
     if not max_train or max_train >= len(pair.train):
         return pair

@@ -3,7 +3,7 @@
 import importlib.metadata
 import os
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from sslkit.data.replace import read_or_replace
 from sslkit.data.source import ImageSource, open_source
 from sslkit.data.views import ViewPipeline
 from sslkit.engine.agreement import all_or_none, compare_facts
+from sslkit.engine.alarms import data_alarm
 from sslkit.engine.checkpoint import Checkpoint, restore
 from sslkit.engine.diagnostics import Diagnostics
 from sslkit.engine.encoders import compile_backbones, encoders_of
@@ -36,7 +37,7 @@ from sslkit.engine.images import BadSamples
 from sslkit.engine.journal import Journal
 from sslkit.engine.lock import hold_folder
 from sslkit.engine.loop import run_loop
-from sslkit.engine.monitors import KnnMonitor, preprocessing_of
+from sslkit.engine.monitors import KnnMonitor, check_neighbours, preprocessing_of
 from sslkit.engine.opening import opening_lines
 from sslkit.engine.optim import make_optimizer
 from sslkit.engine.processes import make_accelerator, processes_here, workers_of
@@ -47,6 +48,7 @@ from sslkit.engine.sights import view_sheet
 from sslkit.engine.stopping import MARKER, StopRequest, die_with_launcher, leave_marker
 from sslkit.engine.track import Tracks, check_trackers
 from sslkit.engine.training import Training
+from sslkit.engine.variety import look_for_variety
 from sslkit.errors import UserError
 from sslkit.evaluate.transforms import evaluation_transform
 from sslkit.methods import Method, find_method
@@ -105,6 +107,8 @@ def _train(
     method = build_method(recipe, len(source))
     check_groups(recipe, method, accelerator.num_processes)
     monitor = make_monitor(recipe, accelerator)
+    if monitor is not None and checkpoint is None:
+        check_neighbours(monitor, recipe.monitor.k)
     compare_facts(_facts(recipe, source, checkpoint), accelerator.device)
     last_step = _last_step(recipe, epoch_steps)
     training = assemble(recipe, folder, accelerator, method, source, checkpoint, epoch_steps, last_step, monitor)
@@ -115,6 +119,11 @@ def _train(
     journal = Journal(folder, training.start_step, active=first)
     for sentence in [*said, *found.remarks, *opening_lines(training, source)]:
         journal.say(sentence)
+    if first and not training.start_step:
+        alarms = data_alarm(*astuple(look_for_variety(source, recipe.train.seed)))
+        journal.warn(alarms, 0)
+        if training.diagnostics:
+            training.diagnostics.of_data = alarms
     start, back_to = training.start_step, training.course.back_to
     saver = Saver(folder, recipe, epoch_steps, start, journal.say, back_to=back_to, active=first)
     tracks = journal.tracks = Tracks(recipe, folder, journal.say, active=first)

@@ -26,6 +26,7 @@ from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracke
 from numpy.typing import NDArray
 
 from sslkit.data.decode import UnreadableImage
+from sslkit.data.folder import printable, to_text
 from sslkit.durable import replace_text
 from sslkit.engine.sights import Draw
 from sslkit.errors import UserError
@@ -201,7 +202,7 @@ class Memory:
 
 
 def _start(name: str, recipe: Recipe, folder: Path, memory: Memory) -> GeneralTracker:
-    project, run = recipe.track.project, folder.resolve().name
+    project, run = recipe.track.project, printable(to_text(folder.resolve().name))
     words = {
         _plain(f"{table}.{key}"): str(value)
         for table, keys in recipe.as_tables().items()

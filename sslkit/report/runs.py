@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from sslkit.data.folder import printable, to_text
 from sslkit.durable import refuse_links
 from sslkit.errors import UserError, check_path
 from sslkit.recipe import Recipe, load_saved
@@ -79,7 +80,7 @@ def read_run(folder: Path, name: str = "") -> RunRecord:
         raise UserError(f"{folder}: nothing to draw yet, metrics.jsonl is empty")
     return RunRecord(
         folder,
-        name or folder.resolve().name,
+        printable(to_text(name or folder.resolve().name)),
         recipe,
         _read_header(folder / "recipe.toml"),
         *(rows_of(folder / f"{name}.jsonl") for name in ("metrics", "results", "diagnostics")),

@@ -19,6 +19,7 @@ from sslkit.engine import lines, monitors
 from sslkit.engine import run as run_module
 from sslkit.engine.monitors import layer_gradients
 from sslkit.engine.run import make_monitor
+from sslkit.errors import UserError
 
 
 def test_layers_are_named_in_order_and_their_norms_add_up() -> None:
@@ -49,6 +50,19 @@ def test_a_run_logs_them_only_if_asked(tmp_path: Path) -> None:
         layers = [key for key in run.metrics()[0] if key.startswith("gradient/")]
         assert ("gradient/blocks.0" in layers) == asked
         assert "gradient/patch_embed" not in layers  # frozen
+
+
+def test_more_neighbours_than_the_bank_has_are_refused_before_anything_is_written(
+    class_folders: Path, tmp_path: Path
+) -> None:
+    """Forty images, of which a fifth is held out; the advice works."""
+    monitor: dict[str, Any] = {"every_epochs": 1, "data": str(class_folders)}
+    for k, max_train, most in ((33, 0, 32), (20, 10, 10)):
+        with pytest.raises(UserError, match=rf"\[monitor\] k: {k} .* the {most} images .* set k = {most} or less"):
+            sslkit.train(small_recipe(monitor={**monitor, "k": k, "max_train": max_train}), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    recipe = small_recipe(monitor={**monitor, "k": most, "max_train": max_train}, train={"max_steps": 1})
+    assert sslkit.train(recipe, tmp_path / "run").results()[0]["protocol"]["k"] == most
 
 
 def test_features_that_are_not_numbers_have_no_score_and_end_no_run(class_folders: Path) -> None:
