@@ -102,7 +102,7 @@ def find_images(folder: Path, split: str) -> ImageFiles:
     others = sorted({section for word, section in placed.values() if word not in words})
     images = _of_sections(folder, sections, others, split, [replace(listing, folders=chosen)])
     if beside := sum(len(each.images) for each in listing.folders if each.path not in placed):
-        images.notes.append(f"{beside:,} images beside the folders of the splits are left out")
+        images.notes.append(f"images beside the folders of the splits, left out: {beside:,}")
     return images
 
 

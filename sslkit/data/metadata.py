@@ -66,9 +66,9 @@ def table_by_metadata(images: ImageFiles, files: list[Path]) -> datasets.Dataset
         )
     which = " and ".join(sorted({file.name for file in files}))
     if left := len(there - named):
-        images.notes.append(f"{left:,} of {len(there):,} images are not named in {which} and left out")
+        images.notes.append(f"images that {which} does not name, left out: {left:,} of {len(there):,}")
     if absent:
-        images.notes.append(f"{len(absent):,} rows of {which} name files that are not there, such as {absent[0]}")
+        images.notes.append(f"files that {which} names and that are not there: {len(absent):,}, such as {absent[0]}")
     names = set(tables[0].column_names)
     if any(set(table.column_names) != names for table in tables):
         raise UserError(f"[data] path: {files[0]} and {files[-1]} have other columns; give them the same")

@@ -33,7 +33,8 @@ HELD_OUT = re.compile(r"h[eo]ld[\W_]?outs?", re.IGNORECASE)
 SIGN = re.compile("train|test|eval|val|dev|h[eo]ld", re.IGNORECASE)  # in every name that has a word of a split
 CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 ALL_HELP = (
-    'if none of these names means a split, give split = "all" (--set data.split=all, --train-split all or --split all)'
+    'if none of these names means a split, give split = "all" (--set data.split=all, --train-split all, --split all or '
+    "[monitor] train_split)"
 )
 
 File = TypeVar("File", str, Path)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sslkit.data.policies import ViewsConfig
-from sslkit.data.source import DataConfig, ImageSource
+from sslkit.data.source import ImageSource
 from sslkit.engine.sights import Draw, neighbour_sheet
 from sslkit.errors import UserError
 from sslkit.evaluate.features import extract_features
@@ -36,7 +36,8 @@ class KnnMonitor:
     def __init__(self, recipe: Recipe, transform: Transform, device: torch.device, workers: int) -> None:
         monitor = recipe.monitor
         self.transform, self.device, self.workers = transform, device, workers
-        pair = open_pair(DataConfig(path=monitor.data, name=monitor.name), seed=recipe.train.seed)
+        source = monitor.source()
+        pair = open_pair(source, source.split, seed=recipe.train.seed)
         self.pair = _limit_bank(pair, monitor.max_train, recipe.train.seed)
         self.protocol = KnnProtocol(min(monitor.k, len(self.pair.train)), monitor.temperature)
         self.left_out, self.scored, self.views = 0, len(self.pair.test), recipe.views

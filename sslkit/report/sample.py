@@ -48,7 +48,7 @@ def draw_sample(recipe: Recipe, data: str = "") -> Sample:
     if data:
         config = DataConfig(path=data, channels=recipe.data.channels)
     elif recipe.monitor.data:
-        config = DataConfig(path=recipe.monitor.data, name=recipe.monitor.name, channels=recipe.data.channels)
+        config = recipe.monitor.source().model_copy(update={"channels": recipe.data.channels})
     else:
         config = recipe.data
     source = open_source(config)

@@ -69,7 +69,7 @@ def test_every_way_to_write_a_csv(name: str, folder: Path, caplog: pytest.LogCap
             source.labels()
         return
     assert (stored(source), source.labels()) == (PNGS[:3], ["cat", "dog", "cat"])
-    assert "1 of 4 images are not named in metadata.csv and left out" in caplog.text
+    assert "images that metadata.csv does not name, left out: 1 of 4" in caplog.text
 
 
 def test_jsonl_and_parquet(folder: Path) -> None:
@@ -123,8 +123,8 @@ def test_files_that_are_named_and_not_there_are_counted(folder: Path, capsys: py
         main(["data", "check", str(folder), "--workers", "0", "--json"])
     said = capsys.readouterr()
     assert json.loads(said.out)["unreadable"]["count"] == 1
-    assert "2 of 4 images are not named in metadata.csv and left out" in said.err
-    assert "1 rows of metadata.csv name files that are not there, such as" in said.err
+    assert "images that metadata.csv does not name, left out: 2 of 4" in said.err
+    assert "files that metadata.csv names and that are not there: 1, such as" in said.err
 
 
 @pytest.mark.parametrize(
