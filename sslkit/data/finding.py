@@ -136,7 +136,10 @@ def _load(place: Place, config: SourceConfig) -> datasets.Dataset:
         if place.loader == "parquet":
             return load_parquet(_patterns(place, config.split))
         files = list(place.patterns)
-        refuse_several_folders([name for each in files for name in glob.glob(each, recursive=True)], config.split)
+        named = [name for each in files for name in glob.glob(each, recursive=True)]
+        if not named and not any("://" in each for each in files):
+            raise UserError(f"[data] data_files: no file is named by {', '.join(files)}")
+        refuse_several_folders(named, config.split)
         # Without a word, datasets drops the labels of a split that holds only one class.
         drop = not _has_class_folders(files)
         return datasets.load_dataset("imagefolder", data_files={"split": files}, split="split", drop_labels=drop)
@@ -173,6 +176,8 @@ def _patterns(place: Place, split: str) -> list[str]:
         return [glob.escape(str(file)) for file in _files(place, split)]
     local = [pattern for pattern in place.patterns if "://" not in pattern]
     found = [file for pattern in local for file in glob.glob(pattern, recursive=True)]
+    if not found and len(local) == len(place.patterns):
+        raise UserError(f"[data] data_files: no file is named by {', '.join(local)}")
     refuse_several(found, local, split)
     return list(place.patterns)
 

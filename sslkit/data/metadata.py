@@ -89,7 +89,7 @@ def _path(file: Path, value: Any, row: int) -> str | None:
 
 
 def _as_dataset(columns: dict[str, list[Any]]) -> datasets.Dataset:
-    """Columns of one table; images by their paths, everything else as it is, or as JSON where types are mixed."""
+    """Columns of one table; images by their paths, everything else as it is, or as text where types are mixed."""
     features: dict[str, Any] = {}
     arrays: dict[str, pa.Array] = {}
     image = datasets.Image(decode=False)
@@ -102,8 +102,13 @@ def _as_dataset(columns: dict[str, list[Any]]) -> datasets.Dataset:
             arrays[name] = pa.array(values)
             features[name] = datasets.Features.from_arrow_schema(pa.schema([(name, arrays[name].type)]))[name]
         except (pa.ArrowException, ValueError, TypeError):
-            arrays[name] = pa.array([None if value is None else json.dumps(value) for value in values], pa.string())
-            features[name] = datasets.Value("string")
+            if any(isinstance(value, list) for value in values):
+                lists = [value if isinstance(value, list) else [value] for value in values]
+                arrays[name] = pa.array([[str(each) for each in value] for value in lists], pa.list_(pa.string()))
+                features[name] = datasets.List(datasets.Value("string"))
+            else:
+                words = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+                arrays[name], features[name] = pa.array(words, pa.string()), datasets.Value("string")
     table = pa.table(arrays)
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=datasets.Features(features)))
 

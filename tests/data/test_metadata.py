@@ -206,3 +206,23 @@ def test_a_table_as_large_as_it_comes_is_read_by_the_csv_module(folder: Path) ->
     with (folder / "metadata.csv").open("w", newline="") as stream:
         csv.writer(stream, delimiter=";").writerows([("file_name", "text", "label"), ("0.png", "a;b\nc", "cat")])
     assert read(folder).labels() == ["cat"]
+
+
+def test_labels_of_mixed_types_stop_evaluation_only(folder: Path) -> None:
+    rows = [{"file_name": "0.png", "label": [1, 2]}, {"file_name": "1.png", "label": "x"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = read(folder)
+    assert len(source) == 2
+    with pytest.raises(UserError, match=r"row 0 has the label \['1', '2'\], several classes"):
+        source.labels()
+    rows[0]["label"] = 3
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read(folder).labels() == ["3", "x"]
+
+
+@pytest.mark.parametrize("loader", ["parquet", "arrow", "imagefolder"])
+def test_patterns_that_name_nothing(loader: str, folder: Path) -> None:
+    with pytest.raises(UserError, match=r"\[data\] data_files: no file is named by .*nope"):
+        open_source(DataConfig(path=loader, data_files=f"{folder}/nope*"))
+    with pytest.raises(UserError, match=r"\[data\] path: "):
+        read("x" * 300 + "/y")
