@@ -89,7 +89,7 @@ def find_images(folder: Path, split: str) -> ImageFiles:
     listing = list_images(folder)
     if not listing.folders:
         raise _without_images(folder, [listing])
-    notes = []
+    notes: list[str] = []
     if split != ALL:
         listing, notes = _without_drawn(folder, listing)
     placed = {} if split == ALL else _sections_of(folder, [each.path for each in listing.folders])

@@ -130,9 +130,16 @@ class ImageSource:
         if missing := [row for row, value in enumerate(values) if value is None]:
             raise UserError(
                 f"[data] label_column: {len(missing):,} of {len(values):,} images of {self.description} have no label; "
-                f"row {missing[0]} has the label None, which is of no class; leave unlabelled rows out"
+                f"row {missing[0]} has the label None, which is of no class; leave unlabelled rows out "
+                f"({self.name(missing[0])})"
             )
-        return [label_word(value, names, index) for index, value in enumerate(values)]
+        words = []
+        for index, value in enumerate(values):
+            try:
+                words.append(label_word(value, names, index))
+            except UserError as error:
+                raise UserError(f"{error} ({self.name(index)})") from error
+        return words
 
     def paths(self) -> list[str]:
         """The file every image came from, as `to_text` writes it; empty text where the data does not know."""
