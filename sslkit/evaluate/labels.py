@@ -73,7 +73,8 @@ def open_pair(config: DataConfig, train_split: str = "train", test_split: str = 
     classes, numbers = np.unique([*labels, *test_words], return_inverse=True)
     if len(classes) < 2:
         raise UserError(
-            f"{config.path}: evaluation needs images of at least two classes, found {len(classes)}: {list(map(str, classes))}"
+            f"{config.path}: evaluation needs images of at least two classes, found {len(classes)}: "
+            f"{list(map(str, classes))}"
         )
     codes = torch.from_numpy(numbers.astype(np.int64))
     names = [str(name) for name in classes]
