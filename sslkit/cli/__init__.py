@@ -204,7 +204,7 @@ def show(
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; bad input becomes one sentence and exit code 2."""
     try:
-        with data_lines():
+        with data_lines(on_error_stream="--json" in (sys.argv if arguments is None else arguments)):
             code = app(arguments, standalone_mode=False)
     except UserError as error:
         _complain(str(error))
