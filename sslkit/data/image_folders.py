@@ -14,6 +14,7 @@ import datasets
 from sslkit.data.folder import (
     ImageFolder,
     Listing,
+    count_images,
     folders_in,
     folders_with_images,
     list_images,
@@ -40,6 +41,7 @@ from sslkit.data.splits import (
 from sslkit.errors import UserError
 
 Parts = tuple[str, ...]
+BESIDE = "images beside the folders of the splits, left out: {:,}"
 MAX_LINKS = 40  # one after the other, as the system itself has it
 NO_CLASSES = frozenset(("images", "image", "imgs", "img", "photos", "pictures", "jpegimages", *KEYWORDS))
 
@@ -76,16 +78,7 @@ def find_images(folder: Path, split: str) -> ImageFiles:
         UserError: There are none, some folders name a split and others do not, or a link leads into another split.
     """
     if split != ALL and (tops := _split_at_top(folder)):
-        words = choose(in_order(tops.values()), split)
-        if not words:
-            raise UserError(
-                f"[data] split: {str(folder)!r} has no folder {split!r}; it has {sorted(tops)[:8]}; {ALL_HELP}"
-            )
-        sections = [folder / name for name, word in tops.items() if word in words]
-        others = [folder / name for name, word in tops.items() if word not in words]
-        pairs = [_without_drawn(section, list_images(section)) for section in sections]
-        images = _of_sections(folder, sections, others, split, [listing for listing, _ in pairs])
-        return replace(images, notes=[note for _, notes in pairs for note in notes])
+        return _of_tops(folder, tops, split)
     listing = list_images(folder)
     if not listing.folders:
         raise _without_images(folder, [listing])
@@ -108,8 +101,23 @@ def find_images(folder: Path, split: str) -> ImageFiles:
     others = sorted({section for word, section in placed.values() if word not in words})
     images = replace(_of_sections(folder, sections, others, split, [replace(listing, folders=chosen)]), notes=notes)
     if beside := sum(len(each.images) for each in listing.folders if each.path not in placed):
-        images.notes.append(f"images beside the folders of the splits, left out: {beside:,}")
+        images.notes.append(BESIDE.format(beside))
     return images
+
+
+def _of_tops(folder: Path, tops: dict[str, str], split: str) -> ImageFiles:
+    """The images of a split where all folders right below are splits; the other ones are not looked into."""
+    words = choose(in_order(tops.values()), split)
+    if not words:
+        raise UserError(f"[data] split: {str(folder)!r} has no folder {split!r}; it has {sorted(tops)[:8]}; {ALL_HELP}")
+    sections = [folder / name for name, word in tops.items() if word in words]
+    others = [folder / name for name, word in tops.items() if word not in words]
+    pairs = [_without_drawn(section, list_images(section)) for section in sections]
+    images = _of_sections(folder, sections, others, split, [listing for listing, _ in pairs])
+    notes = [note for _, notes in pairs for note in notes]
+    if beside := count_images(folder):
+        notes.append(BESIDE.format(beside))
+    return replace(images, notes=notes)
 
 
 def image_splits(folder: Path) -> list[str]:

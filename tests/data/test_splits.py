@@ -143,8 +143,11 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_image_folders(layout: str, tmp_path: Path) -> None:
+def test_layouts_of_image_folders(layout: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make(tmp_path, LAYOUTS[layout])
+    with caplog.at_level("INFO", "sslkit.data"):
+        assert count(tmp_path) == 5
+    assert ("beside the folders of the splits, left out: 1" in caplog.text) == (layout == "a picture beside")
     assert [count(tmp_path, split) for split in ("train", "validation", "test")] == [5, 2, 2]
     assert count(tmp_path, "all") == 9 + (layout == "a picture beside")
     assert len(available_splits(DataConfig(path=str(tmp_path)))) == 3
