@@ -179,6 +179,9 @@ class MonitorConfig(_Table):
         every_epochs: How often, and once at the end.
         data: A labelled source, in the words of ``[data] path``.
         name: Its configuration, if it has several.
+        train_split: The split that is the bank; ``"all"``: everything, of which a fifth is scored. Default: train.
+        image_column: Of ``data``, as in ``[data]``.
+        label_column: Of ``data``, as in ``[data]``.
         k: Neighbours.
         temperature: Of the neighbours' weights, exp(similarity / temperature).
         max_train: At most so many bank images, the first of a seeded order (0: all).
@@ -189,6 +192,9 @@ class MonitorConfig(_Table):
     every_epochs: int = Field(strict=True, default=0, ge=0)
     data: str = ""
     name: str | None = None
+    train_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     k: int = Field(strict=True, default=20, ge=1)
     temperature: float = Field(default=0.07, gt=0.0)
     max_train: int = Field(strict=True, default=0, ge=0)
@@ -200,6 +206,16 @@ class MonitorConfig(_Table):
         if self.every_epochs and not self.data:
             raise ValueError("every_epochs needs data, a labelled source")
         return self
+
+    def source(self) -> DataConfig:
+        """The labelled images."""
+        return DataConfig(
+            path=self.data,
+            name=self.name,
+            split=self.train_split or "train",
+            image_column=self.image_column,
+            label_column=self.label_column,
+        )
 
 
 class CheckpointConfig(_Table):

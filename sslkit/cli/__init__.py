@@ -215,7 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         for word in sys.argv[1:] if arguments is None else arguments:
             check_path(word, "command line", lines=True)  # of those that are paths, more is asked where they are read
-        with data_lines():
+        with data_lines(on_error_stream="--json" in (sys.argv if arguments is None else arguments)):
             code = app(arguments, standalone_mode=False)
     except UserError as error:
         _complain(sentences_of(error), BAD_INPUT)

@@ -1,4 +1,4 @@
-"""What was found where data is read, on the error stream: which images, of which split, column and suffix."""
+"""What was found where data is read: which images, of which split, column and suffix."""
 
 import logging
 import os
@@ -11,12 +11,12 @@ from sslkit.errors import without_tokens
 LOGGER = logging.getLogger("sslkit.data")
 
 
-class _ErrorStream(logging.Handler):
+class _Lines(logging.Handler):
     """Prints each line once; under a launcher, in the first process only."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_error_stream: bool) -> None:
         super().__init__(logging.INFO)
-        self.said: set[str] = set()
+        self.on_error_stream, self.said = on_error_stream, set[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
         line = without_tokens(record.getMessage())
@@ -24,13 +24,17 @@ class _ErrorStream(logging.Handler):
             return
         self.said.add(line)
         with suppress(OSError):
-            print(line, file=sys.stderr, flush=True)
+            print(line, file=sys.stderr if self.on_error_stream else sys.stdout, flush=True)
 
 
 @contextmanager
-def data_lines() -> Iterator[None]:
-    """Print what `sslkit.data` finds, while a command runs."""
-    handler, level, passed_on = _ErrorStream(), LOGGER.level, LOGGER.propagate
+def data_lines(*, on_error_stream: bool) -> Iterator[None]:
+    """Print what `sslkit.data` finds, while a command runs.
+
+    Args:
+        on_error_stream: Where standard output is for a program.
+    """
+    handler, level, passed_on = _Lines(on_error_stream=on_error_stream), LOGGER.level, LOGGER.propagate
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
     LOGGER.propagate = False

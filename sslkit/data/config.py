@@ -17,14 +17,16 @@ class SourceConfig(BaseModel):
             tar files by a pattern such as ``shards/train-{0000..0127}.tar``, a Hub dataset id, ``"imagefolder"`` /
             ``"parquet"`` / ``"arrow"`` / ``"webdataset"`` with ``data_dir`` or ``data_files``, or
             ``"builtin:fashion_mnist"``.
-        name: The dataset's configuration. ``"full"`` asks for all 70 000 images of ``builtin:fashion_mnist``.
-        data_dir: Folder for the loaders above.
-        data_files: Files for the loaders above.
-        split: Which split to read.
-        image_column: Column of images; found by its type when not given.
-        label_column: Column of class labels; found by its type when not given. Of tar files, the suffix of the file
-            beside each image that holds its label (``cls`` when not given), or a key of its ``.json``. Never read for
-            pretraining.
+        name: The Hub dataset's configuration. ``"full"`` asks for all 70 000 images of ``builtin:fashion_mnist``.
+        data_dir: Folder for the loaders above, or a folder in the one that ``path`` names.
+        data_files: Files for the loaders above, or of a dataset of the Hub.
+        split: Which split to read, by any of its usual names (``validation``, ``val``, ``valid`` and ``dev`` are one).
+            ``"all"`` takes everything, whatever folders and files are called.
+        image_column: Column of images; found by its type and usual names when not given. Of tar files, the suffix of
+            the images, such as ``jpg`` or ``left.png``.
+        label_column: Column of class labels; found by its type and usual names when not given. Of tar files, the suffix
+            of the file beside each image that holds its label (``cls`` when not given), or a key of its ``.json``.
+            Never read for pretraining.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -14,6 +14,7 @@ from sslkit.data.bundled import load_bundled
 from sslkit.data.columns import Columns, choose_columns
 from sslkit.data.config import SourceConfig
 from sslkit.data.folder import to_text, walk_folders
+from sslkit.data.hints import count_suffixes
 from sslkit.data.image_folders import ImageFiles, find_images, image_splits, refuse_several_folders
 from sslkit.data.metadata import metadata_files, table_by_metadata
 from sslkit.data.place import BUNDLED, HUB, KINDS, LOADERS, Place, describe, names_near, place_of
@@ -106,7 +107,8 @@ def _read_folder(folder: Path, config: SourceConfig) -> Found:
     if files:
         table = table_by_metadata(images, files)
         columns = choose_columns(table.features, config)
-        return Found(table, columns, columns.words(), left_out=images.left_out, notes=images.notes)
+        others = images.left_out - Counter(file.suffix for file in files)
+        return Found(table, columns, columns.words(), left_out=others, notes=images.notes)
     table = images.table()
     columns = choose_columns(table.features, config)
     root = to_text(str(images.root))
@@ -114,7 +116,10 @@ def _read_folder(folder: Path, config: SourceConfig) -> Found:
 
 
 def _words(images: ImageFiles) -> str:
-    return "image files, " + (f"{len(set(images.classes))} folders as classes" if images.classes else "no labels")
+    left = f" (other files, left out: {count_suffixes(images.left_out)})" if images.left_out else ""
+    return f"image files{left}, " + (
+        f"{len(set(images.classes))} folders as classes" if images.classes else "no labels"
+    )
 
 
 def _load(place: Place, config: SourceConfig) -> datasets.Dataset:
@@ -131,7 +136,10 @@ def _load(place: Place, config: SourceConfig) -> datasets.Dataset:
         if place.loader == "parquet":
             return load_parquet(_patterns(place, config.split))
         files = list(place.patterns)
-        refuse_several_folders([name for each in files for name in glob.glob(each, recursive=True)], config.split)
+        named = [name for each in files for name in glob.glob(each, recursive=True)]
+        if not named and not any("://" in each for each in files):
+            raise UserError(f"[data] data_files: no file is named by {', '.join(files)}")
+        refuse_several_folders(named, config.split)
         # Without a word, datasets drops the labels of a split that holds only one class.
         drop = not _has_class_folders(files)
         return datasets.load_dataset("imagefolder", data_files={"split": files}, split="split", drop_labels=drop)
@@ -168,6 +176,8 @@ def _patterns(place: Place, split: str) -> list[str]:
         return [glob.escape(str(file)) for file in _files(place, split)]
     local = [pattern for pattern in place.patterns if "://" not in pattern]
     found = [file for pattern in local for file in glob.glob(pattern, recursive=True)]
+    if not found and len(local) == len(place.patterns):
+        raise UserError(f"[data] data_files: no file is named by {', '.join(local)}")
     refuse_several(found, local, split)
     return list(place.patterns)
 

@@ -119,6 +119,11 @@ def folders_with_images(root: Path) -> list[str]:
     ]
 
 
+def count_images(folder: Path) -> int:
+    """How many images lie right in a folder, by their names."""
+    return sum(_suffix(name) in SUFFIXES for name in next(walk_folders(str(folder))).names)
+
+
 def folders_in(folder: Path) -> list[str]:
     """Names of the folders in a folder that are looked into, links to folders too, sorted."""
     with os.scandir(folder) as entries:

@@ -14,6 +14,7 @@ import datasets
 from sslkit.data.folder import (
     ImageFolder,
     Listing,
+    count_images,
     folders_in,
     folders_with_images,
     list_images,
@@ -29,15 +30,18 @@ from sslkit.data.splits import (
     SPLIT_OF,
     choose,
     in_order,
+    is_drawn,
     is_plain,
     no_such_split,
     split_words,
     splits_of_folders,
     what_to_do,
+    words_of,
 )
 from sslkit.errors import UserError
 
 Parts = tuple[str, ...]
+BESIDE = "images beside the folders of the splits, left out: {:,}"
 MAX_LINKS = 40  # one after the other, as the system itself has it
 NO_CLASSES = frozenset(("images", "image", "imgs", "img", "photos", "pictures", "jpegimages", *KEYWORDS))
 
@@ -74,36 +78,46 @@ def find_images(folder: Path, split: str) -> ImageFiles:
         UserError: There are none, some folders name a split and others do not, or a link leads into another split.
     """
     if split != ALL and (tops := _split_at_top(folder)):
-        words = choose(in_order(tops.values()), split)
-        if not words:
-            raise UserError(
-                f"[data] split: {str(folder)!r} has no folder {split!r}; it has {sorted(tops)[:8]}; {ALL_HELP}"
-            )
-        sections = [folder / name for name, word in tops.items() if word in words]
-        others = [folder / name for name, word in tops.items() if word not in words]
-        return _of_sections(folder, sections, others, split, list(map(list_images, sections)))
+        return _of_tops(folder, tops, split)
     listing = list_images(folder)
     if not listing.folders:
         raise _without_images(folder, [listing])
-    paths = [each.path for each in listing.folders]
-    placed = {} if split == ALL else _sections_of(folder, paths)
+    notes: list[str] = []
+    if split != ALL:
+        listing, notes = _without_drawn(folder, listing)
+    placed = {} if split == ALL else _sections_of(folder, [each.path for each in listing.folders])
     if not placed:
         if split != ALL and not choose(["train"], split):
             raise UserError(
                 f"[data] split: {str(folder)!r} has no folder {split!r}; it has {folders_in(folder)[:8]}, none of them "
                 "named like a split; leave split out to read all images"
             )
-        return _whole(folder, listing, split)
+        return replace(_whole(folder, listing, split), notes=notes)
     words = choose(in_order({word for word, _ in placed.values()}), split)
     if not words:
         raise no_such_split(str(folder), "folders", {word for word, _ in placed.values()}, split)
     chosen = [each for each in listing.folders if each.path in placed and placed[each.path][0] in words]
     sections = sorted({placed[each.path][1] for each in chosen})
     others = sorted({section for word, section in placed.values() if word not in words})
-    images = _of_sections(folder, sections, others, split, [replace(listing, folders=chosen)])
+    images = replace(_of_sections(folder, sections, others, split, [replace(listing, folders=chosen)]), notes=notes)
     if beside := sum(len(each.images) for each in listing.folders if each.path not in placed):
-        images.notes.append(f"{beside:,} images beside the folders of the splits are left out")
+        images.notes.append(BESIDE.format(beside))
     return images
+
+
+def _of_tops(folder: Path, tops: dict[str, str], split: str) -> ImageFiles:
+    """The images of a split where all folders right below are splits; the other ones are not looked into."""
+    words = choose(in_order(tops.values()), split)
+    if not words:
+        raise UserError(f"[data] split: {str(folder)!r} has no folder {split!r}; it has {sorted(tops)[:8]}; {ALL_HELP}")
+    sections = [folder / name for name, word in tops.items() if word in words]
+    others = [folder / name for name, word in tops.items() if word not in words]
+    pairs = [_without_drawn(section, list_images(section)) for section in sections]
+    images = _of_sections(folder, sections, others, split, [listing for listing, _ in pairs])
+    notes = [note for _, notes in pairs for note in notes]
+    if beside := count_images(folder):
+        notes.append(BESIDE.format(beside))
+    return replace(images, notes=notes)
 
 
 def image_splits(folder: Path) -> list[str]:
@@ -114,7 +128,9 @@ def image_splits(folder: Path) -> list[str]:
     """
     if tops := _split_at_top(folder):
         return in_order(tops.values())
-    return in_order({word for word, _ in _sections_of(folder, folders_with_images(folder)).values()})
+    paths = folders_with_images(folder)
+    drawn = _drawn_over(folder, paths)
+    return in_order({word for word, _ in _sections_of(folder, [each for each in paths if each not in drawn]).values()})
 
 
 def refuse_several_folders(files: Sequence[str], split: str) -> None:
@@ -139,7 +155,44 @@ def refuse_several_folders(files: Sequence[str], split: str) -> None:
 def _split_at_top(folder: Path) -> dict[str, str]:
     """Split words of the folders right below, where each of them has one; so no other folder needs to be walked."""
     names = folders_in(folder)
-    return splits_of_folders(names, str(folder)) if names and all(len(split_words(name)) == 1 for name in names) else {}
+    if not names or not all(len(split_words(name)) == 1 and not is_drawn(name) for name in names):
+        return {}
+    return splits_of_folders(names, str(folder))
+
+
+def _without_drawn(root: Path, listing: Listing) -> tuple[Listing, list[str]]:
+    """A listing without folders of masks and the like beside those of images, and a sentence about these."""
+    drawn = _drawn_over(root, [each.path for each in listing.folders])
+    if not drawn:
+        return listing, []
+    left = sum(len(each.images) for each in listing.folders if each.path in drawn)
+    names = sorted(os.path.relpath(path, root) for path in drawn)
+    note = f"masks and the like beside images, left out: {left:,}, in {names[:4]}; name such a folder itself to read it"
+    return replace(listing, folders=[each for each in listing.folders if each.path not in drawn]), [note]
+
+
+def _drawn_over(root: Path, paths: Sequence[str]) -> set[str]:
+    """Those of the folders that hold masks and the like: they are called so beside ``images`` or folders of splits."""
+    if not any(is_drawn(path) for path in paths):
+        return set()
+    drawn: set[str] = set()
+    parts = _parts_below(root, paths)
+    siblings: dict[Parts, set[str]] = {}
+    for part in parts.values():
+        for depth, name in enumerate(part):
+            siblings.setdefault(part[:depth], set()).add(name)
+    for path, part in parts.items():
+        for depth, name in enumerate(part):
+            others = [other for other in siblings[part[:depth]] if not is_drawn(other)]
+            if is_drawn(name) and any(is_plain(other) and words_of(other) for other in others):
+                drawn.add(path)
+    return drawn
+
+
+def _parts_below(root: Path, paths: Sequence[str]) -> dict[str, Parts]:
+    """Paths below a folder, as the names of folders that lead there."""
+    skipped = len(str(root).rstrip("/")) + 1
+    return {path: tuple(path[skipped:].split("/")) if len(path) > skipped else () for path in paths}
 
 
 def _sections_of(root: Path, paths: Sequence[str]) -> dict[str, tuple[str, Path]]:
@@ -149,8 +202,7 @@ def _sections_of(root: Path, paths: Sequence[str]) -> dict[str, tuple[str, Path]
         UserError: Some are of a split and others are not.
     """
     placed: dict[Parts, tuple[str, int]] = {}
-    skipped = len(str(root).rstrip("/")) + 1
-    parts = {path: tuple(path[skipped:].split("/")) if len(path) > skipped else () for path in paths}
+    parts = _parts_below(root, paths)
     _place(list(parts.values()), 0, str(root), placed)
     if not placed:
         return {}
@@ -201,9 +253,11 @@ def _of_sections(
     if choose(["train"], split):
         _refuse_links(chosen, [*others, *(each for section in sections for each in _splits_beside(section))])
     classes, below, known = [], False, set(sections)
+    class_first = len({section.parent for section in (*sections, *others)}) > 1
     for each in chosen:
         section = next(place for place in (Path(each.path), *Path(each.path).parents) if place in known)
-        inside, around = Path(each.path).relative_to(section).parts, section.parent.relative_to(folder).parts
+        inside = Path(each.path).relative_to(section).parts
+        around = section.parent.relative_to(folder).parts if class_first else ()
         below = below or bool(inside or around)
         classes.append(printable(to_text((inside or around or (section.name,))[-1])))
     root = sections[0] if len(sections) == 1 else Path(os.path.commonpath(sections))

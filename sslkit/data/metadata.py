@@ -66,9 +66,9 @@ def table_by_metadata(images: ImageFiles, files: list[Path]) -> datasets.Dataset
         )
     which = " and ".join(sorted({file.name for file in files}))
     if left := len(there - named):
-        images.notes.append(f"{left:,} of {len(there):,} images are not named in {which} and left out")
+        images.notes.append(f"images that {which} does not name, left out: {left:,} of {len(there):,}")
     if absent:
-        images.notes.append(f"{len(absent):,} rows of {which} name files that are not there, such as {absent[0]}")
+        images.notes.append(f"files that {which} names and that are not there: {len(absent):,}, such as {absent[0]}")
     names = set(tables[0].column_names)
     if any(set(table.column_names) != names for table in tables):
         raise UserError(f"[data] path: {files[0]} and {files[-1]} have other columns; give them the same")
@@ -89,7 +89,7 @@ def _path(file: Path, value: Any, row: int) -> str | None:
 
 
 def _as_dataset(columns: dict[str, list[Any]]) -> datasets.Dataset:
-    """Columns of one table; images by their paths, everything else as it is, or as JSON where types are mixed."""
+    """Columns of one table; images by their paths, everything else as it is, or as text where types are mixed."""
     features: dict[str, Any] = {}
     arrays: dict[str, pa.Array] = {}
     image = datasets.Image(decode=False)
@@ -102,8 +102,13 @@ def _as_dataset(columns: dict[str, list[Any]]) -> datasets.Dataset:
             arrays[name] = pa.array(values)
             features[name] = datasets.Features.from_arrow_schema(pa.schema([(name, arrays[name].type)]))[name]
         except (pa.ArrowException, ValueError, TypeError):
-            arrays[name] = pa.array([None if value is None else json.dumps(value) for value in values], pa.string())
-            features[name] = datasets.Value("string")
+            if any(isinstance(value, list) for value in values):
+                lists = [value if isinstance(value, list) else [value] for value in values]
+                arrays[name] = pa.array([[str(each) for each in value] for value in lists], pa.list_(pa.string()))
+                features[name] = datasets.List(datasets.Value("string"))
+            else:
+                words = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+                arrays[name], features[name] = pa.array(words, pa.string()), datasets.Value("string")
     table = pa.table(arrays)
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=datasets.Features(features)))
 

@@ -45,10 +45,10 @@ def place_of(config: SourceConfig) -> Place:
     if config.path in LOADERS:
         return _by_loader(config)
     path = Path(config.path).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return _in_folder(config, path)
     pattern = is_shard(config.path) and any(char in config.path for char in "*?[{")
-    if path.is_file() or pattern:
+    if os.path.isfile(path) or pattern:
         _refuse(config, ("name", "data_dir", "data_files"), "a file")
         if is_shard(config.path):
             return Place("webdataset", patterns=(config.path,))
@@ -60,7 +60,7 @@ def place_of(config: SourceConfig) -> Place:
             )
         return Place(loader, patterns=(glob.escape(str(path)),))
     if path.is_absolute() or config.path.count("/") != 1 or config.path.startswith((".", "~")):
-        here = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        here = [entry.name for entry in path.parent.iterdir()] if os.path.isdir(path.parent) else []
         raise UserError(
             f"[data] path: no folder or file {config.path!r}{near_miss(path.name, here)}; a dataset of the Hub is "
             "written user/name"
@@ -72,7 +72,7 @@ def describe(config: SourceConfig) -> str:
     """The words that tell a user which source is meant."""
     if config.path in LOADERS:
         return str(config.data_dir or config.data_files)
-    return f"{config.path}/{config.data_dir}" if config.data_dir and Path(config.path).is_dir() else config.path
+    return f"{config.path}/{config.data_dir}" if config.data_dir and os.path.isdir(config.path) else config.path
 
 
 def _bundled(config: SourceConfig) -> Place:

@@ -131,16 +131,23 @@ class ImageSource:
         if self.label_column is None or self.unlabelled:
             why = f": {self.unlabelled}" if self.unlabelled else ""
             raise UserError(
-                f"{self.description} has no labels; evaluation needs a folder per class, or [data] label_column "
-                f"(--label-column){why}"
+                f"{self.description} has no labels; evaluation needs a folder per class, a metadata.csv with "
+                f"file_name and label beside the images, or [data] label_column (--label-column){why}"
             )
         names, values = self.class_names(), list(self.table[self.label_column])
         if missing := [row for row, value in enumerate(values) if value is None]:
             raise UserError(
                 f"[data] label_column: {len(missing):,} of {len(values):,} images of {self.description} have no label; "
-                f"row {missing[0]} has the label None, which is of no class; leave unlabelled rows out"
+                f"row {missing[0]} has the label None, which is of no class; leave unlabelled rows out "
+                f"({self.name(missing[0])})"
             )
-        return [label_word(value, names, index) for index, value in enumerate(values)]
+        words = []
+        for index, value in enumerate(values):
+            try:
+                words.append(label_word(value, names, index))
+            except UserError as error:
+                raise UserError(f"{error} ({self.name(index)})") from error
+        return words
 
     def paths(self) -> list[str]:
         """The file every image came from, as `to_text` writes it; empty text where the data does not know."""
@@ -252,12 +259,16 @@ def _open(config: SourceConfig) -> ImageSource:
         raise UserError(f"[data] path: {description} holds no images")
     columns = found.columns
     table = only_columns(found.table, columns.image, columns.label)
-    _say(f"{description}: {table.num_rows:,} images, {found.words}")
+    _say(f"{description}: {_count(table.num_rows)}, {found.words}")
     for note in found.notes:
         _say(f"{description}: {note}")
     return ImageSource(
         table, columns.image, columns.label, description, found.root, found.within, unlabelled=columns.unlabelled
     )
+
+
+def _count(images: int) -> str:
+    return f"{images:,} image{'s' if images != 1 else ''}"
 
 
 def _say(words: str) -> None:
@@ -273,7 +284,7 @@ def _open_stream(config: DataConfig, patterns: list[str]) -> ImageSource:
     rows = StreamedRows(files, footers, columns.image)
     if not rows.groups:
         raise UserError(f"[data] path: {description} holds no images")
-    _say(f"{description}: {rows.num_rows:,} images, read as a stream, {columns.words()}")
+    _say(f"{description}: {_count(rows.num_rows)}, read as a stream, {columns.words()}")
     plan = Lanes(rows.sizes, config.shuffle_buffer)
     return ImageSource(rows, columns.image, columns.label, description, plan=plan, unlabelled=columns.unlabelled)
 

@@ -25,15 +25,36 @@ KEYWORDS = {word + ending: word for word in SPLIT_OF for ending in ENDINGS}
 NEUTRAL = frozenset(
     (
         *("set", "sets", "data", "dataset", "images", "image", "imgs", "img", "photos", "pictures", "pics", "files"),
-        *("samples", "split", "splits", "jpg", "jpeg", "png", "original", "final", "full", "clean", "raw", "the"),
+        *(
+            "samples",
+            "split",
+            "splits",
+            "jpg",
+            "jpeg",
+            "png",
+            "jpegimages",
+            "original",
+            "final",
+            "full",
+            "clean",
+            "raw",
+            "the",
+        ),
         *("a", "b", "x", "y", "v"),
+    )
+)
+DRAWN = frozenset(
+    (
+        *("mask", "masks", "annotation", "annotations", "label", "labels", "gt", "groundtruth", "truth", "depth"),
+        *("depths", "segmentation", "segmentations", "segmentationclass", "segmentationobject", "heatmaps"),
     )
 )
 HELD_OUT = re.compile(r"h[eo]ld[\W_]?outs?", re.IGNORECASE)
 SIGN = re.compile("train|test|eval|val|dev|h[eo]ld", re.IGNORECASE)  # in every name that has a word of a split
 CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 ALL_HELP = (
-    'if none of these names means a split, give split = "all" (--set data.split=all, --train-split all or --split all)'
+    'if none of these names means a split, give split = "all" (--set data.split=all, --train-split all, --split all or '
+    "[monitor] train_split)"
 )
 
 File = TypeVar("File", str, Path)
@@ -56,6 +77,11 @@ def split_words(name: str) -> list[str]:
 def is_plain(name: str) -> bool:
     """Whether a name says a split and nothing else: ``train``, ``val2017``, ``Test Images``, not ``test_tube``."""
     return all(word in KEYWORDS or word in NEUTRAL for word in words_of(name))
+
+
+def is_drawn(name: str) -> bool:
+    """Whether a folder is called as one of pictures that are drawn over images, such as masks."""
+    return bool(DRAWN.intersection(re.findall("[a-z]+", name.lower())))
 
 
 def choose(available: Iterable[str], asked: str) -> list[str]:

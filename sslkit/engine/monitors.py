@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sslkit.data.policies import ViewsConfig
 from sslkit.data.shared_memory import fitting_workers
-from sslkit.data.source import DataConfig, ImageSource
+from sslkit.data.source import ImageSource
 from sslkit.engine.sights import Draw, neighbour_sheet
 from sslkit.errors import UserError
 from sslkit.evaluate.features import batch_bytes, extract_features
@@ -39,8 +39,8 @@ class KnnMonitor:
     def __init__(self, recipe: Recipe, transform: Transform, device: torch.device, workers: int) -> None:
         monitor = recipe.monitor
         self.transform, self.device, self.workers = transform, device, workers
-        data = DataConfig(path=monitor.data, name=monitor.name, background=recipe.data.background)
-        pair = open_pair(data, seed=recipe.train.seed)
+        data = monitor.source().model_copy(update={"background": recipe.data.background})
+        pair = open_pair(data, data.split, seed=recipe.train.seed)
         self.pair = _limit_bank(pair, monitor.max_train, recipe.train.seed)
         self.protocol = KnnProtocol(min(monitor.k, len(self.pair.train)), monitor.temperature)
         self.batch_bytes = batch_bytes(transform, BATCH) if workers else 0

@@ -56,21 +56,26 @@ def open_pair(config: DataConfig, train_split: str = "train", test_split: str = 
         raise UserError(f"{config.path}: --test-split {test_split} is what is learned from too; take another, or none")
     held_out = [name for name in splits if SPLIT_OF.get(name, "train") != "train" and name not in learned]
     test_split = test_split or next(iter(held_out), "")
+    labels = train.labels()
     if test_split:
         test = open_source(config.model_copy(update={"split": test_split}))
         description = f"{config.path}: {train_split} {len(train)} / {test_split} {len(test)} images"
         split = f"{train_split} / {test_split}"
+        test_words = test.labels()
     else:
         order = np.random.default_rng(seed).permutation(len(train))
         count = max(round(len(train) * HELD_OUT), 1)
-        train, test = train.subset(np.sort(order[count:])), train.subset(np.sort(order[:count]))
+        learned_rows, scored_rows = np.sort(order[count:]), np.sort(order[:count])
+        train, test = train.subset(learned_rows), train.subset(scored_rows)
+        labels, test_words = [labels[row] for row in learned_rows], [labels[row] for row in scored_rows]
         description = f"{config.path}: {len(order)} images, {count} of them held out (seed {seed})"
         split = f"{HELD_OUT:.0%} of {train_split} held out by seed {seed}"
-    classes, numbers = np.unique([*train.labels(), *test.labels()], return_inverse=True)
+    classes, numbers = np.unique([*labels, *test_words], return_inverse=True)
     if len(classes) < 2:
         raise UserError(
-            f"{config.path}: evaluation needs images of at least two classes, found {len(classes)}: {list(classes)}"
+            f"{config.path}: evaluation needs images of at least two classes, found {len(classes)}: "
+            f"{list(map(str, classes))}"
         )
-    labels = torch.from_numpy(numbers.astype(np.int64))
+    codes = torch.from_numpy(numbers.astype(np.int64))
     names = [str(name) for name in classes]
-    return LabelledPair(train, test, labels[: len(train)], labels[len(train) :], names, description, split)
+    return LabelledPair(train, test, codes[: len(train)], codes[len(train) :], names, description, split)

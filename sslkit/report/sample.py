@@ -49,7 +49,7 @@ def draw_sample(recipe: Recipe, data: str = "") -> Sample:
     if data:
         config = DataConfig.model_validate({"path": data, **read_as})
     elif recipe.monitor.data:
-        config = DataConfig.model_validate({"path": recipe.monitor.data, "name": recipe.monitor.name, **read_as})
+        config = recipe.monitor.source().model_copy(update=read_as)
     else:
         config = recipe.data
     source = open_source(config)

@@ -253,11 +253,12 @@ def lines_of(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[str, list
     with pytest.raises(SystemExit):
         main(list(words))
     said = capsys.readouterr()
-    return said.out, [line for line in said.err.splitlines() if line.startswith("data: ")]
+    lines = (said.err if "--json" in words else said.out).splitlines()
+    return said.out, [line for line in lines if line.startswith("data: ")]
 
 
 def test_commands_say_what_they_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On the error stream, so that --json stays JSON."""
+    """With --json on the error stream, so that it stays JSON."""
     columns = {"annotation": cells([MASK] * 16), "photo": cells(PNGS * 4), "fine_label": [0, 1, 0, 1] * 4}
     features = {"annotation": IMAGE, "photo": IMAGE, "fine_label": CLASS, "coarse_label": CLASS}
     root = str(write_parquet(tmp_path / "set", {**columns, "coarse_label": [0, 0, 1, 1] * 4}, features))

@@ -69,7 +69,7 @@ def test_every_way_to_write_a_csv(name: str, folder: Path, caplog: pytest.LogCap
             source.labels()
         return
     assert (stored(source), source.labels()) == (PNGS[:3], ["cat", "dog", "cat"])
-    assert "1 of 4 images are not named in metadata.csv and left out" in caplog.text
+    assert "images that metadata.csv does not name, left out: 1 of 4" in caplog.text
 
 
 def test_jsonl_and_parquet(folder: Path) -> None:
@@ -123,8 +123,8 @@ def test_files_that_are_named_and_not_there_are_counted(folder: Path, capsys: py
         main(["data", "check", str(folder), "--workers", "0", "--json"])
     said = capsys.readouterr()
     assert json.loads(said.out)["unreadable"]["count"] == 1
-    assert "2 of 4 images are not named in metadata.csv and left out" in said.err
-    assert "1 rows of metadata.csv name files that are not there, such as" in said.err
+    assert "images that metadata.csv does not name, left out: 2 of 4" in said.err
+    assert "files that metadata.csv names and that are not there: 1, such as" in said.err
 
 
 @pytest.mark.parametrize(
@@ -206,3 +206,23 @@ def test_a_table_as_large_as_it_comes_is_read_by_the_csv_module(folder: Path) ->
     with (folder / "metadata.csv").open("w", newline="") as stream:
         csv.writer(stream, delimiter=";").writerows([("file_name", "text", "label"), ("0.png", "a;b\nc", "cat")])
     assert read(folder).labels() == ["cat"]
+
+
+def test_labels_of_mixed_types_stop_evaluation_only(folder: Path) -> None:
+    rows = [{"file_name": "0.png", "label": [1, 2]}, {"file_name": "1.png", "label": "x"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = read(folder)
+    assert len(source) == 2
+    with pytest.raises(UserError, match=r"row 0 has the label \['1', '2'\], several classes"):
+        source.labels()
+    rows[0]["label"] = 3
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read(folder).labels() == ["3", "x"]
+
+
+@pytest.mark.parametrize("loader", ["parquet", "arrow", "imagefolder"])
+def test_patterns_that_name_nothing(loader: str, folder: Path) -> None:
+    with pytest.raises(UserError, match=r"\[data\] data_files: no file is named by .*nope"):
+        open_source(DataConfig(path=loader, data_files=f"{folder}/nope*"))
+    with pytest.raises(UserError, match=r"\[data\] path: "):
+        read("x" * 300 + "/y")

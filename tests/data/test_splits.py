@@ -143,8 +143,11 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_image_folders(layout: str, tmp_path: Path) -> None:
+def test_layouts_of_image_folders(layout: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make(tmp_path, LAYOUTS[layout])
+    with caplog.at_level("INFO", "sslkit.data"):
+        assert count(tmp_path) == 5
+    assert ("beside the folders of the splits, left out: 1" in caplog.text) == (layout == "a picture beside")
     assert [count(tmp_path, split) for split in ("train", "validation", "test")] == [5, 2, 2]
     assert count(tmp_path, "all") == 9 + (layout == "a picture beside")
     assert len(available_splits(DataConfig(path=str(tmp_path)))) == 3
@@ -422,3 +425,33 @@ def test_the_same_split_under_two_names_is_not_scored_on(tmp_path: Path) -> None
 def test_the_bundled_set_as_a_whole() -> None:
     assert len(open_source(DataConfig(path="builtin:fashion_mnist", split="all"))) == 12_000
     assert len(open_source(DataConfig(path="builtin:fashion_mnist", split="testing"))) == 2_000
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"images": 4, "masks": 3}, 4),
+        ({"JPEGImages": 4, "SegmentationClass": 3, "SegmentationObject": 3}, 4),
+        ({"train/images": 4, "train/masks": 3, "test/images": 2, "test/masks": 2}, 4),
+        ({"train": 4, "train_masks": 3, "test": 2}, 4),
+        ({"bottle/train/good": 4, "bottle/test/good": 2, "bottle/test/hole": 2, "bottle/ground_truth/hole": 2}, 4),
+        ({"with_mask": 4, "without_mask": 3}, 7),  # classes
+        ({"NORMAL": 4, "PNEUMONIA": 3}, 7),
+        ({"masks": 4}, 4),
+        ({"cat/masks": 4, "cat/others": 3}, 7),
+    ],
+)
+def test_masks_beside_images_are_left_out_aloud(
+    files: dict[str, int], expected: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path, files)
+    with caplog.at_level("INFO", "sslkit.data"):
+        assert count(tmp_path) == expected
+    assert ("masks and the like beside images, left out" in caplog.text) == (expected == 4 and len(files) > 1)
+    assert count(tmp_path, "all") == sum(files.values())
+
+
+def test_a_split_below_other_folders_has_no_class_of_their_name(tmp_path: Path) -> None:
+    make(tmp_path, {"ILSVRC/CLS-LOC/train/n01": 3, "ILSVRC/CLS-LOC/val": 2})
+    assert open_source(DataConfig(path=str(tmp_path), split="val")).label_column is None
+    assert set(open_source(DataConfig(path=str(tmp_path))).labels()) == {"n01"}

@@ -225,3 +225,28 @@ def test_from_the_hub_nothing_is_copied_and_the_run_is_that_on_files(files: Path
     assert 2 * 15 <= len(pieces) <= 2 * 25  # row groups of two epochs, a few of them for both of two workers
     assert not list((tmp_path / "hub").rglob("*.parquet"))
     assert not list((tmp_path / "hub").rglob("*.arrow"))
+
+
+HUB_SPLITS = """
+from sslkit.data.source import DataConfig, open_source
+for streaming in (True, False):
+    sizes = [len(open_source(DataConfig(path="me/photos", split=split, streaming=streaming)))
+             for split in ("train", "val", "validation", "dev", "all")]
+    print(sizes)
+"""
+
+
+def test_splits_of_the_hub_are_found_by_any_of_their_names(class_folders: Path, tmp_path: Path) -> None:
+    """The Hub's own name for ``valid`` is ``validation``."""
+    cells = [{"bytes": file.read_bytes(), "path": None} for file in sorted(class_folders.rglob("*.png"))[:5]]
+    features = datasets.Features({"image": datasets.Image()})
+    for name, rows in (("train", cells), ("valid", cells[:2])):
+        datasets.Dataset.from_dict({"image": rows}, features).to_parquet(str(tmp_path / f"{name}-0.parquet"))
+    with serve("me/photos", {f"data/{file.name}": file for file in sorted(tmp_path.iterdir())}) as hub:
+        env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1"}
+        env["HF_HOME"] = str(tmp_path / "hub")
+        done = subprocess.run(
+            [sys.executable, "-c", HUB_SPLITS], env=env, capture_output=True, text=True, timeout=120, check=False
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == ["[5, 2, 2, 2, 7]"] * 2
