@@ -9,6 +9,7 @@ from conftest import small_recipe
 from sslkit.data.source import DataConfig, open_source
 from sslkit.doctor.advice import advise
 from sslkit.doctor.images import ImageFacts, check_pixels, look_at
+from sslkit.engine.variety import Variety
 from sslkit.recipe import Recipe, load_recipe, shipped_recipes
 
 IMAGENET = ImageFacts(1_281_167, 350, 400, grey=False)
@@ -97,7 +98,7 @@ def test_advice_for_any_method_and_optimizer() -> None:
 
 def test_images_are_looked_at() -> None:
     facts = look_at(open_source(DataConfig(path="builtin:fashion_mnist", split="test")))
-    assert facts == ImageFacts(2000, 28, 28, grey=True)
+    assert facts == ImageFacts(2000, 28, 28, grey=True, variety=Variety(32, 32, 0))
 
 
 def test_pixels_out_of_range() -> None:

@@ -17,7 +17,7 @@ from sslkit.cli import main
 from sslkit.data.loader import epoch_order
 from sslkit.engine import run as run_module
 from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint
-from sslkit.engine.guard import BadStepError, Course, Guard
+from sslkit.engine.guard import BadStepError, Course, Guard, RewindError
 from sslkit.engine.lines import read_lines
 from sslkit.engine.replay import replay_capsule
 from sslkit.errors import UserError
@@ -251,3 +251,9 @@ def test_capsules_that_cannot_be_replayed_say_why(tmp_path: Path, monkeypatch: p
         stream.truncate(1000)
     with pytest.raises(UserError, match="torn or altered"):
         replay_capsule(capsule)
+
+
+def test_bad_steps_in_a_row_are_counted_without_an_ordinal() -> None:
+    guard = Guard(GuardConfig(policy="skip", max_skips=0), Course())
+    with pytest.raises(RewindError, match=r"step 3: the loss is nan; bad steps in a row: 1$"):
+        guard.refuse(3, "the loss is nan", "")
