@@ -5,7 +5,6 @@ A recipe is data; reading a stranger's runs no code. Layers, later ones win: the
 """
 
 import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from sslkit.data.config import MixConfig
 from sslkit.data.policies import LARGE_VIEWS, POLICIES, ViewsConfig, fill_policy
 from sslkit.data.source import DataConfig
 from sslkit.errors import UserError, check_path, near_miss, path_fault
-from sslkit.methods import Method, MethodOptions, canonical_name, find_method
+from sslkit.methods import MethodOptions, canonical_name, find_method
 from sslkit.methods.base import view_mistake
-from sslkit.parts.backbone import BackboneSpec, check_name, family, takes_image_size
+from sslkit.parts.backbone import BackboneSpec, check_name, takes_image_size
+from sslkit.recipe_defaults import numbers_of_another_run, paper_defaults
 from sslkit.recipe_tables import (
     MAX_RECIPE_BYTES,
     TABLES,
@@ -153,7 +153,7 @@ def build_recipe(tables: dict[str, Any], overrides: list[str] | None = None, nam
         raise _refusal(name, mistakes)
     method_name = canonical_name(tables["method"]["name"])
     method = find_method(method_name)
-    defaults = _defaults_of(method, tables)
+    defaults = paper_defaults(method, tables)
     layered = _lay_over(defaults, tables)
     mistakes += _fill_policy(layered)
     parsed: dict[str, Any] = {}
@@ -166,7 +166,7 @@ def build_recipe(tables: dict[str, Any], overrides: list[str] | None = None, nam
     if mistakes:
         raise _refusal(name, mistakes)
     of_batch = method.remark_on_batch(parsed["method"], parsed["train"].batch_size)
-    remarks = (*_of_another_run(method, tables, parsed), *filter(None, [of_batch]))
+    remarks = (*numbers_of_another_run(method, tables, parsed), *filter(None, [of_batch]))
     recipe = Recipe(method_name=method_name, **parsed, reference=tables.get("reference", {}), remarks=remarks)
     if mistakes := _contradictions(recipe):
         raise _refusal(name, mistakes)
@@ -261,46 +261,6 @@ def _name_mistakes(tables: dict[str, Any]) -> list[str]:
             except ValidationError as error:
                 mistakes += [_sentence(table, model, item) for item in error.errors() if item["type"] != "missing"]
     return mistakes
-
-
-def _defaults_of(method: type[Method], tables: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The paper's recipe, with the numbers of its run of this length or batch size if it has one."""
-    kind = family(tables["backbone"]["name"])
-    defaults = method.paper_defaults(kind)
-    train = {**defaults.get("train", {}), **tables.get("train", {})}
-    for run in method.paper_runs(kind):
-        if run.train.items() <= train.items():
-            laid = {table: {**defaults.get(table, {}), **keys} for table, keys in run.tables.items()}
-            known = method.Options.model_fields  # a method that builds on another may have fewer options
-            laid["method"] = {key: value for key, value in laid.get("method", {}).items() if key in known}
-            return {**defaults, **laid}
-    return defaults
-
-
-def _of_another_run(method: type[Method], tables: Mapping[str, Any], parsed: Mapping[str, Any]) -> list[str]:
-    """Say which of the numbers that were filled in belong to a run of the paper of another length or batch size."""
-    kind = family(tables["backbone"]["name"])
-    defaults, runs = method.paper_defaults(kind), method.paper_runs(kind)
-    asked = parsed["train"].model_dump()
-    usual = [run for run in runs if run.train.items() <= defaults.get("train", {}).items()]
-    if not usual or any(run.train.items() <= asked.items() for run in runs):
-        return []
-    kinds = {"optim": "name", "schedule": "decay"}  # numbers of another optimizer or decay are not the paper's
-    filled = [
-        f"[{table}] {key} = {value}"
-        for table, keys in usual[0].tables.items()
-        for key, value in keys.items()
-        if key not in tables.get(table, {}) and getattr(parsed[table], key, None) == value
-        if table not in kinds or getattr(parsed[table], kinds[table]) == defaults[table][kinds[table]]
-    ]
-    if not filled:
-        return []
-    (key,) = usual[0].train
-    lengths = ", ".join(str(run.train[key]) for run in runs)
-    return [
-        f"[train] {key} = {asked[key]}: the paper's numbers are for {lengths}; {', '.join(filled)} "
-        f"{'is' if len(filled) == 1 else 'are'} what it has for {usual[0].train[key]}. State them to choose others"
-    ]
 
 
 def _lay_over(defaults: dict[str, dict[str, Any]], tables: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -19,6 +19,7 @@ LAYERS = {
     "data": 2,
     "evaluate": 3,
     "recipe_tables": 3,
+    "recipe_defaults": 3,
     "recipe": 4,
     "publish": 5,
     "engine": 6,
