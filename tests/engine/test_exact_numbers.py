@@ -179,6 +179,13 @@ def test_how_the_rate_follows_the_batch(rule: str, factor: float) -> None:
     assert make_optimizer(recipe, nn.Linear(2, 1)).param_groups[0]["lr"] == pytest.approx(0.3 * factor)
 
 
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_betas_are_the_recipes(name: str) -> None:
+    recipe = small_recipe(optim={"name": name, "lr": 0.1, "weight_decay": 0.3, "betas": [0.8, 0.95]})
+    (group,) = make_optimizer(recipe, nn.Linear(2, 1)).param_groups
+    assert (tuple(group["betas"]), group["weight_decay"]) == ((0.8, 0.95), 0.3)
+
+
 STEPWISE = {
     "decay": "steps",
     "milestones": [2, 3],
