@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 
 import sslkit
 from sslkit.data.draws import draw_view
+from sslkit.data.mixture import Mixture
 from sslkit.engine import loop
 from sslkit.engine.optim import learning_rate, make_optimizer
 from sslkit.engine.run import build_method
@@ -179,6 +180,13 @@ def test_how_the_rate_follows_the_batch(rule: str, factor: float) -> None:
     assert make_optimizer(recipe, nn.Linear(2, 1)).param_groups[0]["lr"] == pytest.approx(0.3 * factor)
 
 
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_betas_are_the_recipes(name: str) -> None:
+    recipe = small_recipe(optim={"name": name, "lr": 0.1, "weight_decay": 0.3, "betas": [0.8, 0.95]})
+    (group,) = make_optimizer(recipe, nn.Linear(2, 1)).param_groups
+    assert (tuple(group["betas"]), group["weight_decay"]) == ((0.8, 0.95), 0.3)
+
+
 STEPWISE = {
     "decay": "steps",
     "milestones": [2, 3],
@@ -284,3 +292,13 @@ def test_a_views_draw_depends_on_each_word_of_its_key() -> None:
 
 def replace_views(**keys: Any) -> Any:
     return small_recipe().views.model_copy(update=keys)
+
+
+def test_each_lap_through_a_mixed_source_has_an_order_of_its_own() -> None:
+    mixture = Mixture(sizes=(8, 24), weights=(1.0, 1.0))  # sixteen of each an epoch: the first source twice
+    laps = [np.random.default_rng([3, 5, 0, lap]).permutation(8).tolist() for lap in range(4)]
+    for epoch in range(2):
+        samples, repeats = mixture.samples(3, epoch)
+        assert samples[:16].tolist() == laps[2 * epoch] + laps[2 * epoch + 1]
+        assert repeats[:16].tolist() == [0] * 8 + [1] * 8
+    assert len({tuple(lap) for lap in laps}) == 4
