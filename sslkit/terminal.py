@@ -51,6 +51,11 @@ def show(line: object, style: str = "", console: Console | None = None) -> None:
     (console or Console()).print(Text(printed(line), style), soft_wrap=True)
 
 
+def show_plain(line: object, *, on_error_stream: bool) -> None:
+    """Print a line as it is, at once: on standard output, or on standard error where that is for a program."""
+    print(printed(line), file=sys.stderr if on_error_stream else sys.stdout, flush=True)
+
+
 def show_json(value: Any) -> None:
     """Print JSON on standard output; it escapes control characters itself."""
     print(without_tokens(json.dumps(value)))
