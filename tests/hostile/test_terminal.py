@@ -1,5 +1,6 @@
 """Text from outside on the terminal: it moves no cursor, forges no line, is no markup, and never ends a command."""
 
+import io
 import json
 import logging
 import re
@@ -220,13 +221,23 @@ def test_errors_of_others(make: Callable[[str], Exception], word: str) -> None:
     assert "hf_a" not in sentence
 
 
-def test_warnings_of_others(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warnings_of_others(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also those of libraries that print by handlers of their own, as datasets and huggingface_hub do."""
     guard_other_libraries()
-    for word in WORDS.values():
-        record = logging.LogRecord("timm", logging.WARNING, "", 0, f"Unexpected keys ({word})", None, None)
-        assert logging.lastResort is not None
-        assert_harmless(logging.lastResort.format(record))
-        assert_harmless(warnings.formatwarning(word, UserWarning, "x.py", 1))
+    token = f"hf_{'aB3dE6gH9jK2mN5pQ8sTxYzUvWqRtSaBcD'}"
+    logger, stream = logging.getLogger("another.library"), io.StringIO()
+    logger.propagate = False
+    for handler in (logging.StreamHandler(stream), logging.lastResort):
+        assert handler is not None
+        logger.handlers = [handler]
+        for word in WORDS.values():
+            logger.warning("Unexpected keys (%s) %s", word, token)
+            logger.error(word, exc_info=ValueError("x " + token))
+            assert_harmless(warnings.formatwarning(word, UserWarning, "x.py", 1))
+    said = capsys.readouterr().err + stream.getvalue()
+    assert_harmless(said)
+    assert token not in said
+    assert said.count("ValueError: x [token]") == 2 * len(WORDS)
 
 
 def test_nothing_is_printed_beside_the_door() -> None:
