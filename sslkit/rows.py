@@ -5,14 +5,14 @@ out and counted, and never ends a command.
 """
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sslkit.errors import UserError, without_tokens
+from sslkit.errors import UserError
+from sslkit.terminal import say
 
 Row = dict[str, Any]
 Check = Callable[[Any], bool]
@@ -202,4 +202,4 @@ def _warn(sentence: str) -> None:
     if sentence not in _said:
         _said.add(sentence)
         with suppress(OSError):  # standard error may be a file on a disk that is full
-            print(without_tokens(f"sslkit: {sentence}"), file=sys.stderr)
+            say(sentence)

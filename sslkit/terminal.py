@@ -51,6 +51,11 @@ def show(line: object, style: str = "", console: Console | None = None) -> None:
     (console or Console()).print(Text(printed(line), style), soft_wrap=True)
 
 
+def show_plain(line: object, *, on_error_stream: bool) -> None:
+    """Print a line as it is, at once: on standard output, or on standard error where that is for a program."""
+    print(printed(line), file=sys.stderr if on_error_stream else sys.stdout, flush=True)
+
+
 def show_json(value: Any) -> None:
     """Print JSON on standard output; it escapes control characters itself."""
     print(without_tokens(json.dumps(value)))
@@ -63,20 +68,31 @@ def show_text(text: str) -> None:
 
 def show_traceback(error: BaseException) -> None:
     """Print an error of ours in full on standard error."""
-    lines = "".join(traceback.format_exception(error)).rstrip("\n").split("\n")
-    print("\n".join(map(printed, lines)), file=sys.stderr)
+    print(_printed_traceback(error), file=sys.stderr)
 
 
 def guard_other_libraries() -> None:
-    """Let warnings of other libraries, which name files and tensors, go the same way to standard error."""
-    if logging.lastResort is not None:
-        logging.lastResort.setFormatter(_PrintedRecords())
+    """Let warnings and log records of other libraries go the same way, whichever handler prints them.
+
+    They name files and tensors, and repeat what servers say.
+    """
+    logging.setLogRecordFactory(_PrintedRecord)
     warnings.formatwarning = _format_warning
 
 
-class _PrintedRecords(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return printed(super().format(record))
+class _PrintedRecord(logging.LogRecord):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.exc_info and self.exc_info[1]:
+            self.exc_text = _printed_traceback(self.exc_info[1])  # which formatters take as it is
+
+    def getMessage(self) -> str:  # noqa: N802 (logging's name)
+        return printed(super().getMessage())
+
+
+def _printed_traceback(error: BaseException) -> str:
+    lines = "".join(traceback.format_exception(error)).rstrip("\n").split("\n")
+    return "\n".join(map(printed, lines))
 
 
 def _format_warning(

@@ -2,11 +2,10 @@
 
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from sslkit.errors import without_tokens
+from sslkit.terminal import show_plain
 
 LOGGER = logging.getLogger("sslkit.data")
 
@@ -19,12 +18,12 @@ class _Lines(logging.Handler):
         self.on_error_stream, self.said = on_error_stream, set[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = without_tokens(record.getMessage())
+        line = record.getMessage()
         if line in self.said or os.environ.get("RANK", "0") != "0":
             return
         self.said.add(line)
         with suppress(OSError):
-            print(line, file=sys.stderr if self.on_error_stream else sys.stdout, flush=True)
+            show_plain(line, on_error_stream=self.on_error_stream)
 
 
 @contextmanager

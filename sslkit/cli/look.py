@@ -1,6 +1,5 @@
 """``sslkit report`` and ``sslkit views``: pages to look at, and a few numbers for those who stay in the terminal."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,8 +8,8 @@ import typer
 from sslkit.cli.options import Backbone, Images, MethodName, Overrides, RecipeName, recipe_from_words
 from sslkit.cli.quick import quick_imports
 from sslkit.cli.show import console
-from sslkit.errors import UserError, without_tokens
-from sslkit.terminal import PlainTable, show
+from sslkit.errors import UserError
+from sslkit.terminal import PlainTable, say, show
 
 if TYPE_CHECKING:
     from sslkit.report import Summary
@@ -41,7 +40,7 @@ def report(
     try:
         written += draw_run(records[0].folder) if len(records) == 1 else []
     except UserError as error:  # the page is there; a run on a read-only disk has no place for its pictures
-        print(without_tokens(f"sslkit: WARNING: {error}"), file=sys.stderr)
+        say(f"WARNING: {error}")
     _print_summaries(summaries)
     for path in written:
         show(path)

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import struct
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sslkit.errors import UserError
+from sslkit.terminal import say
 
 SHARD = 16384
 MERGED = "features.safetensors"
@@ -205,7 +205,7 @@ class _Extraction:
         )
         with suppress(OSError):  # standard error may be a file on the same disk
             if not self.said:
-                print(f"sslkit: WARNING: {sentence} evaluation extracts them again", file=sys.stderr)
+                say(f"WARNING: {sentence} evaluation extracts them again")
         self.said = True
 
     def _tidy(self, entry: Path) -> None:
