@@ -97,6 +97,7 @@ def prepare(
     from sslkit.data.source import available_splits, open_source
     from sslkit.data.survey import describe_alpha
 
+    check_path(path, "DATA")
     check_path(output, "OUTPUT")
     if Path(path).is_dir() and Path(output).resolve().is_relative_to(Path(path).resolve()):
         raise UserError(f"{output}: lies in the folder that is packed; give one elsewhere")

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sslkit.errors import RunError, UserError
+from sslkit.parts.batchnorm import GlobalBatchNorm
 from sslkit.recipe_tables import GuardConfig
 
 MOST = 1_000_000  # troubles of a kind
@@ -157,5 +158,5 @@ class RunningStatistics:
 
 def _statistics(module: nn.Module) -> Iterable[Tensor]:
     for child in module.modules():
-        if isinstance(child, nn.modules.batchnorm._NormBase):
+        if isinstance(child, (nn.modules.batchnorm._NormBase, GlobalBatchNorm)):
             yield from child.buffers(recurse=False)

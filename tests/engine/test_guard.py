@@ -17,12 +17,13 @@ from sslkit.cli import main
 from sslkit.data.loader import epoch_order
 from sslkit.engine import run as run_module
 from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint
-from sslkit.engine.guard import BadStepError, Course, Guard, RewindError
+from sslkit.engine.guard import BadStepError, Course, Guard, RewindError, RunningStatistics
 from sslkit.engine.lines import read_lines
 from sslkit.engine.replay import replay_capsule
 from sslkit.errors import UserError
 from sslkit.methods import METHODS
 from sslkit.methods.base import Step
+from sslkit.parts.batchnorm import GlobalBatchNorm
 from sslkit.recipe_tables import GuardConfig
 
 
@@ -257,3 +258,15 @@ def test_bad_steps_in_a_row_are_counted_without_an_ordinal() -> None:
     guard = Guard(GuardConfig(policy="skip", max_skips=0), Course())
     with pytest.raises(RewindError, match=r"step 3: the loss is nan; bad steps in a row: 1$"):
         guard.refuse(3, "the loss is nan", "")
+
+
+def test_a_refused_step_leaves_no_trace_in_synchronised_running_statistics() -> None:
+    """Several processes on CPUs have `GlobalBatchNorm` in place of PyTorch's layer."""
+    layer = GlobalBatchNorm(torch.nn.BatchNorm1d(3))
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    statistics = RunningStatistics(layer, GuardConfig(policy="skip"))
+    statistics.remember()
+    layer(torch.randn(4, 3))
+    assert not torch.equal(layer.running_mean, before["running_mean"])
+    statistics.put_back()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())
