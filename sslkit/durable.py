@@ -198,10 +198,11 @@ def refuse_links(run: Path) -> None:
                 raise UserError(f"{entry}: is a pipe, a socket or a device; a run has files and folders only")
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a killed process left aside in ``folder``."""
-    for left in folder.glob(".*.tmp"):
-        remove(left)
+def sweep(folder: Path, names: Iterable[str] = ("*",)) -> None:
+    """Remove what a killed process left aside in ``folder``, of all files or of those named."""
+    for name in names:
+        for left in folder.glob(f".{name}.tmp"):
+            remove(left)
 
 
 def sync(path: Path) -> None:

@@ -119,8 +119,9 @@ def submit(recipe: Recipe, output: str | Path, resources: Resources, cluster: st
     output = _run_folder(output)
     if cluster not in ("slurm", "local"):
         raise UserError(f"--cluster: must be slurm or local, not {cluster!r}")
-    from sslkit.engine.folder import check_folder
+    from sslkit.engine.folder import as_begun, check_folder
 
+    recipe, _ = as_begun(output, recipe)  # the job's recipe names every key
     check_folder(output, recipe, "auto")  # as the job itself would, hours later
     if cluster == "local":
         return _submit_here(recipe, output, resources)

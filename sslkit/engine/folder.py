@@ -121,12 +121,13 @@ def as_begun(folder: Path, recipe: Recipe) -> tuple[Recipe, list[str]]:
         before = read_tables(saved).get("data")
     except UserError:  # which `check_folder` reports
         return recipe, []
-    if not isinstance(before, dict) or "background" in before:
+    # An earlier continuation has written the key down, so that it is there and the recipe still does not name it.
+    if not isinstance(before, dict) or before.get("background", KEEP) != KEEP:
         return recipe, []
     recipe = replace(recipe, data=recipe.data.model_copy(update={"background": KEEP}))
     return recipe, [
-        f'{folder} began before there was [data] background: it goes on as it began, with background = "keep"; name '
-        "another in a new folder"
+        f'{folder} began with [data] background = "keep", as every run did before that key existed: it goes on as it '
+        "began; another background needs a new folder"
     ]
 
 

@@ -15,6 +15,11 @@ from sslkit.errors import UserError
 
 LOCK, PROBE = ".lock", ".probe.tmp"
 ATTEMPTS = 100  # at opening the lock while others remove the folder
+# What a run writes in its folder. Other commands write there too, maybe now: what they have aside is theirs.
+WRITTEN = (
+    *("probe", "recipe", "recipe.toml", "data.json", "images.parquet", "track.json", "PREEMPTED"),
+    *("metrics.jsonl", "results.jsonl", "diagnostics.jsonl", "bad_samples.jsonl", "encoder", "encoder.old"),
+)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -134,6 +139,6 @@ def prepare_folder(folder: Path) -> None:
             try:
                 write_file(place / PROBE, [bytes(4096)])
             finally:
-                sweep(place)
+                sweep(place, WRITTEN if place == folder else ("*",))
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be written to: {error.strerror}") from error

@@ -98,6 +98,16 @@ def test_a_refused_start_leaves_no_folder(images: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_start_leaves_alone_what_other_commands_are_writing(images: Path, run: Path) -> None:
+    """A report, a page of another name, and publish's folder; what a killed run left is swept."""
+    theirs, ours = (".report.html.tmp", ".page.html.tmp", ".publish.tmp/x"), (".encoder.tmp/x", ".results.jsonl.tmp")
+    for name in (*theirs, *ours):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("x")
+    sslkit.train(changed(small_run(images), train={"max_steps": 2}), run)
+    assert {file.name for file in run.glob(".*")} == {".report.html.tmp", ".page.html.tmp", ".publish.tmp"}
+
+
 def overtake(monkeypatch: pytest.MonkeyPatch, finished: Path, run: Path) -> None:
     """Let another start train from the first step to the last, just before this one takes the lock."""
     take = lock._take
