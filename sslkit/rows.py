@@ -64,8 +64,8 @@ def _is_interval(value: Any) -> bool:
     return value is None or (isinstance(value, list) and len(value) == 2 and all(map(_is_share, value)))
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
 
 
 def _are_scores(value: Any) -> bool:
@@ -87,7 +87,7 @@ OTHERS: dict[str, dict[str, Check]] = {
         "protocol": lambda value: isinstance(value, dict),
         "scores": _are_scores,
     },
-    "diagnostics": {"alarms": _is_list},
+    "diagnostics": {"alarms": _are_texts},
 }
 
 

@@ -46,7 +46,7 @@ ODD = {
     "diagnostics": NONE
     + [{}, {"alarms": []}]
     + [{"step": each, "alarms": []} for each in STEPS]
-    + [{"step": 2, "alarms": each} for each in ("spike: x", None, 3, {})],
+    + [{"step": 2, "alarms": each} for each in ("spike: x", None, 3, {}, [1], [None])],
 }
 # Of keys that a row need not have, anything may be there: the row counts, and what is no number is not drawn.
 STRANGE: list[Any] = [None, "x", [1, [2]], {}, True, float("nan"), 1e308, 10**400, "\ud800"]
