@@ -62,10 +62,11 @@ class GlobalBatchNorm(nn.Module):
         centred = x - mean.view(1, -1, *([1] * (x.ndim - 2)))
         var = sum_with_gradient(centred.square().sum(dim=axes), self.group) / count
         with torch.no_grad():
-            momentum = 0.1 if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean.to(self.running_mean), momentum)
-            self.running_var.lerp_((var * count / max(count - 1, 1)).to(self.running_var), momentum)
             self.num_batches_tracked.add_(1)
+            # None is PyTorch's word for the mean over all batches so far.
+            share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.to(self.running_mean), share)
+            self.running_var.lerp_((var * count / max(count - 1, 1)).to(self.running_var), share)
         return mean, var
 
 

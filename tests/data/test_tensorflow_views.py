@@ -187,7 +187,8 @@ RESOLVED = {  # what a run's recipe stated before these policies followed Tensor
 
 
 def test_recipes_of_earlier_runs_keep_their_views() -> None:
-    tables = {"method": {"name": "simclr"}, "backbone": {"name": "test_vit"}, "data": {"path": "x"}}
+    data = {"path": "x", "background": "white"}
+    tables = {"method": {"name": "simclr"}, "backbone": {"name": "test_vit"}, "data": data}
     earlier = build_recipe({**tables, "views": RESOLVED}).views
     assert (earlier.transforms, earlier.crop_sampler, earlier.resize) == ("torchvision", "torchvision", "antialias")
     shipped = build_recipe({**tables, "views": {"policy": "simclr", "size": 32}})

@@ -302,3 +302,50 @@ def test_each_lap_through_a_mixed_source_has_an_order_of_its_own() -> None:
         assert samples[:16].tolist() == laps[2 * epoch] + laps[2 * epoch + 1]
         assert repeats[:16].tolist() == [0] * 8 + [1] * 8
     assert len({tuple(lap) for lap in laps}) == 4
+
+
+def test_what_is_blanked_and_how_far_a_view_is_turned() -> None:
+    """Each by hand from the numbers of its key; a small crop's hole is a share of the small crop."""
+    config = replace_views(
+        rotate_degrees=20.0, erase_prob=1.0, erase_scale=(0.1, 0.3), small_crops=1, size=200, small_size=20
+    )
+    for sample, view in itertools.product(range(20), (0, 2)):
+        draw = draw_view(config, 1, 0, sample, view, size=(90, 120))
+        turn = np.random.default_rng([1, 0, 0, sample, view]).random(15)[14]
+        assert draw.angle == pytest.approx(40.0 * turn - 20.0)
+        side = 200 if view == 0 else 20
+        assert draw.hole is not None
+        top, left, height, width = draw.hole
+        assert max(top + height, left + width) <= side
+        assert 0.06 < height * width / side**2 < 0.36  # sides are whole pixels
+
+
+@pytest.mark.parametrize(("updates", "frozen"), [(0, True), (2, True), (3, False), (9, False)])
+def test_swavs_prototypes_rest_for_as_many_updates_as_the_recipe_says(updates: int, frozen: bool) -> None:
+    method = build_method(small_recipe("swav", "test_vit", method={"freeze_prototypes_steps": 3}))
+    method.prototypes.weight.grad = torch.ones_like(method.prototypes.weight)
+    method.before_update(Progress(updates, 10))
+    assert (method.prototypes.weight.grad is None) == frozen
+
+
+def test_swavs_queue_opens_at_its_epoch_and_counts_once_it_is_full() -> None:
+    """Batches of 4, 2 steps an epoch, queue of 8 from epoch 1: steps 2 and 3 fill it, step 4 is the first to use it."""
+    torch.manual_seed(0)
+    options = {"queue_size": 8, "queue_start_epoch": 1.0}
+    method = build_method(small_recipe("swav", "test_vit", method=options, train={"batch_size": 4})).double().train()
+    rows = []
+    for step in range(6):
+        views = [torch.randn(4, 3, 32, 32, dtype=torch.float64) for _ in range(2)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sslkit.methods.swav.sinkhorn_codes", counting(rows))
+            method(views, torch.arange(4))
+        method.after_update(Progress(step + 1, 20, 2))
+    assert rows == [4] * 8 + [12] * 4  # two assignment crops a step
+
+
+def counting(rows: list[int]) -> Callable[..., Tensor]:
+    def codes(scores: Tensor, *_: Any) -> Tensor:
+        rows.append(len(scores))
+        return torch.softmax(scores, dim=1).detach()
+
+    return codes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sslkit.engine.run import build_method
 from sslkit.engine.step import GlobalBatch, sliced_step
 from sslkit.methods import Method
-from sslkit.parts.batchnorm import GroupStatistics
+from sslkit.parts.batchnorm import GlobalBatchNorm, GroupStatistics
 
 BATCH, STEPS = 12, 3
 
@@ -126,3 +126,32 @@ def test_frozen_statistics_stay() -> None:
 
 def test_one_group_is_left_to_batch_norm_itself() -> None:
     assert build("moco_v2", method={"bn_groups": 1}).group_statistics(1, of_teacher=False) is None
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.35, None])
+@pytest.mark.parametrize("shape", [(6, 4), (3, 4, 5, 2)])
+def test_the_norm_across_processes_keeps_pytorchs_statistics(momentum: float | None, shape: tuple[int, ...]) -> None:
+    """On one process it is `BatchNorm` itself, also with ``momentum = None``, the mean over all batches."""
+    norm = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(4, momentum=momentum).double()
+    ours = GlobalBatchNorm(copy.deepcopy(norm))
+    for step in range(STEPS):
+        rows = 2 + torch.randn(shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        torch.testing.assert_close(ours(rows), norm(rows), rtol=1e-12, atol=1e-12)
+    for name, buffer in norm.named_buffers():
+        torch.testing.assert_close(dict(ours.named_buffers())[name], buffer, rtol=1e-12, atol=1e-12)
+
+
+def test_statistics_that_are_the_mean_over_all_batches_count_a_step_of_groups_once() -> None:
+    """``momentum = None``: after two steps of three groups, the mean over the six groups' means."""
+    norm = nn.BatchNorm1d(4, momentum=None).double()
+    groups = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for step in groups.chunk(2):
+        statistics = GroupStatistics([norm])
+        for part in step:
+            statistics.start_group()
+            norm(part)
+            statistics.end_group()
+        statistics.finish()
+    assert norm.num_batches_tracked.item() == 2
+    torch.testing.assert_close(norm.running_mean, groups.mean(dim=(0, 1)), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(norm.running_var, groups.var(dim=1).mean(dim=0), rtol=1e-12, atol=1e-12)
