@@ -26,6 +26,7 @@ FOREIGN_ARGS = {
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "pretrained_strict"),
     *("features_only", "scriptable", "exportable", "no_jit"),
 }
+PLACEMENT_ARGS = {"device", "dtype"}  # where and how a model is built, which is for the caller; nothing of the model
 OWN_FORMAT = ("pytorch_model.bin", "pytorch_model.pth", "model.pth")  # PyTorch's, as timm saves it by default
 NAMED = 3  # tensors, in a sentence
 INPUT_KEYS = ("input_size", "fixed_input_size", "first_conv", "pool_size")  # of a pretrained_cfg, for timm's loading
@@ -74,6 +75,7 @@ def read_encoder_config(folder: Path) -> EncoderConfig:
         raise UserError(f"{file}: 'architecture' must be a timm model, not {architecture!r:.100}{miss}")
     if not isinstance(model_args, dict):
         raise UserError(f"{file}: 'model_args' must be an object, not {model_args!r:.100}")
+    model_args = {key: value for key, value in model_args.items() if key not in PLACEMENT_ARGS}
     check_model_args(model_args, f"{file}: 'model_args'")
     if not isinstance(preprocessing, dict):
         raise UserError(f"{file}: 'pretrained_cfg' must be an object, not {preprocessing!r:.100}")
@@ -103,7 +105,7 @@ def check_model_args(model_args: Mapping[str, Any], where: str) -> None:
     Raises:
         UserError: They are not; ``where`` opens the sentence.
     """
-    reserved = sorted(FOREIGN_ARGS & model_args.keys())
+    reserved = sorted((FOREIGN_ARGS | PLACEMENT_ARGS) & model_args.keys())
     if reserved:
         raise UserError(f"{where}: {reserved[0]!r} is not for a recipe or an encoder folder to set; leave it out")
     for key, value in model_args.items():
@@ -232,6 +234,8 @@ def _leaves(value: Any, depth: int, where: str) -> Iterator[Any]:
     if isinstance(value, dict | list | tuple):
         if not depth or len(value) > 1000:
             raise UserError(f"{where} holds more than models take")
+        if isinstance(value, dict) and PLACEMENT_ARGS & value.keys():  # which would be built outside of the meta device
+            raise UserError(f"{where} may not say device or dtype; leave them out")
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _leaves(inner, depth - 1, where)
     elif value is None or isinstance(value, bool | int | float | str):
