@@ -24,9 +24,9 @@ MAX_SIDE = 4096  # pixels of an input
 # timm's, that load or download something else than the folder's weights.
 FOREIGN_ARGS = {
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "pretrained_strict"),
-    *("features_only", "scriptable", "exportable", "no_jit"),
+    *("pretrained_model_args", "features_only", "scriptable", "exportable", "no_jit"),
 }
-PLACEMENT_ARGS = {"device", "dtype"}  # where and how a model is built, which is for the caller; nothing of the model
+PLACEMENT_ARGS = {"device", "dtype"}  # with which a model would not be built on the meta device; timm never saves them
 OWN_FORMAT = ("pytorch_model.bin", "pytorch_model.pth", "model.pth")  # PyTorch's, as timm saves it by default
 NAMED = 3  # tensors, in a sentence
 INPUT_KEYS = ("input_size", "fixed_input_size", "first_conv", "pool_size")  # of a pretrained_cfg, for timm's loading
@@ -75,7 +75,6 @@ def read_encoder_config(folder: Path) -> EncoderConfig:
         raise UserError(f"{file}: 'architecture' must be a timm model, not {architecture!r:.100}{miss}")
     if not isinstance(model_args, dict):
         raise UserError(f"{file}: 'model_args' must be an object, not {model_args!r:.100}")
-    model_args = {key: value for key, value in model_args.items() if key not in PLACEMENT_ARGS}
     check_model_args(model_args, f"{file}: 'model_args'")
     if not isinstance(preprocessing, dict):
         raise UserError(f"{file}: 'pretrained_cfg' must be an object, not {preprocessing!r:.100}")
@@ -234,7 +233,7 @@ def _leaves(value: Any, depth: int, where: str) -> Iterator[Any]:
     if isinstance(value, dict | list | tuple):
         if not depth or len(value) > 1000:
             raise UserError(f"{where} holds more than models take")
-        if isinstance(value, dict) and PLACEMENT_ARGS & value.keys():  # which would be built outside of the meta device
+        if isinstance(value, dict) and PLACEMENT_ARGS & value.keys():
             raise UserError(f"{where} may not say device or dtype; leave them out")
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _leaves(inner, depth - 1, where)

@@ -33,7 +33,6 @@ LARGE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"depth": 1, "embed_dim": 12, "num_heads": 1},
         {"img_size": 98_000, "use_abs_pos_emb": False},
     ),
-    "masks on another device": ("swin_tiny_patch4_window7_224", SWIN, {"img_size": 11200, "device": "cpu"}),
     "a fixed table": ("vit_relpos_small_patch16_224", {"depth": 1, "embed_dim": 12}, {"img_size": 30_000}),
     "many narrow blocks": ("test_vit", {}, {"depth": 90_000, "embed_dim": 1, "num_heads": 1}),
     "many modules": ("test_resnet", {}, {"layers": [90_000, 1, 1, 1], "channels": [1, 1, 1, 1]}),
@@ -101,9 +100,13 @@ def test_a_runs_recipe_is_bounded_by_its_encoder(tmp_path: Path) -> None:
 
 
 def test_where_a_model_is_built_is_not_for_a_folder_to_say(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "meta", "test_vit", {"img_size": 32}, {"device": "meta", "dtype": "float64"})
-    weights = next(load_encoder(str(folder)).module.parameters())
-    assert (weights.device.type, weights.dtype) == ("cpu", torch.float32)
+    """On another device than meta, what is too large would be made before it is refused."""
+    for place, asked in enumerate(({"device": "cpu", "img_size": 11200}, {"device": "meta"}, {"dtype": "float64"})):
+        folder = folder_of(tmp_path / str(place), "swin_tiny_patch4_window7_224", SWIN, asked)
+        spec = BackboneSpec(name="swin_tiny_patch4_window7_224", img_size=224, pretrained=f"local-dir:{folder}")
+        for door in (lambda folder=folder: load_encoder(str(folder)), lambda spec=spec: create_backbone(spec)):
+            with pytest.raises(UserError, match="is not for a recipe or an encoder folder to set"):
+                door()
     nested = folder_of(tmp_path / "nested", "test_vit", {"img_size": 32}, {"block_fn": {"device": "cpu"}})
     with pytest.raises(UserError, match="may not say device or dtype"):
         load_encoder(str(nested))
