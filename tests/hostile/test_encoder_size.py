@@ -101,7 +101,8 @@ def test_a_runs_recipe_is_bounded_by_its_encoder(tmp_path: Path) -> None:
 
 def test_where_a_model_is_built_is_not_for_a_folder_to_say(tmp_path: Path) -> None:
     """On another device than meta, what is too large would be made before it is refused."""
-    for place, asked in enumerate(({"device": "cpu", "img_size": 11200}, {"device": "meta"}, {"dtype": "float64"})):
+    refused: list[dict[str, Any]] = [{"device": "cpu", "img_size": 11200}, {"device": "meta"}, {"dtype": "float64"}]
+    for place, asked in enumerate(refused):
         folder = folder_of(tmp_path / str(place), "swin_tiny_patch4_window7_224", SWIN, asked)
         spec = BackboneSpec(name="swin_tiny_patch4_window7_224", img_size=224, pretrained=f"local-dir:{folder}")
         for door in (lambda folder=folder: load_encoder(str(folder)), lambda spec=spec: create_backbone(spec)):
