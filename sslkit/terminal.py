@@ -91,8 +91,9 @@ class _PrintedRecord(logging.LogRecord):
 
 
 def _printed_traceback(error: BaseException) -> str:
+    """Several lines; those of a message that look like ours are indented."""
     lines = "".join(traceback.format_exception(error)).rstrip("\n").split("\n")
-    return "\n".join(map(printed, lines))
+    return "\n".join(f"  {printed(each)}" if each.startswith("sslkit:") else printed(each) for each in lines)
 
 
 def _format_warning(

@@ -24,8 +24,9 @@ MAX_SIDE = 4096  # pixels of an input
 # timm's, that load or download something else than the folder's weights.
 FOREIGN_ARGS = {
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "pretrained_strict"),
-    *("features_only", "scriptable", "exportable", "no_jit"),
+    *("pretrained_model_args", "features_only", "scriptable", "exportable", "no_jit"),
 }
+PLACEMENT_ARGS = {"device", "dtype"}  # with which a model would not be built on the meta device; timm never saves them
 OWN_FORMAT = ("pytorch_model.bin", "pytorch_model.pth", "model.pth")  # PyTorch's, as timm saves it by default
 NAMED = 3  # tensors, in a sentence
 INPUT_KEYS = ("input_size", "fixed_input_size", "first_conv", "pool_size")  # of a pretrained_cfg, for timm's loading
@@ -103,7 +104,7 @@ def check_model_args(model_args: Mapping[str, Any], where: str) -> None:
     Raises:
         UserError: They are not; ``where`` opens the sentence.
     """
-    reserved = sorted(FOREIGN_ARGS & model_args.keys())
+    reserved = sorted((FOREIGN_ARGS | PLACEMENT_ARGS) & model_args.keys())
     if reserved:
         raise UserError(f"{where}: {reserved[0]!r} is not for a recipe or an encoder folder to set; leave it out")
     for key, value in model_args.items():
@@ -232,6 +233,8 @@ def _leaves(value: Any, depth: int, where: str) -> Iterator[Any]:
     if isinstance(value, dict | list | tuple):
         if not depth or len(value) > 1000:
             raise UserError(f"{where} holds more than models take")
+        if isinstance(value, dict) and PLACEMENT_ARGS & value.keys():
+            raise UserError(f"{where} may not say device or dtype; leave them out")
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _leaves(inner, depth - 1, where)
     elif value is None or isinstance(value, bool | int | float | str):

@@ -99,6 +99,22 @@ def test_a_runs_recipe_is_bounded_by_its_encoder(tmp_path: Path) -> None:
     assert "in the size of its weights" in cli_error(finetune)
 
 
+def test_where_a_model_is_built_is_not_for_a_folder_to_say(tmp_path: Path) -> None:
+    """On another device than meta, what is too large would be made before it is refused."""
+    refused: list[dict[str, Any]] = [{"device": "cpu", "img_size": 11200}, {"device": "meta"}, {"dtype": "float64"}]
+    for place, asked in enumerate(refused):
+        folder = folder_of(tmp_path / str(place), "swin_tiny_patch4_window7_224", SWIN, asked)
+        spec = BackboneSpec(name="swin_tiny_patch4_window7_224", img_size=224, pretrained=f"local-dir:{folder}")
+        for door in (lambda folder=folder: load_encoder(str(folder)), lambda spec=spec: create_backbone(spec)):
+            with pytest.raises(UserError, match="is not for a recipe or an encoder folder to set"):
+                door()
+    nested = folder_of(tmp_path / "nested", "test_vit", {"img_size": 32}, {"block_fn": {"device": "cpu"}})
+    with pytest.raises(UserError, match="may not say device or dtype"):
+        load_encoder(str(nested))
+    with pytest.raises(UserError, match="'device' is not for a recipe"):
+        create_backbone(BackboneSpec(name="test_vit", img_size=32, args={"device": "cpu"}))
+
+
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet_gn", "swin_tiny_patch4_window7_224"])
 def test_honest_models_are_within_bounds(name: str) -> None:
     """Also with a fraction of the usual width and at twice the side, where buffers are far larger than weights."""

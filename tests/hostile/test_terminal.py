@@ -28,7 +28,16 @@ from sslkit.engine.journal import Journal
 from sslkit.errors import UserError
 from sslkit.evaluate.judge import Judgement, Score
 from sslkit.recipe import load_recipe
-from sslkit.terminal import PlainTable, escaped, guard_other_libraries, say, sentences_of, show, show_plain
+from sslkit.terminal import (
+    PlainTable,
+    escaped,
+    guard_other_libraries,
+    say,
+    sentences_of,
+    show,
+    show_plain,
+    show_traceback,
+)
 
 WORDS = {
     "escape": "a\x1b[31mred\x1b[0m",
@@ -233,6 +242,7 @@ def test_warnings_of_others(capsys: pytest.CaptureFixture[str]) -> None:
         for word in WORDS.values():
             logger.warning("Unexpected keys (%s) %s", word, token)
             logger.error(word, exc_info=ValueError("x " + token))
+            show_traceback(ValueError(word))
             assert_harmless(warnings.formatwarning(word, UserWarning, "x.py", 1))
     said = capsys.readouterr().err + stream.getvalue()
     assert_harmless(said)
