@@ -93,7 +93,8 @@ def check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
         raise UserError(f"{error}, so this run cannot be continued") from error
     if changed := _changed(before, recipe):
         raise UserError(
-            f"--output {folder}: holds a run of another recipe; choose another folder or undo: {_in_short(changed)}"
+            f"--output {folder}: holds a run of another recipe; choose another folder, continue the run by its own "
+            f"recipe ({folder / 'recipe.toml'}), or undo: {_in_short(changed)}"
         )
 
 
