@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from sslkit.publish.private import public_score
 from sslkit.publish.scores import CardScore, newest_scores
 from sslkit.recipe import Recipe
+from sslkit.terminal import escaped
 
 CURVES = "curves.png"
 DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -27,7 +28,7 @@ def model_card(recipe: Recipe, run: Path, source: str, tag: str, license_id: str
     scores = newest_scores(run)
     scores = scores and [public_score(score) for score in scores]
     picture = f"![Loss, pretext accuracy, learning rate and kNN over the epochs]({CURVES})\n\n" if curves else ""
-    return f"""---
+    card = f"""---
 {_front_matter(recipe, source, license_id, scores or [])}
 ---
 # {recipe.backbone.name}.{tag}
@@ -62,6 +63,7 @@ The whole recipe, every number resolved, is in `recipe.toml` beside this card.
 - It knows what its training images show, with their biases; nothing was filtered or checked for by sslkit.
 - A score holds for the data named, under the protocol with that hash; scores of other protocols are not comparable.
 """
+    return "\n".join(map(escaped, card.split("\n")))  # a terminal that shows the card obeys nothing in it
 
 
 def _front_matter(recipe: Recipe, source: str, license_id: str, scores: list[CardScore]) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
+from sslkit.errors import without_tokens
 from sslkit.report.runs import Row, RunRecord, number
 
 # Okabe and Ito's colours, told apart by colour-blind eyes; black is left out, it would vanish on dark ground.
@@ -125,4 +126,5 @@ def lay_out(figure: go.Figure, *, y: str = "", x: str = "epoch", height: int = H
     )
     figure.update_layout(**layout)
     # "</script>" inside a name must not end the script element that holds the figure.
-    return str(figure.to_json()).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    text = without_tokens(str(figure.to_json()))  # names of runs, classes and files are words from outside
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import plotly.graph_objects as go
 import pytest
 from conftest import cli_error, small_recipe
 
@@ -16,6 +17,8 @@ from sslkit.cluster import job
 from sslkit.cluster.submission import Resources, batch_file
 from sslkit.errors import TOKEN_VARIABLES, UserError, without_tokens
 from sslkit.publish import export_encoder, publish_run
+from sslkit.publish.card import model_card
+from sslkit.report.figures import lay_out
 
 # In parts, so that no scanner takes this file for a leak.
 HEX = "0123456789abcdef" * 2 + "01234567"
@@ -168,6 +171,20 @@ def test_a_recipes_comment_is_shown_without_them(tmp_path: Path, capsys: pytest.
         main(["recipes", "show", str(tmp_path / "recipe.toml")])
     assert ended.value.code == 0
     assert "# HF_TOKEN=[token] sslkit pretrain" in capsys.readouterr().out
+
+
+def test_a_figures_words_hold_none() -> None:
+    figure = go.Figure([go.Scatter(x=[1], y=[2], name=f"runs/{TOKEN}", text=[TOKEN])])
+    text = lay_out(figure, title=f"Authorization: Bearer {TOKEN}")
+    assert TOKEN not in text
+    assert text.count("[token]") == 3
+
+
+def test_a_card_is_of_printable_characters_only(tmp_path: Path) -> None:
+    recipe = small_recipe("simclr", "test_vit", data={"path": "fold[/]\x1b[31m\u202e"})
+    card = model_card(recipe, tmp_path, "local-dir:x", "tag", "apache-2.0")
+    assert all(char.isprintable() or char == "\n" for char in card)
+    assert "fold[/]" in card
 
 
 @pytest.mark.parametrize(
