@@ -138,8 +138,8 @@ class ImageSource:
         if missing := [row for row, value in enumerate(values) if is_missing(value)]:
             raise UserError(
                 f"[data] label_column: {len(missing):,} of {len(values):,} images of {self.description} have no label; "
-                f"row {missing[0]} has the label {values[missing[0]]!r}, which is of no class; leave unlabelled rows out "
-                f"({self.name(missing[0])})"
+                f"row {missing[0]} has the label {values[missing[0]]!r}, which is of no class; leave unlabelled rows "
+                f"out ({self.name(missing[0])})"
             )
         words = []
         for index, value in enumerate(values):
