@@ -6,9 +6,8 @@ import os
 import stat
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -32,6 +31,7 @@ BITS, PHOTOMETRIC, PLANES, SAMPLE_FORMAT = 258, 262, 284, 339  # tags of a TIFF
 SIGNED = 2  # of SAMPLE_FORMAT
 WHITE_IS_ZERO = 0  # of PHOTOMETRIC
 ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+GREY_TRANSPARENCY = b"\0\0\0\x02tRNS"  # a PNG's chunk, two bytes long; its name may stand in a text too
 YCC = b"colr\x01\0\0\0\0\0\x12"  # a JPEG 2000's colour space
 
 _REDUCED = {
@@ -62,8 +62,7 @@ class UnreadableImage(UserError):  # noqa: N818 - what it is, not what happened
         self.reason = reason
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):  # which is made faster than a dataclass, once an image
     """What an image says of itself.
 
     Attributes:
@@ -147,7 +146,7 @@ def _describe(image: Image.Image, encoded: bytes) -> Header:
             width, height = height, width
         signed = max(tiff_tag(image, BITS), default=0) if SIGNED in tiff_tag(image, SAMPLE_FORMAT) else 0
     header = Header(kind, image.mode, width, height, orientation, alpha, signed)
-    return replace(header, opencv=_is_read_alike(image, header, encoded))
+    return header._replace(opencv=_is_read_alike(image, header, encoded))
 
 
 def _is_read_alike(image: Image.Image, header: Header, encoded: bytes) -> bool:
@@ -282,9 +281,9 @@ def _rgba(pixels: NDArray[Any], encoded: bytes) -> NDArray[np.uint8]:
     """What OpenCV read unchanged, grey, BGR or BGRA, as RGBA; the grey that means transparent is the PNG's to tell."""
     if pixels.ndim == 2:
         alpha = np.full_like(pixels, np.iinfo(pixels.dtype).max)
-        at = encoded.find(b"tRNS")
+        at = encoded.find(GREY_TRANSPARENCY)
         if at > 0:
-            value, depth = int.from_bytes(encoded[at + 4 : at + 6], "big"), encoded[24]
+            value, depth = int.from_bytes(encoded[at + 8 : at + 10], "big"), encoded[24]
             alpha[pixels == value * int(alpha[0, 0]) // (2**depth - 1)] = 0
         pixels = np.dstack([pixels, pixels, pixels, alpha])
     else:

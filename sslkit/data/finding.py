@@ -80,7 +80,7 @@ def find_data(config: SourceConfig) -> Found:
     if place.loader == "imagefolder" and place.folder is not None:
         return _read_folder(place.folder, config)
     if place.loader == "webdataset":
-        indexed = index_shards(_files(place, config.split), config.image_column, config.label_column)
+        indexed = index_shards(_files(place, config.split), config.image_column, config.label_column, config.split)
         columns = Columns("image", indexed.label, unlabelled=indexed.unlabelled)
         return Found(indexed.table, columns, indexed.words)
     table = _load(place, config)

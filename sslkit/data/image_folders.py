@@ -152,6 +152,40 @@ def refuse_several_folders(files: Sequence[str], split: str) -> None:
         )
 
 
+def folders_of_split(names: Sequence[str], split: str, where: str) -> tuple[set[str], list[str]]:
+    """Folders in tar files: those of a split, and those left out, which are of others or hold masks and the like.
+
+    Where they are all of one split, none is left out for it.
+
+    Args:
+        names: Their paths in the tar files; empty for what lies in no folder.
+        split: Which is asked for.
+        where: How messages name the tar files.
+
+    Raises:
+        UserError: Some are of a split and others are not, or none is of this one.
+    """
+    root = Path("/")
+    paths = {f"/{name}": name for name in names}
+    drawn = _drawn_over(root, list(paths))
+    placed: dict[Parts, tuple[str, int]] = {}
+    parts = {path: each for path, each in _parts_below(root, list(paths)).items() if path not in drawn}
+    _place(list(parts.values()), 0, where, placed)
+    words = {word for word, _ in placed.values()}
+    wanted = {paths[path] for path in parts}
+    if len({SPLIT_OF[word] for word in words}) > 1:
+        if doubtful := [paths[path] for path, part in parts.items() if part not in placed]:
+            raise UserError(
+                f"[data] path: {where!r} has folders of splits and others in it: splits {sorted(words)}, others "
+                f"{sorted(doubtful)[:8]}; unpack it, and give the folder of the split as path; {ALL_HELP}"
+            )
+        chosen = choose(in_order(words), split)
+        if not chosen:
+            raise no_such_split(where, "folders in it", words, split)
+        wanted = {paths[path] for path, part in parts.items() if placed[part][0] in chosen}
+    return wanted, sorted(set(names) - wanted)
+
+
 def _split_at_top(folder: Path) -> dict[str, str]:
     """Split words of the folders right below, where each of them has one; so no other folder needs to be walked."""
     names = folders_in(folder)

@@ -11,6 +11,7 @@ from PIL import Image
 
 ORIENTATION = 0x0112  # EXIF's tag, and TIFF's
 METADATA = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}  # where Pillow keeps an orientation
+CHUNK = struct.Struct(">I4s")  # size and name of a PNG's chunk
 LATE = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of PNG texts that may hold an orientation
 
 TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {  # upright, by EXIF's orientation
@@ -41,7 +42,7 @@ def metadata_first(encoded: bytes) -> bytes:
         return encoded
     at, first, late = 8, 0, b""
     while at + 12 <= len(encoded):
-        size, kind = struct.unpack_from(">I4s", encoded, at)
+        size, kind = CHUNK.unpack_from(encoded, at)
         if kind == b"IDAT":
             first = first or at
         elif first and (kind == b"eXIf" or encoded.startswith(LATE, at + 8)):

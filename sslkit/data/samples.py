@@ -18,7 +18,9 @@ from pyarrow import compute
 from sslkit.data.columns import is_annotation
 from sslkit.data.folder import SUFFIXES, place_in, printable, to_text
 from sslkit.data.hints import advice_for, count_suffixes, image_suffix
+from sslkit.data.image_folders import folders_of_split
 from sslkit.data.shards import MAX_NAME, TAR_SUFFIXES, Member, open_shard, walk
+from sslkit.data.splits import ALL
 from sslkit.errors import UserError
 
 NO_IMAGES = (".cls", ".txt", ".json", ".npy", ".npz")  # what lies beside images
@@ -67,6 +69,8 @@ class _Tally:
     places: list[str] = field(default_factory=list)
     labels: list[str | None] = field(default_factory=list)
     annotations: list[bool] = field(default_factory=list)
+    folders: list[int] = field(default_factory=list)
+    numbers: dict[bytes, int] = field(default_factory=dict)
     packed: list[pa.Table] = field(default_factory=list)
     read: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -74,8 +78,9 @@ class _Tally:
     example: tuple[Path, Member] | None = None
     problem: str = ""
 
-    def add(self, place: str, label: str | None, *, annotation: bool) -> None:
+    def add(self, place: str, label: str | None, folder: bytes, *, annotation: bool) -> None:
         self.places.append(place)
+        self.folders.append(self.numbers.setdefault(folder, len(self.numbers)))
         self.labels.append(label)
         self.annotations.append(annotation)
 
@@ -84,12 +89,13 @@ class _Tally:
             pa.array(self.places, pa.string()),
             pa.array(self.labels, pa.string()),
             pa.array(self.annotations, pa.bool_()),
+            pa.array(self.folders, pa.int32()),
         ]
-        self.packed.append(pa.table(columns, ["place", "label", "annotation"]))
-        self.places, self.labels, self.annotations = [], [], []
+        self.packed.append(pa.table(columns, ["place", "label", "annotation", "folder"]))
+        self.places, self.labels, self.annotations, self.folders = [], [], [], []
 
 
-def index_shards(files: list[Path], image: str | None, label: str | None) -> Indexed:
+def index_shards(files: list[Path], image: str | None, label: str | None, split: str = ALL) -> Indexed:
     """A row for each image of tar files, in their order.
 
     Of several images of a sample, those called by the sample's name and a suffix alone (``x.jpg``) are read and others
@@ -101,9 +107,11 @@ def index_shards(files: list[Path], image: str | None, label: str | None) -> Ind
         image: Suffix of the images, such as ``jpg`` or ``mask.png``; None (or ``image``): any usual one.
         label: Suffix of the file that holds a sample's label, or a key of its ``.json``; None for ``cls`` where there
             is one.
+        split: Which images are read where folders in the files are named after splits.
 
     Raises:
-        UserError: A file is not to be read as a plain tar file, holds no images, or a sample's are of several kinds.
+        UserError: A file is not to be read as a plain tar file, holds no images, or none of the split, or a sample's
+            are of several kinds.
     """
     if label == "image":
         raise UserError("[data] label_column: 'image' is the column of images itself")
@@ -113,7 +121,7 @@ def index_shards(files: list[Path], image: str | None, label: str | None) -> Ind
         tally = _index_all(files, "", label or "cls")
     if not tally.read:
         raise _without_images(files, tally, image)
-    rows = _without_annotations(tally, wanted)
+    rows, note = _of_split(_without_annotations(tally, wanted), tally, files[0], split)
     features: dict[str, Any] = {"image": datasets.Image(decode=False)}
     cells = [
         pa.StructArray.from_arrays([pa.nulls(len(each), pa.binary()), each], ["bytes", "path"])
@@ -128,7 +136,25 @@ def index_shards(files: list[Path], image: str | None, label: str | None) -> Ind
         raise UserError(f"[data] label_column: beside no image lies a .{label}, or a .json with a key {label!r}")
     table = pa.table(columns).combine_chunks()
     found = datasets.Dataset(table, info=datasets.DatasetInfo(features=datasets.Features(features)))
-    return Indexed(found, name, _words(tally, name), tally.problem)
+    return Indexed(found, name, _words(tally, name) + note, tally.problem)
+
+
+def _of_split(rows: pa.Table, tally: _Tally, file: Path, split: str) -> tuple[pa.Table, str]:
+    """The rows of a split where folders in the tar files are named after several, without folders of masks.
+
+    Returns:
+        The rows, and words on what is left out.
+    """
+    names = [to_text(os.fsdecode(folder)).rstrip("/") for folder in tally.numbers]
+    if split == ALL or not any(names):
+        return rows, ""
+    where = printable(to_text(str(file)))
+    wanted, left_out = folders_of_split(names, split, where)
+    if len(wanted) == len(names):
+        return rows, ""
+    numbers = [number for number, name in enumerate(names) if name in wanted]
+    chosen = rows.filter(compute.is_in(rows["folder"], pa.array(numbers, pa.int32())))
+    return chosen, f", folders left out: {len(rows) - len(chosen):,} images, in {left_out[:4]}"
 
 
 def _index_all(files: list[Path], wanted: str, label: str) -> _Tally:
@@ -180,7 +206,7 @@ def _close(file: Path, key: bytes, images: list[_Image], labels: list[_Label], t
         images = _preferred(file, key, images, tally)
     for image in images:
         label = _label_of(file, key, image, labels, tally) if labels else None
-        tally.add(image.place, label, annotation=image.annotation)
+        tally.add(image.place, label, key[: key.rfind(b"/") + 1], annotation=image.annotation)
         tally.read[image.suffixes] += 1
 
 
@@ -260,7 +286,10 @@ def _label(stream: BinaryIO, file: Path, member: Member, suffix: str, label: str
     except (ValueError, RecursionError):
         return _Label(member.name, "", f"{_named(member, file)} is a .json that is none")
     found = value.get(label) if isinstance(value, dict) else None
-    return _Label(member.name, str(found)) if isinstance(found, str | int) else None
+    if found is None or isinstance(found, str | int):
+        return None if found is None else _Label(member.name, str(found))
+    problem = f"{_named(member, file)} has {found!r:.50} for {label!r}; evaluation needs one class, a word or a number"
+    return _Label(member.name, "", problem)
 
 
 def _named(member: Member, file: Path) -> str:

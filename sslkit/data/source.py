@@ -25,7 +25,7 @@ from sslkit.data.lanes import Lanes
 from sslkit.data.mixture import Mixture
 from sslkit.data.place import describe
 from sslkit.data.streaming import StreamedRows, features_of, find_parquet, read_footers
-from sslkit.data.tables import label_word, only_columns
+from sslkit.data.tables import is_missing, label_word, only_columns
 from sslkit.errors import UserError, check_path
 
 LOGGER = logging.getLogger("sslkit.data")
@@ -135,11 +135,11 @@ class ImageSource:
                 f"file_name and label beside the images, or [data] label_column (--label-column){why}"
             )
         names, values = self.class_names(), list(self.table[self.label_column])
-        if missing := [row for row, value in enumerate(values) if value is None]:
+        if missing := [row for row, value in enumerate(values) if is_missing(value)]:
             raise UserError(
                 f"[data] label_column: {len(missing):,} of {len(values):,} images of {self.description} have no label; "
-                f"row {missing[0]} has the label None, which is of no class; leave unlabelled rows out "
-                f"({self.name(missing[0])})"
+                f"row {missing[0]} has the label {values[missing[0]]!r}, which is of no class; leave unlabelled rows "
+                f"out ({self.name(missing[0])})"
             )
         words = []
         for index, value in enumerate(values):

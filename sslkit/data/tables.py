@@ -3,6 +3,7 @@
 import base64
 import glob
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -138,8 +139,16 @@ def only_columns(table: datasets.Dataset, image: str, label: str | None) -> data
         return table
     if table.features[image] == datasets.Value("binary_view"):
         table = table.cast_column(image, datasets.Value("large_binary"))
-    if getattr(table.features[image], "dtype", "") in TEXT:
+    feature = table.features[image]
+    if getattr(feature, "dtype", "") in TEXT:
         _refuse_text(image, table[image])
+    if getattr(feature, "dtype", "") in ("binary", "large_binary"):
+        _refuse_text(image, (value and value[:200].decode("latin-1") for value in table[image]))
+    if isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Value):
+        raise UserError(
+            f"[data] image_column: {image!r} holds lists of numbers, not encoded images; write each as bytes, by "
+            "bytes(numbers), if they are those of an image file, or else as an image, by PIL.Image.fromarray"
+        )
     try:
         return table.cast_column(image, datasets.Image(decode=False))
     except (pa.ArrowException, ValueError, TypeError) as error:
@@ -157,20 +166,30 @@ def _refuse_text(image: str, values: Iterable[Any]) -> None:
 
 def what_text(text: str) -> str:
     """What a text is that should be an image or the name of a file, and what to do; empty for what may be a name."""
-    if text.startswith(("http://", "https://")):
+    if re.match("[a-z][a-z0-9+.-]+://", text, re.IGNORECASE):
         return f"addresses ({text[:60]}), not images; download them first, and name the files"
     encoded = text.partition(",")[2] if text.startswith("data:") else text
     try:
-        start = base64.b64decode("".join(encoded[:80].split())[:64], validate=True)
+        if re.fullmatch("[0-9a-fA-F]{64}", encoded[:64]) and image_suffix(bytes.fromhex(encoded[:64])):
+            return "images as hexadecimal text; decode it once, by bytes.fromhex(text), and write the bytes"
+        first = "".join(encoded[:80].split())[:64]
+        start = base64.b64decode(first.replace("-", "+").replace("_", "/"), validate=True)
     except ValueError:
         return ""
     if not image_suffix(start):
         return ""
+    decode = "urlsafe_b64decode" if set("-_") & set(encoded) else "b64decode"
+    cut = ".split(',')[-1]" if text.startswith("data:") else ""
     return (
         "images as base64 text; decode it once: import base64, pandas; table = pandas.read_parquet('x.parquet'); "
-        "table['image'] = [base64.b64decode(text.split(',')[-1]) for text in table['image']]; "
+        f"table['image'] = [text and base64.{decode}(text{cut}) for text in table['image']]; "
         "table.to_parquet('decoded.parquet'); then path = \"decoded.parquet\""
     )
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a label is none: null, not a number, or empty text."""
+    return value is None or value != value or (isinstance(value, str | bytes) and not value.strip())
 
 
 def label_word(value: Any, names: list[str], row: int) -> str:
@@ -180,7 +199,7 @@ def label_word(value: Any, names: list[str], row: int) -> str:
         UserError: It is of no class, as -1 is, which marks images without a label, or it is several or a measurement.
     """
     where = f"[data] label_column: row {row} has"
-    if value is None or value != value:  # the second: not a number
+    if is_missing(value):
         raise UserError(f"{where} the label None, which is of no class; leave unlabelled rows out")
     if names:
         if type(value) is int and 0 <= value < len(names):
@@ -198,4 +217,4 @@ def label_word(value: Any, names: list[str], row: int) -> str:
             f"{where} the label {value!r:.50}, {'several classes' if isinstance(value, list) else 'a structure'}; "
             "evaluation needs one class a row: name another column (--label-column), or write one class name a row"
         )
-    return str(value)
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

@@ -3,8 +3,9 @@
 import base64
 import io
 import json
+import re
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,39 @@ def test_labels_of_tar_files_stop_evaluation_only(members: dict[str, bytes], lab
             source.labels()
 
 
+def test_a_json_with_no_one_class_stops_evaluation_only(tmp_path: Path) -> None:
+    members = {"0.png": A, "0.json": b'{"label": [1, 2]}', "1.png": B, "1.json": b'{"label": 0.5}'}
+    source = read(write_tar(tmp_path / "a.tar", members), label_column="label")
+    assert stored(source.without_labels()) == [A, B]
+    with pytest.raises(UserError, match=r"0\.json of .* has \[1, 2\] for 'label'; evaluation needs one class"):
+        source.labels()
+
+
+FOLDERS: dict[
+    str, tuple[dict[str, bytes], dict[str, Any]]
+] = {  # in a tar file, and which images are read of each split
+    "splits": ({"train/0.png": A, "val/0.png": B}, {"train": [A], "validation": [B], "all": [A, B]}),
+    "classes": ({"cat/0.png": A, "dog/0.png": B}, {"train": [A, B]}),
+    "deeper": ({"d/Training/cat/0.png": A, "d/Testing/cat/0.png": B}, {"train": [A], "test": [B]}),
+    "masks": ({"images/0.png": A, "masks/0.png": B}, {"train": [A], "all": [A, B]}),
+    "one": ({"val/cat/0.png": A, "val/dog/0.png": B}, {"train": [A, B]}),
+    "some": ({"train/0.png": A, "test/0.png": A, "extra/0.png": B}, {"train": "splits and others", "all": [A, A, B]}),
+    "absent": ({"dev/0.png": A, "test/0.png": B}, {"train": r"folders in it of \['dev', 'test'\], none of 'train'"}),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_held_out_folders_in_a_tar_file_are_not_read(case: str, tmp_path: Path) -> None:
+    members, expected = FOLDERS[case]
+    file = write_tar(tmp_path / "a.tar", members)
+    for split, images in expected.items():
+        if isinstance(images, str):
+            with pytest.raises(UserError, match=images):
+                read(file, split=split)
+        else:
+            assert sorted(stored(read(file, split=split))) == sorted(images), split
+
+
 def test_a_broken_json_stops_evaluation_only(tmp_path: Path) -> None:
     file = write_tar(tmp_path / "a.tar", {"0.png": A, "0.json": b'{"kind": "x"}', "1.png": B, "1.json": b"{"})
     source = read(file, label_column="kind")
@@ -195,6 +229,9 @@ def test_a_broken_json_stops_evaluation_only(tmp_path: Path) -> None:
         ([1.0, 0.0, 1.0, 2.0], datasets.Value("float32"), ["1", "0", "1", "2"]),
         (["x", None, "x", None], TEXT, r"2 of 4 images of .* have no label; row 1 has"),
         ([0, 1, None, 0], CLASS, r"1 of 4 images .* row 2 has the label None"),
+        ([0.0, float("nan"), 1.0, 1.0], datasets.Value("float64"), r"1 of 4 images .* row 1 has the label nan"),
+        (["a", "", "b", " "], datasets.Value("string"), r"2 of 4 images .* row 1 has the label ''"),
+        ([b"a", b"b", b"a", b"b"], datasets.Value("binary"), ["a", "b", "a", "b"]),
         ([0, 1, -1, 0], CLASS, r"row 2 has the label -1, which is of no class"),
         ([0.0, 0.37, 1.0, 1.0], datasets.Value("float64"), r"row 1 has the label 0\.37, a number with a fraction"),
         ([[1], [1, 2], [0], []], datasets.List(NUMBER), r"row 0 has the label \[1\], several classes"),
@@ -231,6 +268,28 @@ def test_base64_is_recognised_and_the_advice_works(tmp_path: Path, monkeypatch: 
     parquet.write_table(pa.table({"image": ["https://host/1.png"]}), "x.parquet")
     with pytest.raises(UserError, match=r"holds addresses \(https://host/1\.png\), not images; download"):
         read(Path("x.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (lambda png: base64.b64encode(png), "base64 text"),
+        (lambda png: base64.urlsafe_b64encode(png).decode(), "base64 text"),
+        (lambda png: base64.encodebytes(png).decode(), "base64 text"),
+        (lambda png: png.hex(), "hexadecimal text"),
+        (lambda _: "s3://bucket/1.png", "addresses"),
+        (list, "lists of numbers"),
+    ],
+)
+def test_other_encodings_of_images_are_named(write: Callable[[bytes], Any], words: str, tmp_path: Path) -> None:
+    column = [None, *map(write, PNGS)]
+    parquet.write_table(pa.table({"image": column}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=f"'image' holds .*{words}") as caught:
+        read(tmp_path / "x.parquet")
+    if words == "base64 text":
+        line = re.search(r"table\['image'\] = (\[.*\]); table", str(caught.value))
+        assert line is not None
+        assert eval(line[1], {"base64": base64, "table": {"image": column}}) == [None, *PNGS]
 
 
 CELL = {"bytes": pa.binary_view(), "path": pa.string_view()}
