@@ -134,7 +134,7 @@ class Guard:
             )
         self.course.skipped += 1
         if self.course.skipped > self.config.max_skips:
-            raise RewindError(f"{sentence}; {self.course.skipped} bad steps in a row{replay}")
+            raise RewindError(f"{sentence}; bad steps in a row: {self.course.skipped}{replay}")
         return f"{sentence}; skipped ({self.course.skipped} in a row){replay}"
 
 

@@ -212,16 +212,26 @@ class _Extraction:
         """Remove the parts of a merged file, and what killed processes left aside."""
         if not _is_whole(entry / MERGED, self.count):
             return
-        for left in [*entry.glob("part-*"), *entry.glob(".*")]:
+        for left in _files_of(entry):
+            if not left.name.startswith((".", "part-")):
+                continue
             with suppress(OSError):
                 if not left.name.startswith(".") or time.time() - left.stat().st_mtime > ABANDONED:
                     left.unlink()
 
 
+def _files_of(entry: Path) -> list[Path]:
+    """The files of an entry; none if another process has removed it meanwhile."""
+    try:
+        return sorted(entry.iterdir())
+    except FileNotFoundError:
+        return []
+
+
 def _size(entry: Path) -> int:
     """Bytes of an entry's files; a file that goes meanwhile counts nothing."""
     total = 0
-    for file in entry.iterdir():
+    for file in _files_of(entry):
         with suppress(FileNotFoundError):
             total += file.stat().st_size
     return total

@@ -1,6 +1,7 @@
 """Build a timm model on the meta device, within bounds, to see how large it would be before it takes memory."""
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,9 @@ class Bounds:
         elements = int(HEADROOM * sum(map(math.prod, shapes.values())))
         tensors = int(HEADROOM * len(shapes)) + SMALL_TENSORS
         return Bounds(elements + SMALL_PARAMETERS, elements + SMALL_BUFFERS, tensors, MODULES_OF_TENSOR * tensors)
+
+
+UNBOUNDED = Bounds(sys.maxsize, sys.maxsize, sys.maxsize, sys.maxsize)  # for timm's own models, by their names alone
 
 
 def build_on_meta(architecture: str, model_args: Mapping[str, Any], bounds: Bounds) -> nn.Module:

@@ -19,7 +19,7 @@ from sslkit.durable import DTYPES, write_json
 from sslkit.errors import UserError, check_path
 from sslkit.parts.backbone import check_name
 from sslkit.parts.foreign import tensor_shapes
-from sslkit.parts.meta_build import Bounds, build_on_meta
+from sslkit.parts.meta_build import UNBOUNDED, Bounds, build_on_meta
 from sslkit.publish.export import (
     EncoderFolderError,
     check_empty,
@@ -180,7 +180,9 @@ def _released(file: Path, md5: str) -> str:
 def _build(backbone: str, model_args: dict[str, Any], shapes: dict[str, tuple[int, ...]], what: str) -> nn.Module:
     """The model, once its tensors are known to be the file's."""
     try:
-        empty = build_on_meta(backbone, {"num_classes": 0, **model_args}, Bounds.of_weights(shapes))
+        empty = build_on_meta(
+            backbone, {"num_classes": 0, **model_args}, Bounds.of_weights(shapes) if model_args else UNBOUNDED
+        )
     except Exception as error:  # arguments from a file make models raise anything
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
         raise UserError(f"{what}: timm cannot build {backbone} with {model_args}: {first}") from error

@@ -313,5 +313,5 @@ def test_without_pycocotools_one_sentence_says_what_to_install(
     rendered: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
-    with pytest.raises(UserError, match=r"pip install 'sslkit\[detect\]'"):
+    with pytest.raises(UserError, match=r"pip install pycocotools"):
         evaluate_detect("test_resnet", rendered("voc"), DetectProtocol.named("voc"))
