@@ -222,7 +222,7 @@ def test_from_the_hub_nothing_is_copied_and_the_run_is_that_on_files(files: Path
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip().splitlines()[-1] == str(losses(sslkit.train(recipe_of(files), tmp_path / "here")))
     pieces = [size for _, _, size in hub.ranges if size < min(map(len, hub.files.values())) / 2]
-    # Row groups of two epochs, a few of them for both of two workers, and of two looks at a sample before the first step.
+    # Row groups of two epochs, a few for both of two workers, and of two looks at a sample before the first step.
     assert 2 * 15 <= len(pieces) <= 2 * 25 + 2 * 15
     assert not list((tmp_path / "hub").rglob("*.parquet"))
     assert not list((tmp_path / "hub").rglob("*.arrow"))

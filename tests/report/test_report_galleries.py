@@ -196,7 +196,7 @@ def test_views_in_words() -> None:
     assert both.index("in 20% of draws turned grey") < next(
         i for i, step in enumerate(both) if "always colours" in step
     )
-    small = words("swav", small_crops=6, small_size=96)["6 small views"]
+    small = words("swav", small_crops=6, small_size=96, small_scale=[0.05, 0.14])["6 small views"]
     assert small[0].startswith("a crop of 5% to 14% of the area")
     rare = words("small_gray", jitter=[0, 0, 0, 0], erase_prob=0.005, rotate_degrees=15)["view 1 and view 2, alike"]
     assert "in 0.5% of draws blanked in part: a rectangle of 5% to 20% of the area" in rare
