@@ -187,7 +187,9 @@ class _Extraction:
                 aside.replace(file)
             finally:
                 aside.unlink(missing_ok=True)
-        except FileNotFoundError:  # the entry was removed to make room
+        except (FileNotFoundError, FileExistsError) as error:  # the entry was removed to make room, perhaps in `mkdir`
+            if file.parent.is_file():
+                self._complain(error)
             return False
         except OSError as error:
             self._complain(error)
