@@ -85,6 +85,7 @@ def test_accelerate_stays_in_the_engine_and_pickle_nowhere() -> None:
         ):  # it names instructions and follows none
             assert {ast.unparse(call.func) for call in calls_of(text, "pickletools.genops")} == {"pickletools.genops"}
             text = text.replace("import pickletools", "").replace("pickletools.genops(", "")
+        text = re.sub(r"^from .*pickle_opcodes import .*$", "", text, flags=re.MULTILINE)
         assert "pickle" not in text.replace("no pickle", "").replace("No pickle", "").replace("not a pickle", ""), file
         if (
             file.relative_to(ROOT).as_posix() == "publish/importing/convert.py"
