@@ -30,10 +30,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sslkit
-from sslkit.data.source import DataConfig, open_source
-from sslkit.engine.alarms import find_spikes
-from sslkit.engine.run import build_method, make_monitor
-from sslkit.recipe import Recipe, build_recipe
+from sslkit.data.sources.image_source import DataConfig, open_source
+from sslkit.engine.monitor.alarms import find_spikes
+from sslkit.engine.setup import build_method, make_monitor
+from sslkit.recipe.resolve import Recipe, build_recipe
 
 HERE = Path(__file__).parent
 MEASURED = HERE / "ablations_measured.json"

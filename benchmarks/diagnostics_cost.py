@@ -16,8 +16,8 @@ from typing import Any
 from unittest.mock import patch
 
 import sslkit
-from sslkit.engine import measure as measure_module
-from sslkit.engine import run
+from sslkit.engine import setup as run
+from sslkit.engine.monitor import evaluations as measure_module
 
 
 def measure(recipe: str, overrides: list[str], steps: int, every: int) -> tuple[float, float]:

@@ -23,12 +23,12 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sslkit.data.source import DataConfig, open_source
-from sslkit.evaluate.features import Encoder
-from sslkit.evaluate.knn import KnnProtocol, nearest, predict_all
-from sslkit.evaluate.reading import Reading, read_features
-from sslkit.evaluate.store import FeatureStore
-from sslkit.evaluate.sweep import SweepProtocol, sweep
+from sslkit.data.sources.image_source import DataConfig, open_source
+from sslkit.evaluate.features.extraction import Encoder
+from sslkit.evaluate.features.readouts import Reading, read_features
+from sslkit.evaluate.features.store import FeatureStore
+from sslkit.evaluate.probes.knn import KnnProtocol, nearest, predict_all
+from sslkit.evaluate.probes.sweep import SweepProtocol, sweep
 
 HEADS = len(SweepProtocol().lrs) * len(SweepProtocol().weight_decays) * len(SweepProtocol().norms)
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sslkit.data.source import DataConfig, ImageSource, open_source
+from sslkit.data.sources.image_source import DataConfig, ImageSource, open_source
 
 BLACK = 24
 GROUND = 90

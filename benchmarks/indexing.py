@@ -18,7 +18,7 @@ from pathlib import Path
 from side_by_side import machine, table
 from torch.utils.data import DataLoader, Dataset
 
-from sslkit.data.source import DataConfig, ImageSource, open_source
+from sslkit.data.sources.image_source import DataConfig, ImageSource, open_source
 
 CLASSES = 1000
 TINY = bytes(40)

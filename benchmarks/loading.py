@@ -26,9 +26,9 @@ from side_by_side import in_turn, machine, ratios, table
 from sklearn.datasets import load_sample_images
 from torchvision import transforms
 
-from sslkit.data.decode import decode_reduced, decode_rgb
-from sslkit.data.policies import IMAGENET_MEAN, IMAGENET_STD, POLICIES, ViewsConfig
-from sslkit.data.views import ViewPipeline, resize
+from sslkit.data.augment.cpu import ViewPipeline, resize
+from sslkit.data.augment.policies import IMAGENET_MEAN, IMAGENET_STD, POLICIES, ViewsConfig
+from sslkit.data.decode.rgb import decode_reduced, decode_rgb
 
 QUALITY = 90
 IMAGES = 4  # of a round

@@ -16,11 +16,11 @@ import sys
 import torch
 from accelerate import Accelerator
 
-from sslkit.data.policies import IMAGENET_MEAN, IMAGENET_STD
-from sslkit.data.views import normalise
-from sslkit.engine.run import build_method
+from sslkit.data.augment.cpu import normalise
+from sslkit.data.augment.policies import IMAGENET_MEAN, IMAGENET_STD
+from sslkit.engine.setup import build_method
 from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
-from sslkit.recipe import build_recipe
+from sslkit.recipe.resolve import build_recipe
 
 SIDE = 96
 

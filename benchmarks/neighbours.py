@@ -19,7 +19,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sslkit.evaluate.knn import KnnProtocol, nearest, predict
+from sslkit.evaluate.probes.knn import KnnProtocol, nearest, predict
 
 CLASSES = 100
 

@@ -20,8 +20,8 @@ from side_by_side import in_turn, machine, ratios, table
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from sslkit.parts.contrast import contrast_with_dictionary
-from sslkit.parts.teacher import Teacher
+from sslkit.parts.info_nce import contrast_with_dictionary
+from sslkit.parts.momentum_teacher import Teacher
 
 K, DIM, TEMPERATURE = 65_536, 128, 0.2
 MOMENTUM = 0.99

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from side_by_side import machine, table
 
-from sslkit.bench.profile import CPU, step
-from sslkit.bench.stages import Stopwatch
-from sslkit.data.source import open_source
-from sslkit.engine.processes import make_accelerator
-from sslkit.engine.run import assemble, build_method, steps_per_epoch
-from sslkit.parts.collectives import world_size
-from sslkit.recipe import Recipe, build_recipe
+from sslkit.data.sources.image_source import open_source
+from sslkit.distributed.collectives import world_size
+from sslkit.engine.accelerator import make_accelerator
+from sslkit.engine.setup import assemble, build_method, steps_per_epoch
+from sslkit.profiling.stage_timer import Stopwatch
+from sslkit.profiling.step_profile import CPU, step
+from sslkit.recipe.resolve import Recipe, build_recipe
 
 STEPS, WARM_UP = 10, 3
 FLOAT = 4  # bytes

@@ -16,11 +16,11 @@ from statistics import median
 import torch
 from side_by_side import machine, table
 
+from sslkit.engine.checkpoint.writer import Saver
 from sslkit.engine.optim import make_optimizer
-from sslkit.engine.run import build_method
-from sslkit.engine.saver import Saver
+from sslkit.engine.setup import build_method
 from sslkit.methods import Progress
-from sslkit.recipe import Recipe, build_recipe
+from sslkit.recipe.resolve import Recipe, build_recipe
 
 INTERVAL = 900.0  # seconds: [checkpoint] every_minutes = 15
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 import sslkit
-from sslkit.recipe import build_recipe
+from sslkit.recipe.resolve import build_recipe
 
 WARM_STEPS = 400  # allocators, caches and lazily imported code fill up first
 COLUMNS = {

@@ -25,13 +25,13 @@ from side_by_side import in_turn, machine, ratios, table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from sslkit.bench.stages import wait_for
-from sslkit.engine.draws import shuffle_order
 from sslkit.engine.optim import make_optimizer
-from sslkit.engine.run import build_method
+from sslkit.engine.rng import shuffle_order
+from sslkit.engine.setup import build_method
 from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.methods import METHODS, Progress
-from sslkit.recipe import Recipe, build_recipe
+from sslkit.profiling.stage_timer import wait_for
+from sslkit.recipe.resolve import Recipe, build_recipe
 
 NUM_SAMPLES = 10_000  # rows of a memory bank
 K, DIM, TEMPERATURE = 65_536, 128, 0.2

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from sslkit.engine import Run as Run
     from sslkit.engine import train as train
     from sslkit.errors import UserError as UserError
-    from sslkit.recipe import Recipe as Recipe
-    from sslkit.recipe import load_recipe as load_recipe
+    from sslkit.recipe.resolve import Recipe as Recipe
+    from sslkit.recipe.resolve import load_recipe as load_recipe
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "Run", "UserError", "load_recipe", "train"]
 
 _HOMES = {
-    "Recipe": "sslkit.recipe",
-    "load_recipe": "sslkit.recipe",
+    "Recipe": "sslkit.recipe.resolve",
+    "load_recipe": "sslkit.recipe.resolve",
     "Run": "sslkit.engine",
     "train": "sslkit.engine",
     "UserError": "sslkit.errors",

@@ -20,8 +20,8 @@ from PIL import Image
 
 import sslkit  # sets thread waiting before torch starts threads
 from sslkit.cli import main
-from sslkit.data.source import DataConfig, open_source
-from sslkit.recipe import Recipe, build_recipe
+from sslkit.data.sources.image_source import DataConfig, open_source
+from sslkit.recipe.resolve import Recipe, build_recipe
 
 assert sslkit.__version__
 

@@ -9,9 +9,9 @@ import pytest
 
 import sslkit
 from sslkit.cli import app
-from sslkit.evaluate.linear import LinearProtocol
+from sslkit.evaluate.probes.linear import LinearProtocol
 from sslkit.methods import METHODS
-from sslkit.recipe import build_recipe, shipped_recipes
+from sslkit.recipe.resolve import build_recipe, shipped_recipes
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -23,9 +23,9 @@ import typer
 from PIL import Image
 
 from sslkit.cli import app
-from sslkit.data.source import DataConfig, open_source
-from sslkit.recipe import find_recipe, shipped_recipes
-from sslkit.recipe_tables import TABLES
+from sslkit.data.sources.image_source import DataConfig, open_source
+from sslkit.recipe.resolve import find_recipe, shipped_recipes
+from sslkit.recipe.schema import TABLES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,27 +10,26 @@ ROOT = Path(sslkit.__file__).parent
 LAYERS = {
     "errors": 0,
     "durations": 0,
-    "terminal": 0.5,
-    "durable": 1,
-    "rows": 1,
-    "watch": 2,
-    "parts": 1,
-    "methods": 2,
-    "data": 2,
-    "evaluate": 3,
-    "recipe_tables": 3,
-    "recipe_defaults": 3,
-    "recipe": 4,
-    "publish": 5,
-    "engine": 6,
-    "doctor": 7,
-    "bench": 7,
-    "cluster": 7,
-    "report": 8,
-    "cli": 9,
-    "pretrain": 10,
-    "__main__": 10,
-    "__init__": 10,
+    "terminal": 1,
+    "files": 2,
+    "hub": 2,
+    "distributed": 2,
+    "watch": 3,
+    "parts": 3,
+    "methods": 4,
+    "data": 4,
+    "evaluate": 5,
+    "recipe": 6,
+    "publish": 7,
+    "engine": 8,
+    "doctor": 9,
+    "profiling": 9,
+    "cluster": 9,
+    "report": 10,
+    "cli": 11,
+    "pretrain": 12,
+    "__main__": 12,
+    "__init__": 12,
 }
 
 
@@ -81,11 +80,16 @@ def test_accelerate_stays_in_the_engine_and_pickle_nowhere() -> None:
         if file.relative_to(ROOT).as_posix() == "publish/detectron2.py":  # it writes the one file that must be one
             assert not re.search(r"pickle\.loads?\b|Unpickler", text)
             text = re.sub(r"pickle\.Pickler|import pickle|is a pickle", "", text)
-        if file.relative_to(ROOT).as_posix() == "publish/instructions.py":  # it names instructions and follows none
+        if (
+            file.relative_to(ROOT).as_posix() == "publish/importing/pickle_opcodes.py"
+        ):  # it names instructions and follows none
             assert {ast.unparse(call.func) for call in calls_of(text, "pickletools.genops")} == {"pickletools.genops"}
             text = text.replace("import pickletools", "").replace("pickletools.genops(", "")
+        text = re.sub(r"^from .*pickle_opcodes import .*$", "", text, flags=re.MULTILINE)
         assert "pickle" not in text.replace("no pickle", "").replace("No pickle", "").replace("not a pickle", ""), file
-        if file.relative_to(ROOT).as_posix() == "publish/importing.py":  # it reads others' checkpoints, as weights only
+        if (
+            file.relative_to(ROOT).as_posix() == "publish/importing/convert.py"
+        ):  # it reads others' checkpoints, as weights only
             assert [ast.unparse(call) for call in calls_of(text, "torch.load")] == [
                 "torch.load(file, map_location='cpu', weights_only=True)"
             ]

@@ -10,12 +10,12 @@ from conftest import cli_error, small_recipe
 
 import sslkit
 from sslkit.cli import main
-from sslkit.data.source import DataConfig, open_source
-from sslkit.engine.replay import replay_capsule
+from sslkit.data.sources.image_source import DataConfig, open_source
+from sslkit.engine.resilience.replay import replay_capsule
 from sslkit.errors import UserError, check_path
 from sslkit.evaluate import load_encoder
 from sslkit.publish import export_detectron2, export_encoder, import_checkpoint, publish_run
-from sslkit.recipe import build_recipe, load_recipe
+from sslkit.recipe.resolve import build_recipe, load_recipe
 from sslkit.report import draw_curves, read_runs, write_views
 
 KINDS = {"not UTF-8": ("caf\udce9", "caf\\xe9 is not valid UTF-8"), "NUL": ("caf\0e", "caf\\x00e has a NUL character"),

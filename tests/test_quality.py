@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import sslkit
-from sslkit.data.source import DataConfig
+from sslkit.data.sources.image_source import DataConfig
 from sslkit.evaluate import evaluate_knn, evaluate_linear
 
 

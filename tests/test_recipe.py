@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sslkit.errors import UserError
-from sslkit.recipe import Recipe, build_recipe, changes, find_recipe, load_recipe, shipped_recipes
+from sslkit.recipe.resolve import Recipe, build_recipe, changes, find_recipe, load_recipe, shipped_recipes
 
 BARE = {"method": {"name": "moco_v2"}, "backbone": {"name": "resnet50"}, "data": {"path": "photos"}}
 

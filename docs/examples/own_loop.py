@@ -5,14 +5,14 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from sslkit.data.policies import POLICIES, ViewsConfig
-from sslkit.data.source import DataConfig, open_source
-from sslkit.data.views import ViewPipeline, normalise
+from sslkit.data.augment.cpu import ViewPipeline, normalise
+from sslkit.data.augment.policies import POLICIES, ViewsConfig
+from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.parts.backbone import feature_dim
 from sslkit.parts.heads import mlp_head
 from sslkit.parts.losses import info_nce_with_queue
+from sslkit.parts.momentum_teacher import Teacher
 from sslkit.parts.queue import KeyQueue
-from sslkit.parts.teacher import Teacher
 
 SMALL_GRAY = {**POLICIES["small_gray"], "policy": "small_gray", "size": 28, "crop_scale": (0.8, 1.0)}
 

@@ -15,20 +15,20 @@ from typing import Annotated, NoReturn
 import typer
 
 import sslkit
-from sslkit.cli.bench import bench
-from sslkit.cli.data import data_app, prepare
-from sslkit.cli.data_lines import data_lines
-from sslkit.cli.evaluation import evaluation
-from sslkit.cli.importing import import_
-from sslkit.cli.launched import is_said_by_first, leave_for_launcher, wait_for_others
-from sslkit.cli.look import report, views
+from sslkit.cli.bench_command import bench
+from sslkit.cli.data_commands import data_app, prepare
+from sslkit.cli.data_summary import data_lines
+from sslkit.cli.eval_commands import evaluation
+from sslkit.cli.import_command import import_
+from sslkit.cli.launcher_exit import is_said_by_first, leave_for_launcher, wait_for_others
 from sslkit.cli.options import Backbone, Images, MethodName, Overrides, RecipeName, recipe_from_words
-from sslkit.cli.publishing import publish
-from sslkit.cli.quick import quick_imports
-from sslkit.cli.replay import replay
-from sslkit.cli.show import AsJson, console, show_report
-from sslkit.cli.submit import submit
-from sslkit.cli.watching import watch
+from sslkit.cli.output import AsJson, console, show_report
+from sslkit.cli.publish_command import publish
+from sslkit.cli.replay_command import replay
+from sslkit.cli.report_commands import report, views
+from sslkit.cli.startup import quick_imports
+from sslkit.cli.submit_command import submit
+from sslkit.cli.watch_command import watch
 from sslkit.errors import RunError, UserError, check_path
 from sslkit.terminal import (
     PlainTable,
@@ -52,7 +52,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
 
 BAD_INPUT = 2
-RESUMABLE = 75  # sslkit.engine.stopping has it too, behind heavy imports
+RESUMABLE = 75  # sslkit.engine.resilience.preemption has it too, behind heavy imports
 INTERRUPTED = 130  # what Typer makes of Ctrl-C
 
 
@@ -185,7 +185,7 @@ def recipes(context: typer.Context) -> None:
     """List the recipes that come with sslkit."""
     if context.invoked_subcommand is not None:
         return
-    from sslkit.recipe import shipped_recipes
+    from sslkit.recipe.resolve import shipped_recipes
 
     table = PlainTable("recipe", "what it is")
     for name, file in shipped_recipes().items():
@@ -199,7 +199,7 @@ def show_recipe(
     overrides: Overrides = None,
 ) -> None:
     """Print a recipe fully resolved: every number, after its own comment on where they come from."""
-    from sslkit.recipe import find_recipe, load_recipe
+    from sslkit.recipe.resolve import find_recipe, load_recipe
 
     recipe = load_recipe(name, overrides)
     lines = find_recipe(name).read_text(encoding="utf-8-sig").splitlines()

@@ -14,9 +14,9 @@ import typer
 from sslkit.errors import UserError
 
 if TYPE_CHECKING:
-    from sslkit.data.source import DataConfig
-    from sslkit.evaluate.reading import Reading
-    from sslkit.recipe import Recipe
+    from sslkit.data.sources.image_source import DataConfig
+    from sslkit.evaluate.features.readouts import Reading
+    from sslkit.recipe.resolve import Recipe
 
 Number = TypeVar("Number", int, float)
 
@@ -92,8 +92,8 @@ class Frozen:
 
     def reading(self, layer: str) -> "Reading":
         """What ``layer`` names, taken so."""
-        from sslkit.evaluate.reading import Reading
-        from sslkit.evaluate.store import FeatureStore
+        from sslkit.evaluate.features.readouts import Reading
+        from sslkit.evaluate.features.store import FeatureStore
 
         store = FeatureStore.default() if self.cache else None
         return dataclasses.replace(Reading.named(layer), crop_pct=self.crop_pct, workers=self.workers, store=store)
@@ -131,8 +131,8 @@ def find_background(given: str, model: str = "") -> str:
     Raises:
         UserError: It names no colour.
     """
-    from sslkit.data.background import WHITE, check_background
-    from sslkit.recipe import load_saved
+    from sslkit.data.decode.background import WHITE, check_background
+    from sslkit.recipe.resolve import load_saved
 
     if given:
         try:
@@ -149,7 +149,7 @@ def data_config(
     path: str, name: str = "", label_column: str = "", image_column: str = "", background: str = "white"
 ) -> "DataConfig":
     """What ``--data`` and its companions say."""
-    from sslkit.data.source import DataConfig
+    from sslkit.data.sources.image_source import DataConfig
 
     if not path:
         raise UserError("--data: name a folder, a datasets id or builtin:fashion_mnist")
@@ -181,7 +181,7 @@ def recipe_from_words(recipe: str, overrides: list[str], method: str, backbone: 
     Raises:
         UserError: Neither.
     """
-    from sslkit.recipe import build_recipe, load_recipe
+    from sslkit.recipe.resolve import build_recipe, load_recipe
 
     if recipe:
         given = {"method.name": method, "backbone.name": backbone, "data.path": data}

@@ -43,7 +43,7 @@ class Pretraining:
         try:
             join_tasks()
             from sslkit.engine import train
-            from sslkit.recipe import build_recipe
+            from sslkit.recipe.resolve import build_recipe
 
             run = train(build_recipe(tomllib.loads(self.recipe), name="the submitted recipe"), self.output)
         except (UserError, RunError) as error:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from sslkit.cluster.job import CANCELLED, Pretraining
 from sslkit.errors import UserError, check_path, without_tokens
-from sslkit.recipe import Recipe
+from sslkit.recipe.resolve import Recipe
 
 if TYPE_CHECKING:
     from submitit import LocalExecutor, SlurmExecutor
@@ -119,7 +119,7 @@ def submit(recipe: Recipe, output: str | Path, resources: Resources, cluster: st
     output = _run_folder(output)
     if cluster not in ("slurm", "local"):
         raise UserError(f"--cluster: must be slurm or local, not {cluster!r}")
-    from sslkit.engine.folder import as_begun, check_folder
+    from sslkit.engine.run_folder.layout import as_begun, check_folder
 
     recipe, _ = as_begun(output, recipe)  # the job's recipe names every key
     check_folder(output, recipe, "auto")  # as the job itself would, hours later

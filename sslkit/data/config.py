@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from sslkit.data.background import WHITE, check_background
+from sslkit.data.decode.background import WHITE, check_background
 
 MAX_CHANNELS = 512
 

@@ -3,7 +3,7 @@
 from torch import nn
 
 from sslkit.methods import Method
-from sslkit.parts.teacher import Teacher
+from sslkit.parts.momentum_teacher import Teacher
 
 BACKBONES = ("backbone", "teacher_backbone")
 

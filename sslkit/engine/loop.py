@@ -7,28 +7,28 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from sslkit.data.device_views import finish_on
-from sslkit.data.loader import Batch
-from sslkit.data.views import normalise
-from sslkit.engine.agreement import compare_weights
-from sslkit.engine.capsule import try_to_write_capsule
-from sslkit.engine.clock import StepClock
-from sslkit.engine.draws import DROPOUT, draw_key, seed_dropout, shuffle_order
-from sslkit.engine.guard import Guard, RunningStatistics
-from sslkit.engine.heartbeat import Heartbeat
-from sslkit.engine.journal import Journal
-from sslkit.engine.measure import epoch_ends, measure, measure_what_is_owed, monitor_is_due, report
-from sslkit.engine.monitors import layer_gradients
+from sslkit.data.augment.cpu import normalise
+from sslkit.data.augment.gpu import finish_on
+from sslkit.data.loading.loader import Batch
+from sslkit.distributed.collectives import copy_buffers_from_first, max_over_processes, mean_over_processes
+from sslkit.distributed.consistency import compare_weights
+from sslkit.distributed.heartbeat import Heartbeat
+from sslkit.distributed.sharding import whole
+from sslkit.engine.checkpoint.writer import SaveError, Saver
+from sslkit.engine.logging.logger import Journal
+from sslkit.engine.logging.throughput import StepClock
+from sslkit.engine.monitor.evaluations import epoch_ends, measure, measure_what_is_owed, monitor_is_due, report
+from sslkit.engine.monitor.knn_monitor import layer_gradients
 from sslkit.engine.optim import learning_rate, set_learning_rate
-from sslkit.engine.rewind import is_rewind_point
-from sslkit.engine.saver import SaveError, Saver
+from sslkit.engine.resilience.crash_dump import try_to_write_capsule
+from sslkit.engine.resilience.guard import Guard, RunningStatistics
+from sslkit.engine.resilience.preemption import StopRequest
+from sslkit.engine.resilience.rewind import is_rewind_point
+from sslkit.engine.rng import DROPOUT, draw_key, seed_dropout, shuffle_order
+from sslkit.engine.state import Training
 from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
-from sslkit.engine.stopping import StopRequest
-from sslkit.engine.training import Training
 from sslkit.methods import Method, Progress, Step
-from sslkit.parts.collectives import copy_buffers_from_first, max_over_processes, mean_over_processes
-from sslkit.parts.sharding import whole
-from sslkit.recipe import Recipe
+from sslkit.recipe.resolve import Recipe
 
 
 def run_loop(

@@ -7,9 +7,9 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from sslkit.parts.layerwise import Larc, Lars
+from sslkit.parts.layerwise_optimizers import Larc, Lars
 from sslkit.parts.schedules import per_epoch, warmup_then_cosine, warmup_then_steps
-from sslkit.recipe import Recipe
+from sslkit.recipe.resolve import Recipe
 
 
 def make_optimizer(recipe: Recipe, method: nn.Module) -> Optimizer:

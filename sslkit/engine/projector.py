@@ -4,11 +4,11 @@ from pathlib import Path
 
 from torch import nn
 
-from sslkit.engine.checkpoint import newest_checkpoint
-from sslkit.engine.run import build_method
+from sslkit.engine.checkpoint.format import newest_checkpoint
+from sslkit.engine.setup import build_method
 from sslkit.errors import UserError
 from sslkit.parts.backbone import check_backbone_size
-from sslkit.recipe import load_recipe
+from sslkit.recipe.resolve import load_recipe
 
 
 def first_projector_layers(run: Path, count: int) -> nn.Sequential:

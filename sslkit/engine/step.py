@@ -20,10 +20,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from sslkit.distributed.collectives import average_gradients, exchange_rows
 from sslkit.methods import Method, Step
 from sslkit.methods.base import Permutation, Prepare, Views, local_bn_groups, shuffle_views, slice_views
 from sslkit.parts.backbone import recomputes
-from sslkit.parts.collectives import average_gradients, exchange_rows
 
 
 @dataclass(frozen=True)

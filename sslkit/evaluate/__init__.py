@@ -1,13 +1,20 @@
 """How an encoder is judged. Knows encoders that give features and sources of labelled images, never a method."""
 
-from sslkit.evaluate.collapse import LabelFree, label_free
-from sslkit.evaluate.compare import comparable
-from sslkit.evaluate.diagnose import Diagnosis, diagnose_encoder
-from sslkit.evaluate.features import Encoder, extract_features, load_encoder
-from sslkit.evaluate.finetune import FinetuneProtocol
-from sslkit.evaluate.judge import Judgement, Score, evaluate_finetune, evaluate_knn, evaluate_knn_grid, evaluate_linear
-from sslkit.evaluate.knn import KnnProtocol, knn_accuracy
-from sslkit.evaluate.linear import LinearProtocol, linear_accuracy
+from sslkit.evaluate.compare_scores import comparable
+from sslkit.evaluate.features.extraction import Encoder, extract_features, load_encoder
+from sslkit.evaluate.label_free.collapse_metrics import LabelFree, label_free
+from sslkit.evaluate.label_free.diagnose import Diagnosis, diagnose_encoder
+from sslkit.evaluate.probes.finetune import FinetuneProtocol
+from sslkit.evaluate.probes.knn import KnnProtocol, knn_accuracy
+from sslkit.evaluate.probes.linear import LinearProtocol, linear_accuracy
+from sslkit.evaluate.probes.scoring import (
+    Judgement,
+    Score,
+    evaluate_finetune,
+    evaluate_knn,
+    evaluate_knn_grid,
+    evaluate_linear,
+)
 
 __all__ = [
     "Diagnosis",

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from sslkit.data.survey import count_alpha
+from sslkit.data.tools.inspection import count_alpha
 from sslkit.evaluate.detection.annotations import AnnotatedPair
-from sslkit.evaluate.identity import images_digest, pictures_digest
-from sslkit.evaluate.knn import KnnProtocol
-from sslkit.evaluate.labels import LabelledPair
+from sslkit.evaluate.features.image_identity import images_digest, pictures_digest
+from sslkit.evaluate.labelled_data import LabelledPair
+from sslkit.evaluate.probes.knn import KnnProtocol
 
 RESAMPLES = 10_000
 PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from sslkit.distributed.collectives import exchange_rows, world_size
 from sslkit.errors import UserError
 from sslkit.parts.backbone import Family
 from sslkit.parts.batchnorm import GroupStatistics, synchronise_in_groups
-from sslkit.parts.collectives import exchange_rows, world_size
 
 Views = Sequence[Tensor]
 Features = list[Tensor]

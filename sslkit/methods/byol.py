@@ -14,8 +14,8 @@ from sslkit.methods.base import Features, Method, MethodOptions, PaperRun, Progr
 from sslkit.parts.backbone import Family
 from sslkit.parts.heads import byol_mlp
 from sslkit.parts.losses import regression_loss
+from sslkit.parts.momentum_teacher import Teacher
 from sslkit.parts.schedules import cosine_momentum
-from sslkit.parts.teacher import Teacher
 
 
 class BYOLOptions(MethodOptions):

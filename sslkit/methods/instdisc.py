@@ -12,13 +12,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from sslkit.distributed.collectives import mean_over_processes
 from sslkit.methods.base import Features, Method, MethodOptions, PaperRun, Progress, Step, Views
 from sslkit.parts.backbone import Family
-from sslkit.parts.bank import MemoryBank
 from sslkit.parts.batchnorm import has_batch_norm
-from sslkit.parts.collectives import mean_over_processes
 from sslkit.parts.heads import linear_head
 from sslkit.parts.losses import inner_products, nce_against_noise, unit_rows
+from sslkit.parts.memory_bank import MemoryBank
 
 
 class InstDiscOptions(MethodOptions):

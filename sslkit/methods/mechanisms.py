@@ -10,14 +10,14 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor, nn
 
+from sslkit.distributed.collectives import gather_rows_with_gradient, rank
 from sslkit.methods.base import Features, Method, MethodOptions, PaperRun, Progress, Step, Views
 from sslkit.methods.moco_v1 import MoCoV1
 from sslkit.parts.backbone import Family
-from sslkit.parts.bank import MemoryBank
 from sslkit.parts.batchnorm import has_batch_norm
-from sslkit.parts.collectives import gather_rows_with_gradient, rank
 from sslkit.parts.heads import linear_head
 from sslkit.parts.losses import info_nce_in_batch, info_nce_of_similarities, inner_products, unit_rows
+from sslkit.parts.memory_bank import MemoryBank
 
 
 class EndToEndOptions(MethodOptions):

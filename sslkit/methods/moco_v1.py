@@ -12,14 +12,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from sslkit.distributed.collectives import gather_rows
 from sslkit.methods.base import Features, Method, MethodOptions, PaperRun, Progress, Step, Views
 from sslkit.parts.backbone import Family
 from sslkit.parts.batchnorm import has_batch_norm
-from sslkit.parts.collectives import gather_rows
 from sslkit.parts.heads import linear_head
 from sslkit.parts.losses import info_nce_with_queue, unit_rows
+from sslkit.parts.momentum_teacher import Teacher
 from sslkit.parts.queue import KeyQueue
-from sslkit.parts.teacher import Teacher
 
 
 class MoCoV1Options(MethodOptions):

@@ -11,13 +11,13 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
+from sslkit.distributed.collectives import gather_rows, rank
 from sslkit.methods.base import Features, Method, MethodOptions, PaperRun, Progress, Step, Views
 from sslkit.parts.backbone import Family
-from sslkit.parts.collectives import gather_rows, rank
 from sslkit.parts.heads import batch_norm_mlp
 from sslkit.parts.losses import info_nce_in_batch
+from sslkit.parts.momentum_teacher import Teacher
 from sslkit.parts.schedules import cosine_momentum
-from sslkit.parts.teacher import Teacher
 
 
 class MoCoV3Options(MethodOptions):

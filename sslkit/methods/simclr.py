@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from sslkit.distributed.collectives import gather_rows_with_gradient, rank
 from sslkit.methods.base import Features, Method, MethodOptions, Step, Views
 from sslkit.parts.backbone import Family
-from sslkit.parts.collectives import gather_rows_with_gradient, rank
 from sslkit.parts.heads import simclr_head
 from sslkit.parts.losses import nt_xent
 

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from sslkit.distributed.collectives import gather_rows, rank, world_size
 from sslkit.methods.base import (
     Features,
     Method,
@@ -27,7 +28,6 @@ from sslkit.methods.base import (
 )
 from sslkit.parts.backbone import Family
 from sslkit.parts.batchnorm import GroupStatistics, has_batch_norm
-from sslkit.parts.collectives import gather_rows, rank, world_size
 from sslkit.parts.heads import swav_head
 from sslkit.parts.losses import inner_products, sinkhorn_codes, swapped_prediction, unit_rows
 from sslkit.parts.queue import KeyQueue

@@ -12,10 +12,10 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
 from sslkit.errors import UserError, near_miss
-from sslkit.parts.foreign import check_model, check_model_args, check_size, read_encoder_config, tensor_shapes
-from sslkit.parts.hub import quick_hub
-from sslkit.parts.meta_build import Shapes
-from sslkit.parts.pinned import is_hub_name, pin
+from sslkit.hub.availability import quick_hub
+from sslkit.hub.meta_build import Shapes
+from sslkit.hub.revisions import is_hub_name, pin
+from sslkit.hub.untrusted import check_model, check_model_args, check_size, read_encoder_config, tensor_shapes
 
 Family = Literal["resnet", "vit", "other"]
 

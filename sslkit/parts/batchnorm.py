@@ -12,7 +12,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sslkit.parts.collectives import average_tensors, processes_sharing_a_group, sum_with_gradient, world_size
+from sslkit.distributed.collectives import average_tensors, processes_sharing_a_group, sum_with_gradient, world_size
 
 
 class GlobalBatchNorm(nn.Module):

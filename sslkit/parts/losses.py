@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sslkit.parts.collectives import max_over_processes, sum_over_processes
-from sslkit.parts.contrast import contrast_with_dictionary
+from sslkit.distributed.collectives import max_over_processes, sum_over_processes
+from sslkit.parts.info_nce import contrast_with_dictionary
 
 
 def info_nce_with_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

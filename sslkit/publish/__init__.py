@@ -2,8 +2,8 @@
 
 from sslkit.publish.detectron2 import export_detectron2
 from sslkit.publish.export import EncoderFolderError, encoder_config, export_encoder, write_encoder
-from sslkit.publish.hub import Published, PublishError, publish_run
-from sslkit.publish.importing import Imported, import_checkpoint
+from sslkit.publish.importing.convert import Imported, import_checkpoint
+from sslkit.publish.repository import Published, PublishError, publish_run
 
 __all__ = [
     "EncoderFolderError",

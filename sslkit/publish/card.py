@@ -5,9 +5,9 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from sslkit.publish.private import public_score
-from sslkit.publish.scores import CardScore, newest_scores
-from sslkit.recipe import Recipe
+from sslkit.publish.card_scores import CardScore, newest_scores
+from sslkit.publish.redaction import public_score
+from sslkit.recipe.resolve import Recipe
 from sslkit.terminal import escaped
 
 CURVES = "curves.png"

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from sslkit.durable import write_file, write_text
 from sslkit.errors import RunError, UserError, check_path
-from sslkit.evaluate.features import load_encoder
+from sslkit.evaluate.features.extraction import load_encoder
+from sslkit.files.atomic import write_file, write_text
 from sslkit.parts.backbone import family
 from sslkit.publish.export import check_empty, new_folder
-from sslkit.publish.private import public_recipe, refuse_tokens_in
-from sslkit.recipe import Recipe, load_recipe
+from sslkit.publish.redaction import public_recipe, refuse_tokens_in
+from sslkit.recipe.resolve import Recipe, load_recipe
 
 FILE = "detectron2.pkl"
 PLAIN_NAME = re.compile(

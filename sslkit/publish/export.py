@@ -21,14 +21,14 @@ from safetensors.torch import load_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from sslkit.durable import whole_folder, write_json, write_tensors, write_text
 from sslkit.errors import RunError, UserError, check_path
-from sslkit.evaluate.features import load_encoder
+from sslkit.evaluate.features.extraction import load_encoder
+from sslkit.files.atomic import whole_folder, write_json, write_tensors, write_text
+from sslkit.hub.untrusted import read_encoder_config, tensor_shapes
 from sslkit.parts.backbone import check_backbone_size, create_backbone
-from sslkit.parts.foreign import read_encoder_config, tensor_shapes
 from sslkit.publish.card import model_card
-from sslkit.publish.private import public_recipe, refuse_tokens
-from sslkit.recipe import Recipe, load_recipe
+from sslkit.publish.redaction import public_recipe, refuse_tokens
+from sslkit.recipe.resolve import Recipe, load_recipe
 
 # What timm needs of a pretrained_cfg; everything else in it belongs to the weights the architecture came with.
 KEPT_CONFIG = (

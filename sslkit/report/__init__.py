@@ -1,8 +1,8 @@
 """How a run is looked at."""
 
-from sslkit.report.page import write_report, write_views
+from sslkit.report.html_page import write_report, write_views
 from sslkit.report.pictures import draw_curves, draw_run
-from sslkit.report.runs import RunRecord, read_run, read_runs
+from sslkit.report.run_reader import RunRecord, read_run, read_runs
 from sslkit.report.summary import Summary, summarise
 
 __all__ = [

@@ -5,9 +5,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from sslkit.report.chance import chance_of, queue_full_at
+from sslkit.report.chance_level import chance_of, queue_full_at
 from sslkit.report.figures import CHANCE, MAX_POINTS, Panel, Style, curve, lay_out, level, plain, values_of
-from sslkit.report.runs import Row, RunRecord, number
+from sslkit.report.run_reader import Row, RunRecord, number
 from sslkit.report.series import by_series, protocols_of, series_of
 
 Runs = Sequence[RunRecord]

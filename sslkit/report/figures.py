@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from sslkit.errors import without_tokens
-from sslkit.report.runs import Row, RunRecord, number
+from sslkit.report.run_reader import Row, RunRecord, number
 
 # Okabe and Ito's colours, told apart by colour-blind eyes; black is left out, it would vanish on dark ground.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a7f00", "#7f7f7f")

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 from sslkit.errors import UserError
-from sslkit.evaluate.features import Encoder, load_encoder
+from sslkit.evaluate.features.extraction import Encoder, load_encoder
 from sslkit.report.attention import AttentionRow, draw_attention
 from sslkit.report.neighbours import Map, Row, draw_map, find_neighbours
-from sslkit.report.runs import RunRecord
+from sslkit.report.run_reader import RunRecord
 from sslkit.report.sample import Sample, draw_sample, features_of
-from sslkit.report.views import ViewGallery, draw_views
+from sslkit.report.view_gallery import ViewGallery, draw_views
 
 
 @dataclass

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from sslkit.report.figures import PALETTE, Panel, Style, curve, lay_out, plain, values_of
-from sslkit.report.runs import Row, RunRecord, number
+from sslkit.report.run_reader import Row, RunRecord, number
 
 GRADIENT = "gradient/"
 MAX_COLUMNS = 400

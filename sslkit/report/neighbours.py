@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from plotly.colors import qualitative
 from torch import Tensor
 
-from sslkit.evaluate.knn import nearest
+from sslkit.evaluate.probes.knn import nearest
 from sslkit.report.figures import lay_out, plain
 from sslkit.report.sample import SEED, Sample
 from sslkit.report.thumbnails import Sprite, data_uri, make_sprite

@@ -7,15 +7,15 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from sslkit.data.channels import as_picture
-from sslkit.data.policies import LARGE_VIEWS
-from sslkit.data.replace import read_or_replace
-from sslkit.data.source import open_source
-from sslkit.data.views import ViewPipeline
-from sslkit.durable import replace_file
+from sslkit.data.augment.cpu import ViewPipeline
+from sslkit.data.augment.policies import LARGE_VIEWS
+from sslkit.data.decode.channels import as_picture
+from sslkit.data.loading.replacement import read_or_replace
+from sslkit.data.sources.image_source import open_source
 from sslkit.errors import UserError, check_path
-from sslkit.recipe import Recipe, load_saved
-from sslkit.rows import Row, number, rows_of
+from sslkit.files.atomic import replace_file
+from sslkit.files.jsonl_reader import Row, number, rows_of
+from sslkit.recipe.resolve import Recipe, load_saved
 
 mpl.use("Agg")
 

@@ -7,12 +7,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sslkit.data.decode import UnreadableImage
-from sslkit.data.source import DataConfig, ImageSource, open_source
+from sslkit.data.decode.rgb import UnreadableImage
+from sslkit.data.sources.image_source import DataConfig, ImageSource, open_source
 from sslkit.errors import UserError
-from sslkit.evaluate.features import Encoder, extract_features
-from sslkit.evaluate.labels import LabelledPair, open_pair
-from sslkit.recipe import Recipe
+from sslkit.evaluate.features.extraction import Encoder, extract_features
+from sslkit.evaluate.labelled_data import LabelledPair, open_pair
+from sslkit.recipe.resolve import Recipe
 
 MAX_BANK, MAX_QUERIES = 1500, 500
 SEED = 0

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from statistics import median
 
-from sslkit.recipe import changes
-from sslkit.report.chance import chance_of
+from sslkit.recipe.resolve import changes
+from sslkit.report.chance_level import chance_of
 from sslkit.report.figures import values_of
 from sslkit.report.health import Alarm, alarms_of
-from sslkit.report.runs import RunRecord
+from sslkit.report.run_reader import RunRecord
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from sslkit.data.channels import as_picture
-from sslkit.data.decode import Pixels
-from sslkit.data.sheet import tile_sheet
+from sslkit.data.decode.channels import as_picture
+from sslkit.data.decode.rgb import Pixels
+from sslkit.data.tools.image_grid import tile_sheet
 
 SMALL = 64  # pixels a side up to which a picture is kept as it is, without loss
 

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.live import Live
 
 from sslkit.errors import UserError, check_path
-from sslkit.watch.page import Page
-from sslkit.watch.run import WatchedRun
+from sslkit.watch.followed_run import WatchedRun
+from sslkit.watch.terminal_page import Page
 
 SECONDS = 1.0
 

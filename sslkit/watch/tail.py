@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sslkit.errors import UserError
-from sslkit.rows import parse_row
+from sslkit.files.jsonl_reader import parse_row
 
 CHUNK = 4 * 2**20  # bytes that a look reads at most
 MARK = 256  # bytes before the place reached that must still be there

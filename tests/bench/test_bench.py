@@ -13,18 +13,18 @@ from conftest import small_recipe
 from safetensors.torch import load_file
 
 import sslkit
-from sslkit.bench import Profile, changes_that_help, profile
-from sslkit.bench import stages as stages_module
-from sslkit.bench.images import ImageCosts
-from sslkit.bench.profile import CPU, compare_precisions, step
-from sslkit.bench.stages import BACKWARD, COLLECTIVES, OPTIMIZER, STAGES, STUDENT, TEACHER, Stopwatch, watched
 from sslkit.cli import main
-from sslkit.data.source import open_source
-from sslkit.engine.processes import make_accelerator
-from sslkit.engine.run import assemble, build_method, steps_per_epoch
-from sslkit.engine.training import Training
+from sslkit.data.sources.image_source import open_source
+from sslkit.engine.accelerator import make_accelerator
+from sslkit.engine.setup import assemble, build_method, steps_per_epoch
+from sslkit.engine.state import Training
 from sslkit.errors import UserError
-from sslkit.recipe import Recipe
+from sslkit.profiling import Profile, changes_that_help, profile
+from sslkit.profiling import stage_timer as stages_module
+from sslkit.profiling.image_cost import ImageCosts
+from sslkit.profiling.stage_timer import BACKWARD, COLLECTIVES, OPTIMIZER, STAGES, STUDENT, TEACHER, Stopwatch, watched
+from sslkit.profiling.step_profile import CPU, compare_precisions, step
+from sslkit.recipe.resolve import Recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 from launching import finish, start

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
 from sslkit.cli import app
-from sslkit.recipe import load_recipe
+from sslkit.recipe.resolve import load_recipe
 
 FILES = Path(__file__).parents[2] / "docs/examples/launch"
 ACCELERATE = ("cpu", "one-gpu", "eight-gpus", "nodes")

@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import sslkit
-from sslkit.bench.images import image_costs
 from sslkit.cli import main
 from sslkit.cli.options import find_background
-from sslkit.data.decode import decode_reduced, decode_rgb, is_transparent, read_header
-from sslkit.data.source import DataConfig, ImageSource, open_source
-from sslkit.data.views import ViewPipeline
-from sslkit.doctor.images import check_alpha
+from sslkit.data.augment.cpu import ViewPipeline
+from sslkit.data.decode.rgb import decode_reduced, decode_rgb, is_transparent, read_header
+from sslkit.data.sources.image_source import DataConfig, ImageSource, open_source
+from sslkit.doctor.image_checks import check_alpha
 from sslkit.errors import UserError
-from sslkit.evaluate.labels import open_pair
+from sslkit.evaluate.labelled_data import open_pair
 from sslkit.evaluate.protocol import data_settings
-from sslkit.recipe import Recipe, build_recipe, read_tables
+from sslkit.profiling.image_cost import image_costs
+from sslkit.recipe.resolve import Recipe, build_recipe, read_tables
 
 GREY = colours()[..., 0]
 COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0), "#8090a0": (128, 144, 160), "rgb(1, 2, 3)": (1, 2, 3)}

@@ -20,17 +20,17 @@ from PIL import Image
 
 import sslkit
 from sslkit.cli import main
-from sslkit.data.channel_views import finish_channels, resize_channels
-from sslkit.data.channels import as_picture, decode_channels
-from sslkit.data.decode import UnreadableImage, decode_rgb
-from sslkit.data.draws import Draw
-from sslkit.data.policies import POLICIES, ViewsConfig
-from sslkit.data.source import DataConfig, open_source
-from sslkit.data.views import ViewPipeline, normalise
+from sslkit.data.augment.cpu import ViewPipeline, normalise
+from sslkit.data.augment.multichannel import finish_channels, resize_channels
+from sslkit.data.augment.parameters import Draw
+from sslkit.data.augment.policies import POLICIES, ViewsConfig
+from sslkit.data.decode.channels import as_picture, decode_channels
+from sslkit.data.decode.rgb import UnreadableImage, decode_rgb
+from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.errors import UserError
-from sslkit.evaluate.features import load_encoder
-from sslkit.evaluate.judge import evaluate_finetune, evaluate_knn, evaluate_linear
-from sslkit.evaluate.knn import KnnProtocol
+from sslkit.evaluate.features.extraction import load_encoder
+from sslkit.evaluate.probes.knn import KnnProtocol
+from sslkit.evaluate.probes.scoring import evaluate_finetune, evaluate_knn, evaluate_linear
 from sslkit.parts.backbone import create_backbone
 from sslkit.publish.export import export_encoder
 

@@ -17,11 +17,11 @@ from PIL import Image
 from pyarrow import parquet
 
 from sslkit.cli import main
-from sslkit.data.columns import choose_columns
 from sslkit.data.config import SourceConfig
-from sslkit.data.source import DataConfig, ImageSource, open_source
+from sslkit.data.formats.columns import choose_columns
+from sslkit.data.sources.image_source import DataConfig, ImageSource, open_source
 from sslkit.errors import UserError
-from sslkit.evaluate.labels import open_pair
+from sslkit.evaluate.labelled_data import open_pair
 
 PNGS = [encode(Image.fromarray(photo(seed)), "PNG") for seed in range(4)]
 MASK = encode(Image.new("L", (9, 7)), "PNG")

@@ -10,12 +10,12 @@ import torch
 from hostile import encode, photo
 from PIL import Image
 
-from sslkit.data import crew
-from sslkit.data.crew import SteadyLoader
-from sslkit.data.loader import Batch, GlobalBatches
-from sslkit.data.policies import POLICIES, ViewsConfig
-from sslkit.data.source import DataConfig, ImageSource, open_source
-from sslkit.data.views import ViewPipeline
+from sslkit.data.augment.cpu import ViewPipeline
+from sslkit.data.augment.policies import POLICIES, ViewsConfig
+from sslkit.data.loading import worker_pool as crew
+from sslkit.data.loading.loader import Batch, GlobalBatches
+from sslkit.data.loading.worker_pool import SteadyLoader
+from sslkit.data.sources.image_source import DataConfig, ImageSource, open_source
 from sslkit.errors import RunError
 
 STEPS = 24

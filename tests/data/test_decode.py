@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from sslkit.data.decode import MAX_PIXELS, UnreadableImage, decode_rgb, read_file, read_header
-from sslkit.data.folder import list_images, printable, to_path, to_text
-from sslkit.data.source import DataConfig, open_source
+from sslkit.data.decode.rgb import MAX_PIXELS, UnreadableImage, decode_rgb, read_file, read_header
+from sslkit.data.formats.folder_listing import list_images, printable, to_path, to_text
+from sslkit.data.sources.image_source import DataConfig, open_source
 
 GOOD, BAD = good_images(), bad_images()
 

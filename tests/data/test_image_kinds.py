@@ -26,9 +26,9 @@ from kinds import (
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from sslkit.data.channels import decode_channels
-from sslkit.data.decode import Pixels, UnreadableImage, decode_reduced, decode_rgb, read_header
-from sslkit.data.orientation import turn_upright
+from sslkit.data.decode.channels import decode_channels
+from sslkit.data.decode.orientation import turn_upright
+from sslkit.data.decode.rgb import Pixels, UnreadableImage, decode_reduced, decode_rgb, read_header
 
 CASES = dict(upright_cases())
 DEEP = colours()[..., 0].astype(np.uint16) * 256 + 7

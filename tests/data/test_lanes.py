@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sslkit.data.lanes import Lanes
-from sslkit.data.loader import GlobalBatches
+from sslkit.data.loading.loader import GlobalBatches
+from sslkit.data.order.stream_order import Lanes
 
 SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from sslkit.data.loader import GlobalBatches, epoch_order, make_loader, resolve_workers
-from sslkit.data.policies import POLICIES, ViewsConfig
-from sslkit.data.source import DataConfig, open_source
-from sslkit.data.views import ViewPipeline
+from sslkit.data.augment.cpu import ViewPipeline
+from sslkit.data.augment.policies import POLICIES, ViewsConfig
+from sslkit.data.loading.loader import GlobalBatches, epoch_order, make_loader, resolve_workers
+from sslkit.data.sources.image_source import DataConfig, open_source
 
 
 def batches(**changes: int) -> list[list[tuple[int, int]]]:

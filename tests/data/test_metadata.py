@@ -17,7 +17,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from sslkit.cli import main
-from sslkit.data.source import DataConfig, ImageSource, files_left_out, open_source
+from sslkit.data.sources.image_source import DataConfig, ImageSource, files_left_out, open_source
 from sslkit.errors import UserError
 
 PNGS = [encode(Image.fromarray(photo(seed)), "PNG") for seed in range(4)]

@@ -10,14 +10,14 @@ import torch
 from conftest import cli_error, small_recipe
 
 import sslkit
+from sslkit.data.augment.cpu import ViewPipeline
+from sslkit.data.augment.policies import POLICIES, ViewsConfig
 from sslkit.data.config import DataConfig, MixConfig
-from sslkit.data.loader import GlobalBatches, make_loader
-from sslkit.data.mixture import Mixture
-from sslkit.data.policies import POLICIES, ViewsConfig
-from sslkit.data.source import ImageSource, mix, open_source
-from sslkit.data.views import ViewPipeline
+from sslkit.data.loading.loader import GlobalBatches, make_loader
+from sslkit.data.order.mixture import Mixture
+from sslkit.data.sources.image_source import ImageSource, mix, open_source
 from sslkit.errors import UserError
-from sslkit.recipe import Recipe, build_recipe
+from sslkit.recipe.resolve import Recipe, build_recipe
 
 BUNDLED = {"path": "builtin:fashion_mnist", "split": "test"}
 

@@ -19,10 +19,10 @@ from hostile import bad_images, encode, exif, good_images, photo, write_hostile_
 from PIL import Image
 
 from sslkit.cli import main
-from sslkit.data import packing as packing_module
-from sslkit.data.packing import KEPT_BYTES, Packing, pack, shrink, sufficient_side
-from sslkit.data.policies import ViewsConfig
-from sslkit.data.source import DataConfig, ImageSource, open_source
+from sslkit.data.augment.policies import ViewsConfig
+from sslkit.data.sources.image_source import DataConfig, ImageSource, open_source
+from sslkit.data.tools import packing as packing_module
+from sslkit.data.tools.packing import KEPT_BYTES, Packing, pack, shrink, sufficient_side
 from sslkit.errors import UserError
 
 SIDE = 64
@@ -121,7 +121,7 @@ def test_workers_and_interruptions_change_no_byte(photos: Path, tmp_path: Path) 
     other = tmp_path / "three"
     slow = (
         "import sys, time\nfrom pathlib import Path\nfrom sslkit.data import packing\n"
-        "from sslkit.data.source import DataConfig, open_source\n"
+        "from sslkit.data.sources.image_source import DataConfig, open_source\n"
         "whole = packing._write_shard\n"
         "packing._write_shard = lambda *words: (whole(*words), time.sleep(0.5))\n"
         "source = open_source(DataConfig(path=sys.argv[1]))\n"
@@ -154,7 +154,7 @@ def test_killed_at_its_very_end_it_has_nothing_left_to_decode(photos: Path, tmp_
     """Just before the folder appears."""
     words = (
         "import os, sys, signal\nfrom pathlib import Path\nfrom sslkit.data import packing\n"
-        "from sslkit.data.source import DataConfig, open_source\n"
+        "from sslkit.data.sources.image_source import DataConfig, open_source\n"
         "packing.os.rename = lambda *_words: os.kill(os.getpid(), signal.SIGKILL)\n"
         "source = open_source(DataConfig(path=sys.argv[1]))\n"
         f"packing.pack(source, Path(sys.argv[2]), packing.Packing({SIDE}, shard_images=8))\n"
@@ -206,7 +206,7 @@ def test_what_a_stranger_left_is_not_written_through(photos: Path, tmp_path: Pat
 
 def test_one_process_packs_into_a_folder(photos: Path, tmp_path: Path) -> None:
     hold = (
-        "import sys\nfrom pathlib import Path\nfrom sslkit.data.packing import _alone\n"
+        "import sys\nfrom pathlib import Path\nfrom sslkit.data.tools.packing import _alone\n"
         "with _alone(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     words = [sys.executable, "-c", hold, str(tmp_path / ".train.lock")]

@@ -19,12 +19,12 @@ from PIL import Image
 
 import sslkit
 from sslkit.data.config import MixConfig
-from sslkit.data.decode import UnreadableImage
-from sslkit.data.shards import expand_braces
-from sslkit.data.source import DataConfig, ImageSource, available_splits, files_left_out, open_source
+from sslkit.data.decode.rgb import UnreadableImage
+from sslkit.data.formats.tar_shards import expand_braces
+from sslkit.data.sources.image_source import DataConfig, ImageSource, available_splits, files_left_out, open_source
 from sslkit.errors import UserError
-from sslkit.evaluate.identity import images_digest
-from sslkit.evaluate.labels import open_pair
+from sslkit.evaluate.features.image_identity import images_digest
+from sslkit.evaluate.labelled_data import open_pair
 
 PICTURES = [encode(Image.fromarray(photo(seed)), "PNG") for seed in range(6)]
 
@@ -277,7 +277,7 @@ def test_memory_does_not_grow_with_the_bytes(tmp_path: Path) -> None:
     program = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from sslkit.data.samples import index_shards\n"
+        "from sslkit.data.formats.tar_samples import index_shards\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "assert index_shards([Path(sys.argv[1])], None, None).table.num_rows == 8\n"
         "assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16, 'KiB'\n"

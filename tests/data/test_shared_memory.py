@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sslkit.cli import main
-from sslkit.data import shared_memory
-from sslkit.data.shared_memory import HELD, PREFETCH, explain_death, fitting_prefetch, free_bytes
+from sslkit.data.loading import shared_memory
+from sslkit.data.loading.shared_memory import HELD, PREFETCH, explain_death, fitting_prefetch, free_bytes
 from sslkit.errors import RunError, UserError
-from sslkit.evaluate.features import batch_bytes
-from sslkit.evaluate.transforms import training_transform
+from sslkit.evaluate.features.extraction import batch_bytes
+from sslkit.evaluate.features.transforms import training_transform
 
 
 def test_what_is_made_ahead_fits() -> None:
@@ -128,7 +128,7 @@ def test_a_run_with_a_read_only_one(classes: Path, tmp_path: Path) -> None:
     script = f"""
 import pathlib
 from sslkit.cli import main
-from sslkit.data.posts import Posts
+from sslkit.data.loading.worker_status import Posts
 for words in ([], ["--set", "data.workers=0"]):
     try:
         main(["pretrain", "{tmp_path}/recipe.toml", "--output", "{tmp_path}/run", *words])

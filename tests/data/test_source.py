@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sslkit.data.decode import decode_rgb
-from sslkit.data.source import DataConfig, open_source
+from sslkit.data.decode.rgb import decode_rgb
+from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.errors import UserError
-from sslkit.evaluate.labels import open_pair
+from sslkit.evaluate.labelled_data import open_pair
 
 
 def test_builtin_set_is_balanced_real_and_labelled() -> None:

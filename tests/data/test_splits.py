@@ -16,10 +16,10 @@ from PIL import Image
 from pyarrow import parquet
 
 from sslkit.cli import main
-from sslkit.data.source import DataConfig, available_splits, open_source
-from sslkit.data.splits import choose, split_words, splits_of_folders
+from sslkit.data.formats.splits import choose, split_words, splits_of_folders
+from sslkit.data.sources.image_source import DataConfig, available_splits, open_source
 from sslkit.errors import UserError
-from sslkit.evaluate.labels import open_pair
+from sslkit.evaluate.labelled_data import open_pair
 
 PNG = encode(Image.fromarray(photo()), "PNG")
 

@@ -16,13 +16,13 @@ from dataset_hub import serve
 from pyarrow import parquet
 
 import sslkit
-from sslkit.data import streaming
 from sslkit.data.config import DataConfig
-from sslkit.data.decode import UnreadableImage
-from sslkit.data.source import ImageSource, open_source
-from sslkit.engine.lines import read_lines
+from sslkit.data.decode.rgb import UnreadableImage
+from sslkit.data.formats import parquet_streams as streaming
+from sslkit.data.sources.image_source import ImageSource, open_source
 from sslkit.errors import UserError
-from sslkit.recipe import Recipe, build_recipe
+from sslkit.files.jsonl_writer import read_lines
+from sslkit.recipe.resolve import Recipe, build_recipe
 
 COUNT = 150
 
@@ -229,7 +229,7 @@ def test_from_the_hub_nothing_is_copied_and_the_run_is_that_on_files(files: Path
 
 
 HUB_SPLITS = """
-from sslkit.data.source import DataConfig, open_source
+from sslkit.data.sources.image_source import DataConfig, open_source
 for streaming in (True, False):
     sizes = [len(open_source(DataConfig(path="me/photos", split=split, streaming=streaming)))
              for split in ("train", "val", "validation", "dev", "all")]

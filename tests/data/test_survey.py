@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sslkit.cli import main
-from sslkit.data.duplicates import NEAR, difference_hash, exact_groups, near_groups
+from sslkit.data.tools.duplicates import NEAR, difference_hash, exact_groups, near_groups
 
 SIZE = (48, 64)  # height, width: large enough to have a likeness of its own
 

@@ -10,8 +10,8 @@ from hostile import encode, photo
 from PIL import Image
 from pyarrow import parquet
 
-from sslkit.data.decode import UnreadableImage
-from sslkit.data.source import DataConfig, ImageSource, available_splits, open_source
+from sslkit.data.decode.rgb import UnreadableImage
+from sslkit.data.sources.image_source import DataConfig, ImageSource, available_splits, open_source
 from sslkit.errors import UserError
 
 PNG = encode(Image.fromarray(photo()), "PNG")

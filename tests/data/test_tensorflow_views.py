@@ -11,14 +11,15 @@ from golden.tensorflow_views import VALUES
 from numpy.typing import NDArray
 from sklearn.datasets import load_sample_images
 
-from sslkit.data import device_views, tensorflow_views
-from sslkit.data.channel_views import resize_channels
-from sslkit.data.draws import Draw, draw_view
-from sslkit.data.policies import POLICIES, ViewsConfig
-from sslkit.data.views import ViewPipeline, resize
-from sslkit.engine.folder import with_defaults
+from sslkit.data.augment import gpu as device_views
+from sslkit.data.augment import tensorflow as tensorflow_views
+from sslkit.data.augment.cpu import ViewPipeline, resize
+from sslkit.data.augment.multichannel import resize_channels
+from sslkit.data.augment.parameters import Draw, draw_view
+from sslkit.data.augment.policies import POLICIES, ViewsConfig
+from sslkit.engine.run_folder.layout import with_defaults
 from sslkit.errors import UserError
-from sslkit.recipe import build_recipe, changes, load_recipe
+from sslkit.recipe.resolve import build_recipe, changes, load_recipe
 
 NOTHING = Draw((0, 0, 8, 8), None, (0, 1, 2, 3), False, 0.0, False, False, 0.0, None)
 NUMBERS = {"brightness": 0, "contrast": 1, "saturation": 2, "hue": 3}

@@ -23,14 +23,14 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation
 
-from sslkit.data.channel_views import finish_channels
-from sslkit.data.decode import decode_reduced, decode_rgb
-from sslkit.data.device_views import finish_on, finish_views
-from sslkit.data.draws import Draw, draw_view
-from sslkit.data.loader import Batch, ViewDataset
-from sslkit.data.policies import POLICIES, ViewsConfig
-from sslkit.data.source import DataConfig, open_source
-from sslkit.data.views import Colours, ViewPipeline, resize, turn_hue
+from sslkit.data.augment.cpu import Colours, ViewPipeline, resize, turn_hue
+from sslkit.data.augment.gpu import finish_on, finish_views
+from sslkit.data.augment.multichannel import finish_channels
+from sslkit.data.augment.parameters import Draw, draw_view
+from sslkit.data.augment.policies import POLICIES, ViewsConfig
+from sslkit.data.decode.rgb import decode_reduced, decode_rgb
+from sslkit.data.loading.loader import Batch, ViewDataset
+from sslkit.data.sources.image_source import DataConfig, open_source
 
 DRAWS = 2000
 

@@ -15,12 +15,12 @@ from conftest import small_recipe
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sslkit.engine.run import build_method
+from sslkit.distributed import collectives
+from sslkit.distributed.collectives import mean_over_processes, rank
+from sslkit.engine.setup import build_method
 from sslkit.engine.step import GlobalBatch, whole_batch_step
 from sslkit.methods import Method, Progress
-from sslkit.parts import collectives
 from sslkit.parts.batchnorm import synchronise_in_groups
-from sslkit.parts.collectives import mean_over_processes, rank
 
 N = 16
 

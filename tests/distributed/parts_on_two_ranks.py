@@ -20,16 +20,18 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sslkit.distributed import collectives
+from sslkit.distributed.collectives import exchange_rows, gather_rows, mean_over_processes, rank, sum_with_gradient
+from sslkit.distributed.sharding import shard
 from sslkit.engine.encoders import encoders_of
-from sslkit.engine.run import build_method
+from sslkit.engine.setup import build_method
 from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
-from sslkit.evaluate.features import fingerprint
+from sslkit.evaluate.features.extraction import fingerprint
 from sslkit.methods import Method, Progress, base, mechanisms, moco_v1, moco_v3, simclr
-from sslkit.parts import bank, collectives, losses
+from sslkit.parts import losses
+from sslkit.parts import memory_bank as bank
 from sslkit.parts.batchnorm import synchronise_batch_norm, synchronise_in_groups
-from sslkit.parts.collectives import exchange_rows, gather_rows, mean_over_processes, rank, sum_with_gradient
 from sslkit.parts.losses import info_nce_in_batch
-from sslkit.parts.sharding import shard
 
 CPU = torch.device("cpu")
 N, SAMPLES = 16, 40

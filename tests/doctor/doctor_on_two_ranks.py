@@ -11,15 +11,16 @@ from unittest.mock import patch
 from conftest import small_recipe
 from torch import Tensor
 
-from sslkit.data.source import ImageSource
-from sslkit.doctor import Finding, examine, visit
-from sslkit.doctor.ranks import train_and_compare
-from sslkit.engine.processes import make_accelerator
+from sslkit.data.sources.image_source import ImageSource
+from sslkit.distributed.collectives import rank
+from sslkit.doctor import Finding, examine
+from sslkit.doctor import run_checks as visit
+from sslkit.doctor.process_checks import train_and_compare
+from sslkit.engine.accelerator import make_accelerator
 from sslkit.methods import moco_v1
-from sslkit.parts import bank
-from sslkit.parts.collectives import rank
-from sslkit.parts.teacher import Teacher
-from sslkit.recipe import Recipe
+from sslkit.parts import memory_bank as bank
+from sslkit.parts.momentum_teacher import Teacher
+from sslkit.recipe.resolve import Recipe
 
 FOUND: dict[str, list[str]] = {}
 MOVE = Teacher.update

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from sslkit.distributed.collectives import gather_rows
 from sslkit.methods import Method
 from sslkit.methods.base import Features, Progress, Step, Views, encode_in_slices, exchange_rows, shuffle_views
 from sslkit.methods.byol import BYOL
@@ -16,7 +17,6 @@ from sslkit.methods.moco_v2 import MoCoV2
 from sslkit.methods.moco_v3 import MoCoV3
 from sslkit.methods.simclr import SimCLR
 from sslkit.methods.swav import SwAV
-from sslkit.parts.collectives import gather_rows
 from sslkit.parts.losses import (
     info_nce_in_batch,
     info_nce_with_queue,

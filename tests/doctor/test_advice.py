@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import small_recipe
 
-from sslkit.data.source import DataConfig, open_source
-from sslkit.doctor.advice import advise
-from sslkit.doctor.images import ImageFacts, check_pixels, look_at
-from sslkit.engine.variety import Variety
-from sslkit.recipe import Recipe, load_recipe, shipped_recipes
+from sslkit.data.sources.image_source import DataConfig, open_source
+from sslkit.doctor.image_checks import ImageFacts, check_pixels, look_at
+from sslkit.doctor.recipe_advice import advise
+from sslkit.engine.monitor.image_variety import Variety
+from sslkit.recipe.resolve import Recipe, load_recipe, shipped_recipes
 
 IMAGENET = ImageFacts(1_281_167, 350, 400, grey=False)
 CIFAR = ImageFacts(50_000, 32, 32, grey=False)

@@ -7,8 +7,8 @@ import torch
 from conftest import small_recipe
 from torch.nn.functional import cross_entropy, normalize
 
-from sslkit.doctor.chance import InfoNCE, chance_level, contrast_of, log_mean_exp
-from sslkit.engine.run import build_method
+from sslkit.doctor.chance_losses import InfoNCE, chance_level, contrast_of, log_mean_exp
+from sslkit.engine.setup import build_method
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from conftest import small_recipe
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from sslkit.data.source import ImageSource, open_source
-from sslkit.doctor.bench import DERIVATIVE
-from sslkit.doctor.wiring import examine_wiring
+from sslkit.data.sources.image_source import ImageSource, open_source
+from sslkit.doctor.method_checks import examine_wiring
+from sslkit.doctor.objective_probe import DERIVATIVE
 from sslkit.methods import METHODS, Step
 from sslkit.methods.base import Features
 from sslkit.methods.simclr import SimCLR

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import small_recipe
 
-from sslkit.doctor.ranks import checksum, not_launched
+from sslkit.doctor.process_checks import checksum, not_launched
 
 HERE = Path(__file__).parent
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from sslkit.doctor import examine, visit
+from sslkit.doctor import examine
+from sslkit.doctor import run_checks as visit
 from sslkit.doctor.findings import ok
 from sslkit.parts.backbone import family
-from sslkit.recipe import Recipe, build_recipe, shipped_recipes
+from sslkit.recipe.resolve import Recipe, build_recipe, shipped_recipes
 
 FITTING = ("zero_init_last", "init", "pos_embed", "freeze_patch_embed")
 SMALLER = {"hidden_dim": 64, "queue_size": 512, "negatives": 256, "prototypes": 64, "bn_groups": 2}

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from conftest import small_recipe
 
-from sslkit.data import views
-from sslkit.data.draws import draw_view
-from sslkit.data.source import ImageSource, open_source
-from sslkit.doctor.sight import check_views
-from sslkit.recipe import Recipe
+from sslkit.data.augment import cpu as views
+from sslkit.data.augment.parameters import draw_view
+from sslkit.data.sources.image_source import ImageSource, open_source
+from sslkit.doctor.view_checks import check_views
+from sslkit.recipe.resolve import Recipe
 
 STILL = {
     "crop_scale": [1.0, 1.0],

@@ -11,13 +11,13 @@ from doctor.mutants import MUTANTS
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from sslkit.data.source import ImageSource, open_source
+from sslkit.data.sources.image_source import ImageSource, open_source
 from sslkit.doctor.findings import Finding
-from sslkit.doctor.wiring import examine_wiring
+from sslkit.doctor.method_checks import examine_wiring
 from sslkit.methods import METHODS
 from sslkit.methods.base import Features, Method, MethodOptions, Progress, Step, Views
 from sslkit.methods.byol import BYOL
-from sslkit.recipe import Recipe, build_recipe
+from sslkit.recipe.resolve import Recipe, build_recipe
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "plugin" / "simsiam.py"
 WARNED_ONLY = {"StatisticsAveraged", "TeacherDrawnAnew", "TeacherInEvalMode"}

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from conftest import small_recipe
 
-from sslkit.engine.checkpoint import newest_checkpoint
-from sslkit.engine.lock import hold_folder, prepare_folder
-from sslkit.engine.run import build_method
-from sslkit.engine.saver import Saver
+from sslkit.engine.checkpoint.format import newest_checkpoint
+from sslkit.engine.checkpoint.writer import Saver
+from sslkit.engine.run_folder.lock import hold_folder, prepare_folder
+from sslkit.engine.setup import build_method
 
 RECIPE = small_recipe("moco_v2", "test_resnet", checkpoint={"every_minutes": 0, "keep": 1})
 

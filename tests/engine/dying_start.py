@@ -23,7 +23,7 @@ from PIL import Image
 
 import sslkit
 from sslkit.errors import RunError, UserError
-from sslkit.recipe import Recipe
+from sslkit.recipe.resolve import Recipe
 
 KILLED, REFUSED, FAULT = 9, 2, 1
 WRITES = ("os.mkdir", "os.rename", "os.remove", "os.truncate", "os.rmdir", "ctypes.call_function")

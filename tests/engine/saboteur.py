@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from sslkit.cli import main
-from sslkit.engine import run
+from sslkit.engine import setup as run
 from sslkit.methods.base import Step
 
 

@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from conftest import small_recipe
 
 import sslkit
-from sslkit.data.source import open_source
-from sslkit.engine import measure
-from sslkit.engine.alarms import (
+from sslkit.data.sources.image_source import open_source
+from sslkit.engine.monitor import evaluations as measure
+from sslkit.engine.monitor.alarms import (
     Measured,
     collapse_alarm,
     dip_alarm,
@@ -21,8 +21,8 @@ from sslkit.engine.alarms import (
     spike_alarm,
     teacher_alarm,
 )
-from sslkit.engine.diagnostics import Diagnostics
-from sslkit.engine.lines import read_lines
+from sslkit.engine.monitor.diagnostics import Diagnostics
+from sslkit.files.jsonl_writer import read_lines
 
 Row = dict[str, float]
 

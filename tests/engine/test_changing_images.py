@@ -11,8 +11,8 @@ from launching import finish, pretrain, start, tensors, wait_for_lines, write_re
 from PIL import Image
 
 import sslkit
-from sslkit.engine.lines import read_lines
 from sslkit.errors import UserError
+from sslkit.files.jsonl_writer import read_lines
 
 SHARE = 0.3
 

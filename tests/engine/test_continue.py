@@ -8,10 +8,10 @@ from conftest import small_recipe
 from safetensors.torch import load_file
 
 import sslkit
-from sslkit.engine.run import build_method
+from sslkit.engine.setup import build_method
 from sslkit.errors import UserError
 from sslkit.publish import export_encoder
-from sslkit.recipe import build_recipe
+from sslkit.recipe.resolve import build_recipe
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import sslkit
-from sslkit.data.source import open_source
-from sslkit.data.views import ViewPipeline, normalise
-from sslkit.engine.diagnostics import Diagnostics
-from sslkit.engine.run import build_method
-from sslkit.evaluate.collapse import label_free
+from sslkit.data.augment.cpu import ViewPipeline, normalise
+from sslkit.data.sources.image_source import open_source
+from sslkit.engine.monitor.diagnostics import Diagnostics
+from sslkit.engine.setup import build_method
+from sslkit.evaluate.label_free.collapse_metrics import label_free
 from sslkit.methods import METHODS
 from sslkit.methods.moco_v1 import MoCoV1
-from sslkit.recipe import Recipe
+from sslkit.recipe.resolve import Recipe
 
 BASE = {"step", "epoch", "embedding_std", "effective_rank", "alpha_req", "alignment", "uniformity"}
 HISTOGRAMS = {"positive_histogram", "negative_histogram", "histogram_edges"}
@@ -195,7 +195,7 @@ def test_a_fall_of_knn_is_written_beside_it(
 ) -> None:
     """The curves of a leak, played to a real run: kNN sinks while the pretext task is solved."""
     scores = iter([0.8, 0.5])
-    monkeypatch.setattr("sslkit.engine.monitors.KnnMonitor.__call__", lambda *_args: next(scores))
+    monkeypatch.setattr("sslkit.engine.monitor.knn_monitor.KnnMonitor.__call__", lambda *_args: next(scores))
     pretext = iter(torch.linspace(0.1, 1.0, 8))
     contrast = MoCoV1.contrast
     monkeypatch.setattr(MoCoV1, "contrast", lambda *args: (contrast(*args)[0], next(pretext)))

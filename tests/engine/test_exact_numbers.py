@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import sslkit
-from sslkit.data.draws import draw_view
-from sslkit.data.mixture import Mixture
+from sslkit.data.augment.parameters import draw_view
+from sslkit.data.order.mixture import Mixture
 from sslkit.engine import loop
 from sslkit.engine.optim import learning_rate, make_optimizer
-from sslkit.engine.run import build_method
+from sslkit.engine.setup import build_method
 from sslkit.methods import METHODS, Method, Progress
 from sslkit.methods.byol import BYOL
 from sslkit.methods.moco_v2 import MoCoV2

@@ -9,11 +9,11 @@ import torch
 from conftest import small_recipe
 
 import sslkit
-from sslkit.engine import run as run_module
-from sslkit.engine.draws import draw_key, shuffle_order
-from sslkit.engine.guard import BadStepError
-from sslkit.engine.lines import read_lines
+from sslkit.engine import setup as run_module
+from sslkit.engine.resilience.guard import BadStepError
+from sslkit.engine.rng import draw_key, shuffle_order
 from sslkit.errors import UserError
+from sslkit.files.jsonl_writer import read_lines
 from sslkit.methods.base import Step
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from launching import finish, pretrain, start, tensors, wait_for_lines, write_recipe
 
-from sslkit.engine.checkpoint import newest_checkpoint
-from sslkit.engine.lines import Lines, append_text, read_lines
+from sslkit.engine.checkpoint.format import newest_checkpoint
+from sslkit.files.jsonl_writer import Lines, append_text, read_lines
 
 
 @pytest.fixture

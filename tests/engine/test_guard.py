@@ -14,17 +14,17 @@ from launching import finish, saboteur, start, tensors, write_recipe
 
 import sslkit
 from sslkit.cli import main
-from sslkit.data.loader import epoch_order
-from sslkit.engine import run as run_module
-from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint
-from sslkit.engine.guard import BadStepError, Course, Guard, RewindError, RunningStatistics
-from sslkit.engine.lines import read_lines
-from sslkit.engine.replay import replay_capsule
+from sslkit.data.loading.loader import epoch_order
+from sslkit.engine import setup as run_module
+from sslkit.engine.checkpoint.format import Checkpoint, newest_checkpoint
+from sslkit.engine.resilience.guard import BadStepError, Course, Guard, RewindError, RunningStatistics
+from sslkit.engine.resilience.replay import replay_capsule
 from sslkit.errors import UserError
+from sslkit.files.jsonl_writer import read_lines
 from sslkit.methods import METHODS
 from sslkit.methods.base import Step
 from sslkit.parts.batchnorm import GlobalBatchNorm
-from sslkit.recipe_tables import GuardConfig
+from sslkit.recipe.schema import GuardConfig
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int], factor: float) -> dict[str, Any]:

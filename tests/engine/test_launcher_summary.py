@@ -11,8 +11,9 @@ import pytest
 from launching import finish, pretrain, start
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from sslkit.cli import launched, main
-from sslkit.cli.launched import is_said_by_first, leave_for_launcher
+from sslkit.cli import launcher_exit as launched
+from sslkit.cli import main
+from sslkit.cli.launcher_exit import is_said_by_first, leave_for_launcher
 
 
 def place(folder: Path, rank: int, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -62,7 +63,7 @@ def test_a_fault_of_ours_leaves_its_message_too(tmp_path: Path, monkeypatch: pyt
     def fail(_name: str, _overrides: list[str] | None = None) -> None:
         raise KeyError("hf_" + "aB3dE6gH9jK2mN5pQ8sTxYzUvWqRtSaBcD")
 
-    monkeypatch.setattr("sslkit.recipe.load_recipe", fail)
+    monkeypatch.setattr("sslkit.recipe.resolve.load_recipe", fail)
     with pytest.raises(KeyError):
         main(["recipes", "show", "quickstart"])
     assert "sslkit: KeyError: '[token]'" in summary_of(file)

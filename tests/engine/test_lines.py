@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from sslkit.cli.show import conclude
-from sslkit.engine import lines as lines_module
-from sslkit.engine.journal import Journal, append_result
-from sslkit.engine.lines import Lines, append_text, keep_until
+from sslkit.cli.output import conclude
+from sslkit.engine.logging.logger import Journal, append_result
 from sslkit.errors import UserError
-from sslkit.evaluate.judge import Judgement, Score
-from sslkit.rows import read_log, rows_of
+from sslkit.evaluate.probes.scoring import Judgement, Score
+from sslkit.files import jsonl_writer as lines_module
+from sslkit.files.jsonl_reader import read_log, rows_of
+from sslkit.files.jsonl_writer import Lines, append_text, keep_until
 
 FORK = multiprocessing.get_context("fork")
 ROW = {"by": "eval", "evaluation": "knn", "data": "x", "accuracy": 0.5}
@@ -201,7 +201,7 @@ def test_scores_that_cannot_be_added_are_shown_all_the_same(
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "recipe.toml").touch()
     (tmp_path / "checkpoints/latest").write_text("step-00000003\n")
-    monkeypatch.setattr("sslkit.engine.journal.append_text", full)
+    monkeypatch.setattr("sslkit.engine.logging.logger.append_text", full)
     with pytest.raises(UserError, match="the score cannot be added: No space left on device"):
         conclude(str(tmp_path), [Judgement("knn", "x", {}, [Score("mine", 0.625)])], False)
     assert "62.50%" in capsys.readouterr().out

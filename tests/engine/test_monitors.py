@@ -15,11 +15,12 @@ from conftest import small_recipe
 from torch import nn
 
 import sslkit
-from sslkit.engine import lines, monitors
-from sslkit.engine import run as run_module
-from sslkit.engine.monitors import layer_gradients
-from sslkit.engine.run import make_monitor
+from sslkit.engine import setup as run_module
+from sslkit.engine.monitor import knn_monitor as monitors
+from sslkit.engine.monitor.knn_monitor import layer_gradients
+from sslkit.engine.setup import make_monitor
 from sslkit.errors import UserError
+from sslkit.files import jsonl_writer as lines
 
 
 def test_layers_are_named_in_order_and_their_norms_add_up() -> None:

@@ -10,19 +10,19 @@ from conftest import small_recipe
 
 import sslkit
 from sslkit.cli import main
-from sslkit.cli.evaluation import _judged
-from sslkit.engine.alarms import find_spikes, read_curve
-from sslkit.engine.journal import Journal
-from sslkit.engine.retention import monitor_scores
-from sslkit.publish.scores import newest_scores
-from sslkit.recipe import Recipe
+from sslkit.cli.eval_commands import _judged
+from sslkit.engine.checkpoint.retention import monitor_scores
+from sslkit.engine.logging.logger import Journal
+from sslkit.engine.monitor.alarms import find_spikes, read_curve
+from sslkit.files.jsonl_reader import read_log
+from sslkit.publish.card_scores import newest_scores
+from sslkit.recipe.resolve import Recipe
 from sslkit.report.curves import accuracy_panel, score_rows, training_panels
 from sslkit.report.health import alarms_of, collapse_panels, gradient_panel
 from sslkit.report.pictures import draw_curves
-from sslkit.report.runs import read_run
+from sslkit.report.run_reader import read_run
 from sslkit.report.summary import summarise
-from sslkit.rows import read_log
-from sslkit.watch.run import WatchedRun
+from sslkit.watch.followed_run import WatchedRun
 
 MONITOR = {"step": 2, "epoch": 1.0, "by": "monitor", "evaluation": "knn k=20", "data": "x", "accuracy": 0.5}
 NONE = [b"[1]", b"3", b'"x"', b"null", b"true", b"{", b'{"step": 2, "accur', b"\xff\xfe", b"\0", b"[" * 100_000]
@@ -165,7 +165,7 @@ def test_commands_say_how_many(
     }
     said = {}
     for name, words in commands.items():
-        monkeypatch.setattr("sslkit.rows._said", set())
+        monkeypatch.setattr("sslkit.files.jsonl_reader._said", set())
         with pytest.raises(SystemExit) as ended:
             main(words)
         assert not ended.value.code, capsys.readouterr().err
@@ -186,7 +186,7 @@ def test_a_run_goes_on(run: Path, recipe: Recipe, capsys: pytest.CaptureFixture[
     (run / "bad_samples.jsonl").write_bytes(b"\n".join(NONE) + b'\n{"index": "x", "name": 3}\n')
     tables = recipe.as_tables()
     tables["train"]["max_steps"] = 4
-    assert sslkit.train(sslkit.recipe.build_recipe(tables), run).step == 4
+    assert sslkit.train(sslkit.recipe.resolve.build_recipe(tables), run).step == 4
     found = [read_log(run / f"{file}.jsonl").rows for file in ODD]
     assert all(now[: len(before)] == before for before, now in zip(whole, found, strict=True))
     assert [row["step"] for row in found[0]] == [1, 2, 3, 4]

@@ -6,9 +6,9 @@ from conftest import small_recipe
 from torch import nn
 
 from sslkit.engine.optim import learning_rate, make_optimizer
-from sslkit.engine.run import build_method
-from sslkit.parts.layerwise import Lars
-from sslkit.recipe import build_recipe
+from sslkit.engine.setup import build_method
+from sslkit.parts.layerwise_optimizers import Lars
+from sslkit.recipe.resolve import build_recipe
 
 
 def test_lars_golden_numbers() -> None:

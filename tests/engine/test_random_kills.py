@@ -13,8 +13,8 @@ from conftest import small_recipe
 from launching import finish, pretrain, start
 
 import sslkit
-from sslkit.engine.checkpoint import newest_checkpoint
-from sslkit.engine.lines import read_lines
+from sslkit.engine.checkpoint.format import newest_checkpoint
+from sslkit.files.jsonl_writer import read_lines
 from sslkit.methods import METHODS
 
 KILLS = 5  # per method and number of processes

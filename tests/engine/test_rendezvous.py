@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from sslkit.engine.rendezvous import agree_on_name, meeting_place
+from sslkit.distributed.rendezvous import agree_on_name, meeting_place
 from sslkit.errors import RunError
 
 SHORT = timedelta(seconds=0.3)

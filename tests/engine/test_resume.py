@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import sslkit
-from sslkit.engine.checkpoint import newest_checkpoint
+from sslkit.engine.checkpoint.format import newest_checkpoint
 from sslkit.errors import UserError
 from sslkit.methods import METHODS
-from sslkit.recipe import Recipe
+from sslkit.recipe.resolve import Recipe
 
 
 def weights(folder: Path, step: int) -> dict[str, Tensor]:

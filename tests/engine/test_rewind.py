@@ -16,13 +16,13 @@ from conftest import small_recipe
 from launching import tensors
 
 import sslkit
-from sslkit.engine import run as run_module
-from sslkit.engine.capsule import batches_of
-from sslkit.engine.guard import BadStepError, Course
-from sslkit.engine.retention import saved_steps
-from sslkit.engine.rewind import is_rewind_point
+from sslkit.engine import setup as run_module
+from sslkit.engine.checkpoint.retention import saved_steps
+from sslkit.engine.resilience.crash_dump import batches_of
+from sslkit.engine.resilience.guard import BadStepError, Course
+from sslkit.engine.resilience.rewind import is_rewind_point
 from sslkit.methods.base import Step
-from sslkit.recipe import Recipe
+from sslkit.recipe.resolve import Recipe
 
 IMAGES, LAST = 2000, 10
 At = tuple[int, int]  # how often the run has gone back, and a step from 0
@@ -175,6 +175,6 @@ def test_a_run_that_stopped_at_bad_steps_can_be_continued_by_skipping_them(tmp_p
     stop = recipe_with().as_tables()
     stop["guard"]["policy"], stop["checkpoint"]["every_steps"] = "stop", 3
     with pytest.raises(BadStepError, match="step 7: the loss is nan"):
-        trained(tmp_path / "run", sslkit.recipe.build_recipe(stop), {7, 8}, set())
+        trained(tmp_path / "run", sslkit.recipe.resolve.build_recipe(stop), {7, 8}, set())
     ended = trained(tmp_path / "run", recipe_with(every_steps=5), {7, 8}, set())
     assert "back to step 6," in ended.said

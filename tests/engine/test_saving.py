@@ -17,7 +17,7 @@ from conftest import small_recipe
 from launching import HERE, finish, pretrain, start, tensors, wait_for_lines, write_recipe
 
 import sslkit
-from sslkit.engine.checkpoint import newest_checkpoint, read_checkpoint
+from sslkit.engine.checkpoint.format import newest_checkpoint, read_checkpoint
 from sslkit.errors import UserError
 
 LONG = {"max_steps": 0, "epochs": 40}

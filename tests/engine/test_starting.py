@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sslkit
-from sslkit.bench.profile import profile
-from sslkit.engine import lock
-from sslkit.engine import run as run_module
-from sslkit.engine.checkpoint import newest_checkpoint, restore
+from sslkit.engine import setup as run_module
+from sslkit.engine.checkpoint.format import newest_checkpoint, restore
 from sslkit.engine.optim import make_optimizer
-from sslkit.engine.run import build_method
+from sslkit.engine.run_folder import lock
+from sslkit.engine.setup import build_method
 from sslkit.errors import UserError
-from sslkit.recipe import Recipe, build_recipe
+from sslkit.profiling.step_profile import profile
+from sslkit.recipe.resolve import Recipe, build_recipe
 
 STEP = "checkpoints/step-00000001"
 

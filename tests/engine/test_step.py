@@ -11,8 +11,8 @@ from conftest import small_recipe
 from torch import Tensor
 
 import sslkit
-from sslkit.engine.draws import seed_dropout
-from sslkit.engine.run import build_method
+from sslkit.engine.rng import seed_dropout
+from sslkit.engine.setup import build_method
 from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.errors import UserError
 from sslkit.methods import METHODS, Method, Step

@@ -12,7 +12,7 @@ from conftest import small_recipe
 from launching import finish, pretrain, saboteur, start, tensors, wait_for_lines, write_recipe
 
 import sslkit
-from sslkit.engine.lines import read_lines
+from sslkit.files.jsonl_writer import read_lines
 
 LONG = {"max_steps": 0, "epochs": 40}
 
@@ -198,7 +198,8 @@ def test_a_knn_that_was_owed_is_measured_first(tmp_path: Path, monkeypatch: pyte
     whole = sslkit.train(recipe, tmp_path / "whole")
     votes = iter([False] * 3 + [True] + [False] * 9)
     monkeypatch.setattr(
-        "sslkit.engine.stopping.StopRequest.reason", property(lambda _self: "SIGTERM" if next(votes) else "")
+        "sslkit.engine.resilience.preemption.StopRequest.reason",
+        property(lambda _self: "SIGTERM" if next(votes) else ""),
     )
     stopped = sslkit.train(recipe, tmp_path / "run")
     assert stopped.step == 4

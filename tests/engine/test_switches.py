@@ -9,7 +9,7 @@ from conftest import cli_error, small_recipe
 from torch import nn
 
 from sslkit.engine.encoders import compile_backbones
-from sslkit.engine.run import build_method
+from sslkit.engine.setup import build_method
 from sslkit.engine.step import GlobalBatch, whole_batch_step
 from sslkit.methods import Method
 

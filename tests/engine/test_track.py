@@ -22,13 +22,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sslkit
-from sslkit.data.source import DataConfig, open_source
-from sslkit.data.views import ViewPipeline
-from sslkit.engine import track
-from sslkit.engine.sights import neighbour_sheet, view_sheet
+from sslkit.data.augment.cpu import ViewPipeline
+from sslkit.data.sources.image_source import DataConfig, open_source
+from sslkit.engine.logging import trackers as track
+from sslkit.engine.logging.sample_images import neighbour_sheet, view_sheet
 from sslkit.errors import UserError
-from sslkit.evaluate.labels import open_pair
-from sslkit.recipe import Recipe
+from sslkit.evaluate.labelled_data import open_pair
+from sslkit.recipe.resolve import Recipe
 
 # trackio reads it once, when it is imported.
 os.environ["TRACKIO_DIR"] = (kept := tempfile.TemporaryDirectory(prefix="sslkit-trackio-")).name
@@ -79,7 +79,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[[GeneralTracker], Non
 
     def stand_in(tracker: GeneralTracker) -> None:
         monkeypatch.setattr(track, "check_trackers", lambda recipe: None)
-        monkeypatch.setattr("sslkit.engine.run.check_trackers", lambda recipe: None)
+        monkeypatch.setattr("sslkit.engine.setup.check_trackers", lambda recipe: None)
         monkeypatch.setitem(track.MODULES, "tensorboard", "json")
         monkeypatch.setattr(track, "_start", lambda *_: tracker)
         monkeypatch.setattr(track, "_show", lambda tracker, name, step, pixels: tracker.log({name: pixels}, step=step))

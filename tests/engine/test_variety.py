@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import sslkit
-from sslkit.data.source import DataConfig, open_source
-from sslkit.doctor.images import COPIES, advise_on_views, look_at
-from sslkit.engine.alarms import data_alarm
-from sslkit.engine.variety import LOOKED_AT, look_for_variety, variety_of
+from sslkit.data.sources.image_source import DataConfig, open_source
+from sslkit.doctor.image_checks import COPIES, advise_on_views, look_at
+from sslkit.engine.monitor.alarms import data_alarm
+from sslkit.engine.monitor.image_variety import LOOKED_AT, look_for_variety, variety_of
 from sslkit.report import read_runs, summarise
 
 COUNT = 24

@@ -15,10 +15,10 @@ from torch import Tensor
 
 import sslkit
 from sslkit.cli import main
-from sslkit.data.source import DataConfig
+from sslkit.data.sources.image_source import DataConfig
 from sslkit.errors import UserError
 from sslkit.evaluate import diagnose_encoder
-from sslkit.evaluate.collapse import (
+from sslkit.evaluate.label_free.collapse_metrics import (
     HISTOGRAM_EDGES,
     alignment,
     alpha_req,

@@ -19,7 +19,8 @@ from torch.optim import AdamW
 import sslkit
 from sslkit.cli import main
 from sslkit.errors import UserError
-from sslkit.evaluate.detect import (
+from sslkit.evaluate.detection.annotations import open_annotated
+from sslkit.evaluate.detection.detect import (
     DetectProtocol,
     _make_optimizer,
     _measure_batchnorm,
@@ -28,9 +29,8 @@ from sslkit.evaluate.detect import (
     score_detector,
     train_detector,
 )
-from sslkit.evaluate.detection.annotations import open_annotated
 from sslkit.evaluate.detection.detector import RegionPool, make_detector
-from sslkit.evaluate.features import Encoder, build, fingerprint
+from sslkit.evaluate.features.extraction import Encoder, build, fingerprint
 
 PREPROCESSING = {
     **{"input_size": (3, 32, 32), "interpolation": "bilinear", "crop_pct": 1.0},
@@ -243,7 +243,7 @@ def test_the_command_tabulates_and_records(
     assert (judgement["protocol"]["arch"], judgement["protocol"]["short_sides"][-1]) == ("c4", 64)
     row = json.loads((run / "results.jsonl").read_text().splitlines()[-1])
     assert (row["measure"], row["evaluation"]) == ("box AP", "detect voc c4 masks, 2 steps of 2")
-    monkeypatch.setattr(sys.modules["sslkit.cli.show"], "console", Console(width=80))
+    monkeypatch.setattr(sys.modules["sslkit.cli.output"], "console", Console(width=80))
     with pytest.raises(SystemExit):
         main(command)
     table = capsys.readouterr().out

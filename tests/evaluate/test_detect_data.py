@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sslkit.data.source import DataConfig, open_source
+from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.errors import UserError
-from sslkit.evaluate.detect import DetectProtocol, evaluate_detect
+from sslkit.evaluate.detection.annotated_image import Picture
 from sslkit.evaluate.detection.annotations import open_annotated
-from sslkit.evaluate.detection.picture import Picture
-from sslkit.evaluate.detection.precision import (
+from sslkit.evaluate.detection.average_precision import (
     MEASURES,
     Found,
     _evaluated,
@@ -25,6 +24,7 @@ from sslkit.evaluate.detection.precision import (
     encode_mask,
     precision_of_draw,
 )
+from sslkit.evaluate.detection.detect import DetectProtocol, evaluate_detect
 
 WRONG = np.array([[0.0, 300.0, 100.0, 420.0], [500.0, 300.0, 600.0, 400.0]])
 

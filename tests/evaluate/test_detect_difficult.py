@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sslkit.evaluate.detection.picture import Picture
-from sslkit.evaluate.detection.precision import Found, average_precision
+from sslkit.evaluate.detection.annotated_image import Picture
+from sslkit.evaluate.detection.average_precision import Found, average_precision
 
 Boxes = NDArray[np.float64]
 

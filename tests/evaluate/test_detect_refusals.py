@@ -11,10 +11,10 @@ import pytest
 from conftest import cli_error
 from PIL import Image
 
+from sslkit.evaluate.detection.annotated_image import Picture
 from sslkit.evaluate.detection.annotations import open_annotated
+from sslkit.evaluate.detection.average_precision import decode_mask, encode_mask
 from sslkit.evaluate.detection.masks import check_masks
-from sslkit.evaluate.detection.picture import Picture
-from sslkit.evaluate.detection.precision import decode_mask, encode_mask
 
 Content = dict[str, Any]
 SQUARE = [1, 1, 9, 1, 9, 9, 1, 9]

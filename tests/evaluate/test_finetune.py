@@ -16,11 +16,11 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 import sslkit
-from sslkit.data.source import DataConfig, ImageSource, open_source
+from sslkit.data.sources.image_source import DataConfig, ImageSource, open_source
 from sslkit.engine.projector import first_projector_layers
 from sslkit.errors import UserError
-from sslkit.evaluate.features import Encoder, fingerprint
-from sslkit.evaluate.finetune import (
+from sslkit.evaluate.features.extraction import Encoder, fingerprint
+from sslkit.evaluate.probes.finetune import (
     FinetuneProtocol,
     _make_optimizer,
     _set_rates,
@@ -29,7 +29,7 @@ from sslkit.evaluate.finetune import (
     finetune,
     make_classifier,
 )
-from sslkit.evaluate.judge import evaluate_finetune
+from sslkit.evaluate.probes.scoring import evaluate_finetune
 
 SIZE = {"input_size": (3, 32, 32), "interpolation": "bilinear", "mean": (0.3,) * 3, "std": (0.35,) * 3, "crop_pct": 1.0}
 QUICK = FinetuneProtocol("quick", epochs=3, batch_size=32, base_lr=0.05, smallest_crop=0.8)

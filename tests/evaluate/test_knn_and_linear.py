@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from sslkit.cli import main
-from sslkit.data.source import DataConfig, open_source
+from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.errors import UserError
-from sslkit.evaluate import KnnProtocol, LinearProtocol, judge, knn_accuracy, linear_accuracy
-from sslkit.evaluate import knn as knn_module
-from sslkit.evaluate.features import extract_features, fingerprint, raw_pixel_side, raw_pixels
-from sslkit.evaluate.knn import largest, nearest, predict, predict_all
-from sslkit.evaluate.linear import C_GRID, fit_logistic
+from sslkit.evaluate import KnnProtocol, LinearProtocol, knn_accuracy, linear_accuracy
+from sslkit.evaluate.features.extraction import extract_features, fingerprint, raw_pixel_side, raw_pixels
+from sslkit.evaluate.probes import knn as knn_module
+from sslkit.evaluate.probes import scoring as judge
+from sslkit.evaluate.probes.knn import largest, nearest, predict, predict_all
+from sslkit.evaluate.probes.linear import C_GRID, fit_logistic
 
 
 def wave(rows: int, scale: float, shift: float) -> Tensor:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sslkit.evaluate import LinearProtocol, linear, linear_accuracy
+from sslkit.evaluate import LinearProtocol, linear_accuracy
+from sslkit.evaluate.probes import linear
 from sslkit.evaluate.protocol import protocol_hash
 
 PAPERS = ("moco_v1", "moco_v3", "simclr", "byol", "swav", "dino")
@@ -51,7 +52,7 @@ def test_rates_and_batches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.nn.functional.cross_entropy(logits, labels)
 
     monkeypatch.setattr(torch.optim, "SGD", Watched)
-    monkeypatch.setattr("sslkit.evaluate.linear.cross_entropy", cross_entropy)
+    monkeypatch.setattr("sslkit.evaluate.probes.linear.cross_entropy", cross_entropy)
     features, labels = data()
     linear_accuracy(features, labels, features, labels, short(name))
     assert rates == pytest.approx([short(name).lr * share for share in RATES[name]], rel=1e-12, abs=1e-15)

@@ -14,8 +14,7 @@ from scipy.stats import binom
 from test_cli import run
 
 import sslkit
-from sslkit.data.source import DataConfig, open_source
-from sslkit.engine.lines import read_lines
+from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.errors import UserError
 from sslkit.evaluate import (
     FinetuneProtocol,
@@ -25,15 +24,16 @@ from sslkit.evaluate import (
     evaluate_linear,
     load_encoder,
 )
-from sslkit.evaluate.compare import comparable
+from sslkit.evaluate.compare_scores import comparable
 from sslkit.evaluate.detection.annotations import open_annotated
-from sslkit.evaluate.identity import images_digest
-from sslkit.evaluate.judge import evaluate_sweep
-from sslkit.evaluate.labels import open_pair
+from sslkit.evaluate.features.image_identity import images_digest
+from sslkit.evaluate.features.readouts import Reading
+from sslkit.evaluate.label_subsets import choose_subset
+from sslkit.evaluate.labelled_data import open_pair
+from sslkit.evaluate.probes.scoring import evaluate_sweep
+from sslkit.evaluate.probes.sweep import SweepProtocol
 from sslkit.evaluate.protocol import bootstrap_interval, pictures_settings, protocol_hash
-from sslkit.evaluate.reading import Reading
-from sslkit.evaluate.subsets import choose_subset
-from sslkit.evaluate.sweep import SweepProtocol
+from sslkit.files.jsonl_writer import read_lines
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ import pytest
 import timm
 import torch
 
-from sslkit.data.source import DataConfig, open_source
+from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.errors import UserError
-from sslkit.evaluate import reading as reading_module
-from sslkit.evaluate.features import Encoder, extract_features, features_key, fingerprint
-from sslkit.evaluate.reading import Reader, Reading, read_features
-from sslkit.evaluate.store import FeatureStore
+from sslkit.evaluate.features import readouts as reading_module
+from sslkit.evaluate.features.extraction import Encoder, extract_features, features_key, fingerprint
+from sslkit.evaluate.features.readouts import Reader, Reading, read_features
+from sslkit.evaluate.features.store import FeatureStore
 
 SETTINGS: dict[str, Any] = {
     **{"input_size": (3, 32, 32), "mean": (0.3,) * 3, "std": (0.35,) * 3},

@@ -9,8 +9,8 @@ import torch
 from timm.models.volo import VOLO
 
 from sslkit.errors import UserError
-from sslkit.evaluate.features import Encoder
-from sslkit.evaluate.reading import Reader, Reading
+from sslkit.evaluate.features.extraction import Encoder
+from sslkit.evaluate.features.readouts import Reader, Reading
 
 SIZE = 32
 VIT: dict[str, Any] = {"img_size": SIZE, "embed_dim": 16, "depth": 3, "num_heads": 2}

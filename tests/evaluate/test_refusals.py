@@ -10,14 +10,14 @@ from conftest import cli_error
 from torch import Tensor
 
 from sslkit.cli import main
-from sslkit.data.source import DataConfig
+from sslkit.data.sources.image_source import DataConfig
 from sslkit.errors import UserError
 from sslkit.evaluate import LinearProtocol, evaluate_linear, knn_accuracy, linear_accuracy
-from sslkit.evaluate.detect import DetectProtocol
-from sslkit.evaluate.finetune import FinetuneProtocol
-from sslkit.evaluate.knn import KnnProtocol
-from sslkit.evaluate.labels import open_pair
-from sslkit.evaluate.sweep import SweepProtocol, sweep
+from sslkit.evaluate.detection.detect import DetectProtocol
+from sslkit.evaluate.labelled_data import open_pair
+from sslkit.evaluate.probes.finetune import FinetuneProtocol
+from sslkit.evaluate.probes.knn import KnnProtocol
+from sslkit.evaluate.probes.sweep import SweepProtocol, sweep
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sslkit.data.source import DataConfig, open_source
+from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.errors import UserError
 from sslkit.evaluate import evaluate_knn
-from sslkit.evaluate import reading as reading_module
-from sslkit.evaluate.features import Encoder, features_key
-from sslkit.evaluate.knn import KnnProtocol
-from sslkit.evaluate.reading import Reading
-from sslkit.evaluate.store import FeatureStore
+from sslkit.evaluate.features import readouts as reading_module
+from sslkit.evaluate.features.extraction import Encoder, features_key
+from sslkit.evaluate.features.readouts import Reading
+from sslkit.evaluate.features.store import FeatureStore
+from sslkit.evaluate.probes.knn import KnnProtocol
 
 SIZE = {"input_size": (3, 32, 32), "mean": (0.3,) * 3, "std": (0.35,) * 3, "crop_pct": 1.0, "interpolation": "bilinear"}
 

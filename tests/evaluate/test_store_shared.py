@@ -14,8 +14,8 @@ import pytest
 import torch
 from test_store import rows_of
 
-from sslkit.evaluate import store as store_module
-from sslkit.evaluate.store import MERGED, FeatureStore
+from sslkit.evaluate.features import store as store_module
+from sslkit.evaluate.features.store import MERGED, FeatureStore
 
 FORK = multiprocessing.get_context("fork")
 

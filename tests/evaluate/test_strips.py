@@ -13,8 +13,8 @@ from timm.data import create_transform
 from torchvision.transforms import functional
 
 from sslkit.errors import UserError
-from sslkit.evaluate.detect import DetectProtocol, evaluate_detect
-from sslkit.evaluate.transforms import LONGEST, ChannelTransform, evaluation_transform, training_transform
+from sslkit.evaluate.detection.detect import DetectProtocol, evaluate_detect
+from sslkit.evaluate.features.transforms import LONGEST, ChannelTransform, evaluation_transform, training_transform
 from sslkit.report.thumbnails import data_uri, make_sprite
 
 RGB = {

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sslkit.data.source import DataConfig, ImageSource, open_source
+from sslkit.data.sources.image_source import DataConfig, ImageSource, open_source
 from sslkit.errors import UserError
-from sslkit.evaluate.subsets import choose_subset
+from sslkit.evaluate.label_subsets import choose_subset
 
 LABELS = np.repeat([0, 1, 2], [100, 37, 5])
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sslkit.errors import UserError
-from sslkit.evaluate.sweep import SweepProtocol, sweep
+from sslkit.evaluate.probes.sweep import SweepProtocol, sweep
 
 
 def blobs(rows: int, seed: int, spread: float = 2.0) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import sslkit
-from sslkit.data.source import DataConfig, open_source
-from sslkit.data.views import normalise
+from sslkit.data.augment.cpu import normalise
+from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.evaluate import knn_accuracy
 
 FILE = Path(__file__).parents[2] / "docs/examples/own_loop.py"
@@ -27,7 +27,7 @@ for room in (sslkit.parts, sslkit.data, sslkit.methods):
     for module in pkgutil.iter_modules(room.__path__, room.__name__ + "."):
         importlib.import_module(module.name)
         print(module.name)
-assert not [name for name in sys.modules if name.startswith(("sslkit.engine", "sslkit.cli", "sslkit.recipe"))]
+assert not [name for name in sys.modules if name.startswith(("sslkit.engine", "sslkit.cli", "sslkit.recipe.resolve"))]
 """
 
 

@@ -18,14 +18,14 @@ from safetensors.torch import save
 from strangers import resign
 from torch import nn
 
-from sslkit.data.idx import read_idx
-from sslkit.engine.capsule import read_capsule
-from sslkit.engine.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint, restore
+from sslkit.data.formats.idx import read_idx
+from sslkit.engine.checkpoint.format import Checkpoint, newest_checkpoint, read_checkpoint, restore
+from sslkit.engine.resilience.crash_dump import read_capsule
 from sslkit.errors import UserError
-from sslkit.parts.foreign import tensor_shapes
-from sslkit.publish.importing import read_tensors
-from sslkit.publish.layouts import guess_backbone, sort_out, vit_arguments
-from sslkit.recipe import build_recipe, load_recipe
+from sslkit.hub.untrusted import tensor_shapes
+from sslkit.publish.importing.checkpoint_formats import guess_backbone, sort_out, vit_arguments
+from sslkit.publish.importing.convert import read_tensors
+from sslkit.recipe.resolve import build_recipe, load_recipe
 
 SEEDS = Path(__file__).parent / "seeds"
 WEIGHTS = save({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)})

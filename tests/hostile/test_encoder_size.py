@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 import sslkit
 from sslkit.errors import UserError
 from sslkit.evaluate import load_encoder
-from sslkit.evaluate.features import Encoder
+from sslkit.evaluate.features.extraction import Encoder
+from sslkit.hub.untrusted import check_size
 from sslkit.parts.backbone import BackboneSpec, create_backbone
-from sslkit.parts.foreign import check_size
 
 SWIN = {"embed_dim": 8, "depths": [2, 2, 1, 1], "num_heads": [1, 1, 1, 1]}
 # By name: timm model, the arguments its weights were saved with, and the ones that its config.json asks for.

@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from targets import SEEDS, STATE, TARGETS, capsule, checkpoint_of, only_user_errors, state, written
 
-from sslkit.data.idx import read_idx
-from sslkit.data.loader import epoch_order
-from sslkit.engine.checkpoint import newest_checkpoint, read_checkpoint
-from sslkit.engine.checks import SCALER
-from sslkit.engine.guard import Course, Guard
-from sslkit.engine.lines import read_lines
-from sslkit.parts.foreign import check_model, read_encoder_config, tensor_shapes
-from sslkit.publish.importing import read_tensors
-from sslkit.publish.layouts import LAYOUTS, OUTSIDE, guess_backbone, sort_out, vit_arguments
-from sslkit.recipe import build_recipe, load_recipe
-from sslkit.recipe_tables import TABLES, GuardConfig
+from sslkit.data.formats.idx import read_idx
+from sslkit.data.loading.loader import epoch_order
+from sslkit.engine.checkpoint.format import newest_checkpoint, read_checkpoint
+from sslkit.engine.checkpoint.validation import SCALER
+from sslkit.engine.resilience.guard import Course, Guard
+from sslkit.files.jsonl_writer import read_lines
+from sslkit.hub.untrusted import check_model, read_encoder_config, tensor_shapes
+from sslkit.publish.importing.checkpoint_formats import LAYOUTS, OUTSIDE, guess_backbone, sort_out, vit_arguments
+from sslkit.publish.importing.convert import read_tensors
+from sslkit.recipe.resolve import build_recipe, load_recipe
+from sslkit.recipe.schema import TABLES, GuardConfig
 
 fuzz = settings(
     derandomize=True, deadline=None, max_examples=150, database=None, suppress_health_check=list(HealthCheck)

@@ -15,8 +15,8 @@ from conftest import cli_error
 from torch import nn
 
 from sslkit.errors import UserError
-from sslkit.publish.importing import read_tensors
-from sslkit.publish.instructions import check_instructions
+from sslkit.publish.importing.convert import read_tensors
+from sslkit.publish.importing.pickle_opcodes import check_instructions
 
 CASES = hostile_checkpoints()
 MEGABYTES = 400  # four million marks take most of them; each attack wants thousands
@@ -27,7 +27,7 @@ READER = """
 import json, sys, time, warnings
 from pathlib import Path
 from sslkit.errors import UserError
-from sslkit.publish.importing import read_tensors
+from sslkit.publish.importing.convert import read_tensors
 
 def peak():
     [line] = [line for line in open("/proc/self/status") if line.startswith("VmPeak")]

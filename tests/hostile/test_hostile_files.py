@@ -20,10 +20,10 @@ from strangers import resign, rewrite
 
 import sslkit
 from sslkit.cli import main
-from sslkit.engine.capsule import read_capsule
-from sslkit.engine.checkpoint import newest_checkpoint, read_checkpoint
-from sslkit.engine.guard import is_finite
-from sslkit.engine.journal import append_result
+from sslkit.engine.checkpoint.format import newest_checkpoint, read_checkpoint
+from sslkit.engine.logging.logger import append_result
+from sslkit.engine.resilience.crash_dump import read_capsule
+from sslkit.engine.resilience.guard import is_finite
 from sslkit.errors import UserError
 from sslkit.evaluate import load_encoder
 from sslkit.publish import import_checkpoint

@@ -14,10 +14,10 @@ from strangers import contents, resign, rewrite
 from torch import Tensor
 
 import sslkit
-from sslkit.engine.checkpoint import flatten_optimizer, newest_checkpoint, read_checkpoint, restore
-from sslkit.engine.checks import SLOTS
+from sslkit.engine.checkpoint.format import flatten_optimizer, newest_checkpoint, read_checkpoint, restore
+from sslkit.engine.checkpoint.validation import SLOTS
 from sslkit.engine.optim import make_optimizer
-from sslkit.engine.run import build_method
+from sslkit.engine.setup import build_method
 from sslkit.errors import UserError
 
 VIT = {"name": "test_vit", "img_size": 32, "args": {"num_heads": 2}}
@@ -194,7 +194,7 @@ def test_what_every_optimizer_remembers_is_restored(name: str) -> None:
     state = {"step": 1, "recipe": {}, "optimizer": scalars}
     from_disk = {key: value.clone() for key, value in tensors.items()}
     twin = make_optimizer(recipe, method)
-    restore(sslkit.engine.checkpoint.Checkpoint(1, method.state_dict(), from_disk, state), method, twin)
+    restore(sslkit.engine.checkpoint.format.Checkpoint(1, method.state_dict(), from_disk, state), method, twin)
     again, _ = flatten_optimizer(method, twin)
     assert all(torch.equal(again[key], value) for key, value in tensors.items())
     assert again.keys() == tensors.keys()

@@ -13,10 +13,10 @@ from reading import Page
 
 import sslkit
 from sslkit.cli import main
-from sslkit.engine.journal import Journal
+from sslkit.engine.logging.logger import Journal
 from sslkit.errors import UserError, without_tokens
 from sslkit.publish import export_encoder
-from sslkit.recipe import build_recipe, load_recipe
+from sslkit.recipe.resolve import build_recipe, load_recipe
 from sslkit.report import read_runs, summarise, write_report
 
 TOKEN = "hf_" + "aB3dE6gH9jK2mN5pQ8sT" + "xYzUvWqRtS"

@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 
 import sslkit
 from sslkit.cli import main
-from sslkit.cli.show import conclude, show_comparison, show_report
-from sslkit.data.folder import printable, to_text
+from sslkit.cli.output import conclude, show_comparison, show_report
+from sslkit.data.formats.folder_listing import printable, to_text
 from sslkit.doctor.findings import Finding, Report
-from sslkit.engine.journal import Journal
+from sslkit.engine.logging.logger import Journal
 from sslkit.errors import UserError
-from sslkit.evaluate.judge import Judgement, Score
-from sslkit.recipe import load_recipe
+from sslkit.evaluate.probes.scoring import Judgement, Score
+from sslkit.recipe.resolve import load_recipe
 from sslkit.terminal import (
     PlainTable,
     escaped,

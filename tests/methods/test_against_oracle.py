@@ -12,15 +12,15 @@ from golden.moco_v3 import NaiveLars, train_moco_v3
 from torch import Tensor, nn
 
 import sslkit
-from sslkit.data.loader import epoch_order
-from sslkit.data.source import open_source
-from sslkit.data.views import ViewPipeline, normalise
-from sslkit.engine.draws import shuffle_order
+from sslkit.data.augment.cpu import ViewPipeline, normalise
+from sslkit.data.loading.loader import epoch_order
+from sslkit.data.sources.image_source import open_source
 from sslkit.engine.optim import learning_rate, make_optimizer, set_learning_rate
-from sslkit.engine.run import build_method
+from sslkit.engine.rng import shuffle_order
+from sslkit.engine.setup import build_method
 from sslkit.methods import Progress
 from sslkit.parts.schedules import cosine_momentum
-from sslkit.recipe import Recipe
+from sslkit.recipe.resolve import Recipe
 
 STEPS, TOTAL = 5, 10
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import small_recipe
 
-from sslkit.engine.draws import shuffle_order
 from sslkit.engine.optim import make_optimizer
-from sslkit.engine.run import build_method
+from sslkit.engine.rng import shuffle_order
+from sslkit.engine.setup import build_method
 from sslkit.errors import UserError
 from sslkit.methods import METHODS, Method, Progress, find_method
 

@@ -16,9 +16,9 @@ from golden.swav import NaiveLarc, train_swav
 from torch import Tensor, nn
 
 from sslkit.engine.optim import make_optimizer, set_learning_rate
-from sslkit.engine.run import build_method
+from sslkit.engine.setup import build_method
 from sslkit.methods import Method, Progress
-from sslkit.recipe import Recipe
+from sslkit.recipe.resolve import Recipe
 
 STEPS, TOTAL, BATCH, SAMPLES = 5, 10, 8, 20
 RATES = [0.3, 0.2, 0.25, 0.1, 0.3]

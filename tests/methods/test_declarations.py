@@ -10,7 +10,7 @@ from sslkit.errors import UserError
 from sslkit.methods import METHODS, Method
 from sslkit.methods.base import ViewCount
 from sslkit.methods.simclr import SimCLR
-from sslkit.recipe import Recipe, build_recipe
+from sslkit.recipe.resolve import Recipe, build_recipe
 
 Tables = dict[str, dict[str, Any]]
 

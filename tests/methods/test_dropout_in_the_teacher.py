@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import small_recipe
 
-from sslkit.engine.run import build_method
+from sslkit.engine.setup import build_method
 from sslkit.methods import METHODS, Method
 
 NOISE = {"drop_path_rate": 0.5, "drop_rate": 0.5}

@@ -16,9 +16,9 @@ from sslkit.methods.mechanisms import EndToEnd
 from sslkit.methods.moco_v1 import MoCoV1
 from sslkit.methods.moco_v3 import MoCoV3
 from sslkit.methods.swav import SwAV
-from sslkit.parts.bank import MemoryBank
-from sslkit.parts.layerwise import Larc, Lars
-from sslkit.parts.teacher import Teacher
+from sslkit.parts.layerwise_optimizers import Larc, Lars
+from sslkit.parts.memory_bank import MemoryBank
+from sslkit.parts.momentum_teacher import Teacher
 
 Patch = pytest.MonkeyPatch
 

@@ -8,7 +8,7 @@ from conftest import small_recipe
 from torch import nn
 
 from sslkit.engine.optim import make_optimizer
-from sslkit.engine.run import build_method
+from sslkit.engine.setup import build_method
 from sslkit.methods import Method, Progress
 
 NO_TOKEN = {"class_token": False, "global_pool": "avg"}

@@ -17,7 +17,7 @@ from packaging.metadata import Metadata
 from packaging.requirements import Requirement
 
 import sslkit
-from sslkit.recipe import shipped_recipes
+from sslkit.recipe.resolve import shipped_recipes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

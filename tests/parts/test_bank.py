@@ -5,7 +5,7 @@ import math
 import torch
 from torch.nn.functional import normalize
 
-from sslkit.parts.bank import MemoryBank
+from sslkit.parts.memory_bank import MemoryBank
 
 
 def test_rows_start_with_about_unit_norm() -> None:

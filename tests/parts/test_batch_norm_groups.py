@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from conftest import small_recipe
 from torch import Tensor, nn
 
-from sslkit.engine.run import build_method
+from sslkit.engine.setup import build_method
 from sslkit.engine.step import GlobalBatch, sliced_step
 from sslkit.methods import Method
 from sslkit.parts.batchnorm import GlobalBatchNorm, GroupStatistics

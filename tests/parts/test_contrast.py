@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from sslkit.parts import contrast
-from sslkit.parts.contrast import contrast_with_dictionary
+from sslkit.parts import info_nce as contrast
+from sslkit.parts.info_nce import contrast_with_dictionary
 
 
 def rows(count: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -14,10 +14,10 @@ import timm
 from huggingface_hub import constants
 from huggingface_hub.utils import logging
 
-from sslkit.data.source import DataConfig, open_source
+from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.errors import UserError
 from sslkit.evaluate import load_encoder
-from sslkit.parts import hub
+from sslkit.hub import availability as hub
 from sslkit.parts.backbone import BackboneSpec, create_backbone
 
 

@@ -8,8 +8,8 @@ from golden.formulas import ema_closed_form
 from torch import nn
 from torch.nn.functional import normalize
 
+from sslkit.parts.momentum_teacher import Teacher
 from sslkit.parts.queue import KeyQueue
-from sslkit.parts.teacher import Teacher
 
 
 def small_net() -> nn.Sequential:

@@ -11,8 +11,9 @@ from typing import Any
 CLIENT = """
 import contextlib, io, json, sys
 from sslkit.cli import main
-from sslkit.evaluate import features, judge
-from sslkit.evaluate.features import fingerprint
+from sslkit.evaluate.features import extraction as features
+from sslkit.evaluate.probes import scoring as judge
+from sslkit.evaluate.features.extraction import fingerprint
 from sslkit.parts.backbone import BackboneSpec, create_backbone
 
 loaded = []
@@ -28,7 +29,7 @@ for line in sys.stdin:
                 built = fingerprint(create_backbone(BackboneSpec(name="test_vit", img_size=32, pretrained=words[1])))
                 code, loaded = 0, [type("Built", (), {"module": None})]
             elif words[0] == "silence":
-                from sslkit.publish import hub
+                from sslkit.publish import repository as hub
                 hub.SILENCE, code = float(words[1]), 0
             else:
                 main(words)

@@ -14,7 +14,7 @@ from safetensors.torch import save, save_file
 from torch import nn
 
 from sslkit.evaluate import load_encoder
-from sslkit.evaluate.features import fingerprint
+from sslkit.evaluate.features.extraction import fingerprint
 from sslkit.publish.export import timm_config
 
 REPO = "user/encoder"

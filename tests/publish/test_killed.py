@@ -19,10 +19,13 @@ from conftest import small_recipe
 from matplotlib import pyplot as plt
 
 import sslkit
-from sslkit import durable, report
+from sslkit import report
 from sslkit.cli import main
-from sslkit.publish import detectron2, export, export_detectron2, export_encoder, hub, import_checkpoint, importing
-from sslkit.publish.hub import publish_run
+from sslkit.files import atomic as durable
+from sslkit.publish import detectron2, export, export_detectron2, export_encoder, import_checkpoint
+from sslkit.publish import repository as hub
+from sslkit.publish.importing import convert as importing
+from sslkit.publish.repository import publish_run
 from sslkit.report import pictures
 
 TOUCHES = ("open", "os.", "shutil.", "ctypes.call_function")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from sslkit.errors import UserError
-from sslkit.publish import hub as publishing
-from sslkit.publish.hub import _asked_to_wait
-from sslkit.publish.private import public_name
+from sslkit.publish import repository as publishing
+from sslkit.publish.redaction import public_name
+from sslkit.publish.repository import _asked_to_wait
 
 
 @pytest.mark.parametrize(

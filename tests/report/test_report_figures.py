@@ -11,12 +11,12 @@ from conftest import small_recipe
 
 from sslkit.evaluate.protocol import protocol_hash
 from sslkit.parts.queue import KeyQueue
-from sslkit.recipe import load_recipe
-from sslkit.report.chance import chance_of, queue_full_at
+from sslkit.recipe.resolve import load_recipe
+from sslkit.report.chance_level import chance_of, queue_full_at
 from sslkit.report.curves import accuracy_panel, score_rows, training_panels
 from sslkit.report.figures import thin
 from sslkit.report.health import alarms_of, collapse_panels, gradient_panel
-from sslkit.report.runs import RunRecord
+from sslkit.report.run_reader import RunRecord
 
 
 def record(metrics: list[dict[str, Any]] | None = None, **logs: list[dict[str, Any]]) -> RunRecord:

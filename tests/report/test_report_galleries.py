@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from sslkit.data.source import DataConfig, open_source
-from sslkit.data.views import ViewPipeline
+from sslkit.data.augment.cpu import ViewPipeline
+from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.errors import UserError
-from sslkit.evaluate.features import Encoder, fingerprint
+from sslkit.evaluate.features.extraction import Encoder, fingerprint
 from sslkit.report import neighbours
 from sslkit.report.attention import draw_attention, last_attention
 from sslkit.report.neighbours import draw_map, find_neighbours
 from sslkit.report.sample import Sample, draw_sample, features_of
 from sslkit.report.thumbnails import data_uri, make_sprite
-from sslkit.report.views import describe_views, draw_views
+from sslkit.report.view_gallery import describe_views, draw_views
 
 SIZE = {"input_size": (3, 28, 28), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
 

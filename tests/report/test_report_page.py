@@ -13,9 +13,9 @@ from scipy.special import gamma, iv
 
 import sslkit
 from sslkit.cli import main
-from sslkit.engine.journal import append_result
-from sslkit.engine.lines import read_lines
+from sslkit.engine.logging.logger import append_result
 from sslkit.errors import UserError
+from sslkit.files.jsonl_writer import read_lines
 from sslkit.report import read_run, read_runs, summarise, write_report, write_views
 
 PANELS = {

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sslkit.engine.lines import append_text, keep_until
 from sslkit.errors import UserError
+from sslkit.files.jsonl_writer import append_text, keep_until
 from sslkit.watch import tail
 from sslkit.watch.curve import ASCII_BARS, MOST, Curve, sparkline
 from sslkit.watch.tail import Tail

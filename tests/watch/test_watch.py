@@ -17,10 +17,12 @@ from conftest import cli_error, small_recipe
 from rich.console import Console
 
 import sslkit
-from sslkit.engine import lock, stopping
-from sslkit.watch import state, tail, watch
-from sslkit.watch.page import Page
-from sslkit.watch.run import WatchedRun
+from sslkit.engine.resilience import preemption as stopping
+from sslkit.engine.run_folder import lock
+from sslkit.watch import run_state as state
+from sslkit.watch import tail, watch
+from sslkit.watch.followed_run import WatchedRun
+from sslkit.watch.terminal_page import Page
 
 ROOT = Path(__file__).parents[2]
 

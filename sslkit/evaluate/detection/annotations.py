@@ -7,10 +7,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sslkit.data.background import WHITE
+from sslkit.data.decode.background import WHITE
 from sslkit.errors import UserError, check_path, near_miss
 from sslkit.evaluate.detection import coco, voc
-from sslkit.evaluate.detection.picture import Picture
+from sslkit.evaluate.detection.annotated_image import Picture
 
 LAYOUTS = "VOC (JPEGImages, Annotations, ImageSets/Main) or COCO (annotations/instances_SPLIT.json beside the images)"
 

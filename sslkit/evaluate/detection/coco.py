@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sslkit.errors import UserError
-from sslkit.evaluate.detection.picture import Picture, as_boxes
+from sslkit.evaluate.detection.annotated_image import Picture, as_boxes
 
 EXPORTED = "_annotations.coco.json"  # the name labelling tools give the file inside a split's folder
 Row = dict[str, Any]

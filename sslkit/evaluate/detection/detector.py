@@ -23,7 +23,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from sslkit.errors import UserError
-from sslkit.evaluate.features import Encoder, build
+from sslkit.evaluate.features.extraction import Encoder, build
 from sslkit.parts.backbone import family
 
 Arch = Literal["c4", "fpn"]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from sslkit.errors import UserError
-from sslkit.evaluate.detection.picture import Picture
+from sslkit.evaluate.detection.annotated_image import Picture
 
 FARTHEST = 1e6  # pixels; the memory that drawing takes grows with the length of the outline
 LONGEST = 6  # characters of a compressed number: 30 bits, more than any picture has pixels

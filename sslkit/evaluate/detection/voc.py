@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from sslkit.errors import UserError
-from sslkit.evaluate.detection.picture import Picture, as_boxes
+from sslkit.evaluate.detection.annotated_image import Picture, as_boxes
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 

@@ -1,6 +1,0 @@
-"""``sslkit bench``: where the time of a recipe's step goes on this machine and this data, and what would help most."""
-
-from sslkit.bench.advice import Change, changes_that_help
-from sslkit.bench.profile import Profile, profile
-
-__all__ = ["Change", "Profile", "changes_that_help", "profile"]

@@ -1,0 +1,209 @@
+"""Tables that name image files beside them: ``metadata.csv``, ``.jsonl`` or ``.parquet``, as `datasets` has them.
+
+A row is an image, whose ``file_name`` is meant from the table's folder; the other columns may hold labels.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from pyarrow import parquet
+
+from sslkit.data.formats.folder_listing import METADATA, folders_in, printable, to_text
+from sslkit.data.formats.image_folders import ImageFiles
+from sslkit.errors import UserError, near_miss
+
+SEPARATORS = (",", ";", "\t", "|")
+FILE = "file_name"
+WITHOUT = "; or move {name} elsewhere, and the images are read without it"
+
+
+def metadata_files(images: ImageFiles) -> list[Path]:
+    """The tables of a split's images: in its folders and those right below; one around them is noted, not read."""
+    places = [place for section in images.sections for place in (section, *_below(section))]
+    for name in METADATA:
+        if images.root not in images.sections and os.path.lexists(images.root / name):
+            images.notes.append(f"{name} beside the folders of the splits is not read; give each split its own")
+    return sorted({place / name for place in places for name in METADATA if os.path.lexists(place / name)})
+
+
+def _below(folder: Path) -> list[Path]:
+    return [folder / name for name in folders_in(folder)]
+
+
+def table_by_metadata(images: ImageFiles, files: list[Path]) -> datasets.Dataset:
+    """The rows of tables that name image files, in their order; what they leave out is added to ``images.notes``.
+
+    Raises:
+        UserError: A table cannot be read, names no files or files elsewhere, or none that are there.
+    """
+    if len({file.suffix for file in files}) > 1:
+        raise UserError(f"[data] path: {files[0]} and {files[-1]} both describe the images; keep one of them")
+    there = {path for folder in images.folders for path in folder.images.to_pylist()}
+    named: set[str] = set()
+    tables = []
+    absent: list[str] = []
+    for file in files:
+        columns = _columns(file)
+        for name, values in columns.items():
+            if name != FILE and not name.endswith(f"_{FILE}"):
+                continue
+            paths = [_path(file, value, row) for row, value in enumerate(values)]
+            named.update(path for path in paths if path)
+            absent += [path for path in paths if path and path not in there and not os.path.exists(path)]
+            columns[name] = [{"bytes": None, "path": path} for path in paths]
+        tables.append(_as_dataset(columns))
+    if named and len(absent) >= len(named):
+        raise UserError(
+            f"[data] path: none of the files that {files[0]} names is there, such as {absent[0]!r}; {FILE} must be "
+            f"relative to {str(files[0].parent)!r}{WITHOUT.format(name=files[0].name)}"
+        )
+    which = " and ".join(sorted({file.name for file in files}))
+    if left := len(there - named):
+        images.notes.append(f"images that {which} does not name, left out: {left:,} of {len(there):,}")
+    if absent:
+        images.notes.append(f"files that {which} names and that are not there: {len(absent):,}, such as {absent[0]}")
+    names = set(tables[0].column_names)
+    if any(set(table.column_names) != names for table in tables):
+        raise UserError(f"[data] path: {files[0]} and {files[-1]} have other columns; give them the same")
+    return datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
+
+
+def _path(file: Path, value: Any, row: int) -> str | None:
+    """The path that a row names, which lies below the table's folder; None for an empty one."""
+    if value is None or value == "":
+        return None
+    name = os.path.normpath(str(value).replace("\\", "/"))
+    if not isinstance(value, str) or os.path.isabs(name) or name == ".." or name.startswith("../") or "\0" in name:
+        raise UserError(
+            f"[data] path: row {row} of {file} names {value!r:.80}; {FILE} must be the path of a file below "
+            f"{str(file.parent)!r}, relative to it"
+        )
+    return to_text(f"{file.parent}/{name}")
+
+
+def _as_dataset(columns: dict[str, list[Any]]) -> datasets.Dataset:
+    """Columns of one table; images by their paths, everything else as it is, or as text where types are mixed."""
+    features: dict[str, Any] = {}
+    arrays: dict[str, pa.Array] = {}
+    image = datasets.Image(decode=False)
+    for name, values in columns.items():
+        if name == FILE or name.endswith(f"_{FILE}"):
+            own = name.removesuffix(FILE).removesuffix("_") or "image"
+            arrays[own], features[own] = pa.array(values, image.pa_type), image
+            continue
+        try:
+            arrays[name] = pa.array(values)
+            features[name] = datasets.Features.from_arrow_schema(pa.schema([(name, arrays[name].type)]))[name]
+        except (pa.ArrowException, ValueError, TypeError):
+            if any(isinstance(value, list) for value in values):
+                lists = [value if isinstance(value, list) else [value] for value in values]
+                arrays[name] = pa.array([[str(each) for each in value] for value in lists], pa.list_(pa.string()))
+                features[name] = datasets.List(datasets.Value("string"))
+            else:
+                words = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+                arrays[name], features[name] = pa.array(words, pa.string()), datasets.Value("string")
+    table = pa.table(arrays)
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=datasets.Features(features)))
+
+
+def _columns(file: Path) -> dict[str, list[Any]]:
+    """The columns of a table, one of which names files.
+
+    Raises:
+        UserError: It cannot be read, or none does.
+    """
+    try:
+        columns = READERS[file.suffix](file)
+    except UserError:
+        raise
+    except (OSError, ValueError, pa.ArrowException, csv.Error, RecursionError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(
+            f"[data] path: {_shown(file)} cannot be read: {reason}; write it again{_without(file)}"
+        ) from error
+    files = [name for name in columns if name == FILE or name.endswith(f"_{FILE}")]
+    lists = [name for name in columns if name.endswith(f"{FILE}s")]
+    if not files:
+        if lists:
+            what = f"a column {lists[0]!r} of several files a row; write a row for each, and a column {FILE!r}"
+        else:
+            close = near_miss(FILE, columns)
+            what = f"no column {FILE!r} among {list(columns)[:12]}{close}; rename the column that names the image files"
+        raise UserError(f"[data] path: {_shown(file)} has {what}{_without(file)}")
+    return columns
+
+
+def _without(file: Path) -> str:
+    return WITHOUT.format(name=file.name)
+
+
+def _shown(file: Path) -> str:
+    return printable(to_text(str(file)))
+
+
+def _text(file: Path) -> str:
+    """The text of a file, without the mark that Windows begins it with."""
+    content = file.read_bytes()
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"[data] path: {_shown(file)} is UTF-16; save it as UTF-8 (in Excel: CSV UTF-8)")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"[data] path: {_shown(file)} is not UTF-8 (at byte {error.start}); save it as UTF-8 (in Excel: CSV UTF-8)"
+        ) from error
+
+
+def _read_csv(file: Path) -> dict[str, list[Any]]:
+    """Cells as text; an empty one is None. Columns are separated as the heading is, by a comma, semicolon or tab."""
+    text = _text(file)
+    first = text.lstrip("\r\n").partition("\n")[0]
+    if first.lower().startswith("sep="):  # Excel's own line
+        text = text.lstrip("\r\n").partition("\n")[2]
+        first = text.partition("\n")[0]
+    headings = {each: next(csv.reader([first], delimiter=each), []) for each in SEPARATORS}
+    fits = [each for each, words in headings.items() if FILE in (word.strip() for word in words)]
+    separator = fits[0] if fits else max(headings, key=lambda each: len(headings[each]))
+    reader = csv.reader(io.StringIO(text), delimiter=separator)
+    heading = [name.strip() for name in next(reader, [])]
+    columns: dict[str, list[Any]] = {name: [] for name in heading}
+    for cells in reader:
+        if len(cells) > len(heading):
+            raise ValueError(f"line {reader.line_num} has {len(cells)} cells, but the heading has {len(heading)}")
+        if any(cells):
+            for name, cell in zip(heading, [*cells, *[""] * (len(heading) - len(cells))], strict=True):
+                columns[name].append(cell or None)
+    return columns
+
+
+def _read_jsonl(file: Path) -> dict[str, list[Any]]:
+    rows = []
+    for number, line in enumerate(_text(file).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(
+                f"[data] path: line {number} of {_shown(file)} is no JSON: {error}{_without(file)}"
+            ) from error
+        if not isinstance(row, dict):
+            raise UserError(f"[data] path: line {number} of {_shown(file)} is no JSON object{_without(file)}")
+        rows.append(row)
+    names: Iterable[str] = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _read_parquet(file: Path) -> dict[str, list[Any]]:
+    table = parquet.read_table(file)
+    return {name: table[name].to_pylist() for name in table.column_names}
+
+
+READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

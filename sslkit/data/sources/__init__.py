@@ -1,0 +1,1 @@
+"""Find and open the images a recipe names. Read `image_source` first."""

@@ -1,0 +1,1 @@
+"""Tools for image sets: inspect, find duplicates, pack. Read `inspection` first."""

@@ -1,0 +1,88 @@
+"""How many processes there are, whether that is what was asked, and how they share the machine."""
+
+import os
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from sslkit.data.loading.loader import resolve_workers
+from sslkit.distributed.rendezvous import meeting_place
+from sslkit.errors import UserError
+from sslkit.recipe.resolve import Recipe
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Join the processes that the launcher started.
+
+    BatchNorm buffers are not broadcast at every step: the queue is equal everywhere by construction, and running
+    statistics matter only for evaluation and export, which take the first process's.
+
+    Raises:
+        UserError: Other processes started than the recipe or the launcher's command asks for.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    asked = recipe.train.processes or _asked_of_launcher()
+    if asked and asked != started:
+        raise UserError(
+            f"{asked} processes were asked for and {started} started; on CPUs `accelerate launch --cpu` starts only "
+            f"one: use `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked} ...` or "
+            f"`torchrun --standalone --nproc_per_node {asked} ...`"
+        )
+    if recipe.train.precision == "fp16" and _only_cpu():
+        raise UserError("[train] precision: 'fp16' needs a GPU; on CPUs take 'no' or 'bf16'")
+    if recipe.train.tf32:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+    # accelerate knows the option by the name that torch 2.15 gives up.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    return Accelerator(
+        mixed_precision=recipe.train.precision,
+        cpu=True if _only_cpu() else None,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(
+                init_method=meeting_place(), timeout=timedelta(seconds=recipe.guard.timeout_seconds)
+            ),
+        ],
+    )
+
+
+def processes_here() -> int:
+    """How many of the run's processes share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def workers_of(recipe: Recipe, accelerator: Accelerator) -> int:
+    """Data workers of each process."""
+    return resolve_workers(
+        recipe.data.workers, on_accelerator=accelerator.device.type != "cpu", processes_here=processes_here()
+    )
+
+
+def _only_cpu() -> bool:
+    return not torch.cuda.is_available() and not torch.backends.mps.is_available()
+
+
+def _asked_of_launcher() -> int:
+    """The --num_processes of the `accelerate launch` that is this process's parent, on one machine; else 0."""
+    if not sys.platform.startswith("linux") or "WORLD_SIZE" in os.environ:
+        return 0
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return 0
+    if "launch" not in words or not any("accelerate" in word for word in words[:3]):
+        return 0
+    for index, word in enumerate(words):
+        flag, _, value = word.partition("=")
+        if flag in ("--num_processes", "--num-processes"):
+            value = value or words[index + 1]
+            return int(value) if value.isdigit() else 0
+        if word.endswith(".pretrain"):
+            break
+    return 0

@@ -1,0 +1,1 @@
+"""Checkpoints: their format, writing, retention and validation. Read `format` first."""

@@ -1,0 +1,1 @@
+"""What a run logs: messages, metrics, trackers, sample images, throughput. Read `logger` first."""

@@ -1,0 +1,1 @@
+"""Features of images: load an encoder, extract, read out, store. Read `extraction` first."""

@@ -1,0 +1,1 @@
+"""Evaluations without labels. Read `diagnose` first."""

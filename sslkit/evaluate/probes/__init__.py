@@ -1,0 +1,1 @@
+"""Evaluations with labels: kNN, linear, sweep, fine-tuning. Read `scoring` first."""

@@ -1,0 +1,71 @@
+"""The memory bank: a stored embedding of every sample, instead of an encoder that makes keys."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sslkit.distributed.collectives import gather_rows, rank, world_size
+
+
+class MemoryBank(nn.Module):
+    """One embedding for each sample of the data, moved towards the sample's newest embedding when it is seen.
+
+    InstDisc (Wu et al., 2018, arXiv:1805.01978, section 3). The same on every process as long as every process
+    updates it with the gathered batch; part of the state dict, so that it survives a resume.
+
+    Attributes:
+        rows: (n, C) buffer. Drawn uniformly so that rows have about unit norm; normalised when first updated.
+        draws: () int64 buffer, how often noise was drawn: the key of the next draw.
+
+    Args:
+        num_samples: Samples in the data, n.
+        dim: Embedding width C.
+    """
+
+    rows: Tensor
+    draws: Tensor
+    seed: Tensor
+
+    def __init__(self, num_samples: int, dim: int) -> None:
+        super().__init__()
+        bound = 1.0 / math.sqrt(dim / 3)
+        self.register_buffer("rows", torch.empty(num_samples, dim).uniform_(-bound, bound))
+        self.register_buffer("draws", torch.zeros((), dtype=torch.long))
+        self.register_buffer("seed", torch.randint(2**40, ()))
+        self.seen: tuple[Tensor, Tensor] | None = None
+
+    def draw_noise(self, batch: int, num_negatives: int) -> Tensor:
+        """Draw (B, K) row numbers for this process's ``batch``: uniform, with replacement, the positive not spared.
+
+        The draw is one for the global batch, of which each process takes its part.
+        """
+        generator = torch.Generator(self.rows.device).manual_seed(int(self.seed) + int(self.draws))
+        shape = (batch * world_size(), num_negatives)
+        drawn = torch.randint(len(self.rows), shape, generator=generator, device=self.rows.device)
+        return drawn[rank() * batch : (rank() + 1) * batch]
+
+    @torch.no_grad()
+    def remember(self, sample_ids: Tensor, embeddings: Tensor) -> None:
+        """Keep this process's (B,) samples and (B, C) embeddings, with everyone's, for `update_with_seen`."""
+        self.seen = gather_rows(sample_ids), gather_rows(embeddings)
+
+    def update_with_seen(self, momentum: float) -> None:
+        """`update` with what `remember` kept since the last time, if anything."""
+        if self.seen is not None:
+            self.update(*self.seen, momentum)
+            self.seen = None
+
+    @torch.no_grad()
+    def update(self, sample_ids: Tensor, embeddings: Tensor, momentum: float) -> None:
+        """Move rows ``sample_ids`` (N,) to ``normalise(momentum * row + (1 - momentum) * embedding)``.
+
+        Args:
+            sample_ids: Of the global batch.
+            embeddings: (N, C), L2-normalised, in the same order.
+            momentum: Weight of the old row (0.5 in the paper's code).
+        """
+        moved = momentum * self.rows[sample_ids] + (1.0 - momentum) * embeddings.to(self.rows)
+        self.rows[sample_ids] = functional.normalize(moved, dim=1)
+        self.draws.add_(1)

@@ -1,0 +1,65 @@
+"""What a run's evaluations said of its newest weights, read from ``results.jsonl``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sslkit.errors import UserError
+from sslkit.files.jsonl_reader import Row, number, rows_of
+
+
+@dataclass(frozen=True)
+class CardScore:
+    """One evaluation of the newest weights.
+
+    Attributes:
+        evaluation: Its name, such as ``knn k=20 temperature=0.07``.
+        data: Its images, in words.
+        measure: What is measured.
+        value: The score, a share.
+        interval: Its bootstrap 95 % interval, where there is one.
+        protocol_hash: Equal for scores that may be compared; empty for a monitor's.
+        others: The same measure of what it was compared with, by name.
+    """
+
+    evaluation: str
+    data: str
+    measure: str
+    value: float
+    interval: tuple[float, float] | None
+    protocol_hash: str
+    others: dict[str, float]
+
+
+def newest_scores(run: Path) -> list[CardScore] | None:
+    """The last score of each evaluation, data and protocol at the newest checkpoint; None where they cannot be read.
+
+    A row that does not say what was scored on what is passed over.
+    """
+    file = run / "results.jsonl"
+    if not file.is_file():
+        return []
+    try:
+        latest = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+        rows = rows_of(file)
+    except (OSError, ValueError, UserError):
+        return None
+    newest: dict[tuple[str, str, str], CardScore] = {}
+    for row in rows:
+        if latest == f"step-{row['step']:08d}" and "evaluation" in row and "data" in row:
+            score = _score(row)
+            newest[score.evaluation, score.data, score.protocol_hash] = score
+    return list(newest.values())
+
+
+def _score(row: Row) -> CardScore:
+    low, high = row.get("interval") or (None, None)
+    others = {each.get("encoder"): number(each.get("accuracy")) for each in row.get("scores", [])[1:]}
+    return CardScore(
+        evaluation=row["evaluation"],
+        data=row["data"],
+        measure=row.get("measure", "top-1 accuracy"),
+        value=float(row["accuracy"]),
+        interval=None if low is None or high is None else (float(low), float(high)),
+        protocol_hash=row.get("protocol_hash", ""),
+        others={name: value for name, value in others.items() if isinstance(name, str) and value is not None},
+    )

@@ -1,0 +1,1 @@
+"""Import checkpoints of other projects as timm folders. Read `convert` first."""
