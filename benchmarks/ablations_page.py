@@ -14,26 +14,26 @@ Found = dict[tuple[str, str, int], dict[str, float]]
 
 HEAD = """# Ablations
 
-What the papers found by changing one thing at a time, run again at a size that two CPU cores can train: {base}. The
-question is not how good the score is but **which way each lever pushes**. `benchmarks/ablations.toml` has every number;
+Ablations from the papers, repeated at a size that two CPU cores can train: {base}. The question is **in which direction
+each setting changes the score**, not how high it is. `benchmarks/ablations.toml` has every number.
 
 ```bash
 make ablations
 ```
 
-runs what is missing (a few hours; it may be stopped and started again) and writes this page. Scores are kNN top-1 on
-2 000 test pictures, mean and range over the seeds that were run; one score has a standard error of about 0.8 points.
+This runs the missing settings (a few hours; it can be stopped and continued) and writes this page. Scores are kNN top-1
+on 2 000 test images, mean and range over the seeds. The standard error of one score is about 0.8 points.
 
 ![kNN of every cell](pictures/ablations.png)
 """
 BASE = (
-    "five epochs of the bundled 10 000 pictures at 28 pixels, MoCo v2 on timm's `test_mambaout` unless the row says "
+    "five epochs of the 10 000 bundled images at 28 pixels, MoCo v2 on timm's `test_mambaout` unless the row says "
     "otherwise"
 )
 EXTRA = {
     "pretext": ("pretext accuracy", lambda cell: f"{cell['pretext']:.1%}"),
     "spikes": (
-        "steps of twice the usual gradient (first layer led)",
+        "steps with twice the usual gradient (first layer led)",
         lambda cell: f"{cell['spikes']:.0f} ({cell['first_layer']:.0f})",
     ),
     "head": ("kNN after the head", lambda cell: f"{cell['after_head']:.1%}"),
