@@ -10,7 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 
+from sslkit.data.companions import companions, left_out
 from sslkit.data.folder import (
     ImageFolder,
     Listing,
@@ -84,7 +86,7 @@ def find_images(folder: Path, split: str) -> ImageFiles:
         raise _without_images(folder, [listing])
     notes: list[str] = []
     if split != ALL:
-        listing, notes = _without_drawn(folder, listing)
+        listing, notes = _without_annotations(folder, listing)
     placed = {} if split == ALL else _sections_of(folder, [each.path for each in listing.folders])
     if not placed:
         if split != ALL and not choose(["train"], split):
@@ -112,7 +114,7 @@ def _of_tops(folder: Path, tops: dict[str, str], split: str) -> ImageFiles:
         raise UserError(f"[data] split: {str(folder)!r} has no folder {split!r}; it has {sorted(tops)[:8]}; {ALL_HELP}")
     sections = [folder / name for name, word in tops.items() if word in words]
     others = [folder / name for name, word in tops.items() if word not in words]
-    pairs = [_without_drawn(section, list_images(section)) for section in sections]
+    pairs = [_without_annotations(section, list_images(section)) for section in sections]
     images = _of_sections(folder, sections, others, split, [listing for listing, _ in pairs])
     notes = [note for _, notes in pairs for note in notes]
     if beside := count_images(folder):
@@ -203,6 +205,23 @@ def _without_drawn(root: Path, listing: Listing) -> tuple[Listing, list[str]]:
     names = sorted(os.path.relpath(path, root) for path in drawn)
     note = f"masks and the like beside images, left out: {left:,}, in {names[:4]}; name such a folder itself to read it"
     return replace(listing, folders=[each for each in listing.folders if each.path not in drawn]), [note]
+
+
+def _without_annotations(root: Path, listing: Listing) -> tuple[Listing, list[str]]:
+    """A listing without masks and the like, be they in folders of their own or beside images, and notes on them."""
+    listing, notes = _without_drawn(root, listing)
+    if not listing.folders:
+        return listing, notes
+    paths = pa.chunked_array([each.images for each in listing.folders])
+    marks = companions(paths)
+    if marks is None:
+        return listing, notes
+    folders, first = [], 0
+    for each in listing.folders:
+        kept = ~marks[first : first + len(each.images)]
+        first += len(each.images)
+        folders.append(each if kept.all() else replace(each, images=each.images.filter(pa.array(kept))))
+    return replace(listing, folders=folders), [*notes, left_out(paths, marks)]
 
 
 def _drawn_over(root: Path, paths: Sequence[str]) -> set[str]:
