@@ -34,6 +34,7 @@ from sslkit.data.splits import (
     in_order,
     is_drawn,
     is_plain,
+    may_be_classes,
     no_such_split,
     split_words,
     splits_of_folders,
@@ -176,7 +177,10 @@ def folders_of_split(names: Sequence[str], split: str, where: str) -> tuple[set[
     words = {word for word, _ in placed.values()}
     wanted = {paths[path] for path in parts}
     if len({SPLIT_OF[word] for word in words}) > 1:
-        if doubtful := [paths[path] for path, part in parts.items() if part not in placed]:
+        doubtful = [paths[path] for path, part in parts.items() if part not in placed]
+        if doubtful and may_be_classes({part[depth] for part, (_, depth) in placed.items()}):
+            return wanted, sorted(set(names) - wanted)
+        if doubtful:
             raise UserError(
                 f"[data] path: {where!r} has folders of splits and others in it: splits {sorted(words)}, others "
                 f"{sorted(doubtful)[:8]}; unpack it, and give the folder of the split as path; {ALL_HELP}"
@@ -261,6 +265,8 @@ def _sections_of(root: Path, paths: Sequence[str]) -> dict[str, tuple[str, Path]
         return {}
     above = {path[:depth] for path, (_, depth) in placed.items()}
     doubtful = [path for path in paths if parts[path] not in placed and parts[path] not in above]
+    if doubtful and may_be_classes({path[depth] for path, (_, depth) in placed.items()}):
+        return {}
     if doubtful:
         named = {"/".join(path[: depth + 1]): word for path, (word, depth) in placed.items()}
         raise UserError(

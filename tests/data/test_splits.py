@@ -50,6 +50,17 @@ def count(root: Path, split: str = "train", **words: Any) -> int:
         ("TRAIN", ["train"]),
         ("trainA", ["train"]),
         ("trainset", ["train"]),
+        ("train-set", ["train"]),
+        ("testset", ["test"]),
+        ("test_set", ["test"]),
+        ("training_set", ["training"]),
+        ("train_images", ["train"]),
+        ("testimages", ["test"]),
+        ("trn", ["trn"]),
+        ("TstSet", ["tst"]),
+        ("photos-trn-0003", ["trn"]),
+        ("astronomy", []),
+        ("tstop", []),
         ("val2017", ["val"]),
         ("valid-00000-of-00001", ["valid"]),
         ("imagenet-val-0003", ["val"]),
@@ -84,6 +95,8 @@ def test_words_of_splits_in_names(name: str, words: list[str]) -> None:
         (["training", "testing"], "train", ["training"]),
         (["training", "testing"], "Test", ["testing"]),
         (["train", "test"], "validation", []),
+        (["trn", "tst"], "train", ["trn"]),
+        (["train", "test"], "tst", ["test"]),
         (["fold0", "fold1"], "fold1", ["fold1"]),
     ],
 )
@@ -100,6 +113,13 @@ SPLITS, CLASSES, REFUSED = "splits", "classes", "refused"
         (["train", "valid", "test"], SPLITS),
         (["Train", "Test"], SPLITS),
         (["training_set", "test_set"], SPLITS),
+        (["trainset", "testset"], SPLITS),
+        (["train-set", "test-set"], SPLITS),
+        (["train_images", "test_images"], SPLITS),
+        (["trn", "tst", "val"], SPLITS),
+        (["train_1", "test_1"], SPLITS),
+        (["train_labeled", "test_noisy"], SPLITS),
+        (["train_cats", "test_cats"], SPLITS),
         (["seg_train", "seg_test"], SPLITS),
         (["train2017", "val2017"], SPLITS),
         (["trainA", "trainB", "testA", "testB"], SPLITS),
@@ -118,6 +138,12 @@ SPLITS, CLASSES, REFUSED = "splits", "classes", "refused"
         (["development", "production"], CLASSES),
         (["invalid", "valid"], CLASSES),
         (["bullet_train", "steam_train"], CLASSES),
+        (["airport", "test_kitchen", "train_station"], CLASSES),
+        (["tower", "train_interior", "test_kitchen", "train_station"], CLASSES),
+        (["cats", "test_cats", "train_cats"], REFUSED),
+        (["airport", "test_images", "train_images"], REFUSED),
+        (["extra", "test_noisy", "train_labeled"], REFUSED),
+        (["airport", "trn"], REFUSED),
         (["crash_test", "test_tube"], CLASSES),
         (["cat", "dog"], CLASSES),
     ],
@@ -140,6 +166,24 @@ LAYOUTS = {
     "one folder deeper": {"archive/train/cat": 5, "archive/dev/cat": 2, "archive/eval/cat": 2},
     "a picture beside": {"train": 5, "val": 2, "test": 2, ".": 1},
 }
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_classes_in_folders_by_letter(kind: str, tmp_path: Path) -> None:
+    """As Places has them: names below ``t`` have words of splits, but nobody means a split by them."""
+    classes = {"a/airport": 3, "t/test_kitchen": 2, "t/train_station": 1}
+    make(tmp_path / "set", classes)
+    if kind == "tar":
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            tar.add(tmp_path / "set", "set")
+        assert count(tmp_path / "a.tar") == 6
+        return
+    assert open_source(DataConfig(path=str(tmp_path / "set"))).labels() == [
+        *["airport"] * 3, *["test_kitchen"] * 2, "train_station"
+    ]  # fmt: skip
+    make(tmp_path / "set", {"a/test": 2, "a/train": 2})
+    with pytest.raises(UserError, match="folders of splits and others"):
+        count(tmp_path / "set")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
