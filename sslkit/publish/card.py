@@ -5,10 +5,10 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from sslkit.errors import escaped
 from sslkit.publish.private import public_score
 from sslkit.publish.scores import CardScore, newest_scores
 from sslkit.recipe import Recipe
-from sslkit.terminal import escaped
 
 CURVES = "curves.png"
 DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
