@@ -16,12 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sslkit.durable import ABANDONED
 from sslkit.errors import UserError
 from sslkit.terminal import say
 
 SHARD = 16384
 MERGED = "features.safetensors"
-ABANDONED = 86400.0  # seconds after which what lies aside is of a process that was killed
 NO_PLACE = (errno.ENOTDIR, errno.EEXIST)  # the store's folder cannot be one: a mistake, and nothing of the disk's
 
 _said: set[str] = set()  # what this process has said
