@@ -196,7 +196,7 @@ def test_a_split_without_labels_is_not_picked(tmp_path: Path) -> None:
         (tmp_path / "val" / name).mkdir(parents=True)
         picture.save(tmp_path / "val" / name / "0.png")
     pair = open_pair(DataConfig(path=str(tmp_path)))
-    assert (pair.split, len(pair.test)) == ("train / validation", 2)
+    assert (pair.split, len(pair.test)) == ("train / val", 2)
 
 
 def test_logistic_regression_has_no_epochs() -> None:
