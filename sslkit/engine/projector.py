@@ -6,7 +6,7 @@ from torch import nn
 
 from sslkit.engine.checkpoint.format import newest_checkpoint
 from sslkit.engine.setup import build_method
-from sslkit.errors import UserError
+from sslkit.errors import UserError, counted
 from sslkit.parts.backbone import check_backbone_size
 from sslkit.recipe.resolve import load_recipe
 
@@ -37,8 +37,8 @@ def first_projector_layers(run: Path, count: int) -> nn.Sequential:
     linear = [place for place, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
     if not 0 < count < len(linear):
         raise UserError(
-            f"--head-layers {count}: the projector of {run} has {len(linear)} linear layer(s), and the last is "
-            "never kept"
+            f"--head-layers {count}: the projector of {run} has {counted(len(linear), 'linear layer')}, and the last "
+            "is never kept"
         )
     own = "projector."
     weights = {key.removeprefix(own): value for key, value in checkpoint.model.items() if key.startswith(own)}

@@ -50,7 +50,7 @@ from sslkit.engine.run_folder.layout import (
 )
 from sslkit.engine.run_folder.lock import hold_folder
 from sslkit.engine.state import Training
-from sslkit.errors import UserError
+from sslkit.errors import UserError, counted
 from sslkit.evaluate.features.transforms import evaluation_transform
 from sslkit.methods import Method, find_method
 from sslkit.methods.base import local_bn_groups
@@ -194,7 +194,9 @@ def _go_back(training: Training, source: ImageSource, journal: Journal, why: str
     """The same training as at its newest rewind point, with another order of the images from there."""
     config, course = training.recipe.guard, training.course
     if course.rewinds >= config.max_rewinds:
-        raise BadStepError(f"{why}; went back {course.rewinds} time(s) before, [guard] max_rewinds allows no more")
+        raise BadStepError(
+            f"{why}; went back {counted(course.rewinds, 'time')} before, [guard] max_rewinds allows no more"
+        )
     checkpoint = rewind_checkpoint(training.folder, course)
     if checkpoint is not None:
         check_own(checkpoint, training.folder, training.recipe)
