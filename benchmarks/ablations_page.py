@@ -1,4 +1,4 @@
-"""The page docs/ablations.md and its picture, from the cells that have been run."""
+"""Write docs/ablations.md and its figure from the finished cells."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -41,7 +41,7 @@ EXTRA = {
 
 
 def write_page(spec: dict[str, Any], found: Found, docs: Path) -> Path:
-    """Write docs/ablations.md and docs/pictures/ablations.png; returns the page."""
+    """Write docs/ablations.md and docs/pictures/ablations.png. Returns the path of the page."""
     sections = [HEAD.format(base=BASE)]
     for group in spec["group"]:
         rows = _rows(group, found)
@@ -74,7 +74,7 @@ def _rows(group: dict[str, Any], found: Found) -> list[str]:
 
 
 def _draw(spec: dict[str, Any], found: Found, file: Path) -> None:
-    """A panel for each group: every seed a dot, their mean a line across."""
+    """Draw one panel per group, with a dot per seed and a line at their mean."""
     groups = [g for g in spec["group"] if any(_scores(g["name"], c["label"], found) for c in g["cells"])]
     if not groups:
         return
@@ -100,7 +100,7 @@ def _draw(spec: dict[str, Any], found: Found, file: Path) -> None:
 
 
 def _draw_group(axis: Any, group: dict[str, Any], found: Found) -> None:
-    """Every cell a row; at least five points of accuracy wide, so that noise does not look like an effect."""
+    """Draw one row per cell. The axis spans at least five points, so that noise does not look like an effect."""
     labels = [cell["label"] for cell in group["cells"]]
     drawn: list[float] = []
     for height, label in enumerate(labels):
