@@ -23,6 +23,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from ablations_page import write_page
 from PIL import Image
 from safetensors.torch import load_file
