@@ -5,6 +5,8 @@ import os
 import re
 from collections.abc import Iterable
 
+SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
 
 class UserError(ValueError):
     """Bad input. The doors print it as one sentence and exit with code 2.
@@ -25,6 +27,11 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on through no fault of the input. The doors print one sentence and exit with code 1."""
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """A number and its noun: ``"1 image"``, ``"2 images"``. ``many`` is the plural, if not ``one`` with an s."""
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
 
 
 def near_miss(word: str, known: Iterable[str]) -> str:
@@ -49,8 +56,7 @@ def path_fault(path: str | os.PathLike[str], *, lines: bool = False) -> str:
         what = "has a line break"
     else:
         return ""
-    shown = "".join(char if char.isprintable() else _escaped(char) for char in text)
-    return f"{shown} {what}; rename the file or folder, and give its new name"
+    return f"{escaped(text)} {what}; rename the file or folder, and give its new name"
 
 
 def check_path(path: str | os.PathLike[str], where: str, *, lines: bool = False) -> None:
@@ -68,10 +74,21 @@ def check_path(path: str | os.PathLike[str], where: str, *, lines: bool = False)
         raise UserError(f"{where}: {fault}")
 
 
-def _escaped(char: str) -> str:
-    """A byte of a path that is not UTF-8, or another character that is not printable, in ASCII."""
-    byte = 0xDC80 <= ord(char) <= 0xDCFF
-    return f"\\x{ord(char) & 0xFF:02x}" if byte else char.encode("unicode_escape").decode()
+def escaped(text: object) -> str:
+    r"""Text on one line, of printable characters only: others are written as TOML and JSON write them, ``\u001b``.
+
+    Control characters, line ends, and marks that turn the direction of writing are not printable. A byte of a path
+    that is not UTF-8 is written ``\xff``.
+    """
+    line = str(text)
+    return line if line.isprintable() else "".join(each if each.isprintable() else _code(each) for each in line)
+
+
+def _code(character: str) -> str:
+    number = ord(character)
+    if 0xDC80 <= number <= 0xDCFF:  # a byte that is not UTF-8, as Python holds it in a path
+        return f"\\x{number & 0xFF:02x}"
+    return SHORT.get(character, f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}")
 
 
 # Every repetition is bounded, so that no text takes long.

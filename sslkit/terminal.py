@@ -15,20 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sslkit.errors import UserError, without_tokens
-
-SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-
-
-def escaped(text: object) -> str:
-    r"""Text on one line, of printable characters only: others are written as TOML and JSON write them, ``\u001b``.
-
-    Control characters, line ends, and marks that turn the direction of writing are not printable.
-    """
-    line = str(text)
-    if line.isprintable():
-        return line
-    return "".join(each if each.isprintable() else SHORT.get(each, _code(each)) for each in line)
+from sslkit.errors import UserError, escaped, without_tokens
 
 
 def printed(text: object) -> str:
@@ -118,7 +105,3 @@ class PlainTable(Table):
     def add_row(self, *cells: Any, **options: Any) -> None:
         """As Rich's, with words that are no markup."""
         super().add_row(*(Text(printed(each)) if isinstance(each, str) else each for each in cells), **options)
-
-
-def _code(character: str) -> str:
-    return f"\\u{ord(character):04x}" if ord(character) < 0x10000 else f"\\U{ord(character):08x}"

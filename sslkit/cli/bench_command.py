@@ -8,6 +8,7 @@ import typer
 from sslkit.cli.options import Backbone, Images, MethodName, Overrides, RecipeName, recipe_from_words
 from sslkit.cli.output import AsJson, console
 from sslkit.cli.startup import quick_imports
+from sslkit.errors import counted
 from sslkit.terminal import PlainTable, show, show_json
 
 if TYPE_CHECKING:
@@ -48,8 +49,9 @@ def _show(measured: "Profile", changes: "list[Change]") -> None:
     from sslkit.profiling.speed_advice import share_of_passes
 
     show(
-        f"{measured.images_per_second:.4g} images/s: a step of {measured.batch} images on each of {measured.processes} "
-        f"process(es) takes {_ms(measured.step)} ({measured.device}, {measured.steps} steps)"
+        f"{measured.images_per_second:.4g} images/s: a step of {measured.batch} images on each of "
+        f"{counted(measured.processes, 'process', 'processes')} takes {_ms(measured.step)} ({measured.device}, "
+        f"{counted(measured.steps, 'step')})"
     )
     table = PlainTable("where it goes", "ms", "share", "")
     for name, spent in [("waiting for data", measured.waiting), *measured.stages.items()]:
@@ -60,8 +62,8 @@ def _show(measured: "Profile", changes: "list[Change]") -> None:
     left_out = f", {images.unreadable} more cannot be read" if images.unreadable else ""
     show(
         f"an image costs one core {_ms(images.seconds)}: reading {_ms(images.read)}, decoding {_ms(images.decode)}, "
-        f"views {_ms(images.views)} (mean of {images.images}{left_out}); {measured.workers} data worker(s) a process "
-        f"and {measured.cores} core(s)"
+        f"views {_ms(images.views)} (mean of {images.images}{left_out}); {counted(measured.workers, 'data worker')} "
+        f"a process and {counted(measured.cores, 'core')}"
     )
     if measured.peak_bytes is not None:
         show(f"most memory of the device in use: {measured.peak_bytes / 2**30:.2f} GiB")

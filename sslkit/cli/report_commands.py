@@ -21,6 +21,9 @@ def report(
     data: Annotated[
         str, typer.Option(help="Labelled images for the galleries. Default: the monitor's, else the run's own.")
     ] = "",
+    split: Annotated[
+        str, typer.Option(help="Split of --data; all: everything, whatever folders are called. Default: train.")
+    ] = "",
     gallery: Annotated[bool, typer.Option(help="Look at images, with the encoder's features of at most 2000.")] = True,
 ) -> None:
     """Write one HTML page about a run, or about several side by side, that opens anywhere, offline.
@@ -32,10 +35,12 @@ def report(
 
     if len(runs) > 1 and not output:
         raise UserError("several runs: name the page to write with --output FILE.html")
+    if split and not data:
+        raise UserError("--split: of --data; give --data DIR too, or leave it out")
     records = read_runs([Path(run) for run in runs])
     summaries = [summarise(record) for record in records]
     file = Path(output) if output else records[0].folder / "report.html"
-    write_report(records, summaries, file, galleries=gallery, data=data)
+    write_report(records, summaries, file, galleries=gallery, data=data, split=split or "train")
     written = [file]
     try:
         written += draw_run(records[0].folder) if len(records) == 1 else []

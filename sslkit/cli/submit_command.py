@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sslkit.cli.options import Overrides, RecipeName
-from sslkit.errors import UserError
+from sslkit.errors import UserError, counted
 from sslkit.terminal import show, show_text
 
 
@@ -67,7 +67,7 @@ def submit(
         return
     job = submit_run(loaded, folder, resources, cluster)
     end_it = f"scancel {job.job_id}" if cluster == "slurm" else f"kill {job.job_id}"
-    show(f"job {job.job_id}: {resources.processes} process(es), run folder {folder}")
+    show(f"job {job.job_id}: {counted(resources.processes, 'process', 'processes')}, run folder {folder}")
     show(f"log {job.log}; {end_it} ends it, and the same command continues it")
 
 

@@ -3,7 +3,7 @@
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.errors import UserError
 from sslkit.methods import Method
-from sslkit.methods.base import local_bn_groups
+from sslkit.parts.batch_slices import local_bn_groups
 from sslkit.recipe.resolve import Recipe
 
 

@@ -22,9 +22,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sslkit.distributed.collectives import average_gradients, exchange_rows
-from sslkit.methods import Method, Step
-from sslkit.methods.base import Permutation, Prepare, Views, local_bn_groups, shuffle_views, slice_views
+from sslkit.methods import BatchInfo, Method, Progress, Step, Views
+from sslkit.methods.base import Permutation, Prepare
 from sslkit.parts.backbone import recomputes
+from sslkit.parts.batch_slices import local_bn_groups, shuffle_views, slice_views
 
 
 @dataclass(frozen=True)
@@ -33,20 +34,22 @@ class GlobalBatch:
 
     Attributes:
         views: uint8 images, each (B, H, W, 3).
-        sample_ids: (B,) int64.
+        info: Sample ids, and whatever else was drawn for each sample.
+        progress: Position in training; counts the updates before this step.
         permutation: Order of the global batch's keys, or None if they are not shuffled.
         prepare: Normalises uint8 views to (B, 3, H, W).
     """
 
     views: Views
-    sample_ids: Tensor
+    info: BatchInfo
+    progress: Progress
     permutation: Permutation | None
     prepare: Prepare
 
 
 def whole_batch_step(accelerator: Accelerator, wrapped: nn.Module, batch: GlobalBatch) -> Step:
     """Forward and backward pass of the whole batch; DDP averages the gradients during the backward pass."""
-    step: Step = wrapped(batch.views, batch.sample_ids, batch.permutation, batch.prepare)
+    step: Step = wrapped(batch.views, batch.info, batch.progress, batch.permutation, batch.prepare)
     backbone = accelerator.unwrap_model(wrapped, keep_torch_compile=False).backbone
     with restored_buffers(backbone if recomputes(backbone) else nn.Module()):
         accelerator.backward(step.loss)
@@ -78,14 +81,14 @@ def sliced_step(
         micro_batch: Images of each view that the backbone encodes at a time.
         seed_slice: Seeds the random draws of a slice; called twice for each slice.
     """
-    slices = max(len(batch.sample_ids) // micro_batch, local_bn_groups(method.bn_groups))
+    slices = max(len(batch.info.sample_ids) // micro_batch, local_bn_groups(method.bn_groups))
     views, permutation, prepare = batch.views, batch.permutation, batch.prepare
     with torch.no_grad(), accelerator.autocast():
         encoded = method.student_in_slices(views, slices, permutation, prepare, seed_slice)
         keys = method.teacher_in_slices(views, slices, permutation, prepare)
     features = [each.requires_grad_() for each in encoded]
     with accelerator.autocast():
-        step = method.objective(features, keys, batch.sample_ids)
+        step = method.objective(features, keys, batch.info, batch.progress)
     accelerator.backward(step.loss)
     grads = [torch.zeros_like(each) if each.grad is None else each.grad for each in features]
     _backward_in_slices(accelerator, method, batch, slices, grads, seed_slice)

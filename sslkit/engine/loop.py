@@ -170,7 +170,7 @@ def save_checkpoint(state: TrainingState, saver: Saver, *, wait: bool) -> None:
     Raises:
         SaveError: ``wait`` was asked for and the checkpoint could not be written; on all processes.
     """
-    copy_buffers_from_first(state.method.backbone)
+    copy_buffers_from_first(state.method.encoder)
     mark_rewind_point(state)
     scaler = state.accelerator.scaler
     fields = {

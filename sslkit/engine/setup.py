@@ -13,7 +13,6 @@ from sslkit.distributed.sharding import shard
 from sslkit.engine.accelerator import processes_here, workers_of
 from sslkit.engine.batch_checks import check_batch_split, steps_per_epoch
 from sslkit.engine.checkpoint.format import Checkpoint, restore
-from sslkit.engine.encoders import encoders_of
 from sslkit.engine.optim import make_optimizer
 from sslkit.engine.state import RecoveryState, TrainingState
 from sslkit.errors import UserError
@@ -60,10 +59,10 @@ def set_up_training(
     memory_format = torch.contiguous_format if recipe.train.shard else torch.channels_last
     method.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
     if recipe.train.compile:
-        for encoder in encoders_of(method):
+        for encoder in method.backbones():
             encoder.compile()  # in place: modules and parameters keep their names
     if recipe.train.shard:
-        shard(method, encoders_of(method), accelerator.device)
+        shard(method, method.backbones(), accelerator.device)
     optimizer = make_optimizer(recipe, method)
     if checkpoint is not None:
         restore(checkpoint, method, optimizer)

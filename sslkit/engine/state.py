@@ -100,7 +100,8 @@ class TrainingState:
     @property
     def progress(self) -> Progress:
         """The position in the whole schedule, as methods are told it."""
-        return Progress(self.step, self.recipe.train.epochs * self.steps_per_epoch, self.steps_per_epoch)
+        train, steps = self.recipe.train, self.steps_per_epoch
+        return Progress(self.step, train.epochs * steps, steps, train.batch_size)
 
     def batches(self, total_steps: int, *, rank: int = 0, world_size: int = 1) -> GlobalBatches:
         """Which samples are in each batch from ``step`` to ``total_steps``, for one process of ``world_size``."""

@@ -17,7 +17,7 @@ from sslkit.engine.optim import learning_rate, set_learning_rate
 from sslkit.engine.resilience.guard import Guard
 from sslkit.engine.rng import seed_dropout, shuffle_order
 from sslkit.engine.state import TrainingState
-from sslkit.methods import Step
+from sslkit.methods import BatchInfo, Step
 from sslkit.random_draws import DrawPurpose, draw_seed
 
 
@@ -103,7 +103,8 @@ def forward_and_backward(state: TrainingState, batch: Batch) -> Step:
     seed_slice(0)
     inputs = GlobalBatch(
         batch.views,
-        batch.sample_ids,
+        BatchInfo(batch.sample_ids),
+        state.progress,
         shuffle_order(recipe, state.step) if method.shuffle_keys else None,
         partial(normalise, mean=recipe.views.mean, std=recipe.views.std),
     )

@@ -187,10 +187,10 @@ def wrong_key(kind: str, row: Row) -> str:
         if key not in row:
             return f"has no {key}"
         if not right(row[key]):
-            return f"has a {key} of {_in_short(row[key])}"
+            return f"has {_in_short(row[key])} as {key}"
     for key, right in OTHERS.get(kind, {}).items():
         if key in row and not right(row[key]):
-            return f"has a {key} of {_in_short(row[key])}"
+            return f"has {_in_short(row[key])} as {key}"
     return ""
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from sslkit.errors import escaped
 from sslkit.publish.card_scores import CardScore, newest_scores
 from sslkit.publish.redaction import public_score
 from sslkit.recipe.resolve import Recipe
-from sslkit.terminal import escaped
 
 CURVES = "curves.png"
 DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -40,12 +40,13 @@ class Galleries:
     views_absent: str = ""
 
 
-def draw_galleries(run: RunRecord, data: str = "") -> Galleries:
+def draw_galleries(run: RunRecord, data: str = "", split: str = "train") -> Galleries:
     """Everything that can be shown of a run's images.
 
     Args:
         run: The run.
         data: Images to look for neighbours in; empty takes the monitor's, else the run's own.
+        split: Of ``data``.
 
     Raises:
         UserError: ``data`` is given and cannot be read. What the recipe names may be gone; the page then says so.
@@ -58,7 +59,7 @@ def draw_galleries(run: RunRecord, data: str = "") -> Galleries:
     encoder: Encoder | None = None
     try:
         encoder = load_encoder(str(run.folder))
-        sample = draw_sample(run.recipe, data)
+        sample = draw_sample(run.recipe, data, split)
     except UserError as error:
         if data and encoder is not None:
             raise

@@ -31,7 +31,13 @@ SECTIONS = (
 
 
 def write_report(
-    runs: Sequence[RunRecord], summaries: Sequence[Summary], file: Path, *, galleries: bool = True, data: str = ""
+    runs: Sequence[RunRecord],
+    summaries: Sequence[Summary],
+    file: Path,
+    *,
+    galleries: bool = True,
+    data: str = "",
+    split: str = "train",
 ) -> None:
     """Write the report of one or several runs as one HTML file.
 
@@ -41,6 +47,7 @@ def write_report(
         file: Where to write.
         galleries: Whether to look at images, which needs the runs' encoders and data.
         data: Images to look for neighbours in; empty takes the monitor's, else the run's own.
+        split: Of ``data``.
 
     Raises:
         UserError: ``data`` cannot be read, or ``file`` not written.
@@ -62,7 +69,7 @@ def write_report(
         scores=scores,
         has_intervals=any(row["interval"] for row in scores),
         health=[gradient_panel(run, title) for run, title in zip(runs, titles, strict=True)] + collapse_panels(runs),
-        galleries=[draw_galleries(run, data) for run in runs] if galleries else [],
+        galleries=[draw_galleries(run, data, split) for run in runs] if galleries else [],
         differences=differences(list(runs)),
         plotly=Markup(get_plotlyjs()),
     )

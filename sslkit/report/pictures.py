@@ -102,7 +102,7 @@ def _save(figure: Figure, file: Path) -> Path:
     plt.close(figure)
     try:
         file.parent.mkdir(exist_ok=True)
-        replace_file(file, [drawn.getbuffer()])
+        replace_file(file, [drawn.getbuffer()], shared=True)
     except OSError as error:
         raise UserError(f"{file}: cannot be written: {error.strerror or error}") from error
     return file

@@ -37,8 +37,8 @@ class Sample:
     description: str
 
 
-def draw_sample(recipe: Recipe, data: str = "") -> Sample:
-    """Draw images of ``data``, else of the monitor's labelled set, else of what the run learned from.
+def draw_sample(recipe: Recipe, data: str = "", split: str = "train") -> Sample:
+    """Draw images of ``data`` and its ``split``, else of the monitor's labelled set, else of what the run learned from.
 
     The draw is seeded. Without labels, or with one class only, the images are shown without right and wrong.
 
@@ -47,7 +47,7 @@ def draw_sample(recipe: Recipe, data: str = "") -> Sample:
     """
     read_as = {"channels": recipe.data.channels, "background": recipe.data.background}
     if data:
-        config = DataConfig.model_validate({"path": data, **read_as})
+        config = DataConfig.model_validate({"path": data, "split": split, **read_as})
     elif recipe.monitor.data:
         config = recipe.monitor.source().model_copy(update=read_as)
     else:

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sslkit.durations import duration
+from sslkit.errors import counted
 from sslkit.terminal import printed
 from sslkit.watch.curve import ASCII_BARS, BARS, Curve, finite, sparkline
 from sslkit.watch.followed_run import DIAGNOSES, KNN, WatchedRun
@@ -72,9 +73,9 @@ def _remarks(run: WatchedRun) -> list[Text]:
     if wrong := [name for name, curve in run.metrics.items() if curve.newest is None]:
         said.append(Text(f"not finite in the newest line: {printed(', '.join(wrong))}", style="bold red"))
     if run.skipped:
-        said.append(Text(f"{run.skipped} step(s) with bad numbers were left out", style="yellow"))
+        said.append(Text(f"{counted(run.skipped, 'step')} with bad numbers left out", style="yellow"))
     if run.bad_images:
-        said.append(Text(f"{run.bad_images} image(s) cannot be read: see bad_samples.jsonl", style="yellow"))
+        said.append(Text(f"{counted(run.bad_images, 'image')} cannot be read: see bad_samples.jsonl", style="yellow"))
     if odd := {name: count for name, count in run.odd.items() if count}:
         counts = ", ".join(f"{count} of {name}.jsonl" for name, count in odd.items())
         said.append(Text(f"lines left out, which lack what a row must have: {counts}", style="yellow"))

@@ -9,10 +9,10 @@ from conftest import cli_error, small_recipe
 from torch import nn
 
 from sslkit.data.sources.image_source import open_source
-from sslkit.engine.encoders import encoders_of
 from sslkit.engine.gradient_cache import GlobalBatch, whole_batch_step
 from sslkit.engine.setup import build_method, set_up_training
-from sslkit.methods import Method
+from sslkit.methods import BatchInfo, Method
+from sslkit.parts.schedules import Progress
 
 BATCH = 8
 
@@ -28,7 +28,7 @@ def step(method: Method) -> float:
     generator = torch.Generator().manual_seed(1)
     views = [torch.randn(BATCH, 3, 32, 32, generator=generator, dtype=torch.float64) for _ in range(2)]
     torch.manual_seed(2)
-    batch = GlobalBatch(views, torch.arange(BATCH), None, lambda view: view)
+    batch = GlobalBatch(views, BatchInfo(torch.arange(BATCH)), Progress(0, 1), None, lambda view: view)
     return whole_batch_step(Accelerator(cpu=True), method, batch).loss.item()
 
 
@@ -66,7 +66,7 @@ def kept_bytes(method: Method) -> int:
 
     views = [torch.randn(32, 3, 32, 32, dtype=torch.float64) for _ in range(2)]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = method(views, torch.arange(32)).loss
+        loss = method(views, BatchInfo(torch.arange(32)), Progress(0, 1)).loss
     assert loss.requires_grad
     return sum(storages.values())
 
@@ -97,7 +97,7 @@ def test_compiling_calls_the_compiler_on_both_backbones(monkeypatch: pytest.Monk
 def test_compiled_backbones_give_the_same_numbers(model: str) -> None:
     plain = build(model)
     compiled = copy.deepcopy(plain)
-    for encoder in encoders_of(compiled):
+    for encoder in compiled.backbones():
         encoder.compile()
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     assert step(compiled) == pytest.approx(step(plain), rel=1e-9)

@@ -16,8 +16,7 @@ import datasets
 import pyarrow as pa
 from pyarrow import compute
 
-from sslkit.errors import UserError
-from sslkit.terminal import escaped
+from sslkit.errors import UserError, escaped
 
 SUFFIXES = frozenset(
     (

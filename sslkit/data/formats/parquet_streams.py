@@ -27,7 +27,7 @@ from sslkit.data.config import SourceConfig
 from sslkit.data.decode.rgb import UnreadableImage
 from sslkit.data.formats.folder_listing import printable
 from sslkit.data.formats.splits import ALL, choose, no_such_split, refuse_several
-from sslkit.errors import UserError
+from sslkit.errors import UserError, counted
 from sslkit.hub.availability import quick_hub, why_not
 
 MAX_GROUP = 2**31  # bytes of images in a row group, all of which must be held
@@ -148,8 +148,8 @@ class StreamedRows:
         """A sentence on what a worker that keeps so many row groups needs."""
         size, count = self.group_bytes / 2**20, len(self.groups)
         return (
-            f"read as a stream: {count} row groups of {len(self.files)} file(s), about {size:.3g} MiB each, of which a "
-            f"worker holds up to {min(held, count)}"
+            f"read as a stream: {counted(count, 'row group')} of {counted(len(self.files), 'file')}, "
+            f"about {size:.3g} MiB each, of which a worker holds up to {min(held, count)}"
         )
 
     def digest(self) -> str:

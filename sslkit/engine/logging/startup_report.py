@@ -27,6 +27,7 @@ def startup_messages(state: TrainingState, folder: Path) -> list[str]:
     processes = pluralize(accelerator.num_processes, "process", "processes")
     workers = pluralize(num_workers, "data worker")
     messages = [
+        *recipe.remarks,
         f"{recipe.method_name} on {recipe.backbone.name}: {trained / 1e6:.2f} M trained parameters",
         f"data {source.description}: {len(source)} images, batch {train.batch_size}, {epochs}",
         f"{processes}, {accelerator.device.type}, precision {train.precision}, {workers} each",

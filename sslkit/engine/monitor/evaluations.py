@@ -17,7 +17,7 @@ from sslkit.engine.state import TrainingState
 from sslkit.errors import UserError
 from sslkit.evaluate.protocol import bootstrap_interval, protocol_hash
 from sslkit.files.jsonl_reader import rows_of
-from sslkit.methods import Method
+from sslkit.methods import Method, Progress
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.text import format_duration
 
@@ -74,13 +74,13 @@ class RunMonitor:
         """Measure kNN, then diagnostics of a fixed sample of the data."""
         measured = self._measure_knn()
         if self.diagnostics is not None:
-            self._log_diagnostics(self.diagnostics.of_sample(self.state.method.backbone), knn_measured=measured)
+            self._log_diagnostics(self.diagnostics.of_sample(self.state.method.encoder), knn_measured=measured)
 
     def evaluate_batch(self, batch: Batch) -> None:
         """Diagnostics of the batch just trained on, if they are due."""
         step = self.state.step
         if self.diagnostics is not None and (self.diagnostics.is_due(step) or step == self.state.last_step):
-            fields = self.diagnostics.of_batch(self.state.method.backbone, batch.views)
+            fields = self.diagnostics.of_batch(self.state.method.encoder, batch.views)
             self._log_diagnostics(fields, knn_measured=False)
 
     def _measure_knn(self) -> bool:
@@ -90,7 +90,7 @@ class RunMonitor:
         epoch = step / self.state.steps_per_epoch
         show = partial(logger.log_image, "neighbours", step) if logger.logs_images else None
         try:
-            accuracy = self.knn(self.state.method.backbone, show)
+            accuracy = self.knn(self.state.method.encoder, show)
         except UserError as error:  # the same on all processes: it is about the images of all of them
             logger.log_message(f"WARNING: epoch {epoch:g}: kNN cannot be measured: {error}; the run continues")
             return False
@@ -128,8 +128,8 @@ class RunMonitor:
         state, alarms = self.state, list(fields["alarms"])  # type: ignore[call-overload]
         if knn_measured:
             alarms += self._curve_alarms(alarms)
-        if hasattr(state.method, "teacher_backbone"):
-            alarms += teacher_alarm(getattr(state.recipe.method, "momentum", None))
+        for teacher in list(state.method.teachers().values())[:1]:
+            alarms += teacher_alarm(teacher.momentum_at(Progress(0, 1)))
         epoch = round(state.step / state.steps_per_epoch, 6)
         self.logger.log_diagnostics({"step": state.step, "epoch": epoch, **fields, "alarms": alarms})
 
