@@ -134,7 +134,7 @@ class Method(nn.Module, ABC):
         heads: Names of the modules that the student's features pass before they are compared, in order.
         negatives: Where the negatives come from: the ``batch``, a ``queue``, a memory ``bank``, or ``none``.
         stops_gradient: Whether the objective stops a gradient on the student's side, as a stop-gradient beside a
-            predictor does. None: not declared.
+            predictor does.
         shardable: Whether the method works with sharded parameters (``[train] shard``).
         smallest_batch: The smallest global batch that the paper trains with well; 0 if it does not say.
         bn_groups: Number of groups of the global batch that have batch statistics of their own. 1: the whole batch
@@ -153,7 +153,7 @@ class Method(nn.Module, ABC):
     encoder_name: ClassVar[str] = "backbone"
     heads: ClassVar[tuple[str, ...]] = ()
     negatives: ClassVar[Negatives] = "none"
-    stops_gradient: ClassVar[bool | None] = None
+    stops_gradient: ClassVar[bool] = False
     shardable: ClassVar[bool] = False
     smallest_batch: ClassVar[int] = 0
     groups_across_processes: ClassVar[bool] = False
