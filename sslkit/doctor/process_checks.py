@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sslkit.data.augment.cpu import ViewPipeline, normalise
 from sslkit.data.augment.gpu import finish_on
-from sslkit.data.loading.loader import Batch, GlobalBatches, make_loader
+from sslkit.data.batch import Batch
+from sslkit.data.loading.loader import GlobalBatches, make_loader
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.distributed.collectives import gather_rows, world_size
 from sslkit.doctor.findings import Finding, fault, first_line, judge, not_applicable

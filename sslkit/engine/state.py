@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
-from sslkit.data.loading.loader import Batch
+from sslkit.data.batch import Batch
 from sslkit.data.order.mixture import Mixture
 from sslkit.data.order.stream_order import Lanes
 from sslkit.engine.monitor.diagnostics import Diagnostics
