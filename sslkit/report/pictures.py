@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sslkit.data.augment.cpu import ViewPipeline
-from sslkit.data.augment.policies import LARGE_VIEWS
+from sslkit.data.augment.views_config import NUM_GLOBAL_VIEWS
 from sslkit.data.decode.channels import as_picture
 from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.sources.image_source import open_source
@@ -80,15 +80,15 @@ def _draw_views(recipe: Recipe, file: Path) -> Path:
     source = open_source(recipe.data).without_labels()
     pipeline = ViewPipeline(recipe.views, recipe.train.seed)
     samples = np.linspace(0, len(source) - 1, min(NUM_IMAGES, len(source)), dtype=int)
-    columns = 1 + REPEATS * LARGE_VIEWS
+    columns = 1 + REPEATS * NUM_GLOBAL_VIEWS
     figure, axes = plt.subplots(len(samples), columns, figsize=(columns * 1.3, len(samples) * 1.3), squeeze=False)
     for row, sample in zip(axes, samples, strict=True):
         image = read_or_replace(source, recipe.train.seed, epoch=0, sample=int(sample)).pixels
-        views = [view for epoch in range(REPEATS) for view in pipeline(image, epoch, int(sample))[:LARGE_VIEWS]]
+        views = [view for epoch in range(REPEATS) for view in pipeline(image, epoch, int(sample))[:NUM_GLOBAL_VIEWS]]
         for axis, picture in zip(row, [image, *views], strict=True):
             axis.imshow(as_picture(picture))
             axis.set_axis_off()
-    names = [f"view {view + 1}, epoch {epoch + 1}" for epoch in range(REPEATS) for view in range(LARGE_VIEWS)]
+    names = [f"view {view + 1}, epoch {epoch + 1}" for epoch in range(REPEATS) for view in range(NUM_GLOBAL_VIEWS)]
     for axis, name in zip(axes[0], ["image", *names], strict=True):
         axis.set_title(name, fontsize=7)
     figure.tight_layout(pad=0.4)
