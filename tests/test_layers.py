@@ -9,7 +9,7 @@ import sslkit
 ROOT = Path(sslkit.__file__).parent
 LAYERS = {
     "errors": 0,
-    "durations": 0,
+    "text": 0,
     "terminal": 1,
     "files": 2,
     "hub": 2,

@@ -31,7 +31,7 @@ def report(
         from sslkit.report import draw_run, read_runs, summarise, write_report
 
     if len(runs) > 1 and not output:
-        raise UserError("several runs: name the page to write with --output FILE.html")
+        raise UserError("--output: needed for several runs; give the HTML file to write, such as --output report.html")
     records = read_runs([Path(run) for run in runs])
     summaries = [summarise(record) for record in records]
     file = Path(output) if output else records[0].folder / "report.html"
@@ -80,5 +80,5 @@ def _print_summaries(summaries: list["Summary"]) -> None:
     console.print(table)
     for alarm in (alarm for its in summaries for alarm in its.alarms):
         when = f"epoch {alarm.first:.3g}" + (f" to {alarm.last:.3g}" if alarm.last > alarm.first else "")
-        colour = "bold red" if alarm.standing else "yellow"
-        show(f"alarm, {alarm.run}, {when}: {alarm.sentence}", colour)
+        colour = "bold red" if alarm.active else "yellow"
+        show(f"alarm, {alarm.run}, {when}: {alarm.message}", colour)

@@ -12,10 +12,10 @@ from sslkit.data.sources.image_source import ImageSource
 from sslkit.doctor.diagnosed_setup import Observation, Patient, processes_of
 from sslkit.doctor.findings import Finding, ok, warning
 from sslkit.doctor.machine_checks import GIB, has_bf16, memory_of_device, training_device
-from sslkit.durations import duration
 from sslkit.engine.accelerator import processes_here
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.recipe.resolve import Recipe
+from sslkit.text import format_duration
 
 MEMORY, LOADING, THREADS, PRECISION, SLICES = "memory", "data loading", "threads", "precision", "slices"
 
@@ -53,7 +53,7 @@ def _gib(size: float) -> str:
 
 
 def _span(seconds: float) -> str:
-    return f"{seconds:.2g} s" if seconds < 100 else duration(seconds)
+    return f"{seconds:.2g} s" if seconds < 100 else format_duration(seconds)
 
 
 def _state_bytes(patient: Patient) -> tuple[int, int]:
@@ -107,7 +107,7 @@ def judge_speed(recipe: Recipe, computing: float, loading: float, images: int) -
     steps = train.epochs * (images // train.batch_size)
     said = (
         f"a step of {local} images takes about {_span(compute)} to compute and {_span(load)} to load with {workers} "
-        f"worker(s); {steps} steps are about {duration(step * steps)} on this machine"
+        f"worker(s); {steps} steps are about {format_duration(step * steps)} on this machine"
     )
     if load > compute:
         return warning(

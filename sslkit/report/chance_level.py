@@ -1,4 +1,4 @@
-"""Where a run's loss starts and what it starts with: its level at chance, and how long its queue takes to fill."""
+"""The loss of a run at chance, and the number of steps until its queue is full."""
 
 import math
 
@@ -11,26 +11,26 @@ from sslkit.recipe.resolve import Recipe
 
 
 def chance_of(recipe: Recipe, num_images: int) -> tuple[float, str] | None:
-    """The loss on embeddings that know nothing of each other and its formula, or None where it is not known.
+    """The loss on random embeddings and its formula; None if the method does not know it.
 
-    Directions that a method adds up are added up here too. No weight is allocated.
+    If the method sums the losses of several directions, so does this. No weights are allocated.
 
     Args:
-        recipe: Whose method, options and batch.
-        num_images: Images of the data: the rows of a memory bank.
+        recipe: Gives the method, its options and the batch size.
+        num_images: Number of images of the data: the size of a memory bank.
     """
     with torch.device("meta"):
-        # The level depends on the embeddings' width, not on the features': any backbone does.
+        # The loss at chance depends on the width of the embeddings, not of the features: any backbone will do.
         method = find_method(recipe.method_name)(nn.Identity(), 8, recipe.method)
         method.meet_data(num_images)
     return chance_level(method, recipe.train.batch_size)
 
 
 def queue_full_at(recipe: Recipe) -> int:
-    """Updates until a queue holds keys of the teacher only, and none of its first random ones; 0 without a queue.
+    """Steps until the queue has no more of its initial random keys; 0 without a queue.
 
-    Known for MoCo's queue, to which each update pushes the batch's keys, of both views if the loss is symmetric. SwAV's
-    opens in mid-training.
+    This is for MoCo's queue: each step adds the keys of the batch, of both views if the loss is symmetric. SwAV's queue
+    starts later in training.
     """
     size = getattr(recipe.method, "queue_size", 0)
     if not size or hasattr(recipe.method, "queue_start_epoch"):

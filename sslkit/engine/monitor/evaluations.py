@@ -7,7 +7,6 @@ import torch
 
 from sslkit.data.loading.loader import Batch
 from sslkit.distributed.collectives import max_over_processes
-from sslkit.durations import duration
 from sslkit.engine.logging.logger import Journal, kind_of
 from sslkit.engine.logging.throughput import StepClock
 from sslkit.engine.monitor.alarms import dip_alarm, leak_alarm, read_curve, teacher_alarm
@@ -18,6 +17,7 @@ from sslkit.evaluate.protocol import bootstrap_interval, protocol_hash
 from sslkit.files.jsonl_reader import rows_of
 from sslkit.methods import Method
 from sslkit.parts.batchnorm import has_batch_norm
+from sslkit.text import format_duration
 
 
 def report(
@@ -37,7 +37,8 @@ def report(
     shown = "  ".join(f"{name} {value:.4g}" for name, value in fields.items())
     epochs = training.recipe.train.epochs
     journal.show(
-        f"epoch {epoch:.2f}/{epochs}  {shown}  {rate:.0f} img/s  waiting for data {waiting:.0%}  ETA {duration(left)}"
+        f"epoch {epoch:.2f}/{epochs}  {shown}  {rate:.0f} img/s  waiting for data {waiting:.0%}  "
+        f"ETA {format_duration(left)}"
     )
 
 
@@ -107,7 +108,7 @@ def measure_knn(training: Training, journal: Journal, done: int) -> bool:
             }
         )
     without = f", without {left_out} images that cannot be read" if left_out else ""
-    journal.say(f"epoch {epoch:g}: kNN {accuracy:.2%}{without} ({duration(time.monotonic() - started)})")
+    journal.say(f"epoch {epoch:g}: kNN {accuracy:.2%}{without} ({format_duration(time.monotonic() - started)})")
     return not journal.results.owed
 
 

@@ -10,7 +10,7 @@ from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.sources.image_source import open_source
 from sslkit.doctor.image_checks import advise_on_views, look_at
 from sslkit.recipe.resolve import Recipe
-from sslkit.report.thumbnails import data_uri
+from sslkit.report.gallery.thumbnails import data_uri
 
 NUM_IMAGES, NUM_DRAWS, SIDE = 8, 3, 144
 SAMPLERS = {
