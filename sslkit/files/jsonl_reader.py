@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sslkit.errors import UserError
-from sslkit.terminal import say
+from sslkit.terminal import print_message
 
 Row = dict[str, Any]
 Check = Callable[[Any], bool]
@@ -294,4 +294,4 @@ def _warn_once(message: str) -> None:
     if message not in _printed_warnings:
         _printed_warnings.add(message)
         with suppress(OSError):  # standard error may be a file on a full disk
-            say(message)
+            print_message(message)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sslkit.errors import UserError, check_path
 from sslkit.files.jsonl_reader import Row, open_regular, rows_of
-from sslkit.terminal import printed
+from sslkit.terminal import sanitize
 
 RECIPE, LOCK, STOP_MARKER = "recipe.toml", ".lock", "PREEMPTED"
 GROWING_FILES = ("metrics.jsonl", "results.jsonl", "diagnostics.jsonl", "checkpoints/latest", LOCK)
@@ -93,7 +93,7 @@ class RunReader:
             with open_regular(self.folder / LOCK) as descriptor:
                 with suppress(ValueError, KeyError, TypeError, RecursionError):
                     entry = json.loads(os.pread(descriptor, MAX_TEXT, 0))
-                    holder = f"process {int(entry['pid'])} on {printed(str(entry['host'])[:100])}"
+                    holder = f"process {int(entry['pid'])} on {sanitize(str(entry['host'])[:100])}"
                 return _is_locked(descriptor), holder
         except FileNotFoundError:
             return False, ""
@@ -105,7 +105,7 @@ class RunReader:
             text = read_regular(self.folder / name, MAX_TEXT).decode(errors="replace")
         except OSError:
             return ""
-        return printed(text.strip().partition("\n")[0])
+        return sanitize(text.strip().partition("\n")[0])
 
 
 def read_regular(file: Path, max_bytes: int) -> bytes:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sslkit.files.jsonl_reader import number
-from sslkit.terminal import printed
+from sslkit.terminal import sanitize
 from sslkit.text import format_duration, pluralize
 from sslkit.watch.terminal_curve import ASCII_BARS, BARS, Curve, sparkline
 from sslkit.watch.watched_run import DIAGNOSTICS, KNN, WatchedRun
@@ -39,7 +39,7 @@ class Page:
 
 def _title(run: WatchedRun) -> Text:
     state = run.state
-    title = Text(printed(str(run.folder)), style="bold")
+    title = Text(sanitize(str(run.folder)), style="bold")
     if run.title:
         title.append(f"  {run.title}", style="not bold")
     title.append(f"\n{state.name}: ", style=COLOURS.get(state.name, "cyan"))
@@ -70,7 +70,7 @@ def _remarks(run: WatchedRun) -> list[Text]:
     if past := [kind for kind in run.past_alarms if kind not in active]:
         remarks.append(Text(f"alarms that are no longer active: {', '.join(past[:MAX_ALARMS])}", style="yellow"))
     if not_finite := [name for name, curve in run.metrics.items() if curve.newest is None]:
-        remarks.append(Text(f"not finite in the newest line: {printed(', '.join(not_finite))}", style="bold red"))
+        remarks.append(Text(f"not finite in the newest line: {sanitize(', '.join(not_finite))}", style="bold red"))
     if run.skipped:
         remarks.append(Text(f"{pluralize(run.skipped, 'step')} with non-finite numbers skipped", style="yellow"))
     if run.bad_images:
@@ -100,7 +100,7 @@ def _curves(rows: list[tuple[str, Curve]], width: int, bars: str) -> Table:
         if curve.means and with_range:
             shown_range = f"{_format(name, curve.lowest)} to {_format(name, curve.highest)}"
         line = sparkline(curve.points(min(max(curve_width, 1), MAX_CURVE_WIDTH)), bars)
-        table.add_row(Text(printed(name)), Text(_format(name, curve.newest)), Text(line), Text(shown_range, "dim"))
+        table.add_row(Text(sanitize(name)), Text(_format(name, curve.newest)), Text(line), Text(shown_range, "dim"))
     return table
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from sslkit.errors import UserError
 from sslkit.files.jsonl_reader import LogFollower, Row, number
 from sslkit.files.run_reader import LOCK, RECIPE, RunReader, read_regular
-from sslkit.terminal import printed
+from sslkit.terminal import sanitize
 from sslkit.watch.run_state import State, state_of
 from sslkit.watch.terminal_curve import Curve
 
@@ -81,7 +81,7 @@ class WatchedRun:
     def title(self) -> str:
         """Method and backbone; empty if unknown."""
         names = (self._table("method").get("name"), self._table("backbone").get("name"))
-        return printed("{} on {}".format(*names)) if all(names) else ""
+        return sanitize("{} on {}".format(*names)) if all(names) else ""
 
     @property
     def epochs(self) -> float:
@@ -181,14 +181,14 @@ class WatchedRun:
         if row.get("by") == "monitor":
             self.knn.add(accuracy)
         else:
-            name = printed(str(row.get("evaluation", "score"))[:60])
+            name = sanitize(str(row.get("evaluation", "score"))[:60])
             self.scores.append(f"{name}: {accuracy:.2%} at step {int(row['step'])}")
 
     def _add_diagnosis(self, row: Row) -> None:
         for name in DIAGNOSTICS:
             if name in row:
                 self.diagnostics.setdefault(name, Curve()).add(row[name])
-        self.alarms = [printed(alarm[:500]) for alarm in row.get("alarms", [])]
+        self.alarms = [sanitize(alarm[:500]) for alarm in row.get("alarms", [])]
         for alarm in self.alarms:
             if len(self.past_alarms) < MAX_CURVES:
                 self.past_alarms[alarm.partition(":")[0]] = None

@@ -10,7 +10,7 @@ from conftest import small_recipe
 
 import sslkit
 from sslkit.cli import main
-from sslkit.cli.eval_commands import _judged
+from sslkit.cli.eval_commands import _scores_of
 from sslkit.engine.checkpoint.retention import monitor_scores
 from sslkit.engine.logging.logger import Journal
 from sslkit.engine.monitor.alarms import find_spikes, read_curve
@@ -106,7 +106,7 @@ def look(run: Path) -> Any:
         [panel.figure for panel in [*training_panels([record]), accuracy_panel([record])]],
         [panel.figure for panel in [gradient_panel(record, "x"), *collapse_panels([record])]],
         (score_rows([record]), summarise(record), alarms_of(record), said),
-        (newest_scores(run), _judged(run), monitor_scores(run / "results.jsonl", "knn")),
+        (newest_scores(run), _scores_of(run), monitor_scores(run / "results.jsonl", "knn")),
         (read_curve(record.metrics, record.results), find_spikes(record.metrics)),
         (watched.step, watched.epoch, watched.knn.means, list(watched.scores), watched.alarms, set(watched.metrics)),
     )

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sslkit.errors import UserError
-from sslkit.terminal import say
+from sslkit.terminal import print_message
 
 SHARD = 16384
 MERGED = "features.safetensors"
@@ -207,7 +207,7 @@ class _Extraction:
         )
         with suppress(OSError):  # standard error may be a file on the same disk
             if not self.said:
-                say(f"WARNING: {sentence} evaluation extracts them again")
+                print_message(f"WARNING: {sentence} evaluation extracts them again")
         self.said = True
 
     def _tidy(self, entry: Path) -> None:
