@@ -106,7 +106,7 @@ def _print_thread_traceback(failed: threading.ExceptHookArgs) -> None:
 
 
 def _fail(messages: list[str], code: int) -> NoReturn:
-    """Print messages and exit. If several processes of a launcher have the same messages, only the first prints them."""
+    """Print messages and exit. If several processes of a launcher have the same messages, the first prints them."""
     text = "\n".join(f"sslkit: {message}" for message in messages if message)
     if text:
         leave_for_launcher(text)

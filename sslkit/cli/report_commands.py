@@ -22,6 +22,9 @@ def report(
         str,
         typer.Option(help="Images for the galleries. Default: the monitor's data, else the training images."),
     ] = "",
+    split: Annotated[
+        str, typer.Option(help="Split of --data; all: all images, whatever the names of the folders. Default: train.")
+    ] = "",
     gallery: Annotated[bool, typer.Option(help="Show images; needs features of up to 2000 images.")] = True,
 ) -> None:
     """Write an HTML report about one run, or several runs side by side. The file works offline.
@@ -33,10 +36,12 @@ def report(
 
     if len(runs) > 1 and not output:
         raise UserError("--output: needed for several runs; give the HTML file to write, such as --output report.html")
+    if split and not data:
+        raise UserError("--split: is the split of --data; give --data DIR too, or remove --split")
     records = read_runs([Path(run) for run in runs])
     summaries = [summarise(record) for record in records]
     file = Path(output) if output else records[0].folder / "report.html"
-    write_report(records, summaries, file, galleries=gallery, data=data)
+    write_report(records, summaries, file, galleries=gallery, data=data, split=split or "train")
     written = [file]
     try:
         written += draw_run(records[0].folder) if len(records) == 1 else []

@@ -9,6 +9,7 @@ from sslkit.engine.setup import build_method
 from sslkit.errors import UserError
 from sslkit.parts.backbone import check_backbone_size
 from sslkit.recipe.resolve import load_recipe
+from sslkit.text import pluralize
 
 
 def first_projector_layers(run: Path, count: int) -> nn.Sequential:
@@ -37,8 +38,8 @@ def first_projector_layers(run: Path, count: int) -> nn.Sequential:
     linear = [place for place, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
     if not 0 < count < len(linear):
         raise UserError(
-            f"--head-layers {count}: the projector of {run} has {len(linear)} linear layer(s), and the last is "
-            "never kept"
+            f"--head-layers {count}: the projector of {run} has {pluralize(len(linear), 'linear layer')}, and the last "
+            "is never kept"
         )
     own = "projector."
     weights = {key.removeprefix(own): value for key, value in checkpoint.model.items() if key.startswith(own)}

@@ -57,6 +57,7 @@ from sslkit.methods.base import local_bn_groups
 from sslkit.parts.backbone import create_backbone, feature_dim, recompute_activations
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.recipe.resolve import Recipe, changes
+from sslkit.text import pluralize
 
 
 def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
@@ -194,7 +195,9 @@ def _go_back(training: Training, source: ImageSource, journal: Journal, why: str
     """The same training as at its newest rewind point, with another order of the images from there."""
     config, course = training.recipe.guard, training.course
     if course.rewinds >= config.max_rewinds:
-        raise BadStepError(f"{why}; went back {course.rewinds} time(s) before, [guard] max_rewinds allows no more")
+        raise BadStepError(
+            f"{why}; went back {pluralize(course.rewinds, 'time')} before, [guard] max_rewinds allows no more"
+        )
     checkpoint = rewind_checkpoint(training.folder, course)
     if checkpoint is not None:
         check_own(checkpoint, training.folder, training.recipe)

@@ -279,10 +279,10 @@ def _find_problem(kind: str, row: Row) -> str:
         if key not in row:
             return f"has no {key}"
         if not is_valid(row[key]):
-            return f"has an invalid {key}: {_shorten(row[key])}"
+            return f"has {_shorten(row[key])} as {key}"
     for key, is_valid in OPTIONAL.get(kind, {}).items():
         if key in row and not is_valid(row[key]):
-            return f"has an invalid {key}: {_shorten(row[key])}"
+            return f"has {_shorten(row[key])} as {key}"
     return ""
 
 

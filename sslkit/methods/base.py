@@ -251,7 +251,10 @@ def view_mistake(name: str, method: type[Method], role: str, made: int) -> str:
     if made >= fewest and (most is None or made <= most):
         return ""
     if most == 0:
-        return f"{name} takes no {role} views; set it to 0"
+        way_out = "set it to 0"
+        if role == "local" and method.views is Method.views and not method.__module__.startswith("sslkit."):
+            way_out += f'. If it takes them, declare views = {{"global": 2, "local": (0, None)}} in {method.__name__}'
+        return f"{name} takes no {role} views; {way_out}"
     if most is None:
         return f"{name} takes {fewest} or more {role} views; set it to {fewest}"
     wanted = f"{fewest}" if fewest == most else f"{fewest} to {most}"

@@ -13,7 +13,7 @@ import timm
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from sslkit.data.augment.policies import LARGE_VIEWS, POLICIES, ViewsConfig, fill_policy
+from sslkit.data.augment.policies import LARGE_VIEWS, POLICIES, ViewsConfig, fill_later_keys, fill_policy
 from sslkit.data.config import MixConfig
 from sslkit.data.decode.background import KEEP
 from sslkit.data.sources.image_source import DataConfig
@@ -21,7 +21,7 @@ from sslkit.errors import UserError, check_path, near_miss, path_problem
 from sslkit.methods import MethodOptions, canonical_name, find_method
 from sslkit.methods.base import view_mistake
 from sslkit.parts.backbone import BackboneSpec, check_name, takes_image_size
-from sslkit.recipe.paper_defaults import numbers_of_another_run, paper_defaults
+from sslkit.recipe.paper_defaults import numbers_of_another_run, origin_of_views, paper_defaults
 from sslkit.recipe.schema import (
     MAX_RECIPE_BYTES,
     TABLES,
@@ -94,6 +94,9 @@ class Recipe:
 def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe from a file, or a shipped one by name, and resolve it.
 
+    The ``recipe.toml`` of a run folder keeps the views that the run made, also where it is older than keys of
+    ``[views]``. In any other recipe the policy fills them in.
+
     Args:
         source: Path of a TOML file, or a name such as ``"mocov3_vits"``.
         overrides: ``"table.key=value"`` strings, values in TOML (bare words are taken as strings).
@@ -101,7 +104,9 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     Raises:
         UserError: One sentence for each mistake: file, table, key, what is wrong, the near miss.
     """
-    return build_recipe(read_tables(find_recipe(source)), overrides, name=str(source))
+    file = find_recipe(source)
+    tables = read_tables(file)
+    return build_recipe(_with_views_saved(tables) if is_of_run(file) else tables, overrides, name=str(source))
 
 
 def read_tables(file: Path) -> dict[str, Any]:
@@ -139,8 +144,18 @@ def as_saved(tables: dict[str, Any]) -> dict[str, Any]:
 
     A run saves every key, so that one which is not there is newer.
     """
-    data = tables.get("data")
+    data, tables = tables.get("data"), _with_views_saved(tables)
     return {**tables, "data": {"background": KEEP, **data}} if isinstance(data, dict) else tables
+
+
+def _with_views_saved(tables: dict[str, Any]) -> dict[str, Any]:
+    views = tables.get("views")
+    return {**tables, "views": fill_later_keys(views)} if isinstance(views, dict) else tables
+
+
+def is_of_run(file: Path) -> bool:
+    """Whether a recipe is the one that a run saved in its folder, which has ``checkpoints`` from its start on."""
+    return file.name == "recipe.toml" and (file.parent / "checkpoints").is_dir()
 
 
 def build_recipe(tables: dict[str, Any], overrides: list[str] | None = None, name: str = "recipe") -> Recipe:
@@ -166,7 +181,8 @@ def build_recipe(tables: dict[str, Any], overrides: list[str] | None = None, nam
     if mistakes:
         raise _refusal(name, mistakes)
     of_batch = method.remark_on_batch(parsed["method"], parsed["train"].batch_size)
-    remarks = (*numbers_of_another_run(method, tables, parsed), *filter(None, [of_batch]))
+    others = [of_batch, origin_of_views(tables.get("views", {}), parsed["views"])]
+    remarks = (*numbers_of_another_run(method, tables, parsed), *filter(None, others))
     recipe = Recipe(method_name=method_name, **parsed, reference=tables.get("reference", {}), remarks=remarks)
     if mistakes := _contradictions(recipe):
         raise _refusal(name, mistakes)

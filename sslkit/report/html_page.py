@@ -32,7 +32,13 @@ SECTIONS = (
 
 
 def write_report(
-    runs: Sequence[RunRecord], summaries: Sequence[Summary], file: Path, *, galleries: bool = True, data: str = ""
+    runs: Sequence[RunRecord],
+    summaries: Sequence[Summary],
+    file: Path,
+    *,
+    galleries: bool = True,
+    data: str = "",
+    split: str = "train",
 ) -> None:
     """Write the report of one or several runs as one HTML file.
 
@@ -42,6 +48,7 @@ def write_report(
         file: HTML file to write.
         galleries: Whether to show images, which needs the encoders and data of the runs.
         data: Images to find neighbours in. Default: those of the monitor, or the training images.
+        split: Split of ``data``.
 
     Raises:
         UserError: ``data`` cannot be read, or ``file`` cannot be written.
@@ -63,7 +70,7 @@ def write_report(
         scores=scores,
         has_intervals=any(row["interval"] for row in scores),
         health=[gradient_panel(run, title) for run, title in zip(runs, titles, strict=True)] + collapse_panels(runs),
-        galleries=[draw_gallery(run, data) for run in runs] if galleries else [],
+        galleries=[draw_gallery(run, data, split) for run in runs] if galleries else [],
         differences=differences(list(runs)),
         plotly=Markup(get_plotlyjs()),
     )

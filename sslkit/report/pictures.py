@@ -82,7 +82,7 @@ def _write(file: Path, encoded: io.BytesIO) -> Path:
     """Write a picture atomically."""
     try:
         file.parent.mkdir(exist_ok=True)
-        replace_file(file, [encoded.getbuffer()])
+        replace_file(file, [encoded.getbuffer()], shared=True)
     except OSError as error:
         raise UserError(f"{file}: cannot be written: {error.strerror or error}") from error
     return file

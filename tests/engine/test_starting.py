@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ def changed(recipe: Recipe, **tables: dict[str, Any]) -> Recipe:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_recipes_remarks_are_said(images: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sslkit.train(replace(small_run(images), remarks=("these numbers are of another run",)), run)
+    assert "these numbers are of another run\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("how", ["kill", "full"])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import small_recipe
+from conftest import cli_error, small_recipe
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.decomposition import PCA
@@ -61,6 +61,19 @@ def test_samples_are_few_labelled_and_fall_back_to_no_labels(sample: GalleryImag
         file.unlink()
     with pytest.raises(UserError, match="need at least 3 images, found 2"):
         choose_images(small_recipe(), str(tmp_path))
+
+
+def test_a_sample_is_of_the_split_that_is_asked_for(tmp_path: Path) -> None:
+    for name, count in (("train", 4), ("test", 6)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{number}.png")
+    sizes = []
+    for split in ("train", "test", "all"):
+        sample = choose_images(small_recipe(), str(tmp_path), split)
+        sizes.append(len(sample.bank) + len(sample.queries))
+    assert sizes == [4, 6, 10]
+    assert cli_error(["report", "x", "--split", "all"]).startswith("sslkit: --split: is the split of --data")
 
 
 def test_neighbours_are_the_nearest_and_marks_are_labels(sample: GalleryImages) -> None:

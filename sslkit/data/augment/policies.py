@@ -238,11 +238,20 @@ class ViewsConfig(BaseModel):
 
 
 def fill_policy(views: dict[str, Any]) -> dict[str, Any]:
-    """A ``[views]`` table with what it does not give taken from its policy, which must be a known one.
-
-    A table that states everything but `LATER_KEYS` is a run's, resolved before they existed. It keeps the views it had
-    then: those of `ViewsConfig`'s defaults.
-    """
-    if ViewsConfig.model_fields.keys() - LATER_KEYS <= views.keys():
-        return views
+    """A ``[views]`` table with what it does not give taken from its policy, which must be a known one."""
     return {**POLICIES[views["policy"]], **views}
+
+
+def fill_later_keys(views: dict[str, Any]) -> dict[str, Any]:
+    """The ``[views]`` table that a run saved, with `LATER_KEYS` if it is older than they are.
+
+    Such a table states every other key. The run made the views of `ViewsConfig`'s defaults.
+    """
+    if not states_all_others(views):
+        return views
+    return {**{key: ViewsConfig.model_fields[key].default for key in LATER_KEYS}, **views}
+
+
+def states_all_others(views: dict[str, Any]) -> bool:
+    """Whether a ``[views]`` table states every key but `LATER_KEYS`, as recipes resolved before them do."""
+    return ViewsConfig.model_fields.keys() - LATER_KEYS <= views.keys()

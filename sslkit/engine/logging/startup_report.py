@@ -8,6 +8,7 @@ from sslkit.distributed.sharding import held_here
 from sslkit.engine.accelerator import workers_of
 from sslkit.engine.state import Training
 from sslkit.parts.batchnorm import has_batch_norm
+from sslkit.text import pluralize
 
 
 def opening_lines(training: Training, source: ImageSource) -> list[str]:
@@ -16,10 +17,11 @@ def opening_lines(training: Training, source: ImageSource) -> list[str]:
     trained = sum(param.numel() for param in training.method.parameters() if param.requires_grad)
     train = recipe.train
     lines = [
+        *recipe.remarks,
         f"{recipe.method_name} on {recipe.backbone.name}: {trained / 1e6:.2f} M trained parameters",
         f"data {source.description}: {len(source)} images, batch {train.batch_size}, {train.epochs} epochs",
-        f"{accelerator.num_processes} process(es), {accelerator.device.type}, precision {train.precision}, "
-        f"{workers_of(recipe, accelerator)} data worker(s) each",
+        f"{pluralize(accelerator.num_processes, 'process', 'processes')}, {accelerator.device.type}, "
+        f"precision {train.precision}, {pluralize(workers_of(recipe, accelerator), 'data worker')} each",
         f"learning rate: base {recipe.optim.lr:g}, rule {recipe.optim.lr_rule} x batch / 256, peak {recipe.peak_lr:g}",
     ]
     if accelerator.is_main_process and source.channels is None:

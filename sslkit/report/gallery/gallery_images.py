@@ -37,8 +37,8 @@ class GalleryImages:
     description: str
 
 
-def choose_images(recipe: Recipe, data: str = "") -> GalleryImages:
-    """Choose random images of ``data``, or of the monitor's labelled data, or of the training data, with a fixed seed.
+def choose_images(recipe: Recipe, data: str = "", split: str = "train") -> GalleryImages:
+    """Choose random images, with a fixed seed: of ``data``, or the monitor's labelled data, or the training data.
 
     Data without labels, or with one class only, gives images without labels.
 
@@ -47,7 +47,7 @@ def choose_images(recipe: Recipe, data: str = "") -> GalleryImages:
     """
     read_as = {"channels": recipe.data.channels, "background": recipe.data.background}
     if data:
-        config = DataConfig.model_validate({"path": data, **read_as})
+        config = DataConfig.model_validate({"path": data, "split": split, **read_as})
     elif recipe.monitor.data:
         config = recipe.monitor.source().model_copy(update=read_as)
     else:

@@ -40,12 +40,13 @@ class RunGallery:
     views_absent: str = ""
 
 
-def draw_gallery(run: RunRecord, data: str = "") -> RunGallery:
+def draw_gallery(run: RunRecord, data: str = "", split: str = "train") -> RunGallery:
     """Draw all images of a run that its encoder and data allow.
 
     Args:
         run: The run.
         data: Images to find neighbours in. Default: those of the monitor, or the training images.
+        split: Split of ``data``.
 
     Raises:
         UserError: ``data`` is given and cannot be read. If the data of the recipe cannot be read, the gallery says so.
@@ -58,7 +59,7 @@ def draw_gallery(run: RunRecord, data: str = "") -> RunGallery:
     encoder: Encoder | None = None
     try:
         encoder = load_encoder(str(run.folder))
-        images = choose_images(run.recipe, data)
+        images = choose_images(run.recipe, data, split)
     except UserError as error:
         if data and encoder is not None:
             raise
