@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from sslkit.cli.options import Backbone, Images, MethodName, Overrides, RecipeName, recipe_from_options
+from sslkit.cli.options import RecipeOptions, expand_options
 from sslkit.cli.output import AsJson, console
 from sslkit.cli.startup import fast_imports
 from sslkit.terminal import PlainTable, print_json, print_line, print_message
@@ -20,12 +20,9 @@ FAULT_FOUND = 2  # exit code
 BAR_WIDTH = 24  # characters
 
 
+@expand_options
 def doctor(
-    recipe: RecipeName = "",
-    overrides: Overrides = None,
-    method: MethodName = "",
-    backbone: Backbone = "",
-    data: Images = "",
+    recipe: RecipeOptions,
     as_json: AsJson = False,
 ) -> None:
     """Check a recipe with its own data. Without a recipe, report the devices and memory of this machine.
@@ -35,8 +32,8 @@ def doctor(
     with fast_imports():
         from sslkit.doctor import Report, examine, examine_machine
 
-    if recipe or overrides or method or backbone or data:
-        loaded = recipe_from_options(recipe, overrides or [], method, backbone, data)
+    if recipe != RecipeOptions():
+        loaded = recipe.load()
         examined = examine(loaded, lambda stage: print_message(f"{stage} ..."))
     else:
         examined = Report(examine_machine())
@@ -62,12 +59,9 @@ def print_findings(report: "Report", as_json: bool) -> None:
     print_line(f"{pluralize(counts['fault'], 'fault')}, {pluralize(counts['warning'], 'warning')}, {counts['ok']} ok")
 
 
+@expand_options
 def bench(
-    recipe: RecipeName = "",
-    overrides: Overrides = None,
-    method: MethodName = "",
-    backbone: Backbone = "",
-    data: Images = "",
+    recipe: RecipeOptions,
     seconds: Annotated[float, typer.Option(min=1.0, max=3600.0, help="Approximate duration in seconds.")] = 20.0,
     as_json: AsJson = False,
 ) -> None:
@@ -78,7 +72,7 @@ def bench(
     with fast_imports():
         from sslkit.profiling import changes_that_help, profile
 
-    loaded = recipe_from_options(recipe, overrides or [], method, backbone, data)
+    loaded = recipe.load()
     measured = profile(loaded, seconds)
     changes = changes_that_help(measured, loaded)
     if measured.process:

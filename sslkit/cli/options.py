@@ -24,9 +24,6 @@ RecipeName = Annotated[str, typer.Argument(help="TOML file, or the name of a rec
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a recipe value; repeatable.")
 ]
-MethodName = Annotated[str, typer.Option(help="Method, such as moco_v2; see sslkit methods.")]
-Backbone = Annotated[str, typer.Option(help="timm name, such as resnet18.")]
-Images = Annotated[str, typer.Option(help="Folder of images, datasets id, or builtin:NAME.")]
 Model = Annotated[str, typer.Argument(help="Run folder, exported folder, hf_hub:user/repo, or timm name.")]
 Layer = Annotated[
     str,
@@ -55,6 +52,40 @@ Background = Annotated[
 DataBackground = Annotated[str, typer.Option(help="Colour behind transparent pixels, or keep, which ignores alpha.")]
 DataName = Annotated[str, typer.Option(help="Configuration of the dataset, if it has several.")]
 Scratch = Annotated[bool, typer.Option(help="Also train the architecture from random weights.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeOptions:
+    """A recipe: a file or name, or method, backbone and data, or both; the options override the recipe."""
+
+    recipe: RecipeName = ""
+    overrides: Overrides = None
+    method: Annotated[str, typer.Option(help="Method, such as moco_v2; see sslkit methods.")] = ""
+    backbone: Annotated[str, typer.Option(help="timm name, such as resnet18.")] = ""
+    data: Annotated[str, typer.Option(help="Folder of images, datasets id, or builtin:NAME.")] = ""
+
+    def load(self) -> "Recipe":
+        """Load the recipe.
+
+        Raises:
+            UserError: No complete recipe is given, or it is not valid.
+        """
+        from sslkit.recipe.resolve import build_recipe, load_recipe
+
+        given = {"method.name": self.method, "backbone.name": self.backbone, "data.path": self.data}
+        overrides = self.overrides or []
+        if self.recipe:
+            options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value]
+            return load_recipe(self.recipe, options + overrides)
+        if missing := [f"--{key.partition('.')[0]}" for key, value in given.items() if not value]:
+            example = "--method moco_v3 --backbone resnet18 --data photos"
+            raise UserError(f"give a recipe, or all of {example}; missing: {', '.join(missing)}")
+        tables = {"method": {"name": self.method}, "backbone": {"name": self.backbone}, "data": {"path": self.data}}
+        return build_recipe(tables, overrides, name="command line")
+
+    def name(self, loaded: "Recipe") -> str:
+        """Default name of a run or page: that of the recipe file, or of method and backbone."""
+        return Path(self.recipe).stem if self.recipe else f"{loaded.method_name}_{loaded.backbone.name}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,26 +212,3 @@ def parse_numbers(option: str, text: str, kind: Callable[[str], Number]) -> list
 def replace_nonzero(protocol: Any, **given: Any) -> Any:
     """A copy of a dataclass with the given values. A value of 0 keeps the protocol's own."""
     return dataclasses.replace(protocol, **{name: value for name, value in given.items() if value})
-
-
-def recipe_from_options(recipe: str, overrides: list[str], method: str, backbone: str, data: str) -> "Recipe":
-    """Load the recipe of a command: a file or name, or --method, --backbone and --data, or both.
-
-    Raises:
-        UserError: Neither is complete, or the recipe is not valid.
-    """
-    from sslkit.recipe.resolve import build_recipe, load_recipe
-
-    given = {"method.name": method, "backbone.name": backbone, "data.path": data}
-    if recipe:
-        return load_recipe(recipe, [f"{key}={json.dumps(value)}" for key, value in given.items() if value] + overrides)
-    if missing := [f"--{key.partition('.')[0]}" for key, value in given.items() if not value]:
-        example = "--method moco_v3 --backbone resnet18 --data photos"
-        raise UserError(f"give a recipe, or {example}; {', '.join(missing)} missing")
-    tables = {"method": {"name": method}, "backbone": {"name": backbone}, "data": {"path": data}}
-    return build_recipe(tables, overrides, name="command line")
-
-
-def run_name(recipe: str, loaded: "Recipe") -> str:
-    """Default name of a run or page: that of the recipe file, or of method and backbone."""
-    return Path(recipe).stem if recipe else f"{loaded.method_name}_{loaded.backbone.name}"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sslkit.cli.options import Backbone, Images, MethodName, Overrides, RecipeName, recipe_from_options, run_name
+from sslkit.cli.options import RecipeOptions, expand_options
 from sslkit.cli.output import console
 from sslkit.cli.startup import fast_imports
 from sslkit.errors import UserError
@@ -69,12 +69,9 @@ def _print_summaries(summaries: list["Summary"]) -> None:
         print_line(f"alarm, {alarm.run}, {when}: {alarm.message}", "bold red" if alarm.active else "yellow")
 
 
+@expand_options
 def views(
-    recipe: RecipeName = "",
-    overrides: Overrides = None,
-    method: MethodName = "",
-    backbone: Backbone = "",
-    data: Images = "",
+    recipe: RecipeOptions,
     output: Annotated[str, typer.Option(help="HTML file to write.")] = "views.html",
 ) -> None:
     """Write an HTML page of a recipe's augmented views, with a description of every transform.
@@ -83,8 +80,8 @@ def views(
     """
     from sslkit.report import write_views
 
-    loaded = recipe_from_options(recipe, overrides or [], method, backbone, data)
-    write_views(loaded, run_name(recipe, loaded), Path(output))
+    loaded = recipe.load()
+    write_views(loaded, recipe.name(loaded), Path(output))
     print_line(output)
 
 

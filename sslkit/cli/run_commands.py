@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sslkit.cli.launcher_exit import leave_for_launcher
-from sslkit.cli.options import Backbone, Images, MethodName, Overrides, RecipeName, recipe_from_options, run_name
+from sslkit.cli.options import Overrides, RecipeName, RecipeOptions, expand_options
 from sslkit.cli.output import AsJson, console
 from sslkit.cli.startup import fast_imports
 from sslkit.errors import UserError
@@ -17,20 +17,18 @@ from sslkit.terminal import PlainTable, print_json, print_line, print_text
 from sslkit.text import pluralize
 
 if TYPE_CHECKING:
+    from sslkit.cluster.submission import Resources
     from sslkit.engine.resilience.replay import Replay
 
 RESUMABLE = 75  # as sslkit.engine.resilience.preemption, which is slow to import
 MAX_LISTED = 8
 
 
+@expand_options
 def pretrain(
-    recipe: RecipeName = "",
-    overrides: Overrides = None,
+    recipe: RecipeOptions,
     output: Annotated[str, typer.Option(help="Run folder. Default: runs/NAME of the recipe.")] = "",
     resume: Annotated[str, typer.Option(help="auto, never, or the path of a checkpoint or run.")] = "auto",
-    method: MethodName = "",
-    backbone: Backbone = "",
-    data: Images = "",
 ) -> None:
     """Pretrain an encoder. The same command continues an interrupted run.
 
@@ -41,8 +39,8 @@ def pretrain(
     with fast_imports():
         from sslkit.engine import train
 
-    loaded = recipe_from_options(recipe, overrides or [], method, backbone, data)
-    if train(loaded, output or Path("runs") / run_name(recipe, loaded), resume).stopped:
+    loaded = recipe.load()
+    if train(loaded, output or Path("runs") / recipe.name(loaded), resume).stopped:
         leave_for_launcher("sslkit: stopped on request, checkpoint saved; the same command continues the run")
         raise typer.Exit(RESUMABLE)
 
@@ -54,33 +52,48 @@ def _exit_as_resumable_on_signals() -> None:
             signal.signal(number, lambda *_: os._exit(RESUMABLE))
 
 
+@dataclasses.dataclass(frozen=True)
+class JobOptions:
+    """Resources of a job on a cluster."""
+
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs per node; one process per GPU.")] = 0
+    tasks_per_node: Annotated[
+        int, typer.Option(min=0, help="Processes per node. Default: one per GPU, or one without GPUs.")
+    ] = 0
+    time: Annotated[str, typer.Option(help="Time limit of each job: minutes, HH:MM:SS, D-HH or D-HH:MM.")] = "60"
+    mem: Annotated[str, typer.Option(help="Memory per node, such as 64G.")] = ""
+    cpus_per_task: Annotated[int, typer.Option(min=0, help="CPU cores per process, including its workers.")] = 0
+    partition: Annotated[str, typer.Option(help="Slurm partition.")] = ""
+    account: Annotated[str, typer.Option(help="Slurm account.")] = ""
+    constraint: Annotated[str, typer.Option(help="Required node features.")] = ""
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="Another sbatch option, such as qos=high or exclusive; repeatable.")
+    ] = None
+    setup: Annotated[list[str] | None, typer.Option(help="Shell command to run before training; repeatable.")] = None
+    signal_seconds: Annotated[
+        int, typer.Option(min=10, help="Seconds before the time limit at which a checkpoint is saved.")
+    ] = 120
+    retries: Annotated[
+        int, typer.Option(min=1, help="Give up after this many jobs in a row without a new checkpoint.")
+    ] = 3
+
+    def resources(self) -> "Resources":
+        """The same for `sslkit.cluster`."""
+        from sslkit.cluster.submission import Resources
+
+        options = {**vars(self), "sbatch": _sbatch_options(self.sbatch or []), "setup": self.setup or []}
+        return Resources(**options)
+
+
+@expand_options
 def submit(
     recipe: RecipeName,
+    job: JobOptions,
     overrides: Overrides = None,
     output: Annotated[
         str, typer.Option(help="Run folder, on a file system that all nodes share. Default: runs/NAME of the recipe.")
     ] = "",
-    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs per node; one process per GPU.")] = 0,
-    tasks_per_node: Annotated[
-        int, typer.Option(min=0, help="Processes per node. Default: one per GPU, or one without GPUs.")
-    ] = 0,
-    time: Annotated[str, typer.Option(help="Time limit of each job: minutes, H:M:S, D-H or D-H:M.")] = "60",
-    mem: Annotated[str, typer.Option(help="Memory per node, such as 64G.")] = "",
-    cpus_per_task: Annotated[int, typer.Option(min=0, help="CPU cores per process, including its workers.")] = 0,
-    partition: Annotated[str, typer.Option(help="Slurm partition.")] = "",
-    account: Annotated[str, typer.Option(help="Slurm account.")] = "",
-    constraint: Annotated[str, typer.Option(help="Required node features.")] = "",
-    sbatch: Annotated[
-        list[str] | None, typer.Option(help="Another sbatch option, such as qos=high or exclusive; repeatable.")
-    ] = None,
-    setup: Annotated[list[str] | None, typer.Option(help="Shell command to run before training; repeatable.")] = None,
-    signal_seconds: Annotated[
-        int, typer.Option(min=10, help="Seconds before the time limit at which a checkpoint is saved.")
-    ] = 120,
-    retries: Annotated[
-        int, typer.Option(min=1, help="Give up after this many jobs in a row without a new checkpoint.")
-    ] = 3,
     cluster: Annotated[str, typer.Option(help="slurm, or local: processes on this machine.")] = "slurm",
     dry_run: Annotated[bool, typer.Option(help="Print the sbatch file; submit nothing.")] = False,
 ) -> None:
@@ -88,36 +101,22 @@ def submit(
 
     The same command continues a run whose job has ended. Needs submitit: pip install submitit.
     """
-    from sslkit.cluster.submission import Resources, batch_file
+    from sslkit.cluster.submission import batch_file
     from sslkit.cluster.submission import submit as submit_run
     from sslkit.recipe.resolve import load_recipe
 
-    loaded = load_recipe(recipe, overrides)
-    resources = Resources(
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        tasks_per_node=tasks_per_node,
-        time=time,
-        mem=mem,
-        cpus_per_task=cpus_per_task,
-        partition=partition,
-        account=account,
-        constraint=constraint,
-        sbatch=_sbatch_options(sbatch or []),
-        setup=setup or [],
-        signal_seconds=signal_seconds,
-        retries=retries,
-    )
-    folder = Path(output) if output else Path("runs") / run_name(recipe, loaded)
+    loaded, resources = load_recipe(recipe, overrides), job.resources()
+    folder = Path(output) if output else Path("runs") / Path(recipe).stem
     if dry_run:
         if cluster != "slurm":
             raise UserError(f"--dry-run: prints an sbatch file, which --cluster {cluster} does not use; remove one")
         print_text(batch_file(loaded, folder, resources))
         return
-    job = submit_run(loaded, folder, resources, cluster)
-    cancel = f"scancel {job.job_id}" if cluster == "slurm" else f"kill {job.job_id}"
-    print_line(f"job {job.job_id}: {pluralize(resources.processes, 'process', 'processes')}, run folder {folder}")
-    print_line(f"log {job.log}; {cancel} stops it, and the same command continues it")
+    submitted = submit_run(loaded, folder, resources, cluster)
+    cancel = f"scancel {submitted.job_id}" if cluster == "slurm" else f"kill {submitted.job_id}"
+    processes = pluralize(resources.processes, "process", "processes")
+    print_line(f"job {submitted.job_id}: {processes}, run folder {folder}")
+    print_line(f"log {submitted.log}; {cancel} stops it, and the same command continues it")
 
 
 def _sbatch_options(options: list[str]) -> dict[str, str | bool]:
