@@ -23,16 +23,17 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from ablations_page import write_page
-from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 import sslkit
 from sslkit.data.sources.image_source import DataConfig, open_source
-from sslkit.engine.monitor.alarms import find_spikes
-from sslkit.engine.setup import build_method, make_monitor
+from sslkit.engine.monitor.alarms import SpikeDetector
+from sslkit.engine.monitor.knn_monitor import make_knn_monitor
+from sslkit.engine.setup import build_method
 from sslkit.recipe.resolve import Recipe, build_recipe
 
 HERE = Path(__file__).parent
@@ -133,7 +134,11 @@ def train_cell(cell: Cell) -> None:
 
 def spikes(metrics: list[dict[str, Any]]) -> dict[str, int]:
     """How many steps have over twice the gradient of the twenty before, and in how many the first layer led."""
-    found = find_spikes(metrics, factor=2.0)
+    detector, found = SpikeDetector(factor=2.0), []
+    for row in metrics:
+        layers = {name: value for name, value in row.items() if name.startswith("gradient/")}
+        if (spike := detector.update(row["step"], row["grad_norm"], layers)) is not None:
+            found.append(spike)
     return {"spikes": len(found), "first_layer": sum(bool(spike.first_layer_first) for spike in found)}
 
 
@@ -143,7 +148,7 @@ def knn_after_head(cell: Cell, folder: Path) -> float:
     method = build_method(recipe)
     newest = (folder / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
     method.load_state_dict(load_file(folder / "checkpoints" / newest / "model.safetensors"))
-    monitor = make_monitor(recipe, Accelerator(cpu=True))
+    monitor = make_knn_monitor(recipe, torch.device("cpu"), 0)
     assert monitor is not None
     return monitor(nn.Sequential(method.backbone, method.projector))
 

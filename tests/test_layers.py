@@ -9,6 +9,7 @@ import sslkit
 ROOT = Path(sslkit.__file__).parent
 LAYERS = {
     "text": 0,
+    "random_draws": 0,
     "errors": 1,
     "terminal": 2,
     "files": 3,

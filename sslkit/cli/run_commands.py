@@ -18,7 +18,7 @@ from sslkit.text import pluralize
 
 if TYPE_CHECKING:
     from sslkit.cluster.submission import Resources
-    from sslkit.engine.resilience.replay import Replay
+    from sslkit.engine.replay import Replay
 
 RESUMABLE = 75  # as sslkit.engine.resilience.preemption, which is slow to import
 MAX_LISTED = 8
@@ -139,9 +139,9 @@ def replay(
     Needs the images of the run at their original path. Changes nothing.
     """
     with fast_imports():
-        from sslkit.engine.resilience.replay import replay_capsule
+        from sslkit.engine.replay import replay_step
 
-    found = replay_capsule(capsule)
+    found = replay_step(capsule)
     if as_json:
         print_json(_as_json(found))
         return
