@@ -6,9 +6,10 @@ from torch import nn
 
 from sslkit.engine.checkpoint.format import newest_checkpoint
 from sslkit.engine.setup import build_method
-from sslkit.errors import UserError, counted
+from sslkit.errors import UserError
 from sslkit.parts.backbone import check_backbone_size
 from sslkit.recipe.resolve import load_recipe
+from sslkit.text import pluralize
 
 
 def first_projector_layers(run: Path, count: int) -> nn.Sequential:
@@ -39,7 +40,7 @@ def first_projector_layers(run: Path, count: int) -> nn.Sequential:
     linear = [place for place, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
     if not 0 < count < len(linear):
         raise UserError(
-            f"--head-layers {count}: the projector of {run} has {counted(len(linear), 'linear layer')}, and the last "
+            f"--head-layers {count}: the projector of {run} has {pluralize(len(linear), 'linear layer')}, and the last "
             "is never kept"
         )
     own = f"{head}."

@@ -19,7 +19,7 @@ from sslkit.data.augment.views_config import LocalTable, RoleTable, ViewsConfig,
 from sslkit.data.config import MixConfig
 from sslkit.data.decode.background import KEEP
 from sslkit.data.sources.image_source import DataConfig
-from sslkit.errors import UserError, check_path, near_miss, path_fault
+from sslkit.errors import UserError, check_path, near_miss, path_problem
 from sslkit.methods import MethodOptions, all_methods, canonical_name, find_method
 from sslkit.methods.base import view_mistake
 from sslkit.parts.backbone import BackboneSpec, check_name, takes_image_size
@@ -346,7 +346,7 @@ def _path_mistakes(recipe: Recipe) -> list[str]:
     """Paths that could not be written down; what names data or weights may be one."""
     named = [*recipe.data.paths(), ("[monitor] data", recipe.monitor.data)]
     named.append(("[backbone] pretrained", str(recipe.backbone.pretrained)))
-    return [f"{key}: {fault}" for key, path in named if (fault := path_fault(path))]
+    return [f"{key}: {fault}" for key, path in named if (fault := path_problem(path))]
 
 
 def _contradictions(recipe: Recipe) -> list[str]:

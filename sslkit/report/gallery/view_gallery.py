@@ -13,7 +13,7 @@ from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.sources.image_source import open_source
 from sslkit.doctor.image_checks import advise_on_views, look_at
 from sslkit.recipe.resolve import Recipe
-from sslkit.report.thumbnails import data_uri
+from sslkit.report.gallery.thumbnails import data_uri
 
 NUM_IMAGES, NUM_EPOCHS, SIDE = 8, 3, 144
 NUM_LOCAL_SHOWN = 2  # of the local views, which are all made in the same way
