@@ -107,8 +107,8 @@ def ran(class_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
 
 def test_progress_counts_the_updates_before_and_after(ran: Ran) -> None:
     for diary, _ in ran.values():
-        assert diary.before == [Progress(step, TOTAL, PER_EPOCH) for step in range(TOTAL)]
-        assert diary.after == [Progress(step + 1, TOTAL, PER_EPOCH) for step in range(TOTAL)]
+        assert diary.before == [Progress(step, TOTAL, PER_EPOCH, BATCH) for step in range(TOTAL)]
+        assert diary.after == [Progress(step + 1, TOTAL, PER_EPOCH, BATCH) for step in range(TOTAL)]
 
 
 def test_momentum_of_each_step(ran: Ran) -> None:
@@ -178,13 +178,13 @@ def test_dropout_seed_of_each_step(ran: Ran) -> None:
 def test_how_the_rate_follows_the_batch(rule: str, factor: float) -> None:
     recipe = small_recipe(train={"batch_size": 1024}, optim={"lr": 0.3, "lr_rule": rule})
     assert recipe.peak_lr == pytest.approx(0.3 * factor)
-    assert make_optimizer(recipe, nn.Linear(2, 1)).param_groups[0]["lr"] == pytest.approx(0.3 * factor)
+    assert make_optimizer(recipe, build_method(recipe)).param_groups[0]["lr"] == pytest.approx(0.3 * factor)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
 def test_betas_are_the_recipes(name: str) -> None:
     recipe = small_recipe(optim={"name": name, "lr": 0.1, "weight_decay": 0.3, "betas": [0.8, 0.95]})
-    (group,) = make_optimizer(recipe, nn.Linear(2, 1)).param_groups
+    (group,) = make_optimizer(recipe, build_method(recipe)).param_groups
     assert (tuple(group["betas"]), group["weight_decay"]) == ((0.8, 0.95), 0.3)
 
 
