@@ -27,8 +27,9 @@ from sslkit.data.config import SourceConfig
 from sslkit.data.decode.rgb import UnreadableImage
 from sslkit.data.formats.folder_listing import printable
 from sslkit.data.formats.splits import ALL, choose, no_such_split, refuse_several
-from sslkit.errors import UserError, counted
+from sslkit.errors import UserError
 from sslkit.hub.availability import quick_hub, why_not
+from sslkit.text import pluralize
 
 MAX_GROUP = 2**31  # bytes of images in a row group, all of which must be held
 WAITS = (1.0, 4.0, 16.0, 32.0)  # seconds before another try, where a file is elsewhere; its library tries by itself too
@@ -148,7 +149,7 @@ class StreamedRows:
         """A sentence on what a worker that keeps so many row groups needs."""
         size, count = self.group_bytes / 2**20, len(self.groups)
         return (
-            f"read as a stream: {counted(count, 'row group')} of {counted(len(self.files), 'file')}, "
+            f"read as a stream: {pluralize(count, 'row group')} of {pluralize(len(self.files), 'file')}, "
             f"about {size:.3g} MiB each, of which a worker holds up to {min(held, count)}"
         )
 

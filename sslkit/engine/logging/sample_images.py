@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sslkit.data.augment.cpu import ViewPipeline
-from sslkit.data.augment.policies import LARGE_VIEWS
+from sslkit.data.augment.views_config import NUM_GLOBAL_VIEWS
 from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.data.tools.image_grid import tile_sheet
@@ -27,8 +27,12 @@ def views_image(recipe: Recipe, source: ImageSource) -> NDArray[np.uint8]:
     for sample in np.linspace(0, len(source) - 1, min(ROWS, len(source)), dtype=int).tolist():
         image = read_or_replace(source, recipe.train.seed, epoch=0, sample=sample).pixels
         tiles += [image]
-        tiles += [pipeline.cut(image, epoch, sample, view) for epoch in range(EPOCHS) for view in range(LARGE_VIEWS)]
-    return np.asarray(tile_sheet(tiles, min(recipe.views.size, SIDE), 1 + EPOCHS * LARGE_VIEWS))
+        tiles += [
+            pipeline.make_view(image, epoch, sample, view)
+            for epoch in range(EPOCHS)
+            for view in range(NUM_GLOBAL_VIEWS)
+        ]
+    return np.asarray(tile_sheet(tiles, min(recipe.views.size, SIDE), 1 + EPOCHS * NUM_GLOBAL_VIEWS))
 
 
 def neighbours_image(
