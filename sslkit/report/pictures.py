@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from sslkit.data.sources.image_source import open_source
-from sslkit.engine.logging.sample_images import view_sheet
+from sslkit.engine.logging.sample_images import views_image
 from sslkit.errors import UserError
 from sslkit.files.atomic import replace_file
 from sslkit.files.jsonl_reader import number
@@ -31,7 +31,7 @@ def draw_run(folder: Path) -> list[Path]:
     run = read_run(folder)
     written = [_draw_curves(run)]
     try:
-        views = view_sheet(run.recipe, open_source(run.recipe.data).without_labels())
+        views = views_image(run.recipe, open_source(run.recipe.data).without_labels())
     except UserError:
         return written
     encoded = io.BytesIO()
