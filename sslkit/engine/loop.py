@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from sslkit.data.loading.loader import Batch
+from sslkit.data.batch import Batch
 from sslkit.distributed.collectives import copy_buffers_from_first, max_over_processes, mean_over_processes
 from sslkit.distributed.consistency import compare_weights
 from sslkit.distributed.heartbeat import Heartbeat

@@ -7,12 +7,13 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.optim import SGD, Optimizer
 
+from sslkit.methods import Method, Multipliers
 from sslkit.parts.layerwise_optimizers import Larc, Lars
 from sslkit.parts.schedules import per_epoch, warmup_then_cosine, warmup_then_steps
 from sslkit.recipe.resolve import Recipe
 
 
-def make_optimizer(recipe: Recipe, method: nn.Module) -> Optimizer:
+def make_optimizer(recipe: Recipe, method: Method) -> Optimizer:
     """The recipe's optimizer over all parameters of ``method`` that require gradient; a teacher's do not."""
     optim = recipe.optim
     groups = _parameter_groups(method, optim.weight_decay, optim.exclude_from_decay == "norm_and_bias")
@@ -51,14 +52,22 @@ def _fused(recipe: Recipe, method: nn.Module) -> bool | None:
     return True if devices <= {"cpu", "cuda"} and recipe.train.precision != "fp16" else None
 
 
-def _parameter_groups(method: nn.Module, weight_decay: float, exempt_vectors: bool) -> list[dict[str, Any]]:
-    trained = [param for param in method.parameters() if param.requires_grad]
-    if not exempt_vectors:
-        return [{"params": trained, "weight_decay": weight_decay}]
-    return [
-        {"params": [param for param in trained if param.ndim > 1], "weight_decay": weight_decay},
-        {"params": [param for param in trained if param.ndim <= 1], "weight_decay": 0.0},
-    ]
+def _parameter_groups(method: Method, weight_decay: float, exempt_vectors: bool) -> list[dict[str, Any]]:
+    """The trained parameters by the method's multipliers, each set split in matrices and vectors if those differ."""
+    declared = method.param_groups()
+    owner = {param: name for name in declared for param in method.get_submodule(name).parameters()}
+    groups: list[dict[str, Any]] = []
+    for name in ("", *declared):
+        factors = declared.get(name, Multipliers())
+        params = [param for param in method.parameters() if param.requires_grad and owner.get(param, "") == name]
+        scale = {} if factors.lr == 1.0 else {"lr_scale": factors.lr}
+        decay = weight_decay * factors.weight_decay
+        if not exempt_vectors:
+            groups.append({"params": params, "weight_decay": decay, **scale})
+            continue
+        groups.append({"params": [each for each in params if each.ndim > 1], "weight_decay": decay, **scale})
+        groups.append({"params": [each for each in params if each.ndim <= 1], "weight_decay": 0.0, **scale})
+    return groups
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
@@ -75,6 +84,6 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group, times the multiplier that the method declares for it."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)

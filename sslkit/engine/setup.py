@@ -90,8 +90,8 @@ def build_method(recipe: Recipe, num_samples: int = 0) -> Method:
     spec = recipe.backbone_spec()
     backbone = create_backbone(spec)
     width = feature_dim(backbone, recipe.views.size, channels=spec.channels)
-    if recipe.views.small_crops:
-        feature_dim(backbone, recipe.views.small_size, "small_size", spec.channels)
+    if recipe.views.local.count:
+        feature_dim(backbone, recipe.views.policy_of("local").size, "local.size", spec.channels)
     try:
         method = find_method(recipe.method_name)(backbone, width, recipe.method)
         method.meet_data(num_samples)

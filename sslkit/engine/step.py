@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sslkit.data.augment.cpu import normalise
 from sslkit.data.augment.gpu import finish_on
-from sslkit.data.loading.loader import Batch
+from sslkit.data.batch import Batch
 from sslkit.distributed.collectives import mean_over_processes
 from sslkit.distributed.sharding import whole
 from sslkit.engine.gradient_cache import GlobalBatch, sliced_step, whole_batch_step

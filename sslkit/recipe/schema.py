@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from sslkit.data.augment.policies import ViewsConfig
+from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.config import MAX_CHANNELS
 from sslkit.data.sources.image_source import DataConfig
 from sslkit.errors import UserError, check_path, without_tokens

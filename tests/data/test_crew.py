@@ -11,9 +11,10 @@ from hostile import encode, photo
 from PIL import Image
 
 from sslkit.data.augment.cpu import ViewPipeline
-from sslkit.data.augment.policies import POLICIES, ViewsConfig
+from sslkit.data.augment.views_config import ViewsConfig
+from sslkit.data.batch import Batch
 from sslkit.data.loading import worker_pool as crew
-from sslkit.data.loading.loader import Batch, GlobalBatches
+from sslkit.data.loading.loader import GlobalBatches
 from sslkit.data.loading.worker_pool import SteadyLoader
 from sslkit.data.sources.image_source import DataConfig, ImageSource, open_source
 from sslkit.errors import RunError
@@ -29,7 +30,7 @@ def source(tmp_path: Path) -> ImageSource:
 
 
 def loader_of(source: ImageSource, said: list[str], workers: int, timeout: float = 60.0) -> SteadyLoader:
-    pipeline = ViewPipeline(ViewsConfig(**{"policy": "moco_v2", **POLICIES["moco_v2"], "size": 32}), 0)
+    pipeline = ViewPipeline(ViewsConfig.of_policy("moco_v2", size=32), 0)
     order = GlobalBatches(len(source), 4, 0, total_steps=STEPS, start_step=2)
     return SteadyLoader(source, pipeline, order, workers=workers, pin_memory=False, timeout=timeout, say=said.append)
 

@@ -187,7 +187,9 @@ def test_views_are_the_runs_own() -> None:
         np.testing.assert_array_equal(decode(row.original), source.read(index))
         for view, column in enumerate(row.views):
             for epoch, address in enumerate(column.pictures):
-                np.testing.assert_array_equal(decode(address), pipeline.cut(source.read(index), epoch, index, view))
+                np.testing.assert_array_equal(
+                    decode(address), pipeline.make_view(source.read(index), epoch, index, view)
+                )
     assert gallery.advice == []
 
 
@@ -196,22 +198,22 @@ def test_views_in_words() -> None:
         method = "swav" if policy == "swav" else "moco_v3"
         return dict(describe_views(small_recipe(method, views={"policy": policy, "size": 224, **views}).views))
 
-    first, second = words("moco_v3")["view 1"], words("moco_v3")["view 2"]
+    first, second = words("moco_v3")["global view 1"], words("moco_v3")["global view 2"]
     assert first[0].startswith("a crop of 8% to 100% of the area, 0.75 to 1.33 times as wide as high")
-    assert "saturation times 0.8 to 1.2, hue turned by up to 36 degrees of 360" in first[1]
+    assert "saturation times 0.8 to 1.2, hue shifted by up to 36 degrees of 360" in first[1]
     assert "always blurred by a Gaussian of 0.1 to 2 pixels" in first
     assert {"in 10% of draws blurred by a Gaussian of 0.1 to 2 pixels", "in 50% of draws mirrored left to right"} <= {
         *second
     }
-    assert "in 20% of draws solarised: values from 128 up inverted" in second
-    assert first[-1] == "never solarised, rotated, blanked in part"
-    both = words("moco_v1")["view 1 and view 2, alike"]
-    assert both.index("in 20% of draws turned grey") < next(
+    assert "in 20% of draws solarized: values from 128 up inverted" in second
+    assert first[-1] == "never solarized, rotated, erased in part"
+    both = words("moco_v1")["both global views"]
+    assert both.index("in 20% of draws converted to grey") < next(
         i for i, step in enumerate(both) if "always colours" in step
     )
-    small = words("swav", small_crops=6, small_size=96, small_scale=[0.05, 0.14])["6 small views"]
+    small = words("swav", small_crops=6, small_size=96, small_scale=[0.05, 0.14])["6 local views"]
     assert small[0].startswith("a crop of 5% to 14% of the area")
-    rare = words("small_gray", jitter=[0, 0, 0, 0], erase_prob=0.005, rotate_degrees=15)["view 1 and view 2, alike"]
-    assert "in 0.5% of draws blanked in part: a rectangle of 5% to 20% of the area" in rare
-    assert "always rotated by up to 15 degrees to either side" in rare
-    assert rare[-1] == "never colours jittered, turned grey, blurred, solarised"
+    rare = words("small_gray", jitter=[0, 0, 0, 0], erase_prob=0.005, rotate_degrees=15)["both global views"]
+    assert "in 0.5% of draws erased in part: a rectangle of 5% to 20% of the area" in rare
+    assert "always rotated by up to 15 degrees in either direction" in rare
+    assert rare[-1] == "never colours jittered, converted to grey, blurred, solarized"

@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -12,12 +12,12 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sslkit.data.augment.cpu import ViewPipeline
+from sslkit.data.batch import BadSample, Batch
 from sslkit.data.formats.parquet_streams import StreamedRows
-from sslkit.data.loading.replacement import BadSample, read_or_replace
+from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.loading.shared_memory import PREFETCH
 from sslkit.data.loading.worker_status import Posts
 from sslkit.data.order.mixture import Mixture
@@ -27,28 +27,6 @@ from sslkit.data.sources.image_source import ImageSource
 Key = tuple[int, int]  # (epoch, sample)
 Take = Callable[[int, int, int], tuple[NDArray[np.int64], NDArray[np.int64]]]  # samples, and how often each came before
 WORKER_GRACE = 30  # seconds a worker lives on after SIGTERM
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One process's part of a global batch.
-
-    Attributes:
-        views: One (B, size, size, 3) uint8 tensor per view.
-        sample_ids: (B,) int64, positions in the source of the images that the views show. Where an image could not
-            be read, it is the position of the one that took its place: an embedding is kept with what it is of.
-        bad: The images that could not be read.
-        draws: What is still to be done to each view on the device, (B, 18) float32 each; empty where views are done.
-    """
-
-    views: list[Tensor]
-    sample_ids: Tensor
-    bad: tuple[BadSample, ...] = ()
-    draws: tuple[Tensor, ...] = ()
-
-    def pin_memory(self) -> "Batch":
-        """Called by the DataLoader; pinned pages make the copy to a GPU asynchronous."""
-        return replace(self, views=[view.pin_memory() for view in self.views], sample_ids=self.sample_ids.pin_memory())
 
 
 def epoch_order(seed: int, epoch: int, num_samples: int, detour: int = 0) -> NDArray[np.int64]:
@@ -139,13 +117,13 @@ class Item(NamedTuple):
     views: list[NDArray[np.uint8]]
     shown: int
     bad: tuple[BadSample, ...]
-    draws: list[NDArray[np.float32]]
+    view_params: list[NDArray[np.float32]]
 
 
 class ViewDataset(Dataset[Item]):
     """Decodes a sample once and cuts its views; asked for by (epoch, sample).
 
-    The draws of the views are those of the sample that was asked for, also where another image took its place.
+    The random parameters of the views are those of the sample that was asked for, even if another image replaces it.
     """
 
     def __init__(self, source: ImageSource, pipeline: ViewPipeline, posts: Posts | None = None) -> None:
@@ -158,12 +136,12 @@ class ViewDataset(Dataset[Item]):
         fits = partial(self.pipeline.reduction, epoch, sample)
         found = read_or_replace(self.source, self.pipeline.seed, epoch, sample, fits)
         if self.pipeline.config.device == "accelerator":
-            views, draws = self.pipeline.crops(found.pixels, epoch, sample, found.size)
+            views, params = self.pipeline.crop_views(found.pixels, epoch, sample, found.size)
         else:
-            views, draws = self.pipeline(found.pixels, epoch, sample, found.size), []
+            views, params = self.pipeline(found.pixels, epoch, sample, found.size), []
         if self.posts is not None:
             self.posts.end()
-        return Item(views, found.index, found.bad, draws)
+        return Item(views, found.index, found.bad, params)
 
 
 def make_loader(
@@ -226,9 +204,9 @@ def cores_of_a_process(processes_here: int) -> int:
 
 def _collate(items: list[Item]) -> Batch:
     views = [torch.from_numpy(np.stack(view)) for view in zip(*(item.views for item in items), strict=True)]
-    draws = tuple(torch.from_numpy(np.stack(draw)) for draw in zip(*(item.draws for item in items), strict=True))
+    params = tuple(torch.from_numpy(np.stack(rows)) for rows in zip(*(item.view_params for item in items), strict=True))
     bad = tuple(each for item in items for each in item.bad)
-    return Batch(views, torch.tensor([item.shown for item in items]), bad, draws)
+    return Batch(views, torch.tensor([item.shown for item in items]), bad, params)
 
 
 def start_worker(_worker: int) -> None:

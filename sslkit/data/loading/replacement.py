@@ -4,27 +4,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sslkit.data.batch import BadSample
 from sslkit.data.decode.rgb import Pixels, Reduction, Size, UnreadableImage
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.errors import UserError
 from sslkit.random_draws import DrawPurpose
 
 ATTEMPTS = 16
-
-
-@dataclass(frozen=True)
-class BadSample:
-    """An image that could not be read.
-
-    Attributes:
-        index: Its position in the source.
-        name: What to call it, printable.
-        reason: Why.
-    """
-
-    index: int
-    name: str
-    reason: str
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 
 from sslkit.data.augment.cpu import ViewPipeline
-from sslkit.data.loading.loader import Batch, GlobalBatches, make_loader
+from sslkit.data.batch import Batch
+from sslkit.data.loading.loader import GlobalBatches, make_loader
 from sslkit.data.loading.shared_memory import prefetch_of, shortage
 from sslkit.data.loading.worker_status import Post, Posts
 from sslkit.data.sources.image_source import ImageSource

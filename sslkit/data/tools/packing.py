@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from sslkit.data.augment.policies import ViewsConfig
+from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.decode.background import WHITE
 from sslkit.data.decode.rgb import Pixels, Size, UnreadableImage, decode_reduced
 from sslkit.data.formats.folder_listing import printable
@@ -74,8 +74,7 @@ class Packed:
 
 def sufficient_side(views: ViewsConfig) -> int:
     """Shorter side of a square image whose smallest crop still has as many pixels as its view: a multiple of 8."""
-    sides = [views.size / math.sqrt(views.crop_scale[0])]
-    sides += [views.small_size / math.sqrt(views.small_scale[0])] if views.small_crops else []
+    sides = [policy.size / math.sqrt(policy.crop_scale[0]) for policy in views.view_policies()]
     return math.ceil(max(sides) / 8) * 8
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sslkit.data.augment.policies import ViewsConfig
+from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.loading.shared_memory import fitting_workers
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.distributed.collectives import copy_buffers_from_first, gather_rows, rank, world_size

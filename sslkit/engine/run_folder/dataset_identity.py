@@ -10,10 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import parquet
 
+from sslkit.data.batch import Batch
 from sslkit.data.decode.rgb import UnreadableImage
 from sslkit.data.formats.folder_listing import printable, table_of
 from sslkit.data.formats.parquet_streams import StreamedRows
-from sslkit.data.loading.loader import Batch
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.distributed.collectives import gather_objects
 from sslkit.errors import UserError

@@ -1,29 +1,29 @@
-"""What the augmentations really do to the user's images, and what they are asked to do, in words."""
+"""A page of views: what the augmentations do to the user's images, and every step in words."""
 
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-
-from sslkit.data.augment.cpu import ViewPipeline
-from sslkit.data.augment.policies import LARGE_VIEWS, PerView, ViewsConfig
-from sslkit.data.loading.replacement import read_or_replace
+from sslkit.data.augment.user_pipeline import NAME, UserPipeline, short_name
+from sslkit.data.augment.view_layers import ROLES
+from sslkit.data.augment.views_config import NUM_GLOBAL_VIEWS, ViewPolicy, ViewsConfig
 from sslkit.data.sources.image_source import open_source
 from sslkit.doctor.image_checks import advise_on_views, look_at
+from sslkit.engine.logging.sample_images import example_views
 from sslkit.recipe.resolve import Recipe
 from sslkit.report.gallery.thumbnails import data_uri
 
-NUM_IMAGES, NUM_DRAWS, SIDE = 8, 3, 144
+SIDE = 144  # pixels
+NUM_LOCAL_SHOWN = 2  # of the local views, which are all made in the same way
 SAMPLERS = {
     "torchvision": "",
     "clamped": ", cut to the image where it does not fit",
     "tensorflow": ", drawn as TensorFlow does: more often small",
 }
-SHOWN_SMALL = 2  # of SwAV's six small crops, which are alike
 
 
 @dataclass(frozen=True)
 class ViewColumn:
-    """A view and its pictures: one a draw."""
+    """A view's name and its pictures, one per epoch."""
 
     name: str
     pictures: list[str]
@@ -31,7 +31,7 @@ class ViewColumn:
 
 @dataclass(frozen=True)
 class ViewRow:
-    """An image as it is, its size, and its views."""
+    """An image, its size, and its views."""
 
     original: str
     size: str
@@ -40,105 +40,121 @@ class ViewRow:
 
 @dataclass(frozen=True)
 class ViewGallery:
-    """Everything about a recipe's views.
+    """The views of a recipe.
 
     Attributes:
         title: Policy and data.
-        words: Each view's name and what is done to make it, step by step.
-        advice: What the doctor says against these numbers on these images.
+        steps: The name of each view and the steps that make it.
+        advice: Warnings of the doctor about these numbers on these images.
         rows: Images and their views.
     """
 
     title: str
-    words: list[tuple[str, list[str]]]
+    steps: list[tuple[str, list[str]]]
     advice: list[str]
     rows: list[ViewRow]
 
 
 def draw_views(recipe: Recipe) -> ViewGallery:
-    """Cut views of a few images, spread over the data: the very ones that the run's first epochs see.
+    """Make views of a few images from the whole data: the ones that the first epochs of the run see.
 
     Raises:
-        UserError: The data cannot be read.
+        UserError: The data cannot be read, or a pipeline file does not work.
     """
     source, config = open_source(recipe.data).without_labels(), recipe.views
-    pipeline = ViewPipeline(config, recipe.train.seed)
-    names = view_names(config)
-    shown = [view for view in range(len(names)) if view < LARGE_VIEWS + SHOWN_SMALL]
+    names = view_names(config)[: NUM_GLOBAL_VIEWS + NUM_LOCAL_SHOWN]
     rows = []
-    for sample in np.linspace(0, len(source) - 1, min(NUM_IMAGES, len(source)), dtype=int).tolist():
-        image = read_or_replace(source, recipe.train.seed, epoch=0, sample=sample).pixels
+    for example in example_views(recipe, source, len(names)):
         columns = [
-            ViewColumn(
-                names[view], [data_uri(pipeline.cut(image, epoch, sample, view), SIDE) for epoch in range(NUM_DRAWS)]
-            )
-            for view in shown
+            ViewColumn(name, [data_uri(views[index], SIDE) for views in example.epochs])
+            for index, name in enumerate(names)
         ]
-        rows.append(ViewRow(data_uri(image, SIDE), f"{image.shape[1]} x {image.shape[0]}", columns))
+        height, width = example.image.shape[:2]
+        rows.append(ViewRow(data_uri(example.image, SIDE), f"{width} x {height}", columns))
     advice = [finding.sentence for finding in advise_on_views(config, look_at(source)) if finding.verdict == "warning"]
     return ViewGallery(f"Policy {config.policy}, {source.description}", describe_views(config), advice, rows)
 
 
 def view_names(config: ViewsConfig) -> list[str]:
-    """What each view is called."""
-    small = [f"small view {number + 1}" for number in range(config.small_crops)]
-    return [f"view {number + 1}" for number in range(LARGE_VIEWS)] + small
+    """The name of each view."""
+    names = [f"global view {number + 1}" for number in range(NUM_GLOBAL_VIEWS)]
+    return names + [f"local view {number + 1}" for number in range(config.local.count)]
 
 
 def describe_views(config: ViewsConfig) -> list[tuple[str, list[str]]]:
-    """Every step of each view in words, in the order of the pipeline; views that are made alike are told together."""
-    kinds = [("view 1", 0), ("view 2", 1)]
-    if config.small_crops:
-        kinds.append((f"{config.small_crops} small views", LARGE_VIEWS))
-    told = [(name, _steps(config, view)) for name, view in kinds]
-    if told[0][1] == told[1][1]:
-        told[:2] = [("view 1 and view 2, alike", told[0][1])]
-    return told
+    """The steps of each view in words, in the order of the pipeline; views that are made alike come together."""
+    first, second, local = (_steps(config.policy_of(role)) for role in ROLES)
+    if first == second:
+        described = [("both global views", first)]
+    else:
+        described = [("global view 1", first), ("global view 2", second)]
+    if count := config.local.count:
+        described.append((f"{count} local view{'s' if count > 1 else ''}", local))
+    return described
 
 
-def _steps(config: ViewsConfig, view: int) -> list[str]:
-    small = view >= LARGE_VIEWS
-    side = config.small_size if small else config.size
-    low, high = config.small_scale if small else config.crop_scale
-    narrow, wide = config.crop_ratio
-    crop = (
-        f"a crop of {low:.0%} to {high:.0%} of the area, {narrow:.2f} to {wide:.2f} times as wide as high"
-        f"{SAMPLERS[config.crop_sampler]}, resized to {side} x {side} pixels ({config.interpolation}"
-        f"{'' if config.resize == 'antialias' else ', not antialiased'})"
-    )
+def _steps(policy: ViewPolicy) -> list[str]:
+    if policy.pipeline:
+        return [_crop(policy), *_pipeline_steps(policy.pipeline)]
     jitter = (
-        _share(config.jitter_prob, view) if any(config.jitter) else 0.0,
+        policy.jitter_prob if any(policy.jitter) else 0.0,
         "colours jittered",
-        f": {_jitter(config)}",
+        f": {_jitter(policy)}",
     )
-    grey = (_share(config.gray_prob, view), "turned grey", "")
-    blur = f" by a Gaussian of {config.blur_sigma[0]:g} to {config.blur_sigma[1]:g} pixels"
-    hole = f": a rectangle of {config.erase_scale[0]:.0%} to {config.erase_scale[1]:.0%} of the area"
+    gray = (policy.gray_prob, "converted to grey", "")
+    blur = f" by a Gaussian of {policy.blur_sigma[0]:g} to {policy.blur_sigma[1]:g} pixels"
+    hole = f": a rectangle of {policy.erase_scale[0]:.0%} to {policy.erase_scale[1]:.0%} of the area"
     steps = [
-        *([grey, jitter] if config.gray_first else [jitter, grey]),
-        (_share(config.blur_prob, view), "blurred", blur),
-        (_share(config.solarize_prob, view), "solarised", ": values from 128 up inverted"),
-        (_share(config.flip_prob, view), "mirrored", " left to right"),
-        (float(config.rotate_degrees > 0), "rotated", f" by up to {config.rotate_degrees:g} degrees to either side"),
-        (_share(config.erase_prob, view), "blanked in part", hole),
+        *([gray, jitter] if policy.gray_first else [jitter, gray]),
+        (policy.blur_prob, "blurred", blur),
+        (policy.solarize_prob, "solarized", ": values from 128 up inverted"),
+        (policy.flip_prob, "mirrored", " left to right"),
+        (
+            float(policy.rotate_degrees > 0),
+            "rotated",
+            f" by up to {policy.rotate_degrees:g} degrees in either direction",
+        ),
+        (policy.erase_prob, "erased in part", hole),
     ]
-    told = [f"{_often(share)} {what}{how}" for share, what, how in steps if share]
-    never = [what for share, what, _ in steps if not share]
-    return [crop, *told, *([f"never {', '.join(never)}"] if never else [])]
+    taken = [f"{_often(probability)} {what}{how}" for probability, what, how in steps if probability]
+    never = [what for probability, what, _ in steps if not probability]
+    return [_crop(policy), *taken, *([f"never {', '.join(never)}"] if never else [])]
 
 
-def _jitter(config: ViewsConfig) -> str:
-    brightness, contrast, saturation, hue = config.jitter
-    added = config.brightness == "add"
+def _crop(policy: ViewPolicy) -> str:
+    if policy.crop_sampler == "none":
+        return f"the whole image; what the pipeline makes of it is resized to {policy.size} x {policy.size} pixels"
+    low, high = policy.crop_scale
+    narrow, wide = policy.crop_ratio
+    return (
+        f"a crop of {low:.0%} to {high:.0%} of the area, {narrow:.2f} to {wide:.2f} times as wide as high"
+        f"{SAMPLERS[policy.crop_sampler]}, resized to {policy.size} x {policy.size} pixels ({policy.interpolation}"
+        f"{'' if policy.resize == 'antialias' else ', not antialiased'})"
+    )
+
+
+def _jitter(policy: ViewPolicy) -> str:
+    brightness, contrast, saturation, hue = policy.jitter
+    added = policy.brightness == "add"
     factors = [("brightness", 0.0 if added else brightness), ("contrast", contrast), ("saturation", saturation)]
     parts = [f"brightness plus or minus {brightness:g} of the full scale"] if added and brightness else []
     parts += [f"{name} times {max(1 - strength, 0):g} to {1 + strength:g}" for name, strength in factors if strength]
-    return ", ".join(parts + ([f"hue turned by up to {360 * hue:.0f} degrees of 360"] if hue else []))
+    return ", ".join(parts + ([f"hue shifted by up to {360 * hue:.0f} degrees of 360"] if hue else []))
 
 
-def _share(probability: PerView, view: int) -> float:
-    return probability[min(view, 1)] if isinstance(probability, tuple) else probability
+def _pipeline_steps(pipeline: UserPipeline) -> list[str]:
+    return [f"pipeline file, sha256 {pipeline.pipeline_sha256[:12]}", *map(_transform, pipeline.transforms())]
 
 
-def _often(share: float) -> str:
-    return "always" if share == 1 else f"in {100 * share:.3g}% of draws"
+def _transform(transform: dict[str, Any]) -> str:
+    """A transform of a pipeline file with its arguments, or a composition with the transforms in it."""
+    name = short_name(transform[NAME])
+    inner = "; ".join(_transform(each) for each in transform.get("transforms", []))
+    left_out = (NAME, "p", "transforms")
+    arguments = [f"{key} {value}" for key, value in transform.items() if key not in left_out and value is not None]
+    how = f": {', '.join(arguments)}" if arguments else ""
+    return f"{_often(transform.get('p', 0.5))} {name}{how}{f' of ({inner})' if inner else ''}"
+
+
+def _often(probability: float) -> str:
+    return "always" if probability == 1 else f"in {100 * probability:.3g}% of draws"
