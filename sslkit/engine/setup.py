@@ -87,7 +87,7 @@ def build_method(recipe: Recipe, num_samples: int = 0) -> Method:
     Raises:
         UserError: The method needs more memory than this machine has.
     """
-    spec = recipe.backbone_spec()
+    spec = recipe.backbone_config()
     backbone = create_backbone(spec)
     width = feature_dim(backbone, recipe.views.size, channels=spec.channels)
     if recipe.views.local.count:

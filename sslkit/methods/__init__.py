@@ -21,6 +21,7 @@ from sslkit.methods.moco_v2 import MoCoV2
 from sslkit.methods.moco_v3 import MoCoV3
 from sslkit.methods.simclr import SimCLR
 from sslkit.methods.swav import SwAV
+from sslkit.parts.backbone import Family
 from sslkit.parts.schedules import Progress
 
 METHODS: dict[str, type[Method]] = {
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Method]] = {
 __all__ = [
     "METHODS",
     "BatchInfo",
+    "Family",
     "Features",
     "Method",
     "MethodOptions",

@@ -5,7 +5,6 @@ Embeddings are compared with learned prototypes. The two large crops get codes, 
 Sinkhorn-Knopp; every other crop, small ones too, must predict them.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -30,6 +29,7 @@ from sslkit.parts.batchnorm import GroupStatistics, has_batch_norm
 from sslkit.parts.chance_loss import ChanceLoss, softmax_chance
 from sslkit.parts.heads import swav_head
 from sslkit.parts.losses import inner_products, sinkhorn_codes, swapped_prediction, unit_rows
+from sslkit.parts.multicrop import encode_by_size
 from sslkit.parts.queue import KeyQueue
 from sslkit.parts.schedules import Progress
 
@@ -97,12 +97,7 @@ class SwAV(Method):
         self.bn_groups = options.bn_groups if has_batch_norm(backbone) else 1
 
     def student(self, views: Views) -> Features:
-        """One pass for each run of crops of one size, so that a pass's batch statistics are of that size."""
-        features: Features = []
-        for _, group in itertools.groupby(views, key=lambda view: view.shape[-1]):
-            crops = list(group)
-            features += self.backbone(torch.cat(crops)).chunk(len(crops))
-        return features
+        return encode_by_size(self.backbone, views)
 
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress

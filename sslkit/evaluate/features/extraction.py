@@ -33,7 +33,7 @@ from sslkit.evaluate.features.transforms import (
 from sslkit.hub.availability import quick_hub, why_not
 from sslkit.hub.revisions import is_hub_name, pin, pin_timm
 from sslkit.hub.untrusted import check_model, encoder_state, named, read_encoder_config, tensor_shapes
-from sslkit.parts.backbone import BackboneSpec, replace_stem_for_small_images
+from sslkit.parts.backbone import BackboneConfig, replace_stem_for_small_images
 from sslkit.terminal import print_message
 
 RAW_PIXEL_SIDE = 32
@@ -123,7 +123,7 @@ def build(architecture: str, model_args: dict[str, Any], small_stem: bool) -> nn
     """An encoder of this architecture with fresh weights."""
     module: nn.Module = timm.create_model(architecture, **{**model_args, "num_classes": 0})
     if small_stem:
-        replace_stem_for_small_images(module, BackboneSpec(name=architecture, img_size=0))
+        replace_stem_for_small_images(module, BackboneConfig(name=architecture, img_size=0))
     return module
 
 
