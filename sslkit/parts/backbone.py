@@ -1,4 +1,4 @@
-"""Any timm model as a feature extractor, with what MoCo v3 asks of its ViTs done through timm's public names."""
+"""Any timm model as a feature extractor, with MoCo v3's changes to ViTs, through timm's public names."""
 
 import math
 from contextlib import nullcontext
@@ -86,7 +86,7 @@ def check_name(name: str) -> None:
 
 
 def family(name: str) -> Family:
-    """Tell which of the papers' recipes fits: a ResNet's, a plain ViT's, or neither's own."""
+    """Which of a paper's recipes fits the model: that for ResNets, that for plain ViTs, or neither."""
     if timm.models.is_model_in_modules(name, ("resnet",)):
         return "resnet"
     if timm.models.is_model_in_modules(name, ("vision_transformer", "deit")):
@@ -162,7 +162,7 @@ def _create_timm_model(config: BackboneConfig) -> nn.Module:
             model: nn.Module = timm.create_model(source, pretrained=bool(config.pretrained), **kwargs)
     except OSError as error:
         raise UserError(f"[backbone] pretrained: no weights for {named!r} to be had: {_first_line(error)}") from error
-    except Exception as error:  # a recipe's arguments, or a stranger's repository, make models raise anything
+    except Exception as error:  # models raise any exception on wrong arguments or an untrusted repository
         raise UserError(
             f"[backbone] timm cannot build {named!r} for {config.img_size}-pixel images with args {config.args}: "
             f"{_first_line(error)}"
@@ -181,10 +181,10 @@ def _create_timm_model(config: BackboneConfig) -> nn.Module:
 
 
 def check_backbone_size(config: BackboneConfig, shapes: Shapes, where: str) -> None:
-    """See that a backbone is no larger than weights of these shapes, before it takes memory.
+    """Check that a backbone is no larger than weights of these shapes, before memory is allocated for it.
 
     Raises:
-        UserError: It is larger, or timm cannot build it; ``where`` opens the sentence.
+        UserError: It is larger, or timm cannot build it. The message starts with ``where``.
     """
     check_model_args(config.args, where)
     check_size(config.name, _timm_args(config), shapes, where)
@@ -194,7 +194,7 @@ def _timm_args(config: BackboneConfig) -> dict[str, Any]:
     args: dict[str, Any] = {"num_classes": 0, **config.args}
     if config.zero_init_last is not None:
         args.setdefault("zero_init_last", config.zero_init_last)
-    if takes_image_size(config.name):
+    if takes_image_size(config.name) and config.img_size:
         args.setdefault("img_size", config.img_size)
     if config.pos_embed == "none":
         args["pos_embed"] = "none"
@@ -202,7 +202,7 @@ def _timm_args(config: BackboneConfig) -> dict[str, Any]:
 
 
 def _pinned(name: str) -> str:
-    """What timm is to load: of the Hub, one commit."""
+    """The source that timm loads; for a name on the Hub, with its revision."""
     if not is_hub_name(name):
         return name
     try:
@@ -213,7 +213,7 @@ def _pinned(name: str) -> str:
 
 
 def takes_image_size(name: str) -> bool:
-    """Whether the model is built for an input size and so is told it (ViT, Swin; not ResNet)."""
+    """Whether timm builds the model for one input size, which it must be given (ViT, Swin; not ResNet)."""
     config = timm.get_pretrained_cfg(name)
     return family(name) == "vit" or bool(config is not None and config.fixed_input_size)
 
@@ -221,7 +221,7 @@ def takes_image_size(name: str) -> bool:
 def replace_stem_for_small_images(model: nn.Module, config: BackboneConfig) -> None:
     """Give a timm ResNet the stem of the MoCo authors' CIFAR-10 notebook: 3 x 3, stride 1, no max-pooling.
 
-    timm has no argument for it, so such an encoder is rebuilt by sslkit, not by timm alone.
+    timm has no argument for it, so only sslkit can rebuild such an encoder, not timm alone.
     """
     conv1 = getattr(model, "conv1", None)
     if family(config.name) != "resnet" or not isinstance(conv1, nn.Conv2d):
@@ -273,7 +273,7 @@ def fix_sincos_position_embedding(model: nn.Module, name: str) -> None:
 
 
 def freeze_patch_projection(model: nn.Module, name: str) -> None:
-    """Stop the gradient at the patch projection: MoCo v3's cure for its instability (section 4.2)."""
+    """Stop the gradient at the patch projection, which stabilises MoCo v3 (section 4.2)."""
     projection = getattr(getattr(model, "patch_embed", None), "proj", None)
     if not isinstance(projection, nn.Conv2d):
         raise UserError(f"[backbone] freeze_patch_embed: {name!r} has no single patch projection; set it to false")
@@ -281,7 +281,7 @@ def freeze_patch_projection(model: nn.Module, name: str) -> None:
 
 
 def recompute_activations(model: nn.Module, name: str) -> None:
-    """Let the model keep fewer activations and compute them again in the backward pass, by timm's own switch."""
+    """Turn on timm's activation checkpointing: fewer activations are kept, and computed again in the backward pass."""
     try:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AttributeError, AssertionError, NotImplementedError) as error:
@@ -289,7 +289,7 @@ def recompute_activations(model: nn.Module, name: str) -> None:
 
 
 def recomputes(model: nn.Module) -> bool:
-    """Whether `recompute_activations` was asked for: its batch statistics are then collected twice a step."""
+    """Whether `recompute_activations` was called. Batch statistics are then collected twice a step."""
     return bool(getattr(model, "grad_checkpointing", False))
 
 

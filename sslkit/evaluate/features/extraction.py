@@ -21,7 +21,7 @@ from sslkit.data.decode.rgb import UnreadableImage
 from sslkit.data.loading.loader import start_worker
 from sslkit.data.loading.shared_memory import explain_death, prefetch_of
 from sslkit.data.sources.image_source import ImageSource
-from sslkit.distributed.sharding import own_part
+from sslkit.distributed.sharding import local_shard
 from sslkit.errors import UserError, check_path, near_miss
 from sslkit.evaluate.features.transforms import (
     Transform,
@@ -307,5 +307,5 @@ def fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         digest.update(name.encode())
-        digest.update(own_part(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(local_shard(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
