@@ -39,6 +39,11 @@ def print_line(line: object, style: str = "", console: Console | None = None) ->
     (console or Console()).print(Text(sanitize(line), style), soft_wrap=True)
 
 
+def print_plain(line: object, *, to_stderr: bool) -> None:
+    """Print a line at once, without Rich: on standard output, or on standard error if standard output is JSON."""
+    print(sanitize(line), file=sys.stderr if to_stderr else sys.stdout, flush=True)
+
+
 def print_json(value: Any) -> None:
     """Print JSON on standard output. JSON escapes control characters itself."""
     print(without_tokens(json.dumps(value)))

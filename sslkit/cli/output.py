@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from sslkit.errors import UserError, without_tokens
 from sslkit.files.run_reader import RunReader
-from sslkit.terminal import PlainTable, print_json, print_line, sanitize
+from sslkit.terminal import PlainTable, print_json, print_line, print_plain
 
 if TYPE_CHECKING:
     from sslkit.evaluate.label_free.diagnose import Diagnosis
@@ -147,7 +146,7 @@ class _PrintHandler(logging.Handler):
             return
         self.printed.add(message)
         with suppress(OSError):
-            print(sanitize(message), file=sys.stderr if self.to_stderr else sys.stdout, flush=True)
+            print_plain(message, to_stderr=self.to_stderr)
 
 
 @contextmanager

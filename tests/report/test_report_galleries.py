@@ -141,11 +141,11 @@ def test_many_classes_leave_the_rare_ones_together(sample: GalleryImages) -> Non
 def test_tiles_lie_where_the_page_looks_for_them(sample: GalleryImages) -> None:
     images = [sample.queries.read(index) for index in range(7)]
     sprite = make_sprite(images, 28)
-    sheet = decode(sprite.uri).astype(int)
+    grid = decode(sprite.uri).astype(int)
     assert (sprite.columns, sprite.count) == (3, 7)
     for index, image in enumerate(images):
         left, top = index % 3 * 28, index // 3 * 28
-        assert np.abs(sheet[top : top + 28, left : left + 28] - image).mean() < 8  # JPEG
+        assert np.abs(grid[top : top + 28, left : left + 28] - image).mean() < 8  # JPEG
 
 
 def test_attention_is_the_softmax_of_queries_and_keys() -> None:

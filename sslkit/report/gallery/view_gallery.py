@@ -3,19 +3,16 @@
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from sslkit.data.augment.cpu import ViewPipeline
 from sslkit.data.augment.user_pipeline import NAME, UserPipeline, short_name
 from sslkit.data.augment.view_layers import ROLES
 from sslkit.data.augment.views_config import NUM_GLOBAL_VIEWS, ViewPolicy, ViewsConfig
-from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.sources.image_source import open_source
 from sslkit.doctor.image_checks import advise_on_views, look_at
+from sslkit.engine.logging.sample_images import example_views
 from sslkit.recipe.resolve import Recipe
 from sslkit.report.gallery.thumbnails import data_uri
 
-NUM_IMAGES, NUM_EPOCHS, SIDE = 8, 3, 144
+SIDE = 144  # pixels
 NUM_LOCAL_SHOWN = 2  # of the local views, which are all made in the same way
 SAMPLERS = {
     "torchvision": "",
@@ -65,16 +62,15 @@ def draw_views(recipe: Recipe) -> ViewGallery:
         UserError: The data cannot be read, or a pipeline file does not work.
     """
     source, config = open_source(recipe.data).without_labels(), recipe.views
-    pipeline = ViewPipeline(config, recipe.train.seed)
     names = view_names(config)[: NUM_GLOBAL_VIEWS + NUM_LOCAL_SHOWN]
     rows = []
-    for sample in np.linspace(0, len(source) - 1, min(NUM_IMAGES, len(source)), dtype=int).tolist():
-        image = read_or_replace(source, recipe.train.seed, epoch=0, sample=sample).pixels
-        columns = []
-        for view, name in enumerate(names):
-            views = [pipeline.make_view(image, epoch, sample, view) for epoch in range(NUM_EPOCHS)]
-            columns.append(ViewColumn(name, [data_uri(each, SIDE) for each in views]))
-        rows.append(ViewRow(data_uri(image, SIDE), f"{image.shape[1]} x {image.shape[0]}", columns))
+    for example in example_views(recipe, source, len(names)):
+        columns = [
+            ViewColumn(name, [data_uri(views[index], SIDE) for views in example.epochs])
+            for index, name in enumerate(names)
+        ]
+        height, width = example.image.shape[:2]
+        rows.append(ViewRow(data_uri(example.image, SIDE), f"{width} x {height}", columns))
     advice = [finding.sentence for finding in advise_on_views(config, look_at(source)) if finding.verdict == "warning"]
     return ViewGallery(f"Policy {config.policy}, {source.description}", describe_views(config), advice, rows)
 
