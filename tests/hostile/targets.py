@@ -15,7 +15,7 @@ import tomli_w
 import torch
 from checkpoints import instructed
 from safetensors.torch import save
-from strangers import resign
+from tampering import resign
 from torch import nn
 
 from sslkit.data.formats.idx import read_idx

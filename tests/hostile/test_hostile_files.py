@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import cli_error, small_recipe
 from safetensors.torch import load_file, save_file
-from strangers import resign, rewrite
+from tampering import resign, rewrite
 
 import sslkit
 from sslkit.cli import main

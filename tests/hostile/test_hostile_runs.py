@@ -1,4 +1,4 @@
-"""Runs of strangers whose sums agree and whose content is none: one sentence, and nothing has been written."""
+"""Run folders with matching checksums and invalid content: one sentence, and nothing is written."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import cli_error, small_recipe
 from safetensors.torch import load_file, save_file
-from strangers import contents, resign, rewrite
+from tampering import contents, resign, rewrite
 from torch import Tensor
 
 import sslkit

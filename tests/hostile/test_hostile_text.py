@@ -1,4 +1,4 @@
-"""Recipes, logs, names and labels of strangers: refused or shown as what they are; tokens are never repeated."""
+"""Untrusted recipes, logs, names and labels: refused or shown as text; tokens are never repeated."""
 
 import json
 import math
