@@ -1,4 +1,4 @@
-"""Access tokens and passwords are struck out wherever sslkit prints, and words that are none stay."""
+"""Access tokens and passwords are removed from all output; other words stay."""
 
 import json
 import re
