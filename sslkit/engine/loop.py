@@ -139,7 +139,10 @@ def log_step(state: TrainingState, logger: RunLogger, meter: ThroughputMeter, re
         return
     metrics = {name: float(mean_over_processes(value)) for name, value in result.metrics.items()}
     updated = {"skipped": 1.0} if result.skipped else result.updated
-    fields = {"loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm, **updated, **metrics}
+    scheduled = {"lr": result.lr}
+    if state.recipe.schedule.weight_decay_end is not None:
+        scheduled["weight_decay"] = result.weight_decay
+    fields = {"loss": result.loss, **scheduled, "grad_norm": result.grad_norm, **updated, **metrics}
     epoch = step / state.steps_per_epoch
     rate, waiting = meter.read()
     speed = {"images_per_second": rate, "data_wait": waiting}

@@ -30,7 +30,7 @@ from sslkit.parts.chance_loss import ChanceLoss
 from sslkit.parts.memory_bank import MemoryBank
 from sslkit.parts.momentum_teacher import MomentumTeacher
 from sslkit.parts.queue import KeyQueue
-from sslkit.parts.schedules import Progress, cosine_momentum
+from sslkit.parts.schedules import Progress, cosine, half_life_momentum
 
 Views = Sequence[Tensor]
 Features = list[Tensor]
@@ -90,9 +90,9 @@ class MomentumOptions(MethodOptions):
     def momentum_at(self, progress: Progress) -> float:
         """Momentum at a position in training."""
         if self.momentum_half_life is not None:
-            return float(0.5 ** (progress.batch_size / self.momentum_half_life))
+            return half_life_momentum(progress.batch_size, self.momentum_half_life)
         if self.momentum_schedule == "cosine":
-            return cosine_momentum(progress.fraction, self.momentum)
+            return cosine(progress.updates, progress.total_updates, self.momentum, 1.0)
         return self.momentum
 
 
