@@ -37,8 +37,9 @@ def accuracy_panel(runs: Sequence[RunRecord]) -> Panel:
     sources: list[tuple[str, str]] = []
     for index, run in enumerate(runs):
         scored = [row for row in values_of(run.results, "accuracy") if row.get("measure", TOP_1) == TOP_1]
-        for place, (name, rows) in enumerate(_by_series(scored).items()):
-            figure.add_trace(_score_curve(run, rows, style.name(run, name), style.line(index, place)))
+        for curve_index, (name, rows) in enumerate(_by_series(scored).items()):
+            line = style.line(index, curve_index)
+            figure.add_trace(_score_curve(run, rows, style.name(run, name), line))
         reference = run.recipe.reference
         figure.add_traces(published_curve(reference.get("knn_by_epoch"), style.name(run, "published kNN by epoch")))
         for key, protocol, dash in (("knn_top1", "kNN", "dot"), ("linear_top1", "linear", "dash")):
