@@ -217,7 +217,8 @@ def find_recipe(source: str | Path) -> Path:
         return shipped[str(source)]
     if path.stem in shipped and path.parent.name == "recipes":
         return shipped[path.stem]
-    raise UserError(f"{source}: no such file, and no recipe of that name{near_miss(path.stem, shipped)}")
+    hint = near_miss(path.stem, shipped) or "; sslkit recipes lists the names"
+    raise UserError(f"{source}: no such file, and no recipe of that name{hint}")
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -315,7 +316,8 @@ def _lay_over(defaults: dict[str, dict[str, Any]], tables: dict[str, Any]) -> di
 def _fill_policy(layered: dict[str, dict[str, Any]], folder: Path | None) -> list[str]:
     policy = layered["views"].get("policy")
     if not isinstance(policy, str) or policy not in POLICIES:
-        return [f"[views] policy: unknown policy {policy!r}{near_miss(str(policy), POLICIES)}; there are {[*POLICIES]}"]
+        near = near_miss(str(policy), POLICIES)
+        return [f"[views] policy: unknown policy {policy!r}{near}; there are {', '.join(POLICIES)}"]
     layered["views"], mistakes = read_pipelines(fill_policy(layered["views"]), folder)
     return mistakes
 

@@ -1,4 +1,4 @@
-"""What a small encoder folder can make sslkit build: no more than its weights need, whichever way it asks."""
+"""A small encoder folder cannot make sslkit build a model much larger than its weights."""
 
 import json
 import subprocess
@@ -40,7 +40,7 @@ LARGE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 def folder_of(folder: Path, name: str, saved: dict[str, Any], asked: dict[str, Any]) -> Path:
-    """An encoder folder whose config.json asks for more than was saved."""
+    """An encoder folder whose config.json describes a larger model than its weights."""
     folder.mkdir()
     module = timm.create_model(name, num_classes=0, **saved)
     save_file(module.state_dict(), folder / "model.safetensors")
@@ -100,7 +100,7 @@ def test_a_runs_recipe_is_bounded_by_its_encoder(tmp_path: Path) -> None:
 
 
 def test_where_a_model_is_built_is_not_for_a_folder_to_say(tmp_path: Path) -> None:
-    """On another device than meta, what is too large would be made before it is refused."""
+    """On another device than meta, a model that is too large would be built before it is refused."""
     refused: list[dict[str, Any]] = [{"device": "cpu", "img_size": 11200}, {"device": "meta"}, {"dtype": "float64"}]
     for place, asked in enumerate(refused):
         folder = folder_of(tmp_path / str(place), "swin_tiny_patch4_window7_224", SWIN, asked)
@@ -117,7 +117,7 @@ def test_where_a_model_is_built_is_not_for_a_folder_to_say(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet_gn", "swin_tiny_patch4_window7_224"])
 def test_honest_models_are_within_bounds(name: str) -> None:
-    """Also with a fraction of the usual width and at twice the side, where buffers are far larger than weights."""
+    """Also with a fraction of the usual width and twice the image size, where buffers are much larger than weights."""
     arguments: list[dict[str, Any]] = [{}]
     arguments += [{**SWIN, "img_size": 448}] if name.startswith("swin") else []
     for args in arguments:

@@ -332,7 +332,7 @@ def _without_images(folder: Path, listings: list[Listing]) -> UserError:
     name = printable(to_text(str(folder)))
     left_out = sum((listing.left_out for listing in listings), Counter[str]())
     if not left_out:
-        return UserError(f"[data] path: the folder {name!r} is empty")
+        return UserError(f"[data] path: the folder {name!r} is empty; give a folder of images")
     example = next(listing.example for listing in listings if listing.example)
     return UserError(f"[data] path: {name!r} {no_images(left_out, example)}")
 
