@@ -47,16 +47,16 @@ def check(
     standard deviation for a recipe; the share of grey images, which colour jitter does nothing for; class counts.
     """
     from sslkit.data.loading.loader import cores_of_a_process
-    from sslkit.data.sources.image_source import files_left_out, open_source
-    from sslkit.data.tools.inspection import survey
+    from sslkit.data.sources.image_source import open_source, skipped_files
+    from sslkit.data.tools.inspection import inspect_images
 
     config = data_config(path, name, label_column, image_column, find_background(background)).model_copy(
         update={"split": split, "channels": None if channels == 3 else channels}
     )
     source = open_source(config)
     with _progress(len(source)) as advance:
-        found = survey(source, cores_of_a_process(1) if workers < 0 else workers, advance)
-    found["left_out"] = dict(files_left_out(config).most_common())
+        found = inspect_images(source, cores_of_a_process(1) if workers < 0 else workers, advance)
+    found["left_out"] = dict(skipped_files(config).most_common())
     if as_json:
         show_json(found)
     else:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from sslkit.data.augment.cpu import ViewPipeline, normalise
 from sslkit.data.augment.gpu import finish_on
-from sslkit.data.loading.loader import Batch, GlobalBatches, make_loader
+from sslkit.data.batch import Batch
+from sslkit.data.loading.loader import make_loader
+from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.distributed.collectives import gather_rows, world_size
 from sslkit.doctor.findings import Finding, fault, first_line, judge, not_applicable
@@ -70,7 +72,7 @@ def train_and_compare(accelerator: Any, recipe: Recipe, source: ImageSource) -> 
     method.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     wrapped, optimizer = accelerator.prepare(method, make_optimizer(recipe, method))
     set_learning_rate(optimizer, recipe.peak_lr)
-    batches = GlobalBatches(
+    batches = GlobalBatchSampler(
         len(source),
         images_each * world_size(),
         recipe.train.seed,

@@ -9,7 +9,7 @@ from torch import nn
 
 from sslkit.data.augment.cpu import normalise
 from sslkit.data.augment.gpu import finish_on
-from sslkit.data.loading.loader import Batch
+from sslkit.data.batch import Batch
 from sslkit.distributed.collectives import copy_buffers_from_first, max_over_processes, mean_over_processes
 from sslkit.distributed.consistency import compare_weights
 from sslkit.distributed.heartbeat import Heartbeat

@@ -13,9 +13,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from sslkit.data.augment.cpu import ViewPipeline
-from sslkit.data.loading.loader import GlobalBatches, cores_of_a_process
+from sslkit.data.loading.loader import cores_of_a_process
 from sslkit.data.loading.replacement import read_or_replace
-from sslkit.data.loading.worker_pool import SteadyLoader
+from sslkit.data.loading.worker_pool import TrainLoader
+from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import ImageSource, open_source
 from sslkit.distributed.consistency import all_or_none, compare_facts
 from sslkit.distributed.heartbeat import Heartbeat, is_others_fault
@@ -217,8 +218,8 @@ def _go_back(training: Training, source: ImageSource, journal: Journal, why: str
 
 def _make_loader(
     recipe: Recipe, accelerator: Accelerator, source: ImageSource, start_step: int, last_step: int, detour: int
-) -> SteadyLoader:
-    batches = GlobalBatches(
+) -> TrainLoader:
+    batches = GlobalBatchSampler(
         len(source),
         recipe.train.batch_size,
         recipe.train.seed,
@@ -226,10 +227,10 @@ def _make_loader(
         world_size=accelerator.num_processes,
         start_step=start_step,
         total_steps=last_step,
-        detour=detour,
+        order_variant=detour,
         plan=source.plan,
     )
-    return SteadyLoader(
+    return TrainLoader(
         source,
         ViewPipeline(recipe.views, recipe.train.seed),
         batches,

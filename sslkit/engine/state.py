@@ -8,9 +8,8 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
-from sslkit.data.loading.loader import Batch
-from sslkit.data.order.mixture import Mixture
-from sslkit.data.order.stream_order import Lanes
+from sslkit.data.batch import Batch
+from sslkit.data.order.epoch_order import OrderPlan
 from sslkit.engine.monitor.diagnostics import Diagnostics
 from sslkit.engine.monitor.knn_monitor import KnnMonitor
 from sslkit.engine.resilience.guard import Course
@@ -57,4 +56,4 @@ class Training:
     diagnostics: Diagnostics | None
     course: Course
     bad_samples: BadSamples
-    plan: Mixture | Lanes | None
+    plan: OrderPlan | None

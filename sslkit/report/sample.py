@@ -61,7 +61,7 @@ def draw_sample(recipe: Recipe, data: str = "", split: str = "train") -> Sample:
         return Sample(bank, queries, names, truth, pair.description)
     if len(source) < 3:
         raise UserError(f"{source.description}: a gallery of neighbours needs at least three images, not {len(source)}")
-    drawn, unlabelled = source.draw(MAX_BANK + MAX_QUERIES, SEED), source.without_labels()
+    drawn, unlabelled = source.sample(MAX_BANK + MAX_QUERIES, SEED), source.without_labels()
     asked = np.arange(len(drawn)) % 4 == 0
     bank, queries = (unlabelled.subset(_readable(unlabelled, np.sort(rows))) for rows in (drawn[~asked], drawn[asked]))
     if not (len(bank) and len(queries)):

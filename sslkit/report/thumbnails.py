@@ -10,7 +10,7 @@ from PIL import Image
 
 from sslkit.data.decode.channels import as_picture
 from sslkit.data.decode.rgb import Pixels
-from sslkit.data.tools.image_grid import tile_sheet
+from sslkit.data.tools.image_grid import make_image_grid
 
 SMALL = 64  # pixels a side up to which a picture is kept as it is, without loss
 
@@ -47,7 +47,7 @@ class Sprite:
 def make_sprite(images: Sequence[Pixels], tile: int) -> Sprite:
     """Shrink images to fit square tiles, put them side by side, and encode them as one JPEG."""
     columns = max(int(np.ceil(np.sqrt(len(images)))), 1)
-    return Sprite(_encode(tile_sheet(images, tile, columns), lossless=False), tile, columns, len(images))
+    return Sprite(_encode(make_image_grid(images, tile, columns), lossless=False), tile, columns, len(images))
 
 
 def _encode(picture: Image.Image, *, lossless: bool) -> str:

@@ -28,8 +28,9 @@ from sslkit.data.augment.gpu import finish_on, finish_views
 from sslkit.data.augment.multichannel import finish_channels
 from sslkit.data.augment.parameters import Draw, draw_view
 from sslkit.data.augment.policies import POLICIES, ViewsConfig
+from sslkit.data.batch import Batch
 from sslkit.data.decode.rgb import decode_reduced, decode_rgb
-from sslkit.data.loading.loader import Batch, ViewDataset
+from sslkit.data.loading.loader import ViewDataset
 from sslkit.data.sources.image_source import DataConfig, open_source
 
 DRAWS = 2000
@@ -176,10 +177,10 @@ def test_an_accelerator_makes_the_views_that_the_cpu_makes(name: str) -> None:
     batch = Batch(
         [torch.from_numpy(np.stack(views)) for views in zip(*(crops for crops, _ in items), strict=True)],
         torch.arange(48),
-        draws=tuple(torch.from_numpy(np.stack(rows)) for rows in zip(*(rows for _, rows in items), strict=True)),
+        view_params=tuple(torch.from_numpy(np.stack(rows)) for rows in zip(*(rows for _, rows in items), strict=True)),
     )
     finished = finish_on(torch.device("cpu"), batch, config)
-    assert finished.draws == ()
+    assert finished.view_params == ()
     for view, cpu in zip(finished.views, zip(*expected, strict=True), strict=True):
         assert view.shape == (48, 64, 64, 3)
         assert view.dtype == torch.uint8

@@ -17,7 +17,7 @@ from sslkit.data.augment.parameters import SPREAD, Columns
 from sslkit.data.augment.policies import ViewsConfig
 from sslkit.data.augment.tensorflow import BLUR_DIVIDER
 from sslkit.data.augment.tensorflow import LUMA as TENSORFLOW_LUMA
-from sslkit.data.loading.loader import Batch
+from sslkit.data.batch import Batch
 
 LUMA = (0.299, 0.587, 0.114)
 
@@ -25,10 +25,10 @@ LUMA = (0.299, 0.587, 0.114)
 def finish_on(device: torch.device, batch: Batch, config: ViewsConfig) -> Batch:
     """The batch on ``device``, its views finished there if the CPU has only cropped them."""
     views = [view.to(device, non_blocking=True) for view in batch.views]
-    if batch.draws:
-        pairs = zip(views, batch.draws, strict=True)
+    if batch.view_params:
+        pairs = zip(views, batch.view_params, strict=True)
         views = [finish_views(view, draws, config) for view, draws in pairs]
-    return replace(batch, views=views, sample_ids=batch.sample_ids.to(device, non_blocking=True), draws=())
+    return replace(batch, views=views, sample_ids=batch.sample_ids.to(device, non_blocking=True), view_params=())
 
 
 @torch.no_grad()

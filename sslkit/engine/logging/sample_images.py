@@ -11,7 +11,7 @@ from sslkit.data.augment.cpu import ViewPipeline
 from sslkit.data.augment.policies import LARGE_VIEWS
 from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.sources.image_source import ImageSource
-from sslkit.data.tools.image_grid import tile_sheet
+from sslkit.data.tools.image_grid import make_image_grid
 from sslkit.evaluate.labelled_data import LabelledPair
 from sslkit.evaluate.probes.knn import nearest
 from sslkit.recipe.resolve import Recipe
@@ -28,7 +28,7 @@ def view_sheet(recipe: Recipe, source: ImageSource) -> NDArray[np.uint8]:
         image = read_or_replace(source, recipe.train.seed, epoch=0, sample=sample).pixels
         tiles += [image]
         tiles += [pipeline.cut(image, epoch, sample, view) for epoch in range(DRAWS) for view in range(LARGE_VIEWS)]
-    return np.asarray(tile_sheet(tiles, min(recipe.views.size, SIDE), 1 + DRAWS * LARGE_VIEWS))
+    return np.asarray(make_image_grid(tiles, min(recipe.views.size, SIDE), 1 + DRAWS * LARGE_VIEWS))
 
 
 def neighbour_sheet(
@@ -50,7 +50,7 @@ def neighbour_sheet(
     tiles = []
     for query, rows in zip(chosen.tolist(), bank_rows[found].tolist(), strict=True):
         tiles += [pair.test.read(query), *(pair.train.read(row) for row in rows)]
-    return np.asarray(tile_sheet(tiles, SIDE, 1 + found.shape[1]))
+    return np.asarray(make_image_grid(tiles, SIDE, 1 + found.shape[1]))
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """What a run says before its first step."""
 
-from sslkit.data.formats.parquet_streams import StreamedRows
-from sslkit.data.order.stream_order import Lanes
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.data.tools.inspection import describe_alpha
 from sslkit.distributed.sharding import held_here
@@ -29,9 +27,9 @@ def opening_lines(training: Training, source: ImageSource) -> list[str]:
     if train.shard and accelerator.num_processes > 1:
         here, there = held_here(training.method)
         lines.append(f"weights of student and teacher in parts: {here} of {there} on this process")
-    if isinstance(source.table, StreamedRows) and isinstance(source.plan, Lanes):
-        workers = workers_of(recipe, accelerator)
-        lines.append(source.table.words(source.plan.groups_held(train.batch_size, accelerator.num_processes, workers)))
+    workers = workers_of(recipe, accelerator)
+    if streaming := source.describe_streaming(train.batch_size, accelerator.num_processes, workers):
+        lines.append(streaming)
     if train.micro_batch and has_batch_norm(training.method.backbone):
         slices = train.batch_size // train.micro_batch
         lines.append(

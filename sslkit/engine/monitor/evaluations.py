@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from sslkit.data.loading.loader import Batch
+from sslkit.data.batch import Batch
 from sslkit.distributed.collectives import max_over_processes
 from sslkit.durations import duration
 from sslkit.engine.logging.logger import Journal, kind_of

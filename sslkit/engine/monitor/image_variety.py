@@ -47,7 +47,7 @@ def variety_of(images: Iterable[Pixels], enough: int = 0) -> Variety:
 
 def look_for_variety(source: ImageSource, seed: int) -> Variety:
     """Read a few images, drawn by ``seed``, until most of them have proved different."""
-    chosen = source.draw(LOOKED_AT, seed)
+    chosen = source.sample(LOOKED_AT, seed)
     return variety_of(_readable(source, chosen.tolist()), enough=len(chosen) // 2 + 1)
 
 

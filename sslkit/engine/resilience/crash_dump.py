@@ -16,9 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sslkit.data.loading.loader import GlobalBatches
-from sslkit.data.order.mixture import Mixture
-from sslkit.data.order.stream_order import Lanes
+from sslkit.data.order.epoch_order import OrderPlan
+from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.engine.state import Training
 from sslkit.errors import UserError
 from sslkit.files.atomic import sha256_of, whole_folder, write_json, write_tensors
@@ -71,15 +70,15 @@ def _facts(training: Training, step: int, complaint: str, loss: float, grad_norm
     }
 
 
-def batches_of(recipe: Recipe, detour: int, step: int, images: int, plan: Mixture | Lanes | None) -> GlobalBatches:
+def batches_of(recipe: Recipe, detour: int, step: int, images: int, plan: OrderPlan | None) -> GlobalBatchSampler:
     """The whole global batch of one step."""
-    return GlobalBatches(
+    return GlobalBatchSampler(
         images,
         recipe.train.batch_size,
         recipe.train.seed,
         start_step=step,
         total_steps=step + 1,
-        detour=detour,
+        order_variant=detour,
         plan=plan,
     )
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from sslkit.data.augment.cpu import ViewPipeline
 from sslkit.data.augment.gpu import finish_on
-from sslkit.data.loading.loader import Batch, make_loader
+from sslkit.data.batch import Batch
+from sslkit.data.loading.loader import make_loader
 from sslkit.data.sources.image_source import ImageSource, open_source
 from sslkit.engine.loop import forward_and_backward
 from sslkit.engine.resilience.crash_dump import batches_of, read_capsule
