@@ -35,7 +35,7 @@ def test_pretrain_from_words_alone(capsys: pytest.CaptureFixture[str], class_fol
     fewer = ["--set", "method.queue_size=64", "--set", "data.workers=0", "--output", str(tmp_path / "run")]
     code, out, _ = run(capsys, "pretrain", *words, *small, *fewer)
     assert code == 0
-    assert "base 0.03, rule linear x batch / 256, peak 0.001875" in out
+    assert "base 0.03, scaled by batch size / 256, peak 0.001875" in out
     assert (tmp_path / "run" / "encoder" / "model.safetensors").is_file()
 
 
@@ -97,12 +97,12 @@ def test_export_report_and_lists(capsys: pytest.CaptureFixture[str], trained: Pa
         (["pretrain", "mocov3_vitx"], "mocov3_vitx: no such file, and no recipe of that name; did you mean"),
         (["pretrain", "quickstart", "--set", "train.epocs=3"], "[train] epocs: unknown key; did you mean 'epochs'?"),
         (["pretrain", "quickstart", "--backbone", "resnet19"], "timm has no model 'resnet19'; did you mean"),
-        (["pretrain", "--method", "moco_v2"], "give a recipe, or all of --method, --backbone and --data"),
+        (["pretrain", "--method", "moco_v2"], "missing: --backbone, --data"),
         (["eval", "knn", "/no/run", "--data", "builtin:fashion_mnist"], "/no/run: no run folder"),
         (["eval", "knn", "resnet18", "--data", "/no/data"], "[data] path"),
         (["eval", "knn", "resnet18"], "Missing option '--data'"),
-        (["eval", "knn", "x", "--data", "y", "--k", "many"], "--k many: write a number, or several"),
-        (["eval", "knn", "x", "--data", ""], "--data: name a folder"),
+        (["eval", "knn", "x", "--data", "y", "--k", "many"], "--k many: must be a number, or several"),
+        (["eval", "knn", "x", "--data", ""], "--data: is empty; give a folder"),
         (["eval", "knn", "x", "--data", "y", "--temperature", "nan"], "temperature must be a positive number"),
         (["pretrain", "quickstart", "--set", "data.path.x=1"], "--set data.path.x=1: path is no table"),
         (["pretrain", "quickstart", "--set", "backbone.name=resnet18.bogus"], "timm has no weights 'resnet18.bogus'"),

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from sslkit.distributed.collectives import rank, under_way, world_size
 from sslkit.errors import RunError
-from sslkit.terminal import say
+from sslkit.terminal import print_message
 
 INTERVAL = 1.0
 WAITING, IN_VAIN = "in the collective ", "waiting for others in vain"
@@ -107,7 +107,7 @@ class Heartbeat:
 
     def _give_up(self) -> None:
         """The main thread neither goes on nor fails: end this process from here."""
-        say(self.blame())
+        print_message(self.blame())
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         sys.stderr.flush()
         os._exit(1)

@@ -19,7 +19,8 @@ from sslkit.data.loading.loader import make_loader
 from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.doctor.findings import Say
-from sslkit.engine.setup import build_method, check_groups
+from sslkit.engine.batch_checks import check_batch_split
+from sslkit.engine.setup import build_method
 from sslkit.methods import BatchInfo, Method, Progress, Step
 from sslkit.methods.base import Features, Permutation, Prepare, Views
 from sslkit.parts.memory_bank import MemoryBank
@@ -118,7 +119,7 @@ def admit(recipe: Recipe, source: ImageSource, say: Say) -> Patient:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
         method = build_method(recipe, len(source)).train()
-    check_groups(recipe, method, processes_of(recipe))
+    check_batch_split(recipe, method, processes_of(recipe))
     method.bn_groups = min(method.bn_groups, MOST_GROUPS)
     size = sum(param.numel() for param in method.parameters())
     batch = small_batch(recipe, method.bn_groups, heavy=size > HEAVY)

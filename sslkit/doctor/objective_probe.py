@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from torch.overrides import TorchFunctionMode
 
 from sslkit.doctor.diagnosed_setup import START, Observation, Patient
-from sslkit.doctor.findings import Finding, fault, judge, not_applicable, ok, warning
+from sslkit.doctor.findings import Finding, fault, judge, not_applicable, ok
 from sslkit.doctor.gradient_checks import STOP
 from sslkit.methods import BatchInfo
 from sslkit.parts.memory_bank import MemoryBank
@@ -179,10 +179,9 @@ def check_derivative(bench: Bench, seen: Observation) -> Finding:
             check, [words] if missing else [], f"in place: the gradient leaves out {off:.0%} of the loss's slope"
         )
     complaint = (
-        f"the gradient is {off:.0%} off the slope of the loss: part of it is cut, as by a gather without gradient"
+        f"the gradient is {off:.0%} off the slope of the loss: part of it is cut, as by a gather without gradient; "
+        "a method that stops one on purpose declares stops_gradient = True"
     )
-    if off > slack and method.stops_gradient is None:
-        return warning(check, f"{complaint}; right if this method stops one on purpose")
     return judge(check, [complaint] if off > slack else [], "equal to the slope of the loss")
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from sslkit.data.augment.policies import ViewsConfig
+from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.config import MAX_CHANNELS
 from sslkit.data.sources.image_source import DataConfig
 from sslkit.errors import UserError, check_path, without_tokens
@@ -119,6 +119,8 @@ class ScheduleConfig(_Table):
         final: Rate at the end of the cosine, as a share of the peak.
         milestones: Epochs at which ``steps`` multiplies the rate by ``factor``.
         per: Whether the decay moves every ``step`` or once per ``epoch``, as the paper does.
+        weight_decay_end: Weight decay at the end of training; it follows half a cosine from ``[optim] weight_decay``
+            (DINO: 0.04 to 0.4). None: it stays.
     """
 
     decay: Literal["cosine", "steps", "constant"]
@@ -128,6 +130,7 @@ class ScheduleConfig(_Table):
     milestones: list[Annotated[float, Field(gt=0.0)]] = Field(default_factory=list)
     factor: float = Field(default=0.1, gt=0.0)
     per: Literal["step", "epoch"]
+    weight_decay_end: float | None = Field(default=None, ge=0.0)
 
 
 class TrainConfig(_Table):

@@ -22,8 +22,8 @@ import sslkit
 from sslkit.cli import main
 from sslkit.data.augment.cpu import ViewPipeline, normalise
 from sslkit.data.augment.multichannel import finish_channels, resize_channels
-from sslkit.data.augment.parameters import Draw
-from sslkit.data.augment.policies import POLICIES, ViewsConfig
+from sslkit.data.augment.parameters import ViewParams
+from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.decode.channels import as_picture, decode_channels
 from sslkit.data.decode.rgb import UnreadableImage, decode_rgb
 from sslkit.data.sources.image_source import DataConfig, open_source
@@ -35,7 +35,7 @@ from sslkit.parts.backbone import create_backbone
 from sslkit.publish.export import export_encoder
 
 VIEWS = ViewsConfig(policy="moco_v2", jitter=(0.4, 0.4, 0.0, 0.0), jitter_prob=0.8, gray_prob=0.0, blur_prob=0.5)
-NOTHING = Draw((0, 0, 8, 8), None, (0, 1, 2, 3), False, 0.0, False, False, 0.0, None)
+NOTHING = ViewParams((0, 0, 8, 8), None, (0, 1, 2, 3), False, 0.0, False, False, 0.0, None)
 
 
 def values(channels: int, dtype: Any = np.uint16, size: tuple[int, int] = (24, 20), seed: int = 0) -> NDArray[Any]:
@@ -224,9 +224,8 @@ def test_resizing_is_what_pillow_does() -> None:
 
 def test_views_follow_the_draws_of_rgb() -> None:
     """The same boxes and the same steps, whatever the channels; only bits are kept that 8 have no room for."""
-    views = {**POLICIES["small_gray"], "policy": "small_gray", "jitter": (0, 0, 0, 0), "size": 24}
     rgb, deep = photo(size=(40, 50)), photo(size=(40, 50)).astype(np.uint16) * 257
-    pipeline = ViewPipeline(ViewsConfig(**views), 3)
+    pipeline = ViewPipeline(ViewsConfig.of_policy("small_gray", jitter=(0, 0, 0, 0), size=24), 3)
     for sample in range(5):
         pairs = zip(pipeline(rgb, 0, sample), pipeline(deep, 0, sample), strict=True)
         assert all(np.abs(one.astype(float) * 257 - other).max() <= 257 for one, other in pairs)

@@ -11,7 +11,7 @@ from hostile import encode, photo
 from PIL import Image
 
 from sslkit.data.augment.cpu import ViewPipeline
-from sslkit.data.augment.policies import POLICIES, ViewsConfig
+from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.batch import Batch
 from sslkit.data.loading import worker_pool as crew
 from sslkit.data.loading.worker_pool import TrainLoader
@@ -30,7 +30,7 @@ def source(tmp_path: Path) -> ImageSource:
 
 
 def loader_of(source: ImageSource, said: list[str], workers: int, timeout: float = 60.0) -> TrainLoader:
-    pipeline = ViewPipeline(ViewsConfig(**{"policy": "moco_v2", **POLICIES["moco_v2"], "size": 32}), 0)
+    pipeline = ViewPipeline(ViewsConfig.of_policy("moco_v2", size=32), 0)
     order = GlobalBatchSampler(len(source), 4, 0, total_steps=STEPS, start_step=2)
     return TrainLoader(
         source, pipeline, order, workers=workers, pin_memory=False, timeout=timeout, log_message=said.append

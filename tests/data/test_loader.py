@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sslkit.data.augment.cpu import ViewPipeline
-from sslkit.data.augment.policies import POLICIES, ViewsConfig
+from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.loading.loader import make_loader, resolve_workers
 from sslkit.data.order.epoch_order import epoch_order
 from sslkit.data.order.sampler import GlobalBatchSampler
@@ -39,7 +39,7 @@ def test_a_restart_continues_the_order(start: int) -> None:
 
 def test_workers_change_nothing() -> None:
     source = open_source(DataConfig(path="builtin:fashion_mnist", split="test"))
-    views = ViewsConfig(**{"policy": "moco_v2", **POLICIES["moco_v2"], "size": 32})
+    views = ViewsConfig.of_policy("moco_v2", size=32)
     seen = []
     for workers in (0, 2):
         order = GlobalBatchSampler(len(source), 16, 0, total_steps=5, start_step=1)

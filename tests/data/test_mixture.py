@@ -11,7 +11,7 @@ from conftest import cli_error, small_recipe
 
 import sslkit
 from sslkit.data.augment.cpu import ViewPipeline
-from sslkit.data.augment.policies import POLICIES, ViewsConfig
+from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.config import DataConfig, MixConfig
 from sslkit.data.loading.loader import make_loader
 from sslkit.data.order.mixture import Mixture
@@ -86,7 +86,7 @@ def test_order_is_a_function_of_seed_and_epoch_alone() -> None:
 
 def test_an_image_that_comes_again_is_cut_anew(tmp_path: Path) -> None:
     source = open_source(DataConfig(mix=[MixConfig(path=str(f), weight=1.0) for f in folders(tmp_path, 30, 2)]))
-    views = ViewsConfig(**{"policy": "moco_v2", **POLICIES["moco_v2"], "size": 32})
+    views = ViewsConfig.of_policy("moco_v2", size=32)
     order = GlobalBatchSampler(32, 32, 0, total_steps=1, plan=source.plan)
     batch = next(iter(make_loader(source, ViewPipeline(views, 0), order, workers=0, pin_memory=False)))
     again = torch.nonzero(batch.sample_ids == 31)[:, 0]

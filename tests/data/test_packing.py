@@ -19,7 +19,7 @@ from hostile import bad_images, encode, exif, good_images, photo, write_hostile_
 from PIL import Image
 
 from sslkit.cli import main
-from sslkit.data.augment.policies import ViewsConfig
+from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.sources.image_source import DataConfig, ImageSource, open_source
 from sslkit.data.tools import packing as packing_module
 from sslkit.data.tools.packing import KEPT_BYTES, Packing, pack, shrink, sufficient_side

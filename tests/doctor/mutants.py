@@ -433,7 +433,7 @@ class KeysPointAway(MoCoV1):
 class TeacherIsTheStudent(MoCoV3):
     def __init__(self, *words: Any) -> None:
         super().__init__(*words)
-        self.teacher_backbone = self.backbone
+        self.teacher_backbone.module = self.backbone
 
     def after_update(self, progress: Progress) -> dict[str, float]:
         self.teacher_projector.update(self.projector, self.options.momentum)

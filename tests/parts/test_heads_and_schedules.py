@@ -12,7 +12,7 @@ from golden.swav import swav_projector
 from torch import nn
 
 from sslkit.parts.heads import batch_norm_mlp, byol_mlp, linear_head, mlp_head, simclr_head, swav_head
-from sslkit.parts.schedules import cosine_momentum, per_epoch, warmup_then_cosine, warmup_then_steps
+from sslkit.parts.schedules import cosine, per_epoch, warmup_then_cosine, warmup_then_steps
 
 OURS = {
     "v1": (lambda: linear_head(2048, 128), paper.v1_head),
@@ -76,7 +76,7 @@ def test_v2_head_has_no_batch_norm_and_v3_last_norm_no_scale() -> None:
     [(0, 0.99), (1, 0.9900024672), (25, 0.9914644661), (50, 0.995), (75, 0.9985355339), (99, 0.9999975328), (100, 1)],
 )
 def test_momentum_schedule(epoch: int, momentum: float) -> None:
-    assert cosine_momentum(epoch / 100, 0.99) == pytest.approx(momentum, abs=5e-11)
+    assert cosine(epoch, 100, 0.99, 1.0) == pytest.approx(momentum, abs=5e-11)
 
 
 @pytest.mark.parametrize(("epoch", "lr"), [(0, 0), (0.5, 0.48), (5, 4.8), (10, 9.6), (55, 4.8), (100, 0)])

@@ -16,7 +16,8 @@ import datasets
 import pyarrow as pa
 from pyarrow import compute
 
-from sslkit.errors import UserError, escaped
+from sslkit.errors import UserError
+from sslkit.text import escape
 
 SUFFIXES = frozenset(
     (
@@ -159,7 +160,7 @@ def span_of(text: str) -> tuple[int, int] | None:
 
 def printable(text: str) -> str:
     """A path's text for messages, on one line, with unprintable characters escaped."""
-    return escaped(re.sub("\0(..)", r"\\x\1", SPAN.sub("", text, count=1)))
+    return escape(re.sub("\0(..)", r"\\x\1", SPAN.sub("", text, count=1)))
 
 
 def walk_folders(folder: str) -> Iterator[WalkedFolder]:

@@ -27,8 +27,9 @@ from sslkit.data.config import SourceConfig
 from sslkit.data.decode.rgb import UnreadableImage
 from sslkit.data.formats.folder_listing import printable
 from sslkit.data.formats.splits import ALL, choose, no_such_split, refuse_several
-from sslkit.errors import UserError, counted
+from sslkit.errors import UserError
 from sslkit.hub.availability import quick_hub, why_not
+from sslkit.text import pluralize
 
 MAX_GROUP = 2**31  # bytes of the images of a row group, all of which are held in memory
 WAITS = (1.0, 4.0, 16.0, 32.0)  # seconds before each retry of a remote file, besides the retries of its library
@@ -167,7 +168,7 @@ class StreamedTable:
         count = len(self.groups)
         size = sum(group.bytes for group in self.groups) / count / 2**20
         return (
-            f"read as a stream: {counted(count, 'row group')} of {counted(len(self.files), 'file')}, "
+            f"read as a stream: {pluralize(count, 'row group')} of {pluralize(len(self.files), 'file')}, "
             f"about {size:.3g} MiB each, of which a worker holds up to {min(groups, count)}"
         )
 

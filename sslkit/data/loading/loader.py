@@ -54,7 +54,7 @@ class ViewDataset(Dataset[Item]):
         reduction = partial(self.pipeline.reduction, epoch, sample)
         image = read_or_replace(self.source, self.pipeline.seed, epoch, sample, reduction)
         if self.pipeline.config.device == "accelerator":
-            views, params = self.pipeline.crops(image.pixels, epoch, sample, image.size)
+            views, params = self.pipeline.crop_views(image.pixels, epoch, sample, image.size)
         else:
             views, params = self.pipeline(image.pixels, epoch, sample, image.size), []
         if self.status is not None:

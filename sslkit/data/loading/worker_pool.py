@@ -14,7 +14,7 @@ from sslkit.data.loading.worker_status import StatusBoard, WorkerStatus
 from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.errors import RunError
-from sslkit.terminal import say
+from sslkit.terminal import print_message
 
 POLL = 5.0  # seconds between checks of the workers while waiting for a batch
 DYING = 2.0  # seconds that a worker's exit may take after its connection is lost
@@ -48,7 +48,7 @@ class TrainLoader:
         workers: int,
         pin_memory: bool,
         timeout: float,
-        log_message: Callable[[str], None] = say,
+        log_message: Callable[[str], None] = print_message,
     ) -> None:
         self.source, self.pipeline, self.batches = source, pipeline, batches
         self.workers, self.pin_memory, self.timeout, self.log_message = workers, pin_memory, timeout, log_message

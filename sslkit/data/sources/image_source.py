@@ -276,7 +276,7 @@ def _count(images: int) -> str:
 
 
 def _log(message: str) -> None:
-    """Log what was found; commands print it, see `sslkit.cli.data_summary`."""
+    """Log what was found; commands print it, see `sslkit.cli.output`."""
     LOGGER.info("data: %s", printable(message))
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from sslkit.data.augment.policies import ViewsConfig
+from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.decode.background import WHITE
 from sslkit.data.decode.rgb import Pixels, Size, UnreadableImage, decode_reduced
 from sslkit.data.formats.folder_listing import printable
@@ -78,19 +78,10 @@ class Packed:
     bytes_after: int = 0
     left_out: list[dict[str, str]] = field(default_factory=list)
 
-    def add(self, other: "Packed") -> None:
-        """Add the result of another shard."""
-        self.images += other.images
-        self.shrunk += other.shrunk
-        self.bytes_before += other.bytes_before
-        self.bytes_after += other.bytes_after
-        self.left_out += other.left_out
-
 
 def sufficient_side(views: ViewsConfig) -> int:
     """Shorter side, a multiple of 8, of square images whose smallest crops have as many pixels as their views."""
-    sides = [views.size / math.sqrt(views.crop_scale[0])]
-    sides += [views.small_size / math.sqrt(views.small_scale[0])] if views.small_crops else []
+    sides = [policy.size / math.sqrt(policy.crop_scale[0]) for policy in views.view_policies()]
     return math.ceil(max(sides) / 8) * 8
 
 
@@ -144,9 +135,8 @@ def _pack(source: ImageSource, folder: Path, packing: Packing, workers: int, pro
     todo = [order[number * size : (number + 1) * size] for number in missing]
     for number, rows in zip(missing, _rows_of(source, packing, todo, workers, progress), strict=True):
         _write_shard(source, part / names[number], rows)
-    packed = Packed()
-    for name in names:
-        packed.add(Packed(**json.loads((part / f"{name}.json").read_text(encoding="utf-8"))))
+    results = [json.loads((part / f"{name}.json").read_text(encoding="utf-8")) for name in names]
+    packed = Packed(**{key: sum((each[key] for each in results), zero) for key, zero in asdict(Packed()).items()})
     if not packed.images:
         raise UserError(f"{source.description}: none of its images can be read; {packed.left_out[0]['reason']}")
     write_json(part / SUMMARY, {"source": source.description, **asdict(packing), **asdict(packed)})

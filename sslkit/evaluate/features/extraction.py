@@ -34,7 +34,7 @@ from sslkit.hub.availability import quick_hub, why_not
 from sslkit.hub.revisions import is_hub_name, pin, pin_timm
 from sslkit.hub.untrusted import check_model, encoder_state, named, read_encoder_config, tensor_shapes
 from sslkit.parts.backbone import BackboneSpec, replace_stem_for_small_images
-from sslkit.terminal import say
+from sslkit.terminal import print_message
 
 RAW_PIXEL_SIDE = 32
 MOST_PIXELS = 256 * 3 * 512**2  # numbers in a batch of images
@@ -151,7 +151,7 @@ def _load_folder(folder: Path, name: str) -> Encoder:
         lines = (str(error).strip() or type(error).__name__).splitlines()
         raise UserError(f"{name}: {folder} is not a loadable encoder: {' '.join(lines)[:300]}") from error
     if left_out:
-        say(f"{name}: its classifier is left out ({named(left_out)})")
+        print_message(f"{name}: its classifier is left out ({named(left_out)})")
     return Encoder(module, data_config, name, config.architecture, config.model_args, config.small_stem)
 
 

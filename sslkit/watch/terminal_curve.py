@@ -1,38 +1,46 @@
-"""A number over time in bounded memory, and as a line of a terminal."""
+"""A curve in bounded memory, and its drawing as one line of characters."""
 
 import itertools
 import math
 from typing import Any
 
-MOST = 1024  # points that are kept; a terminal has fewer columns
+from sslkit.files.jsonl_reader import number
+
+MAX_POINTS = 1024  # more than a terminal has columns
 BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 
 
 class Curve:
-    """Means of equally long stretches of what was added; two stretches become one when there are too many."""
+    """Means over intervals of equal length; pairs of intervals are merged when there are too many.
+
+    Attributes:
+        newest: The last value that was added; None if it is not a finite number.
+        lowest: The lowest value so far.
+        highest: The highest value so far.
+    """
 
     def __init__(self) -> None:
         self.means: list[float] = []
-        self.stride, self.sum, self.count = 1, 0.0, 0
+        self.interval, self.sum, self.count = 1, 0.0, 0
         self.newest: float | None = None
         self.lowest, self.highest = math.inf, -math.inf
 
     def add(self, value: Any) -> None:
-        """Take up a value; what is no finite number is remembered as the newest only, as None."""
-        self.newest = finite(value)
+        """Add a value. If it is not a finite number, only `newest` changes, to None."""
+        self.newest = number(value)
         if self.newest is None:
             return
         self.lowest, self.highest = min(self.lowest, self.newest), max(self.highest, self.newest)
         self.sum, self.count = self.sum + self.newest, self.count + 1
-        if self.count == self.stride:
+        if self.count == self.interval:
             self.means.append(self.sum / self.count)
             self.sum, self.count = 0.0, 0
-        if len(self.means) == MOST:
+        if len(self.means) == MAX_POINTS:
             self.means = [(one + other) / 2 for one, other in zip(self.means[::2], self.means[1::2], strict=True)]
-            self.stride *= 2
+            self.interval *= 2
 
     def points(self, width: int) -> list[float]:
-        """At most ``width`` means of stretches, as equal as can be, of all that was added."""
+        """At most ``width`` means over all values, over intervals as equal as possible."""
         values = self.means + ([self.sum / self.count] if self.count else [])
         columns = min(width, len(values))
         edges = [column * len(values) // columns for column in range(columns + 1)] if columns > 0 else []
@@ -40,7 +48,7 @@ class Curve:
 
 
 def sparkline(points: list[float], bars: str = BARS) -> str:
-    """One of eight bars for each point, from the lowest to the highest; the middle one where all are equal."""
+    """One bar per point, scaled from the lowest to the highest point; the middle bar if all points are equal."""
     if not points:
         return ""
     lowest, highest = min(points), max(points)
@@ -48,10 +56,3 @@ def sparkline(points: list[float], bars: str = BARS) -> str:
         return bars[len(bars) // 2 - 1] * len(points)
     scale = (len(bars) - 1) / (highest - lowest)
     return "".join(bars[round((point - lowest) * scale)] for point in points)
-
-
-def finite(value: Any) -> float | None:
-    """A number that sums of can be formed, or None."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
-        return float(value)
-    return None

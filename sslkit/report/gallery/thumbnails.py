@@ -1,4 +1,4 @@
-"""Images small enough to travel inside a page."""
+"""Thumbnails embedded in a page as ``data:`` URIs."""
 
 import base64
 import io
@@ -12,40 +12,40 @@ from sslkit.data.decode.channels import as_picture
 from sslkit.data.decode.rgb import Pixels
 from sslkit.data.tools.image_grid import make_image_grid
 
-SMALL = 64  # pixels a side up to which a picture is kept as it is, without loss
+MAX_LOSSLESS = 64  # pixels; larger thumbnails are stored as JPEG
 
 
 def data_uri(pixels: Pixels, side: int) -> str:
-    """A picture as a ``data:`` address, at most ``side`` pixels a side; PNG if small, else JPEG.
+    """A thumbnail as a ``data:`` URI; PNG if small, else JPEG.
 
     Args:
-        pixels: (H, W, 3) uint8 RGB, or (H, W, C) uint16, shown as `as_picture` does.
-        side: Longer side that is not exceeded.
+        pixels: (H, W, 3) uint8 RGB, or (H, W, C) uint16, converted by `as_picture`.
+        side: Length of the longer side in pixels; smaller images are not enlarged.
     """
     picture = Image.fromarray(as_picture(pixels))
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return _encode(picture, lossless=max(picture.size) <= SMALL)
+    return _encode(picture, lossless=max(picture.size) <= MAX_LOSSLESS)
 
 
 @dataclass(frozen=True)
 class Sprite:
-    """Many thumbnails as the tiles of one picture, row by row.
+    """Many thumbnails as the tiles of one image, row by row.
 
     Attributes:
-        address: The picture, as a ``data:`` address.
+        uri: The image as a ``data:`` URI.
         tile: Side of a tile in pixels.
-        columns: Tiles in a row.
-        count: Tiles in all.
+        columns: Number of tiles in a row.
+        count: Number of tiles.
     """
 
-    address: str
+    uri: str
     tile: int
     columns: int
     count: int
 
 
 def make_sprite(images: Sequence[Pixels], tile: int) -> Sprite:
-    """Shrink images to fit square tiles, put them side by side, and encode them as one JPEG."""
+    """Arrange images in a square grid of tiles and encode it as one JPEG."""
     columns = max(int(np.ceil(np.sqrt(len(images)))), 1)
     return Sprite(_encode(make_image_grid(images, tile, columns), lossless=False), tile, columns, len(images))
 

@@ -1,4 +1,4 @@
-"""Where a ViT's class token looks: the attention of the last block, for a few images."""
+"""Attention of a ViT's class token in the last block, for a few images."""
 
 import copy
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from sslkit.errors import UserError
 from sslkit.evaluate.features.extraction import Encoder
-from sslkit.report.sample import Sample
-from sslkit.report.thumbnails import data_uri
+from sslkit.report.gallery.gallery_images import GalleryImages
+from sslkit.report.gallery.thumbnails import data_uri
 
 NUM_IMAGES, MAX_HEADS, SIDE = 6, 6, 112
-COLOURS = "inferno"
+COLOUR_MAP = "inferno"
 
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """An image and its attention maps, as ``data:`` addresses: the mean over heads, then some heads."""
+    """An image and its attention maps as ``data:`` URIs: the mean over heads, then the first heads."""
 
     image: str
     mean: str
@@ -30,17 +30,17 @@ class AttentionRow:
 
 
 def last_attention(module: nn.Module, images: Tensor) -> Tensor:
-    """How much the class token of the last block attends to each patch: (B, heads, rows, columns).
+    """Attention of the class token to each patch in the last block, (B, heads, rows, columns).
 
-    Rows of the attention matrix sum to one over all tokens, the class token's own included; that part is left out.
-    The module is not changed.
+    The attention of the class token to itself is left out, so the weights of a map sum to less than 1. The module is
+    not changed.
 
     Args:
         module: A timm vision transformer with a class token.
         images: (B, 3, H, W), normalised.
 
     Raises:
-        UserError: Not such a model.
+        UserError: The module is not such a model.
     """
     model: Any = copy.deepcopy(module)
     blocks = getattr(model, "blocks", None)
@@ -49,10 +49,10 @@ def last_attention(module: nn.Module, images: Tensor) -> Tensor:
         raise UserError("attention maps need a ViT with a class token")
     for part in model.modules():
         if hasattr(part, "fused_attn"):
-            part.fused_attn = False  # a fused kernel never holds the matrix
+            part.fused_attn = False  # a fused kernel does not compute the attention matrix
     name = f"blocks.{len(blocks) - 1}.attn.attn_drop"
     if name not in dict(model.named_modules()):
-        raise UserError("attention maps need blocks whose attention timm can lay open")
+        raise UserError("attention maps need blocks with a module attn.attn_drop")
     with torch.inference_mode():
         weights: Tensor = AttentionExtract(model, names=[name], method="hook")(images)[name]
     rows, columns = grid(tuple(images.shape[-2:]))
@@ -60,36 +60,35 @@ def last_attention(module: nn.Module, images: Tensor) -> Tensor:
     return patches
 
 
-def draw_attention(encoder: Encoder, sample: Sample) -> list[AttentionRow]:
-    """Attention maps of the first few queries, each map on its own scale from dark to bright.
+def draw_attention(encoder: Encoder, images: GalleryImages) -> list[AttentionRow]:
+    """Attention maps of a few query images, each scaled from its lowest to its highest weight.
 
     Raises:
-        UserError: Not a ViT with a class token, or not one of RGB.
+        UserError: The encoder is not a ViT with a class token, or not one for RGB images.
     """
-    count = min(NUM_IMAGES, len(sample.queries))
-    shown = np.linspace(0, len(sample.queries) - 1, count, dtype=int).tolist()
     if encoder.channels != 3:
-        raise UserError(f"attention is drawn for encoders of RGB, not of {encoder.channels} channels")
+        raise UserError(f"attention maps need an encoder for RGB images, not for {encoder.channels} channels")
+    count = min(NUM_IMAGES, len(images.queries))
+    indices = np.linspace(0, len(images.queries) - 1, count, dtype=int).tolist()
     transform = encoder.transform()
     module = encoder.module.eval().cpu()
-    inputs = torch.stack([transform(Image.fromarray(sample.queries.read(index))) for index in shown])
-    maps = last_attention(module, inputs).float().cpu()
+    inputs = torch.stack([transform(Image.fromarray(images.queries.read(index))) for index in indices])
     rows = []
-    for image, heads in zip(inputs, maps, strict=True):
-        each = [_colour(head) for head in heads[:MAX_HEADS]]
-        rows.append(AttentionRow(_seen(encoder, image), _colour(heads.mean(dim=0)), each if len(heads) > 1 else []))
+    for image, heads in zip(inputs, last_attention(module, inputs).float().cpu(), strict=True):
+        each = [_draw_map(head) for head in heads[:MAX_HEADS]] if len(heads) > 1 else []
+        rows.append(AttentionRow(_draw_input(encoder, image), _draw_map(heads.mean(dim=0)), each))
     return rows
 
 
-def _seen(encoder: Encoder, image: Tensor) -> str:
-    """The picture as the encoder saw it: cropped, in pixels again."""
+def _draw_input(encoder: Encoder, image: Tensor) -> str:
+    """The encoder's input, after its crop, without normalisation."""
     mean, std = (torch.tensor(encoder.preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
     pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     return data_uri(np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR)), SIDE)
 
 
-def _colour(attention: Tensor) -> str:
+def _draw_map(attention: Tensor) -> str:
     low, high = attention.min(), attention.max()
     scaled = ((attention - low) / (high - low).clamp_min(1e-12)).numpy()
-    pixels = (mpl.colormaps[COLOURS](scaled)[..., :3] * 255).astype(np.uint8)
+    pixels = (mpl.colormaps[COLOUR_MAP](scaled)[..., :3] * 255).astype(np.uint8)
     return data_uri(np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.NEAREST)), SIDE)
