@@ -135,7 +135,7 @@ def test_files_that_are_named_and_not_there_are_counted(folder: Path, capsys: py
             {"data_files": "*.png"},
             r'\[data\] data_files: goes with path = "imagefolder".*write path = "imagefolder" and',
         ),
-        ({"name": "full"}, r"\[data\] name: 'full' chooses a configuration of a Hub dataset.*leave name out"),
+        ({"name": "full"}, r"\[data\] name: 'full' selects a configuration of a Hub dataset.*leave name out"),
     ],
 )
 def test_keys_that_mean_nothing_for_a_folder_are_refused(words: dict[str, str], sentence: str, folder: Path) -> None:
@@ -170,10 +170,10 @@ def test_files_without_a_suffix_of_images(tmp_path: Path) -> None:
         for number, png in enumerate(PNGS):
             (root / f"{number}{suffix}").write_bytes(png)
         with pytest.raises(
-            UserError, match=r"holds no files with names of images: .* 4; the first looks like \.png"
+            UserError, match=r"holds no images, judging by file names: .* 4; the first looks like \.png"
         ) as caught:
             read(root)
-        command = str(caught.value).partition("such as by: ")[2]
+        command = str(caught.value).partition("for example by: ")[2]
         subprocess.run(["bash", "-c", command], cwd=root, check=True)
         assert stored(read(root)) == PNGS
 

@@ -205,7 +205,7 @@ SIZE, KIND = slice(124, 136), slice(156, 157)
     ("field", "value", "reason"),
     [
         (SIZE, b"\x80" + b"\x7f" * 11, "more than"),
-        (SIZE, b"00077777777", "cut short"),
+        (SIZE, b"00077777777", "truncated"),
         (KIND, b"2", "a link in a tar file"),
         (KIND, b"1", "a link in a tar file"),
     ],

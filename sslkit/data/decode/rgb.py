@@ -146,10 +146,10 @@ def _describe(image: Image.Image, encoded: bytes) -> Header:
             width, height = height, width
         signed = max(tiff_tag(image, BITS), default=0) if SIGNED in tiff_tag(image, SAMPLE_FORMAT) else 0
     header = Header(kind, image.mode, width, height, orientation, alpha, signed)
-    return header._replace(opencv=_is_read_alike(image, header, encoded))
+    return header._replace(opencv=_opencv_agrees(image, header, encoded))
 
 
-def _is_read_alike(image: Image.Image, header: Header, encoded: bytes) -> bool:
+def _opencv_agrees(image: Image.Image, header: Header, encoded: bytes) -> bool:
     """Whether OpenCV decodes an image of a less common format like Pillow, as measured in docs/log.md."""
     codec, _, _, options = next(iter(getattr(image, "tile", ())), ("", None, 0, None))
     match header.format:

@@ -87,11 +87,6 @@ class Listing:
             return None
         return [printable(to_text(os.path.basename(each.path))) for each in self.folders]
 
-    @property
-    def table(self) -> datasets.Dataset:
-        """A row per image; see `table_of_folders`."""
-        return table_of_folders(self.folders, self.classes)
-
 
 def list_images(root: Path) -> Listing:
     """Find every file below ``root`` whose name ends like that of an image, readable or not.

@@ -65,7 +65,7 @@ def no_images(skipped: Counter[str], example: str) -> str:
             found = image_suffix(stream.read(16))
     except OSError:
         found = ""
-    files = f"holds no files with names of images: {count_suffixes(skipped)}"
+    files = f"holds no images, judging by file names: {count_suffixes(skipped)}"
     if found:
         suffix = next(iter(skipped.most_common(1)))[0]
         old = "*" if suffix == "no suffix" else f"*{suffix}"

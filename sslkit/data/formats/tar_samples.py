@@ -345,4 +345,4 @@ def _without_images(files: list[Path], index: _Index, image: str | None) -> User
     else:
         advice = advice_for(index.others) or "pack images with names that end in .jpg, .png or the like"
     files_found = suffixes or "it is empty"
-    return UserError(f"[data] path: {where} holds no files with names of images: {files_found}; {advice}")
+    return UserError(f"[data] path: {where} holds no images, judging by file names: {files_found}; {advice}")

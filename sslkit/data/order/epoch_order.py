@@ -30,7 +30,7 @@ class OrderPlan(Protocol):
 
     def groups_held(self, batch_size: int, num_processes: int, num_workers: int) -> int:
         """Row groups that one worker of one process reads from at the same time; 0 if rows are read one by one."""
-        ...
+        return 0
 
 
 def epoch_order(seed: int, epoch: int, num_samples: int, order_variant: int = 0) -> Indices:
@@ -63,7 +63,7 @@ class ArrayOrder:
 
 
 @dataclass(frozen=True)
-class Shuffle:
+class Shuffle(OrderPlan):
     """Every sample once per epoch, in random order."""
 
     num_samples: int
@@ -72,7 +72,3 @@ class Shuffle:
         """See `OrderPlan.epoch`."""
         order = epoch_order(seed, epoch, self.num_samples, order_variant)
         return ArrayOrder(order, np.zeros_like(order), batch_size)
-
-    def groups_held(self, batch_size: int, num_processes: int, num_workers: int) -> int:
-        """See `OrderPlan.groups_held`."""
-        return 0

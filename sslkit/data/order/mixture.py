@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sslkit.data.order.epoch_order import ArrayOrder, EpochOrder, Indices, epoch_order
+from sslkit.data.order.epoch_order import ArrayOrder, EpochOrder, Indices, OrderPlan, epoch_order
 from sslkit.random_draws import DrawPurpose
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(OrderPlan):
     """The order of several sources that are concatenated in one table; an epoch has as many samples as the table.
 
     Attributes:
@@ -57,7 +57,3 @@ class Mixture:
         order = epoch_order(seed, epoch, sum(self.sizes), order_variant)
         samples, repeats = self.samples(seed, epoch)
         return ArrayOrder(samples[order], repeats[order], batch_size)
-
-    def groups_held(self, batch_size: int, num_processes: int, num_workers: int) -> int:
-        """See `OrderPlan.groups_held`."""
-        return 0

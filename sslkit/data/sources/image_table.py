@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, Protocol, Self
 
 import datasets
 import numpy as np
@@ -13,12 +13,15 @@ from sslkit.data.formats.folder_listing import printable
 
 
 class ImageTable(Protocol):
-    """Rows of encoded images and, if any, their labels. Implemented by `MappedTable` and `StreamedTable`."""
+    """Rows of encoded images and, if any, their labels. Implemented by `MappedTable` and `StreamedTable`.
+
+    The bodies here are those of tables whose rows can be read one by one.
+    """
 
     @property
     def random_access(self) -> bool:
         """Whether reading a row reads no more than this row."""
-        ...
+        return True
 
     @property
     def label_column(self) -> str | None:
@@ -38,11 +41,11 @@ class ImageTable(Protocol):
 
     def name(self, row: int) -> str:
         """Printable name of an image; empty if it has none."""
-        ...
+        return printable(self.cell(row).get("path") or "")
 
     def paths(self) -> list[str]:
         """The file of each image, as `to_text` writes it; empty where there is none."""
-        ...
+        return [path or "" for cells in self.cells(1024) for path in cells.field("path").to_pylist()]
 
     def cells(self, batch_size: int) -> Iterator[pa.StructArray]:
         """All images as Arrow structures of ``bytes`` and ``path``, ``batch_size`` at a time."""
@@ -62,19 +65,19 @@ class ImageTable(Protocol):
 
     def holding(self, groups: int) -> Self:
         """The same rows, with so many row groups kept in memory. Changes nothing if there are no row groups."""
-        ...
+        return self
 
     def sample(self, count: int, seed: int) -> NDArray[np.int64]:
         """At most ``count`` random rows that are cheap to read together."""
-        ...
+        return np.random.default_rng(seed).permutation(len(self))[:count]
 
     def digest(self) -> str:
         """SHA-256 that identifies the images without reading them; empty if only names or content identify them."""
-        ...
+        return ""
 
     def describe_streaming(self, groups: int) -> str:
         """A sentence on the memory of a worker that keeps so many row groups; empty if there are none."""
-        ...
+        return ""
 
     def as_dataset(self) -> datasets.Dataset:
         """A `datasets` table with the images in a column ``image``, not decoded.
@@ -86,7 +89,7 @@ class ImageTable(Protocol):
 
 
 @dataclass(frozen=True)
-class MappedTable:
+class MappedTable(ImageTable):
     """A table that `datasets` maps into memory; images are not decoded by `datasets`.
 
     Attributes:
@@ -98,7 +101,6 @@ class MappedTable:
     rows: datasets.Dataset
     image_column: str = "image"
     label_column: str | None = None
-    random_access: ClassVar[bool] = True
 
     @property
     def label_feature(self) -> Any:
@@ -111,14 +113,6 @@ class MappedTable:
     def cell(self, row: int) -> dict[str, Any]:
         """See `ImageTable`."""
         return self.rows[row][self.image_column] or {}
-
-    def name(self, row: int) -> str:
-        """See `ImageTable`."""
-        return printable(self.cell(row).get("path") or "")
-
-    def paths(self) -> list[str]:
-        """See `ImageTable`."""
-        return [path or "" for cells in self.cells(1024) for path in cells.field("path").to_pylist()]
 
     def cells(self, batch_size: int) -> Iterator[pa.StructArray]:
         """See `ImageTable`."""
@@ -136,22 +130,6 @@ class MappedTable:
     def without_labels(self) -> Self:
         """See `ImageTable`."""
         return replace(self, rows=self.rows.select_columns([self.image_column]), label_column=None)
-
-    def holding(self, groups: int) -> Self:
-        """See `ImageTable`."""
-        return self
-
-    def sample(self, count: int, seed: int) -> NDArray[np.int64]:
-        """See `ImageTable`."""
-        return np.random.default_rng(seed).permutation(len(self))[:count]
-
-    def digest(self) -> str:
-        """See `ImageTable`."""
-        return ""
-
-    def describe_streaming(self, groups: int) -> str:
-        """See `ImageTable`."""
-        return ""
 
     def as_dataset(self) -> datasets.Dataset:
         """See `ImageTable`."""
