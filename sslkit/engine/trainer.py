@@ -30,7 +30,7 @@ from sslkit.engine.monitor.knn_monitor import KnnMonitor, check_neighbours, make
 from sslkit.engine.resilience.guard import BadStepError, RewindError
 from sslkit.engine.resilience.preemption import StopRequest, stop_with_launcher, write_marker
 from sslkit.engine.resilience.rewind import recovery_state_of, reset_training, rewind_checkpoint
-from sslkit.engine.run_folder.dataset_identity import BadSamples
+from sslkit.engine.run_folder.dataset_identity import BadSamples, images_digest
 from sslkit.engine.run_folder.layout import (
     FREE_KEYS,
     Found,
@@ -128,8 +128,16 @@ def _run(
     monitor = RunMonitor(state, logger, knn)
     if active and not state.step:
         monitor.check_data()
-    back_to = state.recovery.back_to
-    saver = Saver(folder, recipe, state.steps_per_epoch, state.step, logger.log_message, back_to=back_to, active=active)
+    saver = Saver(
+        folder,
+        recipe,
+        state.steps_per_epoch,
+        state.step,
+        logger.log_message,
+        back_to=state.recovery.back_to,
+        images=images_digest(folder) if active else "",
+        active=active,
+    )
     trackers = logger.trackers = Trackers(recipe, folder, logger.log_message, active=active)
     with trackers, logger, saver:
         if checkpoint is not None and state.step >= state.last_step:

@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from sslkit.distributed.sharding import full_tensor
 from sslkit.engine.checkpoint.format import FORMAT, flatten_optimizer, without_state
 from sslkit.engine.checkpoint.retention import checkpoint_name, monitor_scores, reasons_to_keep, saved_steps
-from sslkit.engine.run_folder.dataset_identity import images_digest
 from sslkit.errors import RunError
 from sslkit.files.atomic import remove, replace_text, sync, whole_folder, write_file, write_json, write_tensors
 from sslkit.methods import find_method
@@ -100,6 +99,7 @@ class Saver:
             first save.
         say: Told each sentence, from the writing thread.
         back_to: The checkpoint that the run may go back to, if it has one; see `sslkit.engine.resilience.rewind`.
+        images: Digest of the run's images, written into every checkpoint.
         active: False on all processes but the first: then nothing is copied or written.
     """
 
@@ -112,10 +112,11 @@ class Saver:
         say: Callable[[str], None],
         *,
         back_to: int | None = None,
+        images: str = "",
         active: bool = True,
     ) -> None:
         self.folder, self.recipe, self.say, self.active = folder, recipe, say, active
-        self.checkpoints = folder / "checkpoints"
+        self.checkpoints, self.images = folder / "checkpoints", images
         self.steps_per_epoch = steps_per_epoch
         self.model, self.optimizer = HostCopy(), HostCopy()
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
@@ -149,7 +150,7 @@ class Saver:
                 full_tensor(tensor.detach())  # in the order of the two copies below
             return
         self.wait()
-        identity = {"images": images_digest(self.folder), "without_state": without_state(method, optimizer)}
+        identity = {"images": self.images, "without_state": without_state(method, optimizer)}
         text = json.dumps({"step": step, "optimizer": scalars, **identity, **state}, indent=1)
         model = self.model.fill(method.state_dict())
         moments = self.optimizer.fill(tensors)
