@@ -20,6 +20,8 @@ from sslkit.data.augment.cpu import normalise
 from sslkit.data.augment.policies import IMAGENET_MEAN, IMAGENET_STD
 from sslkit.engine.setup import build_method
 from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
+from sslkit.methods import BatchInfo
+from sslkit.parts.schedules import Progress
 from sslkit.recipe.resolve import build_recipe
 
 SIDE = 96
@@ -45,7 +47,9 @@ def measure(batch: int, micro_batch: int) -> dict[str, float]:
     method = build_method(recipe).to(accelerator.device)
     views = [torch.randint(256, (batch, SIDE, SIDE, 3), dtype=torch.uint8) for _ in range(2)]
     prepare = functools.partial(normalise, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    here = GlobalBatch([view.to(accelerator.device) for view in views], torch.arange(batch), None, prepare)
+    here = GlobalBatch(
+        [view.to(accelerator.device) for view in views], BatchInfo(torch.arange(batch)), Progress(0, 1), None, prepare
+    )
     before = resident_mib()
     if micro_batch:
         step = sliced_step(accelerator, method, here, micro_batch, lambda _: None)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from sslkit.parts.info_nce import contrast_with_dictionary
-from sslkit.parts.momentum_teacher import Teacher
+from sslkit.parts.momentum_teacher import MomentumTeacher
 
 K, DIM, TEMPERATURE = 65_536, 128, 0.2
 MOMENTUM = 0.99
@@ -44,7 +44,7 @@ def teacher_rows(models: list[str], rounds: int, device: str) -> list[list[str]]
     rows = []
     for name in models:
         student = timm.create_model(name, num_classes=0).to(device)
-        teacher = Teacher(student)
+        teacher = MomentumTeacher(student)
         count = sum(param.numel() for param in student.parameters())
         source = torch.randn(count * 3 // 2, device=device)
         target = torch.empty_like(source)

@@ -19,7 +19,7 @@ from side_by_side import machine, table
 from sslkit.engine.checkpoint.writer import Saver
 from sslkit.engine.optim import make_optimizer
 from sslkit.engine.setup import build_method
-from sslkit.methods import Progress
+from sslkit.methods import BatchInfo, Progress
 from sslkit.recipe.resolve import Recipe, build_recipe
 
 INTERVAL = 900.0  # seconds: [checkpoint] every_minutes = 15
@@ -53,7 +53,7 @@ def main() -> None:
     views = [torch.randn(4, 3, arguments.size, arguments.size) for _ in range(2)]
 
     def step() -> None:
-        method(views, torch.arange(4)).loss.backward()
+        method(views, BatchInfo(torch.arange(4)), Progress(0, 1)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         method.after_update(Progress(1, 10))

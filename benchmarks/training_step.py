@@ -29,7 +29,7 @@ from sslkit.engine.optim import make_optimizer
 from sslkit.engine.rng import shuffle_order
 from sslkit.engine.setup import build_method
 from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
-from sslkit.methods import METHODS, Progress
+from sslkit.methods import METHODS, BatchInfo, Progress
 from sslkit.profiling.stage_timer import wait_for
 from sslkit.recipe.resolve import Recipe, build_recipe
 
@@ -65,7 +65,7 @@ def sslkit_step(recipe: Recipe, views: list[Tensor], slices: int = 1) -> Step:
 
     def step() -> None:
         permutation = shuffle_order(recipe, 0) if method.shuffle_keys else None
-        batch = GlobalBatch(views, ids, permutation, lambda view: view)
+        batch = GlobalBatch(views, BatchInfo(ids), Progress(0, 1), permutation, lambda view: view)
         if slices == 1:
             whole_batch_step(accelerator, method, batch)
         else:

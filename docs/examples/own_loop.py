@@ -11,7 +11,7 @@ from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.parts.backbone import feature_dim
 from sslkit.parts.heads import mlp_head
 from sslkit.parts.losses import info_nce_with_queue
-from sslkit.parts.momentum_teacher import Teacher
+from sslkit.parts.momentum_teacher import MomentumTeacher
 from sslkit.parts.queue import KeyQueue
 
 SMALL_GRAY = {**POLICIES["small_gray"], "policy": "small_gray", "size": 28, "crop_scale": (0.8, 1.0)}
@@ -24,7 +24,7 @@ def pretrain(backbone: nn.Module, *, steps: int, batch_size: int = 64, lr: float
     views = ViewPipeline(config, seed=0)
 
     student = nn.Sequential(backbone, mlp_head(feature_dim(backbone, config.size), hidden_dim=256, out_dim=64))
-    teacher, queue = Teacher(student), KeyQueue(size=1024, dim=64)
+    teacher, queue = MomentumTeacher(student), KeyQueue(size=1024, dim=64)
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr)
     losses = []
     for step in range(steps):

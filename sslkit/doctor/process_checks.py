@@ -20,7 +20,7 @@ from sslkit.engine.rng import SHUFFLE
 from sslkit.engine.setup import build_method
 from sslkit.engine.step import GlobalBatch, whole_batch_step
 from sslkit.errors import UserError
-from sslkit.methods import Method, Progress
+from sslkit.methods import BatchInfo, Method, Progress
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.recipe.resolve import Recipe
 
@@ -81,7 +81,8 @@ def train_and_compare(accelerator: Any, recipe: Recipe, source: ImageSource) -> 
     )
     pipeline = ViewPipeline(recipe.views, recipe.train.seed)
     for step, batch in enumerate(make_loader(source, pipeline, batches, workers=0, pin_memory=False)):
-        whole_batch_step(accelerator, wrapped, global_batch(recipe, method, batch, step, accelerator.device))
+        here = global_batch(recipe, method, batch, Progress(step, STEPS), accelerator.device)
+        whole_batch_step(accelerator, wrapped, here)
         method.before_update(Progress(step, STEPS))
         optimizer.step()
         optimizer.zero_grad()
@@ -89,14 +90,15 @@ def train_and_compare(accelerator: Any, recipe: Recipe, source: ImageSource) -> 
     return compare(method)
 
 
-def global_batch(recipe: Recipe, method: Method, batch: Batch, step: int, device: torch.device) -> GlobalBatch:
+def global_batch(recipe: Recipe, method: Method, batch: Batch, progress: Progress, device: torch.device) -> GlobalBatch:
     """This process's part of a small global batch."""
     count = len(batch.sample_ids) * world_size()
-    order = np.random.default_rng([recipe.train.seed, SHUFFLE, step, 0, 0]).permutation(count)
+    order = np.random.default_rng([recipe.train.seed, SHUFFLE, progress.updates, 0, 0]).permutation(count)
     here = finish_on(device, batch, recipe.views)
     return GlobalBatch(
         here.views,
-        here.sample_ids,
+        BatchInfo(here.sample_ids),
+        progress,
         order if method.shuffle_keys else None,
         partial(normalise, mean=recipe.views.mean, std=recipe.views.std),
     )

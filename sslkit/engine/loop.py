@@ -27,7 +27,7 @@ from sslkit.engine.resilience.rewind import is_rewind_point
 from sslkit.engine.rng import DROPOUT, draw_key, seed_dropout, shuffle_order
 from sslkit.engine.state import Training
 from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
-from sslkit.methods import Method, Progress, Step
+from sslkit.methods import BatchInfo, Method, Progress, Step
 from sslkit.recipe.resolve import Recipe
 
 
@@ -55,7 +55,9 @@ def run_loop(
         lr = learning_rate(recipe, step, training.steps_per_epoch) * training.course.lr_factor
         set_learning_rate(training.optimizer, lr)
         statistics.remember()
-        result = forward_and_backward(recipe, training.accelerator, method, training.wrapped, batch, step)
+        result = forward_and_backward(
+            recipe, training.accelerator, method, training.wrapped, batch, progress(training, step)
+        )
         save_here, bad_here = save_is_due(training, step + 1, last_save), training.bad_samples.new_in(batch)
         loss, save_asked, stop_asked, bad_images = vote(result.loss, save_here, bool(stop.reason), bool(bad_here))
         if bad_images:
@@ -90,9 +92,10 @@ def run_loop(
 
 
 def forward_and_backward(
-    recipe: Recipe, accelerator: Accelerator, method: Method, wrapped: nn.Module, batch: Batch, step: int
+    recipe: Recipe, accelerator: Accelerator, method: Method, wrapped: nn.Module, batch: Batch, position: Progress
 ) -> Step:
     """Loss and gradients of a global batch, in slices if the recipe asks for them."""
+    step = position.updates
 
     def seed_slice(index: int) -> None:
         key = draw_key(recipe.train.seed, DROPOUT, step, accelerator.process_index, index)
@@ -101,7 +104,8 @@ def forward_and_backward(
     seed_slice(0)
     here = GlobalBatch(
         batch.views,
-        batch.sample_ids,
+        BatchInfo(batch.sample_ids),
+        position,
         shuffle_order(recipe, step) if method.shuffle_keys else None,
         partial(normalise, mean=recipe.views.mean, std=recipe.views.std),
     )
@@ -172,8 +176,8 @@ def update(training: Training, step: int) -> dict[str, float]:
 
 def progress(training: Training, updates: int) -> Progress:
     """Where in the whole training ``updates`` updates are."""
-    steps = training.steps_per_epoch
-    return Progress(updates, training.recipe.train.epochs * steps, steps)
+    train, steps = training.recipe.train, training.steps_per_epoch
+    return Progress(updates, train.epochs * steps, steps, train.batch_size)
 
 
 def rest(backbone: nn.Module) -> None:
@@ -230,7 +234,7 @@ def save(training: Training, saver: Saver, done: int, *, wait: bool) -> None:
     Raises:
         SaveError: ``wait`` was asked for and it could not be written; on all processes.
     """
-    copy_buffers_from_first(training.method.backbone)
+    copy_buffers_from_first(training.method.encoder)
     mark_rewind_point(training, done)
     scaler = training.accelerator.scaler
     state = {

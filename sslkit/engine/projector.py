@@ -32,7 +32,9 @@ def first_projector_layers(run: Path, count: int) -> nn.Sequential:
     recipe = load_recipe(str(run / "recipe.toml"))
     shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.model.items()}
     check_backbone_size(recipe.backbone_spec(), shapes, f"{run / 'recipe.toml'} [backbone]")
-    projector = getattr(build_method(recipe), "projector", nn.Identity())
+    method = build_method(recipe)
+    head = method.heads[0] if method.heads else ""
+    projector = method.get_submodule(head) if head else nn.Identity()
     layers = list(projector) if isinstance(projector, nn.Sequential) else [projector]
     linear = [place for place, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
     if not 0 < count < len(linear):
@@ -40,7 +42,7 @@ def first_projector_layers(run: Path, count: int) -> nn.Sequential:
             f"--head-layers {count}: the projector of {run} has {counted(len(linear), 'linear layer')}, and the last "
             "is never kept"
         )
-    own = "projector."
+    own = f"{head}."
     weights = {key.removeprefix(own): value for key, value in checkpoint.model.items() if key.startswith(own)}
     try:
         projector.load_state_dict(weights)

@@ -24,7 +24,7 @@ from sslkit.engine.accelerator import make_accelerator, processes_here, workers_
 from sslkit.engine.checkpoint.format import Checkpoint, restore
 from sslkit.engine.checkpoint.retention import checkpoint_name
 from sslkit.engine.checkpoint.writer import Saver
-from sslkit.engine.encoders import compile_backbones, encoders_of
+from sslkit.engine.encoders import compile_backbones
 from sslkit.engine.logging.logger import Journal
 from sslkit.engine.logging.sample_images import view_sheet
 from sslkit.engine.logging.startup_report import opening_lines
@@ -53,8 +53,8 @@ from sslkit.engine.state import Training
 from sslkit.errors import UserError, counted
 from sslkit.evaluate.features.transforms import evaluation_transform
 from sslkit.methods import Method, find_method
-from sslkit.methods.base import local_bn_groups
 from sslkit.parts.backbone import create_backbone, feature_dim, recompute_activations
+from sslkit.parts.batch_slices import local_bn_groups
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.recipe.resolve import Recipe, changes
 
@@ -294,7 +294,7 @@ def assemble(
     if recipe.train.compile:
         compile_backbones(method)
     if recipe.train.shard:
-        shard(method, encoders_of(method), accelerator.device)
+        shard(method, method.backbones(), accelerator.device)
     optimizer = make_optimizer(recipe, method)
     if checkpoint is not None:
         restore(checkpoint, method, optimizer)

@@ -21,9 +21,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sslkit.distributed.collectives import average_gradients, exchange_rows
-from sslkit.methods import Method, Step
-from sslkit.methods.base import Permutation, Prepare, Views, local_bn_groups, shuffle_views, slice_views
+from sslkit.methods import BatchInfo, Method, Progress, Step, Views
+from sslkit.methods.base import Permutation, Prepare
 from sslkit.parts.backbone import recomputes
+from sslkit.parts.batch_slices import local_bn_groups, shuffle_views, slice_views
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,22 @@ class GlobalBatch:
 
     Attributes:
         views: uint8 images, each (B, H, W, 3).
-        sample_ids: (B,) int64.
+        info: Sample ids, and whatever else was drawn for each sample.
+        progress: Position in training; counts the updates before this step.
         permutation: Of the global batch's keys, or None.
         prepare: uint8 views to normalised ones, (B, 3, H, W).
     """
 
     views: Views
-    sample_ids: Tensor
+    info: BatchInfo
+    progress: Progress
     permutation: Permutation | None
     prepare: Prepare
 
 
 def whole_batch_step(accelerator: Accelerator, wrapped: nn.Module, batch: GlobalBatch) -> Step:
     """Forward and backward of the whole batch; DDP reduces the gradients on the way."""
-    step: Step = wrapped(batch.views, batch.sample_ids, batch.permutation, batch.prepare)
+    step: Step = wrapped(batch.views, batch.info, batch.progress, batch.permutation, batch.prepare)
     backbone = accelerator.unwrap_model(wrapped, keep_torch_compile=False).backbone
     with buffers_kept(backbone if recomputes(backbone) else nn.Module()):
         accelerator.backward(step.loss)
@@ -77,14 +80,14 @@ def sliced_step(
         micro_batch: Images of each view in the backbone at a time.
         seed_slice: Seeds the random draws of a slice; called twice for each.
     """
-    slices = max(len(batch.sample_ids) // micro_batch, local_bn_groups(method.bn_groups))
+    slices = max(len(batch.info.sample_ids) // micro_batch, local_bn_groups(method.bn_groups))
     views, permutation, prepare = batch.views, batch.permutation, batch.prepare
     with torch.no_grad(), accelerator.autocast():
         encoded = method.student_in_slices(views, slices, permutation, prepare, seed_slice)
         keys = method.teacher_in_slices(views, slices, permutation, prepare)
     features = [each.requires_grad_() for each in encoded]
     with accelerator.autocast():
-        step = method.objective(features, keys, batch.sample_ids)
+        step = method.objective(features, keys, batch.info, batch.progress)
     accelerator.backward(step.loss)
     _replay(accelerator, method, batch, slices, [_grad_of(each) for each in features], seed_slice)
     average_gradients(method)

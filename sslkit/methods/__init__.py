@@ -3,7 +3,16 @@
 from importlib.metadata import entry_points
 
 from sslkit.errors import UserError, near_miss
-from sslkit.methods.base import Method, MethodOptions, Progress, Step
+from sslkit.methods.base import (
+    BatchInfo,
+    Features,
+    Method,
+    MethodOptions,
+    MomentumOptions,
+    Multipliers,
+    Step,
+    Views,
+)
 from sslkit.methods.byol import BYOL
 from sslkit.methods.instdisc import InstDisc
 from sslkit.methods.mechanisms import EndToEnd, MemoryBankMechanism
@@ -12,6 +21,7 @@ from sslkit.methods.moco_v2 import MoCoV2
 from sslkit.methods.moco_v3 import MoCoV3
 from sslkit.methods.simclr import SimCLR
 from sslkit.methods.swav import SwAV
+from sslkit.parts.schedules import Progress
 
 METHODS: dict[str, type[Method]] = {
     "moco_v1": MoCoV1,
@@ -25,7 +35,20 @@ METHODS: dict[str, type[Method]] = {
     "memory_bank": MemoryBankMechanism,
 }
 
-__all__ = ["METHODS", "Method", "MethodOptions", "Progress", "Step", "all_methods", "find_method"]
+__all__ = [
+    "METHODS",
+    "BatchInfo",
+    "Features",
+    "Method",
+    "MethodOptions",
+    "MomentumOptions",
+    "Multipliers",
+    "Progress",
+    "Step",
+    "Views",
+    "all_methods",
+    "find_method",
+]
 
 
 def all_methods() -> dict[str, type[Method]]:

@@ -4,7 +4,7 @@ arXiv:1805.01978. Every image is a class of its own, whose weight vector is the 
 softmax over all images is too large for large data, so noise-contrastive estimation takes its place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sslkit.distributed.collectives import mean_over_processes
-from sslkit.methods.base import Features, Method, MethodOptions, PaperRun, Progress, Step, Views
+from sslkit.methods.base import BatchInfo, Features, Method, MethodOptions, PaperRun, Step, Views
 from sslkit.parts.backbone import Family
 from sslkit.parts.batchnorm import has_batch_norm
+from sslkit.parts.chance_loss import ChanceLoss, softmax_chance
 from sslkit.parts.heads import linear_head
 from sslkit.parts.losses import inner_products, nce_against_noise, unit_rows
 from sslkit.parts.memory_bank import MemoryBank
+from sslkit.parts.schedules import Progress
 
 
 class InstDiscOptions(MethodOptions):
@@ -46,6 +48,8 @@ class InstDisc(Method):
     """The paper's section 3. Only the first view is looked at."""
 
     Options = InstDiscOptions
+    heads = ("projector",)
+    negatives = "bank"
     bank: MemoryBank
     normaliser: Tensor
 
@@ -63,7 +67,10 @@ class InstDisc(Method):
     def student(self, views: Views) -> Features:
         return [self.backbone(views[0])]
 
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
+        sample_ids = batch.sample_ids
         query = unit_rows(self.projector(student_features[0]))
         logits = inner_products(query, self.bank.rows) / self.options.temperature
         loss = self.nce(logits, sample_ids) if self.options.loss == "nce" else cross_entropy(logits, sample_ids)
@@ -85,6 +92,15 @@ class InstDisc(Method):
     def after_update(self, progress: Progress) -> dict[str, float]:
         self.bank.update_with_seen(self.options.bank_momentum)
         return {}
+
+    def dictionaries(self) -> Mapping[str, MemoryBank]:
+        return {"bank": self.bank}
+
+    def chance_loss(self, batch_size: int) -> ChanceLoss:
+        options = self.options
+        if options.loss == "nce":  # the noise samples, each of which is asked about too, add 1
+            return softmax_chance(options.negatives, options.temperature, options.dim, extra=1.0)
+        return softmax_chance(len(self.bank.rows), options.temperature, options.dim)
 
     @staticmethod
     def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:

@@ -4,20 +4,22 @@ He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", 
 section 4.1. Encoder, head, views and loss are MoCo v1's; only where the keys come from differs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from sslkit.distributed.collectives import gather_rows_with_gradient, rank
-from sslkit.methods.base import Features, Method, MethodOptions, PaperRun, Progress, Step, Views
+from sslkit.methods.base import BatchInfo, Features, Method, MethodOptions, PaperRun, Step, Views
 from sslkit.methods.moco_v1 import MoCoV1
 from sslkit.parts.backbone import Family
 from sslkit.parts.batchnorm import has_batch_norm
+from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance
 from sslkit.parts.heads import linear_head
 from sslkit.parts.losses import info_nce_in_batch, info_nce_of_similarities, inner_products, unit_rows
 from sslkit.parts.memory_bank import MemoryBank
+from sslkit.parts.schedules import Progress
 
 
 class EndToEndOptions(MethodOptions):
@@ -41,6 +43,9 @@ class EndToEnd(Method):
     """Keys are the batch itself, made by the same encoder; the gradient reaches queries and keys (figure 2a)."""
 
     Options = EndToEndOptions
+    heads = ("projector",)
+    negatives = "batch"
+    smallest_batch = 256
     shuffle_keys = True
     student_key_views = (1,)
 
@@ -51,7 +56,9 @@ class EndToEnd(Method):
         self.projector = linear_head(feature_dim, options.dim)
         self.bn_groups = options.bn_groups if has_batch_norm(backbone) else 1
 
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
         query, key = (self.projector(features) for features in student_features)
         loss, accuracy = self.contrast(query, key)
         if self.options.symmetric:
@@ -63,6 +70,10 @@ class EndToEnd(Method):
         """Queries (B, C) of this process against the keys (N, C) of all, which carry gradient."""
         keys = gather_rows_with_gradient(key)
         return info_nce_in_batch(query, keys, self.options.temperature, first_label=rank() * len(query))
+
+    def chance_loss(self, batch_size: int) -> ChanceLoss:
+        options = self.options
+        return info_nce_chance(batch_size - 1, options.temperature, options.dim, scale=2 if options.symmetric else 1)
 
     @staticmethod
     def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:
@@ -99,6 +110,8 @@ class MemoryBankMechanism(Method):
     """
 
     Options = MemoryBankOptions
+    heads = ("projector",)
+    negatives = "bank"
     bank: MemoryBank
 
     def __init__(self, backbone: nn.Module, feature_dim: int, options: MemoryBankOptions) -> None:
@@ -114,19 +127,27 @@ class MemoryBankMechanism(Method):
     def student(self, views: Views) -> Features:
         return [self.backbone(views[0])]
 
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
         query = unit_rows(self.projector(student_features[0]))
         similarities = inner_products(query, self.bank.rows)
-        positive = similarities.gather(1, sample_ids[:, None])[:, 0]
+        positive = similarities.gather(1, batch.sample_ids[:, None])[:, 0]
         negatives = similarities.gather(1, self.bank.draw_noise(len(query), self.options.negatives))
         loss, accuracy = info_nce_of_similarities(positive, negatives, self.options.temperature)
         if self.training:
-            self.bank.remember(sample_ids, query)
+            self.bank.remember(batch.sample_ids, query)
         return Step(loss, {"accuracy": accuracy})
 
     def after_update(self, progress: Progress) -> dict[str, float]:
         self.bank.update_with_seen(self.options.bank_momentum)
         return {}
+
+    def dictionaries(self) -> Mapping[str, MemoryBank]:
+        return {"bank": self.bank}
+
+    def chance_loss(self, batch_size: int) -> ChanceLoss:
+        return info_nce_chance(self.options.negatives, self.options.temperature, self.options.dim)
 
     @staticmethod
     def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:

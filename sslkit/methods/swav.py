@@ -15,22 +15,23 @@ from torch import Tensor, nn
 
 from sslkit.distributed.collectives import gather_rows, rank, world_size
 from sslkit.methods.base import (
+    BatchInfo,
     Features,
     Method,
     MethodOptions,
     PaperRun,
-    Progress,
     Step,
     ViewCount,
     Views,
-    encode_in_slices,
-    local_bn_groups,
 )
 from sslkit.parts.backbone import Family
+from sslkit.parts.batch_slices import encode_in_slices, local_bn_groups
 from sslkit.parts.batchnorm import GroupStatistics, has_batch_norm
+from sslkit.parts.chance_loss import ChanceLoss, softmax_chance
 from sslkit.parts.heads import swav_head
 from sslkit.parts.losses import inner_products, sinkhorn_codes, swapped_prediction, unit_rows
 from sslkit.parts.queue import KeyQueue
+from sslkit.parts.schedules import Progress
 
 ASSIGNMENT_CROPS = 2
 
@@ -75,6 +76,8 @@ class SwAV(Method):
     """Algorithm 1 of the paper, with multi-crop (views after the second are small crops) and queue."""
 
     Options = SwAVOptions
+    heads = ("projector",)
+    stops_gradient = True
     views: ClassVar[Mapping[str, ViewCount]] = {"global": ASSIGNMENT_CROPS, "local": (0, None)}
     groups_across_processes = True
     queue_open: Tensor
@@ -101,7 +104,9 @@ class SwAV(Method):
             features += self.backbone(torch.cat(crops)).chunk(len(crops))
         return features
 
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
         if self.training:
             self.normalise_prototypes()
         crops = len(student_features)
@@ -142,6 +147,12 @@ class SwAV(Method):
             queue = self.queue(crop).keys[:size][rank() :: world_size()]  # every process counts its share
             scores = torch.cat([inner_products(queue, self.prototypes.weight), scores])
         return sinkhorn_codes(scores, self.options.epsilon, self.options.sinkhorn_iterations)[-batch:]
+
+    def dictionaries(self) -> Mapping[str, KeyQueue]:
+        return {f"queues.{crop}": self.queue(crop) for crop in range(len(self.queues))}
+
+    def chance_loss(self, batch_size: int) -> ChanceLoss:
+        return softmax_chance(self.options.prototypes, self.options.temperature, self.options.dim)
 
     def queue(self, crop: int) -> KeyQueue:
         """Earlier embeddings of an assignment crop."""

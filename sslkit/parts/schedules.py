@@ -5,6 +5,34 @@ paper sets once per epoch is called with the whole number; see `per_epoch`.
 """
 
 import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Position in training.
+
+    Attributes:
+        updates: Optimizer updates made so far.
+        total_updates: Updates in the whole training.
+        updates_per_epoch: Updates in one pass over the data.
+        batch_size: Images of the global batch, that is, of one update.
+    """
+
+    updates: int
+    total_updates: int
+    updates_per_epoch: int = 1
+    batch_size: int = 1
+
+    @property
+    def fraction(self) -> float:
+        """Share of training done, in [0, 1]."""
+        return self.updates / self.total_updates
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data made so far."""
+        return self.updates / self.updates_per_epoch
 
 
 def per_epoch(epoch: float) -> float:

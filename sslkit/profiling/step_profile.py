@@ -17,7 +17,7 @@ from sslkit.data.sources.image_source import open_source
 from sslkit.distributed.collectives import max_over_processes
 from sslkit.engine.accelerator import make_accelerator, processes_here, workers_of
 from sslkit.engine.logging.throughput import StepClock
-from sslkit.engine.loop import forward_and_backward, gradient_norm, prepare_gradients, update, vote
+from sslkit.engine.loop import forward_and_backward, gradient_norm, prepare_gradients, progress, update, vote
 from sslkit.engine.optim import learning_rate, set_learning_rate
 from sslkit.engine.setup import assemble, build_method, check_groups, steps_per_epoch
 from sslkit.engine.state import Training
@@ -161,7 +161,9 @@ def step(training: Training, batch: Batch, number: int, watch: Stopwatch) -> Non
             batch = finish_on(accelerator.device, batch, recipe.views)
         set_learning_rate(training.optimizer, learning_rate(recipe, number, training.steps_per_epoch))
         with watch.stage(BACKWARD):  # what of it is not forward, heads or loss
-            result = forward_and_backward(recipe, accelerator, training.method, training.wrapped, batch, number)
+            result = forward_and_backward(
+                recipe, accelerator, training.method, training.wrapped, batch, progress(training, number)
+            )
         vote(result.loss, False)
         prepare_gradients(training, number)
         gradient_norm(training)

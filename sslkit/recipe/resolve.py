@@ -18,7 +18,7 @@ from sslkit.data.config import MixConfig
 from sslkit.data.decode.background import KEEP
 from sslkit.data.sources.image_source import DataConfig
 from sslkit.errors import UserError, check_path, near_miss, path_fault
-from sslkit.methods import MethodOptions, canonical_name, find_method
+from sslkit.methods import MethodOptions, all_methods, canonical_name, find_method
 from sslkit.methods.base import view_mistake
 from sslkit.parts.backbone import BackboneSpec, check_name, takes_image_size
 from sslkit.recipe.paper_defaults import numbers_of_another_run, origin_of_views, paper_defaults
@@ -377,16 +377,14 @@ def _views_not_taken(recipe: Recipe) -> list[str]:
     return mistakes
 
 
-IN_PARTS = ("moco_v3", "byol", "simclr")  # methods that have been tried with weights in parts
-
-
 def _not_sharded(recipe: Recipe) -> list[str]:
     """What weights in parts have not been tried with."""
     train, name = recipe.train, recipe.method_name
     if not train.shard:
         return []
+    fit = [each for each, method in all_methods().items() if method.shardable]
     unfit = {
-        f"[method] name = {name!r}; take {', '.join(IN_PARTS)}": name not in IN_PARTS,
+        f"[method] name = {name!r}; take {', '.join(fit)}": name not in fit,
         f"[optim] name = {recipe.optim.name!r}; take adamw or sgd": recipe.optim.name not in ("adamw", "sgd"),
         "[train] precision = 'fp16'; take bf16": train.precision == "fp16",
         "[train] compile": train.compile,

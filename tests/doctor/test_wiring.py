@@ -8,15 +8,16 @@ import pytest
 import torch
 from conftest import small_recipe
 from doctor.mutants import MUTANTS
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cosine_similarity
 
 from sslkit.data.sources.image_source import ImageSource, open_source
 from sslkit.doctor.findings import Finding
 from sslkit.doctor.method_checks import examine_wiring
-from sslkit.methods import METHODS
-from sslkit.methods.base import Features, Method, MethodOptions, Progress, Step, Views
+from sslkit.methods import METHODS, BatchInfo
+from sslkit.methods.base import Features, Method, MethodOptions, Step, Views
 from sslkit.methods.byol import BYOL
+from sslkit.parts.schedules import Progress
 from sslkit.recipe.resolve import Recipe, build_recipe
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "plugin" / "simsiam.py"
@@ -96,7 +97,9 @@ def simsiam() -> type[Method]:
 
 def without_stop_gradient(base: Any) -> type[Method]:
     class Broken(base):
-        def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        def objective(
+            self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+        ) -> Step:
             z1, z2 = (self.projector(features) for features in student_features)
             p1, p2 = self.predictor(z1), self.predictor(z2)
             return Step(-(cosine_similarity(p1, z2) + cosine_similarity(p2, z1)).mean() / 2)
@@ -132,8 +135,10 @@ class Rotations(Method):
     def student(self, views: Views) -> Features:
         return [self.backbone(torch.cat([torch.rot90(views[0], quarter, (2, 3)) for quarter in range(4)]))]
 
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
-        turns = torch.arange(4).repeat_interleave(len(sample_ids))
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
+        turns = torch.arange(4).repeat_interleave(len(batch.sample_ids))
         return Step(nn.functional.cross_entropy(self.classifier(student_features[0]), turns))
 
     @staticmethod

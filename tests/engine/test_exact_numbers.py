@@ -23,7 +23,7 @@ from sslkit.data.order.mixture import Mixture
 from sslkit.engine import loop
 from sslkit.engine.optim import learning_rate, make_optimizer
 from sslkit.engine.setup import build_method
-from sslkit.methods import METHODS, Method, Progress
+from sslkit.methods import METHODS, BatchInfo, Method, Progress
 from sslkit.methods.byol import BYOL
 from sslkit.methods.moco_v2 import MoCoV2
 from sslkit.methods.moco_v3 import MoCoV3
@@ -58,9 +58,9 @@ def watched(method: type[Any], diary: Diary) -> type[Method]:
             diary.orders.append([] if permutation is None else permutation.tolist())
             return super().student_in_slices(views, slices, permutation, *rest)
 
-        def objective(self, student: Any, teacher: Any, sample_ids: Tensor) -> Any:
-            diary.ids.append(sample_ids.tolist())
-            return super().objective(student, teacher, sample_ids)
+        def objective(self, student: Any, teacher: Any, batch: BatchInfo, progress: Progress) -> Any:
+            diary.ids.append(batch.sample_ids.tolist())
+            return super().objective(student, teacher, batch, progress)
 
         def before_update(self, progress: Progress) -> None:
             diary.before.append(progress)
@@ -249,7 +249,7 @@ def test_memories_keep_the_share_that_the_recipe_says(name: str, momentum: float
     method = build_method(small_recipe(name, "test_vit", method={"bank_momentum": momentum}), num_samples=9).double()
     views = [torch.randn(3, 3, 32, 32, dtype=torch.float64)] * 2
     ids, before = torch.tensor([4, 0, 7]), method.bank.rows.clone()
-    method(views, ids)
+    method(views, BatchInfo(ids), Progress(0, 1))
     new = normalize(method.projector(method.backbone(views[0])), dim=1)
     method.after_update(Progress(1, 10))
     expected = before.clone()
@@ -261,7 +261,11 @@ def test_instdiscs_normaliser_is_estimated_once() -> None:
     torch.manual_seed(0)
     method = build_method(small_recipe("instdisc", "test_vit"), num_samples=9).double()
     for step in range(2):
-        method([torch.randn(3, 3, 32, 32, dtype=torch.float64) * (1 + step)] * 2, torch.arange(3))
+        method(
+            [torch.randn(3, 3, 32, 32, dtype=torch.float64) * (1 + step)] * 2,
+            BatchInfo(torch.arange(3)),
+            Progress(0, 1),
+        )
         method.after_update(Progress(step + 1, 10))
         if not step:
             first = method.normaliser.clone()
@@ -338,7 +342,7 @@ def test_swavs_queue_opens_at_its_epoch_and_counts_once_it_is_full() -> None:
         views = [torch.randn(4, 3, 32, 32, dtype=torch.float64) for _ in range(2)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sslkit.methods.swav.sinkhorn_codes", counting(rows))
-            method(views, torch.arange(4))
+            method(views, BatchInfo(torch.arange(4)), Progress(0, 1))
         method.after_update(Progress(step + 1, 20, 2))
     assert rows == [4] * 8 + [12] * 4  # two assignment crops a step
 

@@ -21,7 +21,7 @@ from sslkit.engine.checkpoint.retention import saved_steps
 from sslkit.engine.resilience.crash_dump import batches_of
 from sslkit.engine.resilience.guard import BadStepError, Course
 from sslkit.engine.resilience.rewind import is_rewind_point
-from sslkit.methods.base import Step
+from sslkit.methods import BatchInfo, Progress, Step
 from sslkit.recipe.resolve import Recipe
 
 IMAGES, LAST = 2000, 10
@@ -44,9 +44,9 @@ def make_trouble(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, bad: set[int],
         method = build(*arguments)
         objective = method.objective
 
-        def with_trouble(features: Any, keys: Any, sample_ids: torch.Tensor) -> Step:
-            step: Step = objective(features, keys, sample_ids)
-            batch = tuple(sample_ids.tolist())
+        def with_trouble(features: Any, keys: Any, info: BatchInfo, progress: Progress) -> Step:
+            step: Step = objective(features, keys, info, progress)
+            batch = tuple(info.sample_ids.tolist())
             if batch in bad_batches:
                 step.loss = step.loss * math.nan
             if batch in stop_batches:

@@ -11,7 +11,8 @@ from torch import nn
 from sslkit.engine.encoders import compile_backbones
 from sslkit.engine.setup import build_method
 from sslkit.engine.step import GlobalBatch, whole_batch_step
-from sslkit.methods import Method
+from sslkit.methods import BatchInfo, Method
+from sslkit.parts.schedules import Progress
 
 BATCH = 8
 
@@ -27,7 +28,7 @@ def step(method: Method) -> float:
     generator = torch.Generator().manual_seed(1)
     views = [torch.randn(BATCH, 3, 32, 32, generator=generator, dtype=torch.float64) for _ in range(2)]
     torch.manual_seed(2)
-    batch = GlobalBatch(views, torch.arange(BATCH), None, lambda view: view)
+    batch = GlobalBatch(views, BatchInfo(torch.arange(BATCH)), Progress(0, 1), None, lambda view: view)
     return whole_batch_step(Accelerator(cpu=True), method, batch).loss.item()
 
 
@@ -65,7 +66,7 @@ def kept_bytes(method: Method) -> int:
 
     views = [torch.randn(32, 3, 32, 32, dtype=torch.float64) for _ in range(2)]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = method(views, torch.arange(32)).loss
+        loss = method(views, BatchInfo(torch.arange(32)), Progress(0, 1)).loss
     assert loss.requires_grad
     return sum(storages.values())
 

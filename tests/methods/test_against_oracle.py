@@ -18,7 +18,7 @@ from sslkit.data.sources.image_source import open_source
 from sslkit.engine.optim import learning_rate, make_optimizer, set_learning_rate
 from sslkit.engine.rng import shuffle_order
 from sslkit.engine.setup import build_method
-from sslkit.methods import Progress
+from sslkit.methods import BatchInfo, Progress
 from sslkit.parts.schedules import cosine_momentum
 from sslkit.recipe.resolve import Recipe
 
@@ -60,7 +60,7 @@ def test_queue_methods_follow_the_oracle(name: str) -> None:
     optimizer = make_optimizer(recipe, method)
     set_learning_rate(optimizer, 0.05)
     for step, (views, order) in enumerate(zip(batches, permutations, strict=True)):
-        result = method(views, torch.arange(8), order)
+        result = method(views, BatchInfo(torch.arange(8)), Progress(0, 1), order)
         assert result.loss.item() == pytest.approx(oracle.losses[step], rel=1e-9)
         result.loss.backward()
         optimizer.step()
@@ -103,7 +103,7 @@ def test_v3_follows_the_oracle(backbone: str) -> None:
     optimizer = make_optimizer(recipe, method)
     for step, views in enumerate(batches):
         set_learning_rate(optimizer, lrs[step])
-        result = method(views, torch.arange(8))
+        result = method(views, BatchInfo(torch.arange(8)), Progress(0, 1))
         assert result.loss.item() == pytest.approx(oracle.losses[step], rel=1e-9)
         result.loss.backward()
         optimizer.step()

@@ -8,7 +8,7 @@ from golden.formulas import ema_closed_form
 from torch import nn
 from torch.nn.functional import normalize
 
-from sslkit.parts.momentum_teacher import Teacher
+from sslkit.parts.momentum_teacher import MomentumTeacher
 from sslkit.parts.queue import KeyQueue
 
 
@@ -19,7 +19,7 @@ def small_net() -> nn.Sequential:
 
 def test_teacher_is_the_closed_form_average() -> None:
     student = small_net()
-    teacher = Teacher(student)
+    teacher = MomentumTeacher(student)
     start, trajectory = student[0].weight.detach().double(), []
     for _ in range(50):
         with torch.no_grad():
@@ -32,7 +32,7 @@ def test_teacher_is_the_closed_form_average() -> None:
 
 def test_momentum_one_changes_no_bit_and_zero_copies() -> None:
     student = small_net()
-    teacher = Teacher(student)
+    teacher = MomentumTeacher(student)
     before = copy.deepcopy(teacher.state_dict())
     with torch.no_grad():
         for param in student.parameters():
@@ -46,7 +46,7 @@ def test_momentum_one_changes_no_bit_and_zero_copies() -> None:
 
 def test_frozen_equal_weights_stay_bit_identical() -> None:
     student = small_net()
-    teacher = Teacher(student)
+    teacher = MomentumTeacher(student)
     for _ in range(200):
         teacher.update(student, 0.99)
     for own, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
@@ -55,7 +55,7 @@ def test_frozen_equal_weights_stay_bit_identical() -> None:
 
 def test_teacher_takes_no_gradient_and_keeps_its_own_statistics() -> None:
     student = small_net()
-    teacher = Teacher(student)
+    teacher = MomentumTeacher(student)
     x = torch.randn(16, 4) + 3
     out = teacher(x)
     assert not out.requires_grad

@@ -23,6 +23,7 @@ from sslkit.engine.checkpoint.retention import checkpoint_name, monitor_scores, 
 from sslkit.engine.run_folder.dataset_identity import images_digest
 from sslkit.errors import RunError
 from sslkit.files.atomic import remove, replace_text, sync, whole_folder, write_file, write_json, write_tensors
+from sslkit.methods import find_method
 from sslkit.publish.export import encoder_config, write_encoder
 from sslkit.recipe.resolve import Recipe
 
@@ -248,7 +249,7 @@ class Saver:
         self.course &= stay.keys()
 
     def _write_encoder(self, step: int, model: dict[str, Tensor]) -> None:
-        prefix = "backbone."
+        prefix = f"{find_method(self.recipe.method_name).encoder_name}."
         state = {name.removeprefix(prefix): tensor for name, tensor in model.items() if name.startswith(prefix)}
         tag = f"{self.recipe.method_name}_e{step // self.steps_per_epoch}"
         write_encoder(self.config, tag, state, self.folder / "encoder", step=str(step))

@@ -16,7 +16,7 @@ from sslkit.engine.state import Training
 from sslkit.errors import UserError
 from sslkit.evaluate.protocol import bootstrap_interval, protocol_hash
 from sslkit.files.jsonl_reader import rows_of
-from sslkit.methods import Method
+from sslkit.methods import Method, Progress
 from sslkit.parts.batchnorm import has_batch_norm
 
 
@@ -76,13 +76,13 @@ def measure(training: Training, journal: Journal, batch: Batch | None, done: int
 
 
 def measure_knn(training: Training, journal: Journal, done: int) -> bool:
-    """Score the backbone by kNN and write it down; whether that is done, on the disk."""
+    """Score the encoder by kNN and write it down; whether that is done, on the disk."""
     assert training.monitor is not None
     started = time.monotonic()
     show = partial(journal.picture, "neighbours", done) if journal.shows_pictures else None
     epoch = done / training.steps_per_epoch
     try:
-        accuracy = training.monitor(training.method.backbone, show)
+        accuracy = training.monitor(training.method.encoder, show)
     except UserError as error:  # alike on all processes: it is about the images of all of them
         journal.say(f"WARNING: epoch {epoch:g}: kNN cannot be measured: {error}; the run goes on")
         return False
@@ -115,7 +115,7 @@ def diagnose(training: Training, journal: Journal, batch: Batch | None, done: in
     """Write a line of diagnostics if one is due: of the batch, or, without one, of a fixed sample after a kNN.
 
     Args:
-        training: Whose backbone is looked at.
+        training: Whose encoder is looked at.
         journal: Takes the line.
         batch: The step's, or None.
         done: Updates made.
@@ -124,19 +124,19 @@ def diagnose(training: Training, journal: Journal, batch: Batch | None, done: in
     diagnostics: Diagnostics | None = training.diagnostics
     if diagnostics is None:
         return
-    backbone = training.method.backbone
+    encoder = training.method.encoder
     if batch is None:
-        fields = diagnostics.of_sample(backbone)
+        fields = diagnostics.of_sample(encoder)
     elif diagnostics.is_due(done) or done == training.last_step:
-        fields = diagnostics.of_batch(backbone, batch.views)
+        fields = diagnostics.of_batch(encoder, batch.views)
     else:
         return
     if not journal.active:
         return
     if measured:
         fields["alarms"] += _alarms_of_curve(training, journal, fields["alarms"])
-    if hasattr(training.method, "teacher_backbone"):
-        fields["alarms"] += teacher_alarm(getattr(training.recipe.method, "momentum", None))
+    for teacher in list(training.method.teachers().values())[:1]:
+        fields["alarms"] += teacher_alarm(teacher.momentum_at(Progress(0, 1)))
     journal.diagnosis({"step": done, "epoch": round(done / training.steps_per_epoch, 6), **fields})
 
 

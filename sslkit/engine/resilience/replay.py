@@ -17,7 +17,7 @@ from sslkit.engine.loop import forward_and_backward
 from sslkit.engine.resilience.crash_dump import batches_of, read_capsule
 from sslkit.engine.setup import build_method
 from sslkit.errors import UserError, check_path
-from sslkit.methods import Method
+from sslkit.methods import Method, Progress
 from sslkit.recipe.resolve import Recipe, as_saved, build_recipe
 
 
@@ -111,7 +111,9 @@ def _compute(
     wrapped = accelerator.prepare_model(method)
     watch = FirstBadOutput(method)
     batch = finish_on(accelerator.device, batch, recipe.views)
-    result = forward_and_backward(recipe, accelerator, method, wrapped, batch, facts["step"])
+    steps = facts["images"] // recipe.train.batch_size
+    position = Progress(facts["step"], recipe.train.epochs * steps, steps, recipe.train.batch_size)
+    result = forward_and_backward(recipe, accelerator, method, wrapped, batch, position)
     grads = {name: param.grad for name, param in method.named_parameters() if param.grad is not None}
     norm = float(torch.nn.utils.get_total_norm(list(grads.values())))
     return Replay(
