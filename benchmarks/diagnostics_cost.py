@@ -1,10 +1,10 @@
-"""What diagnostics cost: training with and without them by turns, as a ratio of CPU time.
+"""CPU time of training with diagnostics relative to training without.
 
     python benchmarks/diagnostics_cost.py [--recipe quickstart] [--steps 100] [--pairs 3] [--set table.key=value]
 
-CPU time of this process, in which everything happens (data workers are off), says more than the clock on a machine that
-does other things too. Beside the ratio it prints the share of the time that is spent inside the diagnostics themselves,
-which noise hardly touches. Everything before the first step is left out.
+The two alternate. CPU time of this process is used because other jobs on the machine affect wall time (data workers are
+off). It also prints the share of the time spent inside the diagnostics, which is less noisy. The time before the first
+step is not counted.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from sslkit.engine.monitor import evaluations as measure_module
 
 
 def measure(recipe: str, overrides: list[str], steps: int, every: int) -> tuple[float, float]:
-    """CPU seconds of the steps, and of the diagnostics among them."""
+    """CPU seconds of the steps, and of the diagnostics in them."""
     spent = {"steps": 0.0, "inside": 0.0}
 
     def timed(name: str, function: Any) -> Any:
@@ -46,7 +46,7 @@ def measure(recipe: str, overrides: list[str], steps: int, every: int) -> tuple[
 
 
 def main() -> None:
-    """Measure by turns and print medians."""
+    """Measure alternately and print medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="quickstart")
     parser.add_argument("--steps", type=int, default=100)

@@ -1,4 +1,4 @@
-"""MoCo in a loop of one's own: teacher, queue, loss and views from sslkit, and nothing of its engine."""
+"""MoCo in your own training loop, with teacher, queue, loss and views from sslkit and without its engine."""
 
 import timm
 import torch
@@ -18,7 +18,7 @@ SMALL_GRAY = {**POLICIES["small_gray"], "policy": "small_gray", "size": 28, "cro
 
 
 def pretrain(backbone: nn.Module, *, steps: int, batch_size: int = 64, lr: float = 1e-3) -> list[float]:
-    """Train ``backbone``, (B, 3, 28, 28) to (B, D), in place; returns each step's loss in nats."""
+    """Train ``backbone``, (B, 3, 28, 28) to (B, D), in place. Returns the loss of each step in nats."""
     images = open_source(DataConfig(path="builtin:fashion_mnist"))
     config = ViewsConfig(**SMALL_GRAY)
     views = ViewPipeline(config, seed=0)
@@ -49,4 +49,4 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     encoder = timm.create_model("test_mambaout", num_classes=0)
     curve = pretrain(encoder, steps=150)
-    print(f"loss {curve[20]:.2f} once the queue holds true keys, {curve[-1]:.2f} after {len(curve)} steps")
+    print(f"loss {curve[20]:.2f} when the queue has filled with real keys, {curve[-1]:.2f} after {len(curve)} steps")
