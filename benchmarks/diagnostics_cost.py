@@ -16,8 +16,8 @@ from typing import Any
 from unittest.mock import patch
 
 import sslkit
-from sslkit.engine import setup as run
-from sslkit.engine.monitor import evaluations as measure_module
+from sslkit.engine import trainer
+from sslkit.engine.monitor.evaluations import RunMonitor
 
 
 def measure(recipe: str, overrides: list[str], steps: int, every: int) -> tuple[float, float]:
@@ -38,8 +38,8 @@ def measure(recipe: str, overrides: list[str], steps: int, every: int) -> tuple[
     loaded = sslkit.load_recipe(recipe, [*overrides, *keys])
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(measure_module, "diagnose", timed("inside", measure_module.diagnose)),
-        patch.object(run, "run_loop", timed("steps", run.run_loop)),
+        patch.object(RunMonitor, "evaluate_batch", timed("inside", RunMonitor.evaluate_batch)),
+        patch.object(trainer, "run_loop", timed("steps", trainer.run_loop)),
     ):
         sslkit.train(loaded, Path(folder) / "run")
     return spent["steps"], spent["inside"]

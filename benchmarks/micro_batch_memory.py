@@ -18,8 +18,8 @@ from accelerate import Accelerator
 
 from sslkit.data.augment.cpu import normalise
 from sslkit.data.augment.policies import IMAGENET_MEAN, IMAGENET_STD
+from sslkit.engine.gradient_cache import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.engine.setup import build_method
-from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.methods import BatchInfo
 from sslkit.parts.schedules import Progress
 from sslkit.recipe.resolve import build_recipe

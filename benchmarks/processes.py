@@ -25,7 +25,8 @@ from side_by_side import machine, table
 from sslkit.data.sources.image_source import open_source
 from sslkit.distributed.collectives import world_size
 from sslkit.engine.accelerator import make_accelerator
-from sslkit.engine.setup import assemble, build_method, steps_per_epoch
+from sslkit.engine.resilience.guard import Guard
+from sslkit.engine.setup import make_train_loader, set_up_training
 from sslkit.profiling.stage_timer import Stopwatch
 from sslkit.profiling.step_profile import CPU, step
 from sslkit.recipe.resolve import Recipe, build_recipe
@@ -86,17 +87,16 @@ def work(words: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     recipe = recipe_of(words, words.batch * int(os.environ.get("WORLD_SIZE", "1")))
     accelerator = make_accelerator(recipe)
-    source = open_source(recipe.data)
-    method = build_method(recipe)
-    training = assemble(recipe, Path(), accelerator, method, source, None, steps_per_epoch(recipe, source), 2**40, None)
-    method.train()
-    batches, watch = iter(training.loader), Stopwatch(CPU)
-    for number in range(WARM_UP):
-        step(training, next(batches), number, watch)
+    training = set_up_training(recipe, open_source(recipe.data), accelerator)
+    method = training.method.train()
+    guard = Guard(recipe.guard, training.recovery, method)
+    batches, watch = iter(make_train_loader(training, WARM_UP + STEPS)), Stopwatch(CPU)
+    for _ in range(WARM_UP):
+        step(training, next(batches), guard, watch)
     accelerator.wait_for_everyone()
     before, started = sent_by_loopback(), time.perf_counter()
-    for number in range(STEPS):
-        step(training, next(batches), number, watch)
+    for _ in range(STEPS):
+        step(training, next(batches), guard, watch)
     accelerator.wait_for_everyone()
     seconds = time.perf_counter() - started
     found = {

@@ -60,7 +60,7 @@ def main() -> None:
     words = parser.parse_args()
     works = {
         BASE: partial(imported, "torch, timm"),
-        "import all that pretraining needs": partial(imported, "sslkit.engine.setup"),
+        "import all that pretraining needs": partial(imported, "sslkit.engine.trainer"),
         "command to first step": first_step,
         "sslkit --help": show_help,
     }

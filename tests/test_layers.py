@@ -10,6 +10,8 @@ ROOT = Path(sslkit.__file__).parent
 LAYERS = {
     "errors": 0,
     "durations": 0,
+    "random_draws": 0,
+    "text": 0,
     "terminal": 1,
     "files": 2,
     "hub": 2,

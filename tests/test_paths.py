@@ -11,7 +11,7 @@ from conftest import cli_error, small_recipe
 import sslkit
 from sslkit.cli import main
 from sslkit.data.sources.image_source import DataConfig, open_source
-from sslkit.engine.resilience.replay import replay_capsule
+from sslkit.engine.replay import replay_step
 from sslkit.errors import UserError, check_path
 from sslkit.evaluate import load_encoder
 from sslkit.publish import export_detectron2, export_encoder, import_checkpoint, publish_run
@@ -97,7 +97,7 @@ FUNCTIONS: dict[str, Callable[[Any, Path], object]] = {
     "read_runs": lambda bad, root: read_runs([root / bad]),
     "draw_curves": lambda bad, root: draw_curves(root / bad),
     "write_views": lambda bad, root: write_views(load_recipe(root / "recipe.toml"), "x", root / bad),
-    "replay_capsule": lambda bad, root: replay_capsule(root / bad),
+    "replay_step": lambda bad, root: replay_step(root / bad),
 }  # fmt: skip
 
 

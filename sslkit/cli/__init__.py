@@ -155,13 +155,13 @@ def doctor(
     Exit code 2 if there is a fault. Warnings are advice and leave it 0. Nothing is written to disk.
     """
     with quick_imports():
-        from sslkit.doctor import Report, examine, examine_machine
+        from sslkit.doctor import Report, check_machine, check_recipe
 
     if recipe or overrides or method or backbone or data:
         loaded = recipe_from_words(recipe, overrides or [], method, backbone, data)
-        examined = examine(loaded, lambda stage: say(f"{stage} ..."))
+        examined = check_recipe(loaded, lambda stage: say(f"{stage} ..."))
     else:
-        examined = Report(examine_machine())
+        examined = Report(check_machine())
     if examined.findings:
         show_report(examined, as_json)
     if examined.of("fault"):

@@ -10,7 +10,7 @@ from sslkit.cli.startup import quick_imports
 from sslkit.terminal import PlainTable, show, show_json
 
 if TYPE_CHECKING:
-    from sslkit.engine.resilience.replay import Replay
+    from sslkit.engine.replay import Replay
 
 SHOWN = 8
 
@@ -24,9 +24,9 @@ def replay(
     Needs the run's images where they were. Changes nothing.
     """
     with quick_imports():
-        from sslkit.engine.resilience.replay import replay_capsule
+        from sslkit.engine.replay import replay_step
 
-    found = replay_capsule(capsule)
+    found = replay_step(capsule)
     if as_json:
         show_json(_plain(found))
         return

@@ -12,10 +12,10 @@ from sslkit.data.sources.image_source import ImageSource
 from sslkit.doctor.doctor_setup import DoctorSetup, StepRecord, num_processes
 from sslkit.doctor.findings import Finding, ok, warning
 from sslkit.doctor.machine_checks import GIB, has_bf16, memory_of_device, training_device
-from sslkit.durations import duration
 from sslkit.engine.accelerator import processes_here
 from sslkit.errors import counted
 from sslkit.recipe.resolve import Recipe
+from sslkit.text import format_duration
 
 MEMORY, LOADING, THREADS, PRECISION = "memory", "data loading", "threads", "precision"
 
@@ -57,7 +57,7 @@ def _gib(size: float) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:.2g} s" if seconds < 100 else duration(seconds)
+    return f"{seconds:.2g} s" if seconds < 100 else format_duration(seconds)
 
 
 def forecast_time(setup: DoctorSetup, source: ImageSource, record: StepRecord) -> Finding:
@@ -105,7 +105,7 @@ def compare_speeds(recipe: Recipe, computing: float, loading: float, num_images:
     steps = train.epochs * (num_images // train.batch_size)
     sentence = (
         f"a step of {local} images takes about {_seconds(compute)} to compute and {_seconds(load)} to load with "
-        f"{counted(workers, 'data worker')}; {steps} steps take about {duration(step * steps)} on this machine"
+        f"{counted(workers, 'data worker')}; {steps} steps take about {format_duration(step * steps)} on this machine"
     )
     if load <= compute:
         return ok(LOADING, sentence)

@@ -77,9 +77,9 @@ def check_view_settings(views: ViewsConfig, images: ImageSummary) -> list[Findin
 def _variety(variety: Variety) -> Finding:
     alarms = data_alarm(*astuple(variety))
     if not alarms:
-        return ok(COPIES, f"{variety.different} of {variety.looked_at} sampled images differ")
+        return ok(COPIES, f"{variety.different} of {variety.sampled} sampled images differ")
     sentence = alarms[0].partition(": ")[2]
-    is_hopeless = min(variety.different, variety.looked_at - variety.plain) <= 1
+    is_hopeless = min(variety.different, variety.sampled - variety.plain) <= 1
     return fault(COPIES, sentence) if is_hopeless else warning(COPIES, sentence)
 
 

@@ -133,7 +133,8 @@ def _shared_memory() -> Finding:
         return not_applicable("shared memory", f"there is no {SHARED_MEMORY}")
     if not os.access(SHARED_MEMORY, os.W_OK):
         return warning(
-            "shared memory", f"{SHARED_MEMORY} is not writable, and data workers need it: mount it writable, or set data.workers = 0"
+            "shared memory",
+            f"{SHARED_MEMORY} is not writable, and data workers need it: mount it writable, or set data.workers = 0",
         )
     system = os.statvfs(SHARED_MEMORY)
     size = system.f_frsize * system.f_blocks
@@ -148,8 +149,6 @@ def _shared_memory() -> Finding:
 
 def _gpu() -> Finding:
     if not torch.cuda.is_available():
-        return ok(
-            "GPU", "Apple (mps)" if torch.backends.mps.is_available() else "none: training runs on the CPU"
-        )
+        return ok("GPU", "Apple (mps)" if torch.backends.mps.is_available() else "none: training runs on the CPU")
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return ok("GPU", ", ".join(f"{each.name} ({each.total_memory / GIB:.0f} GiB)" for each in found))

@@ -109,9 +109,7 @@ def _momentum(recipe: Recipe, method: Method, start: Progress) -> Finding | None
         return warning(MOMENTUM, f"the teacher never moves (momentum 1): {cure}, unless you distil a fixed teacher")
     if momentum < 0.9:
         what = "equals the student of the previous step" if momentum == 0 else "follows the student too fast"
-        return warning(
-            MOMENTUM, f"the teacher {what} (momentum {momentum:.3g}); the papers use 0.99 to 0.999: {cure}"
-        )
+        return warning(MOMENTUM, f"the teacher {what} (momentum {momentum:.3g}); the papers use 0.99 to 0.999: {cure}")
     half_life = math.log(0.5) / math.log(momentum)
     if half_life > limit:
         until = f"the warm-up of {warmup:.0f}" if warmup else f"an eighth of the run, {limit:.0f}"
@@ -179,9 +177,7 @@ def _learning_rate(recipe: Recipe, method: Method) -> Finding:
     expected = optim["lr"] * batch_size / paper_batch
     rule = f"the paper's {optim['lr']:g} at batch size {paper_batch}, scaled to {batch_size}"
     ratio = peak / expected
-    unscaled = (
-        is_linear and recipe.optim.lr_rule == "none" and recipe.optim.lr == optim["lr"] and not 0.6 < ratio < 1.7
-    )
+    unscaled = is_linear and recipe.optim.lr_rule == "none" and recipe.optim.lr == optim["lr"] and not 0.6 < ratio < 1.7
     is_high = ratio > 5 and not (name == "adamw" and peak <= SAFE_ADAMW)
     lowest = 0.01 if recipe.backbone.pretrained else 0.2  # continuing from trained weights needs a low rate
     if unscaled or is_high or ratio < lowest or not peak:

@@ -20,7 +20,8 @@ from sslkit.doctor.process_checks import check_processes, launched_processes, no
 from sslkit.doctor.recipe_advice import check_settings
 from sslkit.doctor.training_checks import STEP, check_batch_norm_leak, check_training
 from sslkit.doctor.view_checks import check_views
-from sslkit.engine.setup import build_method, check_groups, steps_per_epoch
+from sslkit.engine.batch_checks import check_batch_split, steps_per_epoch
+from sslkit.engine.setup import build_method
 from sslkit.errors import UserError
 from sslkit.recipe.resolve import Recipe
 
@@ -74,7 +75,7 @@ def check_method(
         raise
     except Exception as error:
         return [fault(STEP, f"the method cannot be built: {first_line(error)}")]
-    check_groups(recipe, method, num_processes(recipe))
+    check_batch_split(recipe, method, num_processes(recipe))
     settings = [check_batch_norm_leak(method), *check_settings(recipe, method, images)]
     setup = set_up_checks(recipe, source, method, log_message)
     of_step, record = check_training(setup)

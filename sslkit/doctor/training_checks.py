@@ -152,8 +152,7 @@ def check_contract(setup: DoctorSetup, record: StepRecord) -> Finding:
     drawn = [
         name
         for name, teacher in method.teachers().items()
-        if teacher.momentum_at(START) < 1.0
-        and not _equal(_weights(teacher), _weights(method.get_submodule(name)))
+        if teacher.momentum_at(START) < 1.0 and not _equal(_weights(teacher), _weights(method.get_submodule(name)))
     ]
     try:
         problems = _problems_of_updates(setup)
@@ -222,9 +221,7 @@ def _problems_of_updates(setup: DoctorSetup) -> list[str]:
     return problems
 
 
-def _movement(
-    name: str, before: list[Tensor], teacher: MomentumTeacher, student: nn.Module, progress: Progress
-) -> str:
+def _movement(name: str, before: list[Tensor], teacher: MomentumTeacher, student: nn.Module, progress: Progress) -> str:
     """What is wrong with a teacher's move, compared with the momentum it declares; empty if nothing is."""
     move = torch.cat([new - old for old, new in zip(before, _weights(teacher), strict=True)]).double()
     way = torch.cat([target - old for old, target in zip(before, _weights(student), strict=True)]).double()

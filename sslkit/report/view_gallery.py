@@ -8,7 +8,7 @@ from sslkit.data.augment.cpu import ViewPipeline
 from sslkit.data.augment.policies import LARGE_VIEWS, PerView, ViewsConfig
 from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.sources.image_source import open_source
-from sslkit.doctor.image_checks import advise_on_views, look_at
+from sslkit.doctor.image_checks import check_view_settings, summarise_images
 from sslkit.recipe.resolve import Recipe
 from sslkit.report.thumbnails import data_uri
 
@@ -75,7 +75,11 @@ def draw_views(recipe: Recipe) -> ViewGallery:
             for view in shown
         ]
         rows.append(ViewRow(data_uri(image, SIDE), f"{image.shape[1]} x {image.shape[0]}", columns))
-    advice = [finding.sentence for finding in advise_on_views(config, look_at(source)) if finding.verdict == "warning"]
+    advice = [
+        finding.sentence
+        for finding in check_view_settings(config, summarise_images(source))
+        if finding.verdict == "warning"
+    ]
     return ViewGallery(f"Policy {config.policy}, {source.description}", describe_views(config), advice, rows)
 
 

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sslkit.distributed import collectives
 from sslkit.distributed.collectives import mean_over_processes, rank
+from sslkit.engine.gradient_cache import GlobalBatch, whole_batch_step
 from sslkit.engine.setup import build_method
-from sslkit.engine.step import GlobalBatch, whole_batch_step
 from sslkit.methods import BatchInfo, Method, Progress
 from sslkit.parts.batchnorm import synchronise_in_groups
 

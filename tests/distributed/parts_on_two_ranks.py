@@ -23,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from sslkit.distributed import collectives
 from sslkit.distributed.collectives import exchange_rows, gather_rows, mean_over_processes, rank, sum_with_gradient
 from sslkit.distributed.sharding import shard
+from sslkit.engine.gradient_cache import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.engine.setup import build_method
-from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.evaluate.features.extraction import fingerprint
 from sslkit.methods import BatchInfo, Method, Progress, base, mechanisms, moco_v1, moco_v3, simclr
 from sslkit.parts import losses

@@ -65,7 +65,7 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
         (["quickstart", "--set", "train.epocs=3"], "did you mean 'epochs'?"),
         (["quikstart"], "did you mean 'quickstart'?"),
         (["--method", "moco_v2"], "give a recipe, or all of --method, --backbone and --data"),
-        ([*SMALL, "--set", "train.batch_size=33"], "33 does not fall into 2 equal parts"),
+        ([*SMALL, "--set", "train.batch_size=33"], "33 does not split into 2 equal parts"),
     ],
 )
 def test_bad_input_is_one_sentence_and_code_2(

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import small_recipe
+from sslkit.doctor.diagnosed_setup import Observation, Patient, admit, watching
 
 from sslkit.data.sources.image_source import ImageSource, open_source
 from sslkit.doctor import cost_forecast as cost
 from sslkit.doctor import machine_checks as machine
-from sslkit.doctor.diagnosed_setup import Observation, Patient, admit, watching
 from sslkit.recipe.resolve import Recipe
 
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_recipe
+from sslkit.doctor.method_checks import examine_wiring
+from sslkit.doctor.objective_probe import DERIVATIVE
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from sslkit.data.sources.image_source import ImageSource, open_source
-from sslkit.doctor.method_checks import examine_wiring
-from sslkit.doctor.objective_probe import DERIVATIVE
 from sslkit.methods import METHODS, BatchInfo, Step
 from sslkit.methods.base import Features
 from sslkit.methods.simclr import SimCLR

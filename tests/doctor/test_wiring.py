@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import small_recipe
 from doctor.mutants import MUTANTS
+from sslkit.doctor.method_checks import examine_wiring
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
 from sslkit.data.sources.image_source import ImageSource, open_source
 from sslkit.doctor.findings import Finding
-from sslkit.doctor.method_checks import examine_wiring
 from sslkit.methods import METHODS, BatchInfo
 from sslkit.methods.base import Features, Method, MethodOptions, Step, Views
 from sslkit.methods.byol import BYOL

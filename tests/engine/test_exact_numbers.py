@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 import sslkit
 from sslkit.data.augment.parameters import draw_view
 from sslkit.data.order.mixture import Mixture
-from sslkit.engine import loop
+from sslkit.engine import step as step_module
 from sslkit.engine.optim import learning_rate, make_optimizer
 from sslkit.engine.setup import build_method
 from sslkit.methods import METHODS, BatchInfo, Method, Progress
@@ -214,19 +214,27 @@ def test_schedules_by_hand(schedule: dict[str, Any], shares: list[float]) -> Non
     assert rates == pytest.approx([recipe.peak_lr * share for share in shares], rel=1e-12, abs=1e-15)
 
 
-def pretend(method: nn.Module, **train: Any) -> Any:
-    """As much of a `Training` as the loop's small functions look at."""
+def pretend(method: nn.Module, step: int = 0, **train: Any) -> Any:
+    """As much of a `TrainingState` as the functions of a step look at."""
     clip = torch.nn.utils.clip_grad_norm_
     accelerator = SimpleNamespace(clip_grad_norm_=clip, scaler=None)
     recipe = small_recipe("byol", train={"epochs": 5, **train})
-    return SimpleNamespace(recipe=recipe, method=method, wrapped=method, accelerator=accelerator, steps_per_epoch=10)
+    return SimpleNamespace(
+        recipe=recipe,
+        method=method,
+        wrapped=method,
+        accelerator=accelerator,
+        steps_per_epoch=10,
+        step=step,
+        progress=Progress(step, 50, 10),
+    )
 
 
 @pytest.mark.parametrize(("clip_norm", "left"), [(0.0, [3.0, 4.0]), (1.0, [0.6, 0.8]), (10.0, [3.0, 4.0])])
 def test_clipping_of_the_gradient(clip_norm: float, left: list[float]) -> None:
     net = nn.Linear(2, 1, bias=False)
     net.weight.grad = torch.tensor([[3.0, 4.0]])
-    assert loop.gradient_norm(pretend(net, clip_norm=clip_norm)) == pytest.approx(5.0)
+    assert step_module.clip_gradients(pretend(net, clip_norm=clip_norm)) == pytest.approx(5.0)
     assert net.weight.grad[0].tolist() == pytest.approx(left, rel=1e-5)
 
 
@@ -236,7 +244,7 @@ def test_how_long_only_the_heads_learn(step: int, rests: bool) -> None:
     method = build_method(small_recipe("byol", "test_vit"))
     for param in method.parameters():
         param.grad = torch.ones_like(param)
-    loop.prepare_gradients(pretend(method, head_warmup_epochs=1.5), step)
+    step_module.prepare_gradients(pretend(method, step, head_warmup_epochs=1.5))
     assert all((param.grad is None) == rests for param in method.backbone.parameters())
     assert all(param.grad is not None for param in method.projector.parameters())
 

@@ -12,8 +12,8 @@ import sslkit
 from sslkit.cli import main
 from sslkit.cli.eval_commands import _judged
 from sslkit.engine.checkpoint.retention import monitor_scores
-from sslkit.engine.logging.logger import Journal
-from sslkit.engine.monitor.alarms import find_spikes, read_curve
+from sslkit.engine.logging.logger import RunLogger
+from sslkit.engine.monitor.alarms import read_curve
 from sslkit.files.jsonl_reader import read_log
 from sslkit.publish.card_scores import newest_scores
 from sslkit.recipe.resolve import Recipe
@@ -98,15 +98,15 @@ def look(run: Path) -> Any:
     while watched.look():
         pass
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "say", lambda *_: None)
-        said = Journal(run, 2, active=True).said
+        patch.setattr(RunLogger, "log_message", lambda *_: None)
+        said = RunLogger(run, 2, active=True).alarms_raised
     return (
         [record.metrics, record.results, record.diagnostics],
         [panel.figure for panel in [*training_panels([record]), accuracy_panel([record])]],
         [panel.figure for panel in [gradient_panel(record, "x"), *collapse_panels([record])]],
         (score_rows([record]), summarise(record), alarms_of(record), said),
         (newest_scores(run), _judged(run), monitor_scores(run / "results.jsonl", "knn")),
-        (read_curve(record.metrics, record.results), find_spikes(record.metrics)),
+        read_curve(record.metrics, record.results),
         (watched.step, watched.epoch, watched.knn.means, list(watched.scores), watched.alarms, set(watched.metrics)),
     )
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sslkit
-from sslkit.engine import setup as run_module
+from sslkit.engine import trainer
 from sslkit.engine.checkpoint.format import newest_checkpoint, restore
 from sslkit.engine.optim import make_optimizer
 from sslkit.engine.run_folder import lock
@@ -135,7 +135,7 @@ def test_a_start_that_another_overtook_sees_what_that_left(
         shutil.copy(finished / "recipe.toml", run)
     before = files(finished)
     overtake(monkeypatch, finished, run)
-    monkeypatch.setattr(run_module, "run_loop", None)  # not a step is made
+    monkeypatch.setattr(trainer, "run_loop", None)  # not a step is made
     assert sslkit.train(small_run(images), run).step == 1
     after = files(run)
     assert before.keys() == after.keys()

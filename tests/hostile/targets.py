@@ -20,7 +20,7 @@ from torch import nn
 
 from sslkit.data.formats.idx import read_idx
 from sslkit.engine.checkpoint.format import Checkpoint, newest_checkpoint, read_checkpoint, restore
-from sslkit.engine.resilience.crash_dump import read_capsule
+from sslkit.engine.resilience.crash_dump import read_crash_dump
 from sslkit.errors import UserError
 from sslkit.hub.untrusted import tensor_shapes
 from sslkit.publish.importing.checkpoint_formats import guess_backbone, sort_out, vit_arguments
@@ -129,7 +129,7 @@ def capsule(content: bytes) -> None:
     weights = written("capsule/model.safetensors", WEIGHTS)
     right = content.replace(b'"sha256": 0', f'"sha256": "{hashlib.sha256(WEIGHTS).hexdigest()}"'.encode())
     written("capsule/capsule.json", right)
-    only_user_errors(lambda: read_capsule(weights.parent))
+    only_user_errors(lambda: read_crash_dump(weights.parent))
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {

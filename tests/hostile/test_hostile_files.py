@@ -22,7 +22,7 @@ import sslkit
 from sslkit.cli import main
 from sslkit.engine.checkpoint.format import newest_checkpoint, read_checkpoint
 from sslkit.engine.logging.logger import append_result
-from sslkit.engine.resilience.crash_dump import read_capsule
+from sslkit.engine.resilience.crash_dump import read_crash_dump
 from sslkit.engine.resilience.guard import is_finite
 from sslkit.errors import UserError
 from sslkit.evaluate import load_encoder
@@ -369,7 +369,7 @@ def test_capsules_that_are_none(good: Path, tmp_path: Path, change: dict[str, An
     facts |= {"device": "cpu", "torch": "2", "sample_ids": [], "images": 2000, "recipe": state["recipe"]}
     facts["sha256"] = digest
     (capsule / "capsule.json").write_text(json.dumps(facts))
-    read_capsule(capsule)
+    read_crash_dump(capsule)
     (capsule / "capsule.json").write_text(json.dumps(facts | change))
     cli_error(["replay", str(capsule)])
     (capsule / "capsule.json").unlink()

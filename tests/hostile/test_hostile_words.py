@@ -13,7 +13,7 @@ from reading import Page
 
 import sslkit
 from sslkit.cli import main
-from sslkit.engine.logging.logger import Journal
+from sslkit.engine.logging.logger import RunLogger
 from sslkit.errors import UserError, without_tokens
 from sslkit.publish import export_encoder
 from sslkit.recipe.resolve import build_recipe, load_recipe
@@ -87,7 +87,7 @@ def test_tokens_of_the_environment_are_nowhere(
     export_encoder(tmp_path / "run", tmp_path / "out")
     error = cli_error(["eval", "knn", f"{secrets['WANDB_API_KEY']}/{TOKEN}", "--data", "builtin:fashion_mnist"])
     assert "[WANDB_API_KEY]/[HF_TOKEN]" in error
-    Journal(tmp_path / "run", 2, active=True).say(f"cannot log in with {TOKEN}")
+    RunLogger(tmp_path / "run", 2, active=True).log_message(f"cannot log in with {TOKEN}")
     with pytest.raises(UserError, match="access token"):
         build_recipe({**recipe.as_tables(), "reference": {"key": secrets["WANDB_API_KEY"]}})
     said = capsys.readouterr()

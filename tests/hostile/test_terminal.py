@@ -24,7 +24,7 @@ from sslkit.cli import main
 from sslkit.cli.output import conclude, show_comparison, show_report
 from sslkit.data.formats.folder_listing import printable, to_text
 from sslkit.doctor.findings import Finding, Report
-from sslkit.engine.logging.logger import Journal
+from sslkit.engine.logging.logger import RunLogger
 from sslkit.errors import UserError
 from sslkit.evaluate.probes.scoring import Judgement, Score
 from sslkit.recipe.resolve import load_recipe
@@ -213,7 +213,7 @@ def test_tables_and_the_journal(word: str, tmp_path: Path, capsys: pytest.Captur
     row = {"evaluation": word, "protocol_hash": word, "accuracy": 0.5, "interval": None, "measure": word}
     show_comparison([{word: row}], as_json=False)
     show_report(Report([Finding(word, "fault", word), Finding(word, "not applicable", word)]), as_json=False)
-    Journal(tmp_path, 0, active=True).say(word)
+    RunLogger(tmp_path, 0, active=True).log_message(word)
     printed = capsys.readouterr()
     assert_harmless(printed.out + printed.err)
 

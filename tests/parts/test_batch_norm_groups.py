@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from conftest import small_recipe
 from torch import Tensor, nn
 
+from sslkit.engine.gradient_cache import GlobalBatch, sliced_step
 from sslkit.engine.setup import build_method
-from sslkit.engine.step import GlobalBatch, sliced_step
 from sslkit.methods import BatchInfo, Method
 from sslkit.parts.batchnorm import GlobalBatchNorm, GroupStatistics
 from sslkit.parts.schedules import Progress

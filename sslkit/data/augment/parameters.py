@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sslkit.data.augment.policies import LARGE_VIEWS, PerView, Range, ViewsConfig
+from sslkit.random_draws import DrawPurpose
 
-VIEWS = 0  # what these draws are for, the second word of their key
 ATTEMPTS = 10  # at a box that fits, as torchvision has them
 TENSORFLOW_ATTEMPTS = 100  # the same in SimCLR's code
 HOLE_RATIO = (0.3, 3.3)  # of a blanked rectangle, as in random erasing (arXiv:1708.04896)
@@ -69,7 +69,7 @@ class Columns:
 
 def draw_view(config: ViewsConfig, seed: int, epoch: int, sample: int, view: int, size: tuple[int, int]) -> Draw:
     """Draw view ``view`` of an image of ``size`` (height, width) pixels."""
-    generator = np.random.default_rng([seed, VIEWS, epoch, sample, view])
+    generator = np.random.default_rng([seed, DrawPurpose.VIEWS, epoch, sample, view])
     uniform: list[float] = generator.random(COLOURS + 2 * BOX).tolist()
     small = view >= LARGE_VIEWS
     side, scale = (config.small_size, config.small_scale) if small else (config.size, config.crop_scale)

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from sslkit.distributed.sharding import in_parts_like
 from sslkit.engine.checkpoint.retention import NAME, by_step
 from sslkit.engine.checkpoint.validation import GROUP, check_optimizer, check_state, check_weights
-from sslkit.engine.optim import begin_momenta
+from sslkit.engine.optim import init_momentum_buffers
 from sslkit.errors import UserError
 
 FORMAT = 1
@@ -156,7 +156,7 @@ def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> 
         slots = {slot: _beside(param, value, fused=fused) for slot, value in tensors.get(name, {}).items()}
         if slots or name in scalars:
             optimizer.state[param] = {**slots, **scalars.get(name, {})}
-    begin_momenta(optimizer)
+    init_momentum_buffers(optimizer)
     for index, group in enumerate(optimizer.param_groups):
         group.update(tensors.get(f"{GROUP}{index}", {}))
 

@@ -1,4 +1,4 @@
-"""Pictures that a run shows its trackers: the views it learns from, and which images its encoder holds for alike."""
+"""Images for a run's trackers: the views that it trains on, and the nearest neighbours of test images."""
 
 from collections.abc import Callable
 
@@ -16,33 +16,33 @@ from sslkit.evaluate.labelled_data import LabelledPair
 from sslkit.evaluate.probes.knn import nearest
 from sslkit.recipe.resolve import Recipe
 
-Draw = Callable[[], NDArray[np.uint8]]  # a picture, (H, W, 3)
-ROWS, DRAWS, NEIGHBOURS, SIDE = 8, 3, 6, 96
+DrawImage = Callable[[], NDArray[np.uint8]]  # returns (H, W, 3)
+ROWS, EPOCHS, NEIGHBOURS, SIDE = 8, 3, 6, 96
 
 
-def view_sheet(recipe: Recipe, source: ImageSource) -> NDArray[np.uint8]:
-    """Images spread over the data, a row each: as it is, then its two views of the first three epochs, (H, W, 3)."""
+def views_image(recipe: Recipe, source: ImageSource) -> NDArray[np.uint8]:
+    """Images spread over the data, one per row: the image, then its two views of the first three epochs, (H, W, 3)."""
     pipeline = ViewPipeline(recipe.views, recipe.train.seed)
     tiles = []
     for sample in np.linspace(0, len(source) - 1, min(ROWS, len(source)), dtype=int).tolist():
         image = read_or_replace(source, recipe.train.seed, epoch=0, sample=sample).pixels
         tiles += [image]
-        tiles += [pipeline.cut(image, epoch, sample, view) for epoch in range(DRAWS) for view in range(LARGE_VIEWS)]
-    return np.asarray(tile_sheet(tiles, min(recipe.views.size, SIDE), 1 + DRAWS * LARGE_VIEWS))
+        tiles += [pipeline.cut(image, epoch, sample, view) for epoch in range(EPOCHS) for view in range(LARGE_VIEWS)]
+    return np.asarray(tile_sheet(tiles, min(recipe.views.size, SIDE), 1 + EPOCHS * LARGE_VIEWS))
 
 
-def neighbour_sheet(
+def neighbours_image(
     pair: LabelledPair, bank: Tensor, kept: Tensor, queries: Tensor, asked: Tensor, seed: int
 ) -> NDArray[np.uint8]:
-    """Test images drawn by lot, a row each, with the images of the bank nearest to them after it, (H, W, 3).
+    """Random test images, one per row, each followed by the images of the bank nearest to it, (H, W, 3).
 
     Args:
         pair: Images of bank and test.
         bank: (N, D) features.
-        kept: (N,) bool, which of them are of images that can be read.
+        kept: (N,) bool, which of the images of the bank can be read.
         queries: (Q, D) features.
-        asked: (Q,) bool, likewise.
-        seed: Of the draw, which is the same each time.
+        asked: (Q,) bool, which of the test images can be read.
+        seed: Decides which test images; with one seed they are the same each time.
     """
     bank_rows, query_rows = kept.nonzero()[:, 0], asked.nonzero()[:, 0]
     chosen = query_rows[np.random.default_rng(seed).permutation(len(query_rows))[:ROWS]]
