@@ -13,9 +13,8 @@ from sslkit.doctor.doctor_setup import DoctorSetup, StepRecord, num_processes
 from sslkit.doctor.findings import Finding, ok, warning
 from sslkit.doctor.machine_checks import GIB, has_bf16, memory_of_device, training_device
 from sslkit.engine.accelerator import processes_here
-from sslkit.errors import counted
 from sslkit.recipe.resolve import Recipe
-from sslkit.text import format_duration
+from sslkit.text import format_duration, pluralize
 
 MEMORY, LOADING, THREADS, PRECISION = "memory", "data loading", "threads", "precision"
 
@@ -42,7 +41,7 @@ def forecast_memory(setup: DoctorSetup, record: StepRecord) -> Finding:
     sentence = (
         f"about {_gib(needed)} of {_gib(available)} for each process: {_gib(state)} for weights, teachers and "
         f"dictionaries, {_gib(updates)} for gradients and optimizer, {_gib(per_image * at_once)} for the activations "
-        f"of {counted(at_once, 'image')}"
+        f"of {pluralize(at_once, 'image')}"
     )
     if needed < 0.9 * available:
         return ok(MEMORY, sentence)
@@ -105,7 +104,7 @@ def compare_speeds(recipe: Recipe, computing: float, loading: float, num_images:
     steps = train.epochs * (num_images // train.batch_size)
     sentence = (
         f"a step of {local} images takes about {_seconds(compute)} to compute and {_seconds(load)} to load with "
-        f"{counted(workers, 'data worker')}; {steps} steps take about {format_duration(step * steps)} on this machine"
+        f"{pluralize(workers, 'data worker')}; {steps} steps take about {format_duration(step * steps)} on this machine"
     )
     if load <= compute:
         return ok(LOADING, sentence)
@@ -124,14 +123,14 @@ def check_threads(recipe: Recipe) -> Finding:
     workers = processes * resolve_workers(recipe.data.workers, on_accelerator=not on_cpu, processes_here=processes)
     variable = os.environ.get("OMP_NUM_THREADS", "")
     threads = processes * int(variable) if on_cpu and variable.isdigit() else 0
-    computing = counted(threads or max(cores - workers, 1), "computing thread") if on_cpu else "a GPU"
-    sentence = f"{counted(workers, 'data worker')} and {computing} on {counted(cores, 'core')}"
+    computing = pluralize(threads or max(cores - workers, 1), "computing thread") if on_cpu else "a GPU"
+    sentence = f"{pluralize(workers, 'data worker')} and {computing} on {pluralize(cores, 'core')}"
     if workers > cores:
         return warning(THREADS, f"{sentence}: set data.workers = {max(cores // processes - 1, 1)}")
     if threads > cores:
         return warning(THREADS, f"{sentence}: set OMP_NUM_THREADS={max(cores // processes, 1)}")
     if threads and cores - workers > 3 * threads:
-        idle = counted(cores - workers - threads, "core")
+        idle = pluralize(cores - workers - threads, "core")
         return warning(THREADS, f"{sentence}: OMP_NUM_THREADS={variable} leaves {idle} idle; unset it")
     return ok(THREADS, sentence)
 

@@ -92,7 +92,7 @@ class DoctorSetup:
                     features.retain_grad()
             loss = method.objective(student, teacher, BatchInfo(self.sample_ids), START).loss
             if loss.requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
         float(loss.detach())  # waits for a GPU
         return StepRecord(loss, student, teacher, sum(saved.values()), time.perf_counter() - started)
 

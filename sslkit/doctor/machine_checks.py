@@ -132,16 +132,13 @@ def _shared_memory() -> Finding:
     if not SHARED_MEMORY.is_dir():
         return not_applicable("shared memory", f"there is no {SHARED_MEMORY}")
     if not os.access(SHARED_MEMORY, os.W_OK):
-        return warning(
-            "shared memory",
-            f"{SHARED_MEMORY} is not writable, and data workers need it: mount it writable, or set data.workers = 0",
-        )
+        return warning("shared memory", f"{SHARED_MEMORY} is not writable: mount it writable, or set data.workers = 0")
     system = os.statvfs(SHARED_MEMORY)
     size = system.f_frsize * system.f_blocks
     if size < GIB:
         return warning(
             "shared memory",
-            f"{SHARED_MEMORY} has {size >> 20} MiB, too little for the batches of data workers: start the container with "
+            f"{SHARED_MEMORY} has {size >> 20} MiB, too little for data workers: start the container with "
             "--shm-size=8g or --ipc=host, or set data.workers = 0",
         )
     return ok("shared memory", f"{size / GIB:.1f} GiB")

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from sslkit.doctor.doctor_setup import START, DoctorSetup, StepRecord
 from sslkit.doctor.findings import Finding, attempt, fault, fault_if_any, first_line, not_applicable, ok, warning
-from sslkit.errors import counted
 from sslkit.methods import Method, Progress
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.chance_loss import ChanceLoss
 from sslkit.parts.memory_bank import MemoryBank
 from sslkit.parts.momentum_teacher import MomentumTeacher
 from sslkit.parts.queue import KeyQueue
+from sslkit.text import pluralize
 
 STEP, GRADIENT, CONTRACT, VIEWS_USED = "step", "gradient", "method contract", "views used"
 FIRST_LOSS, LEAK = "first loss", "batch norm leak"
@@ -32,7 +32,7 @@ def check_training(setup: DoctorSetup) -> tuple[list[Finding], StepRecord | None
     if not math.isfinite(loss):
         return [fault(STEP, f"the loss is {loss} on the first images of the run")], None
     return [
-        ok(STEP, f"runs on {counted(setup.batch_size, 'image')} of your data, loss {loss:.4g}"),
+        ok(STEP, f"runs on {pluralize(setup.batch_size, 'image')} of your data, loss {loss:.4g}"),
         attempt(GRADIENT, lambda: check_gradient(setup.method, record)),
         attempt(VIEWS_USED, lambda: check_views_used(setup, record)),
         attempt(FIRST_LOSS, lambda: check_first_loss(setup, loss)),
@@ -45,24 +45,17 @@ def check_gradient(method: Method, record: StepRecord) -> Finding:
     if not record.loss.requires_grad:
         return fault(GRADIENT, "the loss has no gradient: a tensor on the way to it is detached")
     of_teachers = {id(param) for teacher in method.teachers().values() for param in teacher.parameters()}
-    reached, unused = [], 0
-    for name, module in method.named_children():
-        if any(id(param) in of_teachers for param in module.parameters()):
-            continue
-        trained = {key: param for key, param in module.named_parameters() if param.requires_grad}
-        if not trained:
-            if name in ("backbone", *method.heads) and any(True for _ in module.parameters()):
-                return fault(GRADIENT, f"{name} is frozen: none of its parameters requires a gradient")
-            continue
-        without = [key for key, param in trained.items() if param.grad is None]
-        if not any(param.grad is not None and param.grad.any() for param in trained.values()):
-            return fault(GRADIENT, f"no gradient reaches {name}: it would never learn")
-        if without and module is not method.backbone:
-            return fault(GRADIENT, f"no gradient reaches {', '.join(without)} of {name}")
-        if not all(param.grad.isfinite().all() for param in trained.values() if param.grad is not None):
-            return fault(GRADIENT, f"the gradient of {name} is not finite")
-        reached.append(name)
-        unused += len(without)
+    trained = {
+        name: params
+        for name, module in method.named_children()
+        if (params := [param for param in module.parameters() if param.requires_grad and id(param) not in of_teachers])
+    }
+    for name in ("backbone", *method.heads):
+        if name not in trained and any(True for _ in method.get_submodule(name).parameters()):
+            return fault(GRADIENT, f"{name} is frozen: none of its parameters requires a gradient")
+    for name, params in trained.items():
+        if problem := _gradient_problem(params, may_skip=name == "backbone"):
+            return fault(GRADIENT, f"{problem} {name}")
     for index, features in enumerate(record.student_features):
         if features.grad is None or not features.grad.any():
             return fault(
@@ -70,13 +63,24 @@ def check_gradient(method: Method, record: StepRecord) -> Finding:
                 f"the student's features {index + 1} of {len(record.student_features)} receive no gradient: the "
                 "objective detaches them. Features that need no gradient belong in teacher()",
             )
+    unused = sum(param.grad is None for param in trained["backbone"])
     if unused:
         return warning(
             GRADIENT,
-            f"{counted(unused, 'parameter')} of the backbone never receive a gradient. This works on 1 process; on "
+            f"{pluralize(unused, 'parameter')} of the backbone never receive a gradient. This works on 1 process; on "
             "several, DistributedDataParallel stops with an error: freeze them with requires_grad_(False)",
         )
-    return ok(GRADIENT, f"reaches {', '.join(reached)} and the features of every view")
+    return ok(GRADIENT, f"reaches {', '.join(trained)} and the features of every view")
+
+
+def _gradient_problem(params: list[nn.Parameter], *, may_skip: bool) -> str:
+    """What is wrong with a module's gradients, to be followed by its name; empty if nothing is."""
+    grads = [param.grad for param in params if param.grad is not None]
+    if not any(grad.any() for grad in grads):
+        return "no gradient reaches"
+    if len(grads) < len(params) and not may_skip:
+        return f"no gradient reaches {pluralize(len(params) - len(grads), 'parameter')} of"
+    return "" if all(grad.isfinite().all() for grad in grads) else "a gradient is not finite in"
 
 
 def check_views_used(setup: DoctorSetup, record: StepRecord) -> Finding:
@@ -161,8 +165,8 @@ def check_contract(setup: DoctorSetup, record: StepRecord) -> Finding:
     if drawn and not problems:
         return warning(
             CONTRACT,
-            f"the teacher of {' and '.join(drawn)} does not start as a copy of the student: at first the student learns "
-            "to agree with other weights. Make the MomentumTeacher after the student's weights are set",
+            f"the teacher of {' and '.join(drawn)} does not start as a copy of the student, which learns to agree with "
+            "other weights at first: make the MomentumTeacher after the student's weights are set",
         )
     teachers, dictionaries = ", ".join(method.teachers()) or "none", ", ".join(method.dictionaries()) or "none"
     return fault_if_any(
