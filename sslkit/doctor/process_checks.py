@@ -65,7 +65,8 @@ def train_and_compare(accelerator: Any, recipe: Recipe, source: ImageSource) -> 
     try:
         compare_weights(method, STEPS, accelerator.device)
     except RunError as error:
-        return fault(AGREE, f"{error}. Gather the rows of all processes before storing them")
+        difference = str(error).partition(". ")[0]
+        return fault(AGREE, f"{difference}: gather the rows of all processes before storing them")
     return ok(AGREE, f"weights, teachers and dictionaries are equal on {world_size()} processes after {STEPS} steps")
 
 

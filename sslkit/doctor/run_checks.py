@@ -18,7 +18,7 @@ from sslkit.doctor.findings import Finding, LogMessage, Report, attempt, fault, 
 from sslkit.doctor.image_checks import ImageSummary, check_alpha, check_pixels, summarise_images
 from sslkit.doctor.process_checks import check_processes, launched_processes, not_launched
 from sslkit.doctor.recipe_advice import check_settings
-from sslkit.doctor.training_checks import STEP, check_batch_norm_leak, check_training
+from sslkit.doctor.training_checks import CONTRACT, STEP, check_batch_norm_leak, check_training
 from sslkit.doctor.view_checks import check_views
 from sslkit.engine.batch_checks import check_batch_split, steps_per_epoch
 from sslkit.engine.setup import build_method
@@ -76,15 +76,17 @@ def check_method(
     except Exception as error:
         return [fault(STEP, f"the method cannot be built: {first_line(error)}")]
     check_batch_split(recipe, method, num_processes(recipe))
-    settings = [check_batch_norm_leak(method), *check_settings(recipe, method, images)]
+    bn_groups = method.bn_groups
     setup = set_up_checks(recipe, source, method, log_message)
     of_step, record = check_training(setup)
-    if record is None:
-        return [*of_step, *settings]
+    method.bn_groups = bn_groups  # the small batch had fewer
+    if record is None or any(finding.check == CONTRACT and finding.verdict == "fault" for finding in of_step):
+        return of_step
     log_message("forecasting memory and time")
     return [
         *of_step,
-        *settings,
+        check_batch_norm_leak(method),
+        *check_settings(recipe, method, images),
         check_pixels(setup.prepare(setup.views[0])),
         attempt(MEMORY, lambda: forecast_memory(setup, record)),
         attempt(LOADING, lambda: forecast_time(setup, source, record)),

@@ -44,11 +44,11 @@ def check_gradient(method: Method, record: StepRecord) -> Finding:
     """Check that every trained module and every view's features receive a finite gradient that is not zero."""
     if not record.loss.requires_grad:
         return fault(GRADIENT, "the loss has no gradient: a tensor on the way to it is detached")
-    of_teachers = {id(param) for teacher in method.teachers().values() for param in teacher.parameters()}
+    teachers = list(method.teachers().values())
     trained = {
         name: params
         for name, module in method.named_children()
-        if (params := [param for param in module.parameters() if param.requires_grad and id(param) not in of_teachers])
+        if module not in teachers and (params := [param for param in module.parameters() if param.requires_grad])
     }
     for name in ("backbone", *method.heads):
         if name not in trained and any(True for _ in method.get_submodule(name).parameters()):
