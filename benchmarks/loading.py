@@ -27,7 +27,8 @@ from sklearn.datasets import load_sample_images
 from torchvision import transforms
 
 from sslkit.data.augment.cpu import ViewPipeline, resize
-from sslkit.data.augment.policies import IMAGENET_MEAN, IMAGENET_STD, POLICIES, ViewsConfig
+from sslkit.data.augment.policies import IMAGENET_MEAN, IMAGENET_STD
+from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.decode.rgb import decode_reduced, decode_rgb
 
 QUALITY = 90
@@ -62,7 +63,7 @@ class Solarize:
 
 def official_transforms(policy: str) -> list[Callable[[Image.Image], torch.Tensor]]:
     """The official code's transforms of both views."""
-    numbers = ViewsConfig.model_validate({"policy": policy, **POLICIES[policy]})
+    numbers = ViewsConfig.of_policy(policy)
 
     def of_view(blur: float, solarize: float) -> Callable[[Image.Image], torch.Tensor]:
         return transforms.Compose(
@@ -97,7 +98,7 @@ def lightly(policy: str) -> Callable[[bytes], object] | None:
 
 def contenders(policy: str, size: tuple[int, int]) -> dict[str, Callable[[bytes], object]]:
     """The compared functions of a file, by name."""
-    config = ViewsConfig.model_validate({"policy": policy, **POLICIES[policy]})
+    config = ViewsConfig.of_policy(policy)
     pipeline, count = ViewPipeline(config, 0), iter(range(10**9))
 
     def ours(encoded: bytes) -> object:
@@ -108,10 +109,10 @@ def contenders(policy: str, size: tuple[int, int]) -> dict[str, Callable[[bytes]
     def for_device(encoded: bytes) -> object:
         sample = next(count)
         pixels, whole = decode_reduced(encoded, "", partial(pipeline.reduction, 0, sample))
-        return pipeline.crops(pixels, 0, sample, whole)
+        return pipeline.crop_views(pixels, 0, sample, whole)
 
     def limit(encoded: bytes) -> object:
-        draws = pipeline.draw(0, next(count), (size[1], size[0]))
+        draws = pipeline.view_params(0, next(count), (size[1], size[0]))
         pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
         boxes = [draw.box for draw in draws]
         return [

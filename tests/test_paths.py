@@ -18,8 +18,11 @@ from sslkit.publish import export_detectron2, export_encoder, import_checkpoint,
 from sslkit.recipe.resolve import build_recipe, load_recipe
 from sslkit.report import draw_curves, read_runs, write_views
 
-KINDS = {"not UTF-8": ("caf\udce9", "caf\\xe9 is not valid UTF-8"), "NUL": ("caf\0e", "caf\\x00e has a NUL character"),
-         "line break": ("caf\ne", "caf\\ne has a line break")}  # fmt: skip
+KINDS = {
+    "not UTF-8": ("caf\udce9", "caf\\xe9 is not valid UTF-8"),
+    "NUL": ("caf\0e", "caf\\u0000e has a NUL character"),
+    "line break": ("caf\ne", "caf\\ne has a line break"),
+}
 RENAME = "; rename the file or folder, and give its new name"
 
 # X stands for the path, RUN for a run folder, DATA for images of classes, NEW for what is not there yet.

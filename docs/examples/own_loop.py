@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from sslkit.data.augment.cpu import ViewPipeline, normalise
-from sslkit.data.augment.policies import POLICIES, ViewsConfig
+from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.parts.backbone import feature_dim
 from sslkit.parts.heads import mlp_head
@@ -14,13 +14,11 @@ from sslkit.parts.losses import info_nce_with_queue
 from sslkit.parts.momentum_teacher import MomentumTeacher
 from sslkit.parts.queue import KeyQueue
 
-SMALL_GRAY = {**POLICIES["small_gray"], "policy": "small_gray", "size": 28, "crop_scale": (0.8, 1.0)}
-
 
 def pretrain(backbone: nn.Module, *, steps: int, batch_size: int = 64, lr: float = 1e-3) -> list[float]:
     """Train ``backbone``, (B, 3, 28, 28) to (B, D), in place. Returns the loss of each step in nats."""
     images = open_source(DataConfig(path="builtin:fashion_mnist"))
-    config = ViewsConfig(**SMALL_GRAY)
+    config = ViewsConfig.of_policy("small_gray", size=28, crop_scale=(0.8, 1.0))
     views = ViewPipeline(config, seed=0)
 
     student = nn.Sequential(backbone, mlp_head(feature_dim(backbone, config.size), hidden_dim=256, out_dim=64))

@@ -7,7 +7,8 @@ import time
 import torch
 
 from sslkit.data.augment.cpu import ViewPipeline
-from sslkit.data.loading.loader import GlobalBatches, cores_of_a_process, make_loader, resolve_workers
+from sslkit.data.loading.loader import cores_of_a_process, make_loader, resolve_workers
+from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.doctor.doctor_setup import DoctorSetup, StepRecord, num_processes
 from sslkit.doctor.findings import Finding, ok, warning
@@ -67,7 +68,9 @@ def forecast_time(setup: DoctorSetup, source: ImageSource, record: StepRecord) -
         return compare_speeds(recipe, computing, loading, len(source))
     moved = on_device(setup, device)
     pipeline = ViewPipeline(recipe.views, recipe.train.seed)
-    batches = GlobalBatches(len(source), setup.batch_size, recipe.train.seed, total_steps=REPEATS, plan=source.plan)
+    batches = GlobalBatchSampler(
+        len(source), setup.batch_size, recipe.train.seed, total_steps=REPEATS, plan=source.plan
+    )
     loader = iter(make_loader(source, pipeline, batches, workers=0, pin_memory=False))
     computing_times, loading_times = [], []
     for _ in range(REPEATS):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sslkit.data.augment.cpu import ViewPipeline, normalise
 from sslkit.data.augment.gpu import finish_on
-from sslkit.data.loading.loader import GlobalBatches, make_loader
+from sslkit.data.loading.loader import make_loader
+from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.doctor.findings import LogMessage
 from sslkit.methods import BatchInfo, Method, Progress
@@ -108,7 +109,7 @@ def set_up_checks(recipe: Recipe, source: ImageSource, method: Method, log_messa
         + (" (a large model: this takes a while)" if is_large else "")
     )
     started = time.perf_counter()
-    batches = GlobalBatches(len(source), batch_size, recipe.train.seed, total_steps=1, plan=source.plan)
+    batches = GlobalBatchSampler(len(source), batch_size, recipe.train.seed, total_steps=1, plan=source.plan)
     pipeline = ViewPipeline(recipe.views, recipe.train.seed)
     loaded = next(iter(make_loader(source, pipeline, batches, workers=0, pin_memory=False)))
     batch = finish_on(torch.device("cpu"), loaded, recipe.views)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sslkit.data.augment.policies import PerView, ViewsConfig
+from sslkit.data.augment.views_config import ViewPolicy, ViewsConfig
 from sslkit.data.decode.background import KEEP
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.data.tools.inspection import count_alpha, describe_alpha
@@ -86,23 +86,23 @@ def _variety(variety: Variety) -> Finding:
 def _colour(views: ViewsConfig, images: ImageSummary) -> Finding:
     if not images.grey:
         return ok(COLOUR, "the images have colour")
-    used = [name for name, strength in zip(("saturation", "hue"), views.jitter[2:], strict=True) if strength > 0]
-    used = used if _ever(views.jitter_prob) else []
-    used += ["gray_prob"] if _ever(views.gray_prob) else []
+    used = sorted({name for policy in views.view_policies() for name in _colour_steps(policy)}, reverse=True)
     if not used:
         return ok(COLOUR, "the images are greyscale, and no transform changes colour")
-    jitter = [*views.jitter[:2], 0, 0]
     return warning(
         COLOUR,
-        f"the images are greyscale, so {', '.join(used)} cost time without effect: set views.jitter = {jitter} and "
-        "views.gray_prob = 0",
+        f"the images are greyscale, so {', '.join(used)} cost time without effect: set views.jitter = "
+        f"{[*views.jitter[:2], 0, 0]} and views.gray_prob = 0",
     )
 
 
 def _crops(views: ViewsConfig, images: ImageSummary) -> Finding:
     area, size = images.height * images.width, f"{images.width} x {images.height}"
-    kinds = {"crop_scale": views.crop_scale, **({"small_scale": views.small_scale} if views.small_crops else {})}
-    for key, (smallest, largest) in kinds.items():
+    if all(policy.crop_sampler == "none" for policy in views.view_policies()):
+        return not_applicable(CROPS, "a pipeline file crops")
+    for role, policy in zip(views.roles(), views.view_policies(), strict=True):
+        key = f"{role}.crop_scale" if role == "local" else "crop_scale"
+        smallest, largest = policy.crop_scale
         side = (smallest * area) ** 0.5
         if side < SMALLEST_CROP:
             fitting = float(f"{min((SMALLEST_CROP * 1.5) ** 2 / area, 1.0):.2g}")
@@ -111,13 +111,12 @@ def _crops(views: ViewsConfig, images: ImageSummary) -> Finding:
                 f"the smallest crops of images of {size} pixels have {side:.0f} pixels per side, too few to show "
                 f"anything: set views.{key} = {[fitting, max(largest, fitting)]}",
             )
-    if views.crop_scale[1] < 0.3:
+    smallest, largest = views.crop_scale
+    if largest < 0.3:
         return warning(
-            CROPS,
-            f"no crop covers more than {views.crop_scale[1]:.0%} of an image: "
-            f"set views.crop_scale = {[views.crop_scale[0], 1.0]}",
+            CROPS, f"no crop covers more than {largest:.0%} of an image: set views.crop_scale = {[smallest, 1.0]}"
         )
-    side = (views.crop_scale[0] * area) ** 0.5
+    side = (smallest * area) ** 0.5
     return ok(CROPS, f"the smallest have about {side:.0f} pixels per side, from images of {size} pixels")
 
 
@@ -127,19 +126,20 @@ def _size(views: ViewsConfig, images: ImageSummary) -> Finding:
         return warning(
             SIZE,
             f"images of {size} pixels are enlarged to views of {views.size}, which costs time and adds nothing: set "
-            f"views.size = {_round_up(images.short_side)}",
+            f"views.size = {-(-images.short_side // 32) * 32}",
         )
     return ok(SIZE, f"{views.size} pixels, from images of {size} pixels")
 
 
 def _blur(views: ViewsConfig) -> Finding:
-    if _ever(views.blur_prob) and views.size <= 64 and views.blur_sigma[1] > views.size / 32:
+    blurred = any(policy.blur_prob and not policy.pipeline for policy in views.view_policies())
+    if blurred and views.size <= 64 and views.blur_sigma[1] > views.size / 32:
         return warning(
             BLUR,
             f"a blur of up to {views.blur_sigma[1]:g} pixels, made for views of 224 pixels, removes most of views of "
             f"{views.size}: set views.blur_prob = 0",
         )
-    return ok(BLUR, "in proportion to the views" if _ever(views.blur_prob) else "none")
+    return ok(BLUR, "in proportion to the views" if blurred else "none")
 
 
 def check_pixels(view: Tensor) -> Finding:
@@ -154,9 +154,9 @@ def check_pixels(view: Tensor) -> Finding:
     return ok(PIXELS, f"mean {mean:.2f}, standard deviation {std:.2f} after normalisation")
 
 
-def _ever(probability: PerView) -> bool:
-    return max(probability) > 0 if isinstance(probability, tuple) else probability > 0
-
-
-def _round_up(pixels: int) -> int:
-    return -(-pixels // 32) * 32
+def _colour_steps(policy: ViewPolicy) -> list[str]:
+    """The transforms of a view that change only images with colour."""
+    if policy.pipeline:
+        return []
+    jitter = [name for name, strength in zip(("saturation", "hue"), policy.jitter[2:], strict=True) if strength > 0]
+    return (jitter if policy.jitter_prob else []) + (["gray_prob"] if policy.gray_prob else [])

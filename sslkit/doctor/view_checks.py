@@ -7,7 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sslkit.data.augment.cpu import ViewPipeline
-from sslkit.data.loading.loader import GlobalBatches, epoch_order, make_loader
+from sslkit.data.loading.loader import make_loader
+from sslkit.data.order.epoch_order import epoch_order
+from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.doctor.findings import Finding, fault, not_applicable, ok
 from sslkit.recipe.resolve import Recipe
@@ -54,7 +56,7 @@ def check_workers(recipe: Recipe, source: ImageSource, sample: int) -> Finding:
     """Let two data workers make the views of one image under different numbers, and compare them."""
     repeated = source.subset(np.full(2 * NUM_IMAGES, sample, dtype=np.int64))
     pipeline = ViewPipeline(recipe.views.model_copy(update={"device": "cpu"}), recipe.train.seed)
-    batches = GlobalBatches(len(repeated), NUM_IMAGES, recipe.train.seed, total_steps=2)
+    batches = GlobalBatchSampler(len(repeated), NUM_IMAGES, recipe.train.seed, total_steps=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # more workers than cores
         loaded = list(make_loader(repeated, pipeline, batches, workers=2, pin_memory=False))

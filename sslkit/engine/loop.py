@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from sslkit.data.loading.loader import Batch
-from sslkit.distributed.collectives import copy_buffers_from_first, max_over_processes, mean_over_processes
+from sslkit.data.batch import Batch
+from sslkit.distributed.collectives import broadcast_buffers, max_over_processes, mean_over_processes
 from sslkit.distributed.consistency import compare_weights
 from sslkit.distributed.heartbeat import Heartbeat
 from sslkit.engine.checkpoint.writer import SaveError, Saver
@@ -139,7 +139,10 @@ def log_step(state: TrainingState, logger: RunLogger, meter: ThroughputMeter, re
         return
     metrics = {name: float(mean_over_processes(value)) for name, value in result.metrics.items()}
     updated = {"skipped": 1.0} if result.skipped else result.updated
-    fields = {"loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm, **updated, **metrics}
+    scheduled = {"lr": result.lr}
+    if state.recipe.schedule.weight_decay_end is not None:
+        scheduled["weight_decay"] = result.weight_decay
+    fields = {"loss": result.loss, **scheduled, "grad_norm": result.grad_norm, **updated, **metrics}
     epoch = step / state.steps_per_epoch
     rate, waiting = meter.read()
     speed = {"images_per_second": rate, "data_wait": waiting}
@@ -170,7 +173,7 @@ def save_checkpoint(state: TrainingState, saver: Saver, *, wait: bool) -> None:
     Raises:
         SaveError: ``wait`` was asked for and the checkpoint could not be written; on all processes.
     """
-    copy_buffers_from_first(state.method.encoder)
+    broadcast_buffers(state.method.encoder)
     mark_rewind_point(state)
     scaler = state.accelerator.scaler
     fields = {

@@ -1,4 +1,4 @@
-"""Optimizers with the papers' parameter groups, and the learning rate as a function of the step."""
+"""Optimizers with the papers' parameter groups, and the schedules of learning rate and weight decay."""
 
 from typing import Any
 
@@ -7,12 +7,13 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.optim import SGD, Optimizer
 
+from sslkit.methods import Method, Multipliers
 from sslkit.parts.layerwise_optimizers import Larc, Lars
-from sslkit.parts.schedules import per_epoch, warmup_then_cosine, warmup_then_steps
+from sslkit.parts.schedules import Progress, cosine, per_epoch, warmup_then_cosine, warmup_then_steps
 from sslkit.recipe.resolve import Recipe
 
 
-def make_optimizer(recipe: Recipe, method: nn.Module) -> Optimizer:
+def make_optimizer(recipe: Recipe, method: Method) -> Optimizer:
     """The recipe's optimizer over all parameters of ``method`` that require gradient; a teacher's do not."""
     optim = recipe.optim
     groups = _parameter_groups(method, optim.weight_decay, optim.exclude_from_decay == "norm_and_bias")
@@ -51,14 +52,22 @@ def _fused(recipe: Recipe, method: nn.Module) -> bool | None:
     return True if devices <= {"cpu", "cuda"} and recipe.train.precision != "fp16" else None
 
 
-def _parameter_groups(method: nn.Module, weight_decay: float, exempt_vectors: bool) -> list[dict[str, Any]]:
-    trained = [param for param in method.parameters() if param.requires_grad]
-    if not exempt_vectors:
-        return [{"params": trained, "weight_decay": weight_decay}]
-    return [
-        {"params": [param for param in trained if param.ndim > 1], "weight_decay": weight_decay},
-        {"params": [param for param in trained if param.ndim <= 1], "weight_decay": 0.0},
-    ]
+def _parameter_groups(method: Method, weight_decay: float, exempt_vectors: bool) -> list[dict[str, Any]]:
+    """Groups of parameters that share the method's multipliers and, if vectors have no weight decay, their kind."""
+    declared = method.param_groups()
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, param in method.named_parameters():
+        if param.requires_grad:
+            modules = [each for each in declared if f"{name}.".startswith(f"{each}.")]
+            exempt = exempt_vectors and param.ndim <= 1
+            groups.setdefault((max(modules, key=len, default=""), exempt), []).append(param)
+    result = []
+    for (module, exempt), params in sorted(groups.items(), key=lambda group: group[0]):
+        factors = declared.get(module, Multipliers())
+        decay = 0.0 if exempt else factors.weight_decay
+        result.append({"params": params, "weight_decay": weight_decay * decay})
+        result[-1] |= {"lr_multiplier": factors.lr, "weight_decay_multiplier": decay}
+    return result
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
@@ -74,7 +83,19 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     return warmup_then_steps(epoch, milestones, schedule.factor, warmup, peak, start)
 
 
+def weight_decay(recipe: Recipe, progress: Progress) -> float:
+    """The weight decay by the recipe's schedule: constant, or half a cosine to ``[schedule] weight_decay_end``."""
+    start, end = recipe.optim.weight_decay, recipe.schedule.weight_decay_end
+    return start if end is None else cosine(progress.updates, progress.total_updates, start, end)
+
+
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group, times the group's multiplier."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_multiplier"]
+
+
+def set_weight_decay(optimizer: Optimizer, weight_decay: float) -> None:
+    """Set the weight decay of every parameter group, times the group's multiplier."""
+    for group in optimizer.param_groups:
+        group["weight_decay"] = weight_decay * group["weight_decay_multiplier"]

@@ -1,4 +1,4 @@
-"""The first layers of a run's projector: SimCLR v2 fine-tunes from them instead of from the backbone's features."""
+"""The first layers of a run's projector, which SimCLR v2 fine-tunes together with the backbone."""
 
 from pathlib import Path
 
@@ -6,23 +6,24 @@ from torch import nn
 
 from sslkit.engine.checkpoint.format import newest_checkpoint
 from sslkit.engine.setup import build_method
-from sslkit.errors import UserError, counted
+from sslkit.errors import UserError
 from sslkit.parts.backbone import check_backbone_size
 from sslkit.recipe.resolve import load_recipe
+from sslkit.text import pluralize
 
 
 def first_projector_layers(run: Path, count: int) -> nn.Sequential:
-    """The projector of the run's newest checkpoint up to, and without, its linear layer number ``count`` + 1.
+    """The layers of the projector before its linear layer number ``count`` + 1, from the run's newest checkpoint.
 
     Args:
         run: Run folder.
-        count: Linear layers to keep, each with the norm and activation behind it (SimCLR v2: 1).
+        count: Number of linear layers to keep, each with the norm and activation after it (SimCLR v2: 1).
 
     Returns:
-        (B, D) -> (B, width of the last layer kept).
+        A module (B, D) -> (B, width of the last layer kept).
 
     Raises:
-        UserError: No run, no projector, or one of too few layers.
+        UserError: The folder is not a run, or its projector has too few layers.
     """
     if not (run / "recipe.toml").is_file():
         raise UserError(f"--head-layers: {run} is not a run folder, and an encoder alone has no projector")
@@ -31,7 +32,7 @@ def first_projector_layers(run: Path, count: int) -> nn.Sequential:
         raise UserError(f"--head-layers: {run} holds no checkpoint to read its projector from")
     recipe = load_recipe(str(run / "recipe.toml"))
     shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.model.items()}
-    check_backbone_size(recipe.backbone_spec(), shapes, f"{run / 'recipe.toml'} [backbone]")
+    check_backbone_size(recipe.backbone_config(), shapes, f"{run / 'recipe.toml'} [backbone]")
     method = build_method(recipe)
     head = method.heads[0] if method.heads else ""
     projector = method.get_submodule(head) if head else nn.Identity()
@@ -39,7 +40,7 @@ def first_projector_layers(run: Path, count: int) -> nn.Sequential:
     linear = [place for place, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
     if not 0 < count < len(linear):
         raise UserError(
-            f"--head-layers {count}: the projector of {run} has {counted(len(linear), 'linear layer')}, and the last "
+            f"--head-layers {count}: the projector of {run} has {pluralize(len(linear), 'linear layer')}, and the last "
             "is never kept"
         )
     own = f"{head}."

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from sslkit.data.augment.cpu import normalise
 from sslkit.data.augment.gpu import finish_on
-from sslkit.data.loading.loader import Batch
+from sslkit.data.batch import Batch
 from sslkit.distributed.collectives import mean_over_processes
-from sslkit.distributed.sharding import whole
+from sslkit.distributed.sharding import full_tensor
 from sslkit.engine.gradient_cache import GlobalBatch, sliced_step, whole_batch_step
-from sslkit.engine.optim import learning_rate, set_learning_rate
+from sslkit.engine.optim import learning_rate, set_learning_rate, set_weight_decay, weight_decay
 from sslkit.engine.resilience.guard import Guard
 from sslkit.engine.rng import seed_dropout, shuffle_order
 from sslkit.engine.state import TrainingState
@@ -30,6 +30,7 @@ class StepResult:
         batch: This process's part of the batch, on the device, its views finished.
         loss: Of the global batch.
         lr: Learning rate of the update.
+        weight_decay: Weight decay of the update.
         grad_norm: Gradient norm over all trained parameters, before clipping.
         layer_gradients: Gradient norm of each layer; empty unless ``[monitor] layer_gradients`` is set.
         metrics: The method's scalars, of this process.
@@ -43,6 +44,7 @@ class StepResult:
     batch: Batch
     loss: float
     lr: float
+    weight_decay: float
     grad_norm: float
     layer_gradients: dict[str, float]
     metrics: dict[str, Tensor]
@@ -68,7 +70,9 @@ def train_step(
     optimizer.zero_grad()
     batch = finish_on(state.accelerator.device, batch, recipe.views)
     lr = learning_rate(recipe, step, state.steps_per_epoch) * state.recovery.lr_factor
+    decay = weight_decay(recipe, state.progress)
     set_learning_rate(optimizer, lr)
+    set_weight_decay(optimizer, decay)
 
     guard.snapshot()
     result = forward_and_backward(state, batch)
@@ -89,7 +93,7 @@ def train_step(
         skipped = scaler is not None and optimizer.step_was_skipped
         if not skipped:
             updated = method.after_update(state.progress)
-    return StepResult(step, batch, loss, lr, grad_norm, layers, result.metrics, problem, skipped, updated, flags)
+    return StepResult(step, batch, loss, lr, decay, grad_norm, layers, result.metrics, problem, skipped, updated, flags)
 
 
 def forward_and_backward(state: TrainingState, batch: Batch) -> Step:
@@ -132,9 +136,9 @@ def clip_gradients(state: TrainingState) -> float:
     """Clip the gradients to ``[train] clip_norm``, if it is set; returns their norm before clipping."""
     clip_norm = state.recipe.train.clip_norm
     if clip_norm:
-        return float(whole(state.accelerator.clip_grad_norm_(state.wrapped.parameters(), clip_norm)))
+        return float(full_tensor(state.accelerator.clip_grad_norm_(state.wrapped.parameters(), clip_norm)))
     grads = [param.grad for param in state.method.parameters() if param.grad is not None]
-    return float(whole(torch.nn.utils.get_total_norm(grads)))
+    return float(full_tensor(torch.nn.utils.get_total_norm(grads)))
 
 
 def layer_gradients(backbone: nn.Module) -> dict[str, float]:

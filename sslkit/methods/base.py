@@ -30,7 +30,7 @@ from sslkit.parts.chance_loss import ChanceLoss
 from sslkit.parts.memory_bank import MemoryBank
 from sslkit.parts.momentum_teacher import MomentumTeacher
 from sslkit.parts.queue import KeyQueue
-from sslkit.parts.schedules import Progress, cosine_momentum
+from sslkit.parts.schedules import Progress, cosine, half_life_momentum
 
 Views = Sequence[Tensor]
 Features = list[Tensor]
@@ -90,9 +90,9 @@ class MomentumOptions(MethodOptions):
     def momentum_at(self, progress: Progress) -> float:
         """Momentum at a position in training."""
         if self.momentum_half_life is not None:
-            return float(0.5 ** (progress.batch_size / self.momentum_half_life))
+            return half_life_momentum(progress.batch_size, self.momentum_half_life)
         if self.momentum_schedule == "cosine":
-            return cosine_momentum(progress.fraction, self.momentum)
+            return cosine(progress.updates, progress.total_updates, self.momentum, 1.0)
         return self.momentum
 
 
@@ -134,7 +134,7 @@ class Method(nn.Module, ABC):
         heads: Names of the modules that the student's features pass before they are compared, in order.
         negatives: Where the negatives come from: the ``batch``, a ``queue``, a memory ``bank``, or ``none``.
         stops_gradient: Whether the objective stops a gradient on the student's side, as a stop-gradient beside a
-            predictor does. None: not declared.
+            predictor does.
         shardable: Whether the method works with sharded parameters (``[train] shard``).
         smallest_batch: The smallest global batch that the paper trains with well; 0 if it does not say.
         bn_groups: Number of groups of the global batch that have batch statistics of their own. 1: the whole batch
@@ -153,7 +153,7 @@ class Method(nn.Module, ABC):
     encoder_name: ClassVar[str] = "backbone"
     heads: ClassVar[tuple[str, ...]] = ()
     negatives: ClassVar[Negatives] = "none"
-    stops_gradient: ClassVar[bool | None] = None
+    stops_gradient: ClassVar[bool] = False
     shardable: ClassVar[bool] = False
     smallest_batch: ClassVar[int] = 0
     groups_across_processes: ClassVar[bool] = False
@@ -215,7 +215,7 @@ class Method(nn.Module, ABC):
         """
         return ()
 
-    def meet_data(self, num_samples: int) -> None:
+    def set_num_samples(self, num_samples: int) -> None:
         """Receive the number of samples in the data, once, before training: a memory bank has one row for each."""
 
     def student(self, views: Views) -> Features:
@@ -223,8 +223,8 @@ class Method(nn.Module, ABC):
         return [self.backbone(view) for view in views]
 
     def teacher(self, views: Views) -> Features:
-        """Features of `teacher_views` from the teacher, each (B, D), without gradient; empty without a teacher."""
-        return []
+        """Features of `teacher_views`, each (B, D), without gradient. By default from the backbone's teacher."""
+        return [self.teachers()["backbone"](views[view]) for view in self.teacher_views]
 
     @abstractmethod
     def objective(

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from sslkit.data.augment.cpu import ViewPipeline, normalise
 from sslkit.data.augment.gpu import finish_on
-from sslkit.data.loading.loader import Batch, cores_of_a_process
+from sslkit.data.batch import Batch
+from sslkit.data.loading.loader import cores_of_a_process
 from sslkit.data.sources.image_source import open_source
 from sslkit.distributed.collectives import max_over_processes
 from sslkit.engine.accelerator import make_accelerator, processes_here, workers_of

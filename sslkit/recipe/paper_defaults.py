@@ -4,7 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from sslkit.data.augment.policies import LATER_KEYS, POLICIES, ViewsConfig, states_all_others
+from sslkit.data.augment.policies import POLICIES
+from sslkit.data.augment.views_config import LATER_KEYS, ViewsConfig, states_all_others
 from sslkit.methods import Method
 from sslkit.parts.backbone import family
 

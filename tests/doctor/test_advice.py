@@ -26,7 +26,7 @@ def advise(recipe: Recipe, images: ImageSummary) -> list[Finding]:
     norm = nn.BatchNorm1d(8) if family(recipe.backbone.name) == "resnet" else nn.LayerNorm(8)
     with torch.device("meta"):
         method = find_method(recipe.method_name)(norm, 8, recipe.method)
-        method.meet_data(images.count)
+        method.set_num_samples(images.count)
     return check_settings(recipe, method, images)
 
 

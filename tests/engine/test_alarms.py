@@ -123,7 +123,7 @@ def test_a_dip_must_be_deeper_than_chance() -> None:
 
 
 def test_a_teacher_that_is_none() -> None:
-    assert "the student of the step before" in teacher_alarm(0.0)[0]
+    assert "the student of the previous step" in teacher_alarm(0.0)[0]
     assert "never moves" in teacher_alarm(1.0)[0]
     assert teacher_alarm(0.999) == teacher_alarm(None) == []
 
@@ -220,7 +220,7 @@ def test_a_backbone_without_batch_norm_is_not_told_about_it() -> None:
     (sentence,) = leak_alarm(leaking, 50_000, batch_norm=False)
     assert "BatchNorm" not in sentence
     assert "batch statistics" not in sentence
-    assert "the task is too easy; try stronger [views]" in sentence
+    assert "the pretext task is too easy; try stronger [views]" in sentence
     assert "bn_groups" in leak_alarm(leaking, 50_000)[0]
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import sslkit
-from sslkit.data.augment.parameters import draw_view
+from sslkit.data.augment.parameters import draw_params
+from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.order.mixture import Mixture
 from sslkit.engine import step as step_module
 from sslkit.engine.optim import learning_rate, make_optimizer
@@ -106,8 +107,8 @@ def ran(class_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
 
 def test_progress_counts_the_updates_before_and_after(ran: Ran) -> None:
     for diary, _ in ran.values():
-        assert diary.before == [Progress(step, TOTAL, PER_EPOCH) for step in range(TOTAL)]
-        assert diary.after == [Progress(step + 1, TOTAL, PER_EPOCH) for step in range(TOTAL)]
+        assert diary.before == [Progress(step, TOTAL, PER_EPOCH, BATCH) for step in range(TOTAL)]
+        assert diary.after == [Progress(step + 1, TOTAL, PER_EPOCH, BATCH) for step in range(TOTAL)]
 
 
 def test_momentum_of_each_step(ran: Ran) -> None:
@@ -177,13 +178,13 @@ def test_dropout_seed_of_each_step(ran: Ran) -> None:
 def test_how_the_rate_follows_the_batch(rule: str, factor: float) -> None:
     recipe = small_recipe(train={"batch_size": 1024}, optim={"lr": 0.3, "lr_rule": rule})
     assert recipe.peak_lr == pytest.approx(0.3 * factor)
-    assert make_optimizer(recipe, nn.Linear(2, 1)).param_groups[0]["lr"] == pytest.approx(0.3 * factor)
+    assert make_optimizer(recipe, build_method(recipe)).param_groups[0]["lr"] == pytest.approx(0.3 * factor)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
 def test_betas_are_the_recipes(name: str) -> None:
     recipe = small_recipe(optim={"name": name, "lr": 0.1, "weight_decay": 0.3, "betas": [0.8, 0.95]})
-    (group,) = make_optimizer(recipe, nn.Linear(2, 1)).param_groups
+    (group,) = make_optimizer(recipe, build_method(recipe)).param_groups
     assert (tuple(group["betas"]), group["weight_decay"]) == ((0.8, 0.95), 0.3)
 
 
@@ -294,16 +295,16 @@ def test_a_views_draw_depends_on_each_word_of_its_key() -> None:
     """Seed, epoch, sample and view, in this order; the first number decides the jitter, the one at 13 the mirror."""
     views = replace_views(flip_prob=0.5, jitter_prob=0.5)
     keys = [change((3, 1, 4, 0)) for change in WORDS]
-    drawn = [draw_view(views, *key, size=(40, 60)) for key in keys]
+    drawn = [draw_params(views, key, size=(40, 60)) for key in keys]
     assert len({each.box for each in drawn}) == len(keys)
     for seed, epoch, sample, view in itertools.product((0, 5), range(3), range(4), range(2)):
         numbers = np.random.default_rng([seed, 0, epoch, sample, view]).random(14)
-        draw = draw_view(views, seed, epoch, sample, view, size=(40, 60))
+        draw = draw_params(views, (seed, epoch, sample, view), size=(40, 60))
         assert (draw.flip, draw.jitter is not None) == (numbers[13] < 0.5, numbers[0] < 0.5)
 
 
 def replace_views(**keys: Any) -> Any:
-    return small_recipe().views.model_copy(update=keys)
+    return small_recipe(views=keys).views
 
 
 def test_each_lap_through_a_mixed_source_has_an_order_of_its_own() -> None:
@@ -318,11 +319,11 @@ def test_each_lap_through_a_mixed_source_has_an_order_of_its_own() -> None:
 
 def test_what_is_blanked_and_how_far_a_view_is_turned() -> None:
     """Each by hand from the numbers of its key; a small crop's hole is a share of the small crop."""
-    config = replace_views(
-        rotate_degrees=20.0, erase_prob=1.0, erase_scale=(0.1, 0.3), small_crops=1, size=200, small_size=20
+    config = ViewsConfig.of_policy(
+        "moco_v2", rotate_degrees=20.0, erase_prob=1.0, erase_scale=(0.1, 0.3), size=200, local={"count": 1, "size": 20}
     )
     for sample, view in itertools.product(range(20), (0, 2)):
-        draw = draw_view(config, 1, 0, sample, view, size=(90, 120))
+        draw = draw_params(config.policy_of("local" if view else "global1"), (1, 0, sample, view), size=(90, 120))
         turn = np.random.default_rng([1, 0, 0, sample, view]).random(15)[14]
         assert draw.angle == pytest.approx(40.0 * turn - 20.0)
         side = 200 if view == 0 else 20

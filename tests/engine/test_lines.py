@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sslkit.cli.output import conclude
+from sslkit.cli.output import print_and_store
 from sslkit.engine.logging.logger import RunLogger, append_result
 from sslkit.errors import UserError
 from sslkit.evaluate.probes.scoring import Judgement, Score
@@ -205,5 +205,5 @@ def test_scores_that_cannot_be_added_are_shown_all_the_same(
     (tmp_path / "checkpoints/latest").write_text("step-00000003\n")
     monkeypatch.setattr("sslkit.engine.logging.logger.append_text", full)
     with pytest.raises(UserError, match="the score cannot be added: No space left on device"):
-        conclude(str(tmp_path), [Judgement("knn", "x", {}, [Score("mine", 0.625)])], False)
+        print_and_store(str(tmp_path), [Judgement("knn", "x", {}, [Score("mine", 0.625)])], False)
     assert "62.50%" in capsys.readouterr().out

@@ -71,7 +71,7 @@ class ObjectiveProbe:
         narrow = {key: value for key, value in SMALL.items() if getattr(options, key, 0)}
         torch.manual_seed(0)
         self.method = method(nn.Identity(), DIM, options.model_copy(update=narrow))
-        self.method.meet_data(NUM_SAMPLES)
+        self.method.set_num_samples(NUM_SAMPLES)
         for head in self.method.heads:
             setattr(self.method, head, nn.Identity())
         for name, teacher in self.method.teachers().items():

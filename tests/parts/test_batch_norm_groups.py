@@ -113,7 +113,7 @@ def test_swavs_projector_is_grouped_too() -> None:
     assert_equal(method.projector, of_virtual_gpus(projector, [[torch.cat(seen)]], 3))
     one = build("swav", method={"bn_groups": 1})
     one.projector.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()))
-    one(views_of(0, 4), torch.arange(BATCH))
+    one(views_of(0, 4), BatchInfo(torch.arange(BATCH)), Progress(0, 1))
     assert len(seen[-1]) == BATCH * 4
 
 

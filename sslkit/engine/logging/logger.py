@@ -18,7 +18,7 @@ from sslkit.errors import UserError
 from sslkit.files.atomic import refuse_links
 from sslkit.files.jsonl_reader import rows_of
 from sslkit.files.jsonl_writer import Lines, append_text, settle_all
-from sslkit.terminal import printed, show
+from sslkit.terminal import print_line, sanitize
 
 FILES = ("metrics", "results", "diagnostics")
 PLAIN_SECONDS = 15.0
@@ -118,7 +118,7 @@ class RunLogger:
     def show_progress(self, line: str) -> None:
         """Redraw the progress line; without a terminal print it every `PLAIN_SECONDS`."""
         if self.live is not None:
-            self.live.update(Text(printed(line), no_wrap=True, overflow="ellipsis"))
+            self.live.update(Text(sanitize(line), no_wrap=True, overflow="ellipsis"))
         elif self.active and time.monotonic() - self.last_plain > PLAIN_SECONDS:
             self.last_plain = time.monotonic()
             self.log_message(line)
@@ -127,7 +127,7 @@ class RunLogger:
         """Print a line that stays."""
         if self.active:
             with suppress(OSError):  # standard output may be a file on a disk that is full
-                show(message, console=self.console)
+                print_line(message, console=self.console)
 
 
 def append_result(folder: Path, fields: dict[str, Any]) -> None:

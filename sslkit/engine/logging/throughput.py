@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator
 
-from sslkit.data.loading.loader import Batch
+from sslkit.data.batch import Batch
 
 
 class ThroughputMeter:

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from sslkit.data.loading.loader import Batch
+from sslkit.data.batch import Batch
 from sslkit.distributed.collectives import max_over_processes
 from sslkit.engine.logging.logger import RunLogger, kind_of
 from sslkit.engine.monitor.alarms import data_alarm, dip_alarm, leak_alarm, read_curve, teacher_alarm

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sslkit.errors import UserError
 from sslkit.files.atomic import ABANDONED
-from sslkit.terminal import say
+from sslkit.terminal import print_message
 
 SHARD = 16384
 MERGED = "features.safetensors"
@@ -208,7 +208,7 @@ class _Extraction:
         with suppress(OSError):  # standard error may be a file on the same disk
             if sentence not in _said:
                 _said.add(sentence)
-                say(f"WARNING: {sentence} evaluation extracts them again")
+                print_message(f"WARNING: {sentence} evaluation extracts them again")
 
     def _tidy(self, entry: Path) -> None:
         """Remove the parts of a merged file, and what killed processes left aside."""
