@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from doctor.mutants import MUTANTS
+from methods.mutants import MUTANTS
 from test_cli import run
 
 from sslkit.methods import METHODS
@@ -32,14 +32,14 @@ def test_a_sound_recipe_is_a_table_and_code_0(
 def test_a_fault_is_code_2_and_named_in_json(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(METHODS, "moco_v2", MUTANTS["QueueNotFed"][0])
+    monkeypatch.setitem(METHODS, "moco_v2", MUTANTS["QueueNotFed"].method)
     code, out, _ = run(capsys, "doctor", *SMALL, "--json")
     assert code == 2
     report = json.loads(out)
     assert report["fault"] == 1
     (found,) = [finding for finding in report["findings"] if finding["verdict"] == "fault"]
-    assert found["check"] == "dictionary fed"
-    assert report["ok"] > 20
+    assert found["check"] == "method contract"
+    assert report["ok"] > 8
     assert any(finding["verdict"] == "not applicable" for finding in report["findings"])
 
 
