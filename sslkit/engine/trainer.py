@@ -84,7 +84,7 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
 def _prepare(
     recipe: Recipe, folder: Path, found: Found, accelerator: Accelerator
 ) -> tuple[TrainingState, KnnMonitor | None]:
-    """Set up training and its kNN monitor; whatever recipe and data are refused for is found here."""
+    """Set up training and its kNN monitor. Mistakes in recipe and data are raised here, before anything is written."""
     source, checkpoint = found.source, found.checkpoint
     steps_per_epoch(recipe, source)
     read_or_replace(source, recipe.train.seed, epoch=0, sample=0)  # at least one image can be read
