@@ -30,7 +30,7 @@ from sslkit.engine.monitor.knn_monitor import KnnMonitor, check_neighbours, make
 from sslkit.engine.resilience.guard import BadStepError, RewindError
 from sslkit.engine.resilience.preemption import StopRequest, stop_with_launcher, write_marker
 from sslkit.engine.resilience.rewind import recovery_state_of, reset_training, rewind_checkpoint
-from sslkit.engine.run_folder.dataset_identity import BadSamples, images_digest
+from sslkit.engine.run_folder.dataset_identity import BadSamples
 from sslkit.engine.run_folder.layout import (
     FREE_KEYS,
     Found,
@@ -85,7 +85,7 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
 def _prepare(
     recipe: Recipe, folder: Path, found: Found, accelerator: Accelerator
 ) -> tuple[TrainingState, KnnMonitor | None]:
-    """Set up training and its kNN monitor; whatever recipe and data are refused for is found here."""
+    """Set up training and its kNN monitor. Mistakes in recipe and data are raised here, before anything is written."""
     source, checkpoint = found.source, found.checkpoint
     steps_per_epoch(recipe, source)
     read_or_replace(source, recipe.train.seed, epoch=0, sample=0)  # at least one image can be read
@@ -135,7 +135,6 @@ def _run(
         state.step,
         logger.log_message,
         back_to=state.recovery.back_to,
-        images=images_digest(folder) if active else "",
         active=active,
     )
     trackers = logger.trackers = Trackers(recipe, folder, logger.log_message, active=active)

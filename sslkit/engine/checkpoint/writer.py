@@ -99,7 +99,6 @@ class Saver:
             first save.
         say: Told each sentence, from the writing thread.
         back_to: The checkpoint that the run may go back to, if it has one; see `sslkit.engine.resilience.rewind`.
-        images: Digest of the run's images, written into every checkpoint.
         active: False on all processes but the first: then nothing is copied or written.
     """
 
@@ -112,11 +111,10 @@ class Saver:
         say: Callable[[str], None],
         *,
         back_to: int | None = None,
-        images: str = "",
         active: bool = True,
     ) -> None:
         self.folder, self.recipe, self.say, self.active = folder, recipe, say, active
-        self.checkpoints, self.images = folder / "checkpoints", images
+        self.checkpoints = folder / "checkpoints"
         self.steps_per_epoch = steps_per_epoch
         self.model, self.optimizer = HostCopy(), HostCopy()
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
@@ -150,8 +148,8 @@ class Saver:
                 full_tensor(tensor.detach())  # in the order of the two copies below
             return
         self.wait()
-        identity = {"images": self.images, "without_state": without_state(method, optimizer)}
-        text = json.dumps({"step": step, "optimizer": scalars, **identity, **state}, indent=1)
+        missing = without_state(method, optimizer)
+        text = json.dumps({"step": step, "optimizer": scalars, "without_state": missing, **state}, indent=1)
         model = self.model.fill(method.state_dict())
         moments = self.optimizer.fill(tensors)
         trained = [name for name, _ in method.named_parameters() if name in model]
