@@ -75,11 +75,11 @@ def advise_on_views(views: ViewsConfig, facts: ImageFacts) -> list[Finding]:
 def _variety(variety: Variety) -> Finding:
     alarms = data_alarm(*astuple(variety))
     if not alarms:
-        return ok(COPIES, f"{variety.different} different ones of {variety.looked_at} looked at")
+        return ok(COPIES, f"{variety.different} different ones of {variety.sampled} looked at")
     sentence = alarms[0].partition(": ")[2]
     return (
         fault(COPIES, sentence)
-        if min(variety.different, variety.looked_at - variety.plain) <= 1
+        if min(variety.different, variety.sampled - variety.plain) <= 1
         else warning(COPIES, sentence)
     )
 

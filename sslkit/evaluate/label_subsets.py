@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.errors import UserError, check_path
+from sslkit.random_draws import DrawPurpose
 
 
 def choose_subset(source: ImageSource, labels: NDArray[np.int64], words: str, seed: int) -> NDArray[np.int64]:
@@ -53,7 +54,7 @@ def _number(words: str, digits: str) -> float:
 
 
 def _of_each_class(labels: NDArray[np.int64], seed: int, how_many: Callable[[int], int]) -> NDArray[np.int64]:
-    order = np.random.default_rng([seed, 0x5B5E7]).permutation(len(labels))
+    order = np.random.default_rng([seed, DrawPurpose.LABEL_SUBSET]).permutation(len(labels))
     chosen = []
     for number in np.unique(labels):
         members = order[labels[order] == number]

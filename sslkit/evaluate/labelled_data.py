@@ -43,7 +43,7 @@ def open_pair(config: DataConfig, train_split: str = "train", test_split: str = 
         config: The source; its own ``split`` is not used.
         train_split: Split to learn from.
         test_split: Split to score on; empty picks the first of test, validation and held-out sets, by any of their
-            names, that there is and that is not learned from. With ``train_split = "all"`` nothing is picked.
+            names, that has labels and is not learned from. With ``train_split = "all"`` nothing is picked.
         seed: Of the held-out draw.
 
     Raises:
@@ -55,10 +55,16 @@ def open_pair(config: DataConfig, train_split: str = "train", test_split: str = 
     if test_split and (set(learned) & set(scored) or ALL in (train_split, test_split)):
         raise UserError(f"{config.path}: --test-split {test_split} is what is learned from too; take another, or none")
     held_out = [name for name in splits if SPLIT_OF.get(name, "train") != "train" and name not in learned]
-    test_split = test_split or next(iter(held_out), "")
     labels = train.labels()
-    if test_split:
-        test = open_source(config.model_copy(update={"split": test_split}))
+    left_out: list[str] = []
+    test = open_source(config.model_copy(update={"split": test_split})) if test_split else None
+    for name in [] if test_split else held_out:
+        found = open_source(config.model_copy(update={"split": name}))
+        if found.label_column is not None:
+            test, test_split = found, name
+            break
+        left_out.append(name)
+    if test is not None:
         description = f"{config.path}: {train_split} {len(train)} / {test_split} {len(test)} images"
         split = f"{train_split} / {test_split}"
         test_words = test.labels()
@@ -70,6 +76,8 @@ def open_pair(config: DataConfig, train_split: str = "train", test_split: str = 
         labels, test_words = [labels[row] for row in learned_rows], [labels[row] for row in scored_rows]
         description = f"{config.path}: {len(order)} images, {count} of them held out (seed {seed})"
         split = f"{HELD_OUT:.0%} of {train_split} held out by seed {seed}"
+    if left_out:
+        description += f"; left out, as without labels: {', '.join(left_out)} (--test-split names another)"
     classes, numbers = np.unique([*labels, *test_words], return_inverse=True)
     if len(classes) < 2:
         raise UserError(

@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from sslkit.publish.card_scores import CardScore, newest_scores
 from sslkit.publish.redaction import public_score
 from sslkit.recipe.resolve import Recipe
-from sslkit.terminal import escaped
+from sslkit.text import escape
 
 CURVES = "curves.png"
 DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -63,7 +63,7 @@ The whole recipe, every number resolved, is in `recipe.toml` beside this card.
 - It knows what its training images show, with their biases; nothing was filtered or checked for by sslkit.
 - A score holds for the data named, under the protocol with that hash; scores of other protocols are not comparable.
 """
-    return "\n".join(map(escaped, card.split("\n")))  # a terminal that shows the card obeys nothing in it
+    return "\n".join(map(escape, card.split("\n")))  # a terminal that shows the card obeys nothing in it
 
 
 def _front_matter(recipe: Recipe, source: str, license_id: str, scores: list[CardScore]) -> str:

@@ -1,24 +1,25 @@
-"""What a run's evaluations said of its newest weights, read from ``results.jsonl``."""
+"""Scores of a run's newest checkpoint, read from ``results.jsonl``, for the model card."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from sslkit.errors import UserError
-from sslkit.files.jsonl_reader import Row, number, rows_of
+from sslkit.files.jsonl_reader import Row, number
+from sslkit.files.run_reader import RunReader
 
 
 @dataclass(frozen=True)
 class CardScore:
-    """One evaluation of the newest weights.
+    """One evaluation of the newest checkpoint.
 
     Attributes:
         evaluation: Its name, such as ``knn k=20 temperature=0.07``.
-        data: Its images, in words.
-        measure: What is measured.
-        value: The score, a share.
-        interval: Its bootstrap 95 % interval, where there is one.
-        protocol_hash: Equal for scores that may be compared; empty for a monitor's.
-        others: The same measure of what it was compared with, by name.
+        data: Description of its images.
+        measure: Name of the measure.
+        value: The score, in [0, 1].
+        interval: Bootstrap 95 % interval, if there is one.
+        protocol_hash: Equal for scores that may be compared; empty for the monitor's.
+        others: The same measure of the baselines, by name.
     """
 
     evaluation: str
@@ -31,21 +32,23 @@ class CardScore:
 
 
 def newest_scores(run: Path) -> list[CardScore] | None:
-    """The last score of each evaluation, data and protocol at the newest checkpoint; None where they cannot be read.
+    """The last score of each evaluation, data and protocol at the newest checkpoint; None if they cannot be read.
 
-    A row that does not say what was scored on what is passed over.
+    Rows without ``evaluation`` or ``data`` are skipped.
     """
-    file = run / "results.jsonl"
-    if not file.is_file():
+    reader = RunReader(run)
+    if not (run / "results.jsonl").is_file():
         return []
+    latest = reader.latest_step()
+    if latest is None:
+        return None
     try:
-        latest = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
-        rows = rows_of(file)
-    except (OSError, ValueError, UserError):
+        rows = reader.rows("results")
+    except UserError:
         return None
     newest: dict[tuple[str, str, str], CardScore] = {}
     for row in rows:
-        if latest == f"step-{row['step']:08d}" and "evaluation" in row and "data" in row:
+        if row["step"] == latest and "evaluation" in row and "data" in row:
             score = _score(row)
             newest[score.evaluation, score.data, score.protocol_hash] = score
     return list(newest.values())

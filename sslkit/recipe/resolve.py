@@ -15,19 +15,18 @@ from pydantic import BaseModel, ValidationError
 
 from sslkit.data.augment.policies import POLICIES
 from sslkit.data.augment.view_layers import ROLES, flat_views, layer_views, read_pipelines
-from sslkit.data.augment.views_config import LocalTable, RoleTable, ViewsConfig, fill_policy
+from sslkit.data.augment.views_config import LocalTable, RoleTable, ViewsConfig, fill_later_keys, fill_policy
 from sslkit.data.config import MixConfig
 from sslkit.data.decode.background import KEEP
 from sslkit.data.sources.image_source import DataConfig
-from sslkit.errors import UserError, check_path, near_miss, path_fault
-from sslkit.methods import MethodOptions, canonical_name, find_method
+from sslkit.errors import UserError, check_path, near_miss, path_problem
+from sslkit.methods import MethodOptions, all_methods, canonical_name, find_method
 from sslkit.methods.base import view_mistake
-from sslkit.parts.backbone import BackboneSpec, check_name, takes_image_size
-from sslkit.recipe.paper_defaults import numbers_of_another_run, paper_defaults
+from sslkit.parts.backbone import BackboneConfig, check_name, takes_image_size
+from sslkit.recipe.paper_defaults import numbers_of_another_run, origin_of_views, paper_defaults
 from sslkit.recipe.schema import (
     MAX_RECIPE_BYTES,
     TABLES,
-    BackboneConfig,
     CheckpointConfig,
     GuardConfig,
     MonitorConfig,
@@ -75,10 +74,9 @@ class Recipe:
         factors: dict[str, float] = {"linear": ratio, "sqrt": ratio**0.5, "none": 1.0}
         return self.optim.lr * factors[self.optim.lr_rule]
 
-    def backbone_spec(self) -> BackboneSpec:
-        """What `create_backbone` needs."""
-        fields = self.backbone.model_dump()
-        return BackboneSpec(**{**fields, "img_size": self.backbone.img_size or self.views.size})
+    def backbone_config(self) -> BackboneConfig:
+        """The ``[backbone]`` table with its image size: that of the views, unless it states one."""
+        return self.backbone.model_copy(update={"img_size": self.backbone.img_size or self.views.size})
 
     def as_tables(self) -> dict[str, dict[str, Any]]:
         """Every number of the recipe as plain data, ready for TOML or JSON."""
@@ -96,6 +94,9 @@ class Recipe:
 def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe from a file, or a shipped one by name, and resolve it.
 
+    The ``recipe.toml`` of a run folder keeps the views that the run made, also where it is older than keys of
+    ``[views]``. In any other recipe the policy fills them in.
+
     Args:
         source: Path of a TOML file, or a name such as ``"mocov3_vits"``.
         overrides: ``"table.key=value"`` strings, values in TOML (bare words are taken as strings).
@@ -104,7 +105,9 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
         UserError: One sentence for each mistake: file, table, key, what is wrong, the near miss.
     """
     file = find_recipe(source)
-    return build_recipe(read_tables(file), overrides, name=str(source), folder=file.parent)
+    tables = read_tables(file)
+    tables = _with_views_saved(tables) if is_of_run(file) else tables
+    return build_recipe(tables, overrides, name=str(source), folder=file.parent)
 
 
 def read_tables(file: Path) -> dict[str, Any]:
@@ -142,8 +145,18 @@ def as_saved(tables: dict[str, Any]) -> dict[str, Any]:
 
     A run saves every key, so that one which is not there is newer.
     """
-    data = tables.get("data")
+    data, tables = tables.get("data"), _with_views_saved(tables)
     return {**tables, "data": {"background": KEEP, **data}} if isinstance(data, dict) else tables
+
+
+def _with_views_saved(tables: dict[str, Any]) -> dict[str, Any]:
+    views = tables.get("views")
+    return {**tables, "views": fill_later_keys(views)} if isinstance(views, dict) else tables
+
+
+def is_of_run(file: Path) -> bool:
+    """Whether a recipe is the one that a run saved in its folder, which has ``checkpoints`` from its start on."""
+    return file.name == "recipe.toml" and (file.parent / "checkpoints").is_dir()
 
 
 def build_recipe(
@@ -174,7 +187,8 @@ def build_recipe(
     if mistakes:
         raise _refusal(name, mistakes)
     of_batch = method.remark_on_batch(parsed["method"], parsed["train"].batch_size)
-    remarks = (*numbers_of_another_run(method, tables, parsed), *filter(None, [of_batch]))
+    others = [of_batch, origin_of_views(tables.get("views", {}), parsed["views"])]
+    remarks = (*numbers_of_another_run(method, tables, parsed), *filter(None, others))
     recipe = Recipe(method_name=method_name, **parsed, reference=tables.get("reference", {}), remarks=remarks)
     if mistakes := _contradictions(recipe):
         raise _refusal(name, mistakes)
@@ -203,7 +217,8 @@ def find_recipe(source: str | Path) -> Path:
         return shipped[str(source)]
     if path.stem in shipped and path.parent.name == "recipes":
         return shipped[path.stem]
-    raise UserError(f"{source}: no such file, and no recipe of that name{near_miss(path.stem, shipped)}")
+    hint = near_miss(path.stem, shipped) or "; sslkit recipes lists the names"
+    raise UserError(f"{source}: no such file, and no recipe of that name{hint}")
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -301,7 +316,8 @@ def _lay_over(defaults: dict[str, dict[str, Any]], tables: dict[str, Any]) -> di
 def _fill_policy(layered: dict[str, dict[str, Any]], folder: Path | None) -> list[str]:
     policy = layered["views"].get("policy")
     if not isinstance(policy, str) or policy not in POLICIES:
-        return [f"[views] policy: unknown policy {policy!r}{near_miss(str(policy), POLICIES)}; there are {[*POLICIES]}"]
+        near = near_miss(str(policy), POLICIES)
+        return [f"[views] policy: unknown policy {policy!r}{near}; there are {', '.join(POLICIES)}"]
     layered["views"], mistakes = read_pipelines(fill_policy(layered["views"]), folder)
     return mistakes
 
@@ -330,7 +346,7 @@ def _path_mistakes(recipe: Recipe) -> list[str]:
     """Paths that could not be written down; what names data or weights may be one."""
     named = [*recipe.data.paths(), ("[monitor] data", recipe.monitor.data)]
     named.append(("[backbone] pretrained", str(recipe.backbone.pretrained)))
-    return [f"{key}: {fault}" for key, path in named if (fault := path_fault(path))]
+    return [f"{key}: {fault}" for key, path in named if (fault := path_problem(path))]
 
 
 def _contradictions(recipe: Recipe) -> list[str]:
@@ -378,16 +394,14 @@ def _views_not_taken(recipe: Recipe) -> list[str]:
     return mistakes
 
 
-IN_PARTS = ("moco_v3", "byol", "simclr")  # methods that have been tried with weights in parts
-
-
 def _not_sharded(recipe: Recipe) -> list[str]:
     """What weights in parts have not been tried with."""
     train, name = recipe.train, recipe.method_name
     if not train.shard:
         return []
+    fit = [each for each, method in all_methods().items() if method.shardable]
     unfit = {
-        f"[method] name = {name!r}; take {', '.join(IN_PARTS)}": name not in IN_PARTS,
+        f"[method] name = {name!r}; take {', '.join(fit)}": name not in fit,
         f"[optim] name = {recipe.optim.name!r}; take adamw or sgd": recipe.optim.name not in ("adamw", "sgd"),
         "[train] precision = 'fp16'; take bf16": train.precision == "fp16",
         "[train] compile": train.compile,

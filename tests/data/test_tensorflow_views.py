@@ -1,10 +1,13 @@
 """SimCLR's and BYOL's views against TensorFlow's values, and against a transcription in float64."""
 
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from golden import tensorflow_views as golden
 from golden.tensorflow_views import VALUES
@@ -19,7 +22,7 @@ from sslkit.data.augment.parameters import ViewParams, draw_params
 from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.engine.run_folder.layout import with_defaults
 from sslkit.errors import UserError
-from sslkit.recipe.resolve import build_recipe, changes, load_recipe
+from sslkit.recipe.resolve import build_recipe, changes, load_recipe, load_saved
 
 NOTHING = ViewParams((0, 0, 8, 8), None, (0, 1, 2, 3), False, 0.0, False, False, 0.0, None)
 NUMBERS = {"brightness": 0, "contrast": 1, "saturation": 2, "hue": 3}
@@ -187,17 +190,43 @@ RESOLVED = {  # what a run's recipe stated before these policies followed Tensor
 }  # fmt: skip
 
 
-def test_recipes_of_earlier_runs_keep_their_views() -> None:
-    data = {"path": "x", "background": "white"}
-    tables = {"method": {"name": "simclr"}, "backbone": {"name": "test_vit"}, "data": data}
-    earlier = build_recipe({**tables, "views": RESOLVED}).views
-    assert (earlier.transforms, earlier.crop_sampler, earlier.resize) == ("torchvision", "torchvision", "antialias")
-    shipped = build_recipe({**tables, "views": {"policy": "simclr", "size": 32}})
-    now, saved = shipped.views, with_defaults({**tables, "views": RESOLVED})
-    assert [line.partition(":")[0] for line in changes(saved, shipped.as_tables())] == [
+TABLES = {"method": {"name": "simclr"}, "backbone": {"name": "test_vit"}, "data": {"path": "x", "background": "white"}}
+EARLIER, NOW = ("torchvision", "torchvision", "antialias"), ("tensorflow", "tensorflow", "tensorflow_v1")
+
+
+def kinds_of(views: ViewsConfig) -> tuple[str, str, str]:
+    return views.transforms, views.crop_sampler, views.resize
+
+
+def test_recipes_of_earlier_runs_keep_their_views(tmp_path: Path) -> None:
+    """Those that lie in a run's folder, however they are read; and what is said then gives the paper's views."""
+    old, shipped = {**TABLES, "views": RESOLVED}, build_recipe({**TABLES, "views": {"policy": "simclr", "size": 32}})
+    assert [line.partition(":")[0] for line in changes(with_defaults(old), shipped.as_tables())] == [
         f"views.{key}" for key in ("crop_sampler", "resize", "transforms")
     ]
-    assert (now.transforms, now.crop_sampler, now.resize) == ("tensorflow", "tensorflow", "tensorflow_v1")
+    assert kinds_of(shipped.views) == NOW
+    file = tmp_path / "recipe.toml"
+    file.write_text(tomli_w.dumps(old))
+    (tmp_path / "checkpoints").mkdir()
+    for recipe in (load_saved(file), load_recipe(file), load_recipe(str(file), ["data.path=y"])):
+        assert kinds_of(recipe.views) == EARLIER
+        [said] = recipe.remarks
+        stated = tomllib.loads(said.partition(" with ")[2].replace(", ", "\n"))
+        assert kinds_of(build_recipe({**old, "views": {**RESOLVED, **stated}}).views) == NOW
+    assert not shipped.remarks
+
+
+@pytest.mark.parametrize("name", ["mine.toml", "recipe.toml"])
+def test_a_recipe_of_a_users_own_has_the_papers_views(name: str, tmp_path: Path) -> None:
+    """Though it states all that a run stated before; the remark names the keys of the others."""
+    file = tmp_path / name
+    file.write_text(tomli_w.dumps({**TABLES, "views": RESOLVED}))
+    recipe = load_recipe(file)
+    assert kinds_of(recipe.views) == NOW
+    [said] = recipe.remarks
+    stated = tomllib.loads(said.partition(" give ")[2].replace(", ", "\n"))
+    assert kinds_of(build_recipe({**TABLES, "views": {**RESOLVED, **stated}}).views) == EARLIER
+    assert not build_recipe(recipe.as_tables()).remarks
 
 
 def test_crops_that_min_object_covered_never_takes_are_refused() -> None:

@@ -21,7 +21,7 @@ from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.engine.run_folder.layout import check_folder
 from sslkit.errors import UserError
 from sslkit.recipe.resolve import Recipe, build_recipe, load_recipe
-from sslkit.report.view_gallery import describe_views
+from sslkit.report.gallery.view_gallery import describe_views
 
 TABLES = {
     "method": {"name": "swav"},

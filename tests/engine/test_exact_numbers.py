@@ -21,10 +21,10 @@ import sslkit
 from sslkit.data.augment.parameters import draw_params
 from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.order.mixture import Mixture
-from sslkit.engine import loop
+from sslkit.engine import step as step_module
 from sslkit.engine.optim import learning_rate, make_optimizer
 from sslkit.engine.setup import build_method
-from sslkit.methods import METHODS, Method, Progress
+from sslkit.methods import METHODS, BatchInfo, Method, Progress
 from sslkit.methods.byol import BYOL
 from sslkit.methods.moco_v2 import MoCoV2
 from sslkit.methods.moco_v3 import MoCoV3
@@ -59,9 +59,9 @@ def watched(method: type[Any], diary: Diary) -> type[Method]:
             diary.orders.append([] if permutation is None else permutation.tolist())
             return super().student_in_slices(views, slices, permutation, *rest)
 
-        def objective(self, student: Any, teacher: Any, sample_ids: Tensor) -> Any:
-            diary.ids.append(sample_ids.tolist())
-            return super().objective(student, teacher, sample_ids)
+        def objective(self, student: Any, teacher: Any, batch: BatchInfo, progress: Progress) -> Any:
+            diary.ids.append(batch.sample_ids.tolist())
+            return super().objective(student, teacher, batch, progress)
 
         def before_update(self, progress: Progress) -> None:
             diary.before.append(progress)
@@ -107,8 +107,8 @@ def ran(class_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
 
 def test_progress_counts_the_updates_before_and_after(ran: Ran) -> None:
     for diary, _ in ran.values():
-        assert diary.before == [Progress(step, TOTAL, PER_EPOCH) for step in range(TOTAL)]
-        assert diary.after == [Progress(step + 1, TOTAL, PER_EPOCH) for step in range(TOTAL)]
+        assert diary.before == [Progress(step, TOTAL, PER_EPOCH, BATCH) for step in range(TOTAL)]
+        assert diary.after == [Progress(step + 1, TOTAL, PER_EPOCH, BATCH) for step in range(TOTAL)]
 
 
 def test_momentum_of_each_step(ran: Ran) -> None:
@@ -178,13 +178,13 @@ def test_dropout_seed_of_each_step(ran: Ran) -> None:
 def test_how_the_rate_follows_the_batch(rule: str, factor: float) -> None:
     recipe = small_recipe(train={"batch_size": 1024}, optim={"lr": 0.3, "lr_rule": rule})
     assert recipe.peak_lr == pytest.approx(0.3 * factor)
-    assert make_optimizer(recipe, nn.Linear(2, 1)).param_groups[0]["lr"] == pytest.approx(0.3 * factor)
+    assert make_optimizer(recipe, build_method(recipe)).param_groups[0]["lr"] == pytest.approx(0.3 * factor)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
 def test_betas_are_the_recipes(name: str) -> None:
     recipe = small_recipe(optim={"name": name, "lr": 0.1, "weight_decay": 0.3, "betas": [0.8, 0.95]})
-    (group,) = make_optimizer(recipe, nn.Linear(2, 1)).param_groups
+    (group,) = make_optimizer(recipe, build_method(recipe)).param_groups
     assert (tuple(group["betas"]), group["weight_decay"]) == ((0.8, 0.95), 0.3)
 
 
@@ -215,19 +215,27 @@ def test_schedules_by_hand(schedule: dict[str, Any], shares: list[float]) -> Non
     assert rates == pytest.approx([recipe.peak_lr * share for share in shares], rel=1e-12, abs=1e-15)
 
 
-def pretend(method: nn.Module, **train: Any) -> Any:
-    """As much of a `Training` as the loop's small functions look at."""
+def pretend(method: nn.Module, step: int = 0, **train: Any) -> Any:
+    """As much of a `TrainingState` as the functions of a step look at."""
     clip = torch.nn.utils.clip_grad_norm_
     accelerator = SimpleNamespace(clip_grad_norm_=clip, scaler=None)
     recipe = small_recipe("byol", train={"epochs": 5, **train})
-    return SimpleNamespace(recipe=recipe, method=method, wrapped=method, accelerator=accelerator, steps_per_epoch=10)
+    return SimpleNamespace(
+        recipe=recipe,
+        method=method,
+        wrapped=method,
+        accelerator=accelerator,
+        steps_per_epoch=10,
+        step=step,
+        progress=Progress(step, 50, 10),
+    )
 
 
 @pytest.mark.parametrize(("clip_norm", "left"), [(0.0, [3.0, 4.0]), (1.0, [0.6, 0.8]), (10.0, [3.0, 4.0])])
 def test_clipping_of_the_gradient(clip_norm: float, left: list[float]) -> None:
     net = nn.Linear(2, 1, bias=False)
     net.weight.grad = torch.tensor([[3.0, 4.0]])
-    assert loop.gradient_norm(pretend(net, clip_norm=clip_norm)) == pytest.approx(5.0)
+    assert step_module.clip_gradients(pretend(net, clip_norm=clip_norm)) == pytest.approx(5.0)
     assert net.weight.grad[0].tolist() == pytest.approx(left, rel=1e-5)
 
 
@@ -237,7 +245,7 @@ def test_how_long_only_the_heads_learn(step: int, rests: bool) -> None:
     method = build_method(small_recipe("byol", "test_vit"))
     for param in method.parameters():
         param.grad = torch.ones_like(param)
-    loop.prepare_gradients(pretend(method, head_warmup_epochs=1.5), step)
+    step_module.prepare_gradients(pretend(method, step, head_warmup_epochs=1.5))
     assert all((param.grad is None) == rests for param in method.backbone.parameters())
     assert all(param.grad is not None for param in method.projector.parameters())
 
@@ -250,7 +258,7 @@ def test_memories_keep_the_share_that_the_recipe_says(name: str, momentum: float
     method = build_method(small_recipe(name, "test_vit", method={"bank_momentum": momentum}), num_samples=9).double()
     views = [torch.randn(3, 3, 32, 32, dtype=torch.float64)] * 2
     ids, before = torch.tensor([4, 0, 7]), method.bank.rows.clone()
-    method(views, ids)
+    method(views, BatchInfo(ids), Progress(0, 1))
     new = normalize(method.projector(method.backbone(views[0])), dim=1)
     method.after_update(Progress(1, 10))
     expected = before.clone()
@@ -262,7 +270,11 @@ def test_instdiscs_normaliser_is_estimated_once() -> None:
     torch.manual_seed(0)
     method = build_method(small_recipe("instdisc", "test_vit"), num_samples=9).double()
     for step in range(2):
-        method([torch.randn(3, 3, 32, 32, dtype=torch.float64) * (1 + step)] * 2, torch.arange(3))
+        method(
+            [torch.randn(3, 3, 32, 32, dtype=torch.float64) * (1 + step)] * 2,
+            BatchInfo(torch.arange(3)),
+            Progress(0, 1),
+        )
         method.after_update(Progress(step + 1, 10))
         if not step:
             first = method.normaliser.clone()
@@ -339,7 +351,7 @@ def test_swavs_queue_opens_at_its_epoch_and_counts_once_it_is_full() -> None:
         views = [torch.randn(4, 3, 32, 32, dtype=torch.float64) for _ in range(2)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sslkit.methods.swav.sinkhorn_codes", counting(rows))
-            method(views, torch.arange(4))
+            method(views, BatchInfo(torch.arange(4)), Progress(0, 1))
         method.after_update(Progress(step + 1, 20, 2))
     assert rows == [4] * 8 + [12] * 4  # two assignment crops a step
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_store import rows_of
 
-from sslkit.evaluate.features import store as store_module
+from sslkit.evaluate.features.extraction import store as store_module
 from sslkit.evaluate.features.store import MERGED, FeatureStore
 
 FORK = multiprocessing.get_context("fork")
@@ -95,6 +95,7 @@ def test_a_full_disk_costs_the_keeping_and_not_the_features(
     with monkeypatch.context() as patch:
         patch.setattr(store_module, "_write_rows", full)
         assert torch.equal(store.features("ab", 10, extract), rows_of(range(10)))
+        store.features("cd", 10, rows_of)  # is not kept either, and that has been said
     said = capsys.readouterr().err
     assert said.count("No space left on device; these features are not kept") == said.count("\n") == 1
     assert sorted(seen) == [0, 4, 8]

@@ -15,7 +15,7 @@ from torchvision.transforms import functional
 from sslkit.errors import UserError
 from sslkit.evaluate.detection.detect import DetectProtocol, evaluate_detect
 from sslkit.evaluate.features.transforms import LONGEST, ChannelTransform, evaluation_transform, training_transform
-from sslkit.report.thumbnails import data_uri, make_sprite
+from sslkit.report.gallery.thumbnails import data_uri, make_sprite
 
 RGB = {
     "input_size": (3, 224, 224),

@@ -1,5 +1,6 @@
 """What methods declare and recipes are held to: views by role, and the papers' numbers by length and batch."""
 
+import ast
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -49,6 +50,18 @@ def test_small_crops_with_a_method_of_two_views(name: str) -> None:
 def test_the_command_line_says_it_in_one_sentence() -> None:
     said = cli_error(["pretrain", "mocov2_r50", "--set", "views.small_crops=4"])
     assert said == "sslkit: mocov2_r50 [views.local] count: 4, but moco_v2 takes no local views; set it to 0"
+
+
+def test_a_method_of_another_package_is_told_what_to_declare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sslkit.recipe.resolve.find_method", lambda name: Silent)
+    with pytest.raises(UserError) as caught:
+        resolve("simclr", views={"small_crops": 6})
+    start, _, advice = str(caught.value).partition("declare views = ")
+    assert start.endswith("takes no local views; set it to 0. If it takes them, ")
+    views, _, name = advice.partition(" in ")
+    assert name == "Silent"
+    monkeypatch.setattr("sslkit.recipe.resolve.find_method", lambda name: declaring(ast.literal_eval(views)))
+    assert resolve("simclr", views={"small_crops": 6}).views.local.count == 6
 
 
 @pytest.mark.parametrize("small_crops", [0, 1, 6])

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sslkit.data.augment.views_config import Range, ViewPolicy
+from sslkit.random_draws import DrawPurpose
 
-VIEWS = 0  # the purpose of these random numbers, second in their key
 ATTEMPTS = 10  # to draw a box that fits, as in torchvision
 TENSORFLOW_ATTEMPTS = 100  # the same in SimCLR's code
 HOLE_RATIO = (0.3, 3.3)  # width over height of an erased rectangle, as in random erasing (arXiv:1708.04896)
@@ -76,7 +76,7 @@ def draw_params(policy: ViewPolicy, key: ViewKey, size: tuple[int, int]) -> View
         size: Height and width of the image in pixels.
     """
     seed, epoch, sample, view = key
-    generator = np.random.default_rng([seed, VIEWS, epoch, sample, view])
+    generator = np.random.default_rng([seed, DrawPurpose.VIEWS, epoch, sample, view])
     uniform: list[float] = generator.random(COLOURS + 2 * BOX).tolist()
     brightness, contrast, saturation = (
         between((max(1.0 - strength, 0.0), 1.0 + strength), number)

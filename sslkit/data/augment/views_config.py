@@ -319,11 +319,20 @@ class ViewsConfig(ViewPolicy):
 
 
 def fill_policy(views: dict[str, Any]) -> dict[str, Any]:
-    """Fill in a ``[views]`` table from its policy, which must be a known one.
-
-    A table with every key but `LATER_KEYS` comes from a resolved recipe, perhaps of a time before those existed. It
-    keeps the views that it had then: those of the defaults of `ViewsConfig`.
-    """
-    if ViewsConfig.model_fields.keys() - {*LATER_KEYS, *ROLES} <= views.keys():
-        return with_present_keys(views)
+    """Fill in a ``[views]`` table from its policy, which must be a known one."""
     return layer_views(POLICIES[views["policy"]], views)
+
+
+def fill_later_keys(views: dict[str, Any]) -> dict[str, Any]:
+    """The ``[views]`` table that a run saved, with `LATER_KEYS` if it is older than they are.
+
+    Such a table states every other key. The run made the views of the defaults of `ViewsConfig`.
+    """
+    if not states_all_others(views):
+        return views
+    return {**{key: ViewsConfig.model_fields[key].default for key in LATER_KEYS}, **views}
+
+
+def states_all_others(views: dict[str, Any]) -> bool:
+    """Whether a ``[views]`` table states every key but `LATER_KEYS`, as recipes resolved before them do."""
+    return ViewsConfig.model_fields.keys() - {*LATER_KEYS, *ROLES} <= views.keys()

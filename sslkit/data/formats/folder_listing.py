@@ -17,7 +17,7 @@ import pyarrow as pa
 from pyarrow import compute
 
 from sslkit.errors import UserError
-from sslkit.terminal import escaped
+from sslkit.text import escape
 
 SUFFIXES = frozenset(
     (
@@ -162,7 +162,7 @@ def span_of(text: str) -> tuple[int, int] | None:
 
 def printable(text: str) -> str:
     """A path's text for people, on one line: what is not printable is escaped."""
-    return escaped(re.sub("\0(..)", r"\\x\1", PLACE.sub("", text, count=1)))
+    return escape(re.sub("\0(..)", r"\\x\1", PLACE.sub("", text, count=1)))
 
 
 def walk_folders(folder: str) -> Iterator[Visited]:

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 
+from sslkit.data.formats.companions import companions, left_out
 from sslkit.data.formats.folder_listing import (
     ImageFolder,
     Listing,
@@ -32,6 +34,7 @@ from sslkit.data.formats.splits import (
     in_order,
     is_drawn,
     is_plain,
+    may_be_classes,
     no_such_split,
     split_words,
     splits_of_folders,
@@ -84,7 +87,7 @@ def find_images(folder: Path, split: str) -> ImageFiles:
         raise _without_images(folder, [listing])
     notes: list[str] = []
     if split != ALL:
-        listing, notes = _without_drawn(folder, listing)
+        listing, notes = _without_annotations(folder, listing)
     placed = {} if split == ALL else _sections_of(folder, [each.path for each in listing.folders])
     if not placed:
         if split != ALL and not choose(["train"], split):
@@ -112,7 +115,7 @@ def _of_tops(folder: Path, tops: dict[str, str], split: str) -> ImageFiles:
         raise UserError(f"[data] split: {str(folder)!r} has no folder {split!r}; it has {sorted(tops)[:8]}; {ALL_HELP}")
     sections = [folder / name for name, word in tops.items() if word in words]
     others = [folder / name for name, word in tops.items() if word not in words]
-    pairs = [_without_drawn(section, list_images(section)) for section in sections]
+    pairs = [_without_annotations(section, list_images(section)) for section in sections]
     images = _of_sections(folder, sections, others, split, [listing for listing, _ in pairs])
     notes = [note for _, notes in pairs for note in notes]
     if beside := count_images(folder):
@@ -174,7 +177,10 @@ def folders_of_split(names: Sequence[str], split: str, where: str) -> tuple[set[
     words = {word for word, _ in placed.values()}
     wanted = {paths[path] for path in parts}
     if len({SPLIT_OF[word] for word in words}) > 1:
-        if doubtful := [paths[path] for path, part in parts.items() if part not in placed]:
+        doubtful = [paths[path] for path, part in parts.items() if part not in placed]
+        if doubtful and may_be_classes({part[depth] for part, (_, depth) in placed.items()}):
+            return wanted, sorted(set(names) - wanted)
+        if doubtful:
             raise UserError(
                 f"[data] path: {where!r} has folders of splits and others in it: splits {sorted(words)}, others "
                 f"{sorted(doubtful)[:8]}; unpack it, and give the folder of the split as path; {ALL_HELP}"
@@ -203,6 +209,23 @@ def _without_drawn(root: Path, listing: Listing) -> tuple[Listing, list[str]]:
     names = sorted(os.path.relpath(path, root) for path in drawn)
     note = f"masks and the like beside images, left out: {left:,}, in {names[:4]}; name such a folder itself to read it"
     return replace(listing, folders=[each for each in listing.folders if each.path not in drawn]), [note]
+
+
+def _without_annotations(root: Path, listing: Listing) -> tuple[Listing, list[str]]:
+    """A listing without masks and the like, be they in folders of their own or beside images, and notes on them."""
+    listing, notes = _without_drawn(root, listing)
+    if not listing.folders:
+        return listing, notes
+    paths = pa.chunked_array([each.images for each in listing.folders])
+    marks = companions(paths)
+    if marks is None:
+        return listing, notes
+    folders, first = [], 0
+    for each in listing.folders:
+        kept = ~marks[first : first + len(each.images)]
+        first += len(each.images)
+        folders.append(each if kept.all() else replace(each, images=each.images.filter(pa.array(kept))))
+    return replace(listing, folders=folders), [*notes, left_out(paths, marks)]
 
 
 def _drawn_over(root: Path, paths: Sequence[str]) -> set[str]:
@@ -242,6 +265,8 @@ def _sections_of(root: Path, paths: Sequence[str]) -> dict[str, tuple[str, Path]
         return {}
     above = {path[:depth] for path, (_, depth) in placed.items()}
     doubtful = [path for path in paths if parts[path] not in placed and parts[path] not in above]
+    if doubtful and may_be_classes({path[depth] for path, (_, depth) in placed.items()}):
+        return {}
     if doubtful:
         named = {"/".join(path[: depth + 1]): word for path, (word, depth) in placed.items()}
         raise UserError(
@@ -307,7 +332,7 @@ def _without_images(folder: Path, listings: list[Listing]) -> UserError:
     name = printable(to_text(str(folder)))
     left_out = sum((listing.left_out for listing in listings), Counter[str]())
     if not left_out:
-        return UserError(f"[data] path: the folder {name!r} is empty")
+        return UserError(f"[data] path: the folder {name!r} is empty; give a folder of images")
     example = next(listing.example for listing in listings if listing.example)
     return UserError(f"[data] path: {name!r} {no_images(left_out, example)}")
 

@@ -29,6 +29,7 @@ from sslkit.data.formats.folder_listing import printable
 from sslkit.data.formats.splits import ALL, choose, no_such_split, refuse_several
 from sslkit.errors import UserError
 from sslkit.hub.availability import quick_hub, why_not
+from sslkit.text import pluralize
 
 MAX_GROUP = 2**31  # bytes of images in a row group, all of which must be held
 WAITS = (1.0, 4.0, 16.0, 32.0)  # seconds before another try, where a file is elsewhere; its library tries by itself too
@@ -148,8 +149,8 @@ class StreamedRows:
         """A sentence on what a worker that keeps so many row groups needs."""
         size, count = self.group_bytes / 2**20, len(self.groups)
         return (
-            f"read as a stream: {count} row groups of {len(self.files)} file(s), about {size:.3g} MiB each, of which a "
-            f"worker holds up to {min(held, count)}"
+            f"read as a stream: {pluralize(count, 'row group')} of {pluralize(len(self.files), 'file')}, "
+            f"about {size:.3g} MiB each, of which a worker holds up to {min(held, count)}"
         )
 
     def digest(self) -> str:

@@ -14,8 +14,8 @@ from sslkit.errors import UserError
 
 ALL = "all"  # the split that takes everything, whatever its name
 SYNONYMS = {
-    "train": ("train", "training"),
-    "test": ("test", "testing", "eval", "evaluation"),
+    "train": ("train", "training", "trn"),
+    "test": ("test", "testing", "tst", "eval", "evaluation"),
     "validation": ("validation", "valid", "val", "dev"),
     "holdout": ("holdout",),
 }
@@ -49,8 +49,32 @@ DRAWN = frozenset(
         *("depths", "segmentation", "segmentations", "segmentationclass", "segmentationobject", "heatmaps"),
     )
 )
+# Words that a part of a data set is told by, beside that of its split: train_labeled, test_noisy. Others, after the
+# word, make it another thing: train_station, test_kitchen.
+PARTS = NEUTRAL | frozenset(
+    (
+        *("labeled", "labelled", "unlabeled", "unlabelled", "annotated", "extra", "small", "large", "mini", "tiny"),
+        *(
+            "big",
+            "subset",
+            "part",
+            "fold",
+            "noisy",
+            "real",
+            "synthetic",
+            "synth",
+            "fake",
+            "new",
+            "old",
+            "all",
+            "hr",
+            "lr",
+        ),
+        *("crops", "cropped", "patches", "frames", "resized", "seen", "unseen", "easy", "hard", "public", "private"),
+    )
+)
 HELD_OUT = re.compile(r"h[eo]ld[\W_]?outs?", re.IGNORECASE)
-SIGN = re.compile("train|test|eval|val|dev|h[eo]ld", re.IGNORECASE)  # in every name that has a word of a split
+SIGN = re.compile("train|trn|test|tst|eval|val|dev|h[eo]ld", re.IGNORECASE)  # in every name that has a word of a split
 CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 ALL_HELP = (
     'if none of these names means a split, give split = "all" (--set data.split=all, --train-split all, --split all or '
@@ -82,6 +106,24 @@ def is_plain(name: str) -> bool:
 def is_drawn(name: str) -> bool:
     """Whether a folder is called as one of pictures that are drawn over images, such as masks."""
     return bool(DRAWN.intersection(re.findall("[a-z]+", name.lower())))
+
+
+def may_be_classes(names: Iterable[str]) -> bool:
+    """Whether names with a word of a split may all mean something else, as ``train_station`` and ``test_kitchen`` do.
+
+    In each the word comes first and one that tells no part of a data set follows, another one for each split: not so
+    ``train_cats`` and ``test_cats``.
+    """
+    splits: dict[str, str] = {}
+    for name in names:
+        words = words_of(name)
+        rest = [word for word in words[1:] if word not in PARTS]
+        if len(split_words(name)) != 1 or words[0] not in KEYWORDS or not rest or rest != words[1:]:
+            return False
+        split = SPLIT_OF[KEYWORDS[words[0]]]
+        if splits.setdefault(" ".join(rest), split) != split:
+            return False
+    return True
 
 
 def choose(available: Iterable[str], asked: str) -> list[str]:
@@ -154,7 +196,7 @@ def _are_splits(named: dict[str, str], others: Sequence[str]) -> bool:
     like_other = {" ".join(words_of(name)) for name in others}
     if any(is_plain(name) or (splits[name] != "train" and rest[name] in like_other) for name in named):
         return True
-    if len(set(splits.values())) < 2 or "train" not in splits.values():
+    if len(set(splits.values())) < 2 or "train" not in splits.values() or may_be_classes(named):
         return False
     return len(named) >= len(others) or any(
         rest[one] == rest[other] and splits[one] != splits[other] for one in named for other in named

@@ -16,11 +16,12 @@ import pyarrow as pa
 from pyarrow import compute
 
 from sslkit.data.formats.columns import is_annotation
+from sslkit.data.formats.companions import companions, left_out
 from sslkit.data.formats.folder_listing import SUFFIXES, place_in, printable, to_text
 from sslkit.data.formats.hints import advice_for, count_suffixes, image_suffix
 from sslkit.data.formats.image_folders import folders_of_split
 from sslkit.data.formats.splits import ALL
-from sslkit.data.formats.tar_shards import MAX_NAME, TAR_SUFFIXES, Member, open_shard, walk
+from sslkit.data.formats.tar_shards import MAX_NAME, Member, is_shard, open_shard, walk
 from sslkit.errors import UserError
 
 NO_IMAGES = (".cls", ".txt", ".json", ".npy", ".npz")  # what lies beside images
@@ -121,7 +122,12 @@ def index_shards(files: list[Path], image: str | None, label: str | None, split:
         tally = _index_all(files, "", label or "cls")
     if not tally.read:
         raise _without_images(files, tally, image)
+    if image is None:
+        _refuse_tar_of_tars(files[0], tally)
     rows, note = _of_split(_without_annotations(tally, wanted), tally, files[0], split)
+    if split != ALL:
+        rows, beside = _without_companions(rows, tally)
+        note += beside
     features: dict[str, Any] = {"image": datasets.Image(decode=False)}
     cells = [
         pa.StructArray.from_arrays([pa.nulls(len(each), pa.binary()), each], ["bytes", "path"])
@@ -157,6 +163,17 @@ def _of_split(rows: pa.Table, tally: _Tally, file: Path, split: str) -> tuple[pa
     return chosen, f", folders left out: {len(rows) - len(chosen):,} images, in {left_out[:4]}"
 
 
+def _without_companions(rows: pa.Table, tally: _Tally) -> tuple[pa.Table, str]:
+    """The rows without masks and the like that are samples of their own, and words on what is left out."""
+    marks = companions(rows["place"])
+    if marks is None:
+        return rows, ""
+    names = [os.path.basename(place) for place in rows["place"].filter(pa.array(marks)).to_pylist()]
+    tally.read.subtract(name.partition(".")[2].lower() for name in names)
+    tally.read = +tally.read
+    return rows.filter(pa.array(~marks)), f", {left_out(rows['place'], marks)}"
+
+
 def _index_all(files: list[Path], wanted: str, label: str) -> _Tally:
     tally = _Tally()
     for file in files:
@@ -188,7 +205,8 @@ def _index(file: Path, wanted: str, label: str, tally: _Tally) -> None:
             elif (found := _label(stream, file, member, suffix, label)) is not None:
                 labels.append(found)
             else:
-                _count_other(tally, file, member, f".{suffix}" if dot else "no suffix")
+                inner = is_shard(base.decode("latin-1"))
+                _count_other(tally, file, member, ".tar" if inner else f".{suffix}" if dot else "no suffix")
         _close(file, key, images, labels, tally)
 
 
@@ -301,8 +319,21 @@ def _words(tally: _Tally, label: str | None) -> str:
     for suffixes, number in tally.read.items():
         kinds[_kind(suffixes)] += number
     read = ", ".join(kind for kind, _ in kinds.most_common(4))
+    tally.left_out.update({".tar": tally.others[".tar"]} if tally.others[".tar"] else {})
     left = f" (left out: {count_suffixes(tally.left_out)})" if tally.left_out else ""
     return f"image files {read}{left}, " + (f"labels of .{label}" if label else "no labels")
+
+
+def _refuse_tar_of_tars(file: Path, tally: _Tally) -> None:
+    """Refuse tar files that hold as many tar files as images, or more: what is meant to be read is in those."""
+    inner, images = tally.others[".tar"], tally.read.total()
+    if inner >= images:
+        where, suffix = printable(to_text(str(file))), tally.read.most_common(1)[0][0].rpartition(".")[2]
+        raise UserError(
+            f"[data] path: {where} holds {inner:,} tar files beside {images:,} images; it is a tar file of tar files: "
+            f"unpack it once, by mkdir shards && tar -xf {where} -C shards, move the images out of there, then path = "
+            f'"shards"; to read only those images, give image_column = "{suffix}" (--image-column {suffix})'
+        )
 
 
 def _without_images(files: list[Path], tally: _Tally, image: str | None) -> UserError:
@@ -312,10 +343,10 @@ def _without_images(files: list[Path], tally: _Tally, image: str | None) -> User
     if image is not None and image != "image":
         return UserError(f"[data] image_column: no file in {where} ends in .{image.lstrip('.')}; there are "
                          f"{count_suffixes(tally.others) or 'no files'}")  # fmt: skip
-    if any(suffix in TAR_SUFFIXES for suffix in tally.others):
+    if tally.others[".tar"]:
         return UserError(
-            f"[data] path: {there}; it is a tar file of tar files: unpack it once, by mkdir shards && tar -xf {where} "
-            '-C shards, then path = "shards"'
+            f"[data] path: {there}; it is a tar file of tar files: unpack it once, by mkdir "
+            f'shards && tar -xf {where} -C shards, then path = "shards"'
         )
     found, suffix = "", ""
     if tally.example:

@@ -8,8 +8,8 @@ from sslkit.data.batch import BadSample
 from sslkit.data.decode.rgb import Pixels, Reduction, Size, UnreadableImage
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.errors import UserError
+from sslkit.random_draws import DrawPurpose
 
-REPLACEMENT = 3  # what a draw is for, the second word of its key; views have 0, the loop 1 and 2
 ATTEMPTS = 16
 
 
@@ -58,4 +58,4 @@ def read_or_replace(
 
 def replacement(seed: int, epoch: int, sample: int, attempt: int, num_samples: int) -> int:
     """The position of the image to try in place of ``sample``, uniform over the source."""
-    return int(np.random.default_rng([seed, REPLACEMENT, epoch, sample, attempt]).integers(num_samples))
+    return int(np.random.default_rng([seed, DrawPurpose.REPLACEMENT, epoch, sample, attempt]).integers(num_samples))

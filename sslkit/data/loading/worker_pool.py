@@ -13,7 +13,7 @@ from sslkit.data.loading.shared_memory import prefetch_of, shortage
 from sslkit.data.loading.worker_status import Post, Posts
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.errors import RunError
-from sslkit.terminal import say as say_aloud
+from sslkit.terminal import print_message
 
 POLL = 5.0  # seconds between looks at the workers while a batch is awaited
 DYING = 2.0  # seconds
@@ -47,7 +47,7 @@ class SteadyLoader:
         workers: int,
         pin_memory: bool,
         timeout: float,
-        say: Callable[[str], None] = say_aloud,
+        say: Callable[[str], None] = print_message,
     ) -> None:
         self.source, self.pipeline, self.batches = source, pipeline, batches
         self.workers, self.pin_memory, self.timeout, self.say = workers, pin_memory, timeout, say

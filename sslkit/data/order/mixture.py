@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-MIXING = 5  # what a draw is for, the second word of its key; see `sslkit.data.loading.replacement`
+from sslkit.random_draws import DrawPurpose
+
 Samples = NDArray[np.int64]
 
 
@@ -46,7 +47,7 @@ class Mixture:
         for part, (size, count) in enumerate(zip(self.sizes, self.counts(), strict=True)):
             begin, end = epoch * count, (epoch + 1) * count
             for lap in range(begin // size, -(-end // size)):
-                order = np.random.default_rng([seed, MIXING, part, lap]).permutation(size)
+                order = np.random.default_rng([seed, DrawPurpose.MIXTURE, part, lap]).permutation(size)
                 taken = order[max(begin - lap * size, 0) : end - lap * size]
                 parts.append(taken + start)
                 repeats.append(np.full(len(taken), lap - begin // size))

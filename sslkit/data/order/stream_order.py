@@ -14,7 +14,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-STREAM = 6  # what a draw is for, the second word of its key; see `sslkit.data.order.mixture`
+from sslkit.random_draws import DrawPurpose
+
 GROUPS, WINDOW = 0, 1  # the third word
 
 
@@ -157,4 +158,4 @@ class EpochLanes:
         return self.lanes.starts[group + 1] - (self._ends[place] - rows)
 
     def _rng(self, *purpose: int) -> np.random.Generator:
-        return np.random.default_rng([self.key[0], STREAM, *purpose, *self.key[1:]])
+        return np.random.default_rng([self.key[0], DrawPurpose.STREAM_ORDER, *purpose, *self.key[1:]])

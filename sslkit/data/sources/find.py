@@ -12,7 +12,7 @@ import datasets
 
 from sslkit.data.config import SourceConfig
 from sslkit.data.formats.columns import Columns, choose_columns
-from sslkit.data.formats.folder_listing import to_text, walk_folders
+from sslkit.data.formats.folder_listing import printable, to_text, walk_folders
 from sslkit.data.formats.hints import count_suffixes
 from sslkit.data.formats.image_folders import ImageFiles, find_images, image_splits, refuse_several_folders
 from sslkit.data.formats.metadata_tables import metadata_files, table_by_metadata
@@ -103,6 +103,8 @@ def parquet_to_stream(config: SourceConfig) -> list[str] | None:
 def _read_folder(folder: Path, config: SourceConfig) -> Found:
     """Image files, with what a table beside them says of them or else with their folders as classes."""
     images = find_images(folder, config.split)
+    if config.split != ALL:
+        _refuse_tar_files(folder, images)
     files = metadata_files(images)
     if files:
         table = table_by_metadata(images, files)
@@ -113,6 +115,16 @@ def _read_folder(folder: Path, config: SourceConfig) -> Found:
     columns = choose_columns(table.features, config)
     root = to_text(str(images.root))
     return Found(table, columns, _words(images), root, left_out=images.left_out, notes=images.notes)
+
+
+def _refuse_tar_files(folder: Path, images: ImageFiles) -> None:
+    """Refuse a folder with more tar files than images: it is not known which are meant."""
+    tars, there = images.left_out[".tar"], sum(len(each.images) for each in images.folders)
+    if tars > there:
+        raise UserError(
+            f"[data] path: {printable(to_text(str(folder)))} holds {tars:,} tar files beside {there:,} images; move "
+            'the images elsewhere to read the tar files, or give split = "all" to read only the images'
+        )
 
 
 def _words(images: ImageFiles) -> str:

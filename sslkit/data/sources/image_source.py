@@ -272,7 +272,7 @@ def _count(images: int) -> str:
 
 
 def _say(words: str) -> None:
-    """What was found, for commands to print; see `sslkit.cli.data_summary`."""
+    """What was found, for commands to print; see `sslkit.cli.output`."""
     LOGGER.info("data: %s", printable(words))
 
 

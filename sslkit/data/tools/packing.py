@@ -31,13 +31,13 @@ from sslkit.data.loading.shared_memory import prefetch_of
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.errors import RunError, UserError, check_path
 from sslkit.files.atomic import remove, replace_file, replace_text, sync, write_json
+from sslkit.random_draws import DrawPurpose
 
 FACTS, JOB = "prepared.json", "job.json"
 CHUNK = 16  # images that a worker hands over at a time
 BATCH_ROWS, BATCH_BYTES = 64, 2**26  # of images that one record batch holds, if it is not a single one
 KEPT_BYTES = 2**25  # of a small image that is kept as it is; a file beyond that is packed anew, without loss
 LONGEST = 65_500  # pixels of a JPEG's side
-PACKING = 4  # what a draw is for, the second word of its key; see `sslkit.data.loading.replacement`
 FINE = 2.0  # times the wanted side that a JPEG decoded smaller still has, so that shrinking stays antialiased
 
 
@@ -118,7 +118,7 @@ def pack(
 def _pack(source: ImageSource, folder: Path, packing: Packing, workers: int, progress: Callable[[int], None]) -> Packed:
     part = folder.with_name(f".{folder.name}.part")
     _open_part(part, {**asdict(packing), "images": len(source), "names_sha256": source.names_digest()})
-    order = np.random.default_rng([packing.seed, PACKING, 0, 0, 0]).permutation(len(source))
+    order = np.random.default_rng([packing.seed, DrawPurpose.PACKING, 0, 0, 0]).permutation(len(source))
     size = packing.shard_images
     names = [f"shard-{number:05d}" for number in range(math.ceil(len(order) / size))]
     missing = [number for number, name in enumerate(names) if not (part / f"{name}.json").is_file()]

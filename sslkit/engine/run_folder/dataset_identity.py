@@ -20,7 +20,7 @@ from sslkit.errors import UserError
 from sslkit.files.atomic import remove, replace_file, replace_text
 from sslkit.files.jsonl_reader import rows_of, step_of
 from sslkit.files.jsonl_writer import Lines
-from sslkit.terminal import say
+from sslkit.terminal import print_message
 
 DATA = "data.json"  # in the run folder: how many images it is of, and sums of them
 IMAGES = "images.parquet"  # in the run folder: the names of its images, in order
@@ -48,7 +48,7 @@ class BadSamples:
 
     def __init__(self, folder: Path, source: ImageSource, max_share: float, start_step: int, *, active: bool) -> None:
         self.file, self.source, self.active = folder / "bad_samples.jsonl", source, active
-        self.lines = Lines(self.file, say)
+        self.lines = Lines(self.file, print_message)
         self.max_share, self.allowed = max_share, math.ceil(max_share * len(source))
         written = [
             line

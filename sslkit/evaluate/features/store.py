@@ -17,13 +17,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sslkit.errors import UserError
-from sslkit.terminal import say
+from sslkit.files.atomic import ABANDONED
+from sslkit.terminal import print_message
 
 SHARD = 16384
 MERGED = "features.safetensors"
-ABANDONED = 86400.0  # seconds after which what lies aside is of a process that was killed
 NO_PLACE = (errno.ENOTDIR, errno.EEXIST)  # the store's folder cannot be one: a mistake, and nothing of the disk's
 
+_said: set[str] = set()  # what this process has said
 Extract = Callable[[range], Tensor]
 ExtractAll = Callable[[Sequence[str], range], Sequence[Tensor]]
 
@@ -119,7 +120,6 @@ class _Extraction:
         self.store, self.keys, self.count, self.extract = store, keys, count, extract
         self.shards = [range(start, min(start + store.shard, count)) for start in range(0, count, store.shard)]
         self.held: dict[tuple[str, int], Tensor] = {}
-        self.said = False
 
     def run(self) -> dict[str, Tensor]:
         """Extract, shard by shard, and put the shards together."""
@@ -197,7 +197,7 @@ class _Extraction:
         return True
 
     def _complain(self, error: OSError) -> None:
-        """Say, once, that features cannot be kept; raise what is a mistake and not the disk's."""
+        """Say, once a process, that features cannot be kept; raise what is a mistake and not the disk's."""
         if error.errno in NO_PLACE:
             raise UserError(
                 f"feature store {self.store.folder}: {error}; free it, or leave it out with --no-cache"
@@ -206,9 +206,9 @@ class _Extraction:
             f"feature store {self.store.folder}: {error.strerror or error}; these features are not kept, and the next"
         )
         with suppress(OSError):  # standard error may be a file on the same disk
-            if not self.said:
-                say(f"WARNING: {sentence} evaluation extracts them again")
-        self.said = True
+            if sentence not in _said:
+                _said.add(sentence)
+                print_message(f"WARNING: {sentence} evaluation extracts them again")
 
     def _tidy(self, entry: Path) -> None:
         """Remove the parts of a merged file, and what killed processes left aside."""

@@ -29,6 +29,7 @@ from sslkit.evaluate.features.extraction import AHEAD, Encoder, TransformedImage
 from sslkit.evaluate.input_checks import check_rates, check_seed
 from sslkit.parts.layerwise_optimizers import Lars
 from sslkit.parts.schedules import per_epoch, warmup_then_cosine, warmup_then_steps
+from sslkit.random_draws import DrawPurpose
 
 Say = Callable[[str], None]
 
@@ -357,7 +358,7 @@ def _set_rates(optimizer: Optimizer, protocol: FinetuneProtocol, epoch: float, b
 
 def _seed_all(*key: int) -> None:
     """What drop path and mixup draw from: the same whether images were augmented here or by workers."""
-    draw = int(np.random.SeedSequence([*key, 0xD409]).generate_state(1)[0])
+    draw = int(np.random.SeedSequence([*key, DrawPurpose.FINETUNE_DROPOUT]).generate_state(1)[0])
     torch.manual_seed(draw)
     np.random.seed(draw)
 
