@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from sslkit.data.augment.cpu import ViewPipeline
 from sslkit.data.loading.loader import cores_of_a_process
-from sslkit.data.loading.worker_pool import SteadyLoader
+from sslkit.data.loading.worker_pool import TrainLoader
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.distributed.sharding import shard
 from sslkit.engine.accelerator import processes_here, workers_of
@@ -109,7 +109,7 @@ def build_method(recipe: Recipe, num_samples: int = 0) -> Method:
     return method
 
 
-def make_train_loader(state: TrainingState, total_steps: int | None = None) -> SteadyLoader:
+def make_train_loader(state: TrainingState, total_steps: int | None = None) -> TrainLoader:
     """Load this process's batches from ``state.step`` to ``total_steps`` (None: to the end of the run)."""
     recipe, accelerator = state.recipe, state.accelerator
     batches = state.batches(
@@ -117,7 +117,7 @@ def make_train_loader(state: TrainingState, total_steps: int | None = None) -> S
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    return SteadyLoader(
+    return TrainLoader(
         state.source,
         ViewPipeline(recipe.views, recipe.train.seed),
         batches,

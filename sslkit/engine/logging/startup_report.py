@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from sslkit.data.formats.parquet_streams import StreamedRows
-from sslkit.data.order.stream_order import Lanes
 from sslkit.data.tools.inspection import describe_alpha
 from sslkit.distributed.sharding import count_parameters
 from sslkit.engine.accelerator import workers_of
@@ -38,9 +36,8 @@ def startup_messages(state: TrainingState, folder: Path) -> list[str]:
     if train.shard and accelerator.num_processes > 1:
         here, total = count_parameters(state.method)
         messages.append(f"weights of student and teacher sharded: {here} of {total} on this process")
-    if isinstance(source.table, StreamedRows) and isinstance(source.plan, Lanes):
-        held = source.plan.groups_held(train.batch_size, accelerator.num_processes, num_workers)
-        messages.append(source.table.words(held))
+    if streaming := source.describe_streaming(train.batch_size, accelerator.num_processes, num_workers):
+        messages.append(streaming)
     if train.micro_batch and has_batch_norm(state.method.backbone):
         slices = train.batch_size // train.micro_batch
         messages.append(

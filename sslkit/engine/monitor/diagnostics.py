@@ -47,7 +47,7 @@ class Diagnostics:
         self.pipeline = ViewPipeline(recipe.views, recipe.train.seed)
         self.share = min(MAX_IMAGES, recipe.train.batch_size) // world_size()
         self.chunk = min(recipe.train.micro_batch or CHUNK, CHUNK)
-        order = source.draw(self.share * world_size(), recipe.train.seed)
+        order = source.sample(self.share * world_size(), recipe.train.seed)
         self.sample = order[rank() * self.share : (rank() + 1) * self.share]
         self.detector = SpikeDetector()
         self.spikes: list[Spike] = []
