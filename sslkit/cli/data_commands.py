@@ -69,14 +69,14 @@ def check(
     deviation of the channels for a recipe; the share of grey images, which colour jitter does not change; class sizes.
     """
     from sslkit.data.loading.loader import cores_of_a_process
-    from sslkit.data.sources.image_source import files_left_out, open_source
-    from sslkit.data.tools.inspection import survey
+    from sslkit.data.sources.image_source import open_source, skipped_files
+    from sslkit.data.tools.inspection import inspect_images
 
     config = data.config().model_copy(update={"split": split, "channels": None if channels == 3 else channels})
     source = open_source(config)
     with _progress(len(source)) as advance:
-        found = survey(source, cores_of_a_process(1) if workers < 0 else workers, advance)
-    found["left_out"] = dict(files_left_out(config).most_common())
+        found = inspect_images(source, cores_of_a_process(1) if workers < 0 else workers, advance)
+    found["left_out"] = dict(skipped_files(config).most_common())
     if as_json:
         print_json(found)
     else:

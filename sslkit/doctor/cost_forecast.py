@@ -7,7 +7,8 @@ import time
 import torch
 
 from sslkit.data.augment.cpu import ViewPipeline
-from sslkit.data.loading.loader import GlobalBatches, cores_of_a_process, make_loader, resolve_workers
+from sslkit.data.loading.loader import cores_of_a_process, make_loader, resolve_workers
+from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.doctor.diagnosed_setup import Observation, Patient, processes_of
 from sslkit.doctor.findings import Finding, ok, warning
@@ -71,7 +72,7 @@ def weigh_loading(patient: Patient, source: ImageSource, seen: Observation) -> F
         return judge_speed(recipe, seen.seconds / patient.batch, patient.loading_seconds / patient.batch, len(source))
     there = on_device(patient, device)
     pipeline = ViewPipeline(recipe.views, recipe.train.seed)
-    batches = GlobalBatches(len(source), patient.batch, recipe.train.seed, total_steps=ROUNDS, plan=source.plan)
+    batches = GlobalBatchSampler(len(source), patient.batch, recipe.train.seed, total_steps=ROUNDS, plan=source.plan)
     loader = iter(make_loader(source, pipeline, batches, workers=0, pin_memory=False))
     computing, loading = [], []
     for _ in range(ROUNDS):

@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from sslkit.data.augment.cpu import ViewPipeline, normalise
 from sslkit.data.augment.gpu import finish_on
-from sslkit.data.loading.loader import GlobalBatches, make_loader
+from sslkit.data.loading.loader import make_loader
+from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.doctor.findings import Say
 from sslkit.engine.batch_checks import check_batch_split
@@ -125,7 +126,7 @@ def admit(recipe: Recipe, source: ImageSource, say: Say) -> Patient:
     say(f"one step of {recipe.method_name} on {recipe.backbone.name}, {batch} images, on the CPU"
         + (" (a large net: this takes a while)" if size > HEAVY else ""))  # fmt: skip
     started = time.perf_counter()
-    batches = GlobalBatches(len(source), batch, recipe.train.seed, total_steps=1, plan=source.plan)
+    batches = GlobalBatchSampler(len(source), batch, recipe.train.seed, total_steps=1, plan=source.plan)
     pipeline = ViewPipeline(recipe.views, recipe.train.seed)
     loaded = next(iter(make_loader(source, pipeline, batches, workers=0, pin_memory=False)))
     images = finish_on(torch.device("cpu"), loaded, recipe.views)

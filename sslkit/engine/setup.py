@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from sslkit.data.augment.cpu import ViewPipeline
 from sslkit.data.loading.loader import cores_of_a_process
-from sslkit.data.loading.worker_pool import SteadyLoader
+from sslkit.data.loading.worker_pool import TrainLoader
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.distributed.sharding import shard
 from sslkit.engine.accelerator import processes_here, workers_of
@@ -87,14 +87,14 @@ def build_method(recipe: Recipe, num_samples: int = 0) -> Method:
     Raises:
         UserError: The method needs more memory than this machine has.
     """
-    spec = recipe.backbone_spec()
+    spec = recipe.backbone_config()
     backbone = create_backbone(spec)
     width = feature_dim(backbone, recipe.views.size, channels=spec.channels)
     if recipe.views.local.count:
         feature_dim(backbone, recipe.views.policy_of("local").size, "local.size", spec.channels)
     try:
         method = find_method(recipe.method_name)(backbone, width, recipe.method)
-        method.meet_data(num_samples)
+        method.set_num_samples(num_samples)
     except (RuntimeError, MemoryError) as error:
         if "memory" not in str(error):
             raise
@@ -109,7 +109,7 @@ def build_method(recipe: Recipe, num_samples: int = 0) -> Method:
     return method
 
 
-def make_train_loader(state: TrainingState, total_steps: int | None = None) -> SteadyLoader:
+def make_train_loader(state: TrainingState, total_steps: int | None = None) -> TrainLoader:
     """Load this process's batches from ``state.step`` to ``total_steps`` (None: to the end of the run)."""
     recipe, accelerator = state.recipe, state.accelerator
     batches = state.batches(
@@ -117,7 +117,7 @@ def make_train_loader(state: TrainingState, total_steps: int | None = None) -> S
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    return SteadyLoader(
+    return TrainLoader(
         state.source,
         ViewPipeline(recipe.views, recipe.train.seed),
         batches,

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
-from sslkit.data.loading.loader import GlobalBatches
+from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.errors import UserError
 from sslkit.files.jsonl_reader import number
@@ -103,9 +103,9 @@ class TrainingState:
         train, steps = self.recipe.train, self.steps_per_epoch
         return Progress(self.step, train.epochs * steps, steps, train.batch_size)
 
-    def batches(self, total_steps: int, *, rank: int = 0, world_size: int = 1) -> GlobalBatches:
+    def batches(self, total_steps: int, *, rank: int = 0, world_size: int = 1) -> GlobalBatchSampler:
         """Which samples are in each batch from ``step`` to ``total_steps``, for one process of ``world_size``."""
-        return GlobalBatches(
+        return GlobalBatchSampler(
             len(self.source),
             self.recipe.train.batch_size,
             self.recipe.train.seed,
@@ -113,7 +113,7 @@ class TrainingState:
             world_size=world_size,
             start_step=self.step,
             total_steps=total_steps,
-            detour=self.recovery.rewinds,
+            order_variant=self.recovery.rewinds,
             plan=self.source.plan,
         )
 

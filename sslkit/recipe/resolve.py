@@ -22,12 +22,11 @@ from sslkit.data.sources.image_source import DataConfig
 from sslkit.errors import UserError, check_path, near_miss, path_problem
 from sslkit.methods import MethodOptions, all_methods, canonical_name, find_method
 from sslkit.methods.base import view_mistake
-from sslkit.parts.backbone import BackboneSpec, check_name, takes_image_size
+from sslkit.parts.backbone import BackboneConfig, check_name, takes_image_size
 from sslkit.recipe.paper_defaults import numbers_of_another_run, origin_of_views, paper_defaults
 from sslkit.recipe.schema import (
     MAX_RECIPE_BYTES,
     TABLES,
-    BackboneConfig,
     CheckpointConfig,
     GuardConfig,
     MonitorConfig,
@@ -75,10 +74,9 @@ class Recipe:
         factors: dict[str, float] = {"linear": ratio, "sqrt": ratio**0.5, "none": 1.0}
         return self.optim.lr * factors[self.optim.lr_rule]
 
-    def backbone_spec(self) -> BackboneSpec:
-        """What `create_backbone` needs."""
-        fields = self.backbone.model_dump()
-        return BackboneSpec(**{**fields, "img_size": self.backbone.img_size or self.views.size})
+    def backbone_config(self) -> BackboneConfig:
+        """The ``[backbone]`` table with its image size: that of the views, unless it states one."""
+        return self.backbone.model_copy(update={"img_size": self.backbone.img_size or self.views.size})
 
     def as_tables(self) -> dict[str, dict[str, Any]]:
         """Every number of the recipe as plain data, ready for TOML or JSON."""

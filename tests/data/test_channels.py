@@ -105,8 +105,8 @@ def test_other_formats() -> None:
         (encode(Image.fromarray(photo()).quantize(8), "PNG"), 1, "palette"),
         (encode(Image.fromarray(photo()).convert("F"), "TIFF"), 1, "no channels of 8 or 16 bits"),
         (b"no picture", 1, "not JPEG"),
-        (b"II*\0" + bytes(90), 4, "broken or cut short"),
-        (encode(Image.fromarray(values(1)[..., 0]), "PNG")[:150], 1, "broken or cut short"),
+        (b"II*\0" + bytes(90), 4, "damaged or truncated"),
+        (encode(Image.fromarray(values(1)[..., 0]), "PNG")[:150], 1, "damaged or truncated"),
     ],
 )
 def test_what_cannot_be_read_so(encoded: bytes, channels: int, reason: str) -> None:
@@ -175,7 +175,7 @@ def test_pgm_of_16_bits() -> None:
 
 def test_a_tiff_that_is_no_rgb_is_said_in_one_sentence(capfd: pytest.CaptureFixture[str]) -> None:
     encoded = tiff(values(13), photometric="minisblack", planarconfig="contig")
-    with pytest.raises(UnreadableImage, match=r"a TIFF whose channels .* args = \{ in_chans = n \}"):
+    with pytest.raises(UnreadableImage, match=r"a TIFF that is not grey .* args = \{ in_chans = n \}"):
         decode_rgb(encoded, "x")
     assert capfd.readouterr().err == ""
 
@@ -288,10 +288,10 @@ def test_a_run_its_export_and_its_evaluation(plates: Path, tmp_path: Path) -> No
     linear = evaluate_linear(str(tmp_path / "out"), data, "logistic")
     assert linear.scores[0].accuracy >= 0.5
     pretrained = {"pretrained": f"local-dir:{tmp_path / 'out'}"}
-    continued = create_backbone(recipe_for(plates, backbone={"args": {"in_chans": 4}, **pretrained}).backbone_spec())
+    continued = create_backbone(recipe_for(plates, backbone={"args": {"in_chans": 4}, **pretrained}).backbone_config())
     assert torch.equal(continued.eval()(images), model(images))
     with pytest.raises(UserError, match=r"takes images of 4 channels; add args = \{ in_chans = 4 \}"):
-        create_backbone(small_recipe("moco_v2", "test_resnet", backbone=pretrained).backbone_spec())
+        create_backbone(small_recipe("moco_v2", "test_resnet", backbone=pretrained).backbone_config())
     with pytest.raises(UserError, match="fine-tuning takes encoders of RGB"):
         evaluate_finetune(str(tmp_path / "out"), data, "simclr")
 

@@ -8,7 +8,7 @@ import pytest
 from layouts import PNG, count, make, write_tables
 
 from sslkit.cli import main
-from sslkit.data.formats.splits import choose, split_words, splits_of_folders
+from sslkit.data.formats.splits import choose, split_names, splits_of_folders
 from sslkit.data.sources.image_source import DataConfig, available_splits, open_source
 from sslkit.errors import UserError
 from sslkit.evaluate.labelled_data import open_pair
@@ -54,7 +54,7 @@ from sslkit.evaluate.labelled_data import open_pair
     ],
 )
 def test_words_of_splits_in_names(name: str, words: list[str]) -> None:
-    assert sorted(split_words(name)) == words
+    assert sorted(split_names(name)) == words
 
 
 @pytest.mark.parametrize(

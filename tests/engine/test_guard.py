@@ -14,7 +14,7 @@ from launching import finish, saboteur, start, tensors, write_recipe
 
 import sslkit
 from sslkit.cli import main
-from sslkit.data.loading.loader import epoch_order
+from sslkit.data.order.epoch_order import epoch_order
 from sslkit.engine import setup as run_module
 from sslkit.engine import trainer
 from sslkit.engine.checkpoint.format import Checkpoint, newest_checkpoint

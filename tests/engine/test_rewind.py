@@ -16,7 +16,7 @@ from conftest import small_recipe
 from launching import tensors
 
 import sslkit
-from sslkit.data.loading.loader import GlobalBatches
+from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.engine import setup as run_module
 from sslkit.engine import trainer
 from sslkit.engine.checkpoint.retention import saved_steps
@@ -32,9 +32,11 @@ At = tuple[int, int]  # how often the run has gone back, and a step from 0
 
 def samples(recipe: Recipe, at: At) -> tuple[int, ...]:
     """The images of a step's batch."""
-    detour, step = at
+    variant, step = at
     train = recipe.train
-    batches = GlobalBatches(IMAGES, train.batch_size, train.seed, start_step=step, total_steps=step + 1, detour=detour)
+    batches = GlobalBatchSampler(
+        IMAGES, train.batch_size, train.seed, start_step=step, total_steps=step + 1, order_variant=variant
+    )
     return tuple(sample for _, sample in next(iter(batches)))
 
 

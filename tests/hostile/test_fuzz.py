@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from targets import SEEDS, STATE, TARGETS, capsule, checkpoint_of, only_user_errors, state, written
 
-from sslkit.data.formats.idx import read_idx
-from sslkit.data.loading.loader import epoch_order
+from sslkit.data.order.epoch_order import epoch_order
+from sslkit.data.sources.idx import read_idx
 from sslkit.engine.checkpoint.format import newest_checkpoint, read_checkpoint
 from sslkit.engine.checkpoint.validation import SCALER
 from sslkit.engine.resilience.guard import Guard

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sslkit
 from sslkit.data.augment.cpu import ViewPipeline, normalise
-from sslkit.data.loading.loader import epoch_order
+from sslkit.data.order.epoch_order import epoch_order
 from sslkit.data.sources.image_source import open_source
 from sslkit.engine.optim import learning_rate, make_optimizer, set_learning_rate
 from sslkit.engine.rng import shuffle_order

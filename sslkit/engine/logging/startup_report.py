@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from sslkit.data.formats.parquet_streams import StreamedRows
-from sslkit.data.order.stream_order import Lanes
 from sslkit.data.tools.inspection import describe_alpha
-from sslkit.distributed.sharding import held_here
+from sslkit.distributed.sharding import count_parameters
 from sslkit.engine.accelerator import workers_of
 from sslkit.engine.state import TrainingState
 from sslkit.parts.batchnorm import has_batch_norm
@@ -36,11 +34,10 @@ def startup_messages(state: TrainingState, folder: Path) -> list[str]:
     if accelerator.is_main_process and source.channels is None:
         messages.append(describe_alpha(source))
     if train.shard and accelerator.num_processes > 1:
-        here, total = held_here(state.method)
+        here, total = count_parameters(state.method)
         messages.append(f"weights of student and teacher sharded: {here} of {total} on this process")
-    if isinstance(source.table, StreamedRows) and isinstance(source.plan, Lanes):
-        held = source.plan.groups_held(train.batch_size, accelerator.num_processes, num_workers)
-        messages.append(source.table.words(held))
+    if streaming := source.describe_streaming(train.batch_size, accelerator.num_processes, num_workers):
+        messages.append(streaming)
     if train.micro_batch and has_batch_norm(state.method.backbone):
         slices = train.batch_size // train.micro_batch
         messages.append(

@@ -47,7 +47,7 @@ def variety_of(images: Iterable[Pixels], enough: int = 0) -> Variety:
 
 def sample_variety(source: ImageSource, seed: int) -> Variety:
     """Read a few random images, until most of them are known to differ."""
-    chosen = source.draw(SAMPLED, seed)
+    chosen = source.sample(SAMPLED, seed)
     return variety_of(_readable(source, chosen.tolist()), enough=len(chosen) // 2 + 1)
 
 

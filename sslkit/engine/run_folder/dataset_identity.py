@@ -13,8 +13,8 @@ from pyarrow import parquet
 from sslkit.data.batch import Batch
 from sslkit.data.decode.rgb import UnreadableImage
 from sslkit.data.formats.folder_listing import printable, table_of
-from sslkit.data.formats.parquet_streams import StreamedRows
 from sslkit.data.sources.image_source import ImageSource
+from sslkit.data.sources.image_table import MappedTable
 from sslkit.distributed.collectives import gather_objects
 from sslkit.errors import UserError
 from sslkit.files.atomic import remove, replace_file, replace_text
@@ -153,7 +153,7 @@ def write_images(folder: Path, source: ImageSource) -> None:
         stream = pa.BufferOutputStream()
         parquet.write_table(pa.table({"name": _names(source)}), stream, compression="zstd")
         replace_file(folder / IMAGES, [stream.getvalue().to_pybytes()])
-    sampled = FEW if isinstance(source.table, StreamedRows) else SAMPLED  # each takes a row group to read
+    sampled = SAMPLED if source.table.random_access else FEW  # each takes a row group to read
     chosen = sorted({index * len(source) // sampled for index in range(sampled)} & set(range(len(source))))
     content = {str(index): total for index in chosen if (total := _content(source, index))}
     fields = {"images": len(source), "names_sha256": source.names_digest(), "content": content}
@@ -188,7 +188,7 @@ def _as_it_was(folder: Path, source: ImageSource, max_share: float) -> tuple[Ima
         said.append(f"{len(gone)} images are gone since this run began and count as unreadable, {_few(gone)}")
     if new:
         said.append(f"{new} images are new since this run began and are left out")
-    return replace(source, table=table_of(names, source.root)), said
+    return replace(source, table=MappedTable(table_of(names, source.root))), said
 
 
 def _check_content(folder: Path, source: ImageSource, sums: dict[int, str]) -> None:

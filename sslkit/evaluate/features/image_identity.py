@@ -9,7 +9,6 @@ import numpy as np
 
 from sslkit.data.decode.rgb import UnreadableImage
 from sslkit.data.formats.folder_listing import to_path
-from sslkit.data.formats.parquet_streams import StreamedRows
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.evaluate.detection.annotated_image import Picture
 
@@ -23,25 +22,25 @@ def images_digest(source: ImageSource) -> str:
     by their sizes, and a spread sample of them by their bytes: a second for every 100 000 or so. One that cannot be
     read counts as such.
     """
-    if isinstance(source.table, StreamedRows):
-        return source.table.digest()[:16]
+    if digest := source.table.digest():
+        return digest[:16]
     paths = source.paths()
     named = [path for path in paths if path]
     root = os.path.commonprefix([min(named), max(named)]).rfind("/") + 1 if named else 0  # noqa: RUF071 - cut at a slash
-    digest = hashlib.sha256(str(len(source)).encode())
+    sha = hashlib.sha256(str(len(source)).encode())
     num_files = 0
-    for batch in source.table.select_columns([source.image_column]).with_format("arrow").iter(256):
-        for cell in batch[source.image_column].to_pylist():
+    for cells in source.table.cells(256):
+        for cell in cells.to_pylist():
             if cell and cell["bytes"] is not None:
-                digest.update(hashlib.sha256(cell["bytes"]).digest())
+                sha.update(hashlib.sha256(cell["bytes"]).digest())
             else:
                 path = (cell or {}).get("path") or ""
-                digest.update(f"{path[root:]}\0{_size(path)}\0".encode())
+                sha.update(f"{path[root:]}\0{_size(path)}\0".encode())
                 num_files += 1
     if num_files:
         for index in _spread(len(source)):
-            digest.update(_content_of(partial(_encoded, source, index)))
-    return digest.hexdigest()[:16]
+            sha.update(_content_of(partial(_encoded, source, index)))
+    return sha.hexdigest()[:16]
 
 
 def pictures_digest(pictures: Sequence[Picture]) -> str:

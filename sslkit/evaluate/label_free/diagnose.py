@@ -80,7 +80,7 @@ def diagnose_encoder(
         )
     if views < 2:
         raise UserError(f"--views: {views}; diagnosing compares views of an image, so it needs two or more")
-    source = source.subset(source.draw(count, seed))
+    source = source.subset(source.sample(count, seed))
     encoder = load_encoder(model)
     contestants = []
     for each in (encoder, encoder.random_twin(seed)):

@@ -61,7 +61,7 @@ def choose_images(recipe: Recipe, data: str = "", split: str = "train") -> Galle
         return GalleryImages(bank, queries, bank_labels, query_labels, pair.description)
     if len(source) < 3:
         raise UserError(f"{source.description}: neighbours need at least 3 images, found {len(source)}")
-    drawn, unlabelled = source.draw(MAX_BANK + MAX_QUERIES, SEED), source.without_labels()
+    drawn, unlabelled = source.sample(MAX_BANK + MAX_QUERIES, SEED), source.without_labels()
     is_query = np.arange(len(drawn)) % 4 == 0
     bank, queries = (
         unlabelled.subset(_readable(unlabelled, np.sort(rows))) for rows in (drawn[~is_query], drawn[is_query])
