@@ -147,7 +147,7 @@ def test_pages_are_channels_whoever_wrote_them() -> None:
     for pages in (stream, one_by_one):
         with pytest.raises(UnreadableImage, match="3 channels, but"):
             decode_channels(pages.getvalue(), "x", 4)
-        with pytest.raises(UnreadableImage, match="3 pages, where"):
+        with pytest.raises(UnreadableImage, match="3 pages, but"):
             decode_channels(pages.getvalue(), "x", 1)
     preview = io.BytesIO()
     first.save(preview, "TIFF", save_all=True, append_images=[first.resize((4, 4))])

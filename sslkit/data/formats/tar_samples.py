@@ -251,7 +251,8 @@ def _label_of(file: Path, key: bytes, image: _Image, labels: list[_Label], index
     if len(own) > 1:
         problem = (
             f"{display_path(file)} has {len(own)} labels for {_quoted(key)}, {own[0].text!r:.40} and "
-            f"{own[1].text!r:.40}; samples are told apart by their names up to the first dot: give each label the name of its image"
+            f"{own[1].text!r:.40}; samples are told apart by their names up to the first dot: give each label the name "
+            "of its image"
         )
     if problem:
         index.problem = index.problem or problem
