@@ -46,10 +46,10 @@ def test_knn_and_linear_print_baselines(
         extra = ["--k", "3"] if protocol == "knn" else []
         code, out, _ = run(capsys, "eval", protocol, str(trained), "--data", str(class_folders), "--json", *extra)
         assert code == 0
-        judgement = json.loads(out)
-        assert [score["encoder"] for score in judgement["scores"]] == [str(trained), "random init", "raw pixels"]
-        assert all(0 <= score["accuracy"] <= 1 for score in judgement["scores"])
-        assert "40 images, 8 of them held out" in judgement["data"]
+        result = json.loads(out)
+        assert [score["encoder"] for score in result["scores"]] == [str(trained), "random init", "raw pixels"]
+        assert all(0 <= score["accuracy"] <= 1 for score in result["scores"])
+        assert "40 images, 8 of them held out" in result["data"]
     rows = sslkit.Run(trained, 4).results()
     assert [row["evaluation"] for row in rows] == ["knn k=3 temperature=0.07", "linear logistic"]
     code, out, _ = run(

@@ -55,18 +55,18 @@ def knn(
         from sslkit.evaluate import KnnProtocol, evaluate_knn_grid
 
     if protocol:
-        protocols = [dataclasses.replace(each, centre=centre) for each in KnnProtocol.named(protocol)]
+        protocols = [dataclasses.replace(each, centre=centre) for each in KnnProtocol.from_name(protocol)]
     else:
         grid = itertools.product(numbers("--k", k, int), numbers("--temperature", temperature, float))
         protocols = [KnnProtocol(neighbours, each, centre) for neighbours, each in grid]
-    judgements = evaluate_knn_grid(
+    results = evaluate_knn_grid(
         model,
         labelled.config(model),
         protocols,
-        frozen.reading(layer),
-        **labelled.sides(),
+        frozen.readout(layer),
+        **labelled.comparison(),
     )
-    conclude(model, judgements, as_json)
+    conclude(model, results, as_json)
 
 
 @evaluation.command(epilog="Example: sslkit eval linear runs/quickstart --data builtin:fashion_mnist")
@@ -89,16 +89,16 @@ def linear(
     with quick_imports():
         from sslkit.evaluate import evaluate_linear
 
-    judgement = evaluate_linear(
+    result = evaluate_linear(
         model,
         labelled.config(model),
         protocol,
-        frozen.reading(layer),
+        frozen.readout(layer),
         augment=augment,
         epochs=epochs,
-        **labelled.sides(),
+        **labelled.comparison(),
     )
-    conclude(model, [judgement], as_json)
+    conclude(model, [result], as_json)
 
 
 @evaluation.command(epilog="Example: sslkit eval sweep runs/photos --data flowers --layer out,-2")
@@ -130,14 +130,14 @@ def sweep(
     if not set(words) <= {"no", "yes"}:
         raise UserError(f"--norm {norm}: write no, yes or no,yes")
     norms = tuple(word == "yes" for word in words)
-    judgement = evaluate_sweep(
+    result = evaluate_sweep(
         model,
         labelled.config(model),
         SweepProtocol(tuple(rates), tuple(decays), norms, epochs, batch_size, seed),
-        [frozen.reading(word) for word in layer.split(",")],
-        **labelled.sides(),
+        [frozen.readout(word) for word in layer.split(",")],
+        **labelled.comparison(),
     )
-    conclude(model, [judgement], as_json)
+    conclude(model, [result], as_json)
 
 
 @evaluation.command(epilog="Example: sslkit eval finetune runs/photos --data flowers --labels 10% --protocol swav")
@@ -165,7 +165,7 @@ def finetune(
 ) -> None:
     """Train the whole encoder on all or a few of the labels, beside the same from random weights."""
     with quick_imports():
-        from sslkit.evaluate.probes.scoring import evaluate_finetune
+        from sslkit.evaluate import TransferOptions, evaluate_finetune
 
     given = {"epochs": epochs, "batch_size": batch_size, "base_lr": lr, "layer_decay": layer_decay, "seed": seed}
     neck = None
@@ -173,19 +173,17 @@ def finetune(
         from sslkit.engine.projector import first_projector_layers
 
         neck = first_projector_layers(Path(model), head_layers)
-    judgement = evaluate_finetune(
+    result = evaluate_finetune(
         model,
         labelled.config(model),
         protocol,
         changes={name: value for name, value in given.items() if value},
         labels=labels,
         neck=neck,
-        scratch=scratch,
-        **labelled.sides(),
-        workers=workers,
-        say=say,
+        splits=labelled.splits(),
+        options=TransferOptions(scratch, labelled.baseline or (), workers, say),
     )
-    conclude(model, [judgement], as_json)
+    conclude(model, [result], as_json)
 
 
 @evaluation.command(epilog="Example: sslkit eval compare runs/a runs/b")
@@ -201,7 +199,7 @@ def compare(
 
 
 def _judged(path: Path) -> "list[Row]":
-    """Evaluations of a run folder, or of a file that holds a judgement."""
+    """Evaluations of a run folder, or of a file that holds a result."""
     from sslkit.files.jsonl_reader import rows_of
 
     check_path(path, "MODEL")
@@ -210,8 +208,8 @@ def _judged(path: Path) -> "list[Row]":
         return [row for row in rows if _is_score(row)]
     try:
         printed = json.loads(path.read_text(encoding="utf-8"))
-        judgements = printed if isinstance(printed, list) else [printed]
-        rows = [{**judgement, **judgement["scores"][0]} for judgement in judgements]
+        results = printed if isinstance(printed, list) else [printed]
+        rows = [{**result, **result["scores"][0]} for result in results]
         if not all(map(_is_score, rows)):
             raise ValueError("not scores")
         return rows
@@ -253,26 +251,24 @@ def detect(
 ) -> None:
     """Train a Faster or Mask R-CNN over the encoder, beside the same from random weights; AP as COCO defines it."""
     with quick_imports():
-        from sslkit.evaluate.detection.detect import DetectProtocol, evaluate_detect
+        from sslkit.evaluate import Splits, TransferOptions
+        from sslkit.evaluate.detection.detect import evaluate_detect
+        from sslkit.evaluate.detection.detector_training import DetectProtocol
 
-    own = DetectProtocol.named(protocol)
+    own = DetectProtocol.from_name(protocol)
     own = own.at_short_side(short_side) if short_side else own
     own = override(own, steps=steps, batch_size=batch_size, base_lr=lr, regions=regions, seed=seed)
-    judgement = evaluate_detect(
+    result = evaluate_detect(
         model,
         data,
         own,
         arch=arch,
         masks=masks,
-        scratch=scratch,
-        baselines=baseline or [],
-        train_split=train_split,
-        test_split=test_split,
-        workers=workers,
+        splits=Splits(train_split, test_split),
         background=find_background(background, model),
-        say=say,
+        options=TransferOptions(scratch, baseline or (), workers, say),
     )
-    conclude(model, [judgement], as_json)
+    conclude(model, [result], as_json)
 
 
 @evaluation.command(epilog="Example: sslkit eval diagnose runs/quickstart --data builtin:fashion_mnist")
@@ -296,5 +292,5 @@ def diagnose(
 
     config = data_config(data, data_name, image_column=image_column, background=find_background(background, model))
     source = config.model_copy(update={"split": split})
-    reading = Frozen(cache=False, workers=workers).reading(layer)
-    show_diagnosis(diagnose_encoder(model, source, reading, images=images, views=views, seed=seed), as_json)
+    readout = Frozen(cache=False, workers=workers).readout(layer)
+    show_diagnosis(diagnose_encoder(model, source, readout, images=images, views=views, seed=seed), as_json)

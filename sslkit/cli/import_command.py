@@ -1,6 +1,5 @@
 """``sslkit import``: others' checkpoints as timm folders."""
 
-import dataclasses
 from collections import Counter
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,20 +30,20 @@ def import_(
 
     imported = import_checkpoint(file, folder, backbone, num_heads, license_id)
     if as_json:
-        show_json(dataclasses.asdict(imported))
+        show_json(imported.to_json())
         return
     _show(imported, folder)
 
 
 def _show(imported: "Imported", folder: str) -> None:
     arguments = "".join(f", {name} {value}" for name, value in imported.model_args.items())
-    show(f"{imported.layout}: {imported.backbone}{arguments}")
+    show(f"{imported.checkpoint_format}: {imported.backbone}{arguments}")
     if imported.released:
         show(f"its MD5 begins as that of the authors' {imported.released}")
     table = PlainTable("tensors", "fate", "such as")
-    fates = Counter(fate.why for fate in imported.fates)
+    fates = Counter(fate.why for fate in imported.tensors)
     for why, count in sorted(fates.items(), key=lambda item: (item[0] != "", item[0])):
-        example = next(fate for fate in imported.fates if fate.why == why)
+        example = next(fate for fate in imported.tensors if fate.why == why)
         arrow = f" -> {example.kept_as}" if example.kept_as else ""
         table.add_row(str(count), f"left out: {why}" if why else "kept", f"{example.name}{arrow}")
     console.print(table)

@@ -16,8 +16,8 @@ from sslkit.terminal import PlainTable, show, show_json
 
 if TYPE_CHECKING:
     from sslkit.doctor import Report
+    from sslkit.evaluate.evaluation_result import EvaluationResult, Score
     from sslkit.evaluate.label_free.diagnose import Diagnosis
-    from sslkit.evaluate.probes.scoring import Judgement, Score
 
 console = Console()
 
@@ -40,41 +40,41 @@ def show_report(report: "Report", as_json: bool) -> None:
     show(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
 
 
-def conclude(model: str, judgements: "Sequence[Judgement]", as_json: bool) -> None:
-    """Print judgements and then, if the model is a run, add them to the run's results, which a full disk may refuse."""
+def conclude(model: str, results: "Sequence[EvaluationResult]", as_json: bool) -> None:
+    """Print results and then, if the model is a run, add them to the run's results, which a full disk may refuse."""
     if as_json:
-        fields = [{**dataclasses.asdict(each), "protocol_hash": each.protocol_hash} for each in judgements]
+        fields = [{**dataclasses.asdict(each), "protocol_hash": each.protocol_hash} for each in results]
         show_json(fields[0] if len(fields) == 1 else fields)
-    for judgement in judgements if not as_json else ():
-        _show_judgement(judgement)
+    for result in results if not as_json else ():
+        _show_judgement(result)
     if (Path(model) / "recipe.toml").is_file() and (Path(model) / "encoder").is_dir():
-        for judgement in judgements:
-            _store(Path(model), judgement)
+        for result in results:
+            _store(Path(model), result)
 
 
-def _store(run: Path, judgement: "Judgement") -> None:
+def _store(run: Path, result: "EvaluationResult") -> None:
     from sslkit.engine.logging.logger import append_result
 
-    own = judgement.scores[0]
-    row = {"by": "eval", "evaluation": judgement.evaluation, "data": judgement.data, "accuracy": own.accuracy}
-    row |= {"measure": judgement.measure, "interval": own.interval, "protocol_hash": judgement.protocol_hash}
+    own = result.scores[0]
+    row = {"by": "eval", "evaluation": result.evaluation, "data": result.data, "accuracy": own.accuracy}
+    row |= {"measure": result.measure, "interval": own.interval, "protocol_hash": result.protocol_hash}
     latest = run / "checkpoints" / "latest"
     try:
         step = int(latest.read_text(encoding="utf-8").strip().removeprefix("step-"))
     except (OSError, ValueError) as error:
         raise UserError(f"{latest}: does not name a checkpoint, so the score cannot be added to the run") from error
-    scores = [dataclasses.asdict(score) for score in judgement.scores]
-    row = {"step": step, **row, "protocol": judgement.protocol, "scores": scores}
+    scores = [dataclasses.asdict(score) for score in result.scores]
+    row = {"step": step, **row, "protocol": result.protocol, "scores": scores}
     append_result(run, json.loads(without_tokens(json.dumps(row))))  # it is shown in reports and model cards
 
 
-def _show_judgement(judgement: "Judgement") -> None:
-    show(f"{judgement.evaluation}, {judgement.data}")
-    scores = judgement.scores
-    console.print(_table_of_measures(scores) if scores[0].measures else _table_of_scores(scores, judgement.measure))
-    if judgement.grid:
-        grid = PlainTable(*judgement.grid[0], title="every head, best first on the held-out images")
-        for head in judgement.grid:
+def _show_judgement(result: "EvaluationResult") -> None:
+    show(f"{result.evaluation}, {result.data}")
+    scores = result.scores
+    console.print(_table_of_measures(scores) if scores[0].measures else _table_of_scores(scores, result.measure))
+    if result.grid:
+        grid = PlainTable(*result.grid[0], title="every head, best first on the held-out images")
+        for head in result.grid:
             grid.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in head.values()))
         console.print(grid)
 
@@ -123,10 +123,11 @@ def show_diagnosis(diagnosis: "Diagnosis", as_json: bool) -> None:
     """Print label-free numbers, a column for each encoder, and what is alarming about the first."""
     from sslkit.engine.monitor.alarms import collapse_alarm
 
-    own = diagnosis.contestants[0]
+    own = diagnosis.encoders[0]
     alarms = collapse_alarm(own.numbers.embedding_std, own.numbers.effective_rank, own.dim)
     if as_json:
-        show_json({**dataclasses.asdict(diagnosis), "alarms": alarms})
+        fields = dataclasses.asdict(diagnosis)
+        show_json({**fields, "contestants": fields["encoders"], "alarms": alarms})  # the former key stays
         return
     rows = min(2 * diagnosis.images, own.dim)
     meanings = {
@@ -140,9 +141,9 @@ def show_diagnosis(diagnosis: "Diagnosis", as_json: bool) -> None:
     }
     opening = f"{diagnosis.images} images of {diagnosis.data}, {diagnosis.views} views each"
     show(opening)
-    table = PlainTable("", *(each.encoder for each in diagnosis.contestants), "reads as")
+    table = PlainTable("", *(each.encoder for each in diagnosis.encoders), "reads as")
     for name, meaning in meanings.items():
-        values = [getattr(each.numbers, name) for each in diagnosis.contestants]
+        values = [getattr(each.numbers, name) for each in diagnosis.encoders]
         table.add_row(name, *("-" if value is None else f"{value:.4g}" for value in values), meaning)
     console.print(table)
     for alarm in alarms:

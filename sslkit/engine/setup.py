@@ -16,6 +16,7 @@ from sslkit.data.augment.cpu import ViewPipeline
 from sslkit.data.loading.loader import GlobalBatches, cores_of_a_process
 from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.loading.worker_pool import SteadyLoader
+from sslkit.data.sources.image_identity import names_digest
 from sslkit.data.sources.image_source import ImageSource, open_source
 from sslkit.distributed.consistency import all_or_none, compare_facts
 from sslkit.distributed.heartbeat import Heartbeat, is_others_fault
@@ -160,7 +161,7 @@ def _facts(recipe: Recipe, source: ImageSource, checkpoint: Checkpoint | None) -
     kept = [line for line in changes({}, recipe.as_tables()) if not line.startswith(FREE_KEYS)]
     return {
         "recipe": kept,
-        "set of images": [len(source), source.names_digest()],
+        "set of images": [len(source), names_digest(source)],
         "checkpoint to continue from": checkpoint.step if checkpoint else None,
         "version of sslkit, torch or timm": [importlib.metadata.version(name) for name in ("sslkit", "torch", "timm")],
     }

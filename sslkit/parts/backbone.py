@@ -12,9 +12,9 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
 from sslkit.errors import UserError, near_miss
-from sslkit.hub.availability import quick_hub
+from sslkit.hub.availability import quiet_hub
 from sslkit.hub.meta_build import Shapes
-from sslkit.hub.revisions import is_hub_name, pin
+from sslkit.hub.revisions import is_hub_name, resolve_hub_encoder
 from sslkit.hub.untrusted import check_model, check_model_args, check_size, read_encoder_config, tensor_shapes
 
 Family = Literal["resnet", "vit", "other"]
@@ -141,7 +141,7 @@ def _create_timm_model(spec: BackboneSpec) -> nn.Module:
     named = spec.pretrained if isinstance(spec.pretrained, str) else spec.name
     source = _pinned(named)
     try:
-        with quick_hub() if spec.pretrained and not source.startswith("local-dir:") else nullcontext():
+        with quiet_hub() if spec.pretrained and not source.startswith("local-dir:") else nullcontext():
             model: nn.Module = timm.create_model(source, pretrained=bool(spec.pretrained), **kwargs)
     except OSError as error:
         raise UserError(f"[backbone] pretrained: no weights for {named!r} to be had: {_first_line(error)}") from error
@@ -189,8 +189,8 @@ def _pinned(name: str) -> str:
     if not is_hub_name(name):
         return name
     try:
-        with quick_hub():
-            return pin(name).source
+        with quiet_hub():
+            return resolve_hub_encoder(name).source
     except UserError as error:
         raise UserError(f"[backbone] pretrained: {error}") from error
 

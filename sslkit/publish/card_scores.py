@@ -1,4 +1,4 @@
-"""What a run's evaluations said of its newest weights, read from ``results.jsonl``."""
+"""Scores of a run's newest weights, read from ``results.jsonl`` for the model card."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +12,13 @@ class CardScore:
     """One evaluation of the newest weights.
 
     Attributes:
-        evaluation: Its name, such as ``knn k=20 temperature=0.07``.
-        data: Its images, in words.
-        measure: What is measured.
-        value: The score, a share.
-        interval: Its bootstrap 95 % interval, where there is one.
-        protocol_hash: Equal for scores that may be compared; empty for a monitor's.
-        others: The same measure of what it was compared with, by name.
+        evaluation: Name of the evaluation, such as ``knn k=20 temperature=0.07``.
+        data: Description of the images.
+        measure: What the value measures.
+        value: Score in [0, 1].
+        interval: Bootstrap 95 % interval, if there is one.
+        protocol_hash: Equal for comparable scores; empty for evaluations during training.
+        others: Scores of the baselines by name.
     """
 
     evaluation: str
@@ -31,9 +31,9 @@ class CardScore:
 
 
 def newest_scores(run: Path) -> list[CardScore] | None:
-    """The last score of each evaluation, data and protocol at the newest checkpoint; None where they cannot be read.
+    """The last score of each evaluation, data and protocol at the newest checkpoint; None if they cannot be read.
 
-    A row that does not say what was scored on what is passed over.
+    Incomplete rows are ignored.
     """
     file = run / "results.jsonl"
     if not file.is_file():

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from sslkit.errors import UserError
-from sslkit.evaluate.features.extraction import Encoder, load_encoder
+from sslkit.evaluate.features.encoder import Encoder, load_encoder
 from sslkit.report.attention import AttentionRow, draw_attention
 from sslkit.report.neighbours import Map, Row, draw_map, find_neighbours
 from sslkit.report.run_reader import RunRecord

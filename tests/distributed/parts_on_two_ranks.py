@@ -26,7 +26,7 @@ from sslkit.distributed.sharding import shard
 from sslkit.engine.encoders import encoders_of
 from sslkit.engine.setup import build_method
 from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
-from sslkit.evaluate.features.extraction import fingerprint
+from sslkit.evaluate.features.encoder import fingerprint
 from sslkit.methods import Method, Progress, base, mechanisms, moco_v1, moco_v3, simclr
 from sslkit.parts import losses
 from sslkit.parts import memory_bank as bank

@@ -13,7 +13,8 @@ from timm.data import create_transform
 from torchvision.transforms import functional
 
 from sslkit.errors import UserError
-from sslkit.evaluate.detection.detect import DetectProtocol, evaluate_detect
+from sslkit.evaluate.detection.detect import evaluate_detect
+from sslkit.evaluate.detection.detector_training import DetectProtocol
 from sslkit.evaluate.features.transforms import LONGEST, ChannelTransform, evaluation_transform, training_transform
 from sslkit.report.thumbnails import data_uri, make_sprite
 
@@ -122,4 +123,4 @@ def test_a_strip_of_which_detection_leaves_nothing_is_refused(tmp_path: Path) ->
         whole = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "thing"}]}
         (tmp_path / f"annotations/instances_{split}.json").write_text(json.dumps(whole))
     with pytest.raises(UserError, match=r"strip.png: is 5000 x 1 pixels; with a longer side of 1333 nothing"):
-        evaluate_detect("resnet18", tmp_path, DetectProtocol.named("coco"))
+        evaluate_detect("resnet18", tmp_path, DetectProtocol.from_name("coco"))

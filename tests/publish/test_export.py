@@ -90,9 +90,9 @@ def test_another_number_of_classes_and_image_size_load(exported: Path) -> None:
 
 
 def test_export_refuses_what_it_must(run: Path, exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="already holds something"):
+    with pytest.raises(UserError, match="already exists and is not empty"):
         export_encoder(run, exported)
-    with pytest.raises(UserError, match="no run with an encoder"):
+    with pytest.raises(UserError, match="not a run folder with an encoder"):
         export_encoder(tmp_path, tmp_path / "x")
 
 

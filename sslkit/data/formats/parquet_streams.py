@@ -28,7 +28,7 @@ from sslkit.data.decode.rgb import UnreadableImage
 from sslkit.data.formats.folder_listing import printable
 from sslkit.data.formats.splits import ALL, choose, no_such_split, refuse_several
 from sslkit.errors import UserError
-from sslkit.hub.availability import quick_hub, why_not
+from sslkit.hub.availability import quiet_hub, unavailable_reason
 
 MAX_GROUP = 2**31  # bytes of images in a row group, all of which must be held
 WAITS = (1.0, 4.0, 16.0, 32.0)  # seconds before another try, where a file is elsewhere; its library tries by itself too
@@ -273,7 +273,7 @@ def _opened(file: str) -> Iterator[Any]:
 
 def _hub_files(config: SourceConfig) -> list[str]:
     try:
-        with quick_hub():
+        with quiet_hub():
             builder = datasets.load_dataset_builder(
                 config.path, config.name, data_dir=config.data_dir, data_files=config.data_files
             )
@@ -281,7 +281,7 @@ def _hub_files(config: SourceConfig) -> list[str]:
     except Exception as error:  # what a stranger's repository makes of `datasets` is no closed set
         raise UserError(
             f"[data] path: cannot stream {config.path!r}: no folder of that name here, and as a dataset of the Hub: "
-            f"{_brief(error)}{why_not()}"
+            f"{_brief(error)}{unavailable_reason()}"
         ) from error
     if builder.name != "parquet":
         raise UserError(

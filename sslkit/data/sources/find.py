@@ -24,7 +24,7 @@ from sslkit.data.formats.tar_shards import find_shards
 from sslkit.data.sources.bundled import load_bundled
 from sslkit.data.sources.location import BUNDLED, HUB, KINDS, LOADERS, Place, describe, names_near, place_of
 from sslkit.errors import UserError
-from sslkit.hub.availability import quick_hub, why_not
+from sslkit.hub.availability import quiet_hub, unavailable_reason
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _load(place: Place, config: SourceConfig) -> datasets.Dataset:
             raise
         where = "no folder of that name here, and as a dataset of the Hub: " if place.loader == HUB else ""
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        reason += why_not() if place.loader == HUB else ""
+        reason += unavailable_reason() if place.loader == HUB else ""
         if "corresponds to no data" in reason:
             reason = "no images in it"
         reason += _images_beside(config, place)
@@ -157,7 +157,7 @@ def _load(place: Place, config: SourceConfig) -> datasets.Dataset:
 
 def _load_from_hub(config: SourceConfig) -> datasets.Dataset:
     words: dict[str, Any] = {"name": config.name, "data_dir": config.data_dir, "data_files": config.data_files}
-    with quick_hub():
+    with quiet_hub():
         try:
             return datasets.load_dataset(config.path, split=config.split, **words)
         except ValueError as error:

@@ -3,7 +3,6 @@
 `datasets` does the finding, typing and memory-mapping. Images stay encoded until a worker decodes them.
 """
 
-import hashlib
 import logging
 import os
 from dataclasses import dataclass, replace
@@ -167,51 +166,6 @@ class ImageSource:
         return any(
             compute.any(compute.and_(c.field("bytes").is_null(), c.field("path").is_valid())).as_py() for c in cells
         )
-
-    def fingerprint(self) -> str:
-        """SHA-256 of what the images are: their bytes; the paths, sizes and times of files; a stream's row groups."""
-        if isinstance(self.table, StreamedRows):
-            return self.table.digest()
-        digest = hashlib.sha256()
-        for batch in self.table.select_columns([self.image_column]).with_format("arrow").iter(256):
-            for cell in batch[self.image_column].to_pylist():
-                if cell["bytes"] is not None:
-                    digest.update(hashlib.sha256(cell["bytes"]).digest())
-                else:
-                    try:
-                        status = os.stat(to_path(cell["path"]))
-                    except OSError as error:
-                        raise UnreadableImage(printable(cell["path"]), error.strerror or str(error)) from error
-                    digest.update(f"{cell['path']}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-        return digest.hexdigest()
-
-    def names_digest(self) -> str:
-        """SHA-256 of how many images there are and what they are called, below the folder that holds them all.
-
-        Nothing is opened: images without a name count by their size in bytes. About a second for a million.
-        """
-        if isinstance(self.table, StreamedRows):
-            return self.table.digest()
-        column = self.table.select_columns([self.image_column]).with_format("arrow")
-        root = self._common_folder()
-        digest = hashlib.sha256(str(len(self)).encode())
-        for batch in column.iter(4096):
-            images = batch[self.image_column].combine_chunks()
-            sizes = compute.binary_length(images.field("bytes")).to_pylist()
-            paths = images.field("path").to_pylist()
-            for path, size in zip(paths, sizes, strict=True):
-                digest.update(f"{(path or '')[root:]}\0{size}\0".encode())
-        return digest.hexdigest()
-
-    def _common_folder(self) -> int:
-        """Length of the folders that all paths begin with."""
-        column = self.table.select_columns([self.image_column]).with_format("arrow")
-        ends: list[str] = []
-        for batch in column.iter(4096):
-            bounds = compute.min_max(batch[self.image_column].combine_chunks().field("path")).as_py()
-            ends = [end for end in (*ends, *bounds.values()) if end is not None]
-            ends = [min(ends), max(ends)] if ends else []
-        return os.path.commonprefix(ends).rfind("/") + 1  # noqa: RUF071 - cut at a slash
 
     def class_names(self) -> list[str]:
         """Names of the classes in the order of their labels, or an empty list."""

@@ -20,10 +20,10 @@ from torch.optim import Optimizer
 from sslkit.distributed.sharding import whole
 from sslkit.engine.checkpoint.format import FORMAT, flatten_optimizer, without_state
 from sslkit.engine.checkpoint.retention import checkpoint_name, monitor_scores, reasons_to_keep, saved_steps
-from sslkit.engine.run_folder.dataset_identity import images_digest
+from sslkit.engine.run_folder.dataset_identity import recorded_names_digest
 from sslkit.errors import RunError
 from sslkit.files.atomic import remove, replace_text, sync, whole_folder, write_file, write_json, write_tensors
-from sslkit.publish.export import encoder_config, write_encoder
+from sslkit.publish.encoder_folder import encoder_config, write_encoder
 from sslkit.recipe.resolve import Recipe
 
 LICENSE = "apache-2.0"
@@ -148,7 +148,7 @@ class Saver:
                 whole(tensor.detach())  # in the order of the two copies below
             return
         self.wait()
-        identity = {"images": images_digest(self.folder), "without_state": without_state(method, optimizer)}
+        identity = {"images": recorded_names_digest(self.folder), "without_state": without_state(method, optimizer)}
         text = json.dumps({"step": step, "optimizer": scalars, **identity, **state}, indent=1)
         model = self.model.fill(method.state_dict())
         moments = self.optimizer.fill(tensors)

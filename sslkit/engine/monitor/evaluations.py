@@ -14,7 +14,8 @@ from sslkit.engine.monitor.alarms import dip_alarm, leak_alarm, read_curve, teac
 from sslkit.engine.monitor.diagnostics import Diagnostics
 from sslkit.engine.state import Training
 from sslkit.errors import UserError
-from sslkit.evaluate.protocol import bootstrap_interval, protocol_hash
+from sslkit.evaluate.evaluation_result import bootstrap_interval
+from sslkit.evaluate.protocol import protocol_hash
 from sslkit.files.jsonl_reader import rows_of
 from sslkit.methods import Method
 from sslkit.parts.batchnorm import has_batch_norm
