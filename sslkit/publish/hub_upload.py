@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from email.utils import parsedate_to_datetime
 from logging import ERROR
 from pathlib import Path
 from typing import TypeVar
@@ -128,12 +127,12 @@ class HubUpload:
         self.next_step = f"; commit {commit} was made, and the same command checks it again"
         address = hf_hub_url(self.repo_id, WEIGHTS, revision=commit)
         etag = self._request(lambda: get_hf_file_metadata(address, token=get_token())).etag
-        file = self.folder / WEIGHTS
-        if etag in (sha256_of(file), _git_hash(file)):
+        expected = sha256_of(self.folder / WEIGHTS)
+        if etag == expected:
             return
         with tempfile.TemporaryDirectory() as cache:
             found = self._request(lambda: hf_hub_download(self.repo_id, WEIGHTS, revision=commit, cache_dir=cache))
-            if sha256_of(Path(found)) == sha256_of(file):
+            if sha256_of(Path(found)) == expected:
                 return
         raise PublishError(
             f"{self.repo_id}: {WEIGHTS} of commit {commit} on the Hub has other bytes than were sent; do not use it, "
@@ -197,24 +196,12 @@ def parse_checksums(text: str) -> dict[str, str]:
 
 
 def _retry_delay(error: HfHubHTTPError, default: float) -> float:
-    """Seconds to wait, from the Retry-After header (seconds or a date), at most `MAX_RETRY_DELAY`."""
-    header = error.response.headers.get("Retry-After", "")
-    seconds = default
-    with suppress(ValueError, OverflowError):
-        if re.match(r"\s*[\d.]", header):
-            seconds = float(header)
-        else:
-            seconds = parsedate_to_datetime(header).timestamp() - time.time()
-    return min(max(seconds, 0.0), MAX_RETRY_DELAY) if math.isfinite(seconds) else default
-
-
-def _git_hash(file: Path) -> str:
-    """Git's hash of a file, which the Hub uses as the checksum of small files."""
-    digest = hashlib.sha1(b"blob %d\0" % file.stat().st_size, usedforsecurity=False)
-    with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    """Seconds to wait, from the Retry-After header, at most `MAX_RETRY_DELAY`."""
+    try:
+        seconds = float(error.response.headers.get("Retry-After", ""))
+    except ValueError:
+        return default
+    return max(min(seconds, MAX_RETRY_DELAY), 0.0) if math.isfinite(seconds) else default
 
 
 def _server_message(error: HfHubHTTPError) -> str:

@@ -17,8 +17,8 @@ from sslkit.evaluate.detection.annotations import open_annotated
 from sslkit.evaluate.detection.average_precision import (
     MEASURES,
     Detections,
-    _evaluated,
-    _matched,
+    _evaluate,
+    _matches,
     average_precision,
     decode_mask,
     encode_mask,
@@ -281,7 +281,7 @@ def guessed_scenes(count: int) -> tuple[list[AnnotatedImage], list[Detections]]:
 def test_a_drawn_set_scores_as_pycocotools_scores_it() -> None:
     pictures, found = guessed_scenes(25)
     names = ["shirt", "boot", "bag"]
-    matched = _matched(_evaluated(pictures, found, names, "bbox"))
+    matched = _matches(_evaluate(pictures, found, names, "bbox"))
     rng = np.random.default_rng(2)
     for draw in [np.arange(25), *rng.integers(0, 25, (6, 25)), np.full(25, 3)]:
         drawn = average_precision_of_draw(pictures, found, names, draw)
@@ -295,7 +295,7 @@ def average_precision_of_draw(
     pictures: list[AnnotatedImage], found: list[Detections], names: list[str], draw: Any
 ) -> tuple[float, ...]:
     """The drawn pictures really put together, the repeated ones too."""
-    scored = _evaluated([pictures[each] for each in draw], [found[each] for each in draw], names, "bbox")
+    scored = _evaluate([pictures[each] for each in draw], [found[each] for each in draw], names, "bbox")
     return tuple(scored.stats[:3])
 
 

@@ -23,7 +23,7 @@ from sslkit.evaluate.features.encoder import Encoder, fingerprint
 from sslkit.evaluate.probes.finetune import (
     FinetuneProtocol,
     _make_optimizer,
-    _set_rates,
+    _set_lr,
     _training_transform,
     classify,
     finetune,
@@ -133,7 +133,7 @@ def test_deits_rate_is_timms() -> None:
         warmup_lr_init=1e-6,
     )
     for epoch in range(20):
-        _set_rates(optimizer, protocol, epoch + 0.7, 1024)
+        _set_lr(optimizer, protocol, epoch + 0.7, 1024)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(theirs._get_lr(epoch)[0], rel=1e-9)
 
 

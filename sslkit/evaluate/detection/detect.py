@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from sslkit.data.decode.background import WHITE
 from sslkit.data.loading.loader import start_worker
@@ -108,7 +108,7 @@ def detect_objects(
     device = next(detector.parameters()).device
     # Its own generator, since a loader draws a seed for its workers.
     options: dict[str, Any] = {"num_workers": workers, "worker_init_fn": start_worker, "generator": torch.Generator()}
-    loader = DataLoader(_TestImages(images), batch_size=None, **options)
+    loader: Any = DataLoader(images, batch_size=None, collate_fn=_decode, **options)  # type: ignore[arg-type]
     detections = []
     for image in loader:
         (result,) = detector([image.to(device).float() / 255])
@@ -134,14 +134,6 @@ def score_detector(
     )
 
 
-class _TestImages(Dataset[Tensor]):
-    """Images as (3, H, W) uint8."""
-
-    def __init__(self, images: list[AnnotatedImage]) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(self.images[index].pixels().transpose(2, 0, 1).copy())
+def _decode(image: AnnotatedImage) -> Tensor:
+    """(3, H, W) uint8."""
+    return torch.from_numpy(image.pixels().transpose(2, 0, 1).copy())

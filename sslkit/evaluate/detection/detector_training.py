@@ -20,6 +20,7 @@ from sslkit.evaluate.detection.annotations import AnnotatedPair
 from sslkit.evaluate.detection.average_precision import decode_mask
 from sslkit.evaluate.detection.detector import Arch, make_detector
 from sslkit.evaluate.features.encoder import Encoder
+from sslkit.evaluate.features.extraction import seed_from
 from sslkit.evaluate.input_checks import check_rates, check_seed
 from sslkit.parts.backbone import family
 from sslkit.parts.schedules import warmup_then_steps
@@ -143,7 +144,7 @@ def train_detector(
         batches = _batches(pair.train, protocol, protocol.steps + bn_steps, masks, workers)
         total, log_every = 0.0, max(protocol.steps // 20, 1)
         for step, batch in enumerate(itertools.islice(batches, protocol.steps)):
-            torch.manual_seed(_seed_of(protocol.seed, step))
+            torch.manual_seed(seed_from(protocol.seed, step))
             loss = _loss(detector, batch, device)
             if not bool(loss.isfinite()):
                 raise UserError(f"detect: the loss is not finite at step {step + 1}; use a lower --lr")
@@ -238,11 +239,7 @@ def _compute_batchnorm_statistics(
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average
     for step, batch in enumerate(batches):
-        torch.manual_seed(_seed_of(seed, step, 1))
+        torch.manual_seed(seed_from(seed, step, 1))
         _loss(detector, batch, device)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-
-
-def _seed_of(*key: int) -> int:
-    return int(np.random.SeedSequence(key).generate_state(1)[0])

@@ -45,7 +45,7 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if self.key is not None:
             # torchvision draws from torch, timm's crop from Python, timm's RandAugment from NumPy.
-            seed = int(np.random.SeedSequence([*self.key, index]).generate_state(1)[0])
+            seed = seed_from(*self.key, index)
             torch.default_generator.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed)
@@ -123,6 +123,11 @@ def batch_bytes(transform: Transform, batch_size: int) -> int:
     """Size in bytes of a batch of transformed images. The random state does not change."""
     with keep_random_state():
         return transform(blank_input(transform, BLANK_SIDE)).nbytes * batch_size
+
+
+def seed_from(*key: int) -> int:
+    """A 32-bit seed from several numbers, such as a seed and a position."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 @contextmanager

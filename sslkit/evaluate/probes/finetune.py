@@ -13,7 +13,6 @@ from timm.data import Mixup, create_transform
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
@@ -22,7 +21,7 @@ from sslkit.data.loading.shared_memory import explain_death, prefetch_of
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.errors import UserError, near_miss
 from sslkit.evaluate.features.encoder import Encoder
-from sslkit.evaluate.features.extraction import PREFETCH, TransformedImages, batch_bytes, keep_random_state
+from sslkit.evaluate.features.extraction import PREFETCH, TransformedImages, batch_bytes, keep_random_state, seed_from
 from sslkit.evaluate.input_checks import check_rates, check_seed
 from sslkit.parts.layerwise_optimizers import Lars
 from sslkit.parts.schedules import per_epoch, warmup_then_cosine, warmup_then_steps
@@ -205,7 +204,7 @@ def finetune(
         model.to(device).train()
         optimizer = _make_optimizer(model, head, protocol, protocol.peak_lr(batch_size))
         transform = _training_transform(encoder, protocol)
-        targets_and_loss = _TargetsAndLoss(protocol, num_classes)
+        mixup, loss_function = _mixup_and_loss(protocol, num_classes)
         steps = len(source) // batch_size
         for epoch in range(protocol.epochs):
             key = (protocol.seed, epoch)
@@ -214,9 +213,11 @@ def finetune(
             for step, (images, positions) in enumerate(loader):
                 _set_lr(optimizer, protocol, epoch + step / steps, batch_size)
                 _seed_all(*key, step)
-                images, targets = targets_and_loss.mix(images.to(device), labels[positions].to(device))
+                images, targets = images.to(device), labels[positions].to(device)
+                if mixup:
+                    images, targets = mixup(images, targets)
                 with torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else nullcontext():
-                    loss = targets_and_loss.loss(model(images).float(), targets)
+                    loss = loss_function(model(images).float(), targets)
                 if not bool(loss.isfinite()):
                     raise UserError(f"finetune: the loss is not finite in epoch {epoch + 1}; use a lower --lr")
                 optimizer.zero_grad()
@@ -237,7 +238,7 @@ def _even_batch_size(protocol: FinetuneProtocol, num_images: int) -> int:
 
 def _epoch_loader(images: TransformedImages, batch_size: int, workers: int) -> DataLoader[tuple[Tensor, int]]:
     """Full batches, in an order drawn from the images' key."""
-    order = torch.Generator().manual_seed(int(np.random.SeedSequence(images.key).generate_state(1)[0]))
+    order = torch.Generator().manual_seed(seed_from(*(images.key or ())))
     options: dict[str, Any] = {"num_workers": workers, "worker_init_fn": start_worker}
     if workers:
         nbytes = batch_bytes(images.transform, batch_size)
@@ -290,26 +291,12 @@ def _posterize(image: Image.Image, bits: int, **_options: Any) -> Image.Image:
     return ImageOps.posterize(image, max(bits, 1)) if bits < 8 else image
 
 
-class _TargetsAndLoss:
-    """Mixup and CutMix, label smoothing, and the matching loss."""
-
-    def __init__(self, protocol: FinetuneProtocol, num_classes: int) -> None:
-        self.smoothing = protocol.smoothing
-        self.mixup: Mixup | None = None
-        if protocol.mixup or protocol.cutmix:
-            self.mixup = Mixup(protocol.mixup, protocol.cutmix, label_smoothing=self.smoothing, num_classes=num_classes)
-
-    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if self.mixup is None:
-            return images, labels
-        mixed: tuple[Tensor, Tensor] = self.mixup(images, labels)
-        return mixed
-
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        if self.mixup is None:
-            return cross_entropy(logits, targets, label_smoothing=self.smoothing)
-        loss: Tensor = SoftTargetCrossEntropy()(logits, targets)
-        return loss
+def _mixup_and_loss(protocol: FinetuneProtocol, num_classes: int) -> tuple[Mixup | None, nn.Module]:
+    """Mixup and CutMix, which also smooth the labels, and the matching loss."""
+    if not (protocol.mixup or protocol.cutmix):
+        return None, nn.CrossEntropyLoss(label_smoothing=protocol.smoothing)
+    mixup = Mixup(protocol.mixup, protocol.cutmix, label_smoothing=protocol.smoothing, num_classes=num_classes)
+    return mixup, SoftTargetCrossEntropy()
 
 
 def _make_optimizer(model: nn.Module, head: nn.Linear, protocol: FinetuneProtocol, lr: float) -> Optimizer:
@@ -356,7 +343,7 @@ def _set_lr(optimizer: Optimizer, protocol: FinetuneProtocol, epoch: float, batc
 
 def _seed_all(*key: int) -> None:
     """Seed what drop path and mixup draw from, so that they do not depend on the number of workers."""
-    seed = int(np.random.SeedSequence([*key, 0xD409]).generate_state(1)[0])
+    seed = seed_from(*key, 0xD409)
     torch.manual_seed(seed)
     np.random.seed(seed)
 
