@@ -20,7 +20,7 @@ from sslkit.evaluate import KnnProtocol, LinearProtocol, knn_accuracy, linear_ac
 from sslkit.evaluate.features.encoder import fingerprint
 from sslkit.evaluate.features.extraction import extract_features, raw_pixel_side, raw_pixels
 from sslkit.evaluate.probes import knn as knn_module
-from sslkit.evaluate.probes import scoring as judge
+from sslkit.evaluate.features import compared_encoders
 from sslkit.evaluate.probes.knn import largest, nearest, predict
 from sslkit.evaluate.probes.linear import C_GRID, fit_logistic
 
@@ -101,7 +101,7 @@ def test_votes_are_counted_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) ->
     predicted = knn_module._vote(similarity, neighbours, 21_000, KnnProtocol(20))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB; at once it were 656 250
     assert torch.equal(predicted, neighbours[:, 0])
-    monkeypatch.setattr(knn_module, "VOTES_AT_ONCE", 1)
+    monkeypatch.setattr(knn_module, "MAX_VOTE_ELEMENTS", 1)
     assert torch.equal(knn_module._vote(similarity[:50], neighbours[:50], 21_000, KnnProtocol(20)), predicted[:50])
 
 
@@ -125,7 +125,7 @@ def test_several_protocols_at_once_are_each_alone() -> None:
 @pytest.mark.parametrize("k", [0, 201, -3])
 def test_impossible_numbers_of_neighbours(k: int) -> None:
     bank, labels = blobs(200, 0)
-    with pytest.raises(UserError, match=f"k = {k} neighbours of a bank of 200"):
+    with pytest.raises(UserError, match=f"k = {k}, but the bank has 200 images"):
         knn_accuracy(bank, labels, bank, labels, KnnProtocol(k=k))
 
 
@@ -206,8 +206,8 @@ def test_a_k_that_the_bank_has_not_is_refused_before_features(
     for number in range(10):
         (tmp_path / f"class{number % 2}").mkdir(exist_ok=True)
         Image.fromarray(np.full((8, 8, 3), 25 * number, np.uint8)).save(tmp_path / f"class{number % 2}/{number}.png")
-    monkeypatch.setattr(judge, "load_encoder", lambda name: pytest.fail("the encoder was loaded"))
+    monkeypatch.setattr(compared_encoders, "load_encoder", lambda name: pytest.fail("the encoder was loaded"))
     with pytest.raises(SystemExit) as ended:
         main(["eval", "knn", "resnet18", "--data", str(tmp_path), *words])
     assert ended.value.code == 2
-    assert "neighbours of a bank of 8 images; give --k from 1 to 8" in capsys.readouterr().err
+    assert "but the bank has 8 images; use --k 1 to 8" in capsys.readouterr().err

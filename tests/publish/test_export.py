@@ -16,7 +16,7 @@ import sslkit
 from sslkit.errors import UserError
 from sslkit.evaluate import load_encoder
 from sslkit.publish import EncoderFolderError, export_encoder
-from sslkit.publish import export as export_module
+from sslkit.publish import encoder_folder
 
 VIT = {"img_size": 32, "args": {"num_heads": 2}}
 
@@ -97,12 +97,12 @@ def test_export_refuses_what_it_must(run: Path, exported: Path, tmp_path: Path) 
 
 
 def test_a_difference_after_reloading_is_caught(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = export_module.write_tensors
+    write = encoder_folder.write_tensors
 
     def tampered(file: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> dict[str, object]:
         return write(file, {name: value + 1e-3 for name, value in tensors.items()}, **metadata)
 
-    monkeypatch.setattr(export_module, "write_tensors", tampered)
+    monkeypatch.setattr(encoder_folder, "write_tensors", tampered)
     with pytest.raises(EncoderFolderError, match="features differ"):
         export_encoder(run, tmp_path / "x")
     assert not (tmp_path / "x").exists()

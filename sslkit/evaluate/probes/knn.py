@@ -126,7 +126,7 @@ def check_neighbours(protocols: Sequence[KnnProtocol], bank_size: int) -> None:
     """Raise `UserError` if a protocol's k is larger than the bank."""
     for protocol in protocols:
         if not 1 <= protocol.k <= bank_size:
-            raise UserError(f"knn: k = {protocol.k}, but the bank has {bank_size} images; set --k to 1 ... {bank_size}")
+            raise UserError(f"knn: k = {protocol.k}, but the bank has {bank_size} images; use --k 1 to {bank_size}")
 
 
 def predict(
