@@ -72,7 +72,7 @@ def test_finetune_says_what_it_does_and_judges(
     assert "epoch 1/1: loss" in err
     code, _, err = run(capsys, "eval", "finetune", str(trained), "--data", str(class_folders), "--labels", "a few")
     assert code == 2
-    assert "--labels a few: no such file; write 10%, 5-shot, all or a file" in err
+    assert "--labels a few: no such file; write 10%, 5-shot, all, or a text file" in err
 
 
 def test_export_report_and_lists(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_export_report_and_lists(capsys: pytest.CaptureFixture[str], trained: Pa
         (["pretrain", "quickstart", "--set", "train.epochs=true"], "[train] epochs"),
         (["pretrain", "quickstart", "--set", "optim.betas=[-1,2]"], "[optim] betas"),
         (["pretrain", "quickstart", "--set", "train.precision=fp16"], "'fp16' needs a GPU"),
-        (["export", "/no/run", "/tmp/x"], "/no/run: no run with an encoder"),
+        (["export", "/no/run", "/tmp/x"], "/no/run: not a run folder with an encoder"),
         (["report", "/no/run"], "/no/run: not a run folder"),
         (["pretend"], "No such command 'pretend'"),
     ],

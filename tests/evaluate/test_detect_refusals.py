@@ -52,9 +52,9 @@ def test_a_test_split_without_an_object_that_counts(coco: Path, voc: Path) -> No
         for file in (voc / "Annotations").glob(f"{split}*.xml"):
             file.write_text(file.read_text().replace("<difficult>0", "<difficult>1"))
         edit(coco, split, lambda content: [row.update(iscrowd=1) for row in content["annotations"]])
-    sentence = "split 'val' has no object that a score counts, one with an area, neither difficult nor a crowd"
+    sentence = "split 'val' has no object to score; all are difficult, crowds or have no area"
     assert refusal(voc).endswith(sentence)  # not train: difficult objects are learned from
-    assert refusal(coco).endswith("split 'train' has nothing to learn from, no object with a box but crowds")
+    assert refusal(coco).endswith("split 'train' has no object to train on; all are crowds or have no area")
     edit(coco, "train", lambda content: content["annotations"][0].update(iscrowd=0))
     assert refusal(coco).endswith(sentence)
 

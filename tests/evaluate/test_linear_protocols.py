@@ -71,11 +71,11 @@ def test_which_classifier_is_scored(name: str) -> None:
     score = linear_accuracy(of_epoch, labels, features, labels, protocol)
     if name in ("simclr", "byol"):
         assert score.accuracy < 0.5
-        assert score.chosen == "after the last of 6 epochs, as the paper reports"
+        assert score.chosen == "last of 6 epochs, as in the paper"
         assert protocol.selection == "none, the last epoch"
     else:
         assert score.accuracy > 0.9
-        assert score.chosen.startswith("best of 6 epochs, at ")
+        assert score.chosen.startswith("best of 6 epochs: ")
         assert protocol.selection == "the best epoch, by the test images"
 
 

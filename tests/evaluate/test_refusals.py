@@ -91,9 +91,9 @@ def test_features_of_any_precision_score_as_in_float32(precision: torch.dtype) -
 
 def test_too_few_training_images() -> None:
     (train, labels), (test, truth) = blobs(40), blobs(20)
-    with pytest.raises(UserError, match="at least two training images, not 1"):
+    with pytest.raises(UserError, match="at least 2 training images, not 1"):
         linear_accuracy(train[:1], labels[:1], test, truth)
-    with pytest.raises(UserError, match="at least three training images, not 2"):
+    with pytest.raises(UserError, match="at least 3 training images, not 2"):
         sweep({"out": train[:2]}, labels[:2], {"out": test}, truth, SweepProtocol(epochs=1))
     assert 0 <= linear_accuracy(train[:2], labels[:2], test, truth).accuracy <= 1
     assert 0 <= sweep({"out": train[:3]}, labels[:3], {"out": test}, truth, SweepProtocol(epochs=1)).accuracy <= 1

@@ -15,8 +15,7 @@ from transformers import AutoModel
 import sslkit
 from sslkit.errors import UserError
 from sslkit.evaluate import load_encoder
-from sslkit.publish import EncoderFolderError, export_encoder
-from sslkit.publish import encoder_folder
+from sslkit.publish import EncoderFolderError, encoder_folder, export_encoder
 
 VIT = {"img_size": 32, "args": {"num_heads": 2}}
 
