@@ -201,7 +201,7 @@ def _retry_delay(error: HfHubHTTPError, default: float) -> float:
         seconds = float(error.response.headers.get("Retry-After", ""))
     except ValueError:
         return default
-    return max(min(seconds, MAX_RETRY_DELAY), 0.0) if math.isfinite(seconds) else default
+    return min(seconds, MAX_RETRY_DELAY) if 0 <= seconds < math.inf else default
 
 
 def _server_message(error: HfHubHTTPError) -> str:

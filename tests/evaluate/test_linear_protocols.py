@@ -90,7 +90,7 @@ def test_byol_and_swav_have_the_codes_numbers() -> None:
 def test_the_first_weights_of_byols_classifier() -> None:
     """Haiku's Linear: a normal of 1 / sqrt(fan in), drawn again beyond two deviations: 0.8796 of its spread."""
     protocol = LinearProtocol.from_name("byol", is_vit=False)
-    classifier = linear._first_classifier(400, 300, protocol, torch.Generator().manual_seed(0))
+    classifier = linear._initial_classifier(400, 300, protocol, torch.Generator().manual_seed(0))
     assert classifier.weight.abs().max().item() <= 2 / 20
     assert classifier.weight.std().item() == pytest.approx(0.87962566 / 20, rel=0.01)
     assert not classifier.bias.any()

@@ -95,7 +95,7 @@ def test_sweep_on_the_command_line(capsys: pytest.CaptureFixture[str], class_fol
     assert code == 0
     assert "every head, best first" in out
     for wrong, sentence in (
-        (["--layer", "first"], "'first' is not out, dino_vit_s, dino_vit_b, a block's number"),
+        (["--layer", "first"], "unknown readout 'first'; must be out, dino_vit_s, dino_vit_b, the index of a block"),
         (["--norm", "maybe"], "--norm maybe: write no, yes"),
         (["--lr", "high"], "--lr high: write a number"),
     ):

@@ -225,7 +225,7 @@ def test_a_difference_is_named_in_one_error(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         import_checkpoint(file, tmp_path / "out", backbone="resnet18")
     assert str(caught.value) == (
-        f"{file} (MoCo v1 or v2) does not fit timm's resnet18: 1 missing: layer3.1.bn2.bias; "
+        f"{file}: its encoder (MoCo v1 or v2) does not fit timm's resnet18: 1 missing: layer3.1.bn2.bias; "
         "1 unexpected: layer4.2.conv9.weight; 1 wrong shape: bn1.weight (32,) instead of (64,)"
     )
     with pytest.raises(UserError, match=r"missing: .* and \d+ more"):
