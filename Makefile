@@ -1,4 +1,4 @@
-# Two targets do all set-up on a fresh machine with Python 3.11 and make: `make quickstart` and `make test`.
+# `make quickstart` and `make test` do all set-up on a new machine with Python 3.11 and make.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RUN := runs/quickstart
 LONG := runs/quickstart-long
 
-# Threads that sleep while they wait, and offline datasets: see sslkit/__init__.py.
+# Threads sleep while they wait, and no version check goes to the network: see sslkit/__init__.py.
 export OMP_WAIT_POLICY := PASSIVE
 export NO_ALBUMENTATIONS_UPDATE := 1
 
@@ -33,12 +33,12 @@ test: $(BIN)/.installed
 test-slow: $(BIN)/.installed
 	$(BIN)/python -m pytest -m slow
 
-# Wheel and sdist: built, compared, installed and used.
+# Build, compare, install and use wheel and sdist.
 test-wheel: $(BIN)/.installed
 	$(BIN)/python -m pytest -m "slow or not slow" tests/packaging
 
-# The same tests with every dependency at the lower bound that pyproject.toml allows, and with the newest there is.
-# Each makes an environment of its own (about 6 GB).
+# The same tests with every dependency at its lower bound in pyproject.toml, and at the newest version.
+# Each creates its own environment (about 6 GB).
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable ".[dev]"

@@ -1,10 +1,10 @@
-"""Run the ablations of `ablations.toml`, every cell with every seed, and write docs/ablations.md with a picture.
+"""Run the ablations of `ablations.toml`, every cell with every seed, and write docs/ablations.md with a figure.
 
     python benchmarks/ablations.py [--jobs 2] [--only "Momentum"] [--seeds 1] [--fill] [--report]
 
-Each cell is a training run in `runs/ablations`, in a process of its own; one that has ended is not run again, and one
-that was stopped continues. What was measured is kept in `ablations_measured.json`, and the page is written from that;
-`--fill` trains only the cells it lacks, `--report` none.
+Each cell is a training run in `runs/ablations`, in a separate process. A finished run is not repeated; a stopped run
+continues. Results are stored in `ablations_measured.json`, and the page is written from them. `--fill` trains only the
+missing cells, `--report` none.
 """
 
 import argparse
@@ -23,16 +23,17 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from ablations_page import write_page
-from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 import sslkit
 from sslkit.data.sources.image_source import DataConfig, open_source
-from sslkit.engine.monitor.alarms import find_spikes
-from sslkit.engine.setup import build_method, make_monitor
+from sslkit.engine.monitor.alarms import SpikeDetector
+from sslkit.engine.monitor.knn_monitor import make_knn_monitor
+from sslkit.engine.setup import build_method
 from sslkit.recipe.resolve import Recipe, build_recipe
 
 HERE = Path(__file__).parent
@@ -43,7 +44,7 @@ COLOURED = RUNS / "coloured"
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting of one lever, with one seed."""
+    """One setting of one ablation, with one seed."""
 
     group: str
     label: str
@@ -52,23 +53,23 @@ class Cell:
     tables: dict[str, dict[str, Any]]
 
     def recipe(self) -> Recipe:
-        """What is trained."""
+        """The recipe to train."""
         return build_recipe(self.tables, name=f"ablations.toml {self.group}: {self.label}")
 
     @property
     def key(self) -> str:
-        """A name for what is trained: changes with anything that `ablations.toml` says of it."""
+        """Hash of the cell. It changes with every setting in `ablations.toml`."""
         text = json.dumps([self.group, self.tables], sort_keys=True).replace(str(COLOURED), "COLOURED")
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def folder(self) -> Path:
-        """Its run."""
+        """The run folder."""
         return RUNS / self.key
 
 
 def lay_over(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Tables over tables; one that brings a name starts afresh."""
+    """Merge tables. A table that sets a name replaces the whole table."""
     laid = {table: dict(keys) for table, keys in base.items()}
     for table, keys in over.items():
         laid[table] = dict(keys) if "name" in keys else {**laid.get(table, {}), **keys}
@@ -76,7 +77,7 @@ def lay_over(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_cells(only: str, seeds: int) -> list[Cell]:
-    """Every cell of `ablations.toml`, seed by seed, so that an early stop leaves whole rows."""
+    """All cells of `ablations.toml`, ordered by seed, so that an early stop leaves complete rows."""
     text = (HERE / "ablations.toml").read_text(encoding="utf-8").replace("COLOURED", str(COLOURED))
     spec = tomllib.loads(text)
     cells = []
@@ -94,7 +95,7 @@ def read_cells(only: str, seeds: int) -> list[Cell]:
 
 
 def make_coloured() -> None:
-    """The bundled garments, each in two colours drawn for it alone: colour tells images apart, but not classes."""
+    """The bundled garments, each with two random colours: colour distinguishes images, but not classes."""
     if (COLOURED / "test").is_dir():
         return
     for split in ("train", "test"):
@@ -107,7 +108,7 @@ def make_coloured() -> None:
 
 
 def coloured(source: Any, split: str) -> Iterator[dict[str, Any]]:
-    """PNG bytes of every image, its grey a blend of a dark and a bright colour."""
+    """PNG bytes of every image. Grey levels are mapped between a dark and a bright colour."""
     draws = np.random.default_rng([0, split == "test"])
     for index in range(len(source)):
         share = source.read(index)[..., :1].astype(np.float64) / 255
@@ -119,7 +120,7 @@ def coloured(source: Any, split: str) -> Iterator[dict[str, Any]]:
 
 
 def train_cell(cell: Cell) -> None:
-    """Train it, if that has not been done, and write cell.json beside its run."""
+    """Train the cell unless it is finished, and write cell.json into its run folder."""
     run = sslkit.train(cell.recipe(), cell.folder)
     metrics = run.metrics()
     result: dict[str, Any] = {"knn": run.results()[-1]["accuracy"]}
@@ -132,37 +133,41 @@ def train_cell(cell: Cell) -> None:
 
 
 def spikes(metrics: list[dict[str, Any]]) -> dict[str, int]:
-    """How many steps have over twice the gradient of the twenty before, and in how many the first layer led."""
-    found = find_spikes(metrics, factor=2.0)
+    """Number of steps with over twice the gradient norm of the last twenty, and in how many the first layer led."""
+    detector, found = SpikeDetector(factor=2.0), []
+    for row in metrics:
+        layers = {name: value for name, value in row.items() if name.startswith("gradient/")}
+        if (spike := detector.update(row["step"], row["grad_norm"], layers)) is not None:
+            found.append(spike)
     return {"spikes": len(found), "first_layer": sum(bool(spike.first_layer_first) for spike in found)}
 
 
 def knn_after_head(cell: Cell, folder: Path) -> float:
-    """kNN on the projector's output, with the monitor's protocol."""
+    """kNN accuracy on the projector's output, with the monitor's protocol."""
     recipe = cell.recipe()
     method = build_method(recipe)
     newest = (folder / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
     method.load_state_dict(load_file(folder / "checkpoints" / newest / "model.safetensors"))
-    monitor = make_monitor(recipe, Accelerator(cpu=True))
+    monitor = make_knn_monitor(recipe, torch.device("cpu"), 0)
     assert monitor is not None
     return monitor(nn.Sequential(method.backbone, method.projector))
 
 
 def run_cell(cell: Cell) -> str:
-    """Run one cell in a process of its own; returns what to print."""
+    """Run one cell in a separate process. Returns the line to print."""
     name = f"{cell.group}: {cell.label}, seed {cell.seed}"
     if not (cell.folder / "cell.json").is_file():
         command = [sys.executable, __file__, "--cell", cell.group, cell.label, str(cell.seed)]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
         if done.returncode:
-            return f"{name}: FAILED: {(done.stderr.strip().splitlines() or ['no word'])[-1]}"
+            return f"{name}: FAILED: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
     result = json.loads((cell.folder / "cell.json").read_text(encoding="utf-8"))
     return f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in result.items())
 
 
 def read_measured() -> dict[str, dict[str, float]]:
-    """Results by the cells' keys: this machine's runs, then what was committed."""
+    """Results by cell key: the committed ones, replaced by runs on this machine."""
     measured: dict[str, dict[str, float]] = (
         json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
     )
@@ -173,7 +178,7 @@ def read_measured() -> dict[str, dict[str, float]]:
 
 
 def save_measured() -> dict[tuple[str, str, int], dict[str, float]]:
-    """Write `ablations_measured.json`, without what is no longer in `ablations.toml`; by group, label and seed."""
+    """Write `ablations_measured.json` without removed cells. Returns results by group, label and seed."""
     measured, cells = read_measured(), read_cells("", 0)
     kept = {cell.key: measured[cell.key] for cell in cells if cell.key in measured}
     MEASURED.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
@@ -181,12 +186,12 @@ def save_measured() -> dict[tuple[str, str, int], dict[str, float]]:
 
 
 def main() -> None:
-    """Run what is missing, then write the page."""
+    """Run the missing cells, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="", help="part of a group's name")
-    parser.add_argument("--seeds", type=int, default=0, help="the first so many; 0: all")
-    parser.add_argument("--fill", action="store_true", help="train only what ablations_measured.json lacks")
+    parser.add_argument("--seeds", type=int, default=0, help="number of seeds; 0: all")
+    parser.add_argument("--fill", action="store_true", help="train only the missing cells")
     parser.add_argument("--report", action="store_true", help="only write the page")
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

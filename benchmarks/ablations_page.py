@@ -1,4 +1,4 @@
-"""The page docs/ablations.md and its picture, from the cells that have been run."""
+"""Write docs/ablations.md and its figure from the finished cells."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -14,26 +14,26 @@ Found = dict[tuple[str, str, int], dict[str, float]]
 
 HEAD = """# Ablations
 
-What the papers found by changing one thing at a time, run again at a size that two CPU cores can train: {base}. The
-question is not how good the score is but **which way each lever pushes**. `benchmarks/ablations.toml` has every number;
+Ablations from the papers, repeated at a size that two CPU cores can train: {base}. The question is **in which direction
+each setting changes the score**, not how high it is. `benchmarks/ablations.toml` has every number.
 
 ```bash
 make ablations
 ```
 
-runs what is missing (a few hours; it may be stopped and started again) and writes this page. Scores are kNN top-1 on
-2 000 test pictures, mean and range over the seeds that were run; one score has a standard error of about 0.8 points.
+This runs the missing settings (a few hours; it can be stopped and continued) and writes this page. Scores are kNN top-1
+on 2 000 test images, mean and range over the seeds. The standard error of one score is about 0.8 points.
 
 ![kNN of every cell](pictures/ablations.png)
 """
 BASE = (
-    "five epochs of the bundled 10 000 pictures at 28 pixels, MoCo v2 on timm's `test_mambaout` unless the row says "
+    "five epochs of the 10 000 bundled images at 28 pixels, MoCo v2 on timm's `test_mambaout` unless the row says "
     "otherwise"
 )
 EXTRA = {
     "pretext": ("pretext accuracy", lambda cell: f"{cell['pretext']:.1%}"),
     "spikes": (
-        "steps of twice the usual gradient (first layer led)",
+        "steps with twice the usual gradient (first layer led)",
         lambda cell: f"{cell['spikes']:.0f} ({cell['first_layer']:.0f})",
     ),
     "head": ("kNN after the head", lambda cell: f"{cell['after_head']:.1%}"),
@@ -41,7 +41,7 @@ EXTRA = {
 
 
 def write_page(spec: dict[str, Any], found: Found, docs: Path) -> Path:
-    """Write docs/ablations.md and docs/pictures/ablations.png; returns the page."""
+    """Write docs/ablations.md and docs/pictures/ablations.png. Returns the path of the page."""
     sections = [HEAD.format(base=BASE)]
     for group in spec["group"]:
         rows = _rows(group, found)
@@ -74,7 +74,7 @@ def _rows(group: dict[str, Any], found: Found) -> list[str]:
 
 
 def _draw(spec: dict[str, Any], found: Found, file: Path) -> None:
-    """A panel for each group: every seed a dot, their mean a line across."""
+    """Draw one panel per group, with a dot per seed and a line at their mean."""
     groups = [g for g in spec["group"] if any(_scores(g["name"], c["label"], found) for c in g["cells"])]
     if not groups:
         return
@@ -100,7 +100,7 @@ def _draw(spec: dict[str, Any], found: Found, file: Path) -> None:
 
 
 def _draw_group(axis: Any, group: dict[str, Any], found: Found) -> None:
-    """Every cell a row; at least five points of accuracy wide, so that noise does not look like an effect."""
+    """Draw one row per cell. The axis spans at least five points, so that noise does not look like an effect."""
     labels = [cell["label"] for cell in group["cells"]]
     drawn: list[float] = []
     for height, label in enumerate(labels):

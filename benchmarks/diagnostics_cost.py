@@ -1,10 +1,10 @@
-"""What diagnostics cost: training with and without them by turns, as a ratio of CPU time.
+"""CPU time of training with diagnostics relative to training without.
 
     python benchmarks/diagnostics_cost.py [--recipe quickstart] [--steps 100] [--pairs 3] [--set table.key=value]
 
-CPU time of this process, in which everything happens (data workers are off), says more than the clock on a machine that
-does other things too. Beside the ratio it prints the share of the time that is spent inside the diagnostics themselves,
-which noise hardly touches. Everything before the first step is left out.
+The two alternate. CPU time of this process is used because other jobs on the machine affect wall time (data workers are
+off). It also prints the share of the time spent inside the diagnostics, which is less noisy. The time before the first
+step is not counted.
 """
 
 import argparse
@@ -16,12 +16,12 @@ from typing import Any
 from unittest.mock import patch
 
 import sslkit
-from sslkit.engine import setup as run
-from sslkit.engine.monitor import evaluations as measure_module
+from sslkit.engine import trainer
+from sslkit.engine.monitor.evaluations import RunMonitor
 
 
 def measure(recipe: str, overrides: list[str], steps: int, every: int) -> tuple[float, float]:
-    """CPU seconds of the steps, and of the diagnostics among them."""
+    """CPU seconds of the steps, and of the diagnostics in them."""
     spent = {"steps": 0.0, "inside": 0.0}
 
     def timed(name: str, function: Any) -> Any:
@@ -38,15 +38,15 @@ def measure(recipe: str, overrides: list[str], steps: int, every: int) -> tuple[
     loaded = sslkit.load_recipe(recipe, [*overrides, *keys])
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(measure_module, "diagnose", timed("inside", measure_module.diagnose)),
-        patch.object(run, "run_loop", timed("steps", run.run_loop)),
+        patch.object(RunMonitor, "evaluate_batch", timed("inside", RunMonitor.evaluate_batch)),
+        patch.object(trainer, "run_loop", timed("steps", trainer.run_loop)),
     ):
         sslkit.train(loaded, Path(folder) / "run")
     return spent["steps"], spent["inside"]
 
 
 def main() -> None:
-    """Measure by turns and print medians."""
+    """Measure alternately and print medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="quickstart")
     parser.add_argument("--steps", type=int, default=100)

@@ -1,9 +1,9 @@
-"""What evaluation costs: kNN's memory at ImageNet's size, kNN against scikit-learn, a sweep against one head,
-on features that are there already and from the pictures on.
+"""Cost of evaluation: kNN memory at ImageNet size, kNN compared with scikit-learn, and a sweep compared with one head,
+on cached features and including feature extraction.
 
     python benchmarks/evaluation.py [--parts cached pictures sklearn memory] [--images 1281167] [--queries 50000]
 
-Prints one line for each. Times of two things are taken alternately in one process; read their ratio.
+Prints one line for each. Compared times are measured alternately in one process; use their ratio.
 """
 
 import argparse
@@ -34,7 +34,7 @@ HEADS = len(SweepProtocol().lrs) * len(SweepProtocol().weight_decays) * len(Swee
 
 
 def alternately(*works: Callable[[], object], times: int = 3) -> list[float]:
-    """Median seconds of each."""
+    """Median seconds of each function, run alternately."""
     seconds: list[list[float]] = [[] for _ in works]
     for _ in range(times):
         for work, spent in zip(works, seconds, strict=True):
@@ -45,7 +45,7 @@ def alternately(*works: Callable[[], object], times: int = 3) -> list[float]:
 
 
 def knn_memory(images: int, queries: int, width: int, folder: Path) -> str:
-    """Peak memory of kNN against a bank on disk."""
+    """Peak memory of kNN with a bank on disk."""
 
     def rows(part: range) -> Tensor:
         return torch.randn(len(part), width, generator=torch.Generator().manual_seed(part.start))
@@ -63,12 +63,12 @@ def knn_memory(images: int, queries: int, width: int, folder: Path) -> str:
 
 
 def peak_megabytes() -> float:
-    """Of this process so far, in MiB."""
+    """Peak memory of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def knn_against_sklearn() -> str:
-    """Twenty neighbours of 2 000 queries among 50 000 of 256 numbers."""
+    """Time for 20 neighbours of 2 000 queries in a bank of 50 000 x 256."""
     generator = torch.Generator().manual_seed(0)
     bank, queries = (normalize(torch.randn(rows, 256, generator=generator)) for rows in (50_000, 2_000))
     brute = NearestNeighbors(n_neighbors=20, algorithm="brute", metric="cosine")
@@ -79,7 +79,7 @@ def knn_against_sklearn() -> str:
 
 
 def sweep_on_cached_features(width: int, classes: int, rows: int, epochs: int) -> str:
-    """A sweep against one head on features that are there already."""
+    """Time of a sweep relative to one head, on cached features."""
     labels = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(1))
     features = torch.randn(rows, width, generator=torch.Generator().manual_seed(0)).relu()
     one, all_heads = alternately(*(partial(fit, features, labels, protocol) for protocol in protocols(epochs)))
@@ -90,9 +90,9 @@ def sweep_on_cached_features(width: int, classes: int, rows: int, epochs: int) -
 
 
 def sweep_from_pictures(name: str, side: int, images: int, class_counts: Sequence[int], epochs: int) -> Iterator[str]:
-    """A sweep against one head, both from the pictures on: extraction once, then the heads.
+    """Time of a sweep relative to one head, both including feature extraction.
 
-    Labels are drawn by lot where the pictures have fewer classes: for the cost it makes no difference.
+    If the images have fewer classes, labels are random. This does not affect the cost.
     """
     torch.manual_seed(0)
     shape = {"input_size": (3, side, side), "mean": (0.3,) * 3, "std": (0.35,) * 3, "crop_pct": 1.0}
@@ -113,12 +113,12 @@ def sweep_from_pictures(name: str, side: int, images: int, class_counts: Sequenc
 
 
 def protocols(epochs: int) -> tuple[SweepProtocol, SweepProtocol]:
-    """One head, and the whole grid."""
+    """Protocols of one head and of the whole grid."""
     return SweepProtocol((0.1,), (0.0,), (False,), epochs), SweepProtocol(epochs=epochs)
 
 
 def fit(features: Tensor, labels: Tensor, protocol: SweepProtocol) -> object:
-    """A sweep scored on its first hundred rows, so that nearly all of the time is training."""
+    """Run a sweep, scored on a hundred rows only, so that nearly all of the time is training."""
     return sweep({"out": features}, labels, {"out": features[:100]}, labels[:100], protocol)
 
 
@@ -126,7 +126,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ["cached", "pictures", "sklearn", "memory"]
-    parser.add_argument("--parts", nargs="+", default=parts, choices=parts, help="Which of the four.")
+    parser.add_argument("--parts", nargs="+", default=parts, choices=parts, help="Which measurements to run.")
     parser.add_argument("--images", type=int, default=1_281_167)
     parser.add_argument("--queries", type=int, default=50_000)
     parser.add_argument("--width", type=int, default=128)

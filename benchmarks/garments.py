@@ -1,8 +1,8 @@
-"""Render a small data set for detection: bundled garments at random places and sizes on a noisy ground.
+"""Render a small detection dataset: bundled garments at random places and sizes on a noisy background.
 
     python benchmarks/garments.py FOLDER [--format coco] [--train 400] [--test 100] [--side 128] [--classes 10]
 
-Boxes and masks are known exactly: garments do not overlap, and a garment is where its own picture is not black.
+Boxes and masks are exact: garments do not overlap, and a garment covers the non-black pixels of its image.
 """
 
 import argparse
@@ -25,7 +25,7 @@ GROUND = 90
 
 @dataclass(frozen=True)
 class Garment:
-    """One garment of a scene: its class, its (H, W) mask in the scene, and left, top, right, bottom of that mask."""
+    """One garment of a scene: class, (H, W) mask in the scene, and the mask's left, top, right, bottom."""
 
     name: str
     mask: NDArray[np.bool_]
@@ -35,7 +35,7 @@ class Garment:
 def render_scene(
     source: ImageSource, labels: list[str], rng: np.random.Generator, side: int
 ) -> tuple[NDArray[np.uint8], list[Garment]]:
-    """A picture of ``side`` x 1.25 ``side`` pixels, one to four garments on it."""
+    """Render an image of ``side`` x 1.25 ``side`` pixels with one to four garments."""
     height, width = side, side * 5 // 4
     coarse = rng.uniform(0, GROUND, (side // 8, side // 8)).astype(np.float32)
     scene = np.clip(cv2.resize(coarse, (width, height)) + rng.normal(0, 6, (height, width)), 0, 255).astype(np.uint8)
@@ -63,15 +63,15 @@ def render_scene(
 def render(
     folder: Path, layout: str, counts: dict[str, int], side: int = 128, seed: int = 0, classes: int = 10
 ) -> None:
-    """Write a data set.
+    """Write a dataset.
 
     Args:
-        folder: Where to.
+        folder: Target folder.
         layout: ``voc`` or ``coco``.
-        counts: Pictures of each split; ``train`` and the others show different garments.
+        counts: Number of images per split. ``train`` and the others show different garments.
         side: Height in pixels.
-        seed: Of the scenes.
-        classes: How many kinds of garment there are, by name.
+        seed: Seed of the scenes.
+        classes: Number of garment classes.
     """
     for number, (split, count) in enumerate(counts.items()):
         half = "train" if split == "train" else "test"
@@ -112,7 +112,7 @@ def _write_coco(folder: Path, split: str, scenes: list[Any], classes: list[str])
     (folder / split).mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    numbers = {name: 3 * place + 1 for place, name in enumerate(classes)}  # with gaps, as COCO's own
+    numbers = {name: 3 * place + 1 for place, name in enumerate(classes)}  # with gaps, as in COCO
     for number, (scene, garments) in enumerate(scenes):
         name = f"{number:012d}.png"
         Image.fromarray(scene).save(folder / split / name)
@@ -136,7 +136,7 @@ def _write_coco(folder: Path, split: str, scenes: list[Any], classes: list[str])
 
 
 def _run_lengths(mask: NDArray[np.bool_]) -> list[int]:
-    """Lengths of runs of zeros and ones in turn, down the columns, zeros first."""
+    """Alternating lengths of runs of zeros and ones, in column order, zeros first."""
     column = mask.T.ravel()
     ends = [*(np.flatnonzero(np.diff(column)) + 1).tolist(), len(column)]
     lengths = np.diff([0, *ends]).tolist()
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=400)
     parser.add_argument("--test", type=int, default=100)
     parser.add_argument("--side", type=int, default=128)
-    parser.add_argument("--classes", type=int, default=10, help="kinds of garment")
+    parser.add_argument("--classes", type=int, default=10, help="number of garment classes")
     parser.add_argument("--seed", type=int, default=0)
     words = parser.parse_args()
     counts = {"train": words.train, "test": words.test}

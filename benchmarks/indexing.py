@@ -1,9 +1,9 @@
-"""A folder of as many files as ImageNet: how long it takes to list, and what memory the list takes, with workers.
+"""Time and memory to index a folder of as many files as ImageNet, also with data workers.
 
     python benchmarks/indexing.py [--files 1281167] [--tree FOLDER]
 
-The tree, of tiny files in a thousand folders, is made first if it is not there (some minutes). Each figure is taken in
-a process of its own. Memory of workers is their proportional set size (Linux): what several share counts once in all.
+The tree of small files in a thousand folders is created first if it does not exist (some minutes). Each measurement
+runs in a separate process. Memory is the proportional set size (Linux), in which shared pages count once in total.
 """
 
 import argparse
@@ -25,7 +25,7 @@ TINY = bytes(40)
 
 
 def make_tree(root: Path, files: int) -> None:
-    """Files named as ImageNet's."""
+    """Create files with names like ImageNet's."""
     for number in range(CLASSES):
         folder = root / f"n{number:08d}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -34,20 +34,20 @@ def make_tree(root: Path, files: int) -> None:
 
 
 def memory_mib(pid: int | str = "self") -> float:
-    """Proportional set size of a process."""
+    """Proportional set size of a process, in MiB."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("Pss:"))) / 1024
 
 
 def list_paths(root: Path) -> dict[str, float]:
-    """Plain Python: a list of all paths."""
+    """Time and memory of a Python list of all paths."""
     before, started = memory_mib(), time.perf_counter()
     paths = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
     return {"seconds": time.perf_counter() - started, "mib": memory_mib() - before, "files": len(paths)}
 
 
 class Names(Dataset[int]):
-    """Reads an image's bytes, and hands over next to nothing."""
+    """Read an image's bytes and return almost nothing."""
 
     def __init__(self, source: ImageSource) -> None:
         self.source = source
@@ -60,7 +60,7 @@ class Names(Dataset[int]):
 
 
 def index(root: Path, workers: int) -> dict[str, float]:
-    """sslkit's source, and what its data workers hold of it once each has read from it."""
+    """Time and memory of sslkit's source, with data workers that have each read from it."""
     before, started = memory_mib(), time.perf_counter()
     source = open_source(DataConfig(path=str(root)))
     seconds = time.perf_counter() - started
@@ -79,7 +79,7 @@ def index(root: Path, workers: int) -> dict[str, float]:
 
 
 def in_a_process(*words: str) -> dict[str, float]:
-    """What a process of its own prints."""
+    """Run a measurement in a separate process and parse its output."""
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 

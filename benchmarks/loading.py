@@ -1,10 +1,10 @@
-"""Two views from a JPEG: sslkit against the papers' pipelines, lightly's, and the least that must be done.
+"""Two views from a JPEG: sslkit compared with the papers' pipelines, lightly's, and the fastest possible.
 
     python benchmarks/loading.py [--rounds 15] [--sizes 500x375 4000x3000]
 
-One core, no workers: what a data worker does for an image. "Official" is the official code's pipeline (Pillow and
-torchvision) with the published numbers; lightly's is its transform of the same paper. The limit is the fastest decoding
-and two antialiased crops. Times are taken in turn; read the ratios.
+One core, no workers: the work of one data worker. "Official" is the pipeline of the official code (Pillow and
+torchvision) with the published numbers; lightly's is its transform for the same paper. The limit is the fastest
+decoding and two antialiased crops. Times are measured alternately; use the ratios.
 """
 
 import argparse
@@ -27,7 +27,8 @@ from sklearn.datasets import load_sample_images
 from torchvision import transforms
 
 from sslkit.data.augment.cpu import ViewPipeline, resize
-from sslkit.data.augment.policies import IMAGENET_MEAN, IMAGENET_STD, POLICIES, ViewsConfig
+from sslkit.data.augment.policies import IMAGENET_MEAN, IMAGENET_STD
+from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.decode.rgb import decode_reduced, decode_rgb
 
 QUALITY = 90
@@ -35,7 +36,7 @@ IMAGES = 4  # of a round
 
 
 def jpegs(width: int, height: int) -> list[bytes]:
-    """Two photographs at this size, as JPEG files."""
+    """Write two photographs of this size as JPEG files."""
     encoded = []
     for photo in load_sample_images().images:
         stream = io.BytesIO()
@@ -45,24 +46,24 @@ def jpegs(width: int, height: int) -> list[bytes]:
 
 
 class Blur:
-    """The official code's blur: Pillow's, of a radius from 0.1 to 2."""
+    """Blur as in the official code: Pillow's, with a radius from 0.1 to 2."""
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """Blur."""
+        """Blur an image."""
         return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
 
 
 class Solarize:
-    """The official code's, at half the range."""
+    """Solarize as in the official code, at half of the range."""
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """Invert what is bright."""
+        """Invert bright pixels."""
         return ImageOps.solarize(image)
 
 
 def official_transforms(policy: str) -> list[Callable[[Image.Image], torch.Tensor]]:
     """The official code's transforms of both views."""
-    numbers = ViewsConfig.model_validate({"policy": policy, **POLICIES[policy]})
+    numbers = ViewsConfig.of_policy(policy)
 
     def of_view(blur: float, solarize: float) -> Callable[[Image.Image], torch.Tensor]:
         return transforms.Compose(
@@ -82,13 +83,13 @@ def official_transforms(policy: str) -> list[Callable[[Image.Image], torch.Tenso
 
 
 def official(encoded: bytes, views: list[Callable[[Image.Image], torch.Tensor]]) -> object:
-    """One image, both views."""
+    """Both views of one image."""
     image = Image.open(io.BytesIO(encoded)).convert("RGB")
     return [view(image) for view in views]
 
 
 def lightly(policy: str) -> Callable[[bytes], object] | None:
-    """lightly's transform of the paper, or None where there is none or lightly is not installed."""
+    """lightly's transform for the paper, or None if it does not exist or lightly is not installed."""
     if policy != "moco_v2" or not find_spec("lightly"):
         return None
     transform = import_module("lightly.transforms.moco_transform").MoCoV2Transform(input_size=224, min_scale=0.2)
@@ -96,8 +97,8 @@ def lightly(policy: str) -> Callable[[bytes], object] | None:
 
 
 def contenders(policy: str, size: tuple[int, int]) -> dict[str, Callable[[bytes], object]]:
-    """By name, what each does with a file."""
-    config = ViewsConfig.model_validate({"policy": policy, **POLICIES[policy]})
+    """The compared functions of a file, by name."""
+    config = ViewsConfig.of_policy(policy)
     pipeline, count = ViewPipeline(config, 0), iter(range(10**9))
 
     def ours(encoded: bytes) -> object:
@@ -108,10 +109,10 @@ def contenders(policy: str, size: tuple[int, int]) -> dict[str, Callable[[bytes]
     def for_device(encoded: bytes) -> object:
         sample = next(count)
         pixels, whole = decode_reduced(encoded, "", partial(pipeline.reduction, 0, sample))
-        return pipeline.crops(pixels, 0, sample, whole)
+        return pipeline.crop_views(pixels, 0, sample, whole)
 
     def limit(encoded: bytes) -> object:
-        draws = pipeline.draw(0, next(count), (size[1], size[0]))
+        draws = pipeline.view_params(0, next(count), (size[1], size[0]))
         pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
         boxes = [draw.box for draw in draws]
         return [
@@ -124,7 +125,7 @@ def contenders(policy: str, size: tuple[int, int]) -> dict[str, Callable[[bytes]
 
 
 def measure(policy: str, size: tuple[int, int], rounds: int) -> list[list[str]]:
-    """A table's rows: how many times as fast as the official pipeline."""
+    """Rows of the table: speed relative to the official pipeline."""
     files = jpegs(*size)
     works = {
         name: lambda work=work: [work(files[number % len(files)]) for number in range(IMAGES)]

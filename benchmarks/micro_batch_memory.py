@@ -1,7 +1,7 @@
-"""Peak memory of one step of MoCo v3 against its batch: all at once, and in slices of a fixed size.
+"""Peak memory of one step of MoCo v3 by batch size, for the whole batch and in slices of a fixed size.
 
-Each cell is a process of its own, so that its peak is its own. On CPUs the peak is that of resident memory, less what
-the process holds before its step; on GPUs that of allocated memory. The images are counted in, as in training.
+Each cell runs in a separate process. On CPUs the peak is that of resident memory, minus what the process uses before
+the step; on GPUs it is that of allocated memory. The images are included, as in training.
 
     python benchmarks/micro_batch_memory.py [--slice 64] [--largest 4096] [--whole-up-to 1024]
 """
@@ -18,20 +18,22 @@ from accelerate import Accelerator
 
 from sslkit.data.augment.cpu import normalise
 from sslkit.data.augment.policies import IMAGENET_MEAN, IMAGENET_STD
+from sslkit.engine.gradient_cache import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.engine.setup import build_method
-from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
+from sslkit.methods import BatchInfo
+from sslkit.parts.schedules import Progress
 from sslkit.recipe.resolve import build_recipe
 
 SIDE = 96
 
 
 def resident_mib() -> float:
-    """Peak resident memory of this process so far."""
+    """Peak resident memory of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def measure(batch: int, micro_batch: int) -> dict[str, float]:
-    """Peak of one step, in MiB, and its loss."""
+    """Peak memory of one step, in MiB, and its loss."""
     accelerator = Accelerator()
     recipe = build_recipe(
         {
@@ -45,7 +47,9 @@ def measure(batch: int, micro_batch: int) -> dict[str, float]:
     method = build_method(recipe).to(accelerator.device)
     views = [torch.randint(256, (batch, SIDE, SIDE, 3), dtype=torch.uint8) for _ in range(2)]
     prepare = functools.partial(normalise, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    here = GlobalBatch([view.to(accelerator.device) for view in views], torch.arange(batch), None, prepare)
+    here = GlobalBatch(
+        [view.to(accelerator.device) for view in views], BatchInfo(torch.arange(batch)), Progress(0, 1), None, prepare
+    )
     before = resident_mib()
     if micro_batch:
         step = sliced_step(accelerator, method, here, micro_batch, lambda _: None)
@@ -57,7 +61,7 @@ def measure(batch: int, micro_batch: int) -> dict[str, float]:
 
 
 def in_a_process(batch: int, micro_batch: int) -> dict[str, float]:
-    """`measure` where nothing has been allocated before."""
+    """Run `measure` in a new process."""
     command = [sys.executable, __file__, "--cell", str(batch), str(micro_batch)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     cell: dict[str, float] = json.loads(result.stdout.splitlines()[-1])

@@ -1,10 +1,10 @@
-"""Exact nearest neighbours: sslkit against faiss's flat index and scikit-learn's brute force.
+"""Exact nearest neighbours: sslkit compared with faiss's flat index and scikit-learn's brute force.
 
     python benchmarks/neighbours.py [--bank 100000] [--queries 10000] [--width 768] [--k 20] [--threads 2]
 
-All look for the same neighbours by inner product of unit vectors; the share that agrees is printed, and the share of
-queries to which lightly's kNN gives the same class. faiss and lightly are left out where they are not installed. Read
-the ratios: times are taken in turn.
+All search by inner product of unit vectors. The output includes the share of equal neighbours and the share of queries
+to which lightly's kNN assigns the same class. faiss and lightly are skipped if they are not installed. Times are
+measured alternately; use the ratios.
 """
 
 import argparse
@@ -25,7 +25,7 @@ CLASSES = 100
 
 
 def contenders(bank: Tensor, queries: Tensor, k: int) -> dict[str, Work]:
-    """By name, a function that returns the neighbours (Q, k)."""
+    """Functions that return the neighbours (Q, k), by name."""
     brute = NearestNeighbors(n_neighbors=k, algorithm="brute", metric="cosine")
     found: dict[str, Work] = {"sslkit": lambda: nearest(queries, bank, k)[1].numpy()}
     if find_spec("faiss"):
@@ -44,7 +44,7 @@ def contenders(bank: Tensor, queries: Tensor, k: int) -> dict[str, Work]:
 
 
 def lightlys_predict() -> Any:
-    """lightly's ``knn_predict``, from its own file, since the package around it needs more; None without lightly."""
+    """lightly's ``knn_predict``, loaded from its file because the package needs more; None without lightly."""
     package = find_spec("lightly")
     if package is None or package.origin is None:
         return None
@@ -58,7 +58,7 @@ def lightlys_predict() -> Any:
 
 
 def same_classes(knn_predict: Any, bank: Tensor, queries: Tensor, k: int) -> float:
-    """Share of the queries to which both kNNs give one class; labels are those of the nearest of some directions."""
+    """Share of queries with the same class from both kNNs. Labels are the nearest of some random directions."""
     directions = torch.randn(bank.shape[1], CLASSES, generator=torch.Generator().manual_seed(1))
     labels = (bank @ directions).argmax(dim=1)
     ours = predict(queries, bank, labels, CLASSES, [KnnProtocol(k, 0.07)])[0]

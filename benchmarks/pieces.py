@@ -1,10 +1,10 @@
-"""Pieces of a step against what bounds them: the teacher's move against a copy, InfoNCE against its products.
+"""Parts of a step compared with their limits: teacher update with a copy, InfoNCE with its matrix products.
 
     python benchmarks/pieces.py [--rounds 15] [--device cuda]
 
-A move reads two numbers and writes one for each parameter; the copy moves as many bytes. InfoNCE over a dictionary of K
-keys needs a product for the logits and one for the gradient; "plain" is the official code's: all logits side by side
-and PyTorch's cross-entropy. Times are taken in turn; the peaks of memory are those of processes of their own.
+An update reads two numbers and writes one per parameter; the copy transfers as many bytes. InfoNCE with a queue of K
+keys needs one matrix product for the logits and one for the gradient. "Plain" is the official code: all logits in one
+matrix and PyTorch's cross-entropy. Times are measured alternately, peak memory in separate processes.
 """
 
 import argparse
@@ -20,15 +20,15 @@ from side_by_side import in_turn, machine, ratios, table
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from sslkit.parts.info_nce import contrast_with_dictionary
-from sslkit.parts.momentum_teacher import Teacher
+from sslkit.parts.info_nce import info_nce_in_pieces
+from sslkit.parts.momentum_teacher import MomentumTeacher
 
 K, DIM, TEMPERATURE = 65_536, 128, 0.2
 MOMENTUM = 0.99
 
 
 def settled(work: Callable[[], object], device: str) -> Callable[[], object]:
-    """The same, with the device waited for."""
+    """The same function, followed by a device synchronisation."""
     if device == "cpu":
         return work
 
@@ -40,11 +40,11 @@ def settled(work: Callable[[], object], device: str) -> Callable[[], object]:
 
 
 def teacher_rows(models: list[str], rounds: int, device: str) -> list[list[str]]:
-    """The bandwidth that a move reaches, in units of a copy's."""
+    """Bandwidth of a teacher update relative to a copy."""
     rows = []
     for name in models:
         student = timm.create_model(name, num_classes=0).to(device)
-        teacher = Teacher(student)
+        teacher = MomentumTeacher(student)
         count = sum(param.numel() for param in student.parameters())
         source = torch.randn(count * 3 // 2, device=device)
         target = torch.empty_like(source)
@@ -59,25 +59,25 @@ def teacher_rows(models: list[str], rounds: int, device: str) -> list[list[str]]
 
 
 def batch_of(size: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, their keys and the dictionary."""
+    """Queries, their keys and the queue."""
     torch.manual_seed(0)
     query, key = (normalize(torch.randn(size, DIM, device=device), dim=1) for _ in range(2))
     return query.requires_grad_(), key, normalize(torch.randn(K, DIM, device=device), dim=1)
 
 
 def ours(query: Tensor, key: Tensor, keys: Tensor) -> None:
-    """sslkit's loss and gradient."""
-    contrast_with_dictionary(query, key, keys, TEMPERATURE)[0].backward()
+    """Loss and gradient in sslkit."""
+    info_nce_in_pieces(query, key, keys, TEMPERATURE)[0].backward()
 
 
 def plain(query: Tensor, key: Tensor, keys: Tensor) -> None:
-    """The official code's."""
+    """Loss and gradient in the official code."""
     logits = torch.cat([(query * key).sum(dim=1, keepdim=True), query @ keys.T], dim=1) / TEMPERATURE
     cross_entropy(logits, torch.zeros(len(query), dtype=torch.long, device=query.device)).backward()
 
 
 def bare(query: Tensor, key: Tensor, keys: Tensor) -> None:
-    """The two products alone."""
+    """The two matrix products alone."""
     with torch.no_grad():
         logits = query @ keys.T
         torch.mm(logits, keys)
@@ -87,7 +87,7 @@ WORKS: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {"sslkit": ours, "p
 
 
 def contrast_rows(rounds: int, size: int, device: str) -> list[list[str]]:
-    """Time in units of the bare products', and memory beyond what the inputs take."""
+    """Time relative to the bare products, and memory beyond the inputs."""
     inputs = batch_of(size, device)
     works = {name: settled(lambda work=work: work(*inputs), device) for name, work in WORKS.items()}
     found = ratios(in_turn(works, rounds, warm_up=2), "bare products")
@@ -98,18 +98,18 @@ def contrast_rows(rounds: int, size: int, device: str) -> list[list[str]]:
 
 
 def peak_mib(name: str, size: int, device: str) -> float:
-    """Peak of one call in a process of its own."""
+    """Peak memory of one call in a separate process."""
     words = [sys.executable, __file__, "--peak", name, "--batch", str(size), "--device", device]
     return float(json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout))
 
 
 def print_peak(name: str, size: int, device: str) -> None:
-    """Memory that one call takes beyond its inputs; a small one has loaded the libraries before."""
+    """Print the memory of one call beyond its inputs, after a small warm-up call."""
     inputs = batch_of(size, device)
     query, key, keys = inputs
     WORKS[name](query[:2].detach().requires_grad_(), key[:2], keys[:512])
     if device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins here
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak
         before = resident_peak_mib()
         WORKS[name](*inputs)
         print(resident_peak_mib() - before)
@@ -121,7 +121,7 @@ def print_peak(name: str, size: int, device: str) -> None:
 
 
 def resident_peak_mib() -> float:
-    """Most memory that this process has had since the peak was last reset."""
+    """Peak memory of this process since the last reset."""
     status = Path("/proc/self/status").read_text()
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1024
 

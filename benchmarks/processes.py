@@ -1,11 +1,11 @@
-"""Several processes: bytes that a step moves, counted on the wire and by a written model, and weak scaling.
+"""Multiple processes: bytes sent per step, counted and predicted by a formula, and weak scaling.
 
     python benchmarks/processes.py [--counts 2 4] [--backbone resnet18] [--side 64] [--batch 64]
 
-Bytes are those of the loopback device in a network namespace of its own (Linux, root), divided by steps and processes:
-what a process sends, packets' headers and all. The model is `sent_per_step`, which is then asked for more processes
-than there are here. Scaling is the images per second of two processes of one thread over those of two single runs at
-the same time, which is what the cores allow: two of a shared machine's often do not give twice as much as one.
+Bytes are counted on the loopback device of a separate network namespace (Linux, root), including packet headers, and
+divided by steps and processes. `sent_per_step` is the formula, also evaluated for more processes. Scaling is the images
+per second of two single-threaded processes relative to two independent runs in parallel. These are the reference
+because two cores of a shared machine often do not give twice the speed of one.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from side_by_side import machine, table
 from sslkit.data.sources.image_source import open_source
 from sslkit.distributed.collectives import world_size
 from sslkit.engine.accelerator import make_accelerator
-from sslkit.engine.setup import assemble, build_method, steps_per_epoch
+from sslkit.engine.resilience.guard import Guard
+from sslkit.engine.setup import make_train_loader, set_up_training
 from sslkit.profiling.stage_timer import Stopwatch
 from sslkit.profiling.step_profile import CPU, step
 from sslkit.recipe.resolve import Recipe, build_recipe
@@ -40,16 +41,16 @@ def sent_per_step(processes: int, batch: int, params: int, side: int, dim: int =
     """Bytes that one process sends in a step of MoCo v2.
 
     Args:
-        processes: W.
-        batch: Images of one process.
-        params: Trained parameters.
-        side: Of a view, in pixels.
-        dim: Of a key.
+        processes: World size.
+        batch: Images per process.
+        params: Number of trained parameters.
+        side: Side of a view in pixels.
+        dim: Width of a key.
     """
     others = (processes - 1) / processes
-    rows = batch * others  # of its rows, those that another process owns after a shuffle
+    rows = batch * others  # rows that another process owns after a shuffle
     return {
-        "gradients": 2 * others * params * FLOAT,  # a ring's reduce-scatter and all-gather
+        "gradients": 2 * others * params * FLOAT,  # ring reduce-scatter and all-gather
         "shuffled images": rows * 3 * side * side,  # bytes, not floats
         "keys back": rows * dim * FLOAT,
         "keys for the queue": (processes - 1) * batch * dim * FLOAT,
@@ -58,7 +59,7 @@ def sent_per_step(processes: int, batch: int, params: int, side: int, dim: int =
 
 
 def official_shuffle(processes: int, batch: int, side: int) -> float:
-    """Bytes that one process sends where all images are gathered everywhere, as float32."""
+    """Bytes that one process sends in an all-gather of all images as float32."""
     return (processes - 1) * batch * 3 * side * side * FLOAT
 
 
@@ -82,21 +83,20 @@ def sent_by_loopback() -> int:
 
 
 def work(words: argparse.Namespace) -> None:
-    """What one process of a measurement does; the first one prints it."""
+    """Run one process of a measurement. The first process prints the result."""
     torch.set_num_threads(1)
     recipe = recipe_of(words, words.batch * int(os.environ.get("WORLD_SIZE", "1")))
     accelerator = make_accelerator(recipe)
-    source = open_source(recipe.data)
-    method = build_method(recipe)
-    training = assemble(recipe, Path(), accelerator, method, source, None, steps_per_epoch(recipe, source), 2**40, None)
-    method.train()
-    batches, watch = iter(training.loader), Stopwatch(CPU)
-    for number in range(WARM_UP):
-        step(training, next(batches), number, watch)
+    training = set_up_training(recipe, open_source(recipe.data), accelerator)
+    method = training.method.train()
+    guard = Guard(recipe.guard, training.recovery, method)
+    batches, watch = iter(make_train_loader(training, WARM_UP + STEPS)), Stopwatch(CPU)
+    for _ in range(WARM_UP):
+        step(training, next(batches), guard, watch)
     accelerator.wait_for_everyone()
     before, started = sent_by_loopback(), time.perf_counter()
-    for number in range(STEPS):
-        step(training, next(batches), number, watch)
+    for _ in range(STEPS):
+        step(training, next(batches), guard, watch)
     accelerator.wait_for_everyone()
     seconds = time.perf_counter() - started
     found = {
@@ -110,7 +110,7 @@ def work(words: argparse.Namespace) -> None:
 
 
 def launch(words: argparse.Namespace, processes: int) -> dict[str, Any]:
-    """One measurement, in a network namespace of its own."""
+    """Run one measurement in a separate network namespace."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     own = [__file__, "--work", "--backbone", words.backbone, "--side", str(words.side), "--batch", str(words.batch)]
     inner = [sys.executable, *(launcher if processes > 1 else []), *own]
@@ -122,7 +122,7 @@ def launch(words: argparse.Namespace, processes: int) -> dict[str, Any]:
 
 
 def scaling(words: argparse.Namespace) -> tuple[float, float]:
-    """How much two runs at once that know nothing of each other do over twice one, and two processes over those."""
+    """Speed of two independent parallel runs relative to twice one, and of two processes relative to those."""
     one = launch(words, 1)["images_per_second"]
     with ThreadPoolExecutor() as pool:
         apart = sum(found["images_per_second"] for found in pool.map(launch, (words, words), (1, 1)))
@@ -149,14 +149,14 @@ def main() -> None:
         model = sent_per_step(processes, words.batch, last["params"], words.side)
         total = sum(model.values())
         rows.append([str(processes), f"{last['sent']:.4g}", f"{total:.4g}", f"{last['sent'] / total:.3f}"])
-    print(table(["processes", "bytes sent per process and step", "by the model", "ratio"], rows))
-    print("\nThe model for ResNet-50, 224 px, 32 images a process (MB sent per process and step)\n")
+    print(table(["processes", "bytes sent per process and step", "by the formula", "ratio"], rows))
+    print("\nThe formula for ResNet-50, 224 px, 32 images per process (MB sent per process and step)\n")
     rows = []
     for processes in (2, 8, 64, 512):
         model = sent_per_step(processes, 32, 27_900_000, 224)
         gathered = official_shuffle(processes, 32, 224)
         rows.append([str(processes), *(f"{value / 1e6:.3g}" for value in (*model.values(), gathered))])
-    print(table(["processes", *model, "images, if all were gathered"], rows))
+    print(table(["processes", *model, "images with all-gather instead"], rows))
     if not words.rounds:
         return
     names = ("two single runs over twice one", "two processes over two single runs")

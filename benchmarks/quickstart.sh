@@ -1,30 +1,30 @@
 #!/bin/sh
-# Pretrain on real images, judge, draw, export, and load the result in a process that knows only timm.
+# Pretrain on the bundled images, evaluate, draw a report, export, and load the encoder in a process without sslkit.
 # Usage: quickstart.sh RECIPE RUN_FOLDER BIN_FOLDER
 set -eu
 recipe=$1 run=$2 bin=$3
 encoder=$run/exported
-# One thread of computation beside one data worker: a thread that finds its core taken holds up all the others.
+# One compute thread next to one data worker: a thread whose core is busy delays all others.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 started=$(date +%s)
 
 step() { printf '\n== %s\n' "$*"; }
 
-step "1/5 pretrain: MoCo on 10 000 Fashion-MNIST pictures, labels unseen"
+step "1/5 pretrain: MoCo on 10 000 Fashion-MNIST images, without labels"
 "$bin/sslkit" pretrain "$recipe" --output "$run"
 
-step "2/5 judge: is it better than no training at all, and than the pixels themselves?"
+step "2/5 evaluate: compare with random weights and raw pixels"
 "$bin/sslkit" eval knn "$run" --data builtin:fashion_mnist --workers 1
 "$bin/sslkit" eval linear "$run" --data builtin:fashion_mnist --workers 1
 
-step "3/5 draw"
+step "3/5 report"
 "$bin/sslkit" report "$run"
 
 step "4/5 export"
 rm -rf "$encoder"
 "$bin/sslkit" export "$run" "$encoder"
 
-step "5/5 load with timm, in a process that does not import sslkit"
+step "5/5 load with timm, in a process without sslkit"
 "$bin/python" - "$encoder" <<'PYTHON'
 import sys
 

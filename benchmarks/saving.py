@@ -1,10 +1,10 @@
-"""What a checkpoint costs the training that goes on meanwhile.
+"""Cost of a checkpoint to the training that continues during the save.
 
     python benchmarks/saving.py [--backbone vit_small_patch16_224] [--rounds 3]
 
-MoCo v3 with AdamW trains on one batch again and again. Rounds alternate: steps without a save, then as many with one
-at their start. The difference is what the save took from training: the copy into host memory, and the cores and the
-memory that the writing thread uses. The table relates it to the default interval of 15 minutes.
+MoCo v3 with AdamW trains on one batch repeatedly. Rounds alternate between steps without a save and as many steps with
+a save at their start. The difference is the cost of the save: the copy into host memory, and the cores and memory that
+the writer thread uses. The table compares it with the default interval of 15 minutes.
 """
 
 import argparse
@@ -19,14 +19,14 @@ from side_by_side import machine, table
 from sslkit.engine.checkpoint.writer import Saver
 from sslkit.engine.optim import make_optimizer
 from sslkit.engine.setup import build_method
-from sslkit.methods import Progress
+from sslkit.methods import BatchInfo, Progress
 from sslkit.recipe.resolve import Recipe, build_recipe
 
 INTERVAL = 900.0  # seconds: [checkpoint] every_minutes = 15
 
 
 def recipe_of(backbone: str, size: int) -> Recipe:
-    """MoCo v3, as its paper has it."""
+    """MoCo v3 with the paper's settings."""
     tables = {
         "method": {"name": "moco_v3"},
         "backbone": {"name": backbone},
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="vit_small_patch16_224")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=20.0, help="Of a round.")
+    parser.add_argument("--seconds", type=float, default=20.0, help="Seconds per round.")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     recipe = recipe_of(arguments.backbone, arguments.size)
@@ -53,7 +53,7 @@ def main() -> None:
     views = [torch.randn(4, 3, arguments.size, arguments.size) for _ in range(2)]
 
     def step() -> None:
-        method(views, torch.arange(4)).loss.backward()
+        method(views, BatchInfo(torch.arange(4)), Progress(0, 1)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         method.after_update(Progress(1, 10))

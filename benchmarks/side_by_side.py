@@ -1,4 +1,4 @@
-"""How contenders are timed: in turn, round by round, so that a machine that slows down slows all of them."""
+"""Time several functions alternately, round by round, so that a slower machine affects all of them."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ Work = Callable[[], object]
 
 
 def in_turn(works: Mapping[str, Work], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each contender in each round; every round runs all of them once, in rotating order."""
+    """Seconds of each function in each round. Every round runs all of them once, in rotating order."""
     names = list(works)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(warm_up + rounds):
@@ -24,7 +24,7 @@ def in_turn(works: Mapping[str, Work], rounds: int, warm_up: int = 1) -> dict[st
 
 
 def ratios(seconds: Mapping[str, list[float]], base: str) -> dict[str, tuple[float, float, float]]:
-    """Of each contender, median, lower and upper quartile of its seconds over ``base``'s in the same round."""
+    """Median, lower and upper quartile of each function's seconds relative to ``base`` in the same round."""
     found = {}
     for name, own in seconds.items():
         each = sorted(mine / other for mine, other in zip(own, seconds[base], strict=True))
@@ -40,7 +40,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def machine(*packages: str) -> str:
-    """One line on where and with what a figure was taken."""
+    """One line with machine and versions."""
     cores = len(os.sched_getaffinity(0))
     found = []
     for package in packages:

@@ -1,10 +1,10 @@
-"""Does a run stay as small as it began? Thousands of steps with many saves, measurements and restarts, watched outside.
+"""Memory, files and threads of a long run with many saves, evaluations and restarts, observed from outside.
 
     python benchmarks/soak.py [--steps 4000] [--restarts 3] [--workers 1]
 
-A tiny MoCo v2 saves every 25 steps and measures kNN and diagnostics often. Memory, open files, threads and processes of
-the run and its data workers are read from the kernel twice a second, disk and shared memory too; the table compares the
-first third of the last start with its last third.
+A small MoCo v2 saves every 25 steps and computes kNN and diagnostics often. Memory, open files, threads and processes
+of the run and its data workers, disk and shared memory are sampled twice a second. The table compares the first third
+of the last start with its last third.
 """
 
 import argparse
@@ -32,7 +32,7 @@ COLUMNS = {
 
 
 def recipe_text(steps: int, workers: int) -> str:
-    """What is trained."""
+    """The recipe to train, as TOML."""
     tables = {
         "method": {"name": "moco_v2", "dim": 16, "queue_size": 256, "bn_groups": 2},
         "backbone": {"name": "test_resnet"},
@@ -60,7 +60,7 @@ def family(pid: int) -> list[Path]:
 
 
 def look(pid: int, run: Path) -> dict[str, float]:
-    """What the run takes at this moment."""
+    """Sample the resources of the run."""
     seen = dict.fromkeys(COLUMNS, 0.0)
     for folder in family(pid):
         try:
@@ -70,7 +70,7 @@ def look(pid: int, run: Path) -> dict[str, float]:
             seen["open files"] += len(os.listdir(folder / "fd"))
             seen["threads"] += len(os.listdir(folder / "task"))
             seen["processes"] += 1
-        except (OSError, KeyError):  # it has just ended
+        except (OSError, KeyError):  # the process has just exited
             continue
     seen["run folder"] = size_of(run)
     seen["shared memory"] = size_of(Path("/dev/shm"))
@@ -78,7 +78,7 @@ def look(pid: int, run: Path) -> dict[str, float]:
 
 
 def size_of(folder: Path) -> float:
-    """MiB of the files below a folder."""
+    """Size of the files below a folder in MiB."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -90,7 +90,7 @@ def size_of(folder: Path) -> float:
 
 
 def soak(folder: Path, steps: int, restarts: int, workers: int) -> list[tuple[int, dict[str, float]]]:
-    """Train, kill and continue; returns (step, sizes) of the last start."""
+    """Train, kill and continue. Returns (step, sizes) of the last start."""
     file, run = folder / "recipe.toml", folder / "run"
     file.write_text(recipe_text(steps, workers))
     kills = [WARM_STEPS // 2 * (number + 1) for number in range(restarts)]
@@ -113,7 +113,7 @@ def soak(folder: Path, steps: int, restarts: int, workers: int) -> list[tuple[in
 
 
 def compare(samples: list[tuple[int, dict[str, float]]]) -> dict[str, tuple[float, float]]:
-    """Medians of the first and of the last third, by column; the last two samples may see a process that ends."""
+    """Medians of the first and last third by column. The last two samples are dropped: the process may be exiting."""
     rows = [sizes for _, sizes in samples[:-2]]
     third = max(len(rows) // 3, 1)
     return {

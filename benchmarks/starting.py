@@ -1,9 +1,9 @@
-"""How long it takes from the command to the end of the first step, and for ``--help`` to print.
+"""Time from the command to the end of the first step, and to print ``--help``.
 
     python benchmarks/starting.py [--rounds 7]
 
-A small recipe on the bundled images, in processes of their own, beside a process that imports torch and timm and does
-nothing else. The first step has ended when its line is in metrics.jsonl.
+Runs a small recipe on the bundled images in separate processes, and compares with a process that only imports torch and
+timm. The first step has ended when its line is in metrics.jsonl.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from side_by_side import in_turn, machine, ratios, table
 
-PAUSE = 0.005  # seconds between looks for the line
+PAUSE = 0.005  # seconds between checks for the line
 BASE = "import torch and timm"
 SMALL = (
     *("--method", "moco_v2", "--backbone", "test_vit", "--data", "builtin:fashion_mnist"),
@@ -27,7 +27,7 @@ SMALL = (
 
 
 def imported(modules: str) -> None:
-    """A process, until it has imported; its end, which takes PyTorch long, does not count."""
+    """Run a process until its imports are done. Its exit, which is slow with PyTorch, is not counted."""
     words = [sys.executable, "-c", f"import {modules}; print('done', flush=True)"]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
         assert process.stdout
@@ -36,12 +36,12 @@ def imported(modules: str) -> None:
 
 
 def show_help() -> None:
-    """The whole of ``sslkit --help``."""
+    """Run ``sslkit --help`` to its end."""
     subprocess.run([sys.executable, "-m", "sslkit", "--help"], check=True, stdout=subprocess.DEVNULL)
 
 
 def first_step() -> None:
-    """The command, until the line of its first step is there."""
+    """Run the command until the line of the first step is written."""
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder) / "run/metrics.jsonl"
         words = [sys.executable, "-m", "sslkit.pretrain", *SMALL, "--output", f"{folder}/run"]
@@ -60,7 +60,7 @@ def main() -> None:
     words = parser.parse_args()
     works = {
         BASE: partial(imported, "torch, timm"),
-        "import all that pretraining needs": partial(imported, "sslkit.engine.setup"),
+        "import all that pretraining needs": partial(imported, "sslkit.engine.trainer"),
         "command to first step": first_step,
         "sslkit --help": show_help,
     }
@@ -70,7 +70,7 @@ def main() -> None:
     for name, (middle, low, high) in ratios(seconds, BASE).items():
         own = statistics.median(seconds[name])
         rows.append([name, f"{own:.2f}", f"{middle:.2f} ({low:.2f} to {high:.2f})"])
-    print(table(["what", "seconds (median)", "times the bare import"], rows))
+    print(table(["what", "seconds (median)", "relative to the imports"], rows))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What a step costs beyond the passes it cannot do without, and what it costs elsewhere.
+"""Cost of a training step relative to the bare backbone passes, and in other implementations.
 
     python benchmarks/training_step.py [--methods moco_v2 moco_v3] [--backbone resnet18] [--size 64] [--batch 64]
-    python benchmarks/training_step.py --all        # every method against the bare passes
+    python benchmarks/training_step.py --all        # every method compared with the bare passes
     python benchmarks/training_step.py --device cuda --bf16 --batch 256 --size 224
 
 The limit is the bare backbone: forward and backward of the student on its views, and forward of a copy on the teacher's
-views, on the same batch. "Plain" is the official step written out: queue as a matrix, logits of all K + 1 keys beside
-each other, cross-entropy, the teacher moved parameter by parameter. lightly's is made of its modules as its own example
-does it. All end with the optimizer's update. Times are taken in turn; read the ratios.
+views, on the same batch. "Plain" is the official step, reimplemented: the queue as a matrix, the logits of all K + 1
+keys in one matrix, cross-entropy, a teacher update per parameter. lightly's step uses its modules like its own example.
+All end with the optimizer step. Times are measured alternately; use the ratios.
 """
 
 import argparse
@@ -25,24 +25,24 @@ from side_by_side import in_turn, machine, ratios, table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+from sslkit.engine.gradient_cache import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.engine.optim import make_optimizer
 from sslkit.engine.rng import shuffle_order
 from sslkit.engine.setup import build_method
-from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
-from sslkit.methods import METHODS, Progress
+from sslkit.methods import METHODS, BatchInfo, Progress
 from sslkit.profiling.stage_timer import wait_for
 from sslkit.recipe.resolve import Recipe, build_recipe
 
 NUM_SAMPLES = 10_000  # rows of a memory bank
 K, DIM, TEMPERATURE = 65_536, 128, 0.2
-# Backbone, side and batch whose cost is a real run's: on tiny ones the heads of MoCo v3 would be most of it.
+# Backbone, side and batch of realistic cost: with small ones MoCo v3's heads would dominate.
 SIZES = {"moco_v2": ("resnet50", 112, 32), "moco_v3": ("vit_small_patch16_224", 160, 32)}
 SLICES = 4
 Step = Callable[[], object]
 
 
 def recipe_of(method: str, backbone: str, size: int, batch: int) -> Recipe:
-    """The paper's recipe at this size; BN in one group, so that all sides make the same calls."""
+    """The paper's recipe at this size, with one BatchNorm group, so that all implementations make the same calls."""
     options = {"bn_groups": 1} if "bn_groups" in METHODS[method].Options.model_fields else {}
     return build_recipe(
         {
@@ -56,7 +56,7 @@ def recipe_of(method: str, backbone: str, size: int, batch: int) -> Recipe:
 
 
 def sslkit_step(recipe: Recipe, views: list[Tensor], slices: int = 1) -> Step:
-    """One training step as the engine makes it, without data; exact, though in slices."""
+    """One training step of the engine, without data loading; exact, also in slices."""
     accelerator = Accelerator(cpu=views[0].device.type == "cpu")
     torch.manual_seed(0)
     method = build_method(recipe, NUM_SAMPLES).to(views[0].device, memory_format=torch.channels_last)
@@ -65,7 +65,7 @@ def sslkit_step(recipe: Recipe, views: list[Tensor], slices: int = 1) -> Step:
 
     def step() -> None:
         permutation = shuffle_order(recipe, 0) if method.shuffle_keys else None
-        batch = GlobalBatch(views, ids, permutation, lambda view: view)
+        batch = GlobalBatch(views, BatchInfo(ids), Progress(0, 1), permutation, lambda view: view)
         if slices == 1:
             whole_batch_step(accelerator, method, batch)
         else:
@@ -95,7 +95,7 @@ def bare_passes(recipe: Recipe, views: list[Tensor]) -> Step:
 
 
 def mlp(*widths: int, batch_norm: bool) -> nn.Sequential:
-    """Linear layers with what stands between them."""
+    """Linear layers with the layers between them."""
     layers: list[nn.Module] = []
     for number, (inside, outside) in enumerate(itertools.pairwise(widths)):
         layers.append(nn.Linear(inside, outside, bias=not batch_norm))
@@ -117,13 +117,13 @@ def _sized(recipe: Recipe) -> dict[str, Any]:
 
 @torch.no_grad()
 def move(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """The official loop over parameters."""
+    """Teacher update: the official loop over parameters."""
     for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
         old.data = old.data * momentum + new.data * (1.0 - momentum)
 
 
 def plain_moco_v2(recipe: Recipe, views: list[Tensor]) -> Step:
-    """Queries against their keys and a queue of K, as a (B, 1 + K) matrix of logits."""
+    """MoCo v2 step with a (B, 1 + K) matrix of logits."""
     device = views[0].device
     student = encoder(recipe, device, 2048, DIM, batch_norm=False)
     teacher = copy.deepcopy(student).requires_grad_(False)
@@ -151,7 +151,7 @@ def plain_moco_v2(recipe: Recipe, views: list[Tensor]) -> Step:
 
 
 def plain_moco_v3(recipe: Recipe, views: list[Tensor]) -> Step:
-    """Each view's predictions against the other view's keys, in the batch, both ways."""
+    """MoCo v3 step: predictions of each view against keys of the other view, in both directions."""
     device = views[0].device
     student = encoder(recipe, device, 4096, 4096, 256, batch_norm=True)
     teacher = copy.deepcopy(student).requires_grad_(False)
@@ -209,7 +209,7 @@ CONTENDERS = {
 
 
 def on_device(step: Step, device: torch.device, *, bf16: bool) -> Step:
-    """The same under autocast, if asked, with the device waited for."""
+    """The same function under autocast, if requested, followed by a device synchronisation."""
 
     def call() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -224,7 +224,7 @@ def measure(method: str, recipe: Recipe, words: argparse.Namespace) -> list[list
     size, batch, device = recipe.views.size, recipe.train.batch_size, torch.device(words.device)
     views = [torch.randn(batch, 3, size, size).to(device, memory_format=torch.channels_last) for _ in range(2)]
     steps: dict[str, Step] = {"bare passes": bare_passes(recipe, views), "sslkit": sslkit_step(recipe, views)}
-    if recipe.backbone.name.startswith("vit"):  # in a ResNet, slices have batch statistics of their own
+    if recipe.backbone.name.startswith("vit"):  # in a ResNet, each slice has its own batch statistics
         steps[f"sslkit, {SLICES} slices"] = sslkit_step(recipe, views, SLICES)
     for name, make in ({} if words.all else CONTENDERS[method]).items():
         if name != "lightly" or find_spec("lightly"):

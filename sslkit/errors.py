@@ -1,30 +1,32 @@
-"""The one exception a user sees: a sentence that says what is wrong, where, and what would be right."""
+"""The errors that a user sees: one sentence that says what is wrong, where, and what would be right."""
 
 import difflib
 import os
 import re
 from collections.abc import Iterable
 
+from sslkit.text import escape
+
 
 class UserError(ValueError):
-    """Bad input. The doors print it as one sentence and exit with code 2.
+    """Bad input. The command line prints its messages and exits with code 2.
 
-    A DataLoader makes a worker's error anew from the text of its traceback, of which only the sentence is kept.
+    A DataLoader raises the error of a worker again with its traceback as text; only the message of it is kept.
 
     Attributes:
-        sentences: One for each mistake; each is printed on a line of its own.
+        messages: One sentence per mistake; each is printed on a line of its own.
     """
 
-    def __init__(self, *sentences: str) -> None:
-        first = sentences[0] if sentences else ""
+    def __init__(self, *messages: str) -> None:
+        first = messages[0] if messages else ""
         if first.startswith("Caught ") and " in DataLoader worker process " in first:
-            sentences = (first.strip().splitlines()[-1].partition(": ")[2],)
-        self.sentences = sentences
-        super().__init__("\n".join(sentences))
+            messages = (first.strip().splitlines()[-1].partition(": ")[2],)
+        self.messages = messages
+        super().__init__("\n".join(messages))
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on through no fault of the input. The doors print one sentence and exit with code 1."""
+    """A run cannot continue although its input is valid. The command line prints one sentence and exits with code 1."""
 
 
 def near_miss(word: str, known: Iterable[str]) -> str:
@@ -38,55 +40,48 @@ def first_line(error: BaseException, limit: int = 200) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:limit]
 
 
-def path_fault(path: str | os.PathLike[str], *, lines: bool = False) -> str:
-    """What keeps a path from being written down in recipes, results and pages as it is; empty if nothing does.
+def path_problem(path: str | os.PathLike[str], *, lines: bool = False) -> str:
+    """Why a path cannot be written to recipes, results and pages; empty if it can.
 
     Args:
-        path: Of a file or folder, or a word that may name one.
-        lines: Whether it may have line breaks, as words that are no path may.
+        path: A file or folder, or a command-line argument that may be one.
+        lines: Whether line breaks are allowed, as in arguments that are not paths.
     """
     text = os.fspath(path)
     if "\0" in text:
-        what = "has a NUL character"
+        problem = "has a NUL character"
     elif text.encode(errors="replace").decode() != text:
-        what = "is not valid UTF-8"
+        problem = "is not valid UTF-8"
     elif not lines and text.splitlines() not in ([], [text]):
-        what = "has a line break"
+        problem = "has a line break"
     else:
         return ""
-    shown = "".join(char if char.isprintable() else _escaped(char) for char in text)
-    return f"{shown} {what}; rename the file or folder, and give its new name"
+    return f"{escape(text)} {problem}; rename the file or folder, and give its new name"
 
 
 def check_path(path: str | os.PathLike[str], where: str, *, lines: bool = False) -> None:
-    """Refuse a path that could not be written down as it is, before anything is read or written.
+    """Refuse a path that cannot be written to recipes, results and pages, before anything is read or written.
 
     Args:
-        path: See `path_fault`.
-        where: Argument or key; opens the sentence.
-        lines: See `path_fault`.
+        path: See `path_problem`.
+        where: Argument or key that gave the path, for the message.
+        lines: See `path_problem`.
 
     Raises:
-        UserError: It is not valid UTF-8, or has a NUL character or a line break.
+        UserError: The path is not valid UTF-8, or has a NUL character or a line break.
     """
-    if fault := path_fault(path, lines=lines):
-        raise UserError(f"{where}: {fault}")
+    if problem := path_problem(path, lines=lines):
+        raise UserError(f"{where}: {problem}")
 
 
-def _escaped(char: str) -> str:
-    """A byte of a path that is not UTF-8, or another character that is not printable, in ASCII."""
-    byte = 0xDC80 <= ord(char) <= 0xDCFF
-    return f"\\x{ord(char) & 0xFF:02x}" if byte else char.encode("unicode_escape").decode()
-
-
-# Every repetition is bounded, so that no text takes long.
+# All repetitions are bounded, so that matching is fast for any text.
 TOKENS = (
     r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{16,}|hf_[A-Za-z0-9]{30,}",  # Hugging Face
     r"gh[opsur]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}",  # GitHub
     r"(?<![A-Za-z0-9])A[KS]IA[A-Z0-9]{16}(?![A-Za-z0-9])",  # AWS
     r"xox[a-z]-[A-Za-z0-9-]{10,}",  # Slack
 )
-# What stands before each tells that it is one, and stays.
+# Tokens that are recognised by the text before them, which is kept.
 TOKENS_AFTER = (
     r"((?i:(?<![a-z])(?:api|key)(?![a-z]))[^\n]{0,16}?(?<![0-9a-zA-Z]))[0-9a-f]{40}(?![0-9a-zA-Z])",  # Weights & Biases
     r"((?i:\bbearer[ \t]+))(?:(?=[^\s\"']{0,200}[0-9])[\w.~+/=-]{8,}|[\w.~+/=-]{20,})",
@@ -101,7 +96,7 @@ TOKEN_VARIABLES = (
 
 
 def without_tokens(text: str) -> str:
-    """The text with every access token and password in it struck out: those of known forms, and the environment's."""
+    """Replace access tokens and passwords: those of known formats, and those in environment variables."""
     for name in TOKEN_VARIABLES:
         if len(token := os.environ.get(name, "")) >= 8:
             text = text.replace(token, f"[{name}]")

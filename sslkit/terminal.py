@@ -1,7 +1,7 @@
-"""Everything that sslkit prints goes through here: no text from outside moves the cursor, adds a line or holds a token.
+"""All output of sslkit goes through this module, which escapes unprintable characters and removes access tokens.
 
-Text from outside is what files, folders, other libraries and users say: names, keys, labels, messages. Rich's markup is
-never read in it.
+File names, labels and messages of other libraries may contain anything. They must not move the cursor, start a new
+line, be read as Rich's markup, or reveal a token.
 """
 
 import json
@@ -16,95 +16,80 @@ from rich.table import Table
 from rich.text import Text
 
 from sslkit.errors import UserError, without_tokens
-
-SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-
-
-def escaped(text: object) -> str:
-    r"""Text on one line, of printable characters only: others are written as TOML and JSON write them, ``\u001b``.
-
-    Control characters, line ends, and marks that turn the direction of writing are not printable.
-    """
-    line = str(text)
-    if line.isprintable():
-        return line
-    return "".join(each if each.isprintable() else SHORT.get(each, _code(each)) for each in line)
+from sslkit.text import escape
 
 
-def printed(text: object) -> str:
-    """A line as it may be printed: escaped, and without access tokens."""
-    return escaped(without_tokens(str(text)))
+def sanitize(text: object) -> str:
+    """A line that is safe to print: escaped, and without access tokens."""
+    return escape(without_tokens(str(text)))
 
 
-def say(sentence: object) -> None:
-    """Print a sentence on standard error."""
-    print(f"sslkit: {printed(sentence)}", file=sys.stderr)
+def print_message(message: object) -> None:
+    """Print a message on standard error."""
+    print(f"sslkit: {sanitize(message)}", file=sys.stderr)
 
 
-def sentences_of(error: Exception) -> list[str]:
-    """What to say of an error, one or more lines as they may be printed."""
-    return [printed(each) for each in (error.sentences if isinstance(error, UserError) else (error,))]
+def error_messages(error: Exception) -> list[str]:
+    """The messages of an error, safe to print."""
+    return [sanitize(each) for each in (error.messages if isinstance(error, UserError) else (error,))]
 
 
-def show(line: object, style: str = "", console: Console | None = None) -> None:
-    """Print a line on standard output, which the terminal and not we breaks."""
-    (console or Console()).print(Text(printed(line), style), soft_wrap=True)
+def print_line(line: object, style: str = "", console: Console | None = None) -> None:
+    """Print a line on standard output. Long lines are wrapped by the terminal."""
+    (console or Console()).print(Text(sanitize(line), style), soft_wrap=True)
 
 
-def show_plain(line: object, *, on_error_stream: bool) -> None:
-    """Print a line as it is, at once: on standard output, or on standard error where that is for a program."""
-    print(printed(line), file=sys.stderr if on_error_stream else sys.stdout, flush=True)
+def print_plain(line: object, *, to_stderr: bool) -> None:
+    """Print a line at once, without Rich: on standard output, or on standard error if standard output is JSON."""
+    print(sanitize(line), file=sys.stderr if to_stderr else sys.stdout, flush=True)
 
 
-def show_json(value: Any) -> None:
-    """Print JSON on standard output; it escapes control characters itself."""
+def print_json(value: Any) -> None:
+    """Print JSON on standard output. JSON escapes control characters itself."""
     print(without_tokens(json.dumps(value)))
 
 
-def show_text(text: str) -> None:
+def print_text(text: str) -> None:
     """Print several lines on standard output."""
-    print("\n".join(map(printed, text.split("\n"))))
+    print("\n".join(map(sanitize, text.split("\n"))))
 
 
-def show_traceback(error: BaseException) -> None:
-    """Print an error of ours in full on standard error."""
-    print(_printed_traceback(error), file=sys.stderr)
+def print_traceback(error: BaseException) -> None:
+    """Print an error with its traceback on standard error."""
+    print(_format_traceback(error), file=sys.stderr)
 
 
-def guard_other_libraries() -> None:
-    """Let warnings and log records of other libraries go the same way, whichever handler prints them.
-
-    They name files and tensors, and repeat what servers say.
-    """
-    logging.setLogRecordFactory(_PrintedRecord)
+def sanitize_other_libraries() -> None:
+    """Sanitize the warnings and log records of other libraries too, for any log handler."""
+    logging.setLogRecordFactory(_SanitizedRecord)
     warnings.formatwarning = _format_warning
 
 
-class _PrintedRecord(logging.LogRecord):
+class _SanitizedRecord(logging.LogRecord):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         if self.exc_info and self.exc_info[1]:
-            self.exc_text = _printed_traceback(self.exc_info[1])  # which formatters take as it is
+            self.exc_text = _format_traceback(self.exc_info[1])  # formatters use it unchanged
 
     def getMessage(self) -> str:  # noqa: N802 (logging's name)
-        return printed(super().getMessage())
+        return sanitize(super().getMessage())
 
 
-def _printed_traceback(error: BaseException) -> str:
-    """Several lines; those of a message that look like ours are indented."""
+def _format_traceback(error: BaseException) -> str:
+    """Several lines; lines that look like messages of sslkit are indented, so that an error cannot imitate them."""
     lines = "".join(traceback.format_exception(error)).rstrip("\n").split("\n")
-    return "\n".join(f"  {printed(each)}" if each.startswith("sslkit:") else printed(each) for each in lines)
+    return "\n".join(f"  {sanitize(each)}" if each.startswith("sslkit:") else sanitize(each) for each in lines)
 
 
 def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    del line  # of the source; says nothing to a user
-    return f"{printed(filename)}:{lineno}: {category.__name__}: {printed(message)}\n"
+    del line  # the source line does not help a user
+    return f"{sanitize(filename)}:{lineno}: {category.__name__}: {sanitize(message)}\n"
 
 
 class PlainTable(Table):
-    """A table whose words are printed as they are."""
+    """A table whose text is sanitized and not read as Rich's markup."""
 
     def __init__(self, *headers: str, title: str | None = None) -> None:
         super().__init__(title=title)
@@ -112,13 +97,9 @@ class PlainTable(Table):
             self.add_column(header)
 
     def add_column(self, header: Any = "", *args: Any, **options: Any) -> None:
-        """As Rich's, with a header that is no markup."""
-        super().add_column(Text(printed(header)), *args, **options)
+        """As in Rich."""
+        super().add_column(Text(sanitize(header)), *args, **options)
 
     def add_row(self, *cells: Any, **options: Any) -> None:
-        """As Rich's, with words that are no markup."""
-        super().add_row(*(Text(printed(each)) if isinstance(each, str) else each for each in cells), **options)
-
-
-def _code(character: str) -> str:
-    return f"\\u{ord(character):04x}" if ord(character) < 0x10000 else f"\\U{ord(character):08x}"
+        """As in Rich."""
+        super().add_row(*(Text(sanitize(each)) if isinstance(each, str) else each for each in cells), **options)

@@ -11,15 +11,18 @@ from conftest import cli_error, small_recipe
 import sslkit
 from sslkit.cli import main
 from sslkit.data.sources.image_source import DataConfig, open_source
-from sslkit.engine.resilience.replay import replay_capsule
+from sslkit.engine.replay import replay_step
 from sslkit.errors import UserError, check_path
 from sslkit.evaluate import load_encoder
 from sslkit.publish import export_detectron2, export_encoder, import_checkpoint, publish_run
 from sslkit.recipe.resolve import build_recipe, load_recipe
 from sslkit.report import draw_curves, read_runs, write_views
 
-KINDS = {"not UTF-8": ("caf\udce9", "caf\\xe9 is not valid UTF-8"), "NUL": ("caf\0e", "caf\\x00e has a NUL character"),
-         "line break": ("caf\ne", "caf\\ne has a line break")}  # fmt: skip
+KINDS = {
+    "not UTF-8": ("caf\udce9", "caf\\xe9 is not valid UTF-8"),
+    "NUL": ("caf\0e", "caf\\u0000e has a NUL character"),
+    "line break": ("caf\ne", "caf\\ne has a line break"),
+}
 RENAME = "; rename the file or folder, and give its new name"
 
 # X stands for the path, RUN for a run folder, DATA for images of classes, NEW for what is not there yet.
@@ -97,7 +100,7 @@ FUNCTIONS: dict[str, Callable[[Any, Path], object]] = {
     "read_runs": lambda bad, root: read_runs([root / bad]),
     "draw_curves": lambda bad, root: draw_curves(root / bad),
     "write_views": lambda bad, root: write_views(load_recipe(root / "recipe.toml"), "x", root / bad),
-    "replay_capsule": lambda bad, root: replay_capsule(root / bad),
+    "replay_step": lambda bad, root: replay_step(root / bad),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""MoCo in a loop of one's own: teacher, queue, loss and views from sslkit, and nothing of its engine."""
+"""MoCo in your own training loop, with teacher, queue, loss and views from sslkit and without its engine."""
 
 import timm
 import torch
@@ -6,25 +6,23 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from sslkit.data.augment.cpu import ViewPipeline, normalise
-from sslkit.data.augment.policies import POLICIES, ViewsConfig
+from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.parts.backbone import feature_dim
 from sslkit.parts.heads import mlp_head
 from sslkit.parts.losses import info_nce_with_queue
-from sslkit.parts.momentum_teacher import Teacher
+from sslkit.parts.momentum_teacher import MomentumTeacher
 from sslkit.parts.queue import KeyQueue
-
-SMALL_GRAY = {**POLICIES["small_gray"], "policy": "small_gray", "size": 28, "crop_scale": (0.8, 1.0)}
 
 
 def pretrain(backbone: nn.Module, *, steps: int, batch_size: int = 64, lr: float = 1e-3) -> list[float]:
-    """Train ``backbone``, (B, 3, 28, 28) to (B, D), in place; returns each step's loss in nats."""
+    """Train ``backbone``, (B, 3, 28, 28) to (B, D), in place. Returns the loss of each step in nats."""
     images = open_source(DataConfig(path="builtin:fashion_mnist"))
-    config = ViewsConfig(**SMALL_GRAY)
+    config = ViewsConfig.of_policy("small_gray", size=28, crop_scale=(0.8, 1.0))
     views = ViewPipeline(config, seed=0)
 
     student = nn.Sequential(backbone, mlp_head(feature_dim(backbone, config.size), hidden_dim=256, out_dim=64))
-    teacher, queue = Teacher(student), KeyQueue(size=1024, dim=64)
+    teacher, queue = MomentumTeacher(student), KeyQueue(size=1024, dim=64)
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr)
     losses = []
     for step in range(steps):
@@ -49,4 +47,4 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     encoder = timm.create_model("test_mambaout", num_classes=0)
     curve = pretrain(encoder, steps=150)
-    print(f"loss {curve[20]:.2f} once the queue holds true keys, {curve[-1]:.2f} after {len(curve)} steps")
+    print(f"loss {curve[20]:.2f} when the queue has filled with real keys, {curve[-1]:.2f} after {len(curve)} steps")

@@ -1,121 +1,138 @@
-"""``sslkit data check`` finds what is wrong with images before a run does; ``sslkit prepare`` packs them for one."""
+"""``sslkit data check`` finds bad images before training; ``sslkit prepare`` packs images for faster reading."""
 
+import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from sslkit.cli.options import ImageColumn, LabelColumn, data_config, find_background
+from sslkit.cli.options import DataName, ImageColumn, LabelColumn, data_config, expand_options, find_background
 from sslkit.cli.output import AsJson, console
 from sslkit.errors import UserError, check_path
-from sslkit.terminal import PlainTable, show, show_json
+from sslkit.terminal import PlainTable, print_json, print_line
+from sslkit.text import pluralize
 
-FINDINGS = 2  # exit code of --strict
-SHOWN = 10  # of a list, on the screen
+if TYPE_CHECKING:
+    from sslkit.data.sources.image_source import DataConfig
 
-data_app = typer.Typer(help="Look at images before training on them.", no_args_is_help=True)
+BAD_IMAGES = 2  # exit code of --strict
+MAX_PRINTED = 10  # entries of a list
+
+data_app = typer.Typer(no_args_is_help=True, epilog="Example: sslkit data check photos")
+
+Workers = Annotated[int, typer.Option(help="Processes that read images; -1: one per core.", min=-1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """Where the images are and how they are read."""
+
+    path: Annotated[str, typer.Argument(help="Folder of images, datasets id, or builtin:NAME.", metavar="DIR|ID")]
+    name: DataName = ""
+    image_column: ImageColumn = ""
+    label_column: LabelColumn = ""
+    background: Annotated[str, typer.Option(help="Colour behind transparent pixels, or keep, which ignores alpha.")] = (
+        "white"
+    )
+
+    def config(self) -> "DataConfig":
+        """The same for `sslkit.data`."""
+        background = find_background(self.background)
+        return data_config(self.path, self.name, self.label_column, self.image_column, background)
 
 
 @data_app.callback()
-def _group() -> None:
-    """Look at images before training on them."""
+def data_command() -> None:
+    """Inspect images before training on them."""
 
 
 @data_app.command(epilog="Example: sslkit data check photos --strict")
+@expand_options
 def check(
-    path: Annotated[str, typer.Argument(help="Folder of images or datasets id.", metavar="DIR|ID")],
-    split: Annotated[str, typer.Option(help="Split to read; all: everything, whatever folders are called.")] = "train",
-    name: Annotated[str, typer.Option(help="Configuration of the dataset.")] = "",
-    image_column: ImageColumn = "",
-    label_column: LabelColumn = "",
+    data: DataOptions,
+    split: Annotated[
+        str, typer.Option(help="Split to read; all: all images, whatever the names of the folders.")
+    ] = "train",
     channels: Annotated[
-        int, typer.Option(help="Channels of images that are not RGB, as [backbone] in_chans has it.", min=1, max=512)
+        int, typer.Option(help="Channels of images that are not RGB, as backbone.in_chans.", min=1, max=512)
     ] = 3,
-    background: Annotated[
-        str, typer.Option(help="Colour that transparent pixels are composited over, or keep, which drops alpha.")
-    ] = "white",
-    workers: Annotated[int, typer.Option(help="Processes that read; -1: one a core.", min=-1)] = -1,
-    strict: Annotated[bool, typer.Option(help="Exit with 2 if an image is unreadable or occurs twice.")] = False,
+    workers: Workers = -1,
+    strict: Annotated[bool, typer.Option(help="Exit with code 2 if an image is unreadable or a duplicate.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Read every image as training would, and report what they are and which of them are bad.
+    """Read every image as training does, and report statistics and bad images.
 
-    Formats, modes and sizes; unreadable, tiny, huge and long images; exact and near duplicates; the channels' mean and
-    standard deviation for a recipe; the share of grey images, which colour jitter does nothing for; class counts.
+    Formats, modes and sizes; unreadable, tiny, huge and elongated images; exact and near duplicates; mean and standard
+    deviation of the channels for a recipe; the share of grey images, which colour jitter does not change; class sizes.
     """
     from sslkit.data.loading.loader import cores_of_a_process
-    from sslkit.data.sources.image_source import files_left_out, open_source
-    from sslkit.data.tools.inspection import survey
+    from sslkit.data.sources.image_source import open_source, skipped_files
+    from sslkit.data.tools.inspection import inspect_images
 
-    config = data_config(path, name, label_column, image_column, find_background(background)).model_copy(
-        update={"split": split, "channels": None if channels == 3 else channels}
-    )
+    config = data.config().model_copy(update={"split": split, "channels": None if channels == 3 else channels})
     source = open_source(config)
     with _progress(len(source)) as advance:
-        found = survey(source, cores_of_a_process(1) if workers < 0 else workers, advance)
-    found["left_out"] = dict(files_left_out(config).most_common())
+        found = inspect_images(source, cores_of_a_process(1) if workers < 0 else workers, advance)
+    found["left_out"] = dict(skipped_files(config).most_common())
     if as_json:
-        show_json(found)
+        print_json(found)
     else:
-        _show(found)
+        _print_findings(found)
     if strict and (found["unreadable"]["count"] or found.get("exact_duplicates", {}).get("groups")):
-        raise typer.Exit(FINDINGS)
+        raise typer.Exit(BAD_IMAGES)
 
 
+@expand_options
 def prepare(
-    path: Annotated[str, typer.Argument(help="Folder of images or datasets id.", metavar="DIR|ID")],
-    output: Annotated[str, typer.Argument(help="Folder to write; a folder of shards in it for each split.")],
-    split: Annotated[list[str] | None, typer.Option(help="Split to pack; may repeat. Default: all there are.")] = None,
-    name: Annotated[str, typer.Option(help="Configuration of the dataset.")] = "",
-    image_column: ImageColumn = "",
-    label_column: LabelColumn = "",
+    data: DataOptions,
+    output: Annotated[str, typer.Argument(help="Folder to write, with one folder of shards per split.")],
+    split: Annotated[list[str] | None, typer.Option(help="Split to pack; repeatable. Default: all.")] = None,
     side: Annotated[
         int,
         typer.Option(
-            min=16, max=8192, help="Shorter side to shrink larger images to. 504: no crop of MoCo v2 loses a pixel."
+            min=16,
+            max=8192,
+            help="Shorter side of shrunk images. 504 keeps all pixels of MoCo v2's crops.",
         ),
     ] = 504,
-    quality: Annotated[int, typer.Option(min=50, max=100, help="JPEG quality of images that are shrunk.")] = 95,
-    workers: Annotated[int, typer.Option(help="Processes that decode; -1: one a core.", min=-1)] = -1,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order.")] = 0,
-    shard_images: Annotated[int, typer.Option(min=64, help="Images of a shard.")] = 2048,
-    background: Annotated[
-        str,
-        typer.Option(help="Colour that transparent pixels of shrunk images are composited over, or keep."),
-    ] = "white",
+    quality: Annotated[int, typer.Option(min=50, max=100, help="JPEG quality of shrunk images.")] = 95,
+    workers: Workers = -1,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the order.")] = 0,
+    shard_images: Annotated[int, typer.Option(min=64, help="Images per shard.")] = 2048,
 ) -> None:
-    """Pack images into a few large files, large ones made smaller, for where disk or decoding holds training up.
+    """Pack images into a few large files and shrink large images, if reading or decoding limits training speed.
 
-    Then [data] path = "OUTPUT". Smaller images are kept byte for byte, labels and order of reading too; unreadable ones
-    are left out and listed. The same command continues one that was interrupted.
+    Train with --data OUTPUT. Labels are kept, and images that are not shrunk stay byte for byte the same.
+    Unreadable images are left out and listed. The same command continues after an interruption.
     """
     from sslkit.data.loading.loader import cores_of_a_process
     from sslkit.data.sources.image_source import available_splits, open_source
     from sslkit.data.tools.inspection import describe_alpha
     from sslkit.data.tools.packing import Packing, pack
 
-    check_path(path, "DATA")
+    check_path(data.path, "DATA")
     check_path(output, "OUTPUT")
-    if Path(path).is_dir() and Path(output).resolve().is_relative_to(Path(path).resolve()):
-        raise UserError(f"{output}: lies in the folder that is packed; give one elsewhere")
-    config = data_config(path, name, label_column, image_column, find_background(background))
+    if Path(data.path).is_dir() and Path(output).resolve().is_relative_to(Path(data.path).resolve()):
+        raise UserError(f"OUTPUT {output}: is inside the folder to pack, {data.path}; give a folder outside it")
+    config = data.config()
     packing = Packing(side, quality, seed, shard_images, config.background)
     for each in split or available_splits(config) or ["train"]:
         source = open_source(config.model_copy(update={"split": each}))
         folder = Path(output) / each
-        _say(describe_alpha(source))
+        print_line(describe_alpha(source))
         with _progress(len(source)) as advance:
             packed = pack(source, folder, packing, cores_of_a_process(1) if workers < 0 else workers, advance)
-        _say(
-            f"{folder}: {packed.images} images, {packed.shrunk} of them shrunk, "
+        print_line(
+            f"{folder}: {pluralize(packed.images, 'image')}, {packed.shrunk} of them shrunk, "
             f"{_size(packed.bytes_before)} -> {_size(packed.bytes_after)}"
         )
         if packed.left_out:
             first = packed.left_out[0]
-            _say(f"{len(packed.left_out)} left out, listed in {folder / 'prepared.json'}: {first['name']}", "yellow")
+            count = pluralize(len(packed.left_out), "unreadable image")
+            print_line(f"{count} left out, listed in {folder / 'prepared.json'}; first: {first['name']}", "yellow")
 
 
 def _size(size: int) -> str:
@@ -123,7 +140,7 @@ def _size(size: int) -> str:
 
 
 def _progress(total: int) -> AbstractContextManager[Any]:
-    """A bar on the terminal's error stream, or nothing elsewhere."""
+    """A progress bar on standard error, or nothing if that is not a terminal."""
     errors = Console(stderr=True)
     if not errors.is_terminal:
         return nullcontext(lambda count: None)
@@ -140,69 +157,66 @@ class _Bar(Progress):
         return lambda count: self.advance(self.images, count)
 
 
-def _show(found: dict[str, Any]) -> None:
-    _say(f"{found['data']}: {found['images']} images, {found['readable']} of them readable")
+def _print_findings(found: dict[str, Any]) -> None:
+    print_line(f"{found['data']}: {pluralize(found['images'], 'image')}, {found['readable']} readable")
     if left_out := found["left_out"]:
-        _say(f"files not taken for images: {_counts(left_out)}")
+        print_line(f"other files: {_counts(left_out)}")
     if found["readable"]:
-        _show_readable(found)
+        _print_statistics(found)
     if found["label_problem"]:
-        _say(f"labels cannot be used for evaluation: {found['label_problem']}", "yellow")
+        print_line(f"labels cannot be used for evaluation: {found['label_problem']}", "yellow")
     if found["classes"]:
         least, most = min(found["classes"].values()), max(found["classes"].values())
-        _say(f"{len(found['classes'])} classes of {least} to {most} images")
-    _show_list("unreadable", found, lambda image: f"{image['name']}: {image['reason']}")
+        print_line(f"{pluralize(len(found['classes']), 'class', 'classes')} of {least} to {most} images")
+    _print_list("unreadable", found, lambda image: f"{image['name']}: {image['reason']}")
     for kind, meaning in (("tiny", "shorter side below 32"), ("huge", "over 16 million pixels"), ("long", "over 8:1")):
-        _show_list(kind, found, lambda image: f"{image['name']}: {image['width']} x {image['height']}", meaning)
+        _print_list(kind, found, lambda image: f"{image['name']}: {image['width']} x {image['height']}", meaning)
     for kind in ("exact_duplicates", "near_duplicates"):
-        _show_groups(kind, found)
+        _print_duplicates(kind, found)
 
 
-def _show_readable(found: dict[str, Any]) -> None:
+def _print_statistics(found: dict[str, Any]) -> None:
     from sslkit.data.decode.background import describe_background
 
-    _say(f"formats: {_counts(found['formats'])}; modes: {_counts(found['modes'])}")
-    _say(f"turned by EXIF: {found['exif_rotated']}; grey: {found['grey_share']:.1%}")
+    print_line(f"formats: {_counts(found['formats'])}; modes: {_counts(found['modes'])}")
+    print_line(f"rotated by EXIF: {found['exif_rotated']}; grey: {found['grey_share']:.1%}")
     if alpha := found.get("alpha"):
         done = f": {describe_background(alpha['background'])}" if alpha["count"] else ""
-        _say(f"alpha channel: {alpha['count']}, {alpha['transparent']} of them with transparent pixels{done}")
-    _say(f"[views] mean = {found['mean']}, std = {found['std']}")
+        print_line(f"alpha channel: {alpha['count']}, {alpha['transparent']} of them with transparent pixels{done}")
+    print_line(f"[views] mean = {found['mean']}, std = {found['std']}")
     table = PlainTable("quantile", *found["quantiles"])
     for share in found["quantiles"]["width"]:
         table.add_row(f"{float(share):.0%}", *(str(values[share]) for values in found["quantiles"].values()))
     console.print(table)
     if found["grey_share"] == 1.0:
-        _say("every image is grey: jitter of saturation and hue, and turning grey, change nothing")
+        print_line("all images are grey: saturation, hue and gray_prob of [views] have no effect")
 
 
-def _show_list(kind: str, found: dict[str, Any], line: Any, meaning: str = "") -> None:
+def _print_list(kind: str, found: dict[str, Any], line: Any, meaning: str = "") -> None:
     listed = found.get(kind)
     if not listed or not listed["count"]:
         return
-    _say(f"{kind}{f' ({meaning})' if meaning else ''}: {listed['count']}", "yellow" if meaning else "bold red")
-    for image in listed["images"][:SHOWN]:
-        _say(f"  {line(image)}")
-    _say_rest(listed["count"])
+    print_line(f"{kind}{f' ({meaning})' if meaning else ''}: {listed['count']}", "yellow" if meaning else "bold red")
+    for image in listed["images"][:MAX_PRINTED]:
+        print_line(f"  {line(image)}")
+    _print_rest(listed["count"])
 
 
-def _show_groups(kind: str, found: dict[str, Any]) -> None:
+def _print_duplicates(kind: str, found: dict[str, Any]) -> None:
     listed = found.get(kind)
     if not listed or not listed["groups"]:
         return
-    _say(f"{kind.replace('_', ' ')}: {listed['surplus']} images too many, in {listed['groups']} groups", "yellow")
-    for group in listed["images"][:SHOWN]:
-        _say(f"  {' = '.join(group[:3])}{f' and {len(group) - 3} more' if len(group) > 3 else ''}")
-    _say_rest(listed["groups"])
+    count = f"{pluralize(listed['surplus'], 'redundant image')} in {pluralize(listed['groups'], 'group')}"
+    print_line(f"{kind.replace('_', ' ')}: {count}", "yellow")
+    for group in listed["images"][:MAX_PRINTED]:
+        print_line(f"  {' = '.join(group[:3])}{f' and {len(group) - 3} more' if len(group) > 3 else ''}")
+    _print_rest(listed["groups"])
 
 
-def _say_rest(count: int) -> None:
-    if count > SHOWN:
-        _say(f"  and {count - SHOWN} more; --json lists up to 1000")
+def _print_rest(count: int) -> None:
+    if count > MAX_PRINTED:
+        print_line(f"  and {count - MAX_PRINTED} more; --json lists up to 1000")
 
 
 def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{word} {count}" for word, count in counts.items())
-
-
-def _say(line: str, style: str = "") -> None:
-    show(line, style)
+    return ", ".join(f"{name} {count}" for name, count in counts.items())

@@ -1,8 +1,8 @@
-"""What a command that fails leaves to the launcher that started it: torchrun, or ``accelerate launch``.
+"""Report errors to the launcher that started this process: torchrun or ``accelerate launch``.
 
-PyTorch's launcher ends with a summary of what failed, and shows in it what a process left in the file that
-``TORCHELASTIC_ERROR_FILE`` names. Without one it says how to enable tracebacks. It keeps the files of a machine's
-processes as ``.../0/error.json``, ``.../1/error.json``, ..., and ends all processes when one has failed.
+PyTorch's launcher kills all processes when one has failed, and prints a summary. It shows the message that a process
+wrote to the file in ``TORCHELASTIC_ERROR_FILE``; without one it tells how to enable tracebacks. The processes of a
+machine have the files ``.../0/error.json``, ``.../1/error.json``, ...
 """
 
 import json
@@ -12,31 +12,31 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-PATIENCE = 10.0  # seconds for which a process that fails waits to see whether the others of this machine fail too
+TIMEOUT = 10.0  # seconds that a failed process waits for the other processes of this machine to fail too
 PAUSE = 0.05
 
 
 def leave_for_launcher(message: str) -> None:
-    """Write why this process fails to the launcher's file, if there is one; in the form that PyTorch reads.
+    """Write the error message of this process to the launcher's file, if there is one, in PyTorch's format.
 
-    From here on SIGTERM is ignored: the launcher sends it when another process has failed, and this one is about to end
-    with its own exit code.
+    SIGTERM is ignored from now on: the launcher sends it when another process has failed, but this process is about to
+    exit with its own code.
     """
     name = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not name:
         return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     extra = {"timestamp": str(int(time.time()))}
-    aside = Path(f"{name}.tmp")
+    temporary = Path(f"{name}.tmp")
     try:
-        aside.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8")
-        aside.replace(name)
+        temporary.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8")
+        temporary.replace(name)
     except OSError:
-        return  # the exit code and standard error still say it
+        return  # standard error and the exit code still report it
 
 
-def is_said_by_first(message: str) -> bool:
-    """Whether the first process of this machine says the same, so that this one need not; waits for it."""
+def is_printed_by_first(message: str) -> bool:
+    """Whether the first process of this machine prints the same message. Waits for that process to fail."""
     files = _files_of_all()
     if not files or os.environ["LOCAL_RANK"] == "0":
         return False
@@ -44,13 +44,13 @@ def is_said_by_first(message: str) -> bool:
 
 
 def wait_for_others() -> None:
-    """Let the other processes of this machine come to the same end, so that the launcher need not kill them."""
+    """Wait until the other processes of this machine have failed too, so that the launcher does not kill them."""
     files = _files_of_all()
     _wait_until(lambda: all(file.is_file() for file in files))
 
 
 def _files_of_all() -> list[Path]:
-    """The launcher's files of this machine's processes, if it is one that keeps them so and there are several."""
+    """The error files of all processes of this machine; none if there is one process or another launcher."""
     name, local_rank = os.environ.get("TORCHELASTIC_ERROR_FILE", ""), os.environ.get("LOCAL_RANK", "")
     size = os.environ.get("LOCAL_WORLD_SIZE", "")
     file = Path(name)
@@ -59,9 +59,9 @@ def _files_of_all() -> list[Path]:
     return [file.parent.parent / str(rank) / file.name for rank in range(int(size))]
 
 
-def _wait_until(is_so: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + PATIENCE
-    while not is_so():
+def _wait_until(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
         if time.monotonic() > deadline:
             return False
         time.sleep(PAUSE)

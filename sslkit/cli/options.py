@@ -1,4 +1,4 @@
-"""Options that several commands share: dataclasses whose fields typer reads as if the command listed them."""
+"""Options that several commands share, as annotated types and as dataclasses whose fields become options."""
 
 import dataclasses
 import inspect
@@ -21,54 +21,92 @@ if TYPE_CHECKING:
 
 Number = TypeVar("Number", int, float)
 
-RecipeName = Annotated[str, typer.Argument(help="TOML file, or the name of a shipped recipe.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="table.key=value; may repeat.")]
-MethodName = Annotated[str, typer.Option(help="Method, such as moco_v2.")]
-Backbone = Annotated[str, typer.Option(help="timm name, such as resnet18.")]
-Images = Annotated[str, typer.Option(help="Folder of images or datasets id.")]
+RecipeName = Annotated[str, typer.Argument(help="TOML file, or the name of a recipe; see sslkit recipes.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a recipe value; repeatable.")
+]
 Model = Annotated[str, typer.Argument(help="Run folder, exported folder, hf_hub:user/repo, or timm name.")]
 Layer = Annotated[
     str,
     typer.Option(
-        help="out; a block's number (-2: last but one), mean-pooled; last4: class tokens of the last 4 blocks side by "
-        "side; dino_vit_s (last4) or dino_vit_b (last class token beside the mean of patch tokens)."
+        help="out (the encoder's output); a block number such as -2 (mean of its patch tokens); last4 (class tokens of "
+        "the last 4 blocks); dino_vit_s (= last4); dino_vit_b (class token and mean of patch tokens of the last block)."
     ),
 ]
-Baseline = Annotated[list[str] | None, typer.Option("--baseline", help="Also score this timm name; may repeat.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
+Baseline = Annotated[
+    list[str] | None, typer.Option("--baseline", help="Another timm model to evaluate for comparison; repeatable.")
+]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: none, decode in this one.")]
 ImageColumn = Annotated[
-    str, typer.Option(help="Column of images, if several hold some; of tar files, the images' suffix, such as jpg.")
+    str, typer.Option(help="Column of the images, if several hold images; for tar files their suffix, such as jpg.")
 ]
 LabelColumn = Annotated[
-    str, typer.Option(help="Column of labels, if it is not found by its type; of tar files, the labels' suffix.")
+    str, typer.Option(help="Column of the labels, if it cannot be found by its type; for tar files their suffix.")
 ]
 Background = Annotated[
     str,
     typer.Option(
-        help="Colour that transparent pixels are composited over, or keep, which drops alpha. Default: as MODEL was "
-        "trained, if that is a folder with a recipe.toml, else white."
+        help="Colour behind transparent pixels, or keep, which ignores alpha. Default: as in MODEL's recipe.toml, "
+        "else white."
     ),
 ]
+DataName = Annotated[str, typer.Option(help="Configuration of the dataset, if it has several.")]
 Scratch = Annotated[bool, typer.Option(help="Also train the architecture from random weights.")]
 
 
 @dataclasses.dataclass(frozen=True)
-class Labelled:
-    """Which labelled images, and whom to compare with."""
+class RecipeOptions:
+    """A recipe: a file or name, or method, backbone and data, or both; the options override the recipe."""
 
-    data: Annotated[str, typer.Option("--data", help="Folder with a folder per class, datasets id, or builtin:NAME.")]
-    data_name: Annotated[str, typer.Option(help="The data set's configuration, if it has several.")] = ""
+    recipe: RecipeName = ""
+    overrides: Overrides = None
+    method: Annotated[str, typer.Option(help="Method, such as moco_v2; see sslkit methods.")] = ""
+    backbone: Annotated[str, typer.Option(help="timm name, such as resnet18.")] = ""
+    data: Annotated[str, typer.Option(help="Folder of images, datasets id, or builtin:NAME.")] = ""
+
+    def load(self) -> "Recipe":
+        """Load the recipe.
+
+        Raises:
+            UserError: No complete recipe is given, or it is not valid.
+        """
+        from sslkit.recipe.resolve import build_recipe, load_recipe
+
+        given = {"method.name": self.method, "backbone.name": self.backbone, "data.path": self.data}
+        overrides = self.overrides or []
+        if self.recipe:
+            options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value]
+            return load_recipe(self.recipe, options + overrides)
+        if missing := [f"--{key.partition('.')[0]}" for key, value in given.items() if not value]:
+            what = "a recipe, such as quickstart, or all of --method, --backbone and --data"
+            raise UserError(f"give {what}; missing: {', '.join(missing)}")
+        tables = {"method": {"name": self.method}, "backbone": {"name": self.backbone}, "data": {"path": self.data}}
+        return build_recipe(tables, overrides, name="command line")
+
+    def name(self, loaded: "Recipe") -> str:
+        """Default name of a run or page: that of the recipe file, or of method and backbone."""
+        return Path(self.recipe).stem if self.recipe else f"{loaded.method_name}_{loaded.backbone.name}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """Labelled images, and baselines to compare with."""
+
+    data: Annotated[str, typer.Option("--data", help="Folder with one folder per class, datasets id, or builtin:NAME.")]
+    data_name: DataName = ""
     image_column: ImageColumn = ""
     label_column: LabelColumn = ""
-    train_split: Annotated[str, typer.Option(help="Split to learn from; all: everything, a fifth held out.")] = "train"
-    test_split: Annotated[str, typer.Option(help="Split to score on. Default: test or val, else a fifth held out.")] = (
-        ""
-    )
+    train_split: Annotated[
+        str, typer.Option(help="Split to train on; all: everything, with a fifth held out for the test.")
+    ] = "train"
+    test_split: Annotated[
+        str, typer.Option(help="Split to test on. Default: test or val, else a fifth is held out.")
+    ] = ""
     baseline: Baseline = None
     background: Background = ""
 
     def config(self, model: str) -> "DataConfig":
-        """The images, for an encoder."""
+        """The images, as an encoder needs them."""
         background = find_background(self.background, model)
         return data_config(self.data, self.data_name, self.label_column, self.image_column, background)
 
@@ -85,16 +123,16 @@ class Labelled:
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """How features are taken from a frozen encoder."""
+    """How features of a frozen encoder are extracted."""
 
     crop_pct: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the shorter side kept, 0.1 to 1; 0: the model's own.")
+        float, typer.Option(min=0, max=1, help="Share of the shorter side that the crop keeps; 0: the model's default.")
     ] = 0.0
-    cache: Annotated[bool, typer.Option(help="Keep features on disk for the next evaluation.")] = True
+    cache: Annotated[bool, typer.Option(help="Store features on disk for later evaluations.")] = True
     workers: Workers = 0
 
     def readout(self, layer: str) -> "Readout":
-        """What ``layer`` names, taken so."""
+        """The features of ``layer``, with these options."""
         from sslkit.evaluate.features.readouts import Readout
         from sslkit.evaluate.features.store import FeatureStore
 
@@ -102,8 +140,8 @@ class Frozen:
         return dataclasses.replace(Readout.from_name(layer), crop_pct=self.crop_pct, workers=self.workers, store=store)
 
 
-def shared(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace parameters that are dataclasses by their fields, for typer; the command gets the dataclasses."""
+def expand_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace the parameters of a command that are dataclasses by their fields, so that Typer makes options of them."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
 
@@ -129,10 +167,10 @@ def shared(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def find_background(given: str, model: str = "") -> str:
-    """What ``--background`` says, else the recipe in the model's folder, else white.
+    """The value of ``--background``, else of the recipe in the model's folder, else white.
 
     Raises:
-        UserError: It names no colour.
+        UserError: The value is not a colour.
     """
     from sslkit.data.decode.background import WHITE, check_background
     from sslkit.recipe.resolve import load_saved
@@ -143,7 +181,7 @@ def find_background(given: str, model: str = "") -> str:
         except ValueError as error:
             raise UserError(f"--background: {error}, not {given!r}") from None
     recipe = Path(model, "recipe.toml")
-    with suppress(UserError):  # of a recipe that only the commands for runs need
+    with suppress(UserError):  # an evaluation does not need a valid recipe
         return load_saved(recipe).data.background if model and recipe.is_file() else WHITE
     return WHITE
 
@@ -151,11 +189,11 @@ def find_background(given: str, model: str = "") -> str:
 def data_config(
     path: str, name: str = "", label_column: str = "", image_column: str = "", background: str = "white"
 ) -> "DataConfig":
-    """What ``--data`` and its companions say."""
+    """The data that ``--data`` and related options describe."""
     from sslkit.data.sources.image_source import DataConfig
 
     if not path:
-        raise UserError("--data: name a folder, a datasets id or builtin:fashion_mnist")
+        raise UserError("--data: is empty; give a folder, a datasets id or builtin:fashion_mnist")
     return DataConfig(
         path=path,
         name=name or None,
@@ -165,31 +203,14 @@ def data_config(
     )
 
 
-def numbers(option: str, words: str, kind: Callable[[str], Number]) -> list[Number]:
-    """Numbers with commas between, each once."""
+def parse_numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    """Numbers separated by commas, without duplicates."""
     try:
-        return list(dict.fromkeys(kind(word) for word in words.split(",")))
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
     except ValueError:
-        raise UserError(f"{option} {words}: write a number, or several with commas between") from None
+        raise UserError(f"{option} {text}: must be a number, or several separated by commas") from None
 
 
-def override(protocol: Any, **given: Any) -> Any:
-    """A dataclass with those of the given values that are not 0, which stands for the protocol's own."""
+def replace_nonzero(protocol: Any, **given: Any) -> Any:
+    """A copy of a dataclass with the given values. A value of 0 keeps the protocol's own."""
     return dataclasses.replace(protocol, **{name: value for name, value in given.items() if value})
-
-
-def recipe_from_words(recipe: str, overrides: list[str], method: str, backbone: str, data: str) -> "Recipe":
-    """The recipe that a command's words ask for: a file or name, or method, backbone and data, or both.
-
-    Raises:
-        UserError: Neither.
-    """
-    from sslkit.recipe.resolve import build_recipe, load_recipe
-
-    if recipe:
-        given = {"method.name": method, "backbone.name": backbone, "data.path": data}
-        return load_recipe(recipe, [f"{key}={json.dumps(word)}" for key, word in given.items() if word] + overrides)
-    if not (method and backbone and data):
-        raise UserError("give a recipe, or all of --method, --backbone and --data")
-    tables = {"method": {"name": method}, "backbone": {"name": backbone}, "data": {"path": data}}
-    return build_recipe(tables, overrides, name="command line")

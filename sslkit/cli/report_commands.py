@@ -1,15 +1,15 @@
-"""``sslkit report`` and ``sslkit views``: pages to look at, and a few numbers for those who stay in the terminal."""
+"""``sslkit report``, ``views`` and ``watch``: pages about runs and recipes."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sslkit.cli.options import Backbone, Images, MethodName, Overrides, RecipeName, recipe_from_words
+from sslkit.cli.options import RecipeOptions, expand_options
 from sslkit.cli.output import console
-from sslkit.cli.startup import quick_imports
+from sslkit.cli.startup import fast_imports
 from sslkit.errors import UserError
-from sslkit.terminal import PlainTable, say, show
+from sslkit.terminal import PlainTable, print_line, print_message
 
 if TYPE_CHECKING:
     from sslkit.report import Summary
@@ -17,68 +17,82 @@ if TYPE_CHECKING:
 
 def report(
     runs: Annotated[list[str], typer.Argument(help="Run folders.", metavar="RUN...")],
-    output: Annotated[str, typer.Option(help="HTML file to write. Default, for one run: RUN/report.html.")] = "",
+    output: Annotated[str, typer.Option(help="HTML file to write. Default for one run: RUN/report.html.")] = "",
     data: Annotated[
-        str, typer.Option(help="Labelled images for the galleries. Default: the monitor's, else the run's own.")
+        str,
+        typer.Option(help="Images for the galleries. Default: the monitor's data, else the training images."),
     ] = "",
-    gallery: Annotated[bool, typer.Option(help="Look at images, with the encoder's features of at most 2000.")] = True,
+    split: Annotated[
+        str, typer.Option(help="Split of --data; all: all images, whatever the names of the folders. Default: train.")
+    ] = "",
+    gallery: Annotated[bool, typer.Option(help="Show images; needs features of up to 2000 images.")] = True,
 ) -> None:
-    """Write one HTML page about a run, or about several side by side, that opens anywhere, offline.
+    """Write an HTML report about one run, or several runs side by side. The file works offline.
 
-    For a single run the pictures of its curves and views are written too, as PNG.
+    For a single run, PNG pictures of its curves and views are written too.
     """
-    with quick_imports():
+    with fast_imports():
         from sslkit.report import draw_run, read_runs, summarise, write_report
 
     if len(runs) > 1 and not output:
-        raise UserError("several runs: name the page to write with --output FILE.html")
+        raise UserError("--output: needed for several runs; give the HTML file to write, such as --output report.html")
+    if split and not data:
+        raise UserError("--split: is the split of --data; give --data DIR too, or remove --split")
     records = read_runs([Path(run) for run in runs])
     summaries = [summarise(record) for record in records]
     file = Path(output) if output else records[0].folder / "report.html"
-    write_report(records, summaries, file, galleries=gallery, data=data)
+    write_report(records, summaries, file, galleries=gallery, data=data, split=split or "train")
     written = [file]
     try:
         written += draw_run(records[0].folder) if len(records) == 1 else []
-    except UserError as error:  # the page is there; a run on a read-only disk has no place for its pictures
-        say(f"WARNING: {error}")
+    except UserError as error:  # the run folder is read-only; the report is written already
+        print_message(f"WARNING: {error}")
     _print_summaries(summaries)
     for path in written:
-        show(path)
+        print_line(path)
 
 
+def _print_summaries(summaries: list["Summary"]) -> None:
+    table = PlainTable("run", "epoch", "last loss", "chance", "pretext accuracy", "kNN first -> best -> last")
+    for summary in summaries:
+        table.add_row(
+            summary.name,
+            f"{summary.epoch:g} of {summary.epochs}",
+            "-" if summary.loss is None else f"{summary.loss:.4g}",
+            "unknown" if summary.chance is None else f"{summary.chance:.4g}",
+            "-" if summary.accuracy is None else f"{summary.accuracy:.1%}",
+            " -> ".join(f"{value:.1%}" for value in summary.knn) if summary.knn else "not monitored",
+        )
+    console.print(table)
+    for alarm in (alarm for summary in summaries for alarm in summary.alarms):
+        when = f"epoch {alarm.first:.3g}" + (f" to {alarm.last:.3g}" if alarm.last > alarm.first else "")
+        print_line(f"alarm, {alarm.run}, {when}: {alarm.message}", "bold red" if alarm.active else "yellow")
+
+
+@expand_options
 def views(
-    recipe: RecipeName = "",
-    overrides: Overrides = None,
-    method: MethodName = "",
-    backbone: Backbone = "",
-    data: Images = "",
+    recipe: RecipeOptions,
     output: Annotated[str, typer.Option(help="HTML file to write.")] = "views.html",
 ) -> None:
-    """Write one HTML page of what a recipe's augmentations do to its images, with every step in words.
+    """Write an HTML page of a recipe's augmented views, with a description of every transform.
 
     Give a recipe, or all of --method, --backbone and --data, as for pretrain.
     """
     from sslkit.report import write_views
 
-    loaded = recipe_from_words(recipe, overrides or [], method, backbone, data)
-    name = Path(recipe).stem if recipe else f"{loaded.method_name}_{loaded.backbone.name}"
-    write_views(loaded, name, Path(output))
-    show(output)
+    loaded = recipe.load()
+    write_views(loaded, recipe.name(loaded), Path(output))
+    print_line(output)
 
 
-def _print_summaries(summaries: list["Summary"]) -> None:
-    table = PlainTable("run", "epoch", "last loss", "chance", "pretext accuracy", "kNN first -> best -> last")
-    for its in summaries:
-        table.add_row(
-            its.name,
-            f"{its.epoch:g} of {its.epochs}",
-            "-" if its.loss is None else f"{its.loss:.4g}",
-            "not known" if its.chance is None else f"{its.chance:.4g}",
-            "-" if its.accuracy is None else f"{its.accuracy:.1%}",
-            " -> ".join(f"{value:.1%}" for value in its.knn) if its.knn else "not monitored",
-        )
-    console.print(table)
-    for alarm in (alarm for its in summaries for alarm in its.alarms):
-        when = f"epoch {alarm.first:.3g}" + (f" to {alarm.last:.3g}" if alarm.last > alarm.first else "")
-        colour = "bold red" if alarm.standing else "yellow"
-        show(f"alarm, {alarm.run}, {when}: {alarm.sentence}", colour)
+def watch(
+    run: Annotated[str, typer.Argument(help="Run folder; it may not exist yet.")],
+    once: Annotated[bool, typer.Option("--once", help="Print the page once and exit.")] = False,
+) -> None:
+    """Show the progress of a run in another process, live, until it is done. Ctrl-C closes the page; the run goes on.
+
+    Writes nothing into the run folder. If the output is not a terminal, the page is printed once.
+    """
+    from sslkit.watch import watch as watch_run
+
+    watch_run(Path(run), console, once=once)

@@ -11,7 +11,7 @@ import tomllib
 from dataclasses import dataclass
 
 from sslkit.errors import RunError, UserError
-from sslkit.terminal import say, sentences_of, show_traceback
+from sslkit.terminal import error_messages, print_message, print_traceback
 
 RESUMABLE = 75  # exit code: asked to stop, goes on when started again
 CANCELLED = 128 + signal.SIGTERM  # exit code: asked to end, by scancel or by a preemption that Slurm itself undoes
@@ -47,11 +47,11 @@ class Pretraining:
 
             run = train(build_recipe(tomllib.loads(self.recipe), name="the submitted recipe"), self.output)
         except (UserError, RunError) as error:
-            for sentence in sentences_of(error):
-                say(sentence)
+            for sentence in error_messages(error):
+                print_message(sentence)
             sys.exit(2 if isinstance(error, UserError) else 1)
         except Exception as error:  # submitit would print it, and store it, with whatever tokens it holds
-            show_traceback(error)
+            print_traceback(error)
             sys.exit(1)
         if run.stopped:
             sys.exit(CANCELLED if run.stopped == "SIGTERM" else self.resumable)

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sslkit.distributed.collectives import rank, under_way, world_size
+from sslkit.distributed.collectives import rank, running_collective, world_size
 from sslkit.errors import RunError
-from sslkit.terminal import say
+from sslkit.terminal import print_message
 
 INTERVAL = 1.0
 WAITING, IN_VAIN = "in the collective ", "waiting for others in vain"
@@ -88,7 +88,7 @@ class Heartbeat:
     def _doing(self) -> str:
         if self.in_vain:
             return IN_VAIN
-        return f"{WAITING}{under_way()}" if under_way() else self.doing
+        return f"{WAITING}{running_collective()}" if running_collective() else self.doing
 
     def _tell(self, doing: str) -> None:
         self.count += 1
@@ -107,7 +107,7 @@ class Heartbeat:
 
     def _give_up(self) -> None:
         """The main thread neither goes on nor fails: end this process from here."""
-        say(self.blame())
+        print_message(self.blame())
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         sys.stderr.flush()
         os._exit(1)

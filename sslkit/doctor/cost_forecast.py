@@ -7,15 +7,16 @@ import time
 import torch
 
 from sslkit.data.augment.cpu import ViewPipeline
-from sslkit.data.loading.loader import GlobalBatches, cores_of_a_process, make_loader, resolve_workers
+from sslkit.data.loading.loader import cores_of_a_process, make_loader, resolve_workers
+from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.doctor.diagnosed_setup import Observation, Patient, processes_of
 from sslkit.doctor.findings import Finding, ok, warning
 from sslkit.doctor.machine_checks import GIB, has_bf16, memory_of_device, training_device
-from sslkit.durations import duration
 from sslkit.engine.accelerator import processes_here
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.recipe.resolve import Recipe
+from sslkit.text import format_duration, pluralize
 
 MEMORY, LOADING, THREADS, PRECISION, SLICES = "memory", "data loading", "threads", "precision", "slices"
 
@@ -53,7 +54,7 @@ def _gib(size: float) -> str:
 
 
 def _span(seconds: float) -> str:
-    return f"{seconds:.2g} s" if seconds < 100 else duration(seconds)
+    return f"{seconds:.2g} s" if seconds < 100 else format_duration(seconds)
 
 
 def _state_bytes(patient: Patient) -> tuple[int, int]:
@@ -71,7 +72,7 @@ def weigh_loading(patient: Patient, source: ImageSource, seen: Observation) -> F
         return judge_speed(recipe, seen.seconds / patient.batch, patient.loading_seconds / patient.batch, len(source))
     there = on_device(patient, device)
     pipeline = ViewPipeline(recipe.views, recipe.train.seed)
-    batches = GlobalBatches(len(source), patient.batch, recipe.train.seed, total_steps=ROUNDS, plan=source.plan)
+    batches = GlobalBatchSampler(len(source), patient.batch, recipe.train.seed, total_steps=ROUNDS, plan=source.plan)
     loader = iter(make_loader(source, pipeline, batches, workers=0, pin_memory=False))
     computing, loading = [], []
     for _ in range(ROUNDS):
@@ -106,8 +107,8 @@ def judge_speed(recipe: Recipe, computing: float, loading: float, images: int) -
     step = max(compute, load) if workers else compute + load
     steps = train.epochs * (images // train.batch_size)
     said = (
-        f"a step of {local} images takes about {_span(compute)} to compute and {_span(load)} to load with {workers} "
-        f"worker(s); {steps} steps are about {duration(step * steps)} on this machine"
+        f"a step of {local} images takes about {_span(compute)} to compute and {_span(load)} to load with "
+        f"{pluralize(workers, 'worker')}; {steps} steps are about {format_duration(step * steps)} on this machine"
     )
     if load > compute:
         return warning(
@@ -125,14 +126,15 @@ def check_threads(recipe: Recipe) -> Finding:
     workers = processes * resolve_workers(recipe.data.workers, on_accelerator=not on_cpu, processes_here=processes)
     asked = os.environ.get("OMP_NUM_THREADS", "")
     threads = processes * int(asked) if on_cpu and asked.isdigit() else 0
-    computing = f"{threads or max(cores - workers, 1)} computing thread(s)" if on_cpu else "a GPU"
+    computing = pluralize(threads or max(cores - workers, 1), "computing thread") if on_cpu else "a GPU"
+    shared, held = f"{pluralize(workers, 'data worker')} and {computing}", pluralize(cores, "core")
     if workers > cores or threads > cores:
-        return warning(THREADS, f"{workers} data worker(s) and {computing} share {cores} cores; take fewer")
+        return warning(THREADS, f"{shared} share {held}; take fewer")
     if threads and cores - workers > 3 * threads:
         return warning(
-            THREADS, f"OMP_NUM_THREADS = {asked} leaves {cores - workers - threads} of {cores} cores idle; unset it"
+            THREADS, f"OMP_NUM_THREADS = {asked} leaves {cores - workers - threads} of {held} idle; unset it"
         )
-    return ok(THREADS, f"{workers} data worker(s) and {computing} on {cores} cores")
+    return ok(THREADS, f"{shared} on {held}")
 
 
 def check_precision(recipe: Recipe) -> Finding:

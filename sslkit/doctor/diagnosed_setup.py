@@ -15,20 +15,23 @@ from torch.utils.hooks import RemovableHandle
 
 from sslkit.data.augment.cpu import ViewPipeline, normalise
 from sslkit.data.augment.gpu import finish_on
-from sslkit.data.loading.loader import GlobalBatches, make_loader
+from sslkit.data.loading.loader import make_loader
+from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.doctor.findings import Say
-from sslkit.engine.setup import build_method, check_groups
-from sslkit.methods import Method, Step
+from sslkit.engine.batch_checks import check_batch_split
+from sslkit.engine.setup import build_method
+from sslkit.methods import BatchInfo, Method, Progress, Step
 from sslkit.methods.base import Features, Permutation, Prepare, Views
 from sslkit.parts.memory_bank import MemoryBank
-from sslkit.parts.momentum_teacher import Teacher
+from sslkit.parts.momentum_teacher import MomentumTeacher
 from sslkit.parts.queue import KeyQueue
 from sslkit.recipe.resolve import Recipe
 
 FEW_IMAGES, FEWER_IMAGES = 16, 4
 HEAVY = 60_000_000  # parameters from which a forward pass on the CPU is worth saving
 MOST_GROUPS = 4
+START = Progress(0, 100_000)  # a long run at its start
 
 
 @dataclass
@@ -80,6 +83,11 @@ class Patient:
         return len(self.sample_ids)
 
     @property
+    def info(self) -> BatchInfo:
+        """The samples of the batch."""
+        return BatchInfo(self.sample_ids)
+
+    @property
     def prepare(self) -> Prepare:
         """The engine's normalisation of a view."""
         return partial(normalise, mean=self.recipe.views.mean, std=self.recipe.views.std)
@@ -94,12 +102,12 @@ class Patient:
         method, started = self.method, time.perf_counter()
         with torch.random.fork_rng(devices=[]), watching(method) as seen, torch.set_grad_enabled(backward):
             torch.manual_seed(self.recipe.train.seed)
-            before = {name: dictionary_rows(part, self.sample_ids) for name, part in dictionaries(method).items()}
-            step = method(self.views if views is None else views, self.sample_ids, self.permutation, self.prepare)
+            before = {name: dictionary_rows(part, self.sample_ids) for name, part in method.dictionaries().items()}
+            step = method(self.views if views is None else views, self.info, START, self.permutation, self.prepare)
             seen.loss = step.loss
             if backward and step.loss.requires_grad:
                 step.loss.backward()
-        after = {name: dictionary_rows(part, self.sample_ids) for name, part in dictionaries(method).items()}
+        after = {name: dictionary_rows(part, self.sample_ids) for name, part in method.dictionaries().items()}
         seen.written = [name for name in before if not torch.equal(before[name], after[name])]
         float(seen.loss.detach())  # a GPU may still be at it
         seen.seconds = time.perf_counter() - started
@@ -111,14 +119,14 @@ def admit(recipe: Recipe, source: ImageSource, say: Say) -> Patient:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
         method = build_method(recipe, len(source)).train()
-    check_groups(recipe, method, processes_of(recipe))
+    check_batch_split(recipe, method, processes_of(recipe))
     method.bn_groups = min(method.bn_groups, MOST_GROUPS)
     size = sum(param.numel() for param in method.parameters())
     batch = small_batch(recipe, method.bn_groups, heavy=size > HEAVY)
     say(f"one step of {recipe.method_name} on {recipe.backbone.name}, {batch} images, on the CPU"
         + (" (a large net: this takes a while)" if size > HEAVY else ""))  # fmt: skip
     started = time.perf_counter()
-    batches = GlobalBatches(len(source), batch, recipe.train.seed, total_steps=1, plan=source.plan)
+    batches = GlobalBatchSampler(len(source), batch, recipe.train.seed, total_steps=1, plan=source.plan)
     pipeline = ViewPipeline(recipe.views, recipe.train.seed)
     loaded = next(iter(make_loader(source, pipeline, batches, workers=0, pin_memory=False)))
     images = finish_on(torch.device("cpu"), loaded, recipe.views)
@@ -144,12 +152,8 @@ def spread_order(batch: int, groups: int) -> Permutation:
 
 
 def teachers(method: Method) -> dict[str, nn.Module]:
-    """The children that are a teacher's, by name."""
-    return {
-        name: child
-        for name, child in children(method).items()
-        if isinstance(child, Teacher) or name.startswith("teacher")
-    }
+    """The teacher's modules, by name."""
+    return {f"teacher_{name}": teacher for name, teacher in method.teachers().items()}
 
 
 def children(method: Method) -> dict[str, nn.Module]:
@@ -160,11 +164,9 @@ def children(method: Method) -> dict[str, nn.Module]:
 
 def counterpart(method: Method, name: str) -> nn.Module | None:
     """The student's module that a teacher's follows: ``projector`` for ``teacher_projector``."""
-    student = getattr(method, name.removeprefix("teacher_"), None)
+    student = method.get_submodule(name.removeprefix("teacher_"))
     own = [param.shape for param in teachers(method)[name].parameters()]
-    if not isinstance(student, nn.Module) or [param.shape for param in student.parameters()] != own:
-        return None
-    return student
+    return student if [param.shape for param in student.parameters()] == own else None
 
 
 def is_the_student(method: Method, name: str) -> bool:
@@ -174,20 +176,16 @@ def is_the_student(method: Method, name: str) -> bool:
     return student is not None and any(id(param) in own for param in student.parameters())
 
 
-def dictionaries(method: Method) -> dict[str, KeyQueue | MemoryBank]:
-    """Queues and banks by name."""
-    return {name: part for name, part in method.named_modules() if isinstance(part, KeyQueue | MemoryBank)}
-
-
 def dictionary_rows(part: KeyQueue | MemoryBank, sample_ids: Tensor) -> Tensor:
     """A copy of a queue's keys, or of the batch's own rows of a bank."""
     return part.keys.clone() if isinstance(part, KeyQueue) else part.rows[sample_ids].clone()
 
 
 def key_queue(method: Method) -> KeyQueue | None:
-    """The queue whose keys are negatives; SwAV's queues, which are a list, serve its codes."""
-    queue = getattr(method, "queue", None)
-    return queue if isinstance(queue, KeyQueue) else None
+    """The queue whose keys are negatives; SwAV's queues serve its codes."""
+    if method.negatives != "queue":
+        return None
+    return next(part for part in method.dictionaries().values() if isinstance(part, KeyQueue))
 
 
 @contextmanager
@@ -215,15 +213,17 @@ def watching(method: Method) -> Iterator[Observation]:
         seen.saved_bytes = sum(saved.values())
 
 
-def _recording(objective: Callable[[Features, Features, Tensor], Step], seen: Observation) -> Callable[..., Step]:
+def _recording(
+    objective: Callable[[Features, Features, BatchInfo, Progress], Step], seen: Observation
+) -> Callable[..., Step]:
     """The objective, which also writes down what it is given."""
 
-    def record(student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+    def record(student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress) -> Step:
         for features in student_features:
             if features.requires_grad:
                 features.retain_grad()
         seen.student, seen.teacher = list(student_features), list(teacher_features)
-        return objective(student_features, teacher_features, sample_ids)
+        return objective(student_features, teacher_features, batch, progress)
 
     return record
 
@@ -239,7 +239,7 @@ def _listen_to_teachers(method: Method, seen: Observation) -> list[RemovableHand
     hooks = []
     for name, child in teachers(method).items():
         hooks.append(child.register_forward_hook(lambda _module, _inputs, output, name=name: call(name, output)))
-        inner = getattr(child, "module", None)  # of a Teacher whose own forward is passed by
-        if isinstance(inner, nn.Module):
+        if isinstance(child, MomentumTeacher):  # its own forward may be bypassed
+            inner = child.module
             hooks.append(inner.register_forward_hook(lambda _module, _inputs, _output, name=name: seen.asked.add(name)))
     return hooks

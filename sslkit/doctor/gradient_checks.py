@@ -6,13 +6,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sslkit.doctor.diagnosed_setup import Observation, Patient, children, is_the_student, teachers
+from sslkit.doctor.diagnosed_setup import START, Observation, Patient, children, is_the_student, teachers
 from sslkit.doctor.findings import Finding, fault, judge, not_applicable, ok, warning
 from sslkit.engine.optim import make_optimizer
-from sslkit.methods import Method
+from sslkit.methods import BatchInfo, Method
 
 GRADIENT, FROZEN, STOP = "gradient", "teacher frozen", "stop-gradient"
-LEARNERS = ("backbone", "projector", "predictor", "prototypes")
 
 
 def check_gradient(patient: Patient, seen: Observation) -> Finding:
@@ -21,9 +20,9 @@ def check_gradient(patient: Patient, seen: Observation) -> Finding:
         return fault(GRADIENT, "the loss carries no gradient at all: something on the way to it is detached")
     complaints, reached, idle = [], [], 0
     for name, part in children(patient.method).items():
-        if name in teachers(patient.method):
+        if part in teachers(patient.method).values():
             continue
-        complaint, without = _look_at_part(name, part)
+        complaint, without = _look_at_part(name, part, learns=name in ("backbone", *patient.method.heads))
         complaints += [complaint] if complaint else []
         reached += [name] if complaint == "" else []
         idle += without
@@ -45,11 +44,11 @@ def check_gradient(patient: Patient, seen: Observation) -> Finding:
     return ok(GRADIENT, f"reaches {', '.join(reached)} and the features of every view")
 
 
-def _look_at_part(name: str, part: nn.Module) -> tuple[str | None, int]:
+def _look_at_part(name: str, part: nn.Module, *, learns: bool) -> tuple[str | None, int]:
     """A complaint (empty: none; None: nothing there to learn) and the number of idle tensors of a backbone."""
     trained = {key: param for key, param in part.named_parameters() if param.requires_grad}
     if not trained:
-        frozen = name in LEARNERS and any(True for _ in part.parameters())
+        frozen = learns and any(True for _ in part.parameters())
         return (f"{name} is frozen: none of its parameters takes gradient" if frozen else None), 0
     without = [key for key, param in trained.items() if param.grad is None]
     if not any(_has_gradient(param) for param in trained.values()):
@@ -76,9 +75,11 @@ def check_teacher_frozen(patient: Patient) -> Finding:
     complaints = []
     for name, part in found.items():
         if is_the_student(patient.method, name):
-            complaints.append(f"{name} is the student's own {name.removeprefix('teacher_')}, not a copy: use Teacher")
+            complaints.append(
+                f"{name} is the student's own {name.removeprefix('teacher_')}, not a copy: use MomentumTeacher"
+            )
         elif any(param.requires_grad for param in part.parameters()):
-            complaints.append(f"{name} has parameters with requires_grad: call requires_grad_(False), or use Teacher")
+            complaints.append(f"{name} has parameters with requires_grad: use MomentumTeacher")
         elif any(param.grad is not None for param in part.parameters()):
             complaints.append(f"{name} has received gradient")
         elif any(id(param) in held for param in part.parameters()):
@@ -99,7 +100,7 @@ def check_stop_gradient(patient: Patient, seen: Observation) -> Finding:
             "the teacher's features carry gradient into the student: teacher() must use the teacher's modules only, "
             "and the keys be detached",
         )
-    leaks = leaking_modules(method, seen, patient.sample_ids)
+    leaks = leaking_modules(method, seen, patient.info)
     return judge(
         STOP,
         [f"{name} learns through the teacher's features too: they pass it with gradient" for name in leaks],
@@ -107,7 +108,7 @@ def check_stop_gradient(patient: Patient, seen: Observation) -> Finding:
     )
 
 
-def leaking_modules(method: Method, seen: Observation, sample_ids: Tensor) -> list[str]:
+def leaking_modules(method: Method, seen: Observation, info: BatchInfo) -> list[str]:
     """Trained children that the loss's gradient reaches from the teacher's features."""
     passed: list[tuple[str, Tensor]] = []
 
@@ -118,7 +119,7 @@ def leaking_modules(method: Method, seen: Observation, sample_ids: Tensor) -> li
     trained = {
         name: child
         for name, child in method.named_children()
-        if name not in teachers(method) and any(param.requires_grad for param in child.parameters())
+        if child not in teachers(method).values() and any(param.requires_grad for param in child.parameters())
     }
     hooks = [
         child.register_forward_hook(lambda _module, inputs, output, name=name: watch(name, inputs, output))
@@ -128,7 +129,7 @@ def leaking_modules(method: Method, seen: Observation, sample_ids: Tensor) -> li
     teacher = [features.detach().clone().requires_grad_() for features in seen.teacher]
     try:
         with only_inputs_learn(method):
-            loss = method.objective(student, teacher, sample_ids).loss
+            loss = method.objective(student, teacher, info, START).loss
     finally:
         for hook in hooks:
             hook.remove()

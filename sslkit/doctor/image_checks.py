@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sslkit.data.augment.policies import PerView, ViewsConfig
+from sslkit.data.augment.views_config import ViewPolicy, ViewsConfig
 from sslkit.data.decode.background import KEEP
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.data.tools.inspection import count_alpha, describe_alpha
@@ -75,11 +75,11 @@ def advise_on_views(views: ViewsConfig, facts: ImageFacts) -> list[Finding]:
 def _variety(variety: Variety) -> Finding:
     alarms = data_alarm(*astuple(variety))
     if not alarms:
-        return ok(COPIES, f"{variety.different} different ones of {variety.looked_at} looked at")
+        return ok(COPIES, f"{variety.different} different ones of {variety.sampled} looked at")
     sentence = alarms[0].partition(": ")[2]
     return (
         fault(COPIES, sentence)
-        if min(variety.different, variety.looked_at - variety.plain) <= 1
+        if min(variety.different, variety.sampled - variety.plain) <= 1
         else warning(COPIES, sentence)
     )
 
@@ -87,9 +87,7 @@ def _variety(variety: Variety) -> Finding:
 def _colour(views: ViewsConfig, facts: ImageFacts) -> Finding:
     if not facts.grey:
         return ok(COLOUR, "the images have colour")
-    used = [name for name, strength in zip(("saturation", "hue"), views.jitter[2:], strict=True) if strength > 0]
-    used = used if _ever(views.jitter_prob) else []
-    used += ["gray_prob"] if _ever(views.gray_prob) else []
+    used = sorted({name for policy in views.view_policies() for name in _colour_steps(policy)}, reverse=True)
     if not used:
         return ok(COLOUR, "the images are grey, and no transform changes colour")
     return warning(
@@ -101,8 +99,11 @@ def _colour(views: ViewsConfig, facts: ImageFacts) -> Finding:
 
 def _crops(views: ViewsConfig, facts: ImageFacts) -> Finding:
     area = facts.height * facts.width
-    kinds = {"crop_scale": views.crop_scale, **({"small_scale": views.small_scale} if views.small_crops else {})}
-    for key, (smallest, _) in kinds.items():
+    if all(policy.crop_sampler == "none" for policy in views.view_policies()):
+        return not_applicable(CROPS, "a pipeline file crops")
+    for role, policy in zip(views.roles(), views.view_policies(), strict=True):
+        key = f"{role}.crop_scale" if role == "local" else "crop_scale"
+        smallest = policy.crop_scale[0]
         side = (smallest * area) ** 0.5
         if side < SMALLEST_CROP:
             fitting = min((SMALLEST_CROP * 1.5) ** 2 / area, 1.0)
@@ -130,13 +131,14 @@ def _size(views: ViewsConfig, facts: ImageFacts) -> Finding:
 
 
 def _blur(views: ViewsConfig) -> Finding:
-    if _ever(views.blur_prob) and views.size <= 64 and views.blur_sigma[1] > views.size / 32:
+    blurred = any(policy.blur_prob and not policy.pipeline for policy in views.view_policies())
+    if blurred and views.size <= 64 and views.blur_sigma[1] > views.size / 32:
         return warning(
             BLUR,
             f"a blur of up to {views.blur_sigma[1]:g} pixels leaves little of views of {views.size} pixels; the "
             "papers' is for 224: set [views] blur_prob to 0 or blur_sigma lower",
         )
-    return ok(BLUR, "in proportion to the views" if _ever(views.blur_prob) else "none")
+    return ok(BLUR, "in proportion to the views" if blurred else "none")
 
 
 def check_pixels(prepared: Tensor) -> Finding:
@@ -155,8 +157,12 @@ def check_pixels(prepared: Tensor) -> Finding:
     return ok(PIXELS, f"mean {mean:.2f}, deviation {std:.2f} after normalisation")
 
 
-def _ever(probability: PerView) -> bool:
-    return max(probability) > 0 if isinstance(probability, tuple) else probability > 0
+def _colour_steps(policy: ViewPolicy) -> list[str]:
+    """The steps of a view that only change coloured images."""
+    if policy.pipeline:
+        return []
+    jitter = [name for name, strength in zip(("saturation", "hue"), policy.jitter[2:], strict=True) if strength > 0]
+    return (jitter if policy.jitter_prob else []) + (["gray_prob"] if policy.gray_prob else [])
 
 
 def _round_up(pixels: int) -> int:

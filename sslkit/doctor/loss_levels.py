@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from sslkit.doctor.chance_losses import InfoNCE, chance_level, contrast_of, noise_of_mean, sum_of
 from sslkit.doctor.diagnosed_setup import Observation, Patient, key_queue
 from sslkit.doctor.findings import Finding, attempt, fault, judge, not_applicable, ok
 from sslkit.doctor.objective_probe import DERIVATIVE, DIM, PAIRS, ROWS, Bench, check_derivative, check_pairs, value
+from sslkit.parts.chance_loss import ChanceLoss
 
 POSITIVE, LEVEL = "positive", "loss level"
 COUNTED = 8  # orthonormal rows by which candidates are counted
@@ -36,8 +36,8 @@ def check_positive(patient: Patient, seen: Observation, pairs: Finding) -> Findi
             "set them aside and push them in after_update",
         )
     bench = Bench(patient, seen)
-    contrast = contrast_of(bench.method, COUNTED)
-    if contrast is None or bench.banks:
+    contrast = bench.method.chance_loss(COUNTED)
+    if contrast is None or not contrast.is_info_nce or bench.banks:
         reason = "memories are drawn at random, the own one not spared" if bench.banks else "no counted negatives"
         return not_applicable(POSITIVE, reason)
     if pairs.verdict == "fault":
@@ -60,36 +60,36 @@ def check_level(patient: Patient, seen: Observation, pairs: Finding, positive: F
     if "fault" in (pairs.verdict, positive.verdict):
         return not_applicable(LEVEL, f"see {PAIRS if pairs.verdict == 'fault' else POSITIVE}")
     bench = Bench(patient, seen)
-    if chance_level(bench.method, ROWS) is None:
+    contrast = bench.method.chance_loss(ROWS)
+    if contrast is None:
         return not_applicable(LEVEL, "no formula for this method's loss")
     if _depends_on_length(Bench(patient, seen)):
         return fault(LEVEL, "longer embeddings change the loss: they are not normalised before they are compared")
-    contrast = contrast_of(bench.method, ROWS)
-    if contrast is None:
-        return _judge_known_level(bench)
-    complaint = _level_complaint(bench, 0.0)
+    if contrast.negatives is None or not contrast.is_info_nce:
+        return _judge_known_level(bench, contrast)
+    complaint = _level_complaint(bench, contrast, 0.0)
     if complaint is None and not bench.banks:
-        complaint = _level_complaint(bench, 1.0)
-    levels = f"{contrast.level(0.0):.4g} at chance" + (
-        "" if bench.banks else f", {contrast.level(1.0):.4g} when aligned"
+        complaint = _level_complaint(bench, contrast, 1.0)
+    levels = f"{contrast.at_similarity(0.0):.4g} at chance" + (
+        "" if bench.banks else f", {contrast.at_similarity(1.0):.4g} when aligned"
     )
-    here = f"in {DIM} dimensions with {contrast.negatives} negatives at temperature {contrast.temperature:g}"
+    here = f"in {DIM} dimensions with {contrast.negatives.count} negatives at temperature {contrast.temperature:g}"
     return judge(LEVEL, [complaint] if complaint else [], f"as computed: {levels}, {here}")
 
 
-def _level_complaint(bench: Bench, similarity: float) -> str | None:
+def _level_complaint(bench: Bench, contrast: ChanceLoss, similarity: float) -> str | None:
     """A sentence if the loss of random or of aligned pairs lies outside the tolerance of its formula."""
-    contrast = contrast_of(bench.method, ROWS)
-    assert contrast is not None
+    assert contrast.negatives is not None
     rows = bench.unit()
     loss = bench.alike(rows, rows) if similarity else bench.at_chance()
-    expected, slack = contrast.level(similarity), contrast.tolerance(ROWS)
+    expected, slack = contrast.at_similarity(similarity), contrast.tolerance(ROWS)
     if abs(loss - expected) <= slack + (0.02 * abs(expected) if similarity else 0.0):
         return None
     kind = "aligned" if similarity else "random"
     return (
-        f"the loss of {kind} embeddings is {loss:.4g}; temperature {contrast.temperature:g} and {contrast.negatives} "
-        f"negatives make it {expected:.4g}: look for a temperature, a scale or a mean left out"
+        f"the loss of {kind} embeddings is {loss:.4g}; temperature {contrast.temperature:g} and "
+        f"{contrast.negatives.count} negatives make it {expected:.4g}: "
+        "look for a temperature, a scale or a mean left out"
     )
 
 
@@ -101,20 +101,16 @@ def _depends_on_length(bench: Bench) -> bool:
     return abs(losses[2] - losses[1]) > 1e-4 * abs(losses[1])
 
 
-def _judge_known_level(bench: Bench) -> Finding:
+def _judge_known_level(bench: Bench, chance: ChanceLoss) -> Finding:
     """The level of losses that are no InfoNCE: only chance has a formula."""
-    known, loss = chance_level(bench.method, ROWS), bench.at_chance()
-    assert known is not None
-    expected, formula = known
-    slack = 0.005 * abs(expected) + 5 * noise_of_mean(bench.method, ROWS)
-    terms = sum_of(bench.method)
-    slack += terms.tolerance(ROWS) if terms is not None else 0.0
+    expected, formula, loss = chance.value, chance.formula, bench.at_chance()
+    slack = 0.005 * abs(expected) + 5 * chance.standard_error(ROWS) + chance.tolerance(ROWS)
     complaint = f"the loss of random embeddings is {loss:.4g}; it should be {expected:.4g} ({formula})"
     right = abs(loss - expected) <= slack
     return judge(LEVEL, [] if right else [complaint], f"as computed: {loss:.4g} at chance ({formula})")
 
 
-def count_itself(bench: Bench, contrast: InfoNCE) -> tuple[float, float]:
+def count_itself(bench: Bench, contrast: ChanceLoss) -> tuple[float, float]:
     """How many candidates equal to the query there are where none should be: all embeddings at right angles.
 
     Then loss = scale * ln(1 + negatives + count * exp(1 / temperature)).
@@ -127,17 +123,20 @@ def count_itself(bench: Bench, contrast: InfoNCE) -> tuple[float, float]:
         loss = value(bench.loss(bases[: bench.students], bases[bench.students :]))
     else:
         loss = value(bench.loss(bases, []))
-    total, plain = _exp(loss / contrast.scale), 1 + contrast.negatives
+    assert contrast.negatives is not None
+    total, plain = _exp(loss / contrast.scale), 1 + contrast.negatives.count
     return (total - plain) / _exp(1 / contrast.temperature), total / plain
 
 
-def count_positives(bench: Bench, contrast: InfoNCE) -> float:
+def count_positives(bench: Bench, contrast: ChanceLoss) -> float:
     """How many candidates equal to the query there are where one should be, all others at right angles.
 
     Then loss = scale * ln(count + negatives * exp(-1 / temperature)).
     """
     (basis,) = _right_angles(bench, 1)
-    return _exp(bench.alike(basis, basis) / contrast.scale) - contrast.negatives * _exp(-1 / contrast.temperature)
+    assert contrast.negatives is not None
+    others = contrast.negatives.count * _exp(-1 / contrast.temperature)
+    return _exp(bench.alike(basis, basis) / contrast.scale) - others
 
 
 def _right_angles(bench: Bench, number: int) -> list[Tensor]:

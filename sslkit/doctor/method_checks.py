@@ -3,8 +3,7 @@
 import math
 
 from sslkit.data.sources.image_source import ImageSource
-from sslkit.doctor.chance_losses import chance_level, contrast_of, noise_of_mean
-from sslkit.doctor.diagnosed_setup import Observation, Patient, admit, dictionaries, key_queue, teachers
+from sslkit.doctor.diagnosed_setup import Observation, Patient, admit
 from sslkit.doctor.findings import Finding, Say, attempt, fault, first_line, not_applicable, ok, warning
 from sslkit.doctor.gradient_checks import (
     FROZEN,
@@ -19,9 +18,8 @@ from sslkit.doctor.objective_probe import PAIRS
 from sslkit.doctor.shuffle_checks import COMPANIONS, ORDER, check_companions, check_order
 from sslkit.doctor.teacher_checks import ASKED, MOVES, START, check_asked, check_motion, check_start
 from sslkit.errors import UserError
-from sslkit.methods import METHODS
-from sslkit.methods.byol import BYOL
-from sslkit.parts.memory_bank import MemoryBank
+from sslkit.methods import Method
+from sslkit.parts.chance_loss import ChanceLoss
 from sslkit.recipe.resolve import Recipe
 
 STEP, FIRST, SEEN = "step", "first loss", "views used"
@@ -86,7 +84,7 @@ def merge(findings: list[Finding], patient: Patient, loss: float) -> list[Findin
 
 def check_views_used(patient: Patient, seen: Observation) -> Finding:
     """The loss must change when the second views are exchanged between images."""
-    if any(isinstance(part, MemoryBank) for part in dictionaries(patient.method).values()):
+    if patient.method.negatives == "bank":
         return not_applicable(SEEN, "compared with memories, not with a second view")
     exchanged = [patient.views[0], *[view.roll(1, dims=0) for view in patient.views[1:]]]
     own, other = float(seen.loss.detach()), float(patient.observe(exchanged).loss)
@@ -95,7 +93,7 @@ def check_views_used(patient: Patient, seen: Observation) -> Finding:
     if other != own:
         return ok(SEEN, "the loss depends on which second view belongs to which image")
     sentence = "the loss does not depend on the second view: the first is compared with itself, or with nothing"
-    known = isinstance(patient.method, tuple(METHODS.values())) or bool(teachers(patient.method))
+    known = patient.method.negatives != "none" or bool(patient.method.teachers())
     return fault(SEEN, sentence) if known else warning(SEEN, sentence)
 
 
@@ -105,11 +103,11 @@ def check_first_loss(patient: Patient, loss: float) -> Finding:
     Judged where what a query is compared with is random at first. Where it is the batch itself, the embeddings of a
     new network span so few directions that chance lies anywhere above its formula.
     """
-    known = chance_level(patient.method, patient.batch)
+    known = patient.method.chance_loss(patient.batch)
     if known is None:
         return not_applicable(FIRST, f"{loss:.4g}; no formula for this method's chance level")
-    chance, formula = known
-    slack = slack_of_first_loss(patient)
+    chance, formula = known.value, known.formula
+    slack = slack_of_first_loss(patient.method, known, patient.batch)
     if slack is not None and loss > chance + slack:
         return fault(
             FIRST,
@@ -119,14 +117,12 @@ def check_first_loss(patient: Patient, loss: float) -> Finding:
     return ok(FIRST, f"{loss:.4g} on {patient.batch} images; random embeddings would have {chance:.4g} = {formula}")
 
 
-def slack_of_first_loss(patient: Patient) -> float | None:
+def slack_of_first_loss(method: Method, chance: ChanceLoss, batch: int) -> float | None:
     """How far above chance a first loss may lie by accident; None where that is not known."""
-    method, batch = patient.method, patient.batch
-    if isinstance(method, BYOL):
-        return 10 * noise_of_mean(method, 1)  # a new network gives all images nearly one embedding
-    contrast = contrast_of(method, batch)
-    if any(isinstance(part, MemoryBank) for part in dictionaries(method).values()):
-        return 5 * noise_of_mean(method, batch) + (contrast.tolerance(1) if contrast else 0.5)
-    if key_queue(method) is not None and contrast is not None:
-        return contrast.scale * 2 * noise_of_mean(method, 1) + contrast.tolerance(1)
+    if method.negatives == "bank":
+        return 5 * chance.standard_error(batch) + (chance.tolerance(1) if chance.is_info_nce else 0.5)
+    if method.negatives == "queue":
+        return chance.scale * 2 * chance.standard_error(1) + chance.tolerance(1)
+    if chance.negatives is None:
+        return 10 * chance.standard_error(1)  # a new network gives all images nearly one embedding
     return None

@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.overrides import TorchFunctionMode
 
-from sslkit.doctor.diagnosed_setup import Observation, Patient, dictionaries
-from sslkit.doctor.findings import Finding, fault, judge, not_applicable, ok, warning
+from sslkit.doctor.diagnosed_setup import START, Observation, Patient
+from sslkit.doctor.findings import Finding, fault, judge, not_applicable, ok
 from sslkit.doctor.gradient_checks import STOP
-from sslkit.methods import METHODS
+from sslkit.methods import BatchInfo
 from sslkit.parts.memory_bank import MemoryBank
 
 PAIRS, DERIVATIVE = "pairs", "gradient exact"
 
-HEADS = ("projector", "predictor", "teacher_projector", "teacher_predictor")
 DIM, SAMPLES = 128, 2048
 SMALL = {"dim": DIM, "hidden_dim": 16, "queue_size": 1024, "negatives": 1024, "prototypes": 256}
 ROWS = 256
@@ -75,13 +74,15 @@ class Bench:
         known = {key: value for key, value in SMALL.items() if getattr(asked, key, 0)}
         options = asked.model_copy(update=known)
         self.method = type(patient.method)(nn.Identity(), DIM, options)
-        self.method.meet_data(SAMPLES)
-        for head in HEADS:
-            if isinstance(getattr(self.method, head, None), nn.Module):
-                setattr(self.method, head, nn.Identity())
+        self.method.set_num_samples(SAMPLES)
+        for head in self.method.heads:
+            setattr(self.method, head, nn.Identity())
+        for name, teacher in self.method.teachers().items():
+            if name in self.method.heads:
+                teacher.module = nn.Identity()
         self.method.double().train()
         self.students, self.teachers = len(seen.student), len(seen.teacher)
-        self.banks = [part for part in dictionaries(self.method).values() if isinstance(part, MemoryBank)]
+        self.banks = [part for part in self.method.dictionaries().values() if isinstance(part, MemoryBank)]
         self.generator = torch.Generator().manual_seed(1)
         self.memories = self.unit(SAMPLES) if self.banks else torch.empty(0)
         self.length = 1.0
@@ -105,7 +106,7 @@ class Bench:
         torch.manual_seed(0)
         students, teachers = ([self.length * each for each in given] for given in (students, teachers))
         with in_float64():
-            return self.method.objective(students, teachers, ids).loss
+            return self.method.objective(students, teachers, BatchInfo(ids), START).loss
 
     def alike(self, rows: Tensor, shown: Tensor) -> float:
         """Loss where the queries are ``rows`` and whatever they must find is ``shown``."""
@@ -150,7 +151,7 @@ def check_pairs(bench: Bench) -> Finding:
 def check_derivative(bench: Bench, seen: Observation) -> Finding:
     """Compare the gradient with the slope of the loss: they differ where one is stopped on the student's side."""
     method = bench.method
-    stops = hasattr(method, "prototypes") or (hasattr(method, "predictor") and not bench.teachers)
+    stops = method.stops_gradient
     check = STOP if stops else DERIVATIVE
     if not seen.student or any(features.grad is None for features in seen.student):
         return not_applicable(check, "see gradient")
@@ -178,10 +179,9 @@ def check_derivative(bench: Bench, seen: Observation) -> Finding:
             check, [words] if missing else [], f"in place: the gradient leaves out {off:.0%} of the loss's slope"
         )
     complaint = (
-        f"the gradient is {off:.0%} off the slope of the loss: part of it is cut, as by a gather without gradient"
+        f"the gradient is {off:.0%} off the slope of the loss: part of it is cut, as by a gather without gradient; "
+        "a method that stops one on purpose declares stops_gradient = True"
     )
-    if off > slack and not isinstance(method, tuple(METHODS.values())):
-        return warning(check, f"{complaint}; right if this method stops one on purpose")
     return judge(check, [complaint] if off > slack else [], "equal to the slope of the loss")
 
 

@@ -1,27 +1,21 @@
 """With several processes: are weights, queue and bank the same on all of them after a few steps?"""
 
 import os
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sslkit.data.augment.cpu import ViewPipeline, normalise
-from sslkit.data.augment.gpu import finish_on
-from sslkit.data.loading.loader import Batch, GlobalBatches, make_loader
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.distributed.collectives import gather_rows, world_size
 from sslkit.doctor.findings import Finding, fault, first_line, judge, not_applicable
 from sslkit.engine.accelerator import make_accelerator
-from sslkit.engine.optim import make_optimizer, set_learning_rate
-from sslkit.engine.rng import SHUFFLE
-from sslkit.engine.setup import build_method
-from sslkit.engine.step import GlobalBatch, whole_batch_step
+from sslkit.engine.resilience.guard import Guard
+from sslkit.engine.setup import build_method, make_train_loader, set_up_training
+from sslkit.engine.step import train_step
 from sslkit.errors import UserError
-from sslkit.methods import Method, Progress
-from sslkit.parts.batchnorm import has_batch_norm
+from sslkit.methods import Method
 from sslkit.recipe.resolve import Recipe
 
 AGREE = "processes agree"
@@ -60,45 +54,31 @@ def check_processes(recipe: Recipe, source: ImageSource) -> Finding:
 
 def train_and_compare(accelerator: Any, recipe: Recipe, source: ImageSource) -> Finding:
     """Train a few steps on all processes and compare checksums of everything that must be the same."""
-    torch.manual_seed(recipe.train.seed)
-    method = build_method(recipe, len(source)).train()
     images_each = min(IMAGES_EACH, recipe.train.batch_size // world_size())
     groups_each = 2 if images_each % 4 == 0 else 1
+    small = small_run(recipe, images_each * world_size())
+    torch.manual_seed(recipe.train.seed)
+    method = build_method(recipe, len(source)).train()
     method.bn_groups = min(method.bn_groups, groups_each * world_size())
-    if has_batch_norm(method):
-        method.synchronise_batch_norm(accelerator.device)
-    method.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    wrapped, optimizer = accelerator.prepare(method, make_optimizer(recipe, method))
-    set_learning_rate(optimizer, recipe.peak_lr)
-    batches = GlobalBatches(
-        len(source),
-        images_each * world_size(),
-        recipe.train.seed,
-        rank=accelerator.process_index,
-        world_size=world_size(),
-        total_steps=STEPS,
-        plan=source.plan,
-    )
-    pipeline = ViewPipeline(recipe.views, recipe.train.seed)
-    for step, batch in enumerate(make_loader(source, pipeline, batches, workers=0, pin_memory=False)):
-        whole_batch_step(accelerator, wrapped, global_batch(recipe, method, batch, step, accelerator.device))
-        method.before_update(Progress(step, STEPS))
-        optimizer.step()
-        optimizer.zero_grad()
-        method.after_update(Progress(step + 1, STEPS))
+    state = set_up_training(small, source, accelerator, method=method)
+    guard = Guard(small.guard, state.recovery, method)
+    for batch in make_train_loader(state):
+        result = train_step(state, batch, guard)
+        if result.problem:
+            return fault(AGREE, f"step {result.step} on {world_size()} processes: {result.problem}")
     return compare(method)
 
 
-def global_batch(recipe: Recipe, method: Method, batch: Batch, step: int, device: torch.device) -> GlobalBatch:
-    """This process's part of a small global batch."""
-    count = len(batch.sample_ids) * world_size()
-    order = np.random.default_rng([recipe.train.seed, SHUFFLE, step, 0, 0]).permutation(count)
-    here = finish_on(device, batch, recipe.views)
-    return GlobalBatch(
-        here.views,
-        here.sample_ids,
-        order if method.shuffle_keys else None,
-        partial(normalise, mean=recipe.views.mean, std=recipe.views.std),
+def small_run(recipe: Recipe, batch_size: int) -> Recipe:
+    """The recipe with a few steps of a small batch, all at its peak learning rate."""
+    train = {"batch_size": batch_size, "epochs": STEPS, "max_steps": STEPS, "head_warmup_epochs": 0.0}
+    train |= {"micro_batch": 0, "compile": False, "shard": False}
+    return replace(
+        recipe,
+        train=recipe.train.model_copy(update=train),
+        data=recipe.data.model_copy(update={"workers": 0}),
+        optim=recipe.optim.model_copy(update={"lr": recipe.peak_lr, "lr_rule": "none"}),
+        schedule=recipe.schedule.model_copy(update={"warmup_epochs": 0.0, "decay": "constant"}),
     )
 
 

@@ -25,8 +25,6 @@ USUAL_RATES = {
 }
 SAFE_ADAMW = 2e-3  # small networks take this at any batch
 LARGEST_DECAY = {"sgd": 5e-3, "lars": 1e-3, "lars_simclr": 1e-3, "larc": 1e-3, "adamw": 0.5, "lamb": 0.5}
-NEGATIVES_ARE_THE_BATCH = ("simclr", "moco_v3", "end_to_end")
-LARGE_BATCH_METHODS = (*NEGATIVES_ARE_THE_BATCH, "byol")
 FEW, FEW_OF_A_GROUP, MANY, FEW_UPDATES = 32, 8, 1024, 200
 
 
@@ -135,14 +133,14 @@ def _batch_size(recipe: Recipe) -> Finding:
             f"{batch} images (and {queue:.0f} queued) are shared out among {prototypes:.0f} prototypes, less than one "
             "each: the codes are noise; take fewer prototypes, a larger batch or a queue",
         )
-    if recipe.method_name in LARGE_BATCH_METHODS and batch < 256:
-        why = (
-            "its negatives are the batch" if recipe.method_name in NEGATIVES_ARE_THE_BATCH else "its paper goes to 256"
-        )
+    method = find_method(recipe.method_name)
+    least = method.smallest_batch
+    if batch < least:
+        why = "its negatives are the batch" if method.negatives == "batch" else f"its paper goes to {least}"
         return warning(
             BATCH,
-            f"{batch} is small for {recipe.method_name}: {why}. Take 256 or more ([train] micro_batch saves memory), "
-            "or a method with a queue, such as moco_v2",
+            f"{batch} is small for {recipe.method_name}: {why}. Take {least} or more "
+            "([train] micro_batch saves memory), or a method with a queue, such as moco_v2",
         )
     if batch < FEW:
         return warning(BATCH, f"{batch} images a batch is few for any method here; take {FEW} or more")

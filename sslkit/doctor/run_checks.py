@@ -18,7 +18,7 @@ from sslkit.doctor.method_checks import examine_wiring
 from sslkit.doctor.process_checks import check_processes, launched, not_launched
 from sslkit.doctor.recipe_advice import advise
 from sslkit.doctor.view_checks import check_views
-from sslkit.engine.setup import steps_per_epoch
+from sslkit.engine.batch_checks import steps_per_epoch
 from sslkit.recipe.resolve import Recipe
 
 

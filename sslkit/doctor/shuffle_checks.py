@@ -9,7 +9,8 @@ from torch import Tensor
 from sslkit.doctor.diagnosed_setup import Patient, key_queue
 from sslkit.doctor.findings import Finding, fault, not_applicable, ok
 from sslkit.engine.rng import shuffle_order
-from sslkit.methods.base import Features, Permutation, Views, local_bn_groups
+from sslkit.methods.base import Features, Permutation, Views
+from sslkit.parts.batch_slices import local_bn_groups
 from sslkit.parts.batchnorm import has_batch_norm
 
 ORDER, COMPANIONS = "key order", "batch norm leak"

@@ -8,7 +8,6 @@ from sslkit.doctor.diagnosed_setup import (
     Observation,
     Patient,
     counterpart,
-    dictionaries,
     dictionary_rows,
     is_the_student,
     key_queue,
@@ -79,7 +78,7 @@ def check_motion(patient: Patient) -> list[Finding]:
     before = {name: _weights(part) for name, part in found.items()}
     statistics = {name: _statistics(part) for name, part in found.items()}
     student = _student_weights(method)
-    rows = {name: dictionary_rows(part, patient.sample_ids) for name, part in dictionaries(method).items()}
+    rows = {name: dictionary_rows(part, patient.sample_ids) for name, part in method.dictionaries().items()}
     queue = key_queue(method)
     pointer = int(queue.pointer) if queue is not None else 0
     logged = method.after_update(Progress(1, TOTAL_UPDATES))
@@ -171,9 +170,9 @@ def check_fed(patient: Patient, seen: Observation, rows: dict[str, Tensor], poin
         if len(fresh) < len(queue.keys) and int(queue.pointer) != (pointer + len(fresh)) % len(queue.keys):
             return fault(FED, "the queue's pointer does not move by the keys pushed: they overwrite the same rows")
         return ok(FED, f"{len(fresh)} keys of this batch entered the queue after the update")
-    banks = [name for name, part in dictionaries(method).items() if isinstance(part, MemoryBank)]
+    banks = [name for name, part in method.dictionaries().items() if isinstance(part, MemoryBank)]
     for name in banks:
-        moved = (dictionary_rows(dictionaries(method)[name], patient.sample_ids) != rows[name]).any(dim=1)
+        moved = (dictionary_rows(method.dictionaries()[name], patient.sample_ids) != rows[name]).any(dim=1)
         if not moved.all():
             return fault(FED, f"the memories of {int((~moved).sum())} of the batch's images do not change in {name}")
     return ok(FED, "the batch's memories moved after the update") if banks else not_applicable(FED, "no dictionary")
@@ -190,8 +189,8 @@ def _movement(old: list[Tensor], new: list[Tensor], student: list[Tensor]) -> tu
 
 def _asked_momentum(method: Method, logged: dict[str, float]) -> float | None:
     """The momentum that the options ask for at the start of training; else what after_update says it was."""
-    asked = getattr(getattr(method, "options", None), "momentum", logged.get("momentum"))
-    return None if asked is None else float(asked)
+    momenta = [teacher.momentum_at(Progress(0, TOTAL_UPDATES)) for teacher in method.teachers().values()]
+    return momenta[0] if momenta else logged.get("momentum")
 
 
 def _weights(part: nn.Module) -> list[Tensor]:

@@ -7,7 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sslkit.data.augment.cpu import ViewPipeline
-from sslkit.data.loading.loader import GlobalBatches, epoch_order, make_loader
+from sslkit.data.loading.loader import make_loader
+from sslkit.data.order.epoch_order import epoch_order
+from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.doctor.findings import Finding, fault, not_applicable, ok
 from sslkit.recipe.resolve import Recipe
@@ -52,7 +54,7 @@ def check_workers(recipe: Recipe, source: ImageSource, sample: int) -> Finding:
     """Give one image to two workers under other numbers; the same draws in both would give equal views."""
     repeated = source.subset(np.full(2 * IMAGES, sample, dtype=np.int64))
     pipeline = ViewPipeline(recipe.views.model_copy(update={"device": "cpu"}), recipe.train.seed)
-    batches = GlobalBatches(len(repeated), IMAGES, recipe.train.seed, total_steps=2)
+    batches = GlobalBatchSampler(len(repeated), IMAGES, recipe.train.seed, total_steps=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that two workers are more than a small machine's cores
         loaded = list(make_loader(repeated, pipeline, batches, workers=2, pin_memory=False))

@@ -1,6 +1,9 @@
-"""How training runs: the loop, its optimizer, checkpoints, journal and monitors."""
+"""Training. `trainer.train` is the entry; `setup`, `loop` and `step` are read in that order to follow a batch.
+
+The rooms below them import in one direction: `state`, `checkpoint`, `resilience`, `run_folder`, `logging`, `monitor`.
+"""
 
 from sslkit.engine.run_folder.layout import Run
-from sslkit.engine.setup import train
+from sslkit.engine.trainer import train
 
 __all__ = ["Run", "train"]

@@ -1,4 +1,4 @@
-"""How many processes there are, whether that is what was asked, and how they share the machine."""
+"""The processes of a run: whether as many started as were asked for, and how they share the machine."""
 
 import os
 import sys
@@ -19,11 +19,12 @@ from sslkit.recipe.resolve import Recipe
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """Join the processes that the launcher started.
 
-    BatchNorm buffers are not broadcast at every step: the queue is equal everywhere by construction, and running
-    statistics matter only for evaluation and export, which take the first process's.
+    DistributedDataParallel does not broadcast buffers at every step: a queue is equal on all processes anyway, and
+    running statistics matter only for evaluation and export, which use those of the first process.
 
     Raises:
-        UserError: Other processes started than the recipe or the launcher's command asks for.
+        UserError: The number of processes is not the one that the recipe or the launcher's command asks for, or the
+            precision needs a GPU and there is none.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     asked = recipe.train.processes or _asked_of_launcher()
@@ -38,7 +39,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if recipe.train.tf32:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
-    # accelerate knows the option by the name that torch 2.15 gives up.
+    # torch 2.15 deprecates the name by which accelerate passes this option.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     return Accelerator(
         mixed_precision=recipe.train.precision,
@@ -53,12 +54,12 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def processes_here() -> int:
-    """How many of the run's processes share this machine."""
+    """Number of processes of the run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def workers_of(recipe: Recipe, accelerator: Accelerator) -> int:
-    """Data workers of each process."""
+    """Number of data workers of each process."""
     return resolve_workers(
         recipe.data.workers, on_accelerator=accelerator.device.type != "cpu", processes_here=processes_here()
     )
@@ -69,20 +70,20 @@ def _only_cpu() -> bool:
 
 
 def _asked_of_launcher() -> int:
-    """The --num_processes of the `accelerate launch` that is this process's parent, on one machine; else 0."""
+    """The --num_processes of the `accelerate launch` that started this process on one machine; 0 if there is none."""
     if not sys.platform.startswith("linux") or "WORLD_SIZE" in os.environ:
         return 0
     try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        arguments = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return 0
-    if "launch" not in words or not any("accelerate" in word for word in words[:3]):
+    if "launch" not in arguments or not any("accelerate" in argument for argument in arguments[:3]):
         return 0
-    for index, word in enumerate(words):
-        flag, _, value = word.partition("=")
+    for index, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
         if flag in ("--num_processes", "--num-processes"):
-            value = value or words[index + 1]
+            value = value or arguments[index + 1]
             return int(value) if value.isdigit() else 0
-        if word.endswith(".pretrain"):
+        if argument.endswith(".pretrain"):
             break
     return 0

@@ -1,246 +1,201 @@
-"""The training loop, to be read from top to bottom."""
+"""The training loop, to be read from top to bottom. `sslkit.engine.step.train_step` is one step of it."""
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from torch import nn
 
-from sslkit.data.augment.cpu import normalise
-from sslkit.data.augment.gpu import finish_on
-from sslkit.data.loading.loader import Batch
-from sslkit.distributed.collectives import copy_buffers_from_first, max_over_processes, mean_over_processes
+from sslkit.data.batch import Batch
+from sslkit.distributed.collectives import broadcast_buffers, max_over_processes, mean_over_processes
 from sslkit.distributed.consistency import compare_weights
 from sslkit.distributed.heartbeat import Heartbeat
-from sslkit.distributed.sharding import whole
 from sslkit.engine.checkpoint.writer import SaveError, Saver
-from sslkit.engine.logging.logger import Journal
-from sslkit.engine.logging.throughput import StepClock
-from sslkit.engine.monitor.evaluations import epoch_ends, measure, measure_what_is_owed, monitor_is_due, report
-from sslkit.engine.monitor.knn_monitor import layer_gradients
-from sslkit.engine.optim import learning_rate, set_learning_rate
-from sslkit.engine.resilience.crash_dump import try_to_write_capsule
-from sslkit.engine.resilience.guard import Guard, RunningStatistics
+from sslkit.engine.logging.logger import RunLogger
+from sslkit.engine.logging.throughput import ThroughputMeter
+from sslkit.engine.monitor.evaluations import RunMonitor
+from sslkit.engine.resilience.crash_dump import try_to_write_crash_dump
+from sslkit.engine.resilience.guard import Guard
 from sslkit.engine.resilience.preemption import StopRequest
 from sslkit.engine.resilience.rewind import is_rewind_point
-from sslkit.engine.rng import DROPOUT, draw_key, seed_dropout, shuffle_order
-from sslkit.engine.state import Training
-from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
-from sslkit.methods import Method, Progress, Step
-from sslkit.recipe.resolve import Recipe
+from sslkit.engine.run_folder.dataset_identity import BadSamples
+from sslkit.engine.setup import make_train_loader
+from sslkit.engine.state import TrainingState
+from sslkit.engine.step import StepResult, train_step
+from sslkit.text import format_duration
 
 
-def run_loop(
-    training: Training, journal: Journal, saver: Saver, stop: StopRequest, heart: Heartbeat
-) -> tuple[int, str]:
-    """Train from ``start_step`` to ``last_step``, or until asked to stop.
+@dataclass(frozen=True)
+class RunServices:
+    """What the loop reports to and takes orders from.
+
+    Attributes:
+        folder: Run folder.
+        logger: Metrics, messages and trackers.
+        saver: Writes checkpoints.
+        monitor: kNN and diagnostics.
+        bad_samples: The images that cannot be read.
+        stop: Signals and the time limit.
+        heartbeat: Tells the other processes what this one does.
+    """
+
+    folder: Path
+    logger: RunLogger
+    saver: Saver
+    monitor: RunMonitor
+    bad_samples: BadSamples
+    stop: StopRequest
+    heartbeat: Heartbeat
+
+
+def run_loop(state: TrainingState, run: RunServices) -> str:
+    """Train from ``state.step`` to the last step, or until asked to stop.
 
     Returns:
-        Updates made, and why it stopped before its end; empty if it did not.
+        Why training stopped before its end; empty if it did not.
 
     Raises:
-        BadStepError: A loss or gradient was bad, and nothing in ``[guard]`` helped.
+        BadStepError: The loss or the gradient of a step was bad, and ``[guard]`` says to stop.
+        RewindError: There were too many consecutive bad steps; see `sslkit.engine.resilience.rewind`.
     """
-    recipe, method = training.recipe, training.method
-    guard, statistics = Guard(recipe.guard, training.course), RunningStatistics(method, recipe.guard)
-    clock, last_save = StepClock(recipe.train.batch_size), time.monotonic()
-    heart.at(training.start_step, "evaluating")
-    measure_what_is_owed(training, journal)
-    method.train()
-    heart.at(training.start_step, "starting")
-    for step, batch in enumerate(clock.waiting(training.loader), start=training.start_step):
-        heart.at(step, "in forward and backward")
-        batch = finish_on(training.accelerator.device, batch, recipe.views)
-        lr = learning_rate(recipe, step, training.steps_per_epoch) * training.course.lr_factor
-        set_learning_rate(training.optimizer, lr)
-        statistics.remember()
-        result = forward_and_backward(recipe, training.accelerator, method, training.wrapped, batch, step)
-        save_here, bad_here = save_is_due(training, step + 1, last_save), training.bad_samples.new_in(batch)
-        loss, save_asked, stop_asked, bad_images = vote(result.loss, save_here, bool(stop.reason), bool(bad_here))
-        if bad_images:
-            training.bad_samples.collect(batch, step // training.steps_per_epoch, step + 1)
-        numbers, layers = learn(training, journal, guard, statistics, step, loss)
-        clock.finish_step()
+    guard = Guard(state.recipe.guard, state.recovery, state.method)
+    meter = ThroughputMeter(state.recipe.train.batch_size)
+    last_save = time.monotonic()
+    run.heartbeat.at(state.step, "evaluating")
+    run.monitor.resume()
+    state.method.train()
+    run.heartbeat.at(state.step, "starting")
+    for batch in meter.timed(make_train_loader(state)):
+        run.heartbeat.at(state.step, "in forward and backward")
+        result = train_step(state, batch, guard, poll=partial(poll_flags, state, run, batch, last_save))
+        save_asked, stop_asked, bad_images = result.flags
+        meter.count_step()
 
-        done, ends = step + 1, step + 1 == training.last_step
-        heart.at(done, "in bookkeeping")
-        if done % recipe.train.log_every == 0 or epoch_ends(training, done) or "skipped" in numbers:
-            fields = {"loss": loss, "lr": lr, **numbers, **over_processes(result.metrics)}
-            report(training, journal, clock, done, fields, layers)
-        if recipe.guard.compare_every and done % recipe.guard.compare_every == 0:
-            compare_weights(method, done, training.accelerator.device)
-        if training.diagnostics and "skipped" not in numbers:
-            training.diagnostics.see(done, numbers["grad_norm"], layers)
-        heart.at(done, "evaluating")
-        measures = monitor_is_due(training, done) and (ends or not stop_asked)
-        measure(training, journal, batch, done, with_knn=measures)
-        last = ends or bool(stop_asked)
-        saves = last or (save_asked and not training.course.skipped)
+        run.heartbeat.at(state.step, "in bookkeeping")
+        if bad_images:
+            run.bad_samples.collect(batch, result.step // state.steps_per_epoch, state.step)
+        if result.problem:
+            refuse_step(state, run, guard, result)
+        log_step(state, run.logger, meter, result)
+        compare_processes(state)
+
+        run.heartbeat.at(state.step, "evaluating")
+        ends = state.step == state.last_step
+        if not result.skipped:
+            run.monitor.observe_gradients(result.grad_norm, result.layer_gradients)
+        evaluates = run.monitor.knn_is_due(state.step) and (ends or not stop_asked)
+        if evaluates:
+            run.monitor.evaluate_sample()
+        else:
+            run.monitor.evaluate_batch(result.batch)
+
+        saves = ends or stop_asked or (save_asked and not state.recovery.skipped)
         if saves:
-            heart.at(done, "saving")
-            save(training, saver, done, wait=last)
+            run.heartbeat.at(state.step, "saving")
+            save_checkpoint(state, run.saver, wait=ends or stop_asked)
             last_save = time.monotonic()
         if stop_asked and not ends:
-            return done, stop.reason or "a signal to another process"
-        if measures or saves:
-            clock.restart()
-        heart.at(done, "waiting for data")
-    return training.last_step, ""
+            return run.stop.reason or "a signal to another process"
+        if evaluates or saves:
+            meter.restart()
+        run.heartbeat.at(state.step, "waiting for data")
+    return ""
 
 
-def forward_and_backward(
-    recipe: Recipe, accelerator: Accelerator, method: Method, wrapped: nn.Module, batch: Batch, step: int
-) -> Step:
-    """Loss and gradients of a global batch, in slices if the recipe asks for them."""
+def poll_flags(state: TrainingState, run: RunServices, batch: Batch, last_save: float) -> Sequence[bool]:
+    """What this process asks all processes to do after the step: save, stop, exchange unreadable images."""
+    return save_is_due(state, run.monitor, last_save), bool(run.stop.reason), bool(run.bad_samples.new_in(batch))
 
-    def seed_slice(index: int) -> None:
-        key = draw_key(recipe.train.seed, DROPOUT, step, accelerator.process_index, index)
-        seed_dropout(key, accelerator.device)
 
-    seed_slice(0)
-    here = GlobalBatch(
-        batch.views,
-        batch.sample_ids,
-        shuffle_order(recipe, step) if method.shuffle_keys else None,
-        partial(normalise, mean=recipe.views.mean, std=recipe.views.std),
+def save_is_due(state: TrainingState, monitor: RunMonitor, last_save: float) -> bool:
+    """Whether the step being made is to be saved, by number of steps, epochs, minutes, or the kNN measured after it.
+
+    Clocks differ between processes: if it is time on one, all save.
+    """
+    rules, step = state.recipe.checkpoint, state.step + 1
+    periods = (rules.every_steps, rules.keep_every_epochs * state.steps_per_epoch)
+    due = any(period and step % period == 0 for period in periods)
+    if state.recipe.guard.policy == "skip":
+        due |= is_rewind_point(state.recipe, state.steps_per_epoch, step)
+    due |= bool(rules.keep_best) and monitor.knn_is_due(step)
+    return due or bool(rules.every_minutes and time.monotonic() - last_save > 60 * rules.every_minutes)
+
+
+def refuse_step(state: TrainingState, run: RunServices, guard: Guard, result: StepResult) -> None:
+    """Write a crash dump of a bad step, and skip it, rewind or stop, as ``[guard]`` says."""
+    state.optimizer.zero_grad()
+    numbers = result.problem, result.loss, result.grad_norm
+    crash_dump = try_to_write_crash_dump(state, run.folder, result.step, *numbers)
+    run.logger.log_message(guard.refuse(result.step, result.problem, crash_dump))
+
+
+def log_step(state: TrainingState, logger: RunLogger, meter: ThroughputMeter, result: StepResult) -> None:
+    """Write a line of metrics.jsonl and the progress line, every ``[train] log_every`` steps and after each epoch."""
+    train, step = state.recipe.train, state.step
+    epoch_ends = step % state.steps_per_epoch == 0 or step == state.last_step
+    if not (step % train.log_every == 0 or epoch_ends or result.skipped):
+        return
+    metrics = {name: float(mean_over_processes(value)) for name, value in result.metrics.items()}
+    updated = {"skipped": 1.0} if result.skipped else result.updated
+    scheduled = {"lr": result.lr}
+    if state.recipe.schedule.weight_decay_end is not None:
+        scheduled["weight_decay"] = result.weight_decay
+    fields = {"loss": result.loss, **scheduled, "grad_norm": result.grad_norm, **updated, **metrics}
+    epoch = step / state.steps_per_epoch
+    rate, waiting = meter.read()
+    speed = {"images_per_second": rate, "data_wait": waiting}
+    logger.log_metrics({"step": step, "epoch": round(epoch, 6), **fields, **speed, **result.layer_gradients})
+    seconds_left = (state.last_step - step) * train.batch_size / max(rate, 1e-9)
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in fields.items())
+    logger.show_progress(
+        f"epoch {epoch:.2f}/{train.epochs}  {shown}  {rate:.0f} img/s  waiting for data {waiting:.0%}  "
+        f"ETA {format_duration(seconds_left)}"
     )
-    if recipe.train.micro_batch:
-        return sliced_step(accelerator, method, here, recipe.train.micro_batch, seed_slice)
-    return whole_batch_step(accelerator, wrapped, here)
 
 
-def vote(loss: torch.Tensor, *flags: bool) -> tuple[float, ...]:
-    """The mean loss, and of each flag whether any process raised it: one word with the others, not three."""
-    return tuple(mean_over_processes(torch.stack([loss.detach(), *map(loss.new_tensor, map(float, flags))])).tolist())
+def compare_processes(state: TrainingState) -> None:
+    """Check that all processes hold the same weights, every ``[guard] compare_every`` steps."""
+    period = state.recipe.guard.compare_every
+    if period and state.step % period == 0:
+        compare_weights(state.method, state.step, state.accelerator.device)
 
 
-def over_processes(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The mean of each number over the processes."""
-    return {name: float(mean_over_processes(value)) for name, value in metrics.items()}
-
-
-def prepare_gradients(training: Training, step: int) -> None:
-    """What method and recipe do to gradients before the update."""
-    recipe, method = training.recipe, training.method
-    method.before_update(progress(training, step))
-    if step < recipe.train.head_warmup_epochs * training.steps_per_epoch:
-        rest(method.backbone)
-
-
-def learn(
-    training: Training, journal: Journal, guard: Guard, statistics: RunningStatistics, step: int, loss: float
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Move weights, teacher and queue by the step's gradients, unless ``[guard]`` finds something bad in it.
-
-    Returns:
-        Numbers of the step, ``skipped`` among them if nothing moved, and the norm of each layer's gradient if asked.
-    """
-    recipe = training.recipe
-    prepare_gradients(training, step)
-    grad_norm = gradient_norm(training)
-    layers = layer_gradients(training.method.backbone) if recipe.monitor.layer_gradients else {}
-    # A gradient scaler finds overflows by itself, and expects some.
-    complaint = guard.complaint(loss, grad_norm if training.accelerator.scaler is None else None)
-    if complaint:
-        statistics.put_back()
-        refuse_step(training, journal, guard, step, complaint, loss, grad_norm)
-        moved = {"skipped": 1.0}
-    else:
-        guard.accept(loss)
-        moved = update(training, step)
-    training.optimizer.zero_grad()
-    return {"grad_norm": grad_norm, **moved}, layers
-
-
-def refuse_step(
-    training: Training, journal: Journal, guard: Guard, step: int, complaint: str, loss: float, grad_norm: float
-) -> None:
-    """Keep a bad step in a capsule, and go on without it, back or out as ``[guard]`` says."""
-    training.optimizer.zero_grad()
-    capsule = try_to_write_capsule(training, step, complaint, loss, grad_norm)
-    journal.say(guard.refuse(step, complaint, capsule))
-
-
-def update(training: Training, step: int) -> dict[str, float]:
-    """Optimizer, then teacher and queue; none of them where a gradient scaler found an overflow."""
-    training.optimizer.step()
-    if training.accelerator.scaler is not None and training.optimizer.step_was_skipped:
-        return {"skipped": 1.0}
-    return training.method.after_update(progress(training, step + 1))
-
-
-def progress(training: Training, updates: int) -> Progress:
-    """Where in the whole training ``updates`` updates are."""
-    steps = training.steps_per_epoch
-    return Progress(updates, training.recipe.train.epochs * steps, steps)
-
-
-def rest(backbone: nn.Module) -> None:
-    """Drop the backbone's gradients: optimizers leave alone, decay and all, what has none."""
-    for param in backbone.parameters():
-        param.grad = None
-
-
-def gradient_norm(training: Training) -> float:
-    """Norm of the gradient over all trained parameters, before it is clipped to ``[train] clip_norm``, if asked."""
-    clip_norm = training.recipe.train.clip_norm
-    if clip_norm:
-        return float(whole(training.accelerator.clip_grad_norm_(training.wrapped.parameters(), clip_norm)))
-    grads = [param.grad for param in training.method.parameters() if param.grad is not None]
-    return float(whole(torch.nn.utils.get_total_norm(grads)))
-
-
-def save_is_due(training: Training, done: int, last_save: float) -> bool:
-    """Every so many steps, epochs, measurements or minutes, and at rewind points, where there may be a need of them.
-
-    Clocks differ: if one process finds it time, all save.
-    """
-    rules = training.recipe.checkpoint
-    kept_steps = rules.keep_every_epochs * training.steps_per_epoch
-    by_steps = any(every and done % every == 0 for every in (rules.every_steps, kept_steps))
-    if training.recipe.guard.policy == "skip":
-        by_steps |= is_rewind_point(training.recipe, training.steps_per_epoch, done)
-    measured = bool(rules.keep_best) and monitor_is_due(training, done)
-    return by_steps or measured or bool(rules.every_minutes and time.monotonic() - last_save > 60 * rules.every_minutes)
-
-
-def mark_rewind_point(training: Training, done: int) -> None:
-    """Note in the counters that the run can go back to what is saved now, if so.
-
-    A run that stops at bad steps never goes back. Each of its checkpoints is a point all the same, for the case that it
-    is continued with ``policy = "skip"``.
-    """
-    recipe, course = training.recipe, training.course
-    if recipe.guard.policy == "stop" or (
-        not course.skipped and is_rewind_point(recipe, training.steps_per_epoch, done)
-    ):
-        course.back_to = done
-
-
-def save(training: Training, saver: Saver, done: int, *, wait: bool) -> None:
-    """Hand the state to the saver, which writes it on the first process while training goes on.
+def save_checkpoint(state: TrainingState, saver: Saver, *, wait: bool) -> None:
+    """Hand the state to the saver, which writes it on the first process while training continues.
 
     Args:
-        training: What is saved.
+        state: What is saved.
         saver: Writes it.
-        done: Updates made.
-        wait: Until it is on the disk, whole; on all processes.
+        wait: Return only when it is on the disk; on all processes.
 
     Raises:
-        SaveError: ``wait`` was asked for and it could not be written; on all processes.
+        SaveError: ``wait`` was asked for and the checkpoint could not be written; on all processes.
     """
-    copy_buffers_from_first(training.method.backbone)
-    mark_rewind_point(training, done)
-    scaler = training.accelerator.scaler
-    state = {
+    broadcast_buffers(state.method.encoder)
+    mark_rewind_point(state)
+    scaler = state.accelerator.scaler
+    fields = {
         "scaler": scaler.state_dict() if scaler is not None else {},
-        "course": training.course.as_json(),
-        "recipe": training.recipe.as_tables(),
+        "course": state.recovery.as_json(),
+        "recipe": state.recipe.as_tables(),
     }
-    saver.save(done, training.method, training.optimizer.optimizer, state)
+    saver.save(state.step, state.method, state.optimizer.optimizer, fields)
     if wait:
         failure = saver.wait()
-        failed = torch.tensor(float(bool(failure)), device=training.accelerator.device)
+        failed = torch.tensor(float(bool(failure)), device=state.accelerator.device)
         if max_over_processes(failed) > 0:
             raise SaveError(f"{failure or 'the first process could not save'}; the same command tries again from there")
+
+
+def mark_rewind_point(state: TrainingState) -> None:
+    """Note in the recovery state that the run can go back to the checkpoint about to be saved, if it can.
+
+    A run that stops at bad steps never goes back. Each of its checkpoints counts as a rewind point all the same, in
+    case it is continued with ``policy = "skip"``.
+    """
+    recipe, recovery = state.recipe, state.recovery
+    is_point = is_rewind_point(recipe, state.steps_per_epoch, state.step)
+    if recipe.guard.policy == "stop" or (not recovery.skipped and is_point):
+        recovery.back_to = state.step

@@ -1,4 +1,4 @@
-"""Optimizers with the papers' parameter groups, and the learning rate as a function of the step."""
+"""Optimizers with the papers' parameter groups, and the schedules of learning rate and weight decay."""
 
 from typing import Any
 
@@ -7,13 +7,14 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.optim import SGD, Optimizer
 
+from sslkit.methods import Method, Multipliers
 from sslkit.parts.layerwise_optimizers import Larc, Lars
-from sslkit.parts.schedules import per_epoch, warmup_then_cosine, warmup_then_steps
+from sslkit.parts.schedules import Progress, cosine, per_epoch, warmup_then_cosine, warmup_then_steps
 from sslkit.recipe.resolve import Recipe
 
 
-def make_optimizer(recipe: Recipe, method: nn.Module) -> Optimizer:
-    """The recipe's optimizer over everything in ``method`` that takes gradient; the teacher's tensors do not."""
+def make_optimizer(recipe: Recipe, method: Method) -> Optimizer:
+    """The recipe's optimizer over all parameters of ``method`` that require gradient; a teacher's do not."""
     optim = recipe.optim
     groups = _parameter_groups(method, optim.weight_decay, optim.exclude_from_decay == "norm_and_bias")
     lr = recipe.peak_lr
@@ -22,20 +23,20 @@ def make_optimizer(recipe: Recipe, method: nn.Module) -> Optimizer:
     if optim.name == "larc":
         return Larc(groups, lr, optim.weight_decay, optim.momentum)
     if optim.name == "sgd":
-        # timm's "sgd" is Nesterov's; the papers' is its "momentum".
+        # timm's "sgd" uses Nesterov momentum; the papers' SGD is its "momentum".
         fused = _fused(recipe, method)
         sgd = create_optimizer_v2(groups, "momentum", lr, optim.weight_decay, optim.momentum, fused=fused)
-        begin_momenta(sgd)
+        init_momentum_buffers(sgd)
         return sgd
     options: dict[str, Any] = {"fused": _fused(recipe, method)} if optim.name == "adamw" else {}
     return create_optimizer_v2(groups, optim.name, lr, optim.weight_decay, betas=optim.betas, **options)
 
 
-def begin_momenta(optimizer: Optimizer) -> None:
-    """Give every parameter of a fused SGD the zero that a momentum begins with.
+def init_momentum_buffers(optimizer: Optimizer) -> None:
+    """Start the momentum of every parameter of a fused SGD at zero.
 
-    PyTorch's fused update cannot take a parameter that learns later than others: SwAV's prototypes, a backbone that
-    rests.
+    PyTorch's fused update cannot handle parameters of which some get their first gradient later than others: SwAV's
+    prototypes, or a backbone that is frozen at first.
     """
     if isinstance(optimizer, SGD) and optimizer.defaults.get("fused"):
         for param in (param for group in optimizer.param_groups for param in group["params"]):
@@ -43,38 +44,58 @@ def begin_momenta(optimizer: Optimizer) -> None:
 
 
 def _fused(recipe: Recipe, method: nn.Module) -> bool | None:
-    """Whether PyTorch updates a parameter in one pass over memory, not in one for each operation.
+    """Whether to update a parameter in one pass over memory instead of one for each operation.
 
-    Not beside a gradient scaler, whose overflow a fused update skips without a word to `AcceleratedOptimizer`.
+    Not with a gradient scaler: a fused update skips overflows without reporting them to `AcceleratedOptimizer`.
     """
-    where = {param.device.type for param in method.parameters()}
-    return True if where <= {"cpu", "cuda"} and recipe.train.precision != "fp16" else None
+    devices = {param.device.type for param in method.parameters()}
+    return True if devices <= {"cpu", "cuda"} and recipe.train.precision != "fp16" else None
 
 
-def _parameter_groups(method: nn.Module, weight_decay: float, spare_vectors: bool) -> list[dict[str, Any]]:
-    trained = [param for param in method.parameters() if param.requires_grad]
-    if not spare_vectors:
-        return [{"params": trained, "weight_decay": weight_decay}]
-    return [
-        {"params": [param for param in trained if param.ndim > 1], "weight_decay": weight_decay},
-        {"params": [param for param in trained if param.ndim <= 1], "weight_decay": 0.0},
-    ]
+def _parameter_groups(method: Method, weight_decay: float, exempt_vectors: bool) -> list[dict[str, Any]]:
+    """Groups of parameters that share the method's multipliers and, if vectors have no weight decay, their kind."""
+    declared = method.param_groups()
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, param in method.named_parameters():
+        if param.requires_grad:
+            modules = [each for each in declared if f"{name}.".startswith(f"{each}.")]
+            exempt = exempt_vectors and param.ndim <= 1
+            groups.setdefault((max(modules, key=len, default=""), exempt), []).append(param)
+    result = []
+    for (module, exempt), params in sorted(groups.items(), key=lambda group: group[0]):
+        factors = declared.get(module, Multipliers())
+        decay = 0.0 if exempt else factors.weight_decay
+        result.append({"params": params, "weight_decay": weight_decay * decay})
+        result[-1] |= {"lr_multiplier": factors.lr, "weight_decay_multiplier": decay}
+    return result
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """The rate of update ``step`` (from 0), by the recipe's schedule; warm-up always moves with the step."""
+    """The learning rate of step ``step`` (from 0) by the recipe's schedule; during warm-up it changes at every step."""
     schedule, peak = recipe.schedule, recipe.peak_lr
-    start, rise = schedule.warmup_start * peak, schedule.warmup_epochs
+    start, warmup = schedule.warmup_start * peak, schedule.warmup_epochs
     epoch = step / steps_per_epoch
-    if schedule.per == "epoch" and epoch >= rise:
-        epoch = max(per_epoch(epoch), rise)
+    if schedule.per == "epoch" and epoch >= warmup:
+        epoch = max(per_epoch(epoch), warmup)
     if schedule.decay == "cosine":
-        return warmup_then_cosine(epoch, recipe.train.epochs, rise, peak, start, schedule.final * peak)
+        return warmup_then_cosine(epoch, recipe.train.epochs, warmup, peak, start, schedule.final * peak)
     milestones = schedule.milestones if schedule.decay == "steps" else []
-    return warmup_then_steps(epoch, milestones, schedule.factor, rise, peak, start)
+    return warmup_then_steps(epoch, milestones, schedule.factor, warmup, peak, start)
+
+
+def weight_decay(recipe: Recipe, progress: Progress) -> float:
+    """The weight decay by the recipe's schedule: constant, or half a cosine to ``[schedule] weight_decay_end``."""
+    start, end = recipe.optim.weight_decay, recipe.schedule.weight_decay_end
+    return start if end is None else cosine(progress.updates, progress.total_updates, start, end)
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Write the rate into every group."""
+    """Set the learning rate of every parameter group, times the group's multiplier."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_multiplier"]
+
+
+def set_weight_decay(optimizer: Optimizer, weight_decay: float) -> None:
+    """Set the weight decay of every parameter group, times the group's multiplier."""
+    for group in optimizer.param_groups:
+        group["weight_decay"] = weight_decay * group["weight_decay_multiplier"]

@@ -1,4 +1,4 @@
-"""The first layers of a run's projector: SimCLR v2 fine-tunes from them instead of from the backbone's features."""
+"""The first layers of a run's projector, which SimCLR v2 fine-tunes together with the backbone."""
 
 from pathlib import Path
 
@@ -9,20 +9,21 @@ from sslkit.engine.setup import build_method
 from sslkit.errors import UserError
 from sslkit.parts.backbone import check_backbone_size
 from sslkit.recipe.resolve import load_recipe
+from sslkit.text import pluralize
 
 
 def first_projector_layers(run: Path, count: int) -> nn.Sequential:
-    """The projector of the run's newest checkpoint up to, and without, its linear layer number ``count`` + 1.
+    """The layers of the projector before its linear layer number ``count`` + 1, from the run's newest checkpoint.
 
     Args:
         run: Run folder.
-        count: Linear layers to keep, each with the norm and activation behind it (SimCLR v2: 1).
+        count: Number of linear layers to keep, each with the norm and activation after it (SimCLR v2: 1).
 
     Returns:
-        (B, D) -> (B, width of the last layer kept).
+        A module (B, D) -> (B, width of the last layer kept).
 
     Raises:
-        UserError: No run, no projector, or one of too few layers.
+        UserError: The folder is not a run, or its projector has too few layers.
     """
     if not (run / "recipe.toml").is_file():
         raise UserError(f"--head-layers: {run} is not a run folder, and an encoder alone has no projector")
@@ -31,16 +32,18 @@ def first_projector_layers(run: Path, count: int) -> nn.Sequential:
         raise UserError(f"--head-layers: {run} holds no checkpoint to read its projector from")
     recipe = load_recipe(str(run / "recipe.toml"))
     shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.model.items()}
-    check_backbone_size(recipe.backbone_spec(), shapes, f"{run / 'recipe.toml'} [backbone]")
-    projector = getattr(build_method(recipe), "projector", nn.Identity())
+    check_backbone_size(recipe.backbone_config(), shapes, f"{run / 'recipe.toml'} [backbone]")
+    method = build_method(recipe)
+    head = method.heads[0] if method.heads else ""
+    projector = method.get_submodule(head) if head else nn.Identity()
     layers = list(projector) if isinstance(projector, nn.Sequential) else [projector]
     linear = [place for place, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
     if not 0 < count < len(linear):
         raise UserError(
-            f"--head-layers {count}: the projector of {run} has {len(linear)} linear layer(s), and the last is "
-            "never kept"
+            f"--head-layers {count}: the projector of {run} has {pluralize(len(linear), 'linear layer')}, and the last "
+            "is never kept"
         )
-    own = "projector."
+    own = f"{head}."
     weights = {key.removeprefix(own): value for key, value in checkpoint.model.items() if key.startswith(own)}
     try:
         projector.load_state_dict(weights)

@@ -1,117 +1,156 @@
-"""One step's gradients: the whole batch at once, or in slices whose memory is a slice's and whose result is the same.
+"""One training step: from a batch to updated weights, teacher and queue."""
 
-A contrastive loss compares the images of a batch with each other, so accumulating the gradients of small batches
-gives another loss: each image would meet fewer negatives. But between backbone and loss lie only features, which are
-small. So (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv:2101.06983):
-
-1. encode slice by slice without a graph and keep the features;
-2. heads and loss once, on all features; keep the loss's gradient with respect to the features;
-3. encode slice by slice again, with a graph and the same random draws, and send that gradient on.
-
-It costs a third more arithmetic (each slice is encoded twice) and no approximation: equal to the whole batch where
-the backbone has no batch statistics; where it has them, a slice is a group of its own, as a GPU is in the papers.
-"""
-
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sslkit.distributed.collectives import average_gradients, exchange_rows
-from sslkit.methods import Method, Step
-from sslkit.methods.base import Permutation, Prepare, Views, local_bn_groups, shuffle_views, slice_views
-from sslkit.parts.backbone import recomputes
+from sslkit.data.augment.cpu import normalise
+from sslkit.data.augment.gpu import finish_on
+from sslkit.data.batch import Batch
+from sslkit.distributed.collectives import mean_over_processes
+from sslkit.distributed.sharding import full_tensor
+from sslkit.engine.gradient_cache import GlobalBatch, sliced_step, whole_batch_step
+from sslkit.engine.optim import learning_rate, set_learning_rate, set_weight_decay, weight_decay
+from sslkit.engine.resilience.guard import Guard
+from sslkit.engine.rng import seed_dropout, shuffle_order
+from sslkit.engine.state import TrainingState
+from sslkit.methods import BatchInfo, Step
+from sslkit.random_draws import DrawPurpose, draw_seed
 
 
 @dataclass(frozen=True)
-class GlobalBatch:
-    """What a step is computed from, on this process.
+class StepResult:
+    """What a training step did.
 
     Attributes:
-        views: uint8 images, each (B, H, W, 3).
-        sample_ids: (B,) int64.
-        permutation: Of the global batch's keys, or None.
-        prepare: uint8 views to normalised ones, (B, 3, H, W).
+        step: Number of the step, from 0.
+        batch: This process's part of the batch, on the device, its views finished.
+        loss: Of the global batch.
+        lr: Learning rate of the update.
+        weight_decay: Weight decay of the update.
+        grad_norm: Gradient norm over all trained parameters, before clipping.
+        layer_gradients: Gradient norm of each layer; empty unless ``[monitor] layer_gradients`` is set.
+        metrics: The method's scalars, of this process.
+        problem: Why the step did not reach the weights; empty if it did.
+        skipped: Whether nothing was updated, because of ``problem`` or an overflow that the gradient scaler found.
+        updated: What the method's ``after_update`` returned.
+        flags: For each flag that was polled, whether any process raised it.
     """
 
-    views: Views
-    sample_ids: Tensor
-    permutation: Permutation | None
-    prepare: Prepare
+    step: int
+    batch: Batch
+    loss: float
+    lr: float
+    weight_decay: float
+    grad_norm: float
+    layer_gradients: dict[str, float]
+    metrics: dict[str, Tensor]
+    problem: str
+    skipped: bool
+    updated: dict[str, float]
+    flags: tuple[bool, ...]
 
 
-def whole_batch_step(accelerator: Accelerator, wrapped: nn.Module, batch: GlobalBatch) -> Step:
-    """Forward and backward of the whole batch; DDP reduces the gradients on the way."""
-    step: Step = wrapped(batch.views, batch.sample_ids, batch.permutation, batch.prepare)
-    backbone = accelerator.unwrap_model(wrapped, keep_torch_compile=False).backbone
-    with buffers_kept(backbone if recomputes(backbone) else nn.Module()):
-        accelerator.backward(step.loss)
-    return step
-
-
-@contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Put running statistics back afterwards: they have seen this batch once already."""
-    before = [buffer.clone() for buffer in module.buffers()]
-    yield
-    for buffer, value in zip(module.buffers(), before, strict=True):
-        buffer.copy_(value)
-
-
-def sliced_step(
-    accelerator: Accelerator,
-    method: Method,
-    batch: GlobalBatch,
-    micro_batch: int,
-    seed_slice: Callable[[int], None],
-) -> Step:
-    """The same loss and gradients, ``micro_batch`` images at a time; processes reduce gradients once, at the end.
+def train_step(
+    state: TrainingState, batch: Batch, guard: Guard, poll: Callable[[], Sequence[bool]] = lambda: ()
+) -> StepResult:
+    """Compute the gradients of a batch and update weights, teacher and queue, unless the guard finds a problem.
 
     Args:
-        accelerator: Precision and loss scale.
-        method: Not wrapped.
-        batch: Whole batch of this process.
-        micro_batch: Images of each view in the backbone at a time.
-        seed_slice: Seeds the random draws of a slice; called twice for each.
+        state: Changed in place. ``state.step`` counts the step whether or not it reached the weights.
+        batch: This process's part of the global batch.
+        guard: Decides whether the step may reach the weights.
+        poll: Called after the backward pass. Its flags are combined over all processes in the same all-reduce as the
+            loss.
     """
-    slices = max(len(batch.sample_ids) // micro_batch, local_bn_groups(method.bn_groups))
-    views, permutation, prepare = batch.views, batch.permutation, batch.prepare
-    with torch.no_grad(), accelerator.autocast():
-        encoded = method.student_in_slices(views, slices, permutation, prepare, seed_slice)
-        keys = method.teacher_in_slices(views, slices, permutation, prepare)
-    features = [each.requires_grad_() for each in encoded]
-    with accelerator.autocast():
-        step = method.objective(features, keys, batch.sample_ids)
-    accelerator.backward(step.loss)
-    _replay(accelerator, method, batch, slices, [_grad_of(each) for each in features], seed_slice)
-    average_gradients(method)
-    return step
+    recipe, method, optimizer, step = state.recipe, state.method, state.optimizer, state.step
+    optimizer.zero_grad()
+    batch = finish_on(state.accelerator.device, batch, recipe.views)
+    lr = learning_rate(recipe, step, state.steps_per_epoch) * state.recovery.lr_factor
+    decay = weight_decay(recipe, state.progress)
+    set_learning_rate(optimizer, lr)
+    set_weight_decay(optimizer, decay)
+
+    guard.snapshot()
+    result = forward_and_backward(state, batch)
+    loss, flags = reduce_step_flags(result.loss, poll())
+    prepare_gradients(state)
+    grad_norm = clip_gradients(state)
+    layers = layer_gradients(method.backbone) if recipe.monitor.layer_gradients else {}
+
+    scaler = state.accelerator.scaler  # finds overflows itself, and expects some
+    problem = guard.problem(loss, grad_norm if scaler is None else None)
+    skipped, updated = bool(problem), {}
+    state.step += 1
+    if problem:
+        guard.restore()
+    else:
+        guard.accept(loss)
+        optimizer.step()
+        skipped = scaler is not None and optimizer.step_was_skipped
+        if not skipped:
+            updated = method.after_update(state.progress)
+    return StepResult(step, batch, loss, lr, decay, grad_norm, layers, result.metrics, problem, skipped, updated, flags)
 
 
-def _replay(
-    accelerator: Accelerator,
-    method: Method,
-    batch: GlobalBatch,
-    slices: int,
-    grads: list[Tensor],
-    seed_slice: Callable[[int], None],
-) -> None:
-    """Encode again with a graph and send each slice's part of the features' gradient through it."""
-    if batch.permutation is not None:
-        for index in method.student_key_views:
-            grads[index] = exchange_rows(grads[index], batch.permutation)
-    views = shuffle_views(batch.views, method.student_key_views, batch.permutation)
-    parts = zip(*(grad.chunk(slices) for grad in grads), strict=True)
-    with buffers_kept(method.backbone):
-        for index, (part, grad) in enumerate(zip(slice_views(views, slices, batch.prepare), parts, strict=True)):
-            seed_slice(index)
-            with accelerator.autocast():
-                outputs = method.student(part)
-            torch.autograd.backward(outputs, list(grad))
+def forward_and_backward(state: TrainingState, batch: Batch) -> Step:
+    """Loss and gradients of a global batch, in slices if ``[train] micro_batch`` asks for them."""
+    recipe, accelerator, method = state.recipe, state.accelerator, state.method
+
+    def seed_slice(index: int) -> None:
+        key = (recipe.train.seed, DrawPurpose.DROPOUT, state.step, accelerator.process_index, index)
+        seed_dropout(draw_seed(*key), accelerator.device)
+
+    seed_slice(0)
+    inputs = GlobalBatch(
+        batch.views,
+        BatchInfo(batch.sample_ids),
+        state.progress,
+        shuffle_order(recipe, state.step) if method.shuffle_keys else None,
+        partial(normalise, mean=recipe.views.mean, std=recipe.views.std),
+    )
+    if recipe.train.micro_batch:
+        return sliced_step(accelerator, method, inputs, recipe.train.micro_batch, seed_slice)
+    return whole_batch_step(accelerator, state.wrapped, inputs)
 
 
-def _grad_of(features: Tensor) -> Tensor:
-    return features.grad if features.grad is not None else torch.zeros_like(features)
+def reduce_step_flags(loss: Tensor, flags: Sequence[bool]) -> tuple[float, tuple[bool, ...]]:
+    """The mean loss over processes, and for each flag whether any process raised it, in one all-reduce."""
+    values = torch.stack([loss.detach(), *(loss.new_tensor(float(flag)) for flag in flags)])
+    mean_loss, *raised = mean_over_processes(values).tolist()
+    return mean_loss, tuple(share > 0 for share in raised)
+
+
+def prepare_gradients(state: TrainingState) -> None:
+    """Let the method change its gradients; during ``[train] head_warmup_epochs`` drop those of the backbone."""
+    state.method.before_update(state.progress)
+    if state.step < state.recipe.train.head_warmup_epochs * state.steps_per_epoch:
+        for param in state.method.backbone.parameters():
+            param.grad = None  # optimizers leave a parameter without gradient alone, weight decay included
+
+
+def clip_gradients(state: TrainingState) -> float:
+    """Clip the gradients to ``[train] clip_norm``, if it is set; returns their norm before clipping."""
+    clip_norm = state.recipe.train.clip_norm
+    if clip_norm:
+        return float(full_tensor(state.accelerator.clip_grad_norm_(state.wrapped.parameters(), clip_norm)))
+    grads = [param.grad for param in state.method.parameters() if param.grad is not None]
+    return float(full_tensor(torch.nn.utils.get_total_norm(grads)))
+
+
+def layer_gradients(backbone: nn.Module) -> dict[str, float]:
+    """Gradient norm of each layer in the order of the forward pass, as ``gradient/blocks.3``.
+
+    A layer is a direct child of the backbone, or an element of a child that is a list. Parameters of no layer, such as
+    a class token, come last.
+    """
+    squares: dict[str, Tensor] = {}
+    for name, param in sorted(backbone.named_parameters(), key=lambda named: "." not in named[0]):
+        if param.grad is not None:
+            first, *rest = name.split(".")
+            layer = f"{first}.{rest[0]}" if rest and rest[0].isdigit() else first
+            squares[layer] = squares.get(layer, param.new_zeros(())) + param.grad.float().square().sum()
+    return {f"gradient/{layer}": float(square.sqrt()) for layer, square in squares.items()}

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.errors import UserError, check_path
+from sslkit.random_draws import DrawPurpose
 
 FORMS = "10%, 5-shot, all, or a text file of image names"
 
@@ -59,7 +60,7 @@ def _number(subset: str, suffix: str) -> float:
 
 
 def _draw_per_class(labels: NDArray[np.int64], seed: int, how_many: Callable[[int], int]) -> NDArray[np.int64]:
-    order = np.random.default_rng([seed, 0x5B5E7]).permutation(len(labels))
+    order = np.random.default_rng([seed, DrawPurpose.LABEL_SUBSET]).permutation(len(labels))
     chosen = []
     for number in np.unique(labels):
         members = order[labels[order] == number]

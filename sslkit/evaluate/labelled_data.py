@@ -19,8 +19,8 @@ class Splits:
 
     Attributes:
         train: Split to train on; for kNN, the bank of neighbours. Empty takes ``train``.
-        test: Split to test on. Empty takes the first of test, validation and held-out splits that the data has under
-            any of their names and that is not trained on. If there is none, or ``train`` is ``"all"``, a fifth of the
+        test: Split to test on. Empty takes the first of test, validation and held-out splits, under any of their
+            names, that has labels and is not trained on. If there is none, or ``train`` is ``"all"``, a fifth of the
             training images is held out.
     """
 
@@ -71,10 +71,16 @@ def open_pair(config: DataConfig, train_split: str = "train", test_split: str = 
             f"{config.path}: --test-split {test_split} is also the training split; name another split, or none"
         )
     others = [name for name in splits if SPLIT_OF.get(name, "train") != "train" and name not in trained_on]
-    test_split = test_split or next(iter(others), "")
     labels = train.labels()
-    if test_split:
-        test = open_source(config.model_copy(update={"split": test_split}))
+    unlabelled: list[str] = []
+    test = open_source(config.model_copy(update={"split": test_split})) if test_split else None
+    for name in [] if test_split else others:
+        found = open_source(config.model_copy(update={"split": name}))
+        if found.label_column is not None:
+            test, test_split = found, name
+            break
+        unlabelled.append(name)
+    if test is not None:
         description = f"{config.path}: {train_split} {len(train)} / {test_split} {len(test)} images"
         split = f"{train_split} / {test_split}"
         test_labels = test.labels()
@@ -86,6 +92,8 @@ def open_pair(config: DataConfig, train_split: str = "train", test_split: str = 
         labels, test_labels = [labels[row] for row in train_rows], [labels[row] for row in test_rows]
         description = f"{config.path}: {len(order)} images, {count} of them held out (seed {seed})"
         split = f"{HELD_OUT:.0%} of {train_split} held out by seed {seed}"
+    if unlabelled:
+        description += f"; splits without labels: {', '.join(unlabelled)} (--test-split names another)"
     classes, numbers = np.unique([*labels, *test_labels], return_inverse=True)
     names = [str(name) for name in classes]
     if len(names) < 2:

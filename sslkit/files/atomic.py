@@ -6,13 +6,17 @@ the folder that holds the name is synced. What a killed process left aside is sw
 
 import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 import sys
+import time
+import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from torch import Tensor
 from sslkit.errors import UserError
 
 CHUNK = 16 * 2**20  # bytes
+ABANDONED = 86400.0  # seconds after which what lies aside is of a process that was killed
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 # What safetensors calls them; its header names no others that a module or an optimizer has.
 DTYPES = {
@@ -125,17 +130,23 @@ def replace_text(file: Path, text: str) -> None:
     replace_file(file, [text.encode()])
 
 
-def replace_file(file: Path, chunks: Iterable[bytes | memoryview]) -> None:
+def replace_file(file: Path, chunks: Iterable[bytes | memoryview], *, shared: bool = False) -> None:
     """Write a file in the place of an older one, whole at every instant.
+
+    Args:
+        file: What to write.
+        chunks: Its content.
+        shared: Whether other processes may write the same file at the time; the last one's stays.
 
     Raises:
         OSError: It could not be written; the older one is as it was.
     """
+    aside = _own_aside(file) if shared else _aside(file)
     try:
-        write_file(_aside(file), chunks)
-        os.replace(_aside(file), file)
+        write_file(aside, chunks)
+        os.replace(aside, file)
     except OSError:
-        remove(_aside(file))
+        remove(aside)
         raise
     sync(file.parent)
 
@@ -152,16 +163,16 @@ def write_output(file: Path, text: str) -> None:
     if file.exists() and not file.is_file():
         file.write_bytes(content)
         return
+    aside = _own_aside(target)
     try:
-        remove(_aside(target))
-        _aside(target).write_bytes(content)
-        os.replace(_aside(target), target)
+        aside.write_bytes(content)
+        os.replace(aside, target)
     except PermissionError:  # a file in a folder to which nothing may be added
         if not file.is_file():
             raise
         file.write_bytes(content)
     except OSError:
-        remove(_aside(target))
+        remove(aside)
         raise
 
 
@@ -216,6 +227,28 @@ def sync(path: Path) -> None:
 
 def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
+
+
+def _own_aside(path: Path) -> Path:
+    """As `_aside`, but of this process alone. What killed processes left aside for the same file is removed."""
+    here = f"{zlib.crc32(platform.node().encode()):08x}"
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*-*.tmp"):
+        host, _, process = left.name.removesuffix(".tmp").rpartition(".")[2].partition("-")
+        with suppress(OSError):  # another process has removed it
+            if (host == here and _is_gone(process)) or time.time() - left.stat().st_mtime > ABANDONED:
+                remove(left)
+    return path.with_name(f".{path.name}.{here}-{os.getpid()}.tmp")
+
+
+def _is_gone(process: str) -> bool:
+    """Whether no process of this machine has this number."""
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError, ValueError):
+        pass
+    return False
 
 
 def _chunks(tensors: Iterable[Tensor]) -> Iterator[memoryview]:

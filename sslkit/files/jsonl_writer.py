@@ -19,6 +19,7 @@ from typing import Any
 
 from sslkit.files.atomic import replace_file
 from sslkit.files.jsonl_reader import Row, parse_row, read_lines, step_of
+from sslkit.text import pluralize
 
 __all__ = ["Lines", "append_text", "keep_until", "read_lines", "settle_all", "step_of"]
 
@@ -52,7 +53,8 @@ class Lines:
             append_text(self.file, "".join(self.owed))
             self.owed = []
         except OSError as error:
-            self.say(f"WARNING: {self.file}: {error.strerror or error}; {len(self.owed)} line(s) wait for room")
+            waiting = f"{pluralize(len(self.owed), 'line')} {'waits' if len(self.owed) == 1 else 'wait'} for room"
+            self.say(f"WARNING: {self.file}: {error.strerror or error}; {waiting}")
 
     def go_back(self, step: int, only_by: str | None = None) -> float:
         """Take out the lines of later steps, on the disk and of those that are owed; see `keep_until`."""

@@ -1,9 +1,18 @@
-"""The catalogue of methods: the framework's table of contents."""
+"""The catalogue of methods, one file a paper. Read `base` first, which is what every method declares and computes."""
 
 from importlib.metadata import entry_points
 
 from sslkit.errors import UserError, near_miss
-from sslkit.methods.base import Method, MethodOptions, Progress, Step
+from sslkit.methods.base import (
+    BatchInfo,
+    Features,
+    Method,
+    MethodOptions,
+    MomentumOptions,
+    Multipliers,
+    Step,
+    Views,
+)
 from sslkit.methods.byol import BYOL
 from sslkit.methods.instdisc import InstDisc
 from sslkit.methods.mechanisms import EndToEnd, MemoryBankMechanism
@@ -12,6 +21,8 @@ from sslkit.methods.moco_v2 import MoCoV2
 from sslkit.methods.moco_v3 import MoCoV3
 from sslkit.methods.simclr import SimCLR
 from sslkit.methods.swav import SwAV
+from sslkit.parts.backbone import Family
+from sslkit.parts.schedules import Progress
 
 METHODS: dict[str, type[Method]] = {
     "moco_v1": MoCoV1,
@@ -25,33 +36,51 @@ METHODS: dict[str, type[Method]] = {
     "memory_bank": MemoryBankMechanism,
 }
 
-__all__ = ["METHODS", "Method", "MethodOptions", "Progress", "Step", "all_methods", "find_method"]
+__all__ = [
+    "METHODS",
+    "BatchInfo",
+    "Family",
+    "Features",
+    "Method",
+    "MethodOptions",
+    "MomentumOptions",
+    "Multipliers",
+    "Progress",
+    "Step",
+    "Views",
+    "all_methods",
+    "find_method",
+]
 
 
 def all_methods() -> dict[str, type[Method]]:
-    """`METHODS` and those that installed packages add through the entry-point group ``sslkit.methods``.
+    """`METHODS`, and the methods of installed packages that have an entry point in the group ``sslkit.methods``.
 
     Raises:
-        UserError: Two of them claim one name.
+        UserError: Two methods have the same name.
     """
     found = dict(METHODS)
     for entry in entry_points(group="sslkit.methods"):
         if entry.name in found:
-            raise UserError(f"entry point sslkit.methods: {entry.value} claims the name {entry.name!r}, which is taken")
+            raise UserError(
+                f"entry point sslkit.methods: {entry.value} has the name {entry.name!r}, which is taken; choose another"
+            )
         found[entry.name] = entry.load()
     return found
 
 
 def canonical_name(name: str) -> str:
-    """The registry's spelling of a method's name: recipes say ``mocov3``, the registry ``moco_v3``.
+    """A method's name as `all_methods` spells it: ``mocov3`` and ``MoCo-v3`` are ``moco_v3``.
 
     Raises:
-        UserError: No such method.
+        UserError: There is no such method.
     """
     known = all_methods()
     matches = [each for each in known if each.replace("_", "") == name.lower().replace("_", "").replace("-", "")]
     if not matches:
-        raise UserError(f"[method] name: unknown method {name!r}{near_miss(name, known)}; there are {sorted(known)}")
+        raise UserError(
+            f"[method] name: unknown method {name!r}{near_miss(name, known)}; there are {', '.join(sorted(known))}"
+        )
     return matches[0]
 
 

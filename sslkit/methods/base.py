@@ -1,32 +1,43 @@
-"""What every method is: a student that learns, a teacher it may have, an objective, and a rule between updates.
+"""The contract of a method: what it declares about itself, and what it computes.
 
-The teacher's clock, said once for all methods: the official MoCo code moves the teacher *inside* forward, before it
-computes the keys, with the student that the previous update left. Here `Method.after_update` moves it right *after*
-that update, with the momentum of the step to come. Both give every step the same teacher: the official move at step 0
-mixes two equal networks, and ours after the last update is the one the official code would make next.
+A method owns what it trains: the student's backbone and heads, its momentum teachers, its queue or memory bank. It
+knows no device, precision, data loader, optimizer or training loop. Everything the rest of sslkit needs to know of a
+method is declared here; nothing outside ``methods/`` asks which method it has.
+
+When the teacher moves: the official MoCo code moves the teacher inside ``forward``, before it computes the keys, with
+the student that the previous update left. `Method.after_update` moves it right after that update, with the momentum of
+the next step. Both give every step the same teacher. The official move at step 0 averages two equal networks, and the
+move after the last update is the one the official code would make next.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from sslkit.distributed.collectives import exchange_rows, world_size
 from sslkit.errors import UserError
 from sslkit.parts.backbone import Family
+from sslkit.parts.batch_slices import encode_in_slices, local_bn_groups, shuffle_views
 from sslkit.parts.batchnorm import GroupStatistics, synchronise_in_groups
+from sslkit.parts.chance_loss import ChanceLoss
+from sslkit.parts.memory_bank import MemoryBank
+from sslkit.parts.momentum_teacher import MomentumTeacher
+from sslkit.parts.queue import KeyQueue
+from sslkit.parts.schedules import Progress, cosine, half_life_momentum
 
 Views = Sequence[Tensor]
 Features = list[Tensor]
 Permutation = NDArray[np.int64]
 Prepare = Callable[[Tensor], Tensor]
 ViewCount = int | tuple[int, int | None]
+Negatives = Literal["none", "batch", "queue", "bank"]
 VIEW_ROLES = ("global", "local")
 
 
@@ -35,8 +46,8 @@ class Step:
     """What a forward pass returns.
 
     Attributes:
-        loss: () tensor; its mean over processes is the loss of the global batch.
-        metrics: Scalars to log, each averaged over processes.
+        loss: () tensor. The mean over processes is the loss of the global batch.
+        metrics: Scalars to log. Each is averaged over processes.
     """
 
     loss: Tensor
@@ -44,28 +55,45 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Position in training: ``updates`` made so far of ``total_updates``."""
+class BatchInfo:
+    """What is known of each sample of this process's batch, beside its views.
 
-    updates: int
-    total_updates: int
-    updates_per_epoch: int = 1
+    Attributes:
+        sample_ids: (B,) int64, the samples' positions in the data.
+        extras: Other tensors of B rows each that were drawn with the views, such as masks, by name.
+    """
 
-    @property
-    def fraction(self) -> float:
-        """Share of training done, in [0, 1]."""
-        return self.updates / self.total_updates
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the data made so far."""
-        return self.updates / self.updates_per_epoch
+    sample_ids: Tensor
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class MethodOptions(BaseModel):
-    """Base of every method's ``[method]`` options: typed, frozen, unknown keys refused."""
+    """Base class of a method's ``[method]`` options: typed and frozen; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class MomentumOptions(MethodOptions):
+    """Base class of the options of a method with momentum teachers.
+
+    Attributes:
+        momentum: Weight of the teacher's own value in every move. 1 is a frozen teacher, 0 the student itself.
+        momentum_schedule: ``"constant"``, or ``"cosine"``: from ``momentum`` to 1 at the end of training.
+        momentum_half_life: Images after which the teacher's own value counts one half, whatever the batch size. It
+            takes the place of ``momentum`` and its schedule.
+    """
+
+    momentum: float = Field(ge=0.0, le=1.0)
+    momentum_schedule: Literal["constant", "cosine"] = "constant"
+    momentum_half_life: float | None = Field(default=None, gt=0.0)
+
+    def momentum_at(self, progress: Progress) -> float:
+        """Momentum at a position in training."""
+        if self.momentum_half_life is not None:
+            return half_life_momentum(progress.batch_size, self.momentum_half_life)
+        if self.momentum_schedule == "cosine":
+            return cosine(progress.updates, progress.total_updates, self.momentum, 1.0)
+        return self.momentum
 
 
 @dataclass(frozen=True)
@@ -73,112 +101,180 @@ class PaperRun:
     """Numbers that a paper gives for runs of one length or batch size only.
 
     Attributes:
-        train: Keys of ``[train]`` by which the run is known, such as ``{"epochs": 300}``.
-        tables: Its numbers, by recipe table.
+        train: Keys of ``[train]`` that identify the run, such as ``{"epochs": 300}``.
+        tables: The run's numbers, by recipe table.
     """
 
     train: Mapping[str, int]
     tables: Mapping[str, Mapping[str, Any]]
 
 
+@dataclass(frozen=True)
+class Multipliers:
+    """Factors on the recipe's learning rate and weight decay for some of a method's parameters."""
+
+    lr: float = 1.0
+    weight_decay: float = 1.0
+
+
 class Method(nn.Module, ABC):
-    """A self-supervised method. It owns what it trains and knows no device, precision, loader, optimizer or loop.
+    """A self-supervised method.
+
+    A subclass assigns its modules in ``__init__(backbone, feature_dim, options)``, implements `objective`, and declares
+    whatever differs from the defaults below.
 
     Attributes:
         Options: The method's ``[method]`` table.
         views: How many views of each role the method takes: an exact number, or the fewest and the most (None: any
             number). ``global`` views have ``[views] size``, ``local`` ones are the small crops. A role that is left out
-            is not taken. The views come in this order: global, then local.
-        backbone: The encoder that is learned for its own sake: (B, 3, H, W) -> (B, D).
-        bn_groups: Into how many groups of its own batch statistics the *global* batch falls. 1: one for all
-            (synchronised). The papers' 8 GPUs without synchronisation are 8 groups, on any number of processes.
-        groups_across_processes: Whether a group may span processes. Otherwise each process is a group where there are
+            is not taken. Views come in this order: global, then local.
+        backbone: The student's encoder, (B, 3, H, W) -> (B, D).
+        encoder_name: Path of the module that is monitored, evaluated, exported and published: the student's backbone,
+            or a teacher's, such as ``"teacher_backbone.module"``.
+        heads: Names of the modules that the student's features pass before they are compared, in order.
+        negatives: Where the negatives come from: the ``batch``, a ``queue``, a memory ``bank``, or ``none``.
+        stops_gradient: Whether the objective stops a gradient on the student's side, as a stop-gradient beside a
+            predictor does.
+        shardable: Whether the method works with sharded parameters (``[train] shard``).
+        smallest_batch: The smallest global batch that the paper trains with well; 0 if it does not say.
+        bn_groups: Number of groups of the global batch that have batch statistics of their own. 1: the whole batch
+            shares them (synchronised). The papers' 8 GPUs without synchronisation are 8 groups, on any number of
+            processes.
+        groups_across_processes: Whether a group may span processes. If not, each process is a group where there are
             more processes than groups.
-        shuffle_keys: Whether keys must be computed among other companions than their queries (shuffling BN).
-        teacher_views: Which views the teacher looks at; under `shuffle_keys` these are shuffled for it.
-        student_key_views: Views that are keys to the student itself (end-to-end): shuffled for it under
-            `shuffle_keys`. View i's features are then the student's i-th.
+        shuffle_keys: Whether keys are computed in another batch order than queries (shuffling BN).
+        teacher_views: Indices of the views that the teacher encodes. Under `shuffle_keys` they are shuffled for it.
+        student_key_views: Indices of the views that are keys to the student itself (end-to-end). Under `shuffle_keys`
+            they are shuffled too; then view i's features must be the student's i-th.
     """
 
     Options: ClassVar[type[MethodOptions]]
     views: ClassVar[Mapping[str, ViewCount]] = {"global": 2}
+    encoder_name: ClassVar[str] = "backbone"
+    heads: ClassVar[tuple[str, ...]] = ()
+    negatives: ClassVar[Negatives] = "none"
+    stops_gradient: ClassVar[bool] = False
+    shardable: ClassVar[bool] = False
+    smallest_batch: ClassVar[int] = 0
+    groups_across_processes: ClassVar[bool] = False
+    backbone: nn.Module
+    bn_groups: int = 1
     shuffle_keys: bool = False
     teacher_views: tuple[int, ...] = ()
     student_key_views: tuple[int, ...] = ()
-    backbone: nn.Module
-    bn_groups: int = 1
-    groups_across_processes: ClassVar[bool] = False
 
     @staticmethod
     @abstractmethod
     def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:
-        """The paper's recipe for a backbone of this family: recipe tables that a user's recipe is laid over."""
+        """The paper's recipe for a backbone of this family: recipe tables that a user's recipe overrides."""
 
     @staticmethod
     def paper_runs(family: Family) -> Sequence[PaperRun]:
-        """Runs of the paper whose numbers depend on their length or batch size, the one of `paper_defaults` too.
+        """Runs of the paper whose numbers depend on their length or batch size, including that of `paper_defaults`.
 
-        A recipe of such a length or batch size gets the run's numbers. Any other gets those of `paper_defaults`, and
-        the user is told.
+        A recipe of such a length or batch size gets the numbers of that run. Any other gets those of `paper_defaults`,
+        and the user is told.
         """
         return ()
 
     @classmethod
     def remark_on_batch(cls, options: Any, batch_size: int) -> str:
-        """A sentence for the user about what becomes of the options at this global batch; empty if there is none."""
+        """A sentence for the user about how the options change at this global batch size; empty if they do not."""
         return ""
 
+    @property
+    def encoder(self) -> nn.Module:
+        """The encoder that is monitored, evaluated, exported and published, (B, 3, H, W) -> (B, D)."""
+        return self.get_submodule(self.encoder_name)
+
+    def teachers(self) -> Mapping[str, MomentumTeacher]:
+        """The momentum teachers, by the name of the student's module that each one follows."""
+        return {}
+
+    def dictionaries(self) -> Mapping[str, KeyQueue | MemoryBank]:
+        """Queues and memory banks, by name."""
+        return {}
+
+    def param_groups(self) -> Mapping[str, Multipliers]:
+        """Multipliers for the parameters of some modules, by module name, where the paper has them."""
+        return {}
+
+    def chance_loss(self, batch_size: int) -> ChanceLoss | None:
+        """The loss on embeddings that are independent of each other, for a global batch; None if it is not known."""
+        return None
+
+    def updates_to_fill_queue(self, batch_size: int) -> int:
+        """Updates until the queue of negatives holds teacher's keys only; 0 without such a queue."""
+        return 0
+
+    def set_num_samples(self, num_samples: int) -> None:
+        """Receive the number of samples in the data, once, before training: a memory bank has one row for each."""
+
     def student(self, views: Views) -> Features:
-        """Features of the views the student looks at, each (B, D), with gradient; all of them, unless overridden."""
+        """Features of the views that the student encodes, each (B, D), with gradient. By default of all views."""
         return [self.backbone(view) for view in views]
 
     def teacher(self, views: Views) -> Features:
-        """Features of `teacher_views` by the teacher, each (B, D), without gradient; empty without a teacher."""
-        return []
+        """Features of `teacher_views`, each (B, D), without gradient. By default from the backbone's teacher."""
+        return [self.teachers()["backbone"](views[view]) for view in self.teacher_views]
 
     @abstractmethod
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
-        """Heads and loss on the whole batch's features.
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
+        """Apply heads and loss to the features of the whole batch.
 
         Args:
             student_features: What `student` returned for this process's whole batch.
-            teacher_features: What `teacher` returned, in the same order of samples.
-            sample_ids: (B,) int64, positions in the data.
+            teacher_features: What `teacher` returned, with the samples in the same order.
+            batch: Sample ids, and whatever else was drawn for each sample.
+            progress: Position in training; counts the updates before this step.
         """
-
-    def meet_data(self, num_samples: int) -> None:
-        """Learn how many samples there are, once, before training: a memory bank has a row for each."""
 
     def before_update(self, progress: Progress) -> None:
-        """Change gradients before an optimizer update; ``progress`` counts the updates before it."""
+        """Change gradients before an optimizer update. ``progress`` counts the updates before it."""
 
     def after_update(self, progress: Progress) -> dict[str, float]:
-        """Move the teacher and push keys, after each optimizer update; ``progress`` counts that update.
+        """Move teachers and push keys after each optimizer update. ``progress`` includes that update.
 
         Returns:
-            What to log of it, such as the momentum used.
+            What to log, such as the momentum used.
         """
         return {}
+
+    def update_teachers(self, progress: Progress) -> dict[str, float]:
+        """Move every teacher towards the student's module that it follows.
+
+        Returns:
+            The momentum, to be logged.
+        """
+        logged = {}
+        for name, teacher in self.teachers().items():
+            logged["momentum"] = teacher.momentum_at(progress)
+            teacher.update(self.get_submodule(name), logged["momentum"])
+        return logged
 
     def forward(
         self,
         views: Views,
-        sample_ids: Tensor,
+        batch: BatchInfo,
+        progress: Progress,
         permutation: Permutation | None = None,
         prepare: Prepare | None = None,
     ) -> Step:
-        """`objective` after `student` and `teacher`, in BN groups, keys shuffled.
+        """Compute `objective` of `student` and `teacher`, one BN group at a time, with keys shuffled.
 
         Args:
-            views: Images as ``prepare`` takes them, each of B rows; without it normalised, (B, 3, H, W).
-            sample_ids: (B,) int64, positions in the data.
-            permutation: (N,) int64, the same on every process; needed if `shuffle_keys`.
-            prepare: Makes a view of a few samples fit for the backbone: its normalisation.
+            views: Images as ``prepare`` takes them, B rows each; without ``prepare`` normalised, (B, 3, H, W).
+            batch: See `objective`.
+            progress: See `objective`.
+            permutation: (N,) int64, an order of the global batch, the same on every process; needed if `shuffle_keys`.
+            prepare: Normalises a view.
         """
         groups = local_bn_groups(self.bn_groups)
         student_features = self.student_in_slices(views, groups, permutation, prepare)
         teacher_features = self.teacher_in_slices(views, groups, permutation, prepare)
-        return self.objective(student_features, teacher_features, sample_ids)
+        return self.objective(student_features, teacher_features, batch, progress)
 
     def student_in_slices(
         self,
@@ -188,30 +284,14 @@ class Method(nn.Module, ABC):
         prepare: Prepare | None = None,
         before_slice: Callable[[int], None] | None = None,
     ) -> Features:
-        """`student` slice by slice; key views are shuffled before and their features put back after."""
+        """Call `student` slice by slice. Key views are shuffled before, and their features put back in order after."""
         views = shuffle_views(views, self.student_key_views, permutation)
-        statistics = self.group_statistics(slices, of_teacher=False)
+        statistics = self.group_statistics(slices, [self.backbone])
         features = encode_in_slices(self.student, views, slices, prepare, before_slice, statistics)
         if permutation is not None:
             for index in self.student_key_views:
                 features[index] = exchange_rows(features[index], np.argsort(permutation))
         return features
-
-    def group_statistics(self, slices: int, *, of_teacher: bool) -> GroupStatistics | None:
-        """The running statistics of the encoder that is about to see the batch in groups; None if it is one group."""
-        if slices == 1 and (self.bn_groups == 1 or world_size() == 1):
-            return None
-        encoder = getattr(self, "teacher_backbone", None) if of_teacher else self.backbone
-        return GroupStatistics([encoder] if isinstance(encoder, nn.Module) else [])
-
-    def batch_norm_groups(self) -> dict[str, int]:
-        """By the name of a child: into how many BN groups the global batch falls for it; for all others it is one."""
-        return {"backbone": self.bn_groups, "teacher_backbone": self.bn_groups}
-
-    def synchronise_batch_norm(self, device: torch.device) -> None:
-        """Compute batch statistics over the processes that share a group; called once, by all processes."""
-        across = self.groups_across_processes
-        synchronise_in_groups(self, device, self.batch_norm_groups(), across_processes=across)
 
     def teacher_in_slices(
         self,
@@ -221,15 +301,36 @@ class Method(nn.Module, ABC):
         prepare: Prepare | None = None,
         before_slice: Callable[[int], None] | None = None,
     ) -> Features:
-        """`teacher` slice by slice; its views are shuffled before and its features put back after."""
+        """Call `teacher` slice by slice. Its views are shuffled before, and its features put back in order after."""
         if not self.teacher_views:
             return []
         views = shuffle_views(views, self.teacher_views, permutation)
-        statistics = self.group_statistics(slices, of_teacher=True)
+        statistics = self.group_statistics(slices, self.backbones()[1:])
         features = encode_in_slices(self.teacher, views, slices, prepare, before_slice, statistics)
         if permutation is not None:
             features = [exchange_rows(each, np.argsort(permutation)) for each in features]
         return features
+
+    def backbones(self) -> list[nn.Module]:
+        """The large modules: the student's backbone and, if a teacher follows it, the teacher's."""
+        teacher = self.teachers().get("backbone")
+        return [self.backbone] if teacher is None else [self.backbone, teacher.module]
+
+    def group_statistics(self, slices: int, encoders: list[nn.Module]) -> GroupStatistics | None:
+        """The running statistics of encoders that see the batch in groups; None if the batch is one group."""
+        if slices == 1 and (self.bn_groups == 1 or world_size() == 1):
+            return None
+        return GroupStatistics(encoders)
+
+    def batch_norm_groups(self) -> dict[str, int]:
+        """Number of BN groups of the global batch for each child, by name; 1 for the others."""
+        encoders = [self.backbone, self.teachers().get("backbone")]
+        return {name: self.bn_groups for name, child in self.named_children() if child in encoders}
+
+    def synchronise_batch_norm(self, device: torch.device) -> None:
+        """Compute batch statistics over the processes that share a group. Called once, by all processes."""
+        across = self.groups_across_processes
+        synchronise_in_groups(self, device, self.batch_norm_groups(), across_processes=across)
 
 
 def view_mistake(name: str, method: type[Method], role: str, made: int) -> str:
@@ -251,65 +352,11 @@ def view_mistake(name: str, method: type[Method], role: str, made: int) -> str:
     if made >= fewest and (most is None or made <= most):
         return ""
     if most == 0:
-        return f"{name} takes no {role} views; set it to 0"
+        way_out = "set it to 0"
+        if role == "local" and method.views is Method.views and not method.__module__.startswith("sslkit."):
+            way_out += f'. If it takes them, declare views = {{"global": 2, "local": (0, None)}} in {method.__name__}'
+        return f"{name} takes no {role} views; {way_out}"
     if most is None:
         return f"{name} takes {fewest} or more {role} views; set it to {fewest}"
     wanted = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     return f"{name} takes {wanted} {role} views; set it to {min(max(made, fewest), most)}"
-
-
-class PreparedViews(Sequence[Tensor]):
-    """Views that are prepared when they are looked at: a method may look at one only."""
-
-    def __init__(self, views: Views, prepare: Prepare) -> None:
-        self.views, self.prepare = views, prepare
-
-    def __len__(self) -> int:
-        return len(self.views)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.prepare(self.views[index])
-
-
-def local_bn_groups(bn_groups: int) -> int:
-    """How many of the global batch's BN groups lie on this process; never less than one."""
-    return max(bn_groups // world_size(), 1)
-
-
-def shuffle_views(views: Views, which: tuple[int, ...], permutation: Permutation | None) -> Views:
-    """Permute the global batch of some views, across processes."""
-    if permutation is None:
-        return views
-    return [exchange_rows(view, permutation) if index in which else view for index, view in enumerate(views)]
-
-
-def slice_views(views: Views, slices: int, prepare: Prepare | None = None) -> list[Views]:
-    """Cut the batch into ``slices`` contiguous parts of equal size."""
-    parts = zip(*(view.chunk(slices) for view in views), strict=True)
-    return [PreparedViews(part, prepare) if prepare else part for part in parts]
-
-
-def encode_in_slices(
-    encode: Callable[[Views], Features],
-    views: Views,
-    slices: int,
-    prepare: Prepare | None = None,
-    before_slice: Callable[[int], None] | None = None,
-    statistics: GroupStatistics | None = None,
-) -> Features:
-    """Encode contiguous slices of the batch one after the other, each with its own batch statistics.
-
-    ``statistics`` make one update of the running statistics of it.
-    """
-    parts = []
-    for index, part in enumerate(slice_views(views, slices, prepare)):
-        if before_slice is not None:
-            before_slice(index)
-        if statistics is not None:
-            statistics.start_group()
-        parts.append(encode(part))
-        if statistics is not None:
-            statistics.end_group()
-    if statistics is not None:
-        statistics.finish()
-    return [torch.cat(features) if slices > 1 else features[0] for features in zip(*parts, strict=True)]

@@ -1,31 +1,32 @@
 """BYOL: Grill, Strub, Altché, Tallec, Richemond et al., "Bootstrap Your Own Latent", 2020, arXiv:2006.07733.
 
-No negatives. The online network predicts, from one view, what a slowly moving target network says of the other; the
-predictor and the target's inertia keep the two from agreeing on nothing.
+No negatives. From one view the student (online network) predicts the projection that a momentum teacher (target
+network) makes of the other view. The predictor and the teacher's slow moves prevent collapse.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from sslkit.methods.base import Features, Method, MethodOptions, PaperRun, Progress, Step, Views
+from sslkit.methods.base import BatchInfo, Features, Method, MomentumOptions, PaperRun, Step
 from sslkit.parts.backbone import Family
+from sslkit.parts.chance_loss import ChanceLoss
 from sslkit.parts.heads import byol_mlp
 from sslkit.parts.losses import regression_loss
-from sslkit.parts.momentum_teacher import Teacher
-from sslkit.parts.schedules import cosine_momentum
+from sslkit.parts.momentum_teacher import MomentumTeacher
+from sslkit.parts.schedules import Progress
 
 
-class BYOLOptions(MethodOptions):
+class BYOLOptions(MomentumOptions):
     """Options of BYOL, defaults from section 3.2 and the official code.
 
     Attributes:
         dim: Width C of projections and predictions.
         hidden_dim: Width inside projector and predictor.
-        momentum: The target's momentum at the start (0.996 for 1000 epochs, 0.99 for 100 and 300).
-        momentum_schedule: ``"cosine"`` rises to 1 at the end, ``"constant"`` stays.
+        momentum: The teacher's momentum at the start (0.996 for 1000 epochs, 0.99 for 100 and 300).
     """
 
     dim: int = Field(default=256, strict=True, ge=1, le=65536)
@@ -35,9 +36,12 @@ class BYOLOptions(MethodOptions):
 
 
 class BYOL(Method):
-    """Algorithm 1 of the paper. The target starts as a copy; the authors saw no difference to a fresh draw."""
+    """Algorithm 1 of the paper. The teacher starts as a copy; the authors saw no difference to other random weights."""
 
     Options = BYOLOptions
+    heads = ("projector", "predictor")
+    shardable = True
+    smallest_batch = 256
     teacher_views = (0, 1)
 
     def __init__(self, backbone: nn.Module, feature_dim: int, options: BYOLOptions) -> None:
@@ -46,26 +50,26 @@ class BYOL(Method):
         self.backbone = backbone
         self.projector = byol_mlp(feature_dim, options.hidden_dim, options.dim)
         self.predictor = byol_mlp(options.dim, options.hidden_dim, options.dim)
-        self.teacher_backbone = Teacher(self.backbone)
-        self.teacher_projector = Teacher(self.projector)
+        self.teacher_backbone = MomentumTeacher(self.backbone, options.momentum_at)
+        self.teacher_projector = MomentumTeacher(self.projector, options.momentum_at)
 
-    def teacher(self, views: Views) -> Features:
-        return [self.teacher_backbone(view) for view in views]
+    def teachers(self) -> Mapping[str, MomentumTeacher]:
+        return {"backbone": self.teacher_backbone, "projector": self.teacher_projector}
 
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
         prediction_1, prediction_2 = (self.predictor(self.projector(features)) for features in student_features)
         target_1, target_2 = (self.teacher_projector(features) for features in teacher_features)
         loss = regression_loss(prediction_1, target_2) + regression_loss(prediction_2, target_1)
         return Step(loss, {"similarity": 1.0 - loss.detach() / 4.0})
 
     def after_update(self, progress: Progress) -> dict[str, float]:
-        momentum = self.options.momentum
-        if self.options.momentum_schedule == "cosine":
-            # The official clock starts at 0 with the first update's move; MoCo v3's is one step further.
-            momentum = cosine_momentum((progress.updates - 1) / progress.total_updates, momentum)
-        self.teacher_backbone.update(self.backbone, momentum)
-        self.teacher_projector.update(self.projector, momentum)
-        return {"momentum": momentum}
+        # The official schedule is at 0 for the move after the first update; MoCo v3's is one step further.
+        return self.update_teachers(replace(progress, updates=progress.updates - 1))
+
+    def chance_loss(self, batch_size: int) -> ChanceLoss:
+        return ChanceLoss(4.0, "2 - 2 cos in both directions", self.options.dim)
 
     @staticmethod
     def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:

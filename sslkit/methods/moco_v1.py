@@ -1,11 +1,12 @@
 """MoCo v1: He, Fan, Wu, Xie, Girshick, "Momentum Contrast for Unsupervised Visual Representation Learning", 2020.
 
-arXiv:1911.05722. A query is compared with its own key and with a queue of keys from earlier batches. Keys come from a
-momentum teacher, and are computed among other batch companions than the queries (shuffling BN), so that the batch
-statistics cannot give the answer away.
+arXiv:1911.05722. A query is compared with its own key and with a queue of keys from earlier batches. The keys come from
+a momentum teacher. The batch is shuffled before the teacher encodes it (shuffling BN), so that the batch statistics
+cannot reveal which key belongs to which query.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,16 +14,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sslkit.distributed.collectives import gather_rows
-from sslkit.methods.base import Features, Method, MethodOptions, PaperRun, Progress, Step, Views
+from sslkit.methods.base import BatchInfo, Features, Method, MomentumOptions, PaperRun, Step, Views
 from sslkit.parts.backbone import Family
 from sslkit.parts.batchnorm import has_batch_norm
-from sslkit.parts.heads import linear_head
+from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance
 from sslkit.parts.losses import info_nce_with_queue, unit_rows
-from sslkit.parts.momentum_teacher import Teacher
+from sslkit.parts.momentum_teacher import MomentumTeacher
 from sslkit.parts.queue import KeyQueue
+from sslkit.parts.schedules import Progress
 
 
-class MoCoV1Options(MethodOptions):
+class MoCoV1Options(MomentumOptions):
     """Options of MoCo v1, defaults from section 3.3 and the official code.
 
     Attributes:
@@ -32,9 +34,9 @@ class MoCoV1Options(MethodOptions):
         momentum: The teacher's momentum, constant.
         bn_groups: Groups of the global batch with batch statistics of their own: the paper's 8 GPUs. With fewer
             processes each runs several groups; with more, each process is a group.
-        shuffle: Compute keys among other companions than their queries (section 3.3). Off, the groups' statistics
-            give the answer away: for the paper's ablation, not for training.
-        symmetric: Let each view be query once and key once; the two losses add up, and 2N keys are queued.
+        shuffle: Shuffle the keys among the BN groups (section 3.3). False is the paper's ablation, in which the batch
+            statistics reveal the positive; not for training.
+        symmetric: Use each view once as query and once as key; the two losses are added, and 2N keys are queued.
     """
 
     dim: int = Field(default=128, strict=True, ge=1, le=65536)
@@ -50,14 +52,16 @@ class MoCoV1(Method):
     """Algorithm 1 of the paper, with a linear head."""
 
     Options = MoCoV1Options
+    heads = ("projector",)
+    negatives = "queue"
 
     def __init__(self, backbone: nn.Module, feature_dim: int, options: MoCoV1Options) -> None:
         super().__init__()
         self.options = options
         self.backbone = backbone
         self.projector = self.make_projector(feature_dim)
-        self.teacher_backbone = Teacher(self.backbone)
-        self.teacher_projector = Teacher(self.projector)
+        self.teacher_backbone = MomentumTeacher(self.backbone, options.momentum_at)
+        self.teacher_projector = MomentumTeacher(self.projector, options.momentum_at)
         self.queue = KeyQueue(options.queue_size, options.dim)
         self.bn_groups = options.bn_groups if has_batch_norm(backbone) else 1
         self.shuffle_keys = options.shuffle
@@ -65,20 +69,25 @@ class MoCoV1(Method):
         self.teacher_views = (0, 1) if options.symmetric else (1,)
         self.new_keys: Tensor | None = None
 
+    def teachers(self) -> Mapping[str, MomentumTeacher]:
+        return {"backbone": self.teacher_backbone, "projector": self.teacher_projector}
+
+    def dictionaries(self) -> Mapping[str, KeyQueue]:
+        return {"queue": self.queue}
+
     def make_projector(self, feature_dim: int) -> nn.Module:
         """The head from features (B, D) to embeddings (B, C)."""
-        return linear_head(feature_dim, self.options.dim)
+        return nn.Linear(feature_dim, self.options.dim)
 
     def student(self, views: Views) -> Features:
         return [self.backbone(views[view]) for view in self.student_views]
 
-    def teacher(self, views: Views) -> Features:
-        return [self.teacher_backbone(views[view]) for view in self.teacher_views]
-
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
         queries = [unit_rows(self.projector(features)) for features in student_features]
         keys = [unit_rows(self.teacher_projector(features)) for features in teacher_features]
-        # A view is compared with the other view's key; keys come in the order of the views.
+        # A query is compared with the other view's key; keys are in the order of the views.
         terms = [self.contrast(query, key) for query, key in zip(queries, reversed(keys), strict=True)]
         if self.training:
             self.new_keys = torch.cat([gather_rows(key) for key in keys])
@@ -90,12 +99,17 @@ class MoCoV1(Method):
         return info_nce_with_queue(query, key, self.queue.keys, self.options.temperature)
 
     def after_update(self, progress: Progress) -> dict[str, float]:
-        self.teacher_backbone.update(self.backbone, self.options.momentum)
-        self.teacher_projector.update(self.projector, self.options.momentum)
         if self.new_keys is not None:
             self.queue.push(self.new_keys)
             self.new_keys = None
-        return {"momentum": self.options.momentum}
+        return self.update_teachers(progress)
+
+    def chance_loss(self, batch_size: int) -> ChanceLoss:
+        options = self.options
+        return info_nce_chance(options.queue_size, options.temperature, options.dim, scale=len(self.student_views))
+
+    def updates_to_fill_queue(self, batch_size: int) -> int:
+        return math.ceil(self.options.queue_size / (batch_size * len(self.teacher_views)))
 
     @staticmethod
     def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:

@@ -1,26 +1,27 @@
 """MoCo v3: Chen, Xie, He, "An Empirical Study of Training Self-Supervised Vision Transformers", 2021, arXiv:2104.02057.
 
-No queue: the keys of the global batch are the dictionary. Each view is query once and key once (symmetric loss), a
-predictor follows the projector on the query's side only, and the teacher's momentum rises to 1. For ViTs the patch
-projection stays frozen at random, which cures the instability of their training.
+No queue: the keys are those of the global batch. Each view is once query and once key (symmetric loss), a predictor
+follows the projector on the query's side only, and the teacher's momentum rises to 1. For ViTs the patch projection
+keeps its random weights, which stabilises training.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from sslkit.distributed.collectives import gather_rows, rank
-from sslkit.methods.base import Features, Method, MethodOptions, PaperRun, Progress, Step, Views
+from sslkit.methods.base import BatchInfo, Features, Method, MomentumOptions, PaperRun, Step
 from sslkit.parts.backbone import Family
+from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance
 from sslkit.parts.heads import batch_norm_mlp
 from sslkit.parts.losses import info_nce_in_batch
-from sslkit.parts.momentum_teacher import Teacher
-from sslkit.parts.schedules import cosine_momentum
+from sslkit.parts.momentum_teacher import MomentumTeacher
+from sslkit.parts.schedules import Progress
 
 
-class MoCoV3Options(MethodOptions):
+class MoCoV3Options(MomentumOptions):
     """Options of MoCo v3, defaults for ViT from section 3 and the official code; `paper_defaults` has ResNet's.
 
     Attributes:
@@ -28,7 +29,6 @@ class MoCoV3Options(MethodOptions):
         hidden_dim: Width inside projector and predictor.
         temperature: Divides the similarities (ViT 0.2, ResNet 1.0).
         momentum: The teacher's momentum at the start.
-        momentum_schedule: ``"cosine"`` rises to 1 at the end, ``"constant"`` stays.
         projector_layers: Linear layers of the projector (ViT 3, ResNet 2).
         predictor_last_norm: Whether the predictor ends in a BatchNorm (ViT yes, ResNet no).
         predictor: False leaves the predictor out (the paper's ablation, table 2).
@@ -50,6 +50,10 @@ class MoCoV3(Method):
     """Algorithm 1 of the paper."""
 
     Options = MoCoV3Options
+    heads = ("projector", "predictor")
+    negatives = "batch"
+    shardable = True
+    smallest_batch = 256
     teacher_views = (0, 1)
 
     def __init__(self, backbone: nn.Module, feature_dim: int, options: MoCoV3Options) -> None:
@@ -74,13 +78,15 @@ class MoCoV3(Method):
                 last_norm=options.predictor_last_norm,
                 norm=options.head_norm,
             )
-        self.teacher_backbone = Teacher(self.backbone)
-        self.teacher_projector = Teacher(self.projector)
+        self.teacher_backbone = MomentumTeacher(self.backbone, options.momentum_at)
+        self.teacher_projector = MomentumTeacher(self.projector, options.momentum_at)
 
-    def teacher(self, views: Views) -> Features:
-        return [self.teacher_backbone(view) for view in views]
+    def teachers(self) -> Mapping[str, MomentumTeacher]:
+        return {"backbone": self.teacher_backbone, "projector": self.teacher_projector}
 
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
         query_1, query_2 = (self.predictor(self.projector(features)) for features in student_features)
         key_1, key_2 = (self.teacher_projector(features) for features in teacher_features)
         loss_1, accuracy_1 = self.contrast(query_1, key_2)
@@ -88,18 +94,17 @@ class MoCoV3(Method):
         return Step(loss_1 + loss_2, {"accuracy": (accuracy_1 + accuracy_2) / 2})
 
     def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """One direction: queries (B, C) of this process against the keys (N, C) of all; the scale is the paper's."""
+        """Queries (B, C) of this process against the keys (N, C) of all, scaled by 2 tau as in the paper."""
         temperature = self.options.temperature
         loss, accuracy = info_nce_in_batch(query, gather_rows(key), temperature, first_label=rank() * len(query))
         return 2 * temperature * loss, accuracy
 
     def after_update(self, progress: Progress) -> dict[str, float]:
-        momentum = self.options.momentum
-        if self.options.momentum_schedule == "cosine":
-            momentum = cosine_momentum(progress.fraction, momentum)
-        self.teacher_backbone.update(self.backbone, momentum)
-        self.teacher_projector.update(self.projector, momentum)
-        return {"momentum": momentum}
+        return self.update_teachers(progress)
+
+    def chance_loss(self, batch_size: int) -> ChanceLoss:
+        temperature = self.options.temperature
+        return info_nce_chance(batch_size - 1, temperature, self.options.dim, scale=2 * 2 * temperature)
 
     @staticmethod
     def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:

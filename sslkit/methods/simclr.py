@@ -1,20 +1,22 @@
 """SimCLR: Chen, Kornblith, Norouzi, Hinton, "A Simple Framework for Contrastive Learning of Visual Representations".
 
-arXiv:2002.05709, 2020. Two views of every image go through one encoder in one batch; each embedding finds its twin
-among all others of the global batch. No teacher, no queue: negatives are as many as the batch is large.
+arXiv:2002.05709, 2020. Two views of every image go through one encoder in one batch. The positive of an embedding is
+the other view's; its negatives are all other embeddings of the global batch. No teacher and no queue.
 """
 
 from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from sslkit.distributed.collectives import gather_rows_with_gradient, rank
-from sslkit.methods.base import Features, Method, MethodOptions, Step, Views
+from sslkit.methods.base import BatchInfo, Features, Method, MethodOptions, Step, Views
 from sslkit.parts.backbone import Family
+from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance
 from sslkit.parts.heads import simclr_head
 from sslkit.parts.losses import nt_xent
+from sslkit.parts.schedules import Progress
 
 
 class SimCLROptions(MethodOptions):
@@ -37,6 +39,10 @@ class SimCLR(Method):
     """Algorithm 1 of the paper."""
 
     Options = SimCLROptions
+    heads = ("projector",)
+    negatives = "batch"
+    shardable = True
+    smallest_batch = 256
 
     def __init__(self, backbone: nn.Module, feature_dim: int, options: SimCLROptions) -> None:
         super().__init__()
@@ -49,12 +55,17 @@ class SimCLR(Method):
         first, second = views
         return list(self.backbone(torch.cat([first, second])).chunk(2))
 
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
         first, second = self.projector(torch.cat(student_features)).chunk(2)
         everyones = gather_rows_with_gradient(first), gather_rows_with_gradient(second)
         first_label = rank() * len(first)
         loss, accuracy = nt_xent(first, second, *everyones, self.options.temperature, first_label)
         return Step(loss, {"accuracy": accuracy})
+
+    def chance_loss(self, batch_size: int) -> ChanceLoss:
+        return info_nce_chance(2 * batch_size - 2, self.options.temperature, self.options.dim, scale=2)
 
     @staticmethod
     def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:

@@ -1,14 +1,66 @@
-"""Learning rate and momentum as pure functions of the position in training.
+"""Schedules of learning rate, weight decay, momentum and temperature, as pure functions of the position in training.
 
-A position is counted in epochs and may be fractional: ``epoch = updates / updates_per_epoch``. A schedule that the
-paper sets once per epoch is called with the whole number; see `per_epoch`.
+One family: `linear` and `cosine` go from a start to an end. `warmup_then_cosine` and `warmup_then_steps` put a linear
+warm-up before a decay. Any value can be scheduled: the learning rate and the weight decay by ``[schedule]``, a
+teacher's momentum by ``[method]``, anything else inside `Method.objective`, which is given the `Progress`.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Position in training.
+
+    Attributes:
+        updates: Optimizer updates made so far.
+        total_updates: Updates in the whole training.
+        updates_per_epoch: Updates in one pass over the data.
+        batch_size: Images of the global batch, that is, of one update.
+    """
+
+    updates: int
+    total_updates: int
+    updates_per_epoch: int = 1
+    batch_size: int = 1
+
+    @property
+    def fraction(self) -> float:
+        """Share of training done, in [0, 1]."""
+        return self.updates / self.total_updates
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data made so far."""
+        return self.updates / self.updates_per_epoch
+
+
+def linear(position: float, length: float, start: float, end: float) -> float:
+    """A straight line from ``start`` at position 0 to ``end`` at ``length``, where it stays."""
+    return start + (end - start) * position / length if position < length else end
+
+
+def cosine(position: float, length: float, start: float, end: float) -> float:
+    """Half a cosine from ``start`` at position 0 to ``end`` at ``length``, where it stays.
+
+    BYOL and MoCo v3 raise the teacher's momentum to 1 so, DINO the weight decay from 0.04 to 0.4.
+    """
+    fraction = min(position / max(length, 1e-12), 1.0)
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * fraction))
+
+
+def half_life_momentum(images: float, half_life: float) -> float:
+    """Momentum of a move after so many images that halves the teacher's own weight every ``half_life`` images."""
+    return float(0.5 ** (images / half_life))
 
 
 def per_epoch(epoch: float) -> float:
-    """Round a position down to the start of its epoch, with slack for the rounding of ``updates / per_epoch``."""
+    """Round a position in epochs down to the start of its epoch, for papers that change the rate once an epoch.
+
+    There is slack for the rounding of ``updates / updates_per_epoch``.
+    """
     return float(math.floor(epoch + 1e-9))
 
 
@@ -17,24 +69,18 @@ def warmup_then_cosine(
 ) -> float:
     """Linear from ``start`` to ``peak`` over ``warmup_epochs``, then half a cosine to ``final`` at ``epochs``.
 
-    With ``warmup_epochs = 0`` this is MoCo v2's cosine; with warm-up it is MoCo v3's (arXiv:2104.02057, app. A),
-    SimCLR's and BYOL's; with ``start`` and ``final`` SwAV's.
+    With ``warmup_epochs = 0`` this is MoCo v2's schedule; with a warm-up it is MoCo v3's (arXiv:2104.02057, appendix
+    A), SimCLR's and BYOL's; with ``start`` and ``final`` it is SwAV's.
     """
     if epoch < warmup_epochs:
-        return start + (peak - start) * epoch / warmup_epochs
-    progress = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-12)
-    return final + (peak - final) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+        return linear(epoch, warmup_epochs, start, peak)
+    return cosine(epoch - warmup_epochs, epochs - warmup_epochs, peak, final)
 
 
 def warmup_then_steps(
-    epoch: float, milestones: list[float], factor: float, warmup_epochs: float, peak: float, start: float = 0.0
+    epoch: float, milestones: Sequence[float], factor: float, warmup_epochs: float, peak: float, start: float = 0.0
 ) -> float:
     """Linear warm-up, then ``peak`` times ``factor`` for each milestone passed (MoCo v1: 0.1 at epochs 120, 160)."""
     if epoch < warmup_epochs:
-        return start + (peak - start) * epoch / warmup_epochs
+        return linear(epoch, warmup_epochs, start, peak)
     return peak * factor ** sum(epoch >= milestone for milestone in milestones)
-
-
-def cosine_momentum(progress: float, start: float) -> float:
-    """Teacher momentum from ``start`` at progress 0 to 1 at progress 1 (BYOL, MoCo v3: half a cosine)."""
-    return 1.0 - 0.5 * (1.0 + math.cos(math.pi * progress)) * (1.0 - start)

@@ -70,7 +70,7 @@ def _cost(source: ImageSource, pipeline: ViewPipeline, sample: int) -> ImageCost
     read = time.perf_counter()
     pixels, size = source.decode(name, encoded, partial(pipeline.reduction, 0, sample))
     decoded = time.perf_counter()
-    pipeline.crops(pixels, 0, sample, size)
+    pipeline.crop_views(pixels, 0, sample, size)
     cropped = time.perf_counter()
     crops = views = cropped - decoded
     if pipeline.config.device == "cpu":

@@ -5,12 +5,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from sslkit.engine.state import Training
+from sslkit.engine import step as step_module
+from sslkit.engine.state import TrainingState
 
 TRANSFER = "transfer, device views"
 STUDENT = "student forward"
@@ -76,7 +78,7 @@ def wait_for(device: torch.device) -> None:
 
 
 @contextmanager
-def watched(training: Training, watch: Stopwatch) -> Iterator[Stopwatch]:
+def watched(training: TrainingState, watch: Stopwatch) -> Iterator[Stopwatch]:
     """Have the parts of ``training`` report to ``watch``, by what they are called through."""
     method, optimizer = training.method, training.optimizer
     parts: list[tuple[Any, str, str]] = [
@@ -86,6 +88,8 @@ def watched(training: Training, watch: Stopwatch) -> Iterator[Stopwatch]:
         (method, "after_update", AFTER),
         (optimizer, "step", OPTIMIZER),
         (optimizer, "zero_grad", OPTIMIZER),
+        (step_module, "finish_on", TRANSFER),
+        (step_module, "forward_and_backward", BACKWARD),  # without the parts inside it
         *((dist, name, COLLECTIVES) for name in CALLS),
     ]
     whole = {(owner, name): getattr(owner, name) for owner, name, _ in parts}
@@ -95,7 +99,7 @@ def watched(training: Training, watch: Stopwatch) -> Iterator[Stopwatch]:
         yield watch
     finally:
         for owner, name, _ in parts:
-            if owner is dist:
+            if isinstance(owner, ModuleType):
                 setattr(owner, name, whole[owner, name])
             else:
                 delattr(owner, name)  # the class has its own

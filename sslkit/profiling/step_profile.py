@@ -1,33 +1,34 @@
 """A recipe's steps, made as a run makes them but for what it writes, and timed twice: untouched, and stage by stage."""
 
-import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sslkit.data.augment.cpu import ViewPipeline, normalise
 from sslkit.data.augment.gpu import finish_on
-from sslkit.data.loading.loader import Batch, cores_of_a_process
+from sslkit.data.batch import Batch
+from sslkit.data.loading.loader import cores_of_a_process
 from sslkit.data.sources.image_source import open_source
 from sslkit.distributed.collectives import max_over_processes
 from sslkit.engine.accelerator import make_accelerator, processes_here, workers_of
-from sslkit.engine.logging.throughput import StepClock
-from sslkit.engine.loop import forward_and_backward, gradient_norm, prepare_gradients, update, vote
-from sslkit.engine.optim import learning_rate, set_learning_rate
-from sslkit.engine.setup import assemble, build_method, check_groups, steps_per_epoch
-from sslkit.engine.state import Training
+from sslkit.engine.batch_checks import steps_per_epoch
+from sslkit.engine.logging.throughput import ThroughputMeter
+from sslkit.engine.resilience.guard import Guard
+from sslkit.engine.setup import make_train_loader, set_up_training
+from sslkit.engine.state import TrainingState
+from sslkit.engine.step import train_step
 from sslkit.profiling.image_cost import ImageCosts, image_costs
-from sslkit.profiling.stage_timer import BACKWARD, COLLECTIVES, REST, STAGES, TRANSFER, Stopwatch, wait_for, watched
+from sslkit.profiling.stage_timer import BACKWARD, COLLECTIVES, REST, STAGES, Stopwatch, wait_for, watched
 from sslkit.recipe.resolve import Recipe
 
 CPU = torch.device("cpu")
 WARM_UP = 3  # steps: kernels are chosen, memory is found
 LEAST = 3  # steps of each measurement, however long they take
+ENDLESS = 2**40  # steps
 
 
 @dataclass(frozen=True)
@@ -82,36 +83,31 @@ def profile(recipe: Recipe, seconds: float = 20.0) -> Profile:
         UserError: Something in recipe or data is not as it must be.
     """
     source = open_source(recipe.data).without_labels()
-    epoch_steps = steps_per_epoch(recipe, source)
+    steps_per_epoch(recipe, source)
     with one_thread():
         images = image_costs(source, ViewPipeline(recipe.views, recipe.train.seed), seconds / 5)
     accelerator = make_accelerator(recipe)
     try:
-        torch.manual_seed(recipe.train.seed)
-        method = build_method(recipe, len(source))
-        check_groups(recipe, method, accelerator.num_processes)
-        endless = 2**40
-        training = assemble(recipe, Path(), accelerator, method, source, None, epoch_steps, endless, None)
-        return measure(training, images, seconds)
+        return measure(set_up_training(recipe, source, accelerator), images, seconds)
     finally:
         accelerator.end_training()
         if accelerator.num_processes == 1:
             accelerator.state._reset_state(reset_partial_state=True)
 
 
-def measure(training: Training, images: ImageCosts, seconds: float) -> Profile:
+def measure(training: TrainingState, images: ImageCosts, seconds: float) -> Profile:
     """`profile` of what is ready to go."""
     accelerator, device = training.accelerator, training.accelerator.device
     batch, processes = training.recipe.train.batch_size, accelerator.num_processes
     training.method.train()
-    clock = StepClock(batch)
-    batches = iter(clock.waiting(training.loader))
-    numbers = itertools.count()
+    guard = Guard(training.recipe.guard, training.recovery, training.method)
+    clock = ThroughputMeter(batch)
+    batches = iter(clock.timed(make_train_loader(training, ENDLESS)))
 
     def steps(count: int, watch: Stopwatch) -> float:
         started = time.perf_counter()
         for _ in range(count):
-            step(training, next(batches), next(numbers), watch)
+            step(training, next(batches), guard, watch)
         wait_for(device)
         return (time.perf_counter() - started) / count
 
@@ -152,21 +148,11 @@ def measure(training: Training, images: ImageCosts, seconds: float) -> Profile:
     )
 
 
-def step(training: Training, batch: Batch, number: int, watch: Stopwatch) -> None:
-    """What the loop does with a batch, but for guard, alarms and all that is written."""
-    recipe, accelerator = training.recipe, training.accelerator
-    number %= recipe.train.epochs * training.steps_per_epoch
+def step(training: TrainingState, batch: Batch, guard: Guard, watch: Stopwatch) -> None:
+    """Make a training step; after the last step of the schedule the first follows."""
+    training.step %= training.recipe.train.epochs * training.steps_per_epoch
     with watch.stage(REST):
-        with watch.stage(TRANSFER):
-            batch = finish_on(accelerator.device, batch, recipe.views)
-        set_learning_rate(training.optimizer, learning_rate(recipe, number, training.steps_per_epoch))
-        with watch.stage(BACKWARD):  # what of it is not forward, heads or loss
-            result = forward_and_backward(recipe, accelerator, training.method, training.wrapped, batch, number)
-        vote(result.loss, False)
-        prepare_gradients(training, number)
-        gradient_norm(training)
-        update(training, number)
-        training.optimizer.zero_grad()
+        train_step(training, batch, guard, poll=lambda: (False,))
 
 
 def compare_precisions(backbone: nn.Module, views: Tensor, seconds: float = 2.0) -> float:
@@ -187,7 +173,7 @@ def compare_precisions(backbone: nn.Module, views: Tensor, seconds: float = 2.0)
     return spent[True] / spent[False]
 
 
-def _bf16(training: Training, batch: Batch) -> float | None:
+def _bf16(training: TrainingState, batch: Batch) -> float | None:
     """`compare_precisions` of the student on the first view, unless the recipe has another precision already."""
     recipe, device = training.recipe, training.accelerator.device
     if recipe.train.precision != "no":

@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from sslkit.publish.card_scores import CardScore, newest_scores
 from sslkit.publish.redaction import public_score
 from sslkit.recipe.resolve import Recipe
-from sslkit.terminal import escaped
+from sslkit.text import escape
 
 CURVES = "curves.png"
 DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -63,7 +63,7 @@ The complete, resolved recipe is in `recipe.toml` in this folder.
 - The encoder has the content and the biases of its training images; sslkit does not filter or check them.
 - Only scores with the same data and the same protocol hash are comparable.
 """
-    return "\n".join(map(escaped, card.split("\n")))  # no control characters for terminals
+    return "\n".join(map(escape, card.split("\n")))  # no control characters for terminals
 
 
 def _front_matter(recipe: Recipe, source: str, license_id: str, scores: list[CardScore]) -> str:

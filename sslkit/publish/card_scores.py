@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sslkit.errors import UserError
-from sslkit.files.jsonl_reader import Row, number, rows_of
+from sslkit.files.jsonl_reader import Row, number
+from sslkit.files.run_reader import RunReader
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,19 @@ def newest_scores(run: Path) -> list[CardScore] | None:
 
     Incomplete rows are ignored.
     """
-    file = run / "results.jsonl"
-    if not file.is_file():
+    reader = RunReader(run)
+    if not (run / "results.jsonl").is_file():
         return []
+    latest = reader.latest_step()
+    if latest is None:
+        return None
     try:
-        latest = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
-        rows = rows_of(file)
-    except (OSError, ValueError, UserError):
+        rows = reader.rows("results")
+    except UserError:
         return None
     newest: dict[tuple[str, str, str], CardScore] = {}
     for row in rows:
-        if latest == f"step-{row['step']:08d}" and "evaluation" in row and "data" in row:
+        if row["step"] == latest and "evaluation" in row and "data" in row:
             score = _score(row)
             newest[score.evaluation, score.data, score.protocol_hash] = score
     return list(newest.values())

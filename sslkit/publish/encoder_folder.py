@@ -10,7 +10,6 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def encoder_config(recipe: Recipe, license_id: str) -> dict[str, Any]:
 
 def create_untrained(recipe: Recipe) -> nn.Module:
     """The recipe's backbone with random weights; pretrained weights that the run started from are not loaded."""
-    return create_backbone(replace(recipe.backbone_spec(), pretrained=False))
+    return create_backbone(recipe.backbone_config().model_copy(update={"pretrained": False}))
 
 
 def timm_config(model: nn.Module, data_config: dict[str, Any], license_id: str) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def _read_encoder(source: Path, recipe: Recipe) -> tuple[dict[str, Tensor], str]
     if not isinstance(tag, str) or not re.fullmatch(r"\w{1,100}", tag):
         raise UserError(f"{source / 'config.json'}: 'pretrained_cfg' tag cannot be {tag!r:.100}")
     shapes = tensor_shapes(source / "model.safetensors")
-    check_backbone_size(recipe.backbone_spec(), shapes, f"{source.parent / 'recipe.toml'} [backbone]")
+    check_backbone_size(recipe.backbone_config(), shapes, f"{source.parent / 'recipe.toml'} [backbone]")
     expected = {name: tuple(tensor.shape) for name, tensor in create_untrained(recipe).state_dict().items()}
     if shapes != expected:
         wrong = sorted(name for name in shapes.keys() | expected if shapes.get(name) != expected.get(name))
@@ -101,6 +101,6 @@ def _verify(recipe: Recipe, state: dict[str, Tensor], written: Path, folder: Pat
         reloaded = timm.create_model(f"local-dir:{written}", pretrained=True, num_classes=0)
     else:
         reloaded = load_encoder(str(written)).module
-    size = recipe.backbone_spec().img_size
+    size = recipe.backbone_config().img_size
     shape = check_reloaded(backbone, reloaded, (recipe.views.channels, size, size), folder)
     return {"features": shape, "loads_in_timm": by_timm}

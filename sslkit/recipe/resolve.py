@@ -13,19 +13,20 @@ import timm
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from sslkit.data.augment.policies import LARGE_VIEWS, POLICIES, ViewsConfig, fill_policy
+from sslkit.data.augment.policies import POLICIES
+from sslkit.data.augment.view_layers import ROLES, flat_views, layer_views, read_pipelines
+from sslkit.data.augment.views_config import LocalTable, RoleTable, ViewsConfig, fill_later_keys, fill_policy
 from sslkit.data.config import MixConfig
 from sslkit.data.decode.background import KEEP
 from sslkit.data.sources.image_source import DataConfig
-from sslkit.errors import UserError, check_path, near_miss, path_fault
-from sslkit.methods import MethodOptions, canonical_name, find_method
+from sslkit.errors import UserError, check_path, near_miss, path_problem
+from sslkit.methods import MethodOptions, all_methods, canonical_name, find_method
 from sslkit.methods.base import view_mistake
-from sslkit.parts.backbone import BackboneSpec, check_name, takes_image_size
-from sslkit.recipe.paper_defaults import numbers_of_another_run, paper_defaults
+from sslkit.parts.backbone import BackboneConfig, check_name, takes_image_size
+from sslkit.recipe.paper_defaults import numbers_of_another_run, origin_of_views, paper_defaults
 from sslkit.recipe.schema import (
     MAX_RECIPE_BYTES,
     TABLES,
-    BackboneConfig,
     CheckpointConfig,
     GuardConfig,
     MonitorConfig,
@@ -73,10 +74,9 @@ class Recipe:
         factors: dict[str, float] = {"linear": ratio, "sqrt": ratio**0.5, "none": 1.0}
         return self.optim.lr * factors[self.optim.lr_rule]
 
-    def backbone_spec(self) -> BackboneSpec:
-        """What `create_backbone` needs."""
-        fields = self.backbone.model_dump()
-        return BackboneSpec(**{**fields, "img_size": self.backbone.img_size or self.views.size})
+    def backbone_config(self) -> BackboneConfig:
+        """The ``[backbone]`` table with its image size: that of the views, unless it states one."""
+        return self.backbone.model_copy(update={"img_size": self.backbone.img_size or self.views.size})
 
     def as_tables(self) -> dict[str, dict[str, Any]]:
         """Every number of the recipe as plain data, ready for TOML or JSON."""
@@ -94,6 +94,9 @@ class Recipe:
 def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe from a file, or a shipped one by name, and resolve it.
 
+    The ``recipe.toml`` of a run folder keeps the views that the run made, also where it is older than keys of
+    ``[views]``. In any other recipe the policy fills them in.
+
     Args:
         source: Path of a TOML file, or a name such as ``"mocov3_vits"``.
         overrides: ``"table.key=value"`` strings, values in TOML (bare words are taken as strings).
@@ -101,7 +104,10 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     Raises:
         UserError: One sentence for each mistake: file, table, key, what is wrong, the near miss.
     """
-    return build_recipe(read_tables(find_recipe(source)), overrides, name=str(source))
+    file = find_recipe(source)
+    tables = read_tables(file)
+    tables = _with_views_saved(tables) if is_of_run(file) else tables
+    return build_recipe(tables, overrides, name=str(source), folder=file.parent)
 
 
 def read_tables(file: Path) -> dict[str, Any]:
@@ -139,12 +145,27 @@ def as_saved(tables: dict[str, Any]) -> dict[str, Any]:
 
     A run saves every key, so that one which is not there is newer.
     """
-    data = tables.get("data")
+    data, tables = tables.get("data"), _with_views_saved(tables)
     return {**tables, "data": {"background": KEEP, **data}} if isinstance(data, dict) else tables
 
 
-def build_recipe(tables: dict[str, Any], overrides: list[str] | None = None, name: str = "recipe") -> Recipe:
-    """Resolve tables that are already parsed; see `load_recipe`. ``name`` opens each error."""
+def _with_views_saved(tables: dict[str, Any]) -> dict[str, Any]:
+    views = tables.get("views")
+    return {**tables, "views": fill_later_keys(views)} if isinstance(views, dict) else tables
+
+
+def is_of_run(file: Path) -> bool:
+    """Whether a recipe is the one that a run saved in its folder, which has ``checkpoints`` from its start on."""
+    return file.name == "recipe.toml" and (file.parent / "checkpoints").is_dir()
+
+
+def build_recipe(
+    tables: dict[str, Any], overrides: list[str] | None = None, name: str = "recipe", folder: Path | None = None
+) -> Recipe:
+    """Resolve tables that are already parsed; see `load_recipe`. ``name`` opens each error.
+
+    ``folder`` is the recipe's, in which a pipeline file of ``[views]`` may lie.
+    """
     tables = {table: dict(keys) if isinstance(keys, dict) else keys for table, keys in tables.items()}
     for override in overrides or []:
         _apply_override(tables, override)
@@ -155,7 +176,7 @@ def build_recipe(tables: dict[str, Any], overrides: list[str] | None = None, nam
     method = find_method(method_name)
     defaults = paper_defaults(method, tables)
     layered = _lay_over(defaults, tables)
-    mistakes += _fill_policy(layered)
+    mistakes += _fill_policy(layered, folder)
     parsed: dict[str, Any] = {}
     for table, model in [("method", method.Options), *TABLES.items()]:
         keys = {key: value for key, value in layered[table].items() if (table, key) != ("method", "name")}
@@ -166,7 +187,8 @@ def build_recipe(tables: dict[str, Any], overrides: list[str] | None = None, nam
     if mistakes:
         raise _refusal(name, mistakes)
     of_batch = method.remark_on_batch(parsed["method"], parsed["train"].batch_size)
-    remarks = (*numbers_of_another_run(method, tables, parsed), *filter(None, [of_batch]))
+    others = [of_batch, origin_of_views(tables.get("views", {}), parsed["views"])]
+    remarks = (*numbers_of_another_run(method, tables, parsed), *filter(None, others))
     recipe = Recipe(method_name=method_name, **parsed, reference=tables.get("reference", {}), remarks=remarks)
     if mistakes := _contradictions(recipe):
         raise _refusal(name, mistakes)
@@ -195,14 +217,16 @@ def find_recipe(source: str | Path) -> Path:
         return shipped[str(source)]
     if path.stem in shipped and path.parent.name == "recipes":
         return shipped[path.stem]
-    raise UserError(f"{source}: no such file, and no recipe of that name{near_miss(path.stem, shipped)}")
+    hint = near_miss(path.stem, shipped) or "; sslkit recipes lists the names"
+    raise UserError(f"{source}: no such file, and no recipe of that name{hint}")
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Name each key in which two recipes (as tables) differ, as ``table.key: old -> new``."""
     lines = []
     for table in ALL_TABLES:
-        before, after = (each if isinstance(each, dict) else {} for each in (old.get(table), new.get(table)))
+        flat = flat_views if table == "views" else dict
+        before, after = (flat(each) if isinstance(each, dict) else {} for each in (old.get(table), new.get(table)))
         lines += [
             f"{table}.{key}: {before.get(key, '(none)')} -> {after.get(key, '(none)')}"
             for key in sorted(before.keys() | after.keys())
@@ -220,8 +244,13 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
         value = text.strip()
-    target: Any = tables
     *path, last = [table, *key.split(".")]
+    if table == "views" and isinstance(tables.get("views", {}), dict):
+        for part in [last, *reversed(path[1:])]:
+            value = {part: value}
+        tables["views"] = layer_views(tables.get("views", {}), value)
+        return
+    target: Any = tables
     for part in path:
         target = target.setdefault(part, {})
         if not isinstance(target, dict):
@@ -265,6 +294,7 @@ def _name_mistakes(tables: dict[str, Any]) -> list[str]:
 
 def _lay_over(defaults: dict[str, dict[str, Any]], tables: dict[str, Any]) -> dict[str, dict[str, Any]]:
     layered = {table: {**defaults.get(table, {}), **tables.get(table, {})} for table in ("method", *TABLES)}
+    layered["views"] = layer_views(defaults.get("views", {}), tables.get("views", {}))
     if layered["backbone"].get("pretrained"):
         # Weights that are being continued bring their own initialisation and position embedding.
         for key in ("init", "pos_embed"):
@@ -283,17 +313,20 @@ def _lay_over(defaults: dict[str, dict[str, Any]], tables: dict[str, Any]) -> di
     return layered
 
 
-def _fill_policy(layered: dict[str, dict[str, Any]]) -> list[str]:
+def _fill_policy(layered: dict[str, dict[str, Any]], folder: Path | None) -> list[str]:
     policy = layered["views"].get("policy")
     if not isinstance(policy, str) or policy not in POLICIES:
-        return [f"[views] policy: unknown policy {policy!r}{near_miss(str(policy), POLICIES)}; there are {[*POLICIES]}"]
-    layered["views"] = fill_policy(layered["views"])
-    return []
+        near = near_miss(str(policy), POLICIES)
+        return [f"[views] policy: unknown policy {policy!r}{near}; there are {', '.join(POLICIES)}"]
+    layered["views"], mistakes = read_pipelines(fill_policy(layered["views"]), folder)
+    return mistakes
 
 
 def _sentence(table: str, model: type[BaseModel], item: Any) -> str:
     """One pydantic error as a sentence with table, key and near miss."""
     key = str(item["loc"][0]) if item["loc"] else ""
+    if table == "views" and key in ROLES and len(item["loc"]) > 1:
+        return _sentence(f"views.{key}", LocalTable if key == "local" else RoleTable, {**item, "loc": item["loc"][1:]})
     if table == "data" and key == "mix" and len(item["loc"]) > 1:
         return _sentence(f"data.mix {item['loc'][1] + 1}", MixConfig, {**item, "loc": item["loc"][2:]})
     if table == "train" and "accumulat" in key:
@@ -313,7 +346,7 @@ def _path_mistakes(recipe: Recipe) -> list[str]:
     """Paths that could not be written down; what names data or weights may be one."""
     named = [*recipe.data.paths(), ("[monitor] data", recipe.monitor.data)]
     named.append(("[backbone] pretrained", str(recipe.backbone.pretrained)))
-    return [f"{key}: {fault}" for key, path in named if (fault := path_fault(path))]
+    return [f"{key}: {fault}" for key, path in named if (fault := path_problem(path))]
 
 
 def _contradictions(recipe: Recipe) -> list[str]:
@@ -347,21 +380,18 @@ def _contradictions(recipe: Recipe) -> list[str]:
 
 def _views_not_taken(recipe: Recipe) -> list[str]:
     """Where the views that are made are not those that the method takes."""
-    name, method = recipe.method_name, find_method(recipe.method_name)
+    name, method, counts = recipe.method_name, find_method(recipe.method_name), recipe.views.counts()
     mistakes = []
-    if view_mistake(name, method, "global", LARGE_VIEWS):
+    if view_mistake(name, method, "global", counts["global"]):
         mistakes.append(
-            f"[method] name: {name} takes {method.views.get('global', 0)} global views, and sslkit makes {LARGE_VIEWS} "
-            "of every image"
+            f"[method] name: {name} takes {method.views.get('global', 0)} global views, and sslkit makes "
+            f"{counts['global']} of every image"
         )
-    if mistake := view_mistake(name, method, "local", recipe.views.small_crops):
-        of_policy = POLICIES[recipe.views.policy].get("small_crops", 0) == recipe.views.small_crops != 0
+    if mistake := view_mistake(name, method, "local", counts["local"]):
+        of_policy = POLICIES[recipe.views.policy].get("local", {}).get("count", 0) == counts["local"] != 0
         origin = f" (of policy {recipe.views.policy!r})" if of_policy else ""
-        mistakes.append(f"[views] small_crops: {recipe.views.small_crops}{origin}, but {mistake}")
+        mistakes.append(f"[views.local] count: {counts['local']}{origin}, but {mistake}")
     return mistakes
-
-
-IN_PARTS = ("moco_v3", "byol", "simclr")  # methods that have been tried with weights in parts
 
 
 def _not_sharded(recipe: Recipe) -> list[str]:
@@ -369,8 +399,9 @@ def _not_sharded(recipe: Recipe) -> list[str]:
     train, name = recipe.train, recipe.method_name
     if not train.shard:
         return []
+    fit = [each for each, method in all_methods().items() if method.shardable]
     unfit = {
-        f"[method] name = {name!r}; take {', '.join(IN_PARTS)}": name not in IN_PARTS,
+        f"[method] name = {name!r}; take {', '.join(fit)}": name not in fit,
         f"[optim] name = {recipe.optim.name!r}; take adamw or sgd": recipe.optim.name not in ("adamw", "sgd"),
         "[train] precision = 'fp16'; take bf16": train.precision == "fp16",
         "[train] compile": train.compile,

@@ -2,17 +2,16 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sslkit.data.augment.policies import ViewsConfig
-from sslkit.data.config import MAX_CHANNELS
+from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.sources.image_source import DataConfig
 from sslkit.errors import UserError, check_path, without_tokens
+from sslkit.parts.backbone import BackboneConfig
 
 MAX_RECIPE_BYTES = 1_000_000
 MAX_DEPTH = 8  # of tables and lists in each other
 MAX_WHOLE = 2**63  # TOML's own bound, which Python's reader does not keep
-PRETRAINED_SOURCES = ("hf_hub:", "hf-hub:", "local-dir:")
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -52,39 +51,6 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class BackboneConfig(_Table):
-    """``[backbone]``; see `sslkit.parts.backbone.BackboneSpec`. ``img_size`` 0 means the size of the views."""
-
-    name: str
-    pretrained: bool | str = False
-    img_size: int = Field(strict=True, default=0, ge=0)
-    args: dict[str, Any] = Field(default_factory=dict)
-    zero_init_last: bool | None = None
-    init: Literal["timm", "moco_v3"] = "timm"
-    pos_embed: Literal["timm", "sincos2d", "none"] = "timm"
-    freeze_patch_embed: bool = False
-    small_stem: bool = False
-
-    @property
-    def channels(self) -> int:
-        """How many channels the images have."""
-        return int(self.args.get("in_chans", 3))
-
-    @field_validator("args")
-    @classmethod
-    def _some_channels(cls, value: dict[str, Any]) -> dict[str, Any]:
-        channels = value.get("in_chans", 3)
-        if type(channels) is not int or not 1 <= channels <= MAX_CHANNELS:
-            raise ValueError(f"in_chans must be a whole number from 1 to {MAX_CHANNELS}")
-        return value
-
-    @model_validator(mode="after")
-    def _pretrained_source(self) -> "BackboneConfig":
-        if isinstance(self.pretrained, str) and not self.pretrained.startswith(PRETRAINED_SOURCES):
-            raise ValueError("pretrained is true, false, 'hf_hub:user/name' or 'local-dir:PATH'")
-        return self
-
-
 class OptimConfig(_Table):
     """``[optim]``.
 
@@ -119,6 +85,8 @@ class ScheduleConfig(_Table):
         final: Rate at the end of the cosine, as a share of the peak.
         milestones: Epochs at which ``steps`` multiplies the rate by ``factor``.
         per: Whether the decay moves every ``step`` or once per ``epoch``, as the paper does.
+        weight_decay_end: Weight decay at the end of training; it follows half a cosine from ``[optim] weight_decay``
+            (DINO: 0.04 to 0.4). None: it stays.
     """
 
     decay: Literal["cosine", "steps", "constant"]
@@ -128,6 +96,7 @@ class ScheduleConfig(_Table):
     milestones: list[Annotated[float, Field(gt=0.0)]] = Field(default_factory=list)
     factor: float = Field(default=0.1, gt=0.0)
     per: Literal["step", "epoch"]
+    weight_decay_end: float | None = Field(default=None, ge=0.0)
 
 
 class TrainConfig(_Table):

@@ -1,4 +1,4 @@
-"""What all figures share: panels, colours for light and dark ground, and fewer points where there are many."""
+"""Shared by all figures of a report: panels, colours, curves and layout in plotly, and thinning of long logs."""
 
 import html
 from collections.abc import Sequence
@@ -9,26 +9,27 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from sslkit.errors import without_tokens
-from sslkit.report.run_reader import Row, RunRecord, number
+from sslkit.files.jsonl_reader import Row, number
+from sslkit.report.run_record import RunRecord
 
-# Okabe and Ito's colours, told apart by colour-blind eyes; black is left out, it would vanish on dark ground.
+# The palette of Okabe and Ito, suitable for colour-blind readers; without black, which vanishes on a dark background.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a7f00", "#7f7f7f")
 DASHES = ("solid", "dash", "dot", "dashdot")
-CHANCE = "#7f7f7f"
+GREY = "#7f7f7f"
 MAX_POINTS = 2000
 HEIGHT = 300
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One figure of a page, or the line that stands in its place.
+    """A figure of a report, or the sentence shown in its place.
 
     Attributes:
-        title: Its heading.
-        note: A sentence under the heading; may be empty.
-        figure: Plotly's JSON, or empty where there is nothing to draw.
-        absent: What is said then: why, and how to get it.
-        wide: Whether it takes the whole width.
+        title: Heading.
+        note: Text below the heading; may be empty.
+        figure: The figure as plotly's JSON; empty if there is no data for it.
+        absent: Why there is no figure, and how to get it.
+        wide: Whether it takes the full width of the page.
     """
 
     title: str
@@ -40,55 +41,52 @@ class Panel:
 
 @dataclass(frozen=True)
 class Style:
-    """How curves of several runs are told apart: a run has a colour, its second and third curves have dashes.
+    """How the curves of several runs differ: one colour per run, one dash pattern per curve of a run.
 
     Attributes:
-        num_runs: Runs on the page. A single run's curves have a colour each.
+        num_runs: Number of runs in the report. The curves of a single run have a colour each.
     """
 
     num_runs: int
 
     def line(self, run: int, curve: int = 0) -> dict[str, str | float]:
-        """Plotly's line of a run's curve."""
+        """Plotly's line style of a curve."""
         colour = PALETTE[(run if self.num_runs > 1 else curve) % len(PALETTE)]
         dash = DASHES[curve % len(DASHES)] if self.num_runs > 1 else "solid"
         return {"color": colour, "dash": dash, "width": 1.8}
 
     def name(self, run: RunRecord, curve: str) -> str:
-        """What the legend, or a note, calls it: with the run's name if there are several."""
+        """Name of a curve in the legend; starts with the name of the run if there are several."""
         return f"{run.name}: {curve}" if self.num_runs > 1 else curve
 
 
-def plain(text: str) -> str:
-    """Text as plotly must be given it, which takes some HTML tags for mark-up."""
+def escape_html(text: str) -> str:
+    """Escape text for plotly, which interprets some HTML tags."""
     return html.escape(text, quote=False)
 
 
 def values_of(rows: Sequence[Row], key: str) -> list[Row]:
-    """The rows that have a finite number under ``key``."""
+    """The rows with a finite number under ``key``."""
     return [row for row in rows if number(row.get(key)) is not None]
 
 
-def thin(values: Sequence[float], at_most: int = MAX_POINTS) -> NDArray[np.int64]:
-    """Positions of at most so many values: the lowest and the highest of each of equal stretches, so that no peak goes.
-
-    All of them where there are few.
-    """
-    if len(values) <= at_most:
+def thin(values: Sequence[float], max_points: int = MAX_POINTS) -> NDArray[np.int64]:
+    """Indices of at most ``max_points`` values: the lowest and the highest of equal intervals, so that peaks stay."""
+    if len(values) <= max_points:
         return np.arange(len(values))
-    stretches = np.array_split(np.arange(len(values)), max(at_most // 2, 1))
-    taken = np.asarray(values)
-    ends = [(part[taken[part].argmin()], part[taken[part].argmax()]) for part in stretches]
-    return np.unique(np.asarray(ends, dtype=np.int64))
+    intervals = np.array_split(np.arange(len(values)), max(max_points // 2, 1))
+    array = np.asarray(values)
+    extremes = [(part[array[part].argmin()], part[array[part].argmax()]) for part in intervals]
+    return np.unique(np.asarray(extremes, dtype=np.int64))
 
 
-def curve(run: RunRecord, rows: Sequence[Row], key: str, *, scale: float = 1.0, **trace: object) -> go.Scatter:
-    """A line through the rows' values of ``key`` over epochs, thinned."""
+def curve(run: RunRecord, rows: Sequence[Row], key: str, **trace: object) -> go.Scatter:
+    """The values of ``key`` over epochs, thinned."""
     rows = values_of(rows, key)
     rows = [rows[index] for index in thin([row[key] for row in rows])]
     return go.Scatter(
         x=[run.epoch_of(row) for row in rows],
-        y=[scale * row[key] for row in rows],
+        y=[row[key] for row in rows],
         customdata=[row.get("step") for row in rows],
         hovertemplate="%{y:.5g} (epoch %{x:.3g}, step %{customdata})",
         mode="lines" if len(rows) > 1 else "markers",
@@ -96,10 +94,10 @@ def curve(run: RunRecord, rows: Sequence[Row], key: str, *, scale: float = 1.0, 
     )
 
 
-def level(x: Sequence[float], y: float, name: str, **line: object) -> go.Scatter:
-    """A horizontal line, as a curve so that the legend names it."""
+def horizontal_line(run: RunRecord, y: float, name: str, **line: object) -> go.Scatter:
+    """A horizontal line over all epochs of the run, as a curve, so that the legend shows it."""
     return go.Scatter(
-        x=[x[0], x[-1]],
+        x=[0.0, run.last_epoch],
         y=[y, y],
         mode="lines",
         name=name,
@@ -108,10 +106,42 @@ def level(x: Sequence[float], y: float, name: str, **line: object) -> go.Scatter
     )
 
 
-def lay_out(figure: go.Figure, *, y: str = "", x: str = "epoch", height: int = HEIGHT, **layout: object) -> str:
-    """Give a figure the page's layout and return its JSON. Ink and grid get their colours in the browser, by theme."""
+def published_curve(published: object, name: str) -> list[go.Scatter]:
+    """The curve of a recipe's ``[reference.*_by_epoch]`` table, in the published unit; none if it is not a table."""
+    if not isinstance(published, dict):
+        return []
+    points = sorted(
+        (int(epoch), value)
+        for epoch, value in published.items()
+        if str(epoch).isdecimal() and number(value) is not None
+    )
+    return [
+        go.Scatter(
+            x=[epoch for epoch, _ in points],
+            y=[value for _, value in points],
+            mode="lines+markers",
+            name=name,
+            line={"dash": "dot", "color": GREY, "width": 1.5},
+            marker={"symbol": "diamond-open", "size": 7},
+            hovertemplate="published: %{y:.4g} (epoch %{x:g})",
+        )
+    ]
+
+
+def join_notes(notes: list[tuple[str, str]], num_runs: int) -> str:
+    """Join (run, sentence) pairs into one text, each sentence once, with the names of its runs if there are several."""
+    names: dict[str, list[str]] = {}
+    for name, sentence in notes:
+        names.setdefault(sentence, []).append(name)
+    if num_runs == 1:
+        return " ".join(sentence[0].upper() + sentence[1:] for sentence in names)
+    return " ".join(f"{', '.join(runs)}: {sentence}" for sentence, runs in names.items())
+
+
+def to_json(figure: go.Figure, *, y: str = "", x: str = "epoch", height: int = HEIGHT, **layout: object) -> str:
+    """Apply the layout of the page and return the figure as JSON. The browser sets the colours of text and grid."""
     for trace in figure.data:
-        trace.name = None if trace.name is None else plain(trace.name)
+        trace.name = None if trace.name is None else escape_html(trace.name)
     figure.update_layout(
         template=None,
         height=height,
@@ -125,6 +155,6 @@ def lay_out(figure: go.Figure, *, y: str = "", x: str = "epoch", height: int = H
         yaxis={"title": {"text": y, "standoff": 6}, "zeroline": False},
     )
     figure.update_layout(**layout)
-    # "</script>" inside a name must not end the script element that holds the figure.
-    text = without_tokens(str(figure.to_json()))  # names of runs, classes and files are words from outside
+    text = without_tokens(str(figure.to_json()))  # names of runs, classes and files may contain anything
+    # "</script>" in a name must not end the script element that holds the figure.
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

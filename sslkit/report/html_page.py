@@ -1,4 +1,4 @@
-"""Pages that are whole in one file: the report of one or several runs, and a recipe's views."""
+"""Self-contained HTML pages: the report of one or several runs, and the views of a recipe."""
 
 import datetime
 from collections.abc import Sequence
@@ -14,12 +14,13 @@ import sslkit
 from sslkit.errors import UserError, check_path, without_tokens
 from sslkit.files.atomic import write_output
 from sslkit.recipe.resolve import Recipe
-from sslkit.report.curves import accuracy_panel, score_rows, training_panels
-from sslkit.report.galleries import draw_galleries
-from sslkit.report.health import collapse_panels, gradient_panel
-from sslkit.report.run_reader import RunRecord
+from sslkit.report.accuracy_figures import accuracy_panel, score_rows
+from sslkit.report.gallery.run_gallery import draw_gallery
+from sslkit.report.gallery.view_gallery import draw_views
+from sslkit.report.health_figures import collapse_panels, gradient_panel
+from sslkit.report.run_record import RunRecord
 from sslkit.report.summary import Summary, differences, facts
-from sslkit.report.view_gallery import draw_views
+from sslkit.report.training_figures import training_panels
 
 SECTIONS = (
     ("accuracy", "Accuracy"),
@@ -31,19 +32,26 @@ SECTIONS = (
 
 
 def write_report(
-    runs: Sequence[RunRecord], summaries: Sequence[Summary], file: Path, *, galleries: bool = True, data: str = ""
+    runs: Sequence[RunRecord],
+    summaries: Sequence[Summary],
+    file: Path,
+    *,
+    galleries: bool = True,
+    data: str = "",
+    split: str = "train",
 ) -> None:
     """Write the report of one or several runs as one HTML file.
 
     Args:
-        runs: What `read_runs` returned.
-        summaries: A `summarise` of each.
-        file: Where to write.
-        galleries: Whether to look at images, which needs the runs' encoders and data.
-        data: Images to look for neighbours in; empty takes the monitor's, else the run's own.
+        runs: From `read_runs`.
+        summaries: `summarise` of each run.
+        file: HTML file to write.
+        galleries: Whether to show images, which needs the encoders and data of the runs.
+        data: Images to find neighbours in. Default: those of the monitor, or the training images.
+        split: Split of ``data``.
 
     Raises:
-        UserError: ``data`` cannot be read, or ``file`` not written.
+        UserError: ``data`` cannot be read, or ``file`` cannot be written.
     """
     check_output(file)
     scores = score_rows(runs)
@@ -62,41 +70,41 @@ def write_report(
         scores=scores,
         has_intervals=any(row["interval"] for row in scores),
         health=[gradient_panel(run, title) for run, title in zip(runs, titles, strict=True)] + collapse_panels(runs),
-        galleries=[draw_galleries(run, data) for run in runs] if galleries else [],
+        galleries=[draw_gallery(run, data, split) for run in runs] if galleries else [],
         differences=differences(list(runs)),
         plotly=Markup(get_plotlyjs()),
     )
 
 
 def write_views(recipe: Recipe, name: str, file: Path) -> None:
-    """Write what a recipe's augmentations do to its images as one HTML file.
+    """Write augmented views of a recipe's images as one HTML file.
 
     Args:
-        recipe: Names images and views.
-        name: What to call the recipe.
-        file: Where to write.
+        recipe: Gives the images and the augmentations.
+        name: Name of the recipe on the page.
+        file: HTML file to write.
 
     Raises:
-        UserError: The data cannot be read, or ``file`` not written.
+        UserError: The data cannot be read, or ``file`` cannot be written.
     """
     check_output(file)
     _write(file, "views.html", title=f"Views of {name}", gallery=draw_views(recipe))
 
 
 def check_output(file: Path) -> None:
-    """See that a page can be written to ``file``, before the work is done.
+    """Check that a page can be written to ``file``, before any work is done.
 
     Raises:
-        UserError: It is a folder, or lies in none.
+        UserError: It is a folder, or its folder does not exist.
     """
     check_path(file, "--output")
     if file.is_dir():
-        raise UserError(f"--output {file}: is a folder; name a file, such as {file / 'report.html'}")
+        raise UserError(f"--output {file}: is a folder; give a file, such as {file / 'report.html'}")
     if not file.absolute().parent.is_dir():
-        raise UserError(f"--output {file}: there is no folder {file.parent} to write to")
+        raise UserError(f"--output {file}: folder {file.parent} does not exist")
 
 
-def _write(file: Path, template: str, **words: Any) -> None:
+def _write(file: Path, template: str, **values: Any) -> None:
     folder = resources.files("sslkit.report") / "templates"
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
@@ -106,14 +114,14 @@ def _write(file: Path, template: str, **words: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["share"] = _share
-    environment.globals |= {"number": _number, "share": _share}
+    environment.filters["percent"] = _percent
+    environment.globals |= {"number": _number, "percent": _percent}
     text = environment.get_template(template).render(
         version=sslkit.__version__,
         written=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         css=Markup((folder / "page.css").read_text(encoding="utf-8")),
         js=Markup((folder / "page.js").read_text(encoding="utf-8")),
-        **words,
+        **values,
     )
     try:
         write_output(file, text)
@@ -125,5 +133,5 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _share(value: float | None) -> str:
+def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"

@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and the views it learned from."""
+"""PNG pictures of a run: its curves, and the views that it trains on."""
 
 import io
 from pathlib import Path
@@ -6,103 +6,83 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
-from sslkit.data.augment.cpu import ViewPipeline
-from sslkit.data.augment.policies import LARGE_VIEWS
-from sslkit.data.decode.channels import as_picture
-from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.sources.image_source import open_source
-from sslkit.errors import UserError, check_path
+from sslkit.engine.logging.sample_images import views_image
+from sslkit.errors import UserError
 from sslkit.files.atomic import replace_file
-from sslkit.files.jsonl_reader import Row, number, rows_of
-from sslkit.recipe.resolve import Recipe, load_saved
+from sslkit.files.jsonl_reader import number
+from sslkit.report.run_record import RunRecord, read_run
 
 mpl.use("Agg")
 
 from matplotlib import pyplot as plt
 
-NUM_IMAGES = 10
-REPEATS = 2
 
+def draw_run(folder: Path) -> list[Path]:
+    """Write ``pictures/curves.png`` and ``pictures/views.png`` in a run folder and return their paths.
 
-def draw_run(run: Path) -> list[Path]:
-    """Draw ``pictures/curves.png`` and ``pictures/views.png`` in a run folder and return their paths.
-
-    Where the run's data is no longer there, the curves are drawn alone.
+    Only the curves are drawn if the data of the run cannot be read.
 
     Raises:
-        UserError: Not a run folder, or one that has not logged anything yet.
+        UserError: The folder is not a run, the run has not logged anything yet, or the folder is not writable.
     """
-    curves = draw_curves(run)
+    run = read_run(folder)
+    written = [_draw_curves(run)]
     try:
-        return [curves, _draw_views(load_saved(run / "recipe.toml"), run / "pictures" / "views.png")]
+        views = views_image(run.recipe, open_source(run.recipe.data).without_labels())
     except UserError:
-        return [curves]
+        return written
+    encoded = io.BytesIO()
+    Image.fromarray(views).save(encoded, "PNG")
+    return [*written, _write(folder / "pictures" / "views.png", encoded)]
 
 
-def draw_curves(run: Path) -> Path:
-    """Draw ``pictures/curves.png`` in a run folder, which asks nothing of its data, and return its path.
+def draw_curves(folder: Path) -> Path:
+    """Write ``pictures/curves.png`` in a run folder, without reading the data, and return its path.
 
     Raises:
-        UserError: Not a run folder, one that has not logged anything yet, or one that cannot be written to.
+        UserError: As `draw_run`.
     """
-    check_path(run, "RUN")
-    if not (run / "recipe.toml").is_file():
-        raise UserError(f"{run}: not a run folder (no recipe.toml)")
-    metrics = rows_of(run / "metrics.jsonl")
-    if not metrics:
-        raise UserError(f"{run}: nothing to draw yet, metrics.jsonl is empty")
-    return _draw_curves(run, metrics, run / "pictures" / "curves.png")
+    return _draw_curves(read_run(folder))
 
 
-def _draw_curves(run: Path, metrics: list[Row], file: Path) -> Path:
-    """Loss, pretext accuracy, schedules, and kNN over epochs."""
-    epochs = [float(row["epoch"]) for row in metrics]
-    watched = [row for row in rows_of(run / "results.jsonl") if row.get("by") == "monitor"]
-    scores = [(row["epoch"], 100 * row["accuracy"]) for row in watched if "epoch" in row]
+def _draw_curves(run: RunRecord) -> Path:
+    """Loss, pretext accuracy, learning rate and kNN accuracy over epochs."""
+    epochs = [float(row["epoch"]) for row in run.metrics]
+    monitored = [row for row in run.results if row.get("by") == "monitor"]
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.2), layout="constrained")
     panels = (("loss", "loss (nats)"), ("accuracy", "pretext accuracy"), ("lr", "learning rate"))
     for axis, (key, title) in zip(axes, panels, strict=False):
-        values = [np.nan if (value := number(row.get(key))) is None else value for row in metrics]
+        values = [np.nan if (value := number(row.get(key))) is None else value for row in run.metrics]
         axis.plot(epochs, values, color="#2f6db5", linewidth=1.2)
         axis.set(title=title, xlabel="epoch")
-    if scores:
-        axes[3].plot(*zip(*scores, strict=True), "o-", color="#c4501b")
-    axes[3].set(title="kNN top-1 (%)" if scores else "kNN top-1: not monitored", xlabel="epoch")
+    axes[3].plot(
+        [run.epoch_of(row) for row in monitored],
+        [100 * row["accuracy"] for row in monitored],
+        "o-",
+        color="#c4501b",
+    )
+    axes[3].set(title="kNN top-1 (%)" if monitored else "kNN top-1: not monitored", xlabel="epoch")
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    return _save(figure, file)
+    return _write(run.folder / "pictures" / "curves.png", _to_png(figure))
 
 
-def _draw_views(recipe: Recipe, file: Path) -> Path:
-    """Each row an image: as it is, then pairs of views from successive epochs."""
-    source = open_source(recipe.data).without_labels()
-    pipeline = ViewPipeline(recipe.views, recipe.train.seed)
-    samples = np.linspace(0, len(source) - 1, min(NUM_IMAGES, len(source)), dtype=int)
-    columns = 1 + REPEATS * LARGE_VIEWS
-    figure, axes = plt.subplots(len(samples), columns, figsize=(columns * 1.3, len(samples) * 1.3), squeeze=False)
-    for row, sample in zip(axes, samples, strict=True):
-        image = read_or_replace(source, recipe.train.seed, epoch=0, sample=int(sample)).pixels
-        views = [view for epoch in range(REPEATS) for view in pipeline(image, epoch, int(sample))[:LARGE_VIEWS]]
-        for axis, picture in zip(row, [image, *views], strict=True):
-            axis.imshow(as_picture(picture))
-            axis.set_axis_off()
-    names = [f"view {view + 1}, epoch {epoch + 1}" for epoch in range(REPEATS) for view in range(LARGE_VIEWS)]
-    for axis, name in zip(axes[0], ["image", *names], strict=True):
-        axis.set_title(name, fontsize=7)
-    figure.tight_layout(pad=0.4)
-    return _save(figure, file)
-
-
-def _save(figure: Figure, file: Path) -> Path:
-    """Write a picture, whole or not at all, in the place of an older one."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=110, format="png")
+def _to_png(figure: Figure) -> io.BytesIO:
+    encoded = io.BytesIO()
+    figure.savefig(encoded, dpi=110, format="png")
     plt.close(figure)
+    return encoded
+
+
+def _write(file: Path, encoded: io.BytesIO) -> Path:
+    """Write a picture atomically."""
     try:
         file.parent.mkdir(exist_ok=True)
-        replace_file(file, [drawn.getbuffer()])
+        replace_file(file, [encoded.getbuffer()], shared=True)
     except OSError as error:
         raise UserError(f"{file}: cannot be written: {error.strerror or error}") from error
     return file

@@ -1,4 +1,7 @@
-"""A live page about a run in another process. It needs no PyTorch, is there at once, and only ever reads."""
+"""``sslkit watch``: a live page in the terminal about a run in another process. Read `live`, then `watched_run`.
+
+It only reads files and does not import PyTorch, so it starts in a third of a second.
+"""
 
 from sslkit.watch.live import watch
 

@@ -1,4 +1,4 @@
-"""Looking again and again, until the run is done or whoever looks has seen enough."""
+"""The live page: read what is new, draw, wait, until the run is done or the user presses Ctrl-C."""
 
 import time
 from pathlib import Path
@@ -6,41 +6,40 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from sslkit.errors import UserError, check_path
-from sslkit.watch.followed_run import WatchedRun
+from sslkit.errors import UserError
 from sslkit.watch.terminal_page import Page
+from sslkit.watch.watched_run import WatchedRun
 
-SECONDS = 1.0
+REFRESH_SECONDS = 1.0
 
 
 def watch(folder: Path, console: Console, *, once: bool = False) -> None:
-    """Show a run's page and renew it every second, until the run is done; Ctrl-C ends it and disturbs nobody.
+    """Show the page of a run and refresh it every second until the run is done. Ctrl-C closes it; the run goes on.
 
-    Where there is no terminal, or once only, the page is printed as it is now.
+    Prints the page once if ``once`` is set or ``console`` is not a terminal.
 
     Args:
-        folder: Run folder; on a terminal it need not be there yet.
-        console: Where to show it.
+        folder: Run folder; on a terminal it may not exist yet.
+        console: Where to print.
         once: Do not wait for more.
 
     Raises:
-        UserError: There is no run, or the folder holds something else or is gone.
+        UserError: There is no run, or the folder holds something else or has vanished.
     """
-    check_path(folder, "RUN")
     run = WatchedRun(folder)
     try:
         if once or not console.is_terminal:
-            while run.look():
+            while run.read_new():
                 pass
-            if run.state.word == "waiting":
-                raise UserError(f"{folder}: no run here yet; on a terminal sslkit watch waits for one")
+            if run.state.name == "waiting":
+                raise UserError(f"{folder}: no run here yet; start one with sslkit pretrain RECIPE --output {folder}")
             console.print(Page(run))
             return
         with Live(console=console, auto_refresh=False) as live:
-            while run.state.word != "done":
-                more = run.look()
+            while run.state.name != "done":
+                more = run.read_new()
                 live.update(Page(run), refresh=True)
-                if not more and run.state.word != "done":
-                    time.sleep(SECONDS)
+                if not more and run.state.name != "done":
+                    time.sleep(REFRESH_SECONDS)
     except KeyboardInterrupt:
         return

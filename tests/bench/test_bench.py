@@ -16,8 +16,9 @@ import sslkit
 from sslkit.cli import main
 from sslkit.data.sources.image_source import open_source
 from sslkit.engine.accelerator import make_accelerator
-from sslkit.engine.setup import assemble, build_method, steps_per_epoch
-from sslkit.engine.state import Training
+from sslkit.engine.resilience.guard import Guard
+from sslkit.engine.setup import make_train_loader, set_up_training
+from sslkit.engine.state import TrainingState
 from sslkit.errors import UserError
 from sslkit.profiling import Profile, changes_that_help, profile
 from sslkit.profiling import stage_timer as stages_module
@@ -34,12 +35,8 @@ VIEWS = {"size": 224, "crop_scale": (0.2, 1.0)}
 SMALL = ImageCosts(images=10, read=0.001, decode=0.004, views=0.005, crops=0.002, pixels=500 * 375)
 
 
-def training_of(recipe: Recipe) -> Training:
-    source = open_source(recipe.data).without_labels()
-    accelerator = make_accelerator(recipe)
-    torch.manual_seed(recipe.train.seed)
-    method = build_method(recipe, len(source))
-    training = assemble(recipe, Path(), accelerator, method, source, None, steps_per_epoch(recipe, source), 2**40, None)
+def training_of(recipe: Recipe) -> TrainingState:
+    training = set_up_training(recipe, open_source(recipe.data).without_labels(), make_accelerator(recipe))
     training.method.train()
     return training
 
@@ -52,8 +49,9 @@ def test_its_steps_are_those_of_a_run(name: str, model: str, micro_batch: int, t
     saved = load_file(run.folder / f"checkpoints/step-{STEPS:08d}/model.safetensors")
     training = training_of(recipe)
     with watched(training, Stopwatch(CPU)):
-        for number, batch in zip(range(STEPS), training.loader, strict=False):
-            step(training, batch, number, Stopwatch(CPU))
+        guard = Guard(recipe.guard, training.recovery, training.method)
+        for batch in make_train_loader(training, STEPS):
+            step(training, batch, guard, Stopwatch(CPU))
     own = training.method.state_dict()
     assert saved.keys() == own.keys()
     assert all(torch.equal(saved[key], own[key]) for key in saved)

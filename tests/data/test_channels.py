@@ -22,8 +22,8 @@ import sslkit
 from sslkit.cli import main
 from sslkit.data.augment.cpu import ViewPipeline, normalise
 from sslkit.data.augment.multichannel import finish_channels, resize_channels
-from sslkit.data.augment.parameters import Draw
-from sslkit.data.augment.policies import POLICIES, ViewsConfig
+from sslkit.data.augment.parameters import ViewParams
+from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.decode.channels import as_picture, decode_channels
 from sslkit.data.decode.rgb import UnreadableImage, decode_rgb
 from sslkit.data.sources.image_source import DataConfig, open_source
@@ -35,7 +35,7 @@ from sslkit.parts.backbone import create_backbone
 from sslkit.publish.export import export_encoder
 
 VIEWS = ViewsConfig(policy="moco_v2", jitter=(0.4, 0.4, 0.0, 0.0), jitter_prob=0.8, gray_prob=0.0, blur_prob=0.5)
-NOTHING = Draw((0, 0, 8, 8), None, (0, 1, 2, 3), False, 0.0, False, False, 0.0, None)
+NOTHING = ViewParams((0, 0, 8, 8), None, (0, 1, 2, 3), False, 0.0, False, False, 0.0, None)
 
 
 def values(channels: int, dtype: Any = np.uint16, size: tuple[int, int] = (24, 20), seed: int = 0) -> NDArray[Any]:
@@ -105,8 +105,8 @@ def test_other_formats() -> None:
         (encode(Image.fromarray(photo()).quantize(8), "PNG"), 1, "palette"),
         (encode(Image.fromarray(photo()).convert("F"), "TIFF"), 1, "no channels of 8 or 16 bits"),
         (b"no picture", 1, "not JPEG"),
-        (b"II*\0" + bytes(90), 4, "broken or cut short"),
-        (encode(Image.fromarray(values(1)[..., 0]), "PNG")[:150], 1, "broken or cut short"),
+        (b"II*\0" + bytes(90), 4, "damaged or truncated"),
+        (encode(Image.fromarray(values(1)[..., 0]), "PNG")[:150], 1, "damaged or truncated"),
     ],
 )
 def test_what_cannot_be_read_so(encoded: bytes, channels: int, reason: str) -> None:
@@ -175,7 +175,7 @@ def test_pgm_of_16_bits() -> None:
 
 def test_a_tiff_that_is_no_rgb_is_said_in_one_sentence(capfd: pytest.CaptureFixture[str]) -> None:
     encoded = tiff(values(13), photometric="minisblack", planarconfig="contig")
-    with pytest.raises(UnreadableImage, match=r"a TIFF whose channels .* args = \{ in_chans = n \}"):
+    with pytest.raises(UnreadableImage, match=r"a TIFF that is not grey .* args = \{ in_chans = n \}"):
         decode_rgb(encoded, "x")
     assert capfd.readouterr().err == ""
 
@@ -224,9 +224,8 @@ def test_resizing_is_what_pillow_does() -> None:
 
 def test_views_follow_the_draws_of_rgb() -> None:
     """The same boxes and the same steps, whatever the channels; only bits are kept that 8 have no room for."""
-    views = {**POLICIES["small_gray"], "policy": "small_gray", "jitter": (0, 0, 0, 0), "size": 24}
     rgb, deep = photo(size=(40, 50)), photo(size=(40, 50)).astype(np.uint16) * 257
-    pipeline = ViewPipeline(ViewsConfig(**views), 3)
+    pipeline = ViewPipeline(ViewsConfig.of_policy("small_gray", jitter=(0, 0, 0, 0), size=24), 3)
     for sample in range(5):
         pairs = zip(pipeline(rgb, 0, sample), pipeline(deep, 0, sample), strict=True)
         assert all(np.abs(one.astype(float) * 257 - other).max() <= 257 for one, other in pairs)
@@ -289,10 +288,10 @@ def test_a_run_its_export_and_its_evaluation(plates: Path, tmp_path: Path) -> No
     linear = evaluate_linear(str(tmp_path / "out"), data, "logistic")
     assert linear.scores[0].accuracy >= 0.5
     pretrained = {"pretrained": f"local-dir:{tmp_path / 'out'}"}
-    continued = create_backbone(recipe_for(plates, backbone={"args": {"in_chans": 4}, **pretrained}).backbone_spec())
+    continued = create_backbone(recipe_for(plates, backbone={"args": {"in_chans": 4}, **pretrained}).backbone_config())
     assert torch.equal(continued.eval()(images), model(images))
     with pytest.raises(UserError, match=r"takes images of 4 channels; add args = \{ in_chans = 4 \}"):
-        create_backbone(small_recipe("moco_v2", "test_resnet", backbone=pretrained).backbone_spec())
+        create_backbone(small_recipe("moco_v2", "test_resnet", backbone=pretrained).backbone_config())
     with pytest.raises(UserError, match="fine-tuning supports RGB encoders only"):
         evaluate_finetune(str(tmp_path / "out"), data, "simclr")
 

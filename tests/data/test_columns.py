@@ -138,6 +138,12 @@ def test_a_suffix_says_which_images_of_tar_files_are_read(tmp_path: Path) -> Non
     assert stored(read(write_tar(tmp_path / "b.tar", {"0.jpg": A}), image_column="image")) == [A]
 
 
+def test_a_tar_among_images_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "sslkit.data"):
+        assert len(read(write_tar(tmp_path / "a.tar", {"0.jpg": A, "1.jpg": B, "more.tar.gz": b""}))) == 2
+    assert "(left out: .tar 1)" in caplog.text
+
+
 def test_what_a_tar_without_images_holds_is_said_and_the_advice_works(tmp_path: Path) -> None:
     unknown = write_tar(tmp_path / "a.tar", {"0.img": A, "0.cls": b"1", "1.img": B})
     with pytest.raises(UserError, match=r'\.img 2.*looks like \.png: give image_column = "img" \(--image-column img\)'):
@@ -154,6 +160,17 @@ def test_what_a_tar_without_images_holds_is_said_and_the_advice_works(tmp_path: 
     (tmp_path / "shards").mkdir()
     with tarfile.open(outer) as tar:
         tar.extractall(tmp_path / "shards", filter="data")
+    assert stored(read(tmp_path / "shards")) == [A, A]
+    inside = {"n01.tar": inner.read_bytes(), "n02.tgz": b"", "readme.jpg": B}
+    mixed = write_tar(tmp_path / "e.tar", inside)
+    with pytest.raises(UserError, match=r"2 tar files beside 1 images; it is a tar .*--image-column jpg"):
+        read(mixed)
+    assert stored(read(mixed, image_column="jpg")) == [B]
+    (tmp_path / "shards" / "readme.jpg").write_bytes(B)  # as unpacked
+    with pytest.raises(UserError, match=r"2 tar files beside 1 images; move the images elsewhere"):
+        read(tmp_path / "shards")
+    assert stored(read(tmp_path / "shards", split="all")) == [B]
+    (tmp_path / "shards" / "readme.jpg").unlink()
     assert stored(read(tmp_path / "shards")) == [A, A]
     with pytest.raises(UserError, match=r"\.npy 1; \.npy: these are arrays"):
         read(write_tar(tmp_path / "d.tar", {"0.npy": b"\x93NUMPY"}))

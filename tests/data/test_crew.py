@@ -11,10 +11,11 @@ from hostile import encode, photo
 from PIL import Image
 
 from sslkit.data.augment.cpu import ViewPipeline
-from sslkit.data.augment.policies import POLICIES, ViewsConfig
+from sslkit.data.augment.views_config import ViewsConfig
+from sslkit.data.batch import Batch
 from sslkit.data.loading import worker_pool as crew
-from sslkit.data.loading.loader import Batch, GlobalBatches
-from sslkit.data.loading.worker_pool import SteadyLoader
+from sslkit.data.loading.worker_pool import TrainLoader
+from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import DataConfig, ImageSource, open_source
 from sslkit.errors import RunError
 
@@ -28,10 +29,12 @@ def source(tmp_path: Path) -> ImageSource:
     return open_source(DataConfig(path=str(tmp_path)))
 
 
-def loader_of(source: ImageSource, said: list[str], workers: int, timeout: float = 60.0) -> SteadyLoader:
-    pipeline = ViewPipeline(ViewsConfig(**{"policy": "moco_v2", **POLICIES["moco_v2"], "size": 32}), 0)
-    order = GlobalBatches(len(source), 4, 0, total_steps=STEPS, start_step=2)
-    return SteadyLoader(source, pipeline, order, workers=workers, pin_memory=False, timeout=timeout, say=said.append)
+def loader_of(source: ImageSource, said: list[str], workers: int, timeout: float = 60.0) -> TrainLoader:
+    pipeline = ViewPipeline(ViewsConfig.of_policy("moco_v2", size=32), 0)
+    order = GlobalBatchSampler(len(source), 4, 0, total_steps=STEPS, start_step=2)
+    return TrainLoader(
+        source, pipeline, order, workers=workers, pin_memory=False, timeout=timeout, log_message=said.append
+    )
 
 
 def assert_same(one: list[Batch], other: list[Batch]) -> None:
@@ -52,7 +55,7 @@ def test_a_killed_worker_costs_no_batch(source: ImageSource) -> None:
     assert_same(seen, expected)
     assert len(said) == 1
     assert "process 0: a data worker (process id " in said[0]
-    assert " ended with -9" in said[0]
+    assert " exited with code -9" in said[0]
     assert not multiprocessing.active_children()
 
 
@@ -77,7 +80,7 @@ def test_a_stopped_worker_is_replaced(source: ImageSource, monkeypatch: pytest.M
             os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGSTOP)
     assert_same(seen, expected)
     assert len(said) == 1
-    assert "no batch in [data] worker_timeout = 2 seconds" in said[0]
+    assert "no batch within [data] worker_timeout = 2 seconds" in said[0]
 
 
 class HangsAt(ImageSource):
@@ -94,9 +97,9 @@ class HangsAt(ImageSource):
 
 @pytest.mark.timeout(120)
 def test_an_image_that_hangs_is_named(source: ImageSource) -> None:
-    hanging = HangsAt(source.table, source.image_column, None, "hanging")
+    hanging = HangsAt(source.table, "hanging")
     said: list[str] = []
-    with pytest.raises(RunError, match=r"stuck at image 7 \(.*07\.png\), 3 times in a row") as caught:
+    with pytest.raises(RunError, match=r"hangs at image 7 \(.*07\.png\), 3 times in a row") as caught:
         list(loader_of(hanging, said, workers=2, timeout=1.0))
     assert len(said) == crew.RESTARTS
     assert len(str(caught.value).splitlines()) == 1
@@ -115,6 +118,6 @@ class Slow(HangsAt):
 def test_a_slow_image_is_waited_for(source: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crew, "POLL", 0.2)
     said: list[str] = []
-    seen = list(loader_of(Slow(source.table, source.image_column, None, "slow"), said, workers=1))
+    seen = list(loader_of(Slow(source.table, "slow"), said, workers=1))
     assert_same(seen, list(loader_of(source, [], workers=0)))
     assert said == []

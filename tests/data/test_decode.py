@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from sslkit.data.decode.rgb import MAX_PIXELS, UnreadableImage, decode_rgb, read_file, read_header
-from sslkit.data.formats.folder_listing import list_images, printable, to_path, to_text
+from sslkit.data.formats.folder_listing import list_images, printable, table_of_folders, to_path, to_text
 from sslkit.data.sources.image_source import DataConfig, open_source
 
 GOOD, BAD = good_images(), bad_images()
@@ -179,8 +179,9 @@ def test_folders_are_walked_in_order_and_never_in_a_circle(tmp_path: Path) -> No
     (tmp_path / "b" / "up").symlink_to(tmp_path)
     (tmp_path / "c").symlink_to(tmp_path / "b" / "2.png")  # a link to a file, without a suffix
     listing = list_images(tmp_path)
-    names = [os.path.relpath(cell["path"], tmp_path) for cell in listing.table["image"]]
+    table = table_of_folders(listing.folders, listing.classes)
+    names = [os.path.relpath(cell["path"], tmp_path) for cell in table["image"]]
     assert names == ["a/x.jpg/9.png", "b/1.JPG", "b/2.png"]
     assert dict(listing.left_out) == {".txt": 1, "no suffix": 2}
-    assert listing.table.features["label"].names == ["b", "x.jpg"]
-    assert listing.table["label"] == [1, 0, 0]
+    assert table.features["label"].names == ["b", "x.jpg"]
+    assert table["label"] == [1, 0, 0]

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sslkit.data.loading.loader import GlobalBatches
-from sslkit.data.order.stream_order import Lanes
+from sslkit.data.order.sampler import GlobalBatchSampler
+from sslkit.data.order.stream_order import StreamOrder
 
 SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 
 
-def samples(batches: GlobalBatches) -> list[list[int]]:
+def samples(batches: GlobalBatchSampler) -> list[list[int]]:
     return [[sample for _, sample in batch] for batch in batches]
 
 
@@ -25,8 +25,8 @@ def test_an_epoch_has_every_image_once_but_those_short_of_a_batch(
     total = sum(sizes)
     batch = min(batch, total)
     steps = total // batch
-    lanes = Lanes(tuple(sizes), buffer).epoch((seed, 0, 0), batch)
-    taken = np.concatenate([lanes.rows(step, 0, batch) for step in range(steps)])
+    order = StreamOrder(tuple(sizes), buffer).epoch(seed, 0, 0, batch)
+    taken = np.concatenate([order.batch(step, 0, batch)[0] for step in range(steps)])
     assert len(set(taken.tolist())) == len(taken) == steps * batch
     assert 0 <= taken.min() <= taken.max() < total
 
@@ -34,10 +34,10 @@ def test_an_epoch_has_every_image_once_but_those_short_of_a_batch(
 @pytest.mark.parametrize("world", [2, 3, 4, 8])
 def test_batches_depend_on_seed_and_epoch_alone(world: int) -> None:
     """Not on how many processes there are, nor on where a run began."""
-    plan = Lanes((7, 30, 12, 25, 9, 40, 21, 18) * 4, 160)
+    plan = StreamOrder((7, 30, 12, 25, 9, 40, 21, 18) * 4, 160)
 
     def batches(**changes: int) -> list[list[int]]:
-        return samples(GlobalBatches(648, 48, changes.pop("seed", 3), total_steps=30, plan=plan, **changes))
+        return samples(GlobalBatchSampler(648, 48, changes.pop("seed", 3), total_steps=30, plan=plan, **changes))
 
     whole = batches()
     ranks = [batches(rank=rank, world_size=world) for rank in range(world)]
@@ -45,15 +45,17 @@ def test_batches_depend_on_seed_and_epoch_alone(world: int) -> None:
     assert batches(start_step=17) == whole[17:]
     assert whole[:13] != whole[13:26]
     assert batches(seed=4) != whole
-    assert batches(detour=1) != whole
+    assert batches(order_variant=1) != whole
 
 
-def reads(plan: Lanes, batch: int, world: int, workers: int, rank: int, worker: int) -> list[int]:
+def reads(plan: StreamOrder, batch: int, world: int, workers: int, rank: int, worker: int) -> list[int]:
     """Row groups that a worker fetches in an epoch, with as many kept as it is told to keep."""
     held: OrderedDict[int, int] = OrderedDict()
     room, fetched = plan.groups_held(batch, world, workers), []
     steps = sum(plan.sizes) // batch
-    keys = samples(GlobalBatches(sum(plan.sizes), batch, 0, rank=rank, world_size=world, total_steps=steps, plan=plan))
+    keys = samples(
+        GlobalBatchSampler(sum(plan.sizes), batch, 0, rank=rank, world_size=world, total_steps=steps, plan=plan)
+    )
     for mine in keys[worker::workers]:
         for group in np.searchsorted(plan.starts, mine, side="right") - 1:
             if group not in held:
@@ -68,29 +70,30 @@ def reads(plan: Lanes, batch: int, world: int, workers: int, rank: int, worker: 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 1), (1, 4), (2, 2), (4, 2), (2, 3)])
 def test_processes_and_workers_read_row_groups_of_their_own(world: int, workers: int) -> None:
-    plan, batch = Lanes((100,) * 640, 6400), 64
-    across, turns = plan.layout(batch).across, plan.layout(batch).turns
-    assert (across, turns) == (8, 8)
+    plan, batch = StreamOrder((100,) * 640, 6400), 64
+    width, cycle = plan.interleave(batch).width, plan.interleave(batch).cycle
+    assert (width, cycle) == (8, 8)
     everyone = [reads(plan, batch, world, workers, r, w) for r in range(world) for w in range(workers)]
     fetched = sum(map(len, everyone))
-    # A lane begins and ends within a group, so that two readers want it; three workers do not divide eight turns.
-    lanes, shared = across * turns, 1 if turns % workers == 0 else workers
-    assert fetched <= (640 + 2 * lanes) * shared
+    # Segments begin and end within a group, which two readers need then; 3 workers do not divide a cycle of 8 batches.
+    segments, shared = width * cycle, 1 if cycle % workers == 0 else workers
+    assert fetched <= (640 + 2 * segments) * shared
     if shared == 1:
         assert max(map(len, everyone)) <= fetched / (world * workers) * 1.1
 
 
 def test_images_of_a_batch_are_of_many_groups() -> None:
     """In files sorted by class, where a group is of one class, a batch must not be."""
-    plan = Lanes((100,) * 640, 6400)
-    lanes = plan.epoch((0, 0, 0), 64)
-    groups = [len(set((lanes.rows(step, 0, 64) // 100).tolist())) for step in range(1000)]
+    plan = StreamOrder((100,) * 640, 6400)
+    order = plan.epoch(0, 0, 0, 64)
+    groups = [len(set((order.batch(step, 0, 64)[0] // 100).tolist())) for step in range(1000)]
     assert min(groups) >= 8
 
 
 def test_a_buffer_for_all_images_mixes_them_all() -> None:
-    lanes = Lanes((64,), 64).epoch((0, 0, 0), 16)
-    assert lanes.lanes.layout(16).window == 64
-    order = np.concatenate([lanes.rows(step, 0, 16) for step in range(4)])
+    stream = StreamOrder((64,), 64)
+    assert stream.interleave(16).window == 64
+    epoch = stream.epoch(0, 0, 0, 16)
+    order = np.concatenate([epoch.batch(step, 0, 16)[0] for step in range(4)])
     assert sorted(order.tolist()) == list(range(64))
     assert np.corrcoef(order, np.arange(64))[0, 1] < 0.4

@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from sslkit.data.augment.cpu import ViewPipeline
-from sslkit.data.augment.policies import POLICIES, ViewsConfig
-from sslkit.data.loading.loader import GlobalBatches, epoch_order, make_loader, resolve_workers
+from sslkit.data.augment.views_config import ViewsConfig
+from sslkit.data.loading.loader import make_loader, resolve_workers
+from sslkit.data.order.epoch_order import epoch_order
+from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import DataConfig, open_source
 
 
 def batches(**changes: int) -> list[list[tuple[int, int]]]:
-    return list(GlobalBatches(**{"num_samples": 53, "batch_size": 8, "seed": 3, "total_steps": 14, **changes}))
+    return list(GlobalBatchSampler(**{"num_samples": 53, "batch_size": 8, "seed": 3, "total_steps": 14, **changes}))
 
 
 def test_an_epoch_sees_each_sample_at_most_once_and_drops_the_tail() -> None:
@@ -37,10 +39,10 @@ def test_a_restart_continues_the_order(start: int) -> None:
 
 def test_workers_change_nothing() -> None:
     source = open_source(DataConfig(path="builtin:fashion_mnist", split="test"))
-    views = ViewsConfig(**{"policy": "moco_v2", **POLICIES["moco_v2"], "size": 32})
+    views = ViewsConfig.of_policy("moco_v2", size=32)
     seen = []
     for workers in (0, 2):
-        order = GlobalBatches(len(source), 16, 0, total_steps=5, start_step=1)
+        order = GlobalBatchSampler(len(source), 16, 0, total_steps=5, start_step=1)
         loader = make_loader(source, ViewPipeline(views, 0), order, workers=workers, pin_memory=False)
         seen.append(list(loader))
     for alone, shared in zip(*seen, strict=True):

@@ -17,7 +17,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from sslkit.cli import main
-from sslkit.data.sources.image_source import DataConfig, ImageSource, files_left_out, open_source
+from sslkit.data.sources.image_source import DataConfig, ImageSource, open_source, skipped_files
 from sslkit.errors import UserError
 
 PNGS = [encode(Image.fromarray(photo(seed)), "PNG") for seed in range(4)]
@@ -99,10 +99,10 @@ def test_order_and_places_are_those_of_the_rows(folder: Path) -> None:
         (b"id,label\n0,cat\n", "no column 'file_name' among .*; rename the column"),
         (table().encode("utf-16"), "is UTF-16; save it as UTF-8"),
         ("file_name,label\n0.png,caf\u00e9\n".encode("cp1252"), "is not UTF-8 .*; save it as UTF-8"),
-        (b"file_name,label\n0.png,a,b\n", "line 2 has 3 cells, but the heading has 2"),
+        (b"file_name,label\n0.png,a,b\n", "line 2 has 3 cells, but the header has 2"),
         (b"file_name,label\n../0.png,a\n", "row 0 of .* names '../0.png'; file_name must be the path of a file below"),
         (b"file_name,label\n/etc/passwd,a\n", "row 0 of .* names '/etc/passwd'"),
-        (b"file_name,label\nx.png,a\ny.png,a\n", "none of the files that .* names is there, such as"),
+        (b"file_name,label\nx.png,a\ny.png,a\n", "none of the files that .* names exists, such as"),
         (b"", "no column 'file_name'"),
     ],
 )
@@ -124,7 +124,7 @@ def test_files_that_are_named_and_not_there_are_counted(folder: Path, capsys: py
     said = capsys.readouterr()
     assert json.loads(said.out)["unreadable"]["count"] == 1
     assert "images that metadata.csv does not name, left out: 2 of 4" in said.err
-    assert "files that metadata.csv names and that are not there: 1, such as" in said.err
+    assert "files that metadata.csv names and that do not exist: 1, such as" in said.err
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_files_that_are_named_and_not_there_are_counted(folder: Path, capsys: py
             {"data_files": "*.png"},
             r'\[data\] data_files: goes with path = "imagefolder".*write path = "imagefolder" and',
         ),
-        ({"name": "full"}, r"\[data\] name: 'full' chooses a configuration of a Hub dataset.*leave name out"),
+        ({"name": "full"}, r"\[data\] name: 'full' selects a configuration of a Hub dataset.*leave name out"),
     ],
 )
 def test_keys_that_mean_nothing_for_a_folder_are_refused(words: dict[str, str], sentence: str, folder: Path) -> None:
@@ -170,10 +170,10 @@ def test_files_without_a_suffix_of_images(tmp_path: Path) -> None:
         for number, png in enumerate(PNGS):
             (root / f"{number}{suffix}").write_bytes(png)
         with pytest.raises(
-            UserError, match=r"holds no images by their names: .* 4; the first looks like \.png"
+            UserError, match=r"holds no images, judging by file names: .* 4; the first looks like \.png"
         ) as caught:
             read(root)
-        command = str(caught.value).partition("such as by: ")[2]
+        command = str(caught.value).partition("for example by: ")[2]
         subprocess.run(["bash", "-c", command], cwd=root, check=True)
         assert stored(read(root)) == PNGS
 
@@ -198,7 +198,7 @@ def test_folders_of_other_files_are_told_what_to_do(name: str, words: str, tmp_p
         array = np.load(tmp_path / name)
         Image.fromarray(array.astype("uint8")).save(tmp_path / "0.png")
         assert np.array_equal(read(tmp_path).read(0), photo())
-        assert files_left_out(DataConfig(path=str(tmp_path))) == {".npy": 1}
+        assert skipped_files(DataConfig(path=str(tmp_path))) == {".npy": 1}
 
 
 def test_a_table_as_large_as_it_comes_is_read_by_the_csv_module(folder: Path) -> None:
@@ -222,7 +222,7 @@ def test_labels_of_mixed_types_stop_evaluation_only(folder: Path) -> None:
 
 @pytest.mark.parametrize("loader", ["parquet", "arrow", "imagefolder"])
 def test_patterns_that_name_nothing(loader: str, folder: Path) -> None:
-    with pytest.raises(UserError, match=r"\[data\] data_files: no file is named by .*nope"):
+    with pytest.raises(UserError, match=r"\[data\] data_files: no file matches .*nope"):
         open_source(DataConfig(path=loader, data_files=f"{folder}/nope*"))
     with pytest.raises(UserError, match=r"\[data\] path: "):
         read("x" * 300 + "/y")

@@ -11,11 +11,13 @@ from conftest import cli_error, small_recipe
 
 import sslkit
 from sslkit.data.augment.cpu import ViewPipeline
-from sslkit.data.augment.policies import POLICIES, ViewsConfig
+from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.config import DataConfig, MixConfig
-from sslkit.data.loading.loader import GlobalBatches, make_loader
+from sslkit.data.loading.loader import make_loader
 from sslkit.data.order.mixture import Mixture
+from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import ImageSource, mix, open_source
+from sslkit.data.sources.image_table import MappedTable
 from sslkit.errors import UserError
 from sslkit.recipe.resolve import Recipe, build_recipe
 
@@ -67,7 +69,7 @@ def test_order_is_a_function_of_seed_and_epoch_alone() -> None:
     """Not of ranks, nor of where a run began."""
 
     def batches(seed: int = 3, **changes: int) -> list[list[tuple[int, int]]]:
-        return list(GlobalBatches(50, 8, seed, total_steps=14, plan=Mixture((40, 10), (1.0, 2.0)), **changes))
+        return list(GlobalBatchSampler(50, 8, seed, total_steps=14, plan=Mixture((40, 10), (1.0, 2.0)), **changes))
 
     whole = batches()
     ranks = [batches(rank=rank, world_size=2) for rank in range(2)]
@@ -84,8 +86,8 @@ def test_order_is_a_function_of_seed_and_epoch_alone() -> None:
 
 def test_an_image_that_comes_again_is_cut_anew(tmp_path: Path) -> None:
     source = open_source(DataConfig(mix=[MixConfig(path=str(f), weight=1.0) for f in folders(tmp_path, 30, 2)]))
-    views = ViewsConfig(**{"policy": "moco_v2", **POLICIES["moco_v2"], "size": 32})
-    order = GlobalBatches(32, 32, 0, total_steps=1, plan=source.plan)
+    views = ViewsConfig.of_policy("moco_v2", size=32)
+    order = GlobalBatchSampler(32, 32, 0, total_steps=1, plan=source.plan)
     batch = next(iter(make_loader(source, ViewPipeline(views, 0), order, workers=0, pin_memory=False)))
     again = torch.nonzero(batch.sample_ids == 31)[:, 0]
     assert len(again) == 8
@@ -136,7 +138,7 @@ def test_folders_tables_and_labels(class_folders: Path, tmp_path: Path) -> None:
     assert run.results()[-1]["step"] == 3
     source = open_source(recipe.data)
     assert source.description.endswith("a.parquet [train] (0.25 of an epoch)")
-    assert source.table.column_names == ["image"]
+    assert source.table.rows.column_names == ["image"]
     assert source.encoded(40)[1] == rows[0]["bytes"]
     with pytest.raises(UserError, match="has no labels"):
         source.labels()
@@ -148,7 +150,7 @@ def test_a_table_that_names_files_is_refused(tmp_path: Path) -> None:
     file = folders(tmp_path, 1)[0] / "0000.png"
     rows = [{"bytes": file.read_bytes(), "path": None}, {"bytes": None, "path": str(file)}]
     table = datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image(decode=False))
-    named = ImageSource(table, "image", None, "a table", within=str(tmp_path))
+    named = ImageSource(MappedTable(table), "a table", within=str(tmp_path))
     with pytest.raises(UserError, match=r"rows of a table name files instead of holding images"):
         mix([named, named], [None, None])
 
@@ -162,9 +164,9 @@ def test_a_source_that_would_never_be_seen_is_refused() -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"path": "photos", "mix": [{"path": "photos"}]}, r"\[data\] mix stands in place of path"),
-        ({"split": "val", "mix": [{"path": "photos"}]}, r"\[data\] mix stands in place of path"),
-        ({"mix": []}, r"\[data\] mix holds no source"),
+        ({"path": "photos", "mix": [{"path": "photos"}]}, r"\[data\] mix replaces path"),
+        ({"split": "val", "mix": [{"path": "photos"}]}, r"\[data\] mix replaces path"),
+        ({"mix": []}, r"\[data\] mix is empty"),
         ({"mix": [{"path": "a", "weight": 1}, {"path": "b"}]}, "give every source a weight, or none"),
         ({"mix": [{"path": "a", "weight": 0}]}, r"\[data\.mix 1\] weight: .* greater than 0, not 0"),
         ({"mix": [{"path": "a"}, {"path": "b", "splt": "val"}]}, r"\[data\.mix 2\] splt: unknown key; did you mean 's"),

@@ -19,7 +19,7 @@ from hostile import bad_images, encode, exif, good_images, photo, write_hostile_
 from PIL import Image
 
 from sslkit.cli import main
-from sslkit.data.augment.policies import ViewsConfig
+from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.sources.image_identity import names_digest
 from sslkit.data.sources.image_source import DataConfig, ImageSource, open_source
 from sslkit.data.tools import packing as packing_module
@@ -121,7 +121,7 @@ def test_workers_and_interruptions_change_no_byte(photos: Path, tmp_path: Path) 
     # Killed from outside after the first shards.
     other = tmp_path / "three"
     slow = (
-        "import sys, time\nfrom pathlib import Path\nfrom sslkit.data import packing\n"
+        "import sys, time\nfrom pathlib import Path\nfrom sslkit.data.tools import packing\n"
         "from sslkit.data.sources.image_source import DataConfig, open_source\n"
         "whole = packing._write_shard\n"
         "packing._write_shard = lambda *words: (whole(*words), time.sleep(0.5))\n"
@@ -154,7 +154,7 @@ def test_workers_and_interruptions_change_no_byte(photos: Path, tmp_path: Path) 
 def test_killed_at_its_very_end_it_has_nothing_left_to_decode(photos: Path, tmp_path: Path) -> None:
     """Just before the folder appears."""
     words = (
-        "import os, sys, signal\nfrom pathlib import Path\nfrom sslkit.data import packing\n"
+        "import os, sys, signal\nfrom pathlib import Path\nfrom sslkit.data.tools import packing\n"
         "from sslkit.data.sources.image_source import DataConfig, open_source\n"
         "packing.os.rename = lambda *_words: os.kill(os.getpid(), signal.SIGKILL)\n"
         "source = open_source(DataConfig(path=sys.argv[1]))\n"
@@ -207,8 +207,8 @@ def test_what_a_stranger_left_is_not_written_through(photos: Path, tmp_path: Pat
 
 def test_one_process_packs_into_a_folder(photos: Path, tmp_path: Path) -> None:
     hold = (
-        "import sys\nfrom pathlib import Path\nfrom sslkit.data.tools.packing import _alone\n"
-        "with _alone(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+        "import sys\nfrom pathlib import Path\nfrom sslkit.data.tools.packing import _exclusive_lock\n"
+        "with _exclusive_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     words = [sys.executable, "-c", hold, str(tmp_path / ".train.lock")]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
@@ -270,7 +270,7 @@ def test_shards_are_mapped_and_not_copied(photos: Path, tmp_path: Path, monkeypa
     pack(open_folder(photos), tmp_path / "packed/train", Packing(SIDE))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_words, **_options: pytest.fail("copied"))
     source = open_folder(tmp_path / "packed")
-    assert {Path(each["filename"]).parent.name for each in source.table.cache_files} == {"train"}
+    assert {Path(each["filename"]).parent.name for each in source.table.rows.cache_files} == {"train"}
 
 
 def test_a_strangers_arrow_file_is_refused_or_read(photos: Path, tmp_path: Path) -> None:

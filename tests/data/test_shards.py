@@ -22,7 +22,7 @@ from sslkit.data.config import MixConfig
 from sslkit.data.decode.rgb import UnreadableImage
 from sslkit.data.formats.tar_shards import expand_braces
 from sslkit.data.sources.image_identity import images_digest, names_digest, source_fingerprint
-from sslkit.data.sources.image_source import DataConfig, ImageSource, available_splits, files_left_out, open_source
+from sslkit.data.sources.image_source import DataConfig, ImageSource, available_splits, open_source, skipped_files
 from sslkit.errors import UserError
 from sslkit.evaluate.labelled_data import open_pair
 
@@ -115,14 +115,14 @@ def test_a_stray_tar_among_images_is_no_shard(tmp_path: Path) -> None:
     (tmp_path / "1.png").write_bytes(PICTURES[0])
     write_tar(tmp_path / "backup.tar", samples(0, 4))
     assert len(read(tmp_path)) == 1
-    assert files_left_out(DataConfig(path=str(tmp_path))) == {".tar": 1}
+    assert skipped_files(DataConfig(path=str(tmp_path))) == {".tar": 1}
 
 
 def test_labels_of_every_kind(tmp_path: Path) -> None:
     file = write_tar(tmp_path / "a.tar", {**samples(0, 4), "x.txt": b"without an image"})
     assert read(file).labels() == ["0", "1", "0", "1"]
     assert read(file, label_column="kind").labels() == ["k0", "k1", "k2", "k0"]
-    with pytest.raises(UserError, match=r"\[data\] label_column: beside no image lies a \.txt"):
+    with pytest.raises(UserError, match=r"\[data\] label_column: no image has a \.txt file"):
         read(file, label_column="txt")
     with pytest.raises(UserError, match=r"has .* for 'note'; evaluation needs one class"):
         read(file, label_column="note").labels()
@@ -173,15 +173,17 @@ def test_cut_short_shows_at_the_image_that_is(tmp_path: Path) -> None:
     source = read(whole)
     assert len(source) == 4
     assert source.encoded(2)[1] == PICTURES[2]
-    with pytest.raises(UnreadableImage, match=r"cut short: its tar file ends 9 bytes before it does"):
+    with pytest.raises(UnreadableImage, match=r"truncated: its tar file is 9 bytes too short"):
         source.read(3)
     whole.write_bytes(content[: places[4]])  # no end marker, as `head` leaves it
     assert len(read(whole)) == 4
     whole.write_bytes(content[: places[4] + 100])
-    with pytest.raises(UserError, match=rf"cut short within a header \(at byte {places[4]}\)"):
+    with pytest.raises(UserError, match=rf"truncated within a header \(at byte {places[4]}\)"):
         read(whole)
     whole.write_bytes(content[: places[2]] + b"junk" * 128 + content[places[2] + 512 :])
-    with pytest.raises(UserError, match=rf"a\.tar cannot be read as a tar file: no tar header \(at byte {places[2]}\)"):
+    with pytest.raises(
+        UserError, match=rf"a\.tar cannot be read as a tar file: an invalid header \(at byte {places[2]}\)"
+    ):
         read(whole)
 
 
@@ -203,7 +205,7 @@ SIZE, KIND = slice(124, 136), slice(156, 157)
     ("field", "value", "reason"),
     [
         (SIZE, b"\x80" + b"\x7f" * 11, "more than"),
-        (SIZE, b"00077777777", "cut short"),
+        (SIZE, b"00077777777", "truncated"),
         (KIND, b"2", "a link in a tar file"),
         (KIND, b"1", "a link in a tar file"),
     ],
@@ -221,15 +223,15 @@ def test_lies_about_one_image_make_it_unreadable(field: slice, value: bytes, rea
     ("content", "words"),
     [
         (b"", "holds no images"),
-        (b"x" * 2000, r"no tar header \(at byte 0\)"),
+        (b"x" * 2000, r"an invalid header \(at byte 0\)"),
         (b"short", "too short for a tar file"),
-        (gzip.compress(b"x" * 5000, mtime=0), "is compressed by gzip, .* decompress it once to a plain .tar"),
-        (b"\x28\xb5\x2f\xfd" + bytes(600), "is compressed by zstd"),
-        (forged(SIZE, b"\xff" * 12), "a size that is no number"),
-        (forged(SIZE, b"-1"), "a size that is no number"),
-        (forged(KIND, b"x"), "broken extended header"),
+        (gzip.compress(b"x" * 5000, mtime=0), "is compressed with gzip, .* decompress it once to a plain .tar"),
+        (b"\x28\xb5\x2f\xfd" + bytes(600), "is compressed with zstd"),
+        (forged(SIZE, b"\xff" * 12), "a size that is not a number"),
+        (forged(SIZE, b"-1"), "a size that is not a number"),
+        (forged(KIND, b"x"), "invalid extended header"),
         (forged(KIND, b"S"), "holes"),
-        (forged(KIND, b"5") + b"x", "no tar header"),
+        (forged(KIND, b"5") + b"x", "an invalid header"),
     ],
 )
 def test_what_is_no_tar_file_is_one_sentence(content: bytes, words: str, tmp_path: Path) -> None:
@@ -279,7 +281,7 @@ def test_memory_does_not_grow_with_the_bytes(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "from sslkit.data.formats.tar_samples import index_shards\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "assert index_shards([Path(sys.argv[1])], None, None).table.num_rows == 8\n"
+        "assert index_shards([Path(sys.argv[1])], None, None).rows.num_rows == 8\n"
         "assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16, 'KiB'\n"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "a.tar")], check=True)

@@ -128,13 +128,13 @@ def test_a_run_with_a_read_only_one(classes: Path, tmp_path: Path) -> None:
     script = f"""
 import pathlib
 from sslkit.cli import main
-from sslkit.data.loading.worker_status import Posts
+from sslkit.data.loading.worker_status import StatusBoard
 for words in ([], ["--set", "data.workers=0"]):
     try:
         main(["pretrain", "{tmp_path}/recipe.toml", "--output", "{tmp_path}/run", *words])
     except SystemExit as ended:
         print("ended", ended.code or 0, pathlib.Path("{tmp_path}/run").exists())
-Posts(0)
+StatusBoard(0)
 """
     mounted = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o ro tmpfs /dev/shm && exec "$@"', "sh"]
     env = {**os.environ, "PYTHONPATH": os.getcwd()}

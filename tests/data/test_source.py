@@ -27,7 +27,7 @@ def test_builtin_set_is_balanced_real_and_labelled() -> None:
 
 def test_labels_do_not_reach_pretraining() -> None:
     bare = open_source(DataConfig(path="builtin:fashion_mnist")).without_labels()
-    assert bare.table.column_names == ["image"]
+    assert bare.table.rows.column_names == ["image"]
     with pytest.raises(UserError, match="no labels"):
         bare.labels()
 

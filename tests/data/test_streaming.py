@@ -63,7 +63,7 @@ def test_images_and_labels_are_those_of_a_copy(files: Path) -> None:
     assert all((stream.read(index) == copied.read(index)).all() for index in range(COUNT))
     some = np.array([149, 3, 77, 3])
     assert all((stream.subset(some).read(at) == copied.read(index)).all() for at, index in enumerate(some.tolist()))
-    drawn = stream.draw(20, seed=1)
+    drawn = stream.sample(20, seed=1)
     assert len(set(drawn.tolist())) == 20
     assert stream.name(60) == f"row 0 of row group 1 of {files}/train-1.parquet"
 
@@ -107,7 +107,7 @@ def test_plain_bytes_are_images_too_and_rows_without_any_are_unreadable(class_fo
     named = [{"bytes": None, "path": str(next(class_folders.rglob("*.png")))}, {"bytes": encoded[0], "path": "x"}]
     source = streamed(write(tmp_path / "b.parquet", named, struct))
     assert source.read(1).shape == (28, 28, 3)
-    with pytest.raises(UnreadableImage, match="opens no files that rows name"):
+    with pytest.raises(UnreadableImage, match="does not open files that rows name"):
         source.read(0)
 
 
@@ -155,13 +155,13 @@ def test_files_of_other_columns_and_too_large_row_groups_are_refused(
     with pytest.raises(UserError, match=r"train-9.parquet has no column 'image'; there are \['text'\]"):
         streamed(here)
     monkeypatch.setattr(streaming, "MAX_GROUP", 1000)
-    with pytest.raises(UserError, match=r"has a row group of .* which must be held whole"):
+    with pytest.raises(UserError, match=r"has a row group of .* which must fit into memory as a whole"):
         streamed(files)
 
 
 def test_options_that_say_nothing_together_are_refused(files: Path, tmp_path: Path) -> None:
     mixed = {"path": "", "streaming": True, "mix": [{"path": str(files)}]}
-    with pytest.raises(UserError, match="streaming is of one source"):
+    with pytest.raises(UserError, match="streaming reads one source"):
         build_recipe({"method": {"name": "moco_v2"}, "backbone": {"name": "resnet18"}, "data": mixed})
     said = cli_error(["pretrain", "mocov2_r50", "--set", "data.path=/nowhere/at/all", "--set", "data.streaming=true"])
     assert "no folder or file '/nowhere/at/all'" in said
@@ -178,9 +178,9 @@ def test_an_address_is_read_in_place_and_a_loss_of_it_is_a_sentence(
     assert (source.read(149) == streamed(files).read(149)).all()
     memory.rm("/photos", recursive=True)
     monkeypatch.setattr(streaming, "WAITS", (0.0,))
-    with pytest.raises(UserError, match=r"memory://.*train-0.parquet cannot be read any more: .* the same command"):
+    with pytest.raises(UserError, match=r"memory://.*train-0.parquet can no longer be read: .* the same command"):
         source.read(0)
-    with pytest.raises(UserError, match="no parquet file is named by memory://gone"):
+    with pytest.raises(UserError, match="no parquet file matches memory://gone"):
         streamed("parquet", data_files="memory://gone/*.parquet")
     with pytest.raises(UserError, match="cannot look for nosuch://photos"):
         streamed("parquet", data_files="nosuch://photos/*.parquet")

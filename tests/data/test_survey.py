@@ -47,7 +47,7 @@ def readable() -> dict[str, bytes]:
 
 
 UNREADABLE = {
-    "truncated.jpg": (jpeg(10)[:-300], "broken or cut short"),
+    "truncated.jpg": (jpeg(10)[:-300], "damaged or truncated"),
     "empty.jpg": (b"", "the file is empty"),
     "bomb.png": (png_of_size(30_000, 30_000), "more than 89478485 pixels"),
     "page.jpg": (b"<html>404 Not Found</html>", "not JPEG"),

@@ -53,7 +53,7 @@ def test_other_columns_are_not_looked_at(tmp_path: Path) -> None:
     sound = {"info": {"features": {**IMAGE, "x": {"_type": "Audio"}}}}
     source = open_table(tmp_path, {"image": IMAGES, "x": IMAGES}, sound)
     assert source.read(2).shape == photo().shape
-    assert source.table.column_names == ["image"]
+    assert source.table.rows.column_names == ["image"]
 
 
 def test_a_row_may_not_name_a_file_elsewhere(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """SimCLR's and BYOL's views against TensorFlow's values, and against a transcription in float64."""
 
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from golden import tensorflow_views as golden
 from golden.tensorflow_views import VALUES
@@ -15,27 +18,27 @@ from sslkit.data.augment import gpu as device_views
 from sslkit.data.augment import tensorflow as tensorflow_views
 from sslkit.data.augment.cpu import ViewPipeline, resize
 from sslkit.data.augment.multichannel import resize_channels
-from sslkit.data.augment.parameters import Draw, draw_view
-from sslkit.data.augment.policies import POLICIES, ViewsConfig
+from sslkit.data.augment.parameters import ViewParams, draw_params
+from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.engine.run_folder.layout import with_defaults
 from sslkit.errors import UserError
-from sslkit.recipe.resolve import build_recipe, changes, load_recipe
+from sslkit.recipe.resolve import build_recipe, changes, load_recipe, load_saved
 
-NOTHING = Draw((0, 0, 8, 8), None, (0, 1, 2, 3), False, 0.0, False, False, 0.0, None)
+NOTHING = ViewParams((0, 0, 8, 8), None, (0, 1, 2, 3), False, 0.0, False, False, 0.0, None)
 NUMBERS = {"brightness": 0, "contrast": 1, "saturation": 2, "hue": 3}
 DRAWS = 4000
 
 
 def policy(name: str, **changes: object) -> ViewsConfig:
-    return ViewsConfig(**{"policy": name, **POLICIES[name], **changes})
+    return ViewsConfig.of_policy(name, **changes)
 
 
-def finish_on_device(pixels: NDArray[np.uint8], draw: Draw, config: ViewsConfig) -> NDArray[np.uint8]:
-    rows = torch.from_numpy(draw.numbers())[None]
+def finish_on_device(pixels: NDArray[np.uint8], draw: ViewParams, config: ViewsConfig) -> NDArray[np.uint8]:
+    rows = torch.from_numpy(draw.as_row())[None]
     return device_views.finish_views(torch.from_numpy(pixels)[None], rows, config)[0].numpy()
 
 
-def one_step(name: str, factor: float) -> Draw:
+def one_step(name: str, factor: float) -> ViewParams:
     """A draw that changes one thing."""
     if name == "gray":
         return replace(NOTHING, gray=True)
@@ -96,7 +99,7 @@ def test_a_whole_view_is_the_official_codes(name: str) -> None:
     expected = np.reshape(VALUES[name], (8, 8, 3)) * 255
     pipeline = ViewPipeline(config, 0)
     crop = pipeline.crop(image, draw, 0)
-    for found in (pipeline.finish(crop, draw), finish_on_device(crop, draw, config)):
+    for found in (pipeline.finish(crop, draw, (0, 0, 0, 0)), finish_on_device(crop, draw, config)):
         assert np.abs(found[::5, ::5] - expected).max() < 1.5  # the crop's rounding, times the factors, and the view's
         assert np.abs(found[::5, ::5] - expected).mean() < 0.5
     assert np.abs(golden.view(image, draw, 40, name)[::5, ::5] * 255 - expected).max() < 0.1
@@ -108,10 +111,10 @@ def test_views_are_the_transcriptions_but_for_rounding(name: str) -> None:
     image, config = photograph(), policy(name, size=48)
     pipeline, cpu, device = ViewPipeline(config, 1), [], []
     for sample in range(10):
-        draw = pipeline.draw(0, sample, image.shape[:2])[sample % 2]
+        draw = pipeline.view_params(0, sample, image.shape[:2])[sample % 2]
         expected = golden.view(image, draw, 48, name) * 255
         crop = pipeline.crop(image, draw, 0)
-        cpu.append(np.abs(pipeline.finish(crop, draw) - expected))
+        cpu.append(np.abs(pipeline.finish(crop, draw, (0, 0, 0, 0)) - expected))
         device.append(np.abs(finish_on_device(crop, draw, config) - expected))
     for off in (np.stack(cpu), np.stack(device)):
         assert off.mean() < 0.35  # 0.25 is what rounding a uniform number to a whole one costs
@@ -127,7 +130,7 @@ def test_simclrs_crops_are_distributed_as_tensorflows(size: str) -> None:
     height, width = map(int, size.split())
     expected: dict[str, Any] = VALUES["crops"][size]
     draws = DRAWS if expected["whole"] < 1 else 100
-    boxes = np.array([draw_view(policy("simclr"), 0, 0, sample, 0, (height, width)).box for sample in range(draws)])
+    boxes = np.array([draw_params(policy("simclr"), (0, 0, sample, 0), (height, width)).box for sample in range(draws)])
     top, left, tall, wide = boxes.T
     share, aspect = tall * wide / (height * width), wide / tall
     assert (top + tall).max() <= height
@@ -148,7 +151,7 @@ def test_byols_crops_are_clamped(size: tuple[int, int]) -> None:
     area = np.linspace(0.08, 1.0, 301)[:, None] * height * width
     ratio = np.exp(np.linspace(np.log(3 / 4), np.log(4 / 3), 301))
     tall, wide = np.minimum(np.sqrt(area / ratio), height), np.minimum(np.sqrt(area * ratio), width)
-    boxes = np.array([draw_view(policy("byol"), 0, 0, sample, 0, size).box for sample in range(DRAWS)])
+    boxes = np.array([draw_params(policy("byol"), (0, 0, sample, 0), size).box for sample in range(DRAWS)])
     assert abs(boxes[:, 2].mean() / tall.mean() - 1) < 0.02
     assert abs(boxes[:, 3].mean() / wide.mean() - 1) < 0.02
     assert abs((boxes[:, 2] * boxes[:, 3] / (tall * wide).mean()).mean() - 1) < 0.03
@@ -161,14 +164,14 @@ def test_byols_crops_are_clamped(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (1, 900), (900, 1)])
 def test_boxes_of_tiny_images_lie_inside(name: str, size: tuple[int, int]) -> None:
     for sample in range(30):
-        top, left, tall, wide = draw_view(policy(name), 0, 0, sample, 0, size).box
+        top, left, tall, wide = draw_params(policy(name), (0, 0, sample, 0), size).box
         assert 0 <= top <= size[0] - tall < size[0]
         assert 0 <= left <= size[1] - wide < size[1]
 
 
 def test_small_crops_may_cover_less_than_min_object_covered() -> None:
-    config = policy("simclr", small_crops=2, small_scale=(0.05, 0.09))
-    boxes = np.array([draw_view(config, 0, 0, sample, 2, (375, 500)).box for sample in range(200)])
+    local = policy("simclr", small_crops=2, small_scale=(0.05, 0.09)).policy_of("local")
+    boxes = np.array([draw_params(local, (0, 0, sample, 2), (375, 500)).box for sample in range(200)])
     share = boxes[:, 2] * boxes[:, 3] / (375 * 500)
     assert 0.049 < share.min() < 0.06 < 0.08 < share.max() < 0.091
 
@@ -187,17 +190,43 @@ RESOLVED = {  # what a run's recipe stated before these policies followed Tensor
 }  # fmt: skip
 
 
-def test_recipes_of_earlier_runs_keep_their_views() -> None:
-    data = {"path": "x", "background": "white"}
-    tables = {"method": {"name": "simclr"}, "backbone": {"name": "test_vit"}, "data": data}
-    earlier = build_recipe({**tables, "views": RESOLVED}).views
-    assert (earlier.transforms, earlier.crop_sampler, earlier.resize) == ("torchvision", "torchvision", "antialias")
-    shipped = build_recipe({**tables, "views": {"policy": "simclr", "size": 32}})
-    now, saved = shipped.views, with_defaults({**tables, "views": RESOLVED})
-    assert [line.partition(":")[0] for line in changes(saved, shipped.as_tables())] == [
+TABLES = {"method": {"name": "simclr"}, "backbone": {"name": "test_vit"}, "data": {"path": "x", "background": "white"}}
+EARLIER, NOW = ("torchvision", "torchvision", "antialias"), ("tensorflow", "tensorflow", "tensorflow_v1")
+
+
+def kinds_of(views: ViewsConfig) -> tuple[str, str, str]:
+    return views.transforms, views.crop_sampler, views.resize
+
+
+def test_recipes_of_earlier_runs_keep_their_views(tmp_path: Path) -> None:
+    """Those that lie in a run's folder, however they are read; and what is said then gives the paper's views."""
+    old, shipped = {**TABLES, "views": RESOLVED}, build_recipe({**TABLES, "views": {"policy": "simclr", "size": 32}})
+    assert [line.partition(":")[0] for line in changes(with_defaults(old), shipped.as_tables())] == [
         f"views.{key}" for key in ("crop_sampler", "resize", "transforms")
     ]
-    assert (now.transforms, now.crop_sampler, now.resize) == ("tensorflow", "tensorflow", "tensorflow_v1")
+    assert kinds_of(shipped.views) == NOW
+    file = tmp_path / "recipe.toml"
+    file.write_text(tomli_w.dumps(old))
+    (tmp_path / "checkpoints").mkdir()
+    for recipe in (load_saved(file), load_recipe(file), load_recipe(str(file), ["data.path=y"])):
+        assert kinds_of(recipe.views) == EARLIER
+        [said] = recipe.remarks
+        stated = tomllib.loads(said.partition(" with ")[2].replace(", ", "\n"))
+        assert kinds_of(build_recipe({**old, "views": {**RESOLVED, **stated}}).views) == NOW
+    assert not shipped.remarks
+
+
+@pytest.mark.parametrize("name", ["mine.toml", "recipe.toml"])
+def test_a_recipe_of_a_users_own_has_the_papers_views(name: str, tmp_path: Path) -> None:
+    """Though it states all that a run stated before; the remark names the keys of the others."""
+    file = tmp_path / name
+    file.write_text(tomli_w.dumps({**TABLES, "views": RESOLVED}))
+    recipe = load_recipe(file)
+    assert kinds_of(recipe.views) == NOW
+    [said] = recipe.remarks
+    stated = tomllib.loads(said.partition(" give ")[2].replace(", ", "\n"))
+    assert kinds_of(build_recipe({**TABLES, "views": {**RESOLVED, **stated}}).views) == EARLIER
+    assert not build_recipe(recipe.as_tables()).remarks
 
 
 def test_crops_that_min_object_covered_never_takes_are_refused() -> None:

@@ -9,12 +9,10 @@ from functools import partial
 from itertools import pairwise
 
 import albumentations as A  # noqa: N812
-import albumentations.augmentations.pixel.functional as albumentations
 import cv2
 import numpy as np
 import pytest
 import torch
-from albumentations.augmentations.blur.functional import create_gaussian_kernel_1d
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from scipy.stats import ks_2samp, kstest, uniform
@@ -23,25 +21,28 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation
 
-from sslkit.data.augment.cpu import Colours, ViewPipeline, resize, turn_hue
+from sslkit.data.augment.cpu import ViewPipeline, ViewTransforms, resize, shift_hue
 from sslkit.data.augment.gpu import finish_on, finish_views
 from sslkit.data.augment.multichannel import finish_channels
-from sslkit.data.augment.parameters import Draw, draw_view
-from sslkit.data.augment.policies import POLICIES, ViewsConfig
+from sslkit.data.augment.parameters import ViewParams, draw_params
+from sslkit.data.augment.view_layers import ROLES
+from sslkit.data.augment.views_config import ViewsConfig
+from sslkit.data.batch import Batch
 from sslkit.data.decode.rgb import decode_reduced, decode_rgb
-from sslkit.data.loading.loader import Batch, ViewDataset
+from sslkit.data.loading.loader import ViewDataset
 from sslkit.data.sources.image_source import DataConfig, open_source
 
 DRAWS = 2000
 
 
 def policy(name: str, **changes: object) -> ViewsConfig:
-    return ViewsConfig(**{"policy": name, **POLICIES[name], "size": 32, **changes})
+    return ViewsConfig.of_policy(name, **{"size": 32, **changes})
 
 
 def rates(name: str, view: int) -> dict[str, float]:
     """How often each step is drawn."""
-    draws = [draw_view(policy(name), 0, 0, sample, view, (40, 40)) for sample in range(DRAWS)]
+    how = policy(name).view_policies()[view]
+    draws = [draw_params(how, (0, 0, sample, view), (40, 40)) for sample in range(DRAWS)]
     return {
         "jitter": sum(draw.jitter is not None for draw in draws) / DRAWS,
         "gray": sum(draw.gray for draw in draws) / DRAWS,
@@ -73,8 +74,8 @@ def test_transforms_fire_as_often_as_the_paper_says(name: str, view: int) -> Non
 
 def test_numbers_are_distributed_as_torchvision_draws_them() -> None:
     """Kolmogorov and Smirnov compare our draws with torchvision's own for the same policy."""
-    config = ViewsConfig.model_validate({"policy": "moco_v3", **POLICIES["moco_v3"]})
-    draws = [draw_view(config, 0, 0, sample, 0, (375, 500)) for sample in range(DRAWS)]
+    config = ViewsConfig.of_policy("moco_v3")
+    draws = [draw_params(config.policy_of("global1"), (0, 0, sample, 0), (375, 500)) for sample in range(DRAWS)]
     torch.manual_seed(0)
     image = torch.zeros(3, 375, 500)
     boxes = [RandomResizedCrop.get_params(image, config.crop_scale, config.crop_ratio) for _ in range(DRAWS)]
@@ -98,7 +99,7 @@ def test_numbers_are_distributed_as_torchvision_draws_them() -> None:
 @pytest.mark.parametrize("size", [(10, 500), (500, 10), (1, 1), (3, 5)])
 def test_boxes_of_odd_images_lie_inside_and_are_torchvisions(size: tuple[int, int]) -> None:
     for sample in range(50):
-        box = draw_view(policy("moco_v2"), 0, 0, sample, 0, size).box
+        box = draw_params(policy("moco_v2"), (0, 0, sample, 0), size).box
         assert box[2] >= 1
         assert box[3] >= 1
         assert box[0] + box[2] <= size[0]
@@ -111,9 +112,9 @@ def test_boxes_of_odd_images_lie_inside_and_are_torchvisions(size: tuple[int, in
 def test_order_of_v1_puts_gray_before_jitter() -> None:
     """A picture that is grey first keeps its grey under a jitter of hue and saturation; one that is grey last too."""
     image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-    draw = Draw((0, 0, 32, 32), (1.0, 1.0, 0.0, 0.0), (0, 1, 2, 3), True, 0.0, False, False, 0.0, None)
+    draw = ViewParams((0, 0, 32, 32), (1.0, 1.0, 0.0, 0.0), (0, 1, 2, 3), True, 0.0, False, False, 0.0, None)
     brightened = replace(draw, jitter=(1.4, 1.0, 1.0, 0.0))
-    first, last = (Colours(policy(name))(image, brightened) for name in ("moco_v1", "moco_v2"))
+    first, last = (ViewTransforms(policy(name))(image, brightened) for name in ("moco_v1", "moco_v2"))
     gray = np.asarray(Image.fromarray(image).convert("L"), dtype=float)
     assert np.abs(first[..., 0] - np.clip(gray * 1.4, 0, 255)).max() <= 2.0
     lighter = np.clip(image * 1.4, 0, 255).astype(np.uint8)
@@ -125,8 +126,8 @@ def test_order_of_v1_puts_gray_before_jitter() -> None:
 def test_jitter_is_torchvisions(order: tuple[int, int, int, int]) -> None:
     image = photograph()
     factors = (1.3, 0.7, 1.2, 0.08)
-    draw = Draw((0, 0, *image.shape[:2]), factors, order, False, 0.0, False, False, 0.0, None)
-    ours = Colours(policy("moco_v2"))(image, draw)
+    draw = ViewParams((0, 0, *image.shape[:2]), factors, order, False, 0.0, False, False, 0.0, None)
+    ours = ViewTransforms(policy("moco_v2"))(image, draw)
     expected = Image.fromarray(image)
     for number in order:
         adjust = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)[number]
@@ -159,7 +160,7 @@ def test_large_jpegs_are_decoded_smaller_and_show_the_same() -> None:
         whole = decode_rgb(stream.getvalue(), "a photograph")
         for one, other in zip(pipeline(small, 0, sample, size), pipeline(whole, 0, sample), strict=True):
             assert np.abs(one.astype(int) - other).mean() < 5.0
-        for draw in pipeline.draw(0, sample, size):
+        for draw in pipeline.view_params(0, sample, size):
             assert min(draw.box[2:]) >= 64 * fits(size)
     assert reductions == {4, 8}
     assert pipeline.reduction(0, 0, (100, 400)) == 1
@@ -172,14 +173,14 @@ def test_an_accelerator_makes_the_views_that_the_cpu_makes(name: str) -> None:
     config = given.get(name) or policy(name, size=64, device="accelerator")
     pipeline, image = ViewPipeline(config, seed=3), photograph()
     expected = [pipeline(image, 0, sample) for sample in range(48)]
-    items = [pipeline.crops(image, 0, sample) for sample in range(48)]
+    items = [pipeline.crop_views(image, 0, sample) for sample in range(48)]
     batch = Batch(
         [torch.from_numpy(np.stack(views)) for views in zip(*(crops for crops, _ in items), strict=True)],
         torch.arange(48),
-        draws=tuple(torch.from_numpy(np.stack(rows)) for rows in zip(*(rows for _, rows in items), strict=True)),
+        view_params=tuple(torch.from_numpy(np.stack(rows)) for rows in zip(*(rows for _, rows in items), strict=True)),
     )
     finished = finish_on(torch.device("cpu"), batch, config)
-    assert finished.draws == ()
+    assert finished.view_params == ()
     for view, cpu in zip(finished.views, zip(*expected, strict=True), strict=True):
         assert view.shape == (48, 64, 64, 3)
         assert view.dtype == torch.uint8
@@ -198,11 +199,11 @@ def test_an_accelerator_makes_the_views_that_the_cpu_makes(name: str) -> None:
 def test_small_blurs_are_pillows(sigma: float) -> None:
     """Below sigma 2/7 a kernel that ends at 3.5 deviations is a single pixel; Pillow's blur still blurs."""
     image, config = photograph(), policy("moco_v2")
-    draw = Draw((0, 0, 8, 8), None, (0, 1, 2, 3), False, sigma, False, False, 0.0, None)
+    draw = ViewParams((0, 0, 8, 8), None, (0, 1, 2, 3), False, sigma, False, False, 0.0, None)
     expected = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma)))
-    rows = torch.from_numpy(draw.numbers())[None]
+    rows = torch.from_numpy(draw.as_row())[None]
     device = finish_views(torch.from_numpy(image)[None], rows, config)[0].numpy()
-    for found in (Colours(config)(image, draw), device):
+    for found in (ViewTransforms(config)(image, draw), device):
         assert np.abs(found.astype(int) - expected).max() <= 1
         assert (found != expected).mean() < 1e-4
     changed = (expected != image).mean()
@@ -213,7 +214,7 @@ def test_small_blurs_of_channels_have_the_gaussians_variance() -> None:
     """A single bright pixel spreads as far as sigma says, along both axes."""
     image = np.zeros((15, 15, 5), dtype=np.uint16)
     image[7, 7] = 60_000
-    draw = Draw((0, 0, 15, 15), None, (0, 1, 2, 3), False, 0.25, False, False, 0.0, None)
+    draw = ViewParams((0, 0, 15, 15), None, (0, 1, 2, 3), False, 0.25, False, False, 0.0, None)
     blurred = finish_channels(image, draw, policy("moco_v2")).astype(float)
     places = np.arange(15) - 7
     for axis in (0, 1):
@@ -234,10 +235,11 @@ DRAWN_BEFORE = {
 
 @pytest.mark.parametrize("name", DRAWN_BEFORE)
 def test_draws_are_the_same_as_ever(name: str) -> None:
-    config = ViewsConfig(**{"policy": name, **POLICIES[name]})
+    config = ViewsConfig.of_policy(name)
     keys = [(sample, view, size) for sample in range(40) for view in (0, 1, 2) for size in ((375, 500), (50, 1000))]
-    draws = [draw_view(config, 3, 1, sample, view, size) for sample, view, size in keys]
-    rows = [[*draw.box, *(round(float(number), 5) for number in draw.numbers())] for draw in draws]
+    policies = [config.policy_of(role) for role in ROLES]
+    draws = [draw_params(policies[view], (3, 1, sample, view), size) for sample, view, size in keys]
+    rows = [[*draw.box, *(round(float(number), 5) for number in draw.as_row())] for draw in draws]
     assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == DRAWN_BEFORE[name]
 
 
@@ -247,7 +249,7 @@ def test_views_are_made_of_the_same_bits_as_ever(name: str) -> None:
     image, config = photograph(), policy(name, size=48)
     pipeline, compared = ViewPipeline(config, seed=2), 0
     for sample in range(20):
-        for view, draw in enumerate(pipeline.draw(0, sample, image.shape[:2])[:3]):
+        for view, draw in enumerate(pipeline.view_params(0, sample, image.shape[:2])[:3]):
             if 0 < draw.sigma < 2 / 7:
                 continue
             top, left, height, width = draw.box
@@ -255,27 +257,27 @@ def test_views_are_made_of_the_same_bits_as_ever(name: str) -> None:
             batch, side = torch.from_numpy(crop)[None].permute(0, 3, 1, 2), 48 if view < 2 else 96
             pixels = interpolate(batch, (side, side), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
             expected = written_out(cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB), draw, gray_first=config.gray_first)
-            assert np.array_equal(pipeline.cut(image, 0, sample, view), expected)
+            assert np.array_equal(pipeline.make_view(image, 0, sample, view), expected)
             compared += 1
     assert compared > 35
 
 
-def written_out(pixels: NDArray[np.uint8], draw: Draw, *, gray_first: bool) -> NDArray[np.uint8]:
-    adjust = (
-        albumentations.adjust_brightness_torchvision,
-        albumentations.adjust_contrast_torchvision,
-        albumentations.adjust_saturation_torchvision,
-        turn_hue,
-    )
-    gray = A.ToGray(num_output_channels=3)
-    pixels = gray.apply(pixels) if draw.gray and gray_first else pixels
+def written_out(pixels: NDArray[np.uint8], draw: ViewParams, *, gray_first: bool) -> NDArray[np.uint8]:
+    """The steps by albumentations' transforms as its users call them, each made for the numbers of this view."""
+    names = ("brightness", "contrast", "saturation")
+    gray = A.ToGray(num_output_channels=3, p=1.0)
+    pixels = gray(image=pixels)["image"] if draw.gray and gray_first else pixels
     for number in draw.order if draw.jitter else ():
-        pixels = adjust[number](pixels, draw.jitter[number])
-    pixels = gray.apply(pixels) if draw.gray and not gray_first else pixels
+        if number == 3:
+            pixels = shift_hue(pixels, draw.jitter[3])
+        else:
+            factors = dict.fromkeys(names, (1.0, 1.0)) | {names[number]: (draw.jitter[number],) * 2}
+            pixels = A.ColorJitter(**factors, hue=(0.0, 0.0), p=1.0)(image=pixels)["image"]
+    pixels = gray(image=pixels)["image"] if draw.gray and not gray_first else pixels
     if draw.sigma:
-        pixels = A.GaussianBlur().apply(pixels, kernel=create_gaussian_kernel_1d(draw.sigma))
-    pixels = A.Solarize().apply(pixels, threshold=0.5) if draw.solarize else pixels
-    return np.ascontiguousarray(pixels[:, ::-1] if draw.flip else pixels)
+        pixels = A.GaussianBlur(blur_limit=0, sigma_limit=(draw.sigma, draw.sigma), p=1.0)(image=pixels)["image"]
+    pixels = A.Solarize(threshold_range=(0.5, 0.5), p=1.0)(image=pixels)["image"] if draw.solarize else pixels
+    return A.HorizontalFlip(p=1.0)(image=pixels)["image"] if draw.flip else pixels
 
 
 def test_crop_areas_stay_within_the_scale() -> None:
@@ -286,7 +288,7 @@ def test_crop_areas_stay_within_the_scale() -> None:
     pipeline = ViewPipeline(policy("moco_v2", **bare, size=100), seed=0)
     areas = []
     for sample in range(400):
-        view = pipeline.cut(image, 0, sample, 0).astype(float)
+        view = pipeline.make_view(image, 0, sample, 0).astype(float)
         height, width = (np.ptp(view[..., axis]) * 100 / 99 + 1 for axis in (0, 1))
         areas.append(height * width / 200**2)
     assert min(areas) > 0.17
@@ -297,14 +299,14 @@ def test_crop_areas_stay_within_the_scale() -> None:
 def test_shrinking_is_antialiased() -> None:
     noise = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8)
     bare = {"jitter_prob": 0.0, "gray_prob": 0.0, "blur_prob": 0.0, "flip_prob": 0.0, "crop_scale": (1.0, 1.0)}
-    view = ViewPipeline(policy("moco_v2", **bare), seed=0).cut(noise, 0, 0, 0)
+    view = ViewPipeline(policy("moco_v2", **bare), seed=0).make_view(noise, 0, 0, 0)
     assert view.std() < 12  # 37 without antialiasing, 9 by area
 
 
 def test_solarize_inverts_from_128_up() -> None:
     image = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2).repeat(8, axis=0)
-    draw = Draw((0, 0, 8, 256), None, (0, 1, 2, 3), False, 0.0, True, False, 0.0, None)
-    out = Colours(policy("moco_v3"))(image, draw)[0, :, 0]
+    draw = ViewParams((0, 0, 8, 256), None, (0, 1, 2, 3), False, 0.0, True, False, 0.0, None)
+    out = ViewTransforms(policy("moco_v3"))(image, draw)[0, :, 0]
     assert out.tolist() == [value if value < 128 else 255 - value for value in range(256)]
 
 
@@ -319,17 +321,18 @@ def gray_image() -> NDArray[np.uint8]:
 def test_a_view_is_a_function_of_its_key_alone() -> None:
     image = gray_image()
     pipelines = [ViewPipeline(policy("moco_v3"), seed=7) for _ in range(2)]
-    first = pipelines[0].cut(image, epoch=2, sample=11, view=1)
+    first = pipelines[0].make_view(image, epoch=2, sample=11, view=1)
     for epoch, sample in ((0, 0), (5, 3)):
         pipelines[1](image, epoch, sample)
-    assert np.array_equal(first, pipelines[1].cut(image, epoch=2, sample=11, view=1))
+    assert np.array_equal(first, pipelines[1].make_view(image, epoch=2, sample=11, view=1))
 
 
 def test_views_differ_in_every_word_of_the_key() -> None:
     image = gray_image()
     keys = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
     views = [
-        ViewPipeline(policy("moco_v2"), seed).cut(image, epoch, sample, view) for seed, epoch, sample, view in keys
+        ViewPipeline(policy("moco_v2"), seed).make_view(image, epoch, sample, view)
+        for seed, epoch, sample, view in keys
     ]
     assert all(not np.array_equal(a, b) for a, b in pairwise(views))
     assert len({view.tobytes() for view in views}) == len(keys)
@@ -344,13 +347,14 @@ def test_gray_pictures_become_three_channels() -> None:
 
 def test_multi_crop_has_six_small_views_of_small_parts() -> None:
     """SwAV: two crops of 14 to 100 % at 224 pixels, six of 5 to 14 % at 96; small ones share the second's chances."""
-    config = ViewsConfig.model_validate({"policy": "swav", **POLICIES["swav"]})
     ramp = np.repeat(np.linspace(0, 255, 256).astype(np.uint8)[None, :, None], 3, axis=2).repeat(256, axis=0)
-    plain = config.model_copy(update={"jitter_prob": 0.0, "gray_prob": 0.0, "blur_prob": 0.0, "flip_prob": 0.0})
+    plain = ViewsConfig.of_policy("swav", jitter_prob=0.0, gray_prob=0.0, blur_prob=0.0, flip_prob=0.0)
     views = ViewPipeline(plain, seed=0)(ramp, 0, 0)
     assert [view.shape[0] for view in views] == [224, 224] + [96] * 6
     pipeline = ViewPipeline(plain, seed=0)
-    widths = [[np.ptp(pipeline.cut(ramp, 0, sample, view)[..., 0]) / 255 for sample in range(200)] for view in (0, 2)]
+    widths = [
+        [np.ptp(pipeline.make_view(ramp, 0, sample, view)[..., 0]) / 255 for sample in range(200)] for view in (0, 2)
+    ]
     # Width over the image's is the root of area times ratio: at most sqrt(0.14 * 4 / 3) for small crops.
     assert max(widths[1]) <= (0.14 * 4 / 3) ** 0.5 + 0.01
     assert min(widths[0]) >= (0.14 * 3 / 4) ** 0.5 - 0.02

@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sslkit.distributed import collectives
 from sslkit.distributed.collectives import mean_over_processes, rank
+from sslkit.engine.gradient_cache import GlobalBatch, whole_batch_step
 from sslkit.engine.setup import build_method
-from sslkit.engine.step import GlobalBatch, whole_batch_step
-from sslkit.methods import Method, Progress
+from sslkit.methods import BatchInfo, Method, Progress
 from sslkit.parts.batchnorm import synchronise_in_groups
 
 N = 16
@@ -36,7 +36,9 @@ def train(accelerator: Accelerator, method: Method, part: Callable[[Tensor], Ten
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         views = [torch.randn(N, 3, 32, 32, generator=generator, dtype=torch.float64) for _ in range(3)]
-        batch = GlobalBatch([part(view) for view in views], part(torch.arange(N)), None, lambda view: view)
+        batch = GlobalBatch(
+            [part(view) for view in views], BatchInfo(part(torch.arange(N))), Progress(0, 1), None, lambda view: view
+        )
         loss = whole_batch_step(accelerator, wrapped, batch).loss
         method.before_update(Progress(step, 10))
         optimizer.step()

@@ -23,11 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 from sslkit.distributed import collectives
 from sslkit.distributed.collectives import exchange_rows, gather_rows, mean_over_processes, rank, sum_with_gradient
 from sslkit.distributed.sharding import shard
-from sslkit.engine.encoders import encoders_of
+from sslkit.engine.gradient_cache import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.engine.setup import build_method
-from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.evaluate.features.encoder import fingerprint
-from sslkit.methods import Method, Progress, base, mechanisms, moco_v1, moco_v3, simclr
+from sslkit.methods import BatchInfo, Method, Progress, base, mechanisms, moco_v1, moco_v3, simclr
 from sslkit.parts import losses
 from sslkit.parts import memory_bank as bank
 from sslkit.parts.batchnorm import synchronise_batch_norm, synchronise_in_groups
@@ -148,7 +147,7 @@ def train_five_steps(method: Method, part: Callable[[Tensor], Tensor], *, wrap: 
         views = [part(view) for view in views_of(method, step)]
         ids = part(torch.from_numpy(np.random.default_rng(step).permutation(SAMPLES)[:N]))
         order = np.random.default_rng(step).permutation(N) if method.shuffle_keys else None
-        batch = GlobalBatch(views, ids, order, lambda view: view)
+        batch = GlobalBatch(views, BatchInfo(ids), Progress(0, 1), order, lambda view: view)
         if micro:
             result = sliced_step(accelerator(), method, batch, micro, lambda _: None)
         else:
@@ -216,11 +215,17 @@ def encoder_in_parts() -> float:
     method = build_method(small_recipe("byol", "test_vit")).double()
     images = views_of(method, 0)[0]
     expected = method.backbone(images).detach()
-    shard(method, encoders_of(method), CPU)
+    shard(method, method.backbones(), CPU)
     with torch.no_grad():
         found = method.backbone(images)
     before = fingerprint(method.backbone)
-    batch = GlobalBatch([mine(view) for view in views_of(method, 0)], mine(torch.arange(N)), None, lambda view: view)
+    batch = GlobalBatch(
+        [mine(view) for view in views_of(method, 0)],
+        BatchInfo(mine(torch.arange(N))),
+        Progress(0, 1),
+        None,
+        lambda view: view,
+    )
     whole_batch_step(accelerator(), method, batch)
     assert fingerprint(method.backbone) == before
     assert all(param.grad is not None for param in method.predictor.parameters())

@@ -123,4 +123,4 @@ def test_accelerate_that_starts_too_few_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     working = run([*launch, "--multi_gpu", "--num_processes", "2", *rest], ACCELERATE_USE_CPU="true")
     assert working.returncode == 0, working.stderr[-3000:]
-    assert "2 process(es), cpu" in working.stdout
+    assert "2 processes, cpu" in working.stdout

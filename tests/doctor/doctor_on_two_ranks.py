@@ -19,18 +19,18 @@ from sslkit.doctor.process_checks import train_and_compare
 from sslkit.engine.accelerator import make_accelerator
 from sslkit.methods import moco_v1
 from sslkit.parts import memory_bank as bank
-from sslkit.parts.momentum_teacher import Teacher
+from sslkit.parts.momentum_teacher import MomentumTeacher
 from sslkit.recipe.resolve import Recipe
 
 FOUND: dict[str, list[str]] = {}
-MOVE = Teacher.update
+MOVE = MomentumTeacher.update
 
 
 def as_is(rows: Tensor) -> Tensor:
     return rows
 
 
-def move_on_first(self: Teacher, student: Any, momentum: float) -> None:
+def move_on_first(self: MomentumTeacher, student: Any, momentum: float) -> None:
     if rank() == 0:
         MOVE(self, student, momentum)
 
@@ -40,7 +40,7 @@ def mistakes() -> dict[str, tuple[str, Any]]:
     return {
         "own keys queued only": ("moco_v2", patch.object(moco_v1, "gather_rows", as_is)),
         "own memories kept only": ("memory_bank", patch.object(bank, "gather_rows", as_is)),
-        "teacher moved on one": ("moco_v3", patch.object(Teacher, "update", move_on_first)),
+        "teacher moved on one": ("moco_v3", patch.object(MomentumTeacher, "update", move_on_first)),
     }
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sslkit.distributed.collectives import gather_rows
-from sslkit.methods import Method
-from sslkit.methods.base import Features, Progress, Step, Views, encode_in_slices, exchange_rows, shuffle_views
+from sslkit.distributed.collectives import exchange_rows, gather_rows
+from sslkit.methods import BatchInfo, Method
+from sslkit.methods.base import Features, Step, Views
 from sslkit.methods.byol import BYOL
 from sslkit.methods.instdisc import InstDisc
 from sslkit.methods.mechanisms import EndToEnd, MemoryBankMechanism
@@ -17,6 +17,7 @@ from sslkit.methods.moco_v2 import MoCoV2
 from sslkit.methods.moco_v3 import MoCoV3
 from sslkit.methods.simclr import SimCLR
 from sslkit.methods.swav import SwAV
+from sslkit.parts.batch_slices import encode_in_slices, shuffle_views
 from sslkit.parts.losses import (
     info_nce_in_batch,
     info_nce_with_queue,
@@ -26,6 +27,7 @@ from sslkit.parts.losses import (
     swapped_prediction,
     unit_rows,
 )
+from sslkit.parts.schedules import Progress
 
 MUTANTS: dict[str, tuple[type[Method], str, str]] = {}  # name -> (class, the method it breaks, the check that sees it)
 
@@ -75,7 +77,9 @@ class NewestKeysOverlaid(MoCoV2):
 
 @breaks("simclr", "positive")
 class FindsItself(SimCLR):
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
         first, second = (unit_rows(z) for z in self.projector(torch.cat(student_features)).chunk(2))
         everyone, twins = torch.cat([first, second]), torch.arange(2 * len(first)).roll(len(first))
         logits = inner_products(everyone, everyone) / self.options.temperature
@@ -84,10 +88,12 @@ class FindsItself(SimCLR):
 
 @breaks("memory_bank", "positive")
 class MemoriesMovedBeforeTheLoss(MemoryBankMechanism):
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
         query = unit_rows(self.projector(student_features[0])).detach()
-        self.bank.update(sample_ids, query, self.options.bank_momentum)
-        return super().objective(student_features, teacher_features, sample_ids)
+        self.bank.update(batch.sample_ids, query, self.options.bank_momentum)
+        return super().objective(student_features, teacher_features, batch, progress)
 
 
 @breaks("moco_v3", "teacher frozen")
@@ -162,7 +168,9 @@ class TeacherDrawnAnew(MoCoV1):
 
 @breaks("moco_v2", "teacher asked")
 class StudentsHeadMakesTheKeys(MoCoV2):
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
         query, key = (unit_rows(self.projector(each[0])) for each in (student_features, teacher_features))
         loss, accuracy = self.contrast(query, key.detach())
         self.new_keys = gather_rows(key)
@@ -185,7 +193,9 @@ class StudentMakesTheKeys(MoCoV3):
 
 @breaks("byol", "stop-gradient")
 class TargetsThroughTheStudentsHead(BYOL):
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
         predictions = [self.predictor(self.projector(features)) for features in student_features]
         targets = [unit_rows(self.projector(features)) for features in reversed(teacher_features)]
         pairs = zip(predictions, targets, strict=True)
@@ -194,7 +204,9 @@ class TargetsThroughTheStudentsHead(BYOL):
 
 @breaks("swav", "stop-gradient")
 class CodesCarryGradient(SwAV):
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
         embeddings = unit_rows(self.projector(torch.cat(student_features))).chunk(len(student_features))
         scores = [inner_products(embedding, unit_rows(self.prototypes.weight)) for embedding in embeddings]
         codes = [(each / self.options.epsilon).softmax(dim=1) for each in scores[:2]]
@@ -203,7 +215,9 @@ class CodesCarryGradient(SwAV):
 
 @breaks("byol", "gradient")
 class PredictorDetached(BYOL):
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
         predictions = [self.predictor(self.projector(features).detach()) for features in student_features]
         targets = [self.teacher_projector(features) for features in reversed(teacher_features)]
         return Step(sum(regression_loss(one, other) for one, other in zip(predictions, targets, strict=True)))
@@ -211,7 +225,9 @@ class PredictorDetached(BYOL):
 
 @breaks("moco_v3", "gradient")
 class PredictorLeftOut(MoCoV3):
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
         queries = [self.projector(features) for features in student_features]
         keys = [self.teacher_projector(features) for features in reversed(teacher_features)]
         return Step(sum(self.contrast(query, key)[0] for query, key in zip(queries, keys, strict=True)))
@@ -219,14 +235,18 @@ class PredictorLeftOut(MoCoV3):
 
 @breaks("moco_v1", "gradient")
 class FeaturesDetached(MoCoV1):
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
-        return super().objective([each.detach() for each in student_features], teacher_features, sample_ids)
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
+        return super().objective([each.detach() for each in student_features], teacher_features, batch, progress)
 
 
 @breaks("simclr", "gradient")
 class LossDetached(SimCLR):
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
-        return Step(super().objective(student_features, teacher_features, sample_ids).loss.detach())
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
+        return Step(super().objective(student_features, teacher_features, batch, progress).loss.detach())
 
 
 @breaks("end_to_end", "gradient")
@@ -237,7 +257,9 @@ class KeysWithoutGradient(EndToEnd):
 
 @breaks("simclr", "gradient exact")
 class GatherWithoutGradient(SimCLR):
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
         first, second = self.projector(torch.cat(student_features)).chunk(2)
         everyones = gather_rows(first), gather_rows(second)
         return Step(nt_xent(first, second, *everyones, self.options.temperature, 0)[0])
@@ -277,8 +299,10 @@ class KeysNotShuffled(EndToEnd):
 
 @breaks("moco_v3", "pairs")
 class ViewMeetsItself(MoCoV3):
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
-        return super().objective(student_features, teacher_features[::-1], sample_ids)
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
+        return super().objective(student_features, teacher_features[::-1], batch, progress)
 
 
 @breaks("moco_v3", "pairs")
@@ -289,8 +313,10 @@ class LabelsShifted(MoCoV3):
 
 @breaks("instdisc", "pairs")
 class MemoryOfAnother(InstDisc):
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
-        return super().objective(student_features, teacher_features, sample_ids.roll(1))
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
+        return super().objective(student_features, teacher_features, BatchInfo(batch.sample_ids.roll(1)), progress)
 
 
 @breaks("moco_v2", "views used")
@@ -314,14 +340,18 @@ class ScaleLeftOut(MoCoV3):
 
 @breaks("moco_v3", "loss level")
 class OneDirectionOnly(MoCoV3):
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
-        step = super().objective(student_features, teacher_features, sample_ids)
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
+        step = super().objective(student_features, teacher_features, batch, progress)
         return Step(step.loss / 2, step.metrics)
 
 
 @breaks("simclr", "loss level")
 class TemperatureLeftOutOfSimCLR(SimCLR):
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
         first, second = self.projector(torch.cat(student_features)).chunk(2)
         return Step(nt_xent(first, second, first, second, 1.0, 0)[0])
 
@@ -335,24 +365,30 @@ class SummedOverTheBatch(EndToEnd):
 
 @breaks("memory_bank", "loss level")
 class HalfTheNegatives(MemoryBankMechanism):
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
         drawn = self.bank.draw_noise
         self.bank.draw_noise = lambda batch, negatives: drawn(batch, negatives // 2)
-        step = super().objective(student_features, teacher_features, sample_ids)
+        step = super().objective(student_features, teacher_features, batch, progress)
         del self.bank.draw_noise
         return step
 
 
 @breaks("byol", "loss level")
 class NotNormalised(BYOL):
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
-        step = super().objective(student_features, teacher_features, sample_ids)
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
+        step = super().objective(student_features, teacher_features, batch, progress)
         return Step(step.loss / 2)
 
 
 @breaks("swav", "loss level")
 class TemperatureLeftOutOfSwAV(SwAV):
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
         embeddings = unit_rows(self.projector(torch.cat(student_features))).chunk(len(student_features))
         scores = [inner_products(embedding, unit_rows(self.prototypes.weight)) for embedding in embeddings]
         return Step(swapped_prediction([self.codes(scores[crop], crop) for crop in (0, 1)], scores, 1.0))
@@ -373,8 +409,10 @@ class QueueNotFed(MoCoV2):
 
 @breaks("moco_v1", "dictionary fed")
 class QueriesQueued(MoCoV1):
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
-        step = super().objective(student_features, teacher_features, sample_ids)
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
+        step = super().objective(student_features, teacher_features, batch, progress)
         self.new_keys = unit_rows(self.projector(student_features[0])).detach()
         return step
 
@@ -395,7 +433,7 @@ class KeysPointAway(MoCoV1):
 class TeacherIsTheStudent(MoCoV3):
     def __init__(self, *words: Any) -> None:
         super().__init__(*words)
-        self.teacher_backbone = self.backbone
+        self.teacher_backbone.module = self.backbone
 
     def after_update(self, progress: Progress) -> dict[str, float]:
         self.teacher_projector.update(self.projector, self.options.momentum)
@@ -404,7 +442,9 @@ class TeacherIsTheStudent(MoCoV3):
 
 @breaks("moco_v1", "loss level")
 class KeysNotNormalised(MoCoV1):
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
         query, key = self.projector(student_features[0]), self.teacher_projector(teacher_features[0])
         self.new_keys = unit_rows(key)
         loss, accuracy = self.contrast(unit_rows(query), key)

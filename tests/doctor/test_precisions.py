@@ -13,9 +13,10 @@ from torch.nn.functional import cross_entropy, normalize
 from sslkit.data.sources.image_source import ImageSource, open_source
 from sslkit.doctor.method_checks import examine_wiring
 from sslkit.doctor.objective_probe import DERIVATIVE
-from sslkit.methods import METHODS, Step
+from sslkit.methods import METHODS, BatchInfo, Step
 from sslkit.methods.base import Features
 from sslkit.methods.simclr import SimCLR
+from sslkit.parts.schedules import Progress
 
 Cast = Callable[[Tensor], Tensor]
 
@@ -56,7 +57,9 @@ def losing(cast: Cast, *, cut: bool, softmax: Callable[[Tensor, Tensor], Tensor]
     """SimCLR whose loss works in another precision; ``cut``: without the gradient of what each row is compared with."""
 
     class Lossy(SimCLR):
-        def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+        def objective(
+            self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+        ) -> Step:
             rows = normalize(cast(self.projector(torch.cat(student_features))), dim=1)
             others = rows.detach() if cut else rows
             logits = (rows @ others.T / self.options.temperature).fill_diagonal_(-1e4)

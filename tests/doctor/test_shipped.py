@@ -24,7 +24,7 @@ def stand_in(name: str) -> Recipe:
         small = "test_vit" if family(backbone["name"]) == "vit" else "test_resnet"
         tables["backbone"] = {**kept, "name": small}
         tables["views"]["size"] = 32
-    tables["views"]["small_size"] = 16
+    tables["views"].setdefault("local", {})["size"] = 16
     tables["data"] = {"path": "builtin:fashion_mnist", "split": "test", "workers": 0}
     method: dict[str, Any] = tables["method"]
     method |= {key: min(method[key], value) for key, value in SMALLER.items() if method.get(key)}

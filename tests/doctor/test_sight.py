@@ -8,7 +8,7 @@ import pytest
 from conftest import small_recipe
 
 from sslkit.data.augment import cpu as views
-from sslkit.data.augment.parameters import draw_view
+from sslkit.data.augment.parameters import draw_params
 from sslkit.data.sources.image_source import ImageSource, open_source
 from sslkit.doctor.view_checks import check_views
 from sslkit.recipe.resolve import Recipe
@@ -30,28 +30,30 @@ def faults(recipe: Recipe, source: ImageSource) -> list[str]:
     return [finding.check for finding in check_views(recipe, source) if finding.verdict == "fault"]
 
 
-def same_view(config: Any, seed: int, epoch: int, sample: int, view: int, size: Any) -> Any:
-    return draw_view(config, seed, epoch, sample, 0, size)
+def same_view(policy: Any, key: tuple[int, int, int, int], size: Any) -> Any:
+    return draw_params(policy, (*key[:3], 0), size)
 
 
-def same_epoch(config: Any, seed: int, epoch: int, sample: int, view: int, size: Any) -> Any:
-    return draw_view(config, seed, 0, sample, view, size)
+def same_epoch(policy: Any, key: tuple[int, int, int, int], size: Any) -> Any:
+    return draw_params(policy, (key[0], 0, *key[2:]), size)
 
 
-def same_sample(config: Any, seed: int, epoch: int, sample: int, view: int, size: Any) -> Any:
-    return draw_view(config, seed, epoch, 0, view, size)
+def same_sample(policy: Any, key: tuple[int, int, int, int], size: Any) -> Any:
+    return draw_params(policy, (*key[:2], 0, key[3]), size)
 
 
 STREAM = np.random.default_rng(0)
 
 
-def own_stream(config: Any, seed: int, epoch: int, sample: int, view: int, size: Any) -> Any:
+def own_stream(policy: Any, key: tuple[int, int, int, int], size: Any) -> Any:
     """A generator of the library's own, which every forked worker inherits in the same state."""
-    return draw_view(config, seed, epoch, int(STREAM.integers(2**31)), view, size)
+    seed, epoch, _, view = key
+    return draw_params(policy, (seed, epoch, int(STREAM.integers(2**31)), view), size)
 
 
-def by_process(config: Any, seed: int, epoch: int, sample: int, view: int, size: Any) -> Any:
-    return draw_view(config, seed, epoch, sample + os.getpid(), view, size)
+def by_process(policy: Any, key: tuple[int, int, int, int], size: Any) -> Any:
+    seed, epoch, sample, view = key
+    return draw_params(policy, (seed, epoch, sample + os.getpid(), view), size)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,7 @@ def by_process(config: Any, seed: int, epoch: int, sample: int, view: int, size:
 def test_a_defect_is_named_and_no_other(
     drawn: Any, check: str, source: ImageSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(views, "draw_view", drawn)
+    monkeypatch.setattr(views, "draw_params", drawn)
     assert faults(small_recipe(), source) == [check]
 
 

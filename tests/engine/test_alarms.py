@@ -11,11 +11,11 @@ import sslkit
 from sslkit.data.sources.image_source import open_source
 from sslkit.engine.monitor import evaluations as measure
 from sslkit.engine.monitor.alarms import (
-    Measured,
+    KnnPoint,
+    Spike,
+    SpikeDetector,
     collapse_alarm,
     dip_alarm,
-    dip_score,
-    find_spikes,
     leak_alarm,
     read_curve,
     spike_alarm,
@@ -34,6 +34,15 @@ def calm(steps: int, seed: int = 0) -> list[Row]:
         {"step": step + 1, "grad_norm": whole, "gradient/patch_embed": first, "gradient/blocks.5": last}
         for step, (whole, first, last) in enumerate(wobble)
     ]
+
+
+def find_spikes(rows: list[Row]) -> list[Spike]:
+    detector = SpikeDetector()
+    layers = ({name: value for name, value in row.items() if name.startswith("gradient/")} for row in rows)
+    found = [
+        detector.update(row["step"], row["grad_norm"], by_layer) for row, by_layer in zip(rows, layers, strict=True)
+    ]
+    return [spike for spike in found if spike is not None]
 
 
 def multiply(rows: list[Row], step: int, **factors: float) -> None:
@@ -98,16 +107,8 @@ def test_the_sentence_of_a_spike_names_the_worst() -> None:
     assert spike_alarm([]) == []
 
 
-def test_dip_score_is_the_deepest_fall_below_the_running_best() -> None:
-    curve = [0.5, 0.7, 0.65, 0.8, 0.72, 0.81]
-    running = np.maximum.accumulate(curve)
-    assert dip_score(curve) == pytest.approx((running - curve).max())
-    assert dip_score([0.1, 0.2, 0.3]) == 0.0
-    assert dip_score([]) == 0.0
-
-
-def points(*knn: float, pretext: list[float] | None = None) -> list[Measured]:
-    return [Measured(float(epoch), accuracy, pretext[epoch] if pretext else None) for epoch, accuracy in enumerate(knn)]
+def points(*knn: float, pretext: list[float] | None = None) -> list[KnnPoint]:
+    return [KnnPoint(float(epoch), accuracy, pretext[epoch] if pretext else None) for epoch, accuracy in enumerate(knn)]
 
 
 def test_a_dip_must_be_deeper_than_chance() -> None:
@@ -122,7 +123,7 @@ def test_a_dip_must_be_deeper_than_chance() -> None:
 
 
 def test_a_teacher_that_is_none() -> None:
-    assert "the student of the step before" in teacher_alarm(0.0)[0]
+    assert "the student of the previous step" in teacher_alarm(0.0)[0]
     assert "never moves" in teacher_alarm(1.0)[0]
     assert teacher_alarm(0.999) == teacher_alarm(None) == []
 
@@ -209,7 +210,7 @@ def test_a_fall_of_the_rank_to_a_tenth_as_recorded() -> None:
 def test_a_continued_run_remembers_how_high_its_rank_was() -> None:
     recipe = small_recipe()
     diagnostics = Diagnostics(recipe, open_source(recipe.data), Accelerator())
-    diagnostics.remember([{"effective_rank": 4.0}, {"effective_rank": 9.0}, {"alarms": []}, {"effective_rank": None}])
+    diagnostics.resume([{"effective_rank": 4.0}, {"effective_rank": 9.0}, {"alarms": []}, {"effective_rank": None}])
     assert diagnostics.highest_rank == 9.0
     assert diagnostics.is_due(1)
 
@@ -219,7 +220,7 @@ def test_a_backbone_without_batch_norm_is_not_told_about_it() -> None:
     (sentence,) = leak_alarm(leaking, 50_000, batch_norm=False)
     assert "BatchNorm" not in sentence
     assert "batch statistics" not in sentence
-    assert "the task is too easy; try stronger [views]" in sentence
+    assert "the pretext task is too easy; try stronger [views]" in sentence
     assert "bn_groups" in leak_alarm(leaking, 50_000)[0]
 
 

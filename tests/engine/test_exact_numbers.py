@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import sslkit
-from sslkit.data.augment.parameters import draw_view
+from sslkit.data.augment.parameters import draw_params
+from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.order.mixture import Mixture
-from sslkit.engine import loop
+from sslkit.engine import step as step_module
 from sslkit.engine.optim import learning_rate, make_optimizer
 from sslkit.engine.setup import build_method
-from sslkit.methods import METHODS, Method, Progress
+from sslkit.methods import METHODS, BatchInfo, Method, Progress
 from sslkit.methods.byol import BYOL
 from sslkit.methods.moco_v2 import MoCoV2
 from sslkit.methods.moco_v3 import MoCoV3
@@ -58,9 +59,9 @@ def watched(method: type[Any], diary: Diary) -> type[Method]:
             diary.orders.append([] if permutation is None else permutation.tolist())
             return super().student_in_slices(views, slices, permutation, *rest)
 
-        def objective(self, student: Any, teacher: Any, sample_ids: Tensor) -> Any:
-            diary.ids.append(sample_ids.tolist())
-            return super().objective(student, teacher, sample_ids)
+        def objective(self, student: Any, teacher: Any, batch: BatchInfo, progress: Progress) -> Any:
+            diary.ids.append(batch.sample_ids.tolist())
+            return super().objective(student, teacher, batch, progress)
 
         def before_update(self, progress: Progress) -> None:
             diary.before.append(progress)
@@ -106,8 +107,8 @@ def ran(class_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
 
 def test_progress_counts_the_updates_before_and_after(ran: Ran) -> None:
     for diary, _ in ran.values():
-        assert diary.before == [Progress(step, TOTAL, PER_EPOCH) for step in range(TOTAL)]
-        assert diary.after == [Progress(step + 1, TOTAL, PER_EPOCH) for step in range(TOTAL)]
+        assert diary.before == [Progress(step, TOTAL, PER_EPOCH, BATCH) for step in range(TOTAL)]
+        assert diary.after == [Progress(step + 1, TOTAL, PER_EPOCH, BATCH) for step in range(TOTAL)]
 
 
 def test_momentum_of_each_step(ran: Ran) -> None:
@@ -177,13 +178,13 @@ def test_dropout_seed_of_each_step(ran: Ran) -> None:
 def test_how_the_rate_follows_the_batch(rule: str, factor: float) -> None:
     recipe = small_recipe(train={"batch_size": 1024}, optim={"lr": 0.3, "lr_rule": rule})
     assert recipe.peak_lr == pytest.approx(0.3 * factor)
-    assert make_optimizer(recipe, nn.Linear(2, 1)).param_groups[0]["lr"] == pytest.approx(0.3 * factor)
+    assert make_optimizer(recipe, build_method(recipe)).param_groups[0]["lr"] == pytest.approx(0.3 * factor)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
 def test_betas_are_the_recipes(name: str) -> None:
     recipe = small_recipe(optim={"name": name, "lr": 0.1, "weight_decay": 0.3, "betas": [0.8, 0.95]})
-    (group,) = make_optimizer(recipe, nn.Linear(2, 1)).param_groups
+    (group,) = make_optimizer(recipe, build_method(recipe)).param_groups
     assert (tuple(group["betas"]), group["weight_decay"]) == ((0.8, 0.95), 0.3)
 
 
@@ -214,19 +215,27 @@ def test_schedules_by_hand(schedule: dict[str, Any], shares: list[float]) -> Non
     assert rates == pytest.approx([recipe.peak_lr * share for share in shares], rel=1e-12, abs=1e-15)
 
 
-def pretend(method: nn.Module, **train: Any) -> Any:
-    """As much of a `Training` as the loop's small functions look at."""
+def pretend(method: nn.Module, step: int = 0, **train: Any) -> Any:
+    """As much of a `TrainingState` as the functions of a step look at."""
     clip = torch.nn.utils.clip_grad_norm_
     accelerator = SimpleNamespace(clip_grad_norm_=clip, scaler=None)
     recipe = small_recipe("byol", train={"epochs": 5, **train})
-    return SimpleNamespace(recipe=recipe, method=method, wrapped=method, accelerator=accelerator, steps_per_epoch=10)
+    return SimpleNamespace(
+        recipe=recipe,
+        method=method,
+        wrapped=method,
+        accelerator=accelerator,
+        steps_per_epoch=10,
+        step=step,
+        progress=Progress(step, 50, 10),
+    )
 
 
 @pytest.mark.parametrize(("clip_norm", "left"), [(0.0, [3.0, 4.0]), (1.0, [0.6, 0.8]), (10.0, [3.0, 4.0])])
 def test_clipping_of_the_gradient(clip_norm: float, left: list[float]) -> None:
     net = nn.Linear(2, 1, bias=False)
     net.weight.grad = torch.tensor([[3.0, 4.0]])
-    assert loop.gradient_norm(pretend(net, clip_norm=clip_norm)) == pytest.approx(5.0)
+    assert step_module.clip_gradients(pretend(net, clip_norm=clip_norm)) == pytest.approx(5.0)
     assert net.weight.grad[0].tolist() == pytest.approx(left, rel=1e-5)
 
 
@@ -236,7 +245,7 @@ def test_how_long_only_the_heads_learn(step: int, rests: bool) -> None:
     method = build_method(small_recipe("byol", "test_vit"))
     for param in method.parameters():
         param.grad = torch.ones_like(param)
-    loop.prepare_gradients(pretend(method, head_warmup_epochs=1.5), step)
+    step_module.prepare_gradients(pretend(method, step, head_warmup_epochs=1.5))
     assert all((param.grad is None) == rests for param in method.backbone.parameters())
     assert all(param.grad is not None for param in method.projector.parameters())
 
@@ -249,7 +258,7 @@ def test_memories_keep_the_share_that_the_recipe_says(name: str, momentum: float
     method = build_method(small_recipe(name, "test_vit", method={"bank_momentum": momentum}), num_samples=9).double()
     views = [torch.randn(3, 3, 32, 32, dtype=torch.float64)] * 2
     ids, before = torch.tensor([4, 0, 7]), method.bank.rows.clone()
-    method(views, ids)
+    method(views, BatchInfo(ids), Progress(0, 1))
     new = normalize(method.projector(method.backbone(views[0])), dim=1)
     method.after_update(Progress(1, 10))
     expected = before.clone()
@@ -261,7 +270,11 @@ def test_instdiscs_normaliser_is_estimated_once() -> None:
     torch.manual_seed(0)
     method = build_method(small_recipe("instdisc", "test_vit"), num_samples=9).double()
     for step in range(2):
-        method([torch.randn(3, 3, 32, 32, dtype=torch.float64) * (1 + step)] * 2, torch.arange(3))
+        method(
+            [torch.randn(3, 3, 32, 32, dtype=torch.float64) * (1 + step)] * 2,
+            BatchInfo(torch.arange(3)),
+            Progress(0, 1),
+        )
         method.after_update(Progress(step + 1, 10))
         if not step:
             first = method.normaliser.clone()
@@ -282,16 +295,16 @@ def test_a_views_draw_depends_on_each_word_of_its_key() -> None:
     """Seed, epoch, sample and view, in this order; the first number decides the jitter, the one at 13 the mirror."""
     views = replace_views(flip_prob=0.5, jitter_prob=0.5)
     keys = [change((3, 1, 4, 0)) for change in WORDS]
-    drawn = [draw_view(views, *key, size=(40, 60)) for key in keys]
+    drawn = [draw_params(views, key, size=(40, 60)) for key in keys]
     assert len({each.box for each in drawn}) == len(keys)
     for seed, epoch, sample, view in itertools.product((0, 5), range(3), range(4), range(2)):
         numbers = np.random.default_rng([seed, 0, epoch, sample, view]).random(14)
-        draw = draw_view(views, seed, epoch, sample, view, size=(40, 60))
+        draw = draw_params(views, (seed, epoch, sample, view), size=(40, 60))
         assert (draw.flip, draw.jitter is not None) == (numbers[13] < 0.5, numbers[0] < 0.5)
 
 
 def replace_views(**keys: Any) -> Any:
-    return small_recipe().views.model_copy(update=keys)
+    return small_recipe(views=keys).views
 
 
 def test_each_lap_through_a_mixed_source_has_an_order_of_its_own() -> None:
@@ -306,11 +319,11 @@ def test_each_lap_through_a_mixed_source_has_an_order_of_its_own() -> None:
 
 def test_what_is_blanked_and_how_far_a_view_is_turned() -> None:
     """Each by hand from the numbers of its key; a small crop's hole is a share of the small crop."""
-    config = replace_views(
-        rotate_degrees=20.0, erase_prob=1.0, erase_scale=(0.1, 0.3), small_crops=1, size=200, small_size=20
+    config = ViewsConfig.of_policy(
+        "moco_v2", rotate_degrees=20.0, erase_prob=1.0, erase_scale=(0.1, 0.3), size=200, local={"count": 1, "size": 20}
     )
     for sample, view in itertools.product(range(20), (0, 2)):
-        draw = draw_view(config, 1, 0, sample, view, size=(90, 120))
+        draw = draw_params(config.policy_of("local" if view else "global1"), (1, 0, sample, view), size=(90, 120))
         turn = np.random.default_rng([1, 0, 0, sample, view]).random(15)[14]
         assert draw.angle == pytest.approx(40.0 * turn - 20.0)
         side = 200 if view == 0 else 20
@@ -338,7 +351,7 @@ def test_swavs_queue_opens_at_its_epoch_and_counts_once_it_is_full() -> None:
         views = [torch.randn(4, 3, 32, 32, dtype=torch.float64) for _ in range(2)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sslkit.methods.swav.sinkhorn_codes", counting(rows))
-            method(views, torch.arange(4))
+            method(views, BatchInfo(torch.arange(4)), Progress(0, 1))
         method.after_update(Progress(step + 1, 20, 2))
     assert rows == [4] * 8 + [12] * 4  # two assignment crops a step
 

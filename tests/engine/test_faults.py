@@ -11,10 +11,11 @@ from conftest import small_recipe
 import sslkit
 from sslkit.engine import setup as run_module
 from sslkit.engine.resilience.guard import BadStepError
-from sslkit.engine.rng import draw_key, shuffle_order
+from sslkit.engine.rng import shuffle_order
 from sslkit.errors import UserError
 from sslkit.files.jsonl_writer import read_lines
 from sslkit.methods.base import Step
+from sslkit.random_draws import DrawPurpose, draw_seed
 
 
 def test_a_loss_that_is_no_number_never_reaches_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,15 +88,18 @@ def test_draws_for_different_purposes_never_share_a_stream() -> None:
     recipe = small_recipe("moco_v2", "test_resnet", train={"batch_size": 8})
     crop = np.random.default_rng([0, 0, 1, 5, 0]).permutation(8)
     assert shuffle_order(recipe, 5).tolist() != crop.tolist()
-    keys = {draw_key(0, purpose, step, 0, 0) for purpose in (0, 1, 2) for step in range(50)}
-    assert len(keys) == 150
+    keys = {draw_seed(0, purpose, step, 0, 0) for purpose in DrawPurpose for step in range(50)}
+    assert len(keys) == 50 * len(DrawPurpose)
 
 
 @pytest.mark.parametrize(
     ("tables", "words"),
     [
         ({"train": {"batch_size": 4096}}, r"\[train\] batch_size: 4096 is more than the 2000 images"),
-        ({"method": {"name": "moco_v2", "bn_groups": 3}}, r"\[train\] batch_size: 32 does not fall into 3 equal parts"),
+        (
+            {"method": {"name": "moco_v2", "bn_groups": 3}},
+            r"\[train\] batch_size: 32 does not split into 3 equal parts",
+        ),
         ({"data": {"path": "/no/such/photos"}}, r"\[data\] path"),
         (
             {"backbone": {"name": "vit_tiny_patch16_224", "img_size": 48}},

@@ -107,7 +107,7 @@ def test_lines_wait_for_a_folder_that_comes_back(tmp_path: Path) -> None:
     lines.append({"step": 1})
     lines.append({"step": 2})
     assert len(said) == 2
-    assert "2 line(s) wait for room" in said[1]
+    assert "2 lines wait for room" in said[1]
     (tmp_path / "gone").mkdir()
     lines.append({"step": 3})
     assert [row["step"] for row in read_lines(tmp_path / "gone/metrics.jsonl")] == [1, 2, 3]

@@ -14,11 +14,13 @@ from launching import finish, saboteur, start, tensors, write_recipe
 
 import sslkit
 from sslkit.cli import main
-from sslkit.data.loading.loader import epoch_order
+from sslkit.data.order.epoch_order import epoch_order
 from sslkit.engine import setup as run_module
+from sslkit.engine import trainer
 from sslkit.engine.checkpoint.format import Checkpoint, newest_checkpoint
-from sslkit.engine.resilience.guard import BadStepError, Course, Guard, RewindError, RunningStatistics
-from sslkit.engine.resilience.replay import replay_capsule
+from sslkit.engine.replay import replay_step
+from sslkit.engine.resilience.guard import BadStepError, Guard, RewindError
+from sslkit.engine.state import RecoveryState
 from sslkit.errors import UserError
 from sslkit.files.jsonl_writer import read_lines
 from sslkit.methods import METHODS
@@ -122,8 +124,8 @@ def test_going_back_forgets_what_the_optimizer_learned_since(
         moments = [given.state[param] for param in method.backbone.parameters() if param in given.state]
         seen.append([float(value.abs().max()) for slots in moments for value in slots.values()])
 
-    whole = run_module.restore
-    monkeypatch.setattr(run_module, "restore", restore)
+    whole = trainer.restore
+    monkeypatch.setattr(trainer, "restore", restore)
     poison(monkeypatch, {6}, math.nan)
     tables = {
         "train": {"batch_size": 500, "epochs": 3, "max_steps": 8, "head_warmup_epochs": 1},
@@ -148,22 +150,22 @@ def test_what_stays_bad_stops_the_run_with_a_whole_checkpoint(tmp_path: Path, mo
     recipe = small_recipe(
         train={"max_steps": 30}, checkpoint={"every_steps": 2}, guard={"policy": "skip", "max_skips": 2}
     )
-    with pytest.raises(BadStepError, match=r"step 6: the loss is nan.*went back 1 time"):
+    with pytest.raises(BadStepError, match=r"step 6: the loss is nan.*rewound 1 time before"):
         sslkit.train(recipe, tmp_path / "run")
     assert all(torch.isfinite(tensor).all() for tensor in state(tmp_path / "run").values())
     assert len(list((tmp_path / "run/capsules").iterdir())) == 1
 
 
 def test_a_spike_is_told_by_the_median_of_good_steps() -> None:
-    course = Course(losses=deque([1.0, 2.0, 3.0] * 10, maxlen=50))
-    guard = Guard(GuardConfig(loss_spike=4.0), course)
-    assert guard.complaint(7.9, 1.0) == ""
-    assert "over 4 times 2, the median of the last 30" in guard.complaint(8.1, 1.0)
-    assert guard.complaint(1.0, math.inf) == "the gradient norm is inf"
-    assert guard.complaint(1.0, None) == ""
-    few = Guard(GuardConfig(loss_spike=4.0), Course(losses=deque([1.0] * 19, maxlen=50)))
-    assert few.complaint(1e9, 1.0) == ""
-    restored = Course.from_json(json.loads(json.dumps(course.as_json())))
+    course = RecoveryState(losses=deque([1.0, 2.0, 3.0] * 10, maxlen=50))
+    guard = Guard(GuardConfig(loss_spike=4.0), course, torch.nn.Module())
+    assert guard.problem(7.9, 1.0) == ""
+    assert "over 4 times 2, the median of the last 30" in guard.problem(8.1, 1.0)
+    assert guard.problem(1.0, math.inf) == "the gradient norm is inf"
+    assert guard.problem(1.0, None) == ""
+    few = Guard(GuardConfig(loss_spike=4.0), RecoveryState(losses=deque([1.0] * 19, maxlen=50)), torch.nn.Module())
+    assert few.problem(1e9, 1.0) == ""
+    restored = RecoveryState.from_json(json.loads(json.dumps(course.as_json())))
     assert restored == course
     assert restored.losses.maxlen == 50
 
@@ -201,7 +203,7 @@ def test_a_capsule_computes_the_step_again_and_names_the_culprit(
     with pytest.raises(BadStepError, match=r"step 3: the loss is nan.*sslkit replay .*capsules/step-00000003"):
         sslkit.train(small_recipe("moco_v3", "test_vit"), tmp_path / "run")
     monkeypatch.undo()
-    found = replay_capsule(tmp_path / "run/capsules/step-00000003")
+    found = replay_step(tmp_path / "run/capsules/step-00000003")
     assert found.same
     assert found.culprit == "backbone.blocks.2.mlp.fc1"
     assert found.bad_gradients
@@ -225,7 +227,7 @@ def test_a_spike_is_computed_again_to_the_last_bit(name: str, tmp_path: Path) ->
     with pytest.raises(BadStepError, match="the loss is"):
         sslkit.train(recipe, tmp_path / "run")
     (capsule,) = (tmp_path / "run/capsules").iterdir()
-    found = replay_capsule(capsule)
+    found = replay_step(capsule)
     assert found.then["loss"] > 0
     if name == "swav":  # its prototypes are brought to unit length once more
         assert found.now == pytest.approx(found.then, rel=1e-5)
@@ -240,23 +242,23 @@ def test_capsules_that_cannot_be_replayed_say_why(tmp_path: Path, monkeypatch: p
         sslkit.train(small_recipe(), tmp_path / "run")
     monkeypatch.undo()
     capsule = tmp_path / "run/capsules/step-00000001"
-    with pytest.raises(UserError, match="not a capsule"):
-        replay_capsule(tmp_path)
+    with pytest.raises(UserError, match="not a crash dump"):
+        replay_step(tmp_path)
     facts = json.loads((capsule / "capsule.json").read_text())
-    for change, words in (({"images": 7}, "made with 7 images"), ({"step": "x"}, "not a capsule")):
+    for change, words in (({"images": 7}, "made with 7 images"), ({"step": "x"}, "not a crash dump")):
         (capsule / "capsule.json").write_text(json.dumps(facts | change))
         with pytest.raises(UserError, match=words):
-            replay_capsule(capsule)
+            replay_step(capsule)
     (capsule / "capsule.json").write_text(json.dumps(facts))
     with (capsule / "model.safetensors").open("r+b") as stream:
         stream.truncate(1000)
-    with pytest.raises(UserError, match="torn or altered"):
-        replay_capsule(capsule)
+    with pytest.raises(UserError, match="damaged or changed"):
+        replay_step(capsule)
 
 
 def test_bad_steps_in_a_row_are_counted_without_an_ordinal() -> None:
-    guard = Guard(GuardConfig(policy="skip", max_skips=0), Course())
-    with pytest.raises(RewindError, match=r"step 3: the loss is nan; bad steps in a row: 1$"):
+    guard = Guard(GuardConfig(policy="skip", max_skips=0), RecoveryState(), torch.nn.Module())
+    with pytest.raises(RewindError, match=r"step 3: the loss is nan; consecutive bad steps: 1$"):
         guard.refuse(3, "the loss is nan", "")
 
 
@@ -264,9 +266,9 @@ def test_a_refused_step_leaves_no_trace_in_synchronised_running_statistics() -> 
     """Several processes on CPUs have `GlobalBatchNorm` in place of PyTorch's layer."""
     layer = GlobalBatchNorm(torch.nn.BatchNorm1d(3))
     before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
-    statistics = RunningStatistics(layer, GuardConfig(policy="skip"))
-    statistics.remember()
+    guard = Guard(GuardConfig(policy="skip"), RecoveryState(), layer)
+    guard.snapshot()
     layer(torch.randn(4, 3))
     assert not torch.equal(layer.running_mean, before["running_mean"])
-    statistics.put_back()
+    guard.restore()
     assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())

@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from sslkit.cli import launcher_exit as launched
 from sslkit.cli import main
-from sslkit.cli.launcher_exit import is_said_by_first, leave_for_launcher
+from sslkit.cli.launcher_exit import is_printed_by_first, leave_for_launcher
 
 
 def place(folder: Path, rank: int, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -28,7 +28,7 @@ def place(folder: Path, rank: int, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launched, "PATIENCE", 0.5)
+    monkeypatch.setattr(launched, "TIMEOUT", 0.5)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # of this process they stay
 
 
@@ -72,13 +72,13 @@ def test_a_fault_of_ours_leaves_its_message_too(tmp_path: Path, monkeypatch: pyt
 def test_the_others_are_silent_if_the_first_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place(tmp_path, 0, monkeypatch)
     leave_for_launcher("sslkit: the same")
-    assert not is_said_by_first("sslkit: the same")  # it is the first
+    assert not is_printed_by_first("sslkit: the same")  # it is the first
     place(tmp_path, 1, monkeypatch)
-    assert is_said_by_first("sslkit: the same")
-    assert not is_said_by_first("sslkit: another")
+    assert is_printed_by_first("sslkit: the same")
+    assert not is_printed_by_first("sslkit: another")
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
     leave_for_launcher("nobody asks")
-    assert not is_said_by_first("sslkit: the same")
+    assert not is_printed_by_first("sslkit: the same")
 
 
 def test_one_that_is_earlier_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def test_one_that_is_earlier_waits_for_the_first(tmp_path: Path, monkeypatch: py
     place(tmp_path, 1, monkeypatch)
     message = json.dumps({"message": {"message": "sslkit: late", "extraInfo": {"timestamp": "1"}}})
     threading.Timer(0.3, lambda: first.write_text(message)).start()
-    assert is_said_by_first("sslkit: late")
+    assert is_printed_by_first("sslkit: late")
 
 
 def test_one_that_alone_has_the_fault_says_it(

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from sslkit.cli.output import conclude
-from sslkit.engine.logging.logger import Journal, append_result
+from sslkit.cli.output import print_and_store
+from sslkit.engine.logging.logger import RunLogger, append_result
 from sslkit.errors import UserError
 from sslkit.evaluate.evaluation_result import EvaluationResult, Score
 from sslkit.files import jsonl_writer as lines_module
@@ -42,11 +42,11 @@ def hammer(folder: Path, evaluators: int, count: int) -> None:
     step = 0
     while any(process.is_alive() for process in processes):
         step += 1
-        journal = Journal(folder, step - 1, active=True)
-        journal.result({"by": "monitor", "step": step, "epoch": 1.0, "accuracy": 0.25, "evaluation": "knn"})
-        journal.result({"by": "monitor", "step": step + 1, "epoch": 1.0, "accuracy": 0.25, "evaluation": "knn"})
-        journal.record({"step": step, "epoch": 1.0})
-        journal.go_back(step)
+        logger = RunLogger(folder, step - 1, active=True)
+        logger.log_result({"by": "monitor", "step": step, "epoch": 1.0, "accuracy": 0.25, "evaluation": "knn"})
+        logger.log_result({"by": "monitor", "step": step + 1, "epoch": 1.0, "accuracy": 0.25, "evaluation": "knn"})
+        logger.log_metrics({"step": step, "epoch": 1.0})
+        logger.rewind(step)
     for process in processes:
         process.join()
         assert process.exitcode == 0
@@ -108,7 +108,9 @@ def test_a_killed_writer_takes_nobody_elses_row_along(tmp_path: Path) -> None:
                 acknowledged.append(here.recv())
             except EOFError:
                 break
-        Journal(tmp_path, kill, active=True).result({"by": "monitor", "step": kill + 1, "epoch": 1.0, "accuracy": 0.5})
+        RunLogger(tmp_path, kill, active=True).log_result(
+            {"by": "monitor", "step": kill + 1, "epoch": 1.0, "accuracy": 0.5}
+        )
     rows = rows_of(tmp_path / "results.jsonl")
     assert {(row["who"], row["number"]) for row in rows if row["by"] == "eval"} >= set(acknowledged)
 
@@ -203,5 +205,5 @@ def test_scores_that_cannot_be_added_are_shown_all_the_same(
     (tmp_path / "checkpoints/latest").write_text("step-00000003\n")
     monkeypatch.setattr("sslkit.engine.logging.logger.append_text", full)
     with pytest.raises(UserError, match="the score cannot be added: No space left on device"):
-        conclude(str(tmp_path), [EvaluationResult("knn", "x", {}, [Score("mine", 0.625)])], False)
+        print_and_store(str(tmp_path), [EvaluationResult("knn", "x", {}, [Score("mine", 0.625)])], False)
     assert "62.50%" in capsys.readouterr().out

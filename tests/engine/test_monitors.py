@@ -10,15 +10,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from accelerate import Accelerator
 from conftest import small_recipe
 from torch import nn
 
 import sslkit
-from sslkit.engine import setup as run_module
 from sslkit.engine.monitor import knn_monitor as monitors
-from sslkit.engine.monitor.knn_monitor import layer_gradients
-from sslkit.engine.setup import make_monitor
+from sslkit.engine.monitor.knn_monitor import make_knn_monitor
+from sslkit.engine.step import layer_gradients
 from sslkit.errors import UserError
 from sslkit.files import jsonl_writer as lines
 
@@ -68,7 +66,7 @@ def test_more_neighbours_than_the_bank_has_are_refused_before_anything_is_writte
 
 def test_features_that_are_not_numbers_have_no_score_and_end_no_run(class_folders: Path) -> None:
     recipe = small_recipe(monitor={"every_epochs": 1, "data": str(class_folders), "k": 3})
-    monitor = make_monitor(recipe, Accelerator())
+    monitor = make_knn_monitor(recipe, torch.device("cpu"), 0)
     assert monitor is not None
     backbone = timm.create_model("test_resnet", num_classes=0)
     assert isinstance(monitor(backbone), float)
@@ -95,7 +93,7 @@ def not_a_number(monkeypatch: pytest.MonkeyPatch, _folder: Path) -> None:
 
 
 def one_class(monkeypatch: pytest.MonkeyPatch, _folder: Path) -> None:
-    make = run_module.KnnMonitor
+    make = monitors.KnnMonitor
 
     def alike(*arguments: Any) -> Any:
         monitor = make(*arguments)
@@ -103,7 +101,7 @@ def one_class(monkeypatch: pytest.MonkeyPatch, _folder: Path) -> None:
         monitor.pair.test_labels.zero_()
         return monitor
 
-    monkeypatch.setattr(run_module, "KnnMonitor", alike)
+    monkeypatch.setattr(monitors, "KnnMonitor", alike)
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, _folder: Path) -> None:
@@ -124,7 +122,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, _folder: Path) -> None:
         (partial(vanish, stays=2), "cannot be measured: [monitor] data: 36 images of", 0),
         (not_a_number, "cannot be measured, the features are not finite", 0),
         (one_class, "kNN 100.00%", 1),
-        (full_disk, "No space left on device; 1 line(s) wait for room", 0),
+        (full_disk, "No space left on device; 1 line waits for room", 0),
     ],
     ids=["no image can be read", "fewer than k can", "features are no numbers", "one class", "full disk"],
 )

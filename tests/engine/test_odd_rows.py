@@ -10,19 +10,20 @@ from conftest import small_recipe
 
 import sslkit
 from sslkit.cli import main
-from sslkit.cli.eval_commands import _judged
+from sslkit.cli.eval_commands import _scores_of
 from sslkit.engine.checkpoint.retention import monitor_scores
-from sslkit.engine.logging.logger import Journal
-from sslkit.engine.monitor.alarms import find_spikes, read_curve
+from sslkit.engine.logging.logger import RunLogger
+from sslkit.engine.monitor.alarms import read_curve
 from sslkit.files.jsonl_reader import read_log
 from sslkit.publish.card_scores import newest_scores
 from sslkit.recipe.resolve import Recipe
-from sslkit.report.curves import accuracy_panel, score_rows, training_panels
-from sslkit.report.health import alarms_of, collapse_panels, gradient_panel
+from sslkit.report.accuracy_figures import accuracy_panel, score_rows
+from sslkit.report.health_figures import collapse_panels, gradient_panel
 from sslkit.report.pictures import draw_curves
-from sslkit.report.run_reader import read_run
-from sslkit.report.summary import summarise
-from sslkit.watch.followed_run import WatchedRun
+from sslkit.report.run_record import read_run
+from sslkit.report.summary import alarms_of, summarise
+from sslkit.report.training_figures import training_panels
+from sslkit.watch.watched_run import WatchedRun
 
 MONITOR = {"step": 2, "epoch": 1.0, "by": "monitor", "evaluation": "knn k=20", "data": "x", "accuracy": 0.5}
 NONE = [b"[1]", b"3", b'"x"', b"null", b"true", b"{", b'{"step": 2, "accur', b"\xff\xfe", b"\0", b"[" * 100_000]
@@ -95,18 +96,18 @@ def look(run: Path) -> Any:
     """What every reader of rows makes of a run, but for those that take longer."""
     record = read_run(run)
     watched = WatchedRun(run)
-    while watched.look():
+    while watched.read_new():
         pass
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "say", lambda *_: None)
-        said = Journal(run, 2, active=True).said
+        patch.setattr(RunLogger, "log_message", lambda *_: None)
+        said = RunLogger(run, 2, active=True).alarms_raised
     return (
         [record.metrics, record.results, record.diagnostics],
         [panel.figure for panel in [*training_panels([record]), accuracy_panel([record])]],
         [panel.figure for panel in [gradient_panel(record, "x"), *collapse_panels([record])]],
         (score_rows([record]), summarise(record), alarms_of(record), said),
-        (newest_scores(run), _judged(run), monitor_scores(run / "results.jsonl", "knn")),
-        (read_curve(record.metrics, record.results), find_spikes(record.metrics)),
+        (newest_scores(run), _scores_of(run), monitor_scores(run / "results.jsonl", "knn")),
+        read_curve(record.metrics, record.results),
         (watched.step, watched.epoch, watched.knn.means, list(watched.scores), watched.alarms, set(watched.metrics)),
     )
 
@@ -114,13 +115,13 @@ def look(run: Path) -> Any:
 @pytest.mark.parametrize("file", ODD)
 def test_every_odd_row_is_left_out_and_counted(run: Path, file: str) -> None:
     before, whole = (run / f"{file}.jsonl").read_bytes(), read_log(run / f"{file}.jsonl")
-    assert not whole.remark
+    assert not whole.warning
     for row in ODD[file]:
         (run / f"{file}.jsonl").write_bytes(before + as_line(row) + b"\n")
         log = read_log(run / f"{file}.jsonl")
         assert log.rows == whole.rows, row
-        assert f"1 of {whole.lines + 1} lines are left out: line {whole.lines + 1} " in log.remark, row
-        assert len(log.remark) < 500
+        assert f"skipped 1 of {whole.num_lines + 1} lines: line {whole.num_lines + 1} " in log.warning, row
+        assert len(log.warning) < 500
 
 
 @pytest.mark.parametrize("file", ODD)
@@ -165,15 +166,17 @@ def test_commands_say_how_many(
     }
     said = {}
     for name, words in commands.items():
-        monkeypatch.setattr("sslkit.files.jsonl_reader._said", set())
+        monkeypatch.setattr("sslkit.files.jsonl_reader._printed_warnings", set())
         with pytest.raises(SystemExit) as ended:
             main(words)
         assert not ended.value.code, capsys.readouterr().err
         said[name] = capsys.readouterr()
-    assert all(said["report"].err.count(f"{file}.jsonl: {3 * len(rows)} of ") == 1 for file, rows in ODD.items())
+    assert all(
+        said["report"].err.count(f"{file}.jsonl: skipped {3 * len(rows)} of ") == 1 for file, rows in ODD.items()
+    )
     for name in ("export", "publish", "compare"):
         assert "results.jsonl: " in said[name].err
-    assert "lines left out" in said["watch"].out
+    assert "lines skipped" in said["watch"].out
     assert "50.0%" in (tmp_path / "encoder/README.md").read_text()
     assert "50.0%" in (run / "publish/README.md").read_text()
 
@@ -191,4 +194,4 @@ def test_a_run_goes_on(run: Path, recipe: Recipe, capsys: pytest.CaptureFixture[
     assert all(now[: len(before)] == before for before, now in zip(whole, found, strict=True))
     assert [row["step"] for row in found[0]] == [1, 2, 3, 4]
     assert [row["step"] for row in found[1] if row["by"] == "monitor"] == [2, 4]
-    assert "lines are left out" in capsys.readouterr().out
+    assert ": skipped " in capsys.readouterr().out

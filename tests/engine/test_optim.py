@@ -5,8 +5,10 @@ import torch
 from conftest import small_recipe
 from torch import nn
 
-from sslkit.engine.optim import learning_rate, make_optimizer
+from sslkit.engine.optim import learning_rate, make_optimizer, set_learning_rate, set_weight_decay, weight_decay
 from sslkit.engine.setup import build_method
+from sslkit.methods import Multipliers, Progress
+from sslkit.methods.simclr import SimCLR
 from sslkit.parts.layerwise_optimizers import Lars
 from sslkit.recipe.resolve import build_recipe
 
@@ -61,7 +63,7 @@ def test_optimizer_holds_no_teacher(name: str) -> None:
 
 def test_sgd_is_without_nesterov_and_matches_the_formula() -> None:
     recipe = small_recipe("moco_v2", "test_resnet")
-    optimizer = make_optimizer(recipe, nn.Linear(2, 1))
+    optimizer = make_optimizer(recipe, build_method(recipe))
     assert not optimizer.param_groups[0]["nesterov"]
     assert optimizer.param_groups[0]["momentum"] == 0.9
 
@@ -98,3 +100,33 @@ def test_warm_up_moves_with_the_step_even_where_the_decay_moves_per_epoch() -> N
     assert rates[:16] == pytest.approx([recipe.peak_lr * step / 15 for step in range(16)])
     assert len(set(rates[15:20])) == len(set(rates[20:30])) == 1
     assert rates[20] < rates[15] == recipe.peak_lr
+
+
+def test_weight_decay_follows_half_a_cosine_to_its_end() -> None:
+    recipe = small_recipe("moco_v3", "test_vit", optim={"weight_decay": 0.04}, schedule={"weight_decay_end": 0.4})
+    decays = [weight_decay(recipe, Progress(step, 100)) for step in (0, 50, 100)]
+    assert decays == pytest.approx([0.04, 0.22, 0.4])
+    constant = small_recipe("moco_v3", "test_vit", optim={"weight_decay": 0.04})
+    assert weight_decay(constant, Progress(70, 100)) == 0.04
+
+
+class _LayerwiseRates(SimCLR):
+    def param_groups(self) -> dict[str, Multipliers]:
+        return {"backbone": Multipliers(lr=0.5), "backbone.conv1.0": Multipliers(lr=0.1, weight_decay=0.0)}
+
+
+def test_multipliers_apply_to_the_parameters_of_the_innermost_module() -> None:
+    recipe = small_recipe("simclr", "test_resnet", optim={"exclude_from_decay": "norm_and_bias"})
+    built = build_method(recipe)
+    method = _LayerwiseRates(built.backbone, 128, recipe.method)
+    optimizer = make_optimizer(recipe, method)
+    set_learning_rate(optimizer, 1.0)
+    set_weight_decay(optimizer, 1.0)
+    rates = {
+        param: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for param in group["params"]
+    }
+    found = {name: rates[param] for name, param in method.named_parameters() if param.requires_grad}
+    assert found["backbone.conv1.0.weight"] == (0.1, 0.0)
+    assert found["backbone.bn1.weight"] == (0.5, 0.0)
+    assert found["backbone.layer1.0.conv1.weight"] == (0.5, 1.0)
+    assert found["projector.0.weight"] == (1.0, 1.0)

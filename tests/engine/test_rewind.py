@@ -16,12 +16,14 @@ from conftest import small_recipe
 from launching import tensors
 
 import sslkit
+from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.engine import setup as run_module
+from sslkit.engine import trainer
 from sslkit.engine.checkpoint.retention import saved_steps
-from sslkit.engine.resilience.crash_dump import batches_of
-from sslkit.engine.resilience.guard import BadStepError, Course
+from sslkit.engine.resilience.guard import BadStepError
 from sslkit.engine.resilience.rewind import is_rewind_point
-from sslkit.methods.base import Step
+from sslkit.engine.state import RecoveryState
+from sslkit.methods import BatchInfo, Progress, Step
 from sslkit.recipe.resolve import Recipe
 
 IMAGES, LAST = 2000, 10
@@ -30,8 +32,12 @@ At = tuple[int, int]  # how often the run has gone back, and a step from 0
 
 def samples(recipe: Recipe, at: At) -> tuple[int, ...]:
     """The images of a step's batch."""
-    detour, step = at
-    return tuple(sample for _, sample in next(iter(batches_of(recipe, detour, step, IMAGES, None))))
+    variant, step = at
+    train = recipe.train
+    batches = GlobalBatchSampler(
+        IMAGES, train.batch_size, train.seed, start_step=step, total_steps=step + 1, order_variant=variant
+    )
+    return tuple(sample for _, sample in next(iter(batches)))
 
 
 def make_trouble(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, bad: set[int], stops: set[At]) -> None:
@@ -44,9 +50,9 @@ def make_trouble(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, bad: set[int],
         method = build(*arguments)
         objective = method.objective
 
-        def with_trouble(features: Any, keys: Any, sample_ids: torch.Tensor) -> Step:
-            step: Step = objective(features, keys, sample_ids)
-            batch = tuple(sample_ids.tolist())
+        def with_trouble(features: Any, keys: Any, info: BatchInfo, progress: Progress) -> Step:
+            step: Step = objective(features, keys, info, progress)
+            batch = tuple(info.sample_ids.tolist())
             if batch in bad_batches:
                 step.loss = step.loss * math.nan
             if batch in stop_batches:
@@ -151,7 +157,7 @@ def test_the_start_is_the_start(optimizer: str, tmp_path: Path, monkeypatch: pyt
     recipe = recipe_with(optimizer, rewind_lr=1.0)
     gone_back = trained(tmp_path / "run", recipe, {3, 4}, set())
     assert "back to step 0," in gone_back.said
-    monkeypatch.setattr(run_module, "course_of", lambda *_arguments: Course(rewinds=1))
+    monkeypatch.setattr(trainer, "recovery_state_of", lambda *_arguments: RecoveryState(rewinds=1))
     fresh = trained(tmp_path / "fresh", recipe, set(), set())
     assert [name for name, value in fresh.tensors.items() if not torch.equal(value, gone_back.tensors[name])] == []
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sslkit
-from sslkit.engine import setup as run_module
+from sslkit.engine import trainer
 from sslkit.engine.checkpoint.format import newest_checkpoint, restore
 from sslkit.engine.optim import make_optimizer
 from sslkit.engine.run_folder import lock
@@ -55,6 +56,11 @@ def changed(recipe: Recipe, **tables: dict[str, Any]) -> Recipe:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_recipes_remarks_are_said(images: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sslkit.train(replace(small_run(images), remarks=("these numbers are of another run",)), run)
+    assert "these numbers are of another run\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("how", ["kill", "full"])
@@ -129,7 +135,7 @@ def test_a_start_that_another_overtook_sees_what_that_left(
         shutil.copy(finished / "recipe.toml", run)
     before = files(finished)
     overtake(monkeypatch, finished, run)
-    monkeypatch.setattr(run_module, "run_loop", None)  # not a step is made
+    monkeypatch.setattr(trainer, "run_loop", None)  # not a step is made
     assert sslkit.train(small_run(images), run).step == 1
     after = files(run)
     assert before.keys() == after.keys()

@@ -11,11 +11,12 @@ from conftest import small_recipe
 from torch import Tensor
 
 import sslkit
+from sslkit.engine.gradient_cache import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.engine.rng import seed_dropout
 from sslkit.engine.setup import build_method
-from sslkit.engine.step import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.errors import UserError
-from sslkit.methods import METHODS, Method, Step
+from sslkit.methods import METHODS, BatchInfo, Method, Step
+from sslkit.parts.schedules import Progress
 
 BATCH = 12
 CPU = torch.device("cpu")
@@ -34,7 +35,9 @@ def batch_of(method: Method) -> GlobalBatch:
     generator = torch.Generator().manual_seed(1)
     views = [torch.randn(BATCH, 3, 32, 32, generator=generator, dtype=torch.float64) for _ in range(4)]
     order = np.random.default_rng(0).permutation(BATCH) if method.shuffle_keys else None
-    return GlobalBatch(views[: 4 if hasattr(method, "prototypes") else 2], torch.arange(BATCH), order, as_is)
+    return GlobalBatch(
+        views[: 4 if hasattr(method, "prototypes") else 2], BatchInfo(torch.arange(BATCH)), Progress(0, 1), order, as_is
+    )
 
 
 def build(name: str, model: str, /, **tables: dict[str, object]) -> Method:

@@ -8,10 +8,11 @@ from accelerate import Accelerator
 from conftest import cli_error, small_recipe
 from torch import nn
 
-from sslkit.engine.encoders import compile_backbones
-from sslkit.engine.setup import build_method
-from sslkit.engine.step import GlobalBatch, whole_batch_step
-from sslkit.methods import Method
+from sslkit.data.sources.image_source import open_source
+from sslkit.engine.gradient_cache import GlobalBatch, whole_batch_step
+from sslkit.engine.setup import build_method, set_up_training
+from sslkit.methods import BatchInfo, Method
+from sslkit.parts.schedules import Progress
 
 BATCH = 8
 
@@ -27,7 +28,7 @@ def step(method: Method) -> float:
     generator = torch.Generator().manual_seed(1)
     views = [torch.randn(BATCH, 3, 32, 32, generator=generator, dtype=torch.float64) for _ in range(2)]
     torch.manual_seed(2)
-    batch = GlobalBatch(views, torch.arange(BATCH), None, lambda view: view)
+    batch = GlobalBatch(views, BatchInfo(torch.arange(BATCH)), Progress(0, 1), None, lambda view: view)
     return whole_batch_step(Accelerator(cpu=True), method, batch).loss.item()
 
 
@@ -65,7 +66,7 @@ def kept_bytes(method: Method) -> int:
 
     views = [torch.randn(32, 3, 32, 32, dtype=torch.float64) for _ in range(2)]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = method(views, torch.arange(32)).loss
+        loss = method(views, BatchInfo(torch.arange(32)), Progress(0, 1)).loss
     assert loss.requires_grad
     return sum(storages.values())
 
@@ -86,7 +87,8 @@ def test_compiling_calls_the_compiler_on_both_backbones(monkeypatch: pytest.Monk
     compiled: list[nn.Module] = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
     method = build("test_vit")
-    compile_backbones(method)
+    recipe = small_recipe("moco_v3", "test_vit", train={"compile": True})
+    set_up_training(recipe, open_source(recipe.data), Accelerator(cpu=True), method=method)
     assert compiled == [method.backbone, method.teacher_backbone.module]
 
 
@@ -95,7 +97,8 @@ def test_compiling_calls_the_compiler_on_both_backbones(monkeypatch: pytest.Monk
 def test_compiled_backbones_give_the_same_numbers(model: str) -> None:
     plain = build(model)
     compiled = copy.deepcopy(plain)
-    compile_backbones(compiled)
+    for encoder in compiled.backbones():
+        encoder.compile()
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     assert step(compiled) == pytest.approx(step(plain), rel=1e-9)
     assert_same(compiled, plain, 1e-6)

@@ -25,7 +25,7 @@ import sslkit
 from sslkit.data.augment.cpu import ViewPipeline
 from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.engine.logging import trackers as track
-from sslkit.engine.logging.sample_images import neighbour_sheet, view_sheet
+from sslkit.engine.logging.sample_images import neighbours_image, views_image
 from sslkit.errors import UserError
 from sslkit.evaluate.labelled_data import open_pair
 from sslkit.recipe.resolve import Recipe
@@ -79,10 +79,12 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[[GeneralTracker], Non
 
     def stand_in(tracker: GeneralTracker) -> None:
         monkeypatch.setattr(track, "check_trackers", lambda recipe: None)
-        monkeypatch.setattr("sslkit.engine.setup.check_trackers", lambda recipe: None)
+        monkeypatch.setattr("sslkit.engine.trainer.check_trackers", lambda recipe: None)
         monkeypatch.setitem(track.MODULES, "tensorboard", "json")
         monkeypatch.setattr(track, "_start", lambda *_: tracker)
-        monkeypatch.setattr(track, "_show", lambda tracker, name, step, pixels: tracker.log({name: pixels}, step=step))
+        monkeypatch.setattr(
+            track, "_log_image", lambda tracker, name, step, pixels: tracker.log({name: pixels}, step=step)
+        )
 
     return stand_in
 
@@ -134,8 +136,8 @@ def hang(_count: int) -> None:
     ("trouble", "warning"),
     [
         (partial(fail, at=2, error=OSError(28, "No space left on device")), "fails: [Errno 28] No space left"),
-        (partial(fail, at=1, error=ConnectionError("server away\nand more")), "fails: server away; the run goes on"),
-        (partial(fail, at=3, error=SystemExit(3)), "fails: 3; the run goes on"),
+        (partial(fail, at=1, error=ConnectionError("server away\nand more")), "fails: server away; the run continues"),
+        (partial(fail, at=3, error=SystemExit(3)), "fails: 3; the run continues"),
         (hang, "did not finish in time"),
     ],
     ids=["disk full", "server away", "exits", "hangs"],
@@ -148,7 +150,7 @@ def test_no_trouble_of_a_tracker_reaches_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(track, "PATIENCE", 0.5)
+    monkeypatch.setattr(track, "CLOSE_SECONDS", 0.5)
     sslkit.train(recipe_of(3), tmp_path / "without")
     installed(Recorder(trouble))
     sslkit.train(recipe_of(3, "tensorboard"), tmp_path / "with")
@@ -167,9 +169,9 @@ def test_a_tracker_that_failed_is_tried_again(monkeypatch: pytest.MonkeyPatch) -
         made.append(Recorder(partial(fail, at=2, error=OSError("away")) if not made else lambda _count: None))
         return made[-1]
 
-    one = track.Track("tensorboard", start, said.append)
+    one = track.TrackerThread("tensorboard", start, said.append)
     for step in range(1, 6):
-        one.do(lambda tracker, step=step: tracker.log({}, step=step))  # type: ignore[misc]
+        one.submit(lambda tracker, step=step: tracker.log({}, step=step))  # type: ignore[misc]
     one.close(time.monotonic() + 30)
     assert [[step for step, _ in recorder.told] for recorder in made] == [[1], [3, 4, 5]]
     assert all(recorder.finished for recorder in made)
@@ -177,11 +179,11 @@ def test_a_tracker_that_failed_is_tried_again(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_slow_tracker_costs_lines_not_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(track, "WAITING", 10)
+    monkeypatch.setattr(track, "QUEUE_SIZE", 10)
     gate, said, recorder = threading.Event(), list[str](), Recorder(lambda _count: assert_opens(gate))
-    one = track.Track("tensorboard", lambda: recorder, said.append)
+    one = track.TrackerThread("tensorboard", lambda: recorder, said.append)
     for step in range(1, 101):
-        one.do(lambda tracker, step=step: tracker.log({}, step=step))  # type: ignore[misc]
+        one.submit(lambda tracker, step=step: tracker.log({}, step=step))  # type: ignore[misc]
     gate.set()
     one.close(time.monotonic() + 30)
     assert 10 <= len(recorder.told) <= 11
@@ -234,7 +236,7 @@ def test_a_missing_package_is_refused_before_anything_is_written(
 def test_views_are_the_ones_that_the_run_sees() -> None:
     recipe = recipe_of(1)
     source = open_source(recipe.data).without_labels()
-    sheet, pipeline = view_sheet(recipe, source), ViewPipeline(recipe.views, recipe.train.seed)
+    sheet, pipeline = views_image(recipe, source), ViewPipeline(recipe.views, recipe.train.seed)
     for row, sample in ((0, 0), (7, len(source) - 1)):
         image = source.read(sample)
         for column, (epoch, view) in ((1, (0, 0)), (2, (0, 1)), (5, (2, 0))):
@@ -248,7 +250,7 @@ def test_neighbours_are_the_nearest_that_can_be_read() -> None:
     bank = torch.randn(40, 8, generator=generator) * torch.rand(40, 1, generator=generator)
     queries = torch.randn(20, 8, generator=generator)
     kept, asked = torch.rand(40, generator=generator) > 0.3, torch.rand(20, generator=generator) > 0.3
-    sheet = neighbour_sheet(pair, bank, kept, queries, asked, seed=1)
+    sheet = neighbours_image(pair, bank, kept, queries, asked, seed=1)
     cosine = (queries.double() @ bank.double().T) / bank.double().norm(dim=1)
     cosine[:, ~kept] = -torch.inf
     tiles = sheet.reshape(8, 96, 7, 96, 3).transpose(0, 2, 1, 3, 4)
@@ -360,6 +362,6 @@ def test_wandb_writes_offline_under_one_id(
 @pytest.mark.parametrize("text", ["[1]", "{", '{"id": "../../elsewhere"}', '{"id": 3}', "[" * 5000], ids=range(5))
 def test_a_memory_that_is_none_is_made_anew(text: str, tmp_path: Path) -> None:
     (tmp_path / "track.json").write_text(text)
-    made = track.Memory(tmp_path, print).ids["id"]
+    made = track.TrackerIds(tmp_path, print).ids["id"]
     assert len(made) == 12
-    assert track.Memory(tmp_path, print).ids == {"id": made}
+    assert track.TrackerIds(tmp_path, print).ids == {"id": made}

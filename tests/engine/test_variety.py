@@ -14,7 +14,7 @@ import sslkit
 from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.doctor.image_checks import COPIES, advise_on_views, look_at
 from sslkit.engine.monitor.alarms import data_alarm
-from sslkit.engine.monitor.image_variety import LOOKED_AT, look_for_variety, variety_of
+from sslkit.engine.monitor.image_variety import SAMPLED, sample_variety, variety_of
 from sslkit.report import read_runs, summarise
 
 COUNT = 24
@@ -31,12 +31,12 @@ def plain(*colour: int) -> NDArray[np.uint8]:
 # Each image by its number; what is said in a run, of 16 drawn from the 24, and the doctor's verdict on all.
 SETS: dict[str, tuple[Callable[[int], NDArray[np.uint8]], str, str]] = {
     "all different": (noise, "", "ok"),
-    "black": (lambda _: plain(0, 0, 0), "16 of 16 images looked at are of one colour each", "fault"),
-    "a colour each": (lambda index: plain(index, 0, 10 * index), "16 of 16 .* of one colour each", "fault"),
-    "one picture": (lambda _: noise(0), "all 16 images looked at are the same picture", "fault"),
+    "black": (lambda _: plain(0, 0, 0), "16 of 16 sampled images have a single colour", "fault"),
+    "a colour each": (lambda index: plain(index, 0, 10 * index), "16 of 16 .* a single colour", "fault"),
+    "one picture": (lambda _: noise(0), "all 16 sampled images are the same", "fault"),
     "one picture and one other": (lambda index: noise(index == 7), "(all|are only 2 diff)", "warning"),
-    "three pictures": (lambda index: noise(index % 3), "16 images .* are only 3 different pictures", "warning"),
-    "mostly black": (lambda index: noise(index) if index % 4 == 0 else plain(0, 0, 0), "of one colour each", "warning"),
+    "three pictures": (lambda index: noise(index % 3), "16 sampled images are only 3 different ones", "warning"),
+    "mostly black": (lambda index: noise(index) if index % 4 == 0 else plain(0, 0, 0), "a single colour", "warning"),
     "each twice": (lambda index: noise(index // 2), "", "warning"),
     "one black in four": (lambda index: plain(0, 0, 0) if index % 4 == 0 else noise(index), "", "ok"),
 }
@@ -54,14 +54,14 @@ def write(folder: Path, draw: Callable[[int], NDArray[np.uint8]]) -> Path:
 def test_sets_of_images(case: str, tmp_path: Path) -> None:
     draw, words, verdict = SETS[case]
     source = open_source(DataConfig(path=str(write(tmp_path / "images", draw))))
-    found = look_for_variety(source, seed=0)
-    alarms = data_alarm(found.looked_at, found.different, found.plain)
+    found = sample_variety(source, seed=0)
+    alarms = data_alarm(found.sampled, found.different, found.plain)
     assert len(alarms) == bool(words)
     for alarm in alarms:
         with pytest.raises(ValueError, match=f"data: .*{words}.*sslkit data check"):
             raise ValueError(alarm)
     if case == "all different":
-        assert found.looked_at == LOOKED_AT // 2 + 1  # it has seen enough
+        assert found.sampled == SAMPLED // 2 + 1  # it has seen enough
     [finding] = [each for each in advise_on_views(small_recipe().views, look_at(source)) if each.check == COPIES]
     assert finding.verdict == verdict, finding
 
@@ -85,13 +85,13 @@ def test_a_run_says_it_before_its_first_step_and_once(
     )
     run = sslkit.train(recipe, tmp_path / "run")
     said = capsys.readouterr().out
-    assert said.count("ALARM at step 0: data: all 16 images looked at are the same picture") == 1
-    assert said.count("same picture") == 1
+    assert said.count("ALARM at step 0: data: all 16 sampled images are the same") == 1
+    assert said.count("are the same") == 1
     assert said.index("ALARM") < said.index("epoch ")
     if every:
         rows = [json.loads(line) for line in (run.folder / "diagnostics.jsonl").read_text().splitlines()]
         assert [any(alarm.startswith("data: ") for alarm in row["alarms"]) for row in rows] == [True, False]
         [record] = read_runs([run.folder])
-        assert any("same picture" in alarm.sentence for alarm in summarise(record).alarms)
+        assert any("are the same" in alarm.message for alarm in summarise(record).alarms)
     sslkit.train(recipe, tmp_path / "run")
-    assert "same picture" not in capsys.readouterr().out
+    assert "are the same" not in capsys.readouterr().out

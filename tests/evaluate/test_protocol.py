@@ -236,4 +236,4 @@ def test_compare_on_the_command_line(
     assert "k: 3 (" in err
     code, _, err = run(capsys, "eval", "compare", str(files[0]), str(tmp_path))
     assert code == 2
-    assert "neither a run folder nor a file that --json wrote" in err
+    assert "neither a run folder nor a file with the output of eval --json" in err

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from conftest import cli_error
+from PIL import Image
 from torch import Tensor
 
 from sslkit.cli import main
@@ -182,6 +183,25 @@ def test_a_damaged_cache_is_extracted_again(
 def test_a_split_is_not_scored_on_itself() -> None:
     with pytest.raises(UserError, match="--test-split train is also the training split"):
         open_pair(DataConfig(path="builtin:fashion_mnist"), "train", "train")
+
+
+def test_a_split_without_labels_is_not_picked(tmp_path: Path) -> None:
+    """As Kaggle's ``test``: another with labels is, else a part of what is learned from. By name it is refused."""
+    picture = Image.new("RGB", (8, 8))
+    for name in ("train/a", "train/b", "test"):
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(5):
+            picture.save(tmp_path / name / f"{number}.png")
+    pair = open_pair(DataConfig(path=str(tmp_path)))
+    assert (len(pair.train), len(pair.test), pair.classes) == (8, 2, ["a", "b"])
+    assert pair.description.endswith("; splits without labels: test (--test-split names another)")
+    with pytest.raises(UserError, match="has no labels"):
+        open_pair(DataConfig(path=str(tmp_path)), "train", "test")
+    for name in "ab":
+        (tmp_path / "val" / name).mkdir(parents=True)
+        picture.save(tmp_path / "val" / name / "0.png")
+    pair = open_pair(DataConfig(path=str(tmp_path)))
+    assert (pair.split, len(pair.test)) == ("train / val", 2)
 
 
 def test_logistic_regression_has_no_epochs() -> None:

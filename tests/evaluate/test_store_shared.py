@@ -99,6 +99,7 @@ def test_a_full_disk_costs_the_keeping_and_not_the_features(
     with monkeypatch.context() as patch:
         patch.setattr(store_module, "_write_rows", full)
         assert torch.equal(features_of(store, "ab", 10, extract), rows_of(range(10)))
+        features_of(store, "cd", 10, rows_of)  # is not stored either, and that has been said
     said = capsys.readouterr().err
     assert said.count("No space left on device; features are not stored") == said.count("\n") == 1
     assert sorted(seen) == [0, 4, 8]

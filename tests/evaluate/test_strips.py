@@ -16,7 +16,7 @@ from sslkit.errors import UserError
 from sslkit.evaluate.detection.detect import evaluate_detect
 from sslkit.evaluate.detection.detector_training import DetectProtocol
 from sslkit.evaluate.features.transforms import LONGEST, ChannelTransform, evaluation_transform, training_transform
-from sslkit.report.thumbnails import data_uri, make_sprite
+from sslkit.report.gallery.thumbnails import data_uri, make_sprite
 
 RGB = {
     "input_size": (3, 224, 224),

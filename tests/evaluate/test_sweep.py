@@ -93,11 +93,11 @@ def test_sweep_on_the_command_line(capsys: pytest.CaptureFixture[str], class_fol
     assert [score["encoder"] for score in result["scores"]] == [str(tmp_path), "random init", "raw pixels"]
     code, out, _ = run(capsys, *words)
     assert code == 0
-    assert "every head, best first" in out
+    assert "all heads, the best" in out
     for wrong, sentence in (
         (["--layer", "first"], "unknown readout 'first'; must be out, dino_vit_s, dino_vit_b, the index of a block"),
-        (["--norm", "maybe"], "--norm maybe: write no, yes"),
-        (["--lr", "high"], "--lr high: write a number"),
+        (["--norm", "maybe"], "--norm maybe: must be no, yes"),
+        (["--lr", "high"], "--lr high: must be a number"),
     ):
         code, _, err = run(capsys, *words[:-2], *wrong)
         assert code == 2

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from targets import SEEDS, STATE, TARGETS, capsule, checkpoint_of, only_user_errors, state, written
 
-from sslkit.data.formats.idx import read_idx
-from sslkit.data.loading.loader import epoch_order
+from sslkit.data.order.epoch_order import epoch_order
+from sslkit.data.sources.idx import read_idx
 from sslkit.engine.checkpoint.format import newest_checkpoint, read_checkpoint
 from sslkit.engine.checkpoint.validation import SCALER
-from sslkit.engine.resilience.guard import Course, Guard
+from sslkit.engine.resilience.guard import Guard
+from sslkit.engine.state import RecoveryState
 from sslkit.files.jsonl_writer import read_lines
 from sslkit.hub.untrusted import check_model, read_encoder_config, tensor_shapes
 from sslkit.publish.importing.checkpoint_formats import (
@@ -266,7 +267,7 @@ def test_what_a_state_says_of_troubles_scale_and_optimizer(course: Any, scaler: 
         state(b"1" + said)
         checkpoint = only_user_errors(lambda said=said: read_checkpoint(checkpoint_of(state=said)))
         if checkpoint is not None and key == "course":
-            guard = Guard(GuardConfig(policy="skip", loss_spike=2.0), Course.from_json(course))
+            guard = Guard(GuardConfig(policy="skip", loss_spike=2.0), RecoveryState.from_json(course))
             guard.complaint(1.0, 1.0)
             guard.accept(1.0)
             assert 0 < guard.course.lr_factor <= 1

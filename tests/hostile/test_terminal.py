@@ -1,4 +1,4 @@
-"""Text from outside on the terminal: it moves no cursor, forges no line, is no markup, and never ends a command."""
+"""Untrusted text on the terminal: it cannot move the cursor, imitate a message, be read as markup, or end a command."""
 
 import io
 import json
@@ -21,23 +21,24 @@ from safetensors.torch import load_file, save_file
 
 import sslkit
 from sslkit.cli import main
-from sslkit.cli.output import conclude, show_comparison, show_report
+from sslkit.cli.check_commands import print_findings
+from sslkit.cli.output import print_and_store, print_comparison
 from sslkit.data.formats.folder_listing import printable, to_text
 from sslkit.doctor.findings import Finding, Report
-from sslkit.engine.logging.logger import Journal
+from sslkit.engine.logging.logger import RunLogger
 from sslkit.errors import UserError
 from sslkit.evaluate.evaluation_result import EvaluationResult, Score
 from sslkit.recipe.resolve import load_recipe
 from sslkit.terminal import (
     PlainTable,
-    escaped,
-    guard_other_libraries,
-    say,
-    sentences_of,
-    show,
-    show_plain,
-    show_traceback,
+    error_messages,
+    print_line,
+    print_message,
+    print_plain,
+    print_traceback,
+    sanitize_other_libraries,
 )
+from sslkit.text import escape
 
 WORDS = {
     "escape": "a\x1b[31mred\x1b[0m",
@@ -56,7 +57,7 @@ WORDS = {
 
 
 def assert_harmless(text: str) -> None:
-    """Nothing but printable characters and line ends, and no line that we did not mean."""
+    """Only printable characters and line ends, and no imitated message."""
     assert [unicodedata.name(char, hex(ord(char))) for char in text if not char.isprintable() and char != "\n"] == []
     assert not re.search("^sslkit: (done|all is well)", text, flags=re.M)
 
@@ -76,24 +77,24 @@ def as_toml(word: str) -> str:
 
 @pytest.mark.parametrize("word", WORDS.values(), ids=WORDS)
 def test_the_door(word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert escaped(word).isprintable()
+    assert escape(word).isprintable()
     if word.isprintable():
-        assert escaped(word) == word
+        assert escape(word) == word
     table = PlainTable(word, "b")
     table.add_row(word, word)
     Console(width=200).print(table)
-    say(word)
-    show(word)
-    show_plain(word, on_error_stream=False)
+    print_message(word)
+    print_line(word)
+    print_plain(word, to_stderr=False)
     printed = capsys.readouterr()
     assert_harmless(printed.out + printed.err)
-    assert printed.out.count(escaped(word)) == 5
-    assert printed.err == f"sslkit: {escaped(word)}\n"
+    assert printed.out.count(escape(word)) == 5
+    assert printed.err == f"sslkit: {escape(word)}\n"
 
 
 def test_toml_reads_what_is_escaped() -> None:
     for word in ("\x1b", "\x9b", "\u202e", "\n", "\t", "\U000e0001"):
-        assert tomllib.loads(f'x = "{escaped(word)}"') == {"x": word}
+        assert tomllib.loads(f'x = "{escape(word)}"') == {"x": word}
 
 
 def test_bytes_of_names_stay_readable() -> None:
@@ -102,7 +103,7 @@ def test_bytes_of_names_stay_readable() -> None:
 
 @pytest.mark.parametrize("word", WORDS.values(), ids=WORDS)
 def test_recipes(word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In keys, values and comments, of recipes that are refused and of those that are shown."""
+    """In keys, values and comments of recipes, refused or shown."""
     plain = '[method]\nname = "simclr"\n[backbone]\nname = "test_vit"\n[data]\npath = "x"\n[views]\nsize = 32\n'
     file = tmp_path / "recipe.toml"
     comment = f"# {word}".replace("\n", " ").replace("\r", " ")
@@ -148,7 +149,7 @@ def test_tensors_and_configurations(word: str, tmp_path: Path, capsys: pytest.Ca
     save_file(state | {word: torch.zeros(3)}, folder / "model.safetensors")
     code, _, err = run(evaluate, capsys)
     assert code == 2
-    assert " ".join(escaped(line) for line in word.splitlines()) in err
+    assert " ".join(escape(line) for line in word.splitlines()) in err
     for key in ("architecture", "model_args", "pretrained_cfg"):
         (folder / "config.json").write_text(json.dumps({**config, key: word}))
         assert run(evaluate, capsys)[0] == 2
@@ -168,7 +169,7 @@ def test_folders_of_images(word: str, tmp_path: Path, capsys: pytest.CaptureFixt
         (root / label / f"{word}.jpg".replace("/", "-")).write_text("no image")
     code, out, _ = run(["data", "check", str(root), "--workers", "0"], capsys)
     assert code == 0
-    assert escaped(root.name) in out.replace("\n", "")
+    assert escape(root.name) in out.replace("\n", "")
     if broken:  # of a folder's name, a line break is refused; of those in it, shown
         assert run(["data", "check", str(tmp_path / word), "--workers", "0"], capsys)[0] == 2
     assert run(["data", "check", str(root / "absent"), "--workers", "0"], capsys)[0] == 2
@@ -185,37 +186,37 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_folders_that_are_written(
     name: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command ends well, and what it prints to be copied is whole."""
+    """The command succeeds, and the code that it prints is complete."""
     monkeypatch.chdir(tmp_path)
     Path(name).parent.mkdir(exist_ok=True)
     Path(name).symlink_to(trained)
     code, out, _ = run(["export", name, f"{name}-out"], capsys)
     assert code == 0
-    assert f'timm.create_model("local-dir:{escaped(name)}-out"' in out
+    assert f'timm.create_model("local-dir:{escape(name)}-out"' in out
     state = load_file(f"{name}-out/model.safetensors")
     save_file({f"backbone.{key}": value for key, value in state.items()}, "weights.safetensors")
     words = ["import", "weights.safetensors", f"{name}-in", "--backbone", "test_vit"]
     code, out, err = run(words, capsys)
-    assert (code, escaped(name) in out) == (0, True), err
+    assert (code, escape(name) in out) == (0, True), err
     code, out, _ = run(["report", name, "--no-gallery", "--output", f"{name}.html"], capsys)
-    assert (code, f"{escaped(name)}.html" in out) == (0, True)
+    assert (code, f"{escape(name)}.html" in out) == (0, True)
     code, out, _ = run(["publish", name, "--repo-id", "user/name", "--dry-run"], capsys)
-    assert (code, escaped(name) in out) == (0, True)
+    assert (code, escape(name) in out) == (0, True)
     assert run(["watch", name, "--once"], capsys)[0] == 0
 
 
 @pytest.mark.parametrize("word", WORDS.values(), ids=WORDS)
 def test_tables_and_the_journal(word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = [Score(word, 0.5, (0.4, 0.6), word), Score("other", 0.5)]
-    conclude(
+    print_and_store(
         "absent", [EvaluationResult(word, word, {"a": word}, scores, word, [{word: word, "x": 0.5}])], as_json=False
     )
     measured = [Score(word, 0.5, None, "", {word: 0.5}, {word: (0.4, 0.6)})]
-    conclude("absent", [EvaluationResult(word, word, {}, measured)], as_json=False)
+    print_and_store("absent", [EvaluationResult(word, word, {}, measured)], as_json=False)
     row = {"evaluation": word, "protocol_hash": word, "accuracy": 0.5, "interval": None, "measure": word}
-    show_comparison([{word: row}], as_json=False)
-    show_report(Report([Finding(word, "fault", word), Finding(word, "not applicable", word)]), as_json=False)
-    Journal(tmp_path, 0, active=True).say(word)
+    print_comparison([{word: row}], as_json=False)
+    print_findings(Report([Finding(word, "fault", word), Finding(word, "not applicable", word)]), as_json=False)
+    RunLogger(tmp_path, 0, active=True).log_message(word)
     printed = capsys.readouterr()
     assert_harmless(printed.out + printed.err)
 
@@ -227,14 +228,14 @@ def raised(make: Callable[[str], Exception], word: str) -> Exception:
 @pytest.mark.parametrize("word", WORDS.values(), ids=WORDS)
 @pytest.mark.parametrize("make", [ValueError, OSError, UserError, RuntimeError], ids=lambda make: make.__name__)
 def test_errors_of_others(make: Callable[[str], Exception], word: str) -> None:
-    [sentence] = sentences_of(raised(make, word))
+    [sentence] = error_messages(raised(make, word))
     assert_harmless(sentence)
     assert "hf_a" not in sentence
 
 
 def test_warnings_of_others(capsys: pytest.CaptureFixture[str]) -> None:
-    """Also those of libraries that print by handlers of their own, as datasets and huggingface_hub do."""
-    guard_other_libraries()
+    """Also with the libraries' own log handlers, as of datasets and huggingface_hub."""
+    sanitize_other_libraries()
     token = f"hf_{'aB3dE6gH9jK2mN5pQ8sTxYzUvWqRtSaBcD'}"
     logger, stream = logging.getLogger("another.library"), io.StringIO()
     logger.propagate = False
@@ -244,7 +245,7 @@ def test_warnings_of_others(capsys: pytest.CaptureFixture[str]) -> None:
         for word in WORDS.values():
             logger.warning("Unexpected keys (%s) %s", word, token)
             logger.error(word, exc_info=ValueError("x " + token))
-            show_traceback(ValueError(word))
+            print_traceback(ValueError(word))
             assert_harmless(warnings.formatwarning(word, UserWarning, "x.py", 1))
     said = capsys.readouterr().err + stream.getvalue()
     assert_harmless(said)
@@ -252,16 +253,29 @@ def test_warnings_of_others(capsys: pytest.CaptureFixture[str]) -> None:
     assert said.count("ValueError: x [token]") == 2 * len(WORDS)
 
 
+def test_lines_of_a_message_in_a_traceback_are_indented(capsys: pytest.CaptureFixture[str]) -> None:
+    """So that it cannot be taken for a message of sslkit; also in chained errors."""
+    forged = "sslkit: done: runs/forged"
+    print_traceback(ValueError(f"a\n{forged}"))
+    assert capsys.readouterr().err.splitlines()[-2:] == ["ValueError: a", f"  {forged}"]
+    stream = io.StringIO()
+    logger = logging.getLogger("another.traceback")
+    logger.propagate, logger.handlers = False, [logging.StreamHandler(stream)]
+    sanitize_other_libraries()
+    logger.error("x", exc_info=ValueError(f"a\n{forged}"))
+    assert stream.getvalue().splitlines()[-2:] == ["ValueError: a", f"  {forged}"]
+
+
 def test_nothing_is_printed_beside_the_door() -> None:
-    """No other file calls print, makes a console's table of words, or escapes by itself."""
+    """No other file calls print, makes Rich tables, or escapes text itself."""
     root = Path(sslkit.__file__).parent
     found = []
     for file in root.rglob("*.py"):
         text = file.read_text(encoding="utf-8")
         escapes = re.search(r"rich\.markup|[^.\w]Table\(\"|unicode_escape", text)
-        if file.name not in ("terminal.py", "errors.py") and escapes:
+        if file.name != "terminal.py" and escapes:
             found.append(file.name)
         calls = re.findall(r"(?<![\w.])print\(.*", text)
-        if file.name not in ("terminal.py", "__init__.py") and calls:
+        if file.name not in ("terminal.py", "app.py") and calls:
             found.append(f"{file.name}: {calls}")
     assert found == []

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 import sslkit
 from sslkit.data.augment.cpu import ViewPipeline, normalise
-from sslkit.data.loading.loader import epoch_order
+from sslkit.data.order.epoch_order import epoch_order
 from sslkit.data.sources.image_source import open_source
 from sslkit.engine.optim import learning_rate, make_optimizer, set_learning_rate
 from sslkit.engine.rng import shuffle_order
 from sslkit.engine.setup import build_method
-from sslkit.methods import Progress
-from sslkit.parts.schedules import cosine_momentum
+from sslkit.methods import BatchInfo, Progress
+from sslkit.parts.schedules import cosine
 from sslkit.recipe.resolve import Recipe
 
 STEPS, TOTAL = 5, 10
@@ -60,7 +60,7 @@ def test_queue_methods_follow_the_oracle(name: str) -> None:
     optimizer = make_optimizer(recipe, method)
     set_learning_rate(optimizer, 0.05)
     for step, (views, order) in enumerate(zip(batches, permutations, strict=True)):
-        result = method(views, torch.arange(8), order)
+        result = method(views, BatchInfo(torch.arange(8)), Progress(0, 1), order)
         assert result.loss.item() == pytest.approx(oracle.losses[step], rel=1e-9)
         result.loss.backward()
         optimizer.step()
@@ -82,7 +82,7 @@ def test_v3_follows_the_oracle(backbone: str) -> None:
     method = build_method(recipe).double()
     batches = random_batches(STEPS, 8)
     lrs = [0.002 * (step + 1) for step in range(STEPS)]
-    momenta = [cosine_momentum((step + 1) / TOTAL, 0.99) for step in range(STEPS)]
+    momenta = [cosine(step + 1, TOTAL, 0.99, 1.0) for step in range(STEPS)]
 
     def factory(params: list[nn.Parameter]) -> torch.optim.Optimizer:
         if recipe.optim.name == "lars":
@@ -103,7 +103,7 @@ def test_v3_follows_the_oracle(backbone: str) -> None:
     optimizer = make_optimizer(recipe, method)
     for step, views in enumerate(batches):
         set_learning_rate(optimizer, lrs[step])
-        result = method(views, torch.arange(8))
+        result = method(views, BatchInfo(torch.arange(8)), Progress(0, 1))
         assert result.loss.item() == pytest.approx(oracle.losses[step], rel=1e-9)
         result.loss.backward()
         optimizer.step()
@@ -172,6 +172,6 @@ def test_the_engine_follows_the_oracle(name: str, tmp_path: Path) -> None:
             0.2,
             lambda params: torch.optim.AdamW(params, lr=0.0, weight_decay=0.1),
             rates,
-            [cosine_momentum((step + 1) / per_epoch, 0.99) for step in range(steps)],
+            [cosine(step + 1, per_epoch, 0.99, 1.0) for step in range(steps)],
         ).losses
     assert [row["loss"] for row in run.metrics()] == pytest.approx(losses, rel=2e-5)

@@ -10,7 +10,7 @@ from sslkit.engine.optim import make_optimizer
 from sslkit.engine.rng import shuffle_order
 from sslkit.engine.setup import build_method
 from sslkit.errors import UserError
-from sslkit.methods import METHODS, Method, Progress, find_method
+from sslkit.methods import METHODS, BatchInfo, Method, Progress, find_method
 
 BACKBONES = [
     ("test_resnet", 32),
@@ -41,7 +41,7 @@ def make(name: str, model: str, /, **tables: dict[str, object]) -> tuple[Method,
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_on_any_backbone(name: str, backbone: str, size: int) -> None:
     method, optimizer, order = make(name, backbone, views={"size": size})
-    result = method(one_batch(size), torch.arange(8), order)
+    result = method(one_batch(size), BatchInfo(torch.arange(8)), Progress(0, 1), order)
     assert math.isfinite(result.loss.item())
     result.loss.backward()
     for part, param in method.named_parameters():
@@ -62,7 +62,7 @@ def test_steps_lower_the_loss(name: str) -> None:
     views = one_batch()
     losses = []
     for step in range(12):
-        result = method(views, torch.arange(8), order)
+        result = method(views, BatchInfo(torch.arange(8)), Progress(0, 1), order)
         result.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -80,7 +80,7 @@ def test_first_steps_of_a_copied_teacher(name: str) -> None:
     losses, ranks = [], []
     for _ in range(5):
         images = torch.randn(8, 3, 32, 32)
-        result = method([images, images], torch.arange(8), order)
+        result = method([images, images], BatchInfo(torch.arange(8)), Progress(0, 1), order)
         losses.append(result.loss.item())
         ranks.append(result.metrics["accuracy"].item())
         method.after_update(Progress(1, 10))
@@ -94,7 +94,7 @@ def test_a_key_is_never_its_own_negative(name: str) -> None:
     """The keys of a step reach the queue only after its loss, whatever the queue would do with them."""
     method, _, order = make(name, "test_resnet")
     before = method.queue.keys.clone()
-    loss = method(one_batch(), torch.arange(8), order).loss.item()
+    loss = method(one_batch(), BatchInfo(torch.arange(8)), Progress(0, 1), order).loss.item()
     assert torch.equal(method.queue.keys, before)
     pushed = method.new_keys
     method.after_update(Progress(1, 10))
@@ -110,7 +110,7 @@ def test_nothing_moves_in_eval_mode(name: str) -> None:
     method.eval()
     before = {key: value.clone() for key, value in method.state_dict().items()}
     with torch.no_grad():
-        method(one_batch(), torch.arange(8), order)
+        method(one_batch(), BatchInfo(torch.arange(8)), Progress(0, 1), order)
     assert all(torch.equal(before[key], value) for key, value in method.state_dict().items())
 
 
@@ -121,7 +121,9 @@ def test_shuffling_matters_only_between_groups() -> None:
         losses = []
         for shuffled in (False, True):
             method, _, order = make("moco_v2", "test_resnet", method={"bn_groups": groups})
-            losses.append(method(one_batch(), torch.arange(8), order if shuffled else None).loss.item())
+            losses.append(
+                method(one_batch(), BatchInfo(torch.arange(8)), Progress(0, 1), order if shuffled else None).loss.item()
+            )
         change[groups] = abs(losses[1] - losses[0])
     assert change[1] < 1e-5
     assert change[2] > 1e-4
@@ -133,7 +135,7 @@ def test_v3_is_symmetric_in_its_views_and_v2_is_not() -> None:
         losses = []
         for views in ([first, second], [second, first]):
             method, _, order = make(name, "test_resnet")
-            losses.append(method(views, torch.arange(8), order).loss.item())
+            losses.append(method(views, BatchInfo(torch.arange(8)), Progress(0, 1), order).loss.item())
         assert (abs(losses[0] - losses[1]) < 1e-5) == symmetric
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sslkit.engine.optim import make_optimizer, set_learning_rate
 from sslkit.engine.setup import build_method
-from sslkit.methods import Method, Progress
+from sslkit.methods import BatchInfo, Method, Progress
 from sslkit.recipe.resolve import Recipe
 
 STEPS, TOTAL, BATCH, SAMPLES = 5, 10, 8, 20
@@ -53,7 +53,7 @@ def train(recipe: Recipe, method: Method, batches: Sequence[Sequence[Tensor]]) -
     losses = []
     for step, views in enumerate(batches):
         set_learning_rate(optimizer, RATES[step])
-        result = method(views, IDS[step], ORDERS[step] if method.shuffle_keys else None)
+        result = method(views, BatchInfo(IDS[step]), Progress(step, 100), ORDERS[step] if method.shuffle_keys else None)
         result.loss.backward()
         method.before_update(Progress(step, TOTAL))
         optimizer.step()

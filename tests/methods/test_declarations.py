@@ -1,5 +1,6 @@
 """What methods declare and recipes are held to: views by role, and the papers' numbers by length and batch."""
 
+import ast
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -38,22 +39,34 @@ class Silent(SimCLR):
 def test_small_crops_with_a_method_of_two_views(name: str) -> None:
     with pytest.raises(UserError) as caught:
         resolve(name, views={"small_crops": 6})
-    assert str(caught.value) == f"recipe [views] small_crops: 6, but {name} takes no local views; set it to 0"
+    assert str(caught.value) == f"recipe [views.local] count: 6, but {name} takes no local views; set it to 0"
     with pytest.raises(UserError) as caught:
         resolve(name, views={"policy": "swav"})
-    sentence = f"recipe [views] small_crops: 6 (of policy 'swav'), but {name} takes no local views; set it to 0"
+    sentence = f"recipe [views.local] count: 6 (of policy 'swav'), but {name} takes no local views; set it to 0"
     assert str(caught.value) == sentence
-    assert resolve(name, views={"policy": "swav", "small_crops": 0}).views.small_crops == 0
+    assert resolve(name, views={"policy": "swav", "small_crops": 0}).views.local.count == 0
 
 
 def test_the_command_line_says_it_in_one_sentence() -> None:
     said = cli_error(["pretrain", "mocov2_r50", "--set", "views.small_crops=4"])
-    assert said == "sslkit: mocov2_r50 [views] small_crops: 4, but moco_v2 takes no local views; set it to 0"
+    assert said == "sslkit: mocov2_r50 [views.local] count: 4, but moco_v2 takes no local views; set it to 0"
+
+
+def test_a_method_of_another_package_is_told_what_to_declare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sslkit.recipe.resolve.find_method", lambda name: Silent)
+    with pytest.raises(UserError) as caught:
+        resolve("simclr", views={"small_crops": 6})
+    start, _, advice = str(caught.value).partition("declare views = ")
+    assert start.endswith("takes no local views; set it to 0. If it takes them, ")
+    views, _, name = advice.partition(" in ")
+    assert name == "Silent"
+    monkeypatch.setattr("sslkit.recipe.resolve.find_method", lambda name: declaring(ast.literal_eval(views)))
+    assert resolve("simclr", views={"small_crops": 6}).views.local.count == 6
 
 
 @pytest.mark.parametrize("small_crops", [0, 1, 6])
 def test_swav_takes_any_number_of_small_crops(small_crops: int) -> None:
-    assert resolve("swav", views={"small_crops": small_crops}).views.small_crops == small_crops
+    assert resolve("swav", views={"small_crops": small_crops}).views.local.count == small_crops
 
 
 DECLARED: list[tuple[Mapping[str, ViewCount], int, str]] = [
@@ -78,7 +91,7 @@ def test_methods_of_other_packages(
 ) -> None:
     monkeypatch.setitem(METHODS, "simclr", declaring(views))
     if not mistake:
-        assert resolve("simclr", views={"small_crops": small_crops}).views.small_crops == small_crops
+        assert resolve("simclr", views={"small_crops": small_crops}).views.local.count == small_crops
         return
     with pytest.raises(UserError) as caught:
         resolve("simclr", views={"small_crops": small_crops})
@@ -88,7 +101,7 @@ def test_methods_of_other_packages(
 
 def test_a_method_that_says_nothing_takes_two_global_views(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "simclr", Silent)
-    assert resolve("simclr").views.small_crops == 0
+    assert resolve("simclr").views.local.count == 0
     with pytest.raises(UserError, match="takes no local views"):
         resolve("simclr", views={"small_crops": 2})
 

@@ -18,7 +18,7 @@ from sslkit.methods.moco_v3 import MoCoV3
 from sslkit.methods.swav import SwAV
 from sslkit.parts.layerwise_optimizers import Larc, Lars
 from sslkit.parts.memory_bank import MemoryBank
-from sslkit.parts.momentum_teacher import Teacher
+from sslkit.parts.momentum_teacher import MomentumTeacher
 
 Patch = pytest.MonkeyPatch
 
@@ -46,41 +46,41 @@ def positive_among_negatives(patch: Patch) -> None:
 
 
 def teacher_in_eval_mode(patch: Patch) -> None:
-    forward = Teacher.forward
-    patch.setattr(Teacher, "forward", lambda self, *args: forward(self.eval(), *args))
+    forward = MomentumTeacher.forward
+    patch.setattr(MomentumTeacher, "forward", lambda self, *args: forward(self.eval(), *args))
 
 
 def buffers_averaged(patch: Patch) -> None:
-    update = Teacher.update
+    update = MomentumTeacher.update
 
-    def averaging(self: Teacher, student: nn.Module, momentum: float) -> None:
+    def averaging(self: MomentumTeacher, student: nn.Module, momentum: float) -> None:
         update(self, student, momentum)
         for own, theirs in zip(self.module.buffers(), student.buffers(), strict=True):
             if own.is_floating_point():
                 own.lerp_(theirs, 1 - momentum)
 
-    patch.setattr(Teacher, "update", averaging)
+    patch.setattr(MomentumTeacher, "update", averaging)
 
 
 def teacher_moved_twice(patch: Patch) -> None:
-    update = Teacher.update
+    update = MomentumTeacher.update
 
-    def twice(self: Teacher, student: nn.Module, momentum: float) -> None:
+    def twice(self: MomentumTeacher, student: nn.Module, momentum: float) -> None:
         update(self, student, momentum)
         update(self, student, momentum)
 
-    patch.setattr(Teacher, "update", twice)
+    patch.setattr(MomentumTeacher, "update", twice)
 
 
 def teacher_moved_before_the_optimizer(patch: Patch) -> None:
     """The teacher of a step is one update behind."""
-    update, last = Teacher.update, {}
+    update, last = MomentumTeacher.update, {}
 
-    def late(self: Teacher, student: nn.Module, momentum: float) -> None:
+    def late(self: MomentumTeacher, student: nn.Module, momentum: float) -> None:
         update(self, last.get(id(self), student), momentum)
         last[id(self)] = copy.deepcopy(student)
 
-    patch.setattr(Teacher, "update", late)
+    patch.setattr(MomentumTeacher, "update", late)
 
 
 def two_tau_left_out(patch: Patch) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from sslkit.engine.optim import make_optimizer
 from sslkit.engine.setup import build_method
-from sslkit.methods import Method, Progress
+from sslkit.methods import BatchInfo, Method, Progress
 
 NO_TOKEN = {"class_token": False, "global_pool": "avg"}
 
@@ -21,7 +21,7 @@ def step(tables: dict[str, dict[str, Any]]) -> tuple[Method, dict[str, torch.Ten
     before = {name: param.detach().clone() for name, param in method.named_parameters()}
     optimizer = make_optimizer(recipe, method)
     torch.manual_seed(1)
-    result = method([torch.randn(8, 3, 32, 32) for _ in range(2)], torch.arange(8))
+    result = method([torch.randn(8, 3, 32, 32) for _ in range(2)], BatchInfo(torch.arange(8)), Progress(0, 1))
     result.loss.backward()
     optimizer.step()
     method.after_update(Progress(1, 10))

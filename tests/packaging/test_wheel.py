@@ -23,11 +23,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 CONSUMER = """\
 import sslkit
-from sslkit.parts.schedules import cosine_momentum
+from sslkit.parts.schedules import cosine
 
 recipe: sslkit.Recipe = sslkit.load_recipe("quickstart")
 run: sslkit.Run = sslkit.train(recipe, "run")
-momentum: float = cosine_momentum(0.5, start=0.99)
+momentum: float = cosine(1, 2, start=0.99, end=1.0)
 sslkit.load_recipe(3)
 """
 

@@ -9,10 +9,11 @@ from accelerate import Accelerator
 from conftest import small_recipe
 from torch import Tensor, nn
 
+from sslkit.engine.gradient_cache import GlobalBatch, sliced_step
 from sslkit.engine.setup import build_method
-from sslkit.engine.step import GlobalBatch, sliced_step
-from sslkit.methods import Method
+from sslkit.methods import BatchInfo, Method
 from sslkit.parts.batchnorm import GlobalBatchNorm, GroupStatistics
+from sslkit.parts.schedules import Progress
 
 BATCH, STEPS = 12, 3
 
@@ -54,7 +55,7 @@ def test_student_and_teacher_of_moco(groups: int, symmetric: bool) -> None:
     steps = [views_of(step) for step in range(STEPS)]
     orders = [np.random.default_rng(step).permutation(BATCH) for step in range(STEPS)]
     for views, order in zip(steps, orders, strict=True):
-        method(views, torch.arange(BATCH), order).loss.backward()
+        method(views, BatchInfo(torch.arange(BATCH)), Progress(0, 1), order).loss.backward()
     assert_equal(method.backbone, of_virtual_gpus(student, [[views[i] for i in seen] for views in steps], groups))
     keys = [
         [views[i][torch.from_numpy(order)] for i in method.teacher_views]
@@ -90,7 +91,7 @@ def test_slices_of_a_micro_batch(name: str) -> None:
     accelerator = Accelerator(cpu=True)
     calls = []
     for views in steps:
-        batch = GlobalBatch(views, torch.arange(BATCH), None, lambda view: view)
+        batch = GlobalBatch(views, BatchInfo(torch.arange(BATCH)), Progress(0, 1), None, lambda view: view)
         sliced_step(accelerator, method, batch, 4, lambda _: None)
         if name in ("swav", "simclr"):  # all views in one pass: each virtual GPU has its share of each
             calls.append([torch.cat([view.chunk(3)[gpu] for gpu in range(3) for view in views])])
@@ -107,12 +108,12 @@ def test_swavs_projector_is_grouped_too() -> None:
     projector = copy.deepcopy(method.projector)
     seen = []
     method.projector.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()))
-    method(views_of(0, 4), torch.arange(BATCH)).loss.backward()
+    method(views_of(0, 4), BatchInfo(torch.arange(BATCH)), Progress(0, 1)).loss.backward()
     assert [len(rows) for rows in seen] == [BATCH // 3 * 4] * 3
     assert_equal(method.projector, of_virtual_gpus(projector, [[torch.cat(seen)]], 3))
     one = build("swav", method={"bn_groups": 1})
     one.projector.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()))
-    one(views_of(0, 4), torch.arange(BATCH))
+    one(views_of(0, 4), BatchInfo(torch.arange(BATCH)), Progress(0, 1))
     assert len(seen[-1]) == BATCH * 4
 
 
@@ -120,12 +121,12 @@ def test_frozen_statistics_stay() -> None:
     method = build("moco_v2", method={"bn_groups": 3})
     method.backbone.eval()
     before = {name: buffer.clone() for name, buffer in method.backbone.named_buffers()}
-    method(views_of(0), torch.arange(BATCH), None)
+    method(views_of(0), BatchInfo(torch.arange(BATCH)), Progress(0, 1), None)
     assert all(torch.equal(buffer, before[name]) for name, buffer in method.backbone.named_buffers())
 
 
 def test_one_group_is_left_to_batch_norm_itself() -> None:
-    assert build("moco_v2", method={"bn_groups": 1}).group_statistics(1, of_teacher=False) is None
+    assert build("moco_v2", method={"bn_groups": 1}).group_statistics(1, []) is None
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.35, None])

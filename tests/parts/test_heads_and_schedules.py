@@ -11,11 +11,11 @@ from golden.simclr import simclr_projector
 from golden.swav import swav_projector
 from torch import nn
 
-from sslkit.parts.heads import batch_norm_mlp, byol_mlp, linear_head, mlp_head, simclr_head, swav_head
-from sslkit.parts.schedules import cosine_momentum, per_epoch, warmup_then_cosine, warmup_then_steps
+from sslkit.parts.heads import batch_norm_mlp, byol_mlp, mlp_head, simclr_head, swav_head
+from sslkit.parts.schedules import cosine, per_epoch, warmup_then_cosine, warmup_then_steps
 
 OURS = {
-    "v1": (lambda: linear_head(2048, 128), paper.v1_head),
+    "v1": (lambda: nn.Linear(2048, 128), paper.v1_head),
     "v2": (lambda: mlp_head(2048, 2048, 128), paper.v2_head),
     "v3_r50_projector": (
         lambda: batch_norm_mlp(2048, 4096, 256, num_layers=2, last_norm=True),
@@ -76,7 +76,7 @@ def test_v2_head_has_no_batch_norm_and_v3_last_norm_no_scale() -> None:
     [(0, 0.99), (1, 0.9900024672), (25, 0.9914644661), (50, 0.995), (75, 0.9985355339), (99, 0.9999975328), (100, 1)],
 )
 def test_momentum_schedule(epoch: int, momentum: float) -> None:
-    assert cosine_momentum(epoch / 100, 0.99) == pytest.approx(momentum, abs=5e-11)
+    assert cosine(epoch, 100, 0.99, 1.0) == pytest.approx(momentum, abs=5e-11)
 
 
 @pytest.mark.parametrize(("epoch", "lr"), [(0, 0), (0.5, 0.48), (5, 4.8), (10, 9.6), (55, 4.8), (100, 0)])
@@ -116,7 +116,7 @@ DRAWN = {
     # A normal cut at two deviations has 0.8796 of its standard deviation.
     "byol": (lambda: byol_mlp(512, 1024, 256), lambda width: 0.87962566 / math.sqrt(width), lambda w: 2 / math.sqrt(w)),
     "swav": (lambda: swav_head(512, 512, 128), lambda width: 1 / math.sqrt(3 * width), lambda w: 1 / math.sqrt(w)),
-    "moco_v1": (lambda: linear_head(512, 128), lambda width: 1 / math.sqrt(3 * width), lambda w: 1 / math.sqrt(w)),
+    "moco_v1": (lambda: nn.Linear(512, 128), lambda width: 1 / math.sqrt(3 * width), lambda w: 1 / math.sqrt(w)),
     "moco_v2": (lambda: mlp_head(512, 512, 128), lambda width: 1 / math.sqrt(3 * width), lambda w: 1 / math.sqrt(w)),
     "moco_v3": (
         lambda: batch_norm_mlp(512, 1024, 256, num_layers=3, last_norm=True),

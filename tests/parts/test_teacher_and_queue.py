@@ -1,6 +1,7 @@
 """The teacher against the closed-form average; the queue against a list."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from golden.formulas import ema_closed_form
 from torch import nn
 from torch.nn.functional import normalize
 
-from sslkit.parts.momentum_teacher import Teacher
+from sslkit.methods import MomentumOptions, Progress
+from sslkit.parts.momentum_teacher import MomentumTeacher
 from sslkit.parts.queue import KeyQueue
 
 
@@ -19,7 +21,7 @@ def small_net() -> nn.Sequential:
 
 def test_teacher_is_the_closed_form_average() -> None:
     student = small_net()
-    teacher = Teacher(student)
+    teacher = MomentumTeacher(student)
     start, trajectory = student[0].weight.detach().double(), []
     for _ in range(50):
         with torch.no_grad():
@@ -32,7 +34,7 @@ def test_teacher_is_the_closed_form_average() -> None:
 
 def test_momentum_one_changes_no_bit_and_zero_copies() -> None:
     student = small_net()
-    teacher = Teacher(student)
+    teacher = MomentumTeacher(student)
     before = copy.deepcopy(teacher.state_dict())
     with torch.no_grad():
         for param in student.parameters():
@@ -46,7 +48,7 @@ def test_momentum_one_changes_no_bit_and_zero_copies() -> None:
 
 def test_frozen_equal_weights_stay_bit_identical() -> None:
     student = small_net()
-    teacher = Teacher(student)
+    teacher = MomentumTeacher(student)
     for _ in range(200):
         teacher.update(student, 0.99)
     for own, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
@@ -55,7 +57,7 @@ def test_frozen_equal_weights_stay_bit_identical() -> None:
 
 def test_teacher_takes_no_gradient_and_keeps_its_own_statistics() -> None:
     student = small_net()
-    teacher = Teacher(student)
+    teacher = MomentumTeacher(student)
     x = torch.randn(16, 4) + 3
     out = teacher(x)
     assert not out.requires_grad
@@ -91,3 +93,47 @@ def test_queue_survives_a_state_dict() -> None:
     other.load_state_dict(queue.state_dict())
     assert torch.equal(other.keys, queue.keys)
     assert other.pointer.item() == 3
+
+
+def test_mode_and_dropout_of_the_teacher_are_declared() -> None:
+    student = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout()).train()
+    modes = {
+        (statistics, dropout): [
+            layer.training
+            for layer in MomentumTeacher(student, batch_statistics=statistics, dropout=dropout).train().module
+        ]
+        for statistics in (True, False)
+        for dropout in (True, False)
+    }
+    assert modes[True, False] == [False, True, False]
+    assert modes[True, True] == [True, True, True]
+    assert modes[False, False] == [False, False, False]
+    assert modes[False, True] == [True, False, True]
+
+
+class _Options(MomentumOptions):
+    momentum: float = 0.9
+
+
+@pytest.mark.parametrize(
+    ("options", "momenta"),
+    [
+        ({}, [0.9, 0.9, 0.9]),
+        ({"momentum_schedule": "cosine"}, [0.9, 0.95, 1.0]),
+        ({"momentum_half_life": 256}, [0.5**0.25] * 3),
+        ({"momentum": 1.0}, [1.0, 1.0, 1.0]),
+    ],
+)
+def test_how_the_momentum_moves(options: dict[str, Any], momenta: list[float]) -> None:
+    teacher = MomentumTeacher(nn.Linear(2, 2), _Options(**options).momentum_at)
+    positions = [Progress(updates, 100, 10, batch_size=64) for updates in (0, 50, 100)]
+    assert [teacher.momentum_at(position) for position in positions] == pytest.approx(momenta)
+
+
+def test_a_half_life_does_not_depend_on_the_batch_size() -> None:
+    for batch in (16, 64):
+        one, other = nn.Linear(1, 1), nn.Linear(1, 1)
+        teacher = MomentumTeacher(one, _Options(momentum_half_life=64).momentum_at)
+        for _ in range(64 // batch):
+            teacher.update(other, teacher.momentum_at(Progress(0, 100, 10, batch)))
+        torch.testing.assert_close(teacher.module.weight, (one.weight + other.weight) / 2)

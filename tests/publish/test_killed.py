@@ -253,3 +253,32 @@ def test_a_run_on_a_read_only_disk_is_published_and_shown_from_elsewhere(
     assert f"{folder} is ready; nothing was sent" in said.out
     assert (tmp_path / "page.html").is_file()
     assert "pictures/curves.png: cannot be written: Read-only file system" in said.err
+
+
+@pytest.mark.parametrize("what", ["page", "picture"])
+def test_two_processes_write_one_page_at_once(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process writes the same file just before this one puts its own in place."""
+    file = tmp_path / "x[1].html"
+
+    def write(content: str) -> None:
+        if what == "page":
+            durable.write_output(file, content)
+        else:
+            durable.replace_file(file, [content.encode()], shared=True)
+
+    replace, others = os.replace, []
+
+    def late(aside: Path, final: Path) -> None:
+        if not others:
+            others.append(os.fork())
+            if not others[0]:
+                write("other")
+                os._exit(0)
+            assert os.waitpid(others[0], 0)[1] == 0
+            assert file.read_text() == "other"
+        replace(aside, final)
+
+    monkeypatch.setattr(os, "replace", late)
+    write("mine")
+    assert file.read_text() == "mine"
+    assert [each.name for each in tmp_path.iterdir()] == [file.name]

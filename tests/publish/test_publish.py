@@ -294,11 +294,11 @@ def test_what_was_changed_by_hand_is_not_thrown_away(run: Path, client: Client, 
     theirs = hub.commit("user/hand", hub.repos["user/hand"][-1][1] | {"README.md": mine.encode(), "LICENSE": b"MIT"})
     code, said, complaint, _ = client.ask("publish", str(run), "--repo-id", "user/hand")
     assert code == 0, complaint
-    assert f"commit {theirs} still has it" in said
+    assert f"it is still in commit {theirs}" in said
     assert hub.at("user/hand", theirs)[1]["README.md"] == mine.encode()  # type: ignore[index]
     assert hub.repos["user/hand"][-1][1]["LICENSE"] == b"MIT"
     code, said, _, _ = client.ask("publish", str(run), "--repo-id", "user/hand")
-    assert "nothing had changed" in said
+    assert "(unchanged)" in said
     assert "by hand" not in said
 
 

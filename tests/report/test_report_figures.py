@@ -12,11 +12,13 @@ from conftest import small_recipe
 from sslkit.evaluate.protocol import protocol_hash
 from sslkit.parts.queue import KeyQueue
 from sslkit.recipe.resolve import load_recipe
+from sslkit.report.accuracy_figures import accuracy_panel, score_rows
 from sslkit.report.chance_level import chance_of, queue_full_at
-from sslkit.report.curves import accuracy_panel, score_rows, training_panels
 from sslkit.report.figures import thin
-from sslkit.report.health import alarms_of, collapse_panels, gradient_panel
-from sslkit.report.run_reader import RunRecord
+from sslkit.report.health_figures import collapse_panels, gradient_panel
+from sslkit.report.run_record import RunRecord
+from sslkit.report.summary import alarms_of
+from sslkit.report.training_figures import training_panels
 
 
 def record(metrics: list[dict[str, Any]] | None = None, **logs: list[dict[str, Any]]) -> RunRecord:
@@ -79,7 +81,7 @@ def test_gradients_by_layer_are_logarithms_and_spikes_stay() -> None:
     assert sorted(set(head.tolist())) == pytest.approx([1.0, 3.0])
     assert np.isnan(late).all()
     assert heat["x"][int(head.argmax())] in range(777, 780)
-    assert "largest norm of its stretch" in panel.note
+    assert "largest norm of its interval" in panel.note
     assert "layer_gradients = true" in gradient_panel(record(), "Gradients").absent
 
 
@@ -104,7 +106,7 @@ def test_similarities_are_shares_and_broken_diagnoses_are_passed_over() -> None:
 def test_alarms_are_told_once_and_standing_ones_first() -> None:
     said = [["old"], ["old", "new"], ["new"]]
     rows = [{"step": 10 * place, "alarms": alarms} for place, alarms in enumerate(said, start=1)]
-    found = [(alarm.sentence, alarm.first, alarm.last, alarm.standing) for alarm in alarms_of(record(diagnostics=rows))]
+    found = [(alarm.message, alarm.first, alarm.last, alarm.active) for alarm in alarms_of(record(diagnostics=rows))]
     assert found == [("new", 2.0, 3.0, True), ("old", 1.0, 2.0, False)]
 
 

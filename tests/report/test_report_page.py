@@ -28,7 +28,7 @@ PANELS = {
     "Momentum of the teacher",
     "Gradient norm",
     "Images per second",
-    "Share of time waiting for data",
+    "Time waiting for data",
     "Gradients by layer",
     "Neighbours",
     "Map",
@@ -130,7 +130,7 @@ def test_summary_scores_and_alarms(page: Page, run: Path) -> None:
     assert words.index("Alarm: spread") < words.index("Earlier alarm")
     assert "linear logistic x 50.00% 37.50% to 62.50% raw pixels 25.00%" in words
     assert "processes 1, cpu" in words
-    assert f"torch {sslkit.report.read_run(run).made_with['torch']}" in words
+    assert f"torch {sslkit.report.read_run(run).versions['torch']}" in words
 
 
 def test_several_runs_lie_over_each_other(run: Path, bare: Path, tmp_path: Path) -> None:
@@ -141,19 +141,19 @@ def test_several_runs_lie_over_each_other(run: Path, bare: Path, tmp_path: Path)
     assert colours[0] != colours[1]
     lengths = [len(trace["y"]) for trace in page.figures()["Loss"]["data"] if trace["name"].endswith("loss")]
     assert lengths == [6, 4]
-    assert "Recipe of bare against vit" in page.words()
+    assert "Recipe of bare compared with vit" in page.words()
     assert "method.queue_size: (none) -> 96" in page.words()
     assert "Losses with different levels at chance cannot be compared." in page.words()
 
 
 def test_a_run_without_monitor_says_how_to_get_one(bare: Path, tmp_path: Path) -> None:
     words = written([bare], tmp_path / "bare.html").words()
-    assert "Nothing was scored: set [monitor] every_epochs and data" in words
+    assert "No scores yet: set [monitor] every_epochs and data" in words
     assert "Not logged: set [monitor] layer_gradients = true" in words
     assert "set [monitor] diagnose_every" in words
-    assert "Left out, as --no-gallery asked." in words
+    assert "Omitted because of --no-gallery." in words
     # 96 keys, 32 a step
-    assert "Until step 3, epoch 0.0484 (shaded), the queue still holds" in words
+    assert "Until step 3, epoch 0.0484 (shaded), the queue still contains" in words
 
 
 def test_galleries_of_a_run_whose_data_is_gone(run: Path, tmp_path: Path) -> None:
@@ -166,8 +166,8 @@ def test_galleries_of_a_run_whose_data_is_gone(run: Path, tmp_path: Path) -> Non
     summaries = [summarise(record) for record in records]
     write_report(records, summaries, moved / "report.html")
     words = Page(moved / "report.html").words()
-    assert "The run's data cannot be read here: [data] path: no folder or file '/no/such/folder'" in words
-    assert "name images with --data DIR" in words
+    assert "The data of the run cannot be read: [data] path: no folder or file '/no/such/folder'" in words
+    assert "give images with --data DIR" in words
     with pytest.raises(UserError, match="/also/not"):
         write_report(records, summaries, moved / "report.html", data="/also/not")
 
@@ -235,16 +235,25 @@ def test_the_command_writes_page_and_pictures_and_sums_up(
     ("words", "sentence"),
     [
         (["report", "/no/run"], "/no/run: not a run folder (no recipe.toml)"),
-        (["report", "{run}", "{bare}"], "several runs: name the page to write with --output FILE.html"),
-        (["report", "{run}", "{run}", "--output", "x.html"], "{run}: given twice; name each run once"),
-        (["report", "{run}", "--output", "/no/folder/x.html"], "there is no folder /no/folder to write to"),
-        (["report", "{run}", "--output", "{bare}"], "is a folder; name a file, such as"),
+        (
+            ["report", "{run}", "{bare}"],
+            "--output: needed for several runs; give the HTML file to write, such as --output report.html",
+        ),
+        (["report", "{run}", "{run}", "--output", "x.html"], "{run}: given twice; give each run once"),
+        (
+            ["report", "{run}", "--output", "/no/folder/x.html"],
+            ": folder /no/folder does not exist",
+        ),
+        (["report", "{run}", "--output", "{bare}"], "is a folder; give a file, such as"),
         (["report", "{run}", "--data", "/no/data"], "no folder or file '/no/data'"),
-        (["report", "{broken}"], "metrics.jsonl line 1: has no positive step and epoch, as every line must"),
+        (["report", "{broken}"], "metrics.jsonl: has no valid line (line 1 has no step)"),
         (["views", "no_such_recipe"], "no_such_recipe: no such file, and no recipe of that name"),
         (["views", "quickstart", "--data", "/no/data"], "no folder or file '/no/data'"),
         (["views", "quickstart", "--set", "views.sise=3"], "[views] sise: unknown key; did you mean 'size'?"),
-        (["views", "quickstart", "--output", "/no/folder/x.html"], "there is no folder /no/folder to write to"),
+        (
+            ["views", "quickstart", "--output", "/no/folder/x.html"],
+            ": folder /no/folder does not exist",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(
@@ -280,7 +289,7 @@ def test_views_need_no_run(tmp_path: Path) -> None:
     write_views(recipe, "many & small", tmp_path / "v.html")
     words = Page(tmp_path / "v.html").words()
     assert "Views of many & small" in words
-    assert "2 small views" in words
+    assert "2 local views" in words
 
 
 def test_a_header_of_an_older_run_is_no_obstacle(bare: Path, tmp_path: Path) -> None:
@@ -288,7 +297,7 @@ def test_a_header_of_an_older_run_is_no_obstacle(bare: Path, tmp_path: Path) -> 
     shutil.copytree(bare, old)
     text = (old / "recipe.toml").read_text(encoding="utf-8")
     (old / "recipe.toml").write_text(text[text.index("[method]") :], encoding="utf-8")
-    assert read_run(old).made_with == {}
+    assert read_run(old).versions == {}
     assert "processes not recorded" in written([old], tmp_path / "old.html").words()
 
 

@@ -17,12 +17,13 @@ from conftest import cli_error, small_recipe
 from rich.console import Console
 
 import sslkit
-from sslkit.engine.resilience import preemption as stopping
 from sslkit.engine.run_folder import lock
+from sslkit.files import jsonl_reader
+from sslkit.files.run_reader import RunReader
 from sslkit.watch import run_state as state
-from sslkit.watch import tail, watch
-from sslkit.watch.followed_run import WatchedRun
+from sslkit.watch import watch
 from sslkit.watch.terminal_page import Page
+from sslkit.watch.watched_run import WatchedRun
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,15 +59,11 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 def page(folder: Path, width: int = 80, height: int = 40, **options: object) -> str:
     run = WatchedRun(folder)
-    while run.look():
+    while run.read_new():
         pass
     stream = io.StringIO()
     Console(file=stream, width=width, height=height, **options).print(Page(run))  # type: ignore[arg-type]
     return stream.getvalue()
-
-
-def test_names_are_the_engines() -> None:
-    assert (state.LOCK, state.MARKER) == (lock.LOCK, stopping.MARKER)
 
 
 @pytest.mark.slow
@@ -74,39 +71,39 @@ def test_a_run_from_its_start_to_its_end(tmp_path: Path) -> None:
     """Waiting, running, stopped on request, killed, done; what it logs is what is shown."""
     folder = tmp_path / "run"
     run = WatchedRun(folder)
-    run.look()
-    assert run.state.word == "waiting"
+    run.read_new()
+    assert run.state.name == "waiting"
     file = tmp_path / "recipe.toml"
     recipe = small_recipe("moco_v2", "test_resnet", train={"max_steps": 0, "batch_size": 8}, checkpoint={"keep": 1})
     file.write_text(recipe.to_toml())
     words = ["pretrain", str(file), "--output", str(folder)]
 
     def reaches(word: str, step: int = 0) -> bool:
-        run.look()
-        return run.state.word == word and run.step >= step
+        run.read_new()
+        return run.state.name == word and run.step >= step
 
     for ending, word in ((signal.SIGTERM, "stopped"), (signal.SIGKILL, "killed")):
         process = start(words)
         try:
             before = run.step
             until(lambda: reaches("running", before + 3))  # noqa: B023
-            assert run.state.sentence == f"process {process.pid} on {os.uname().nodename}"
+            assert run.state.message == f"process {process.pid} on {os.uname().nodename}"
             assert run.last_step == 250
             assert run.seconds_left is not None
         finally:
             process.send_signal(ending)
             process.wait()
-        run.look()
-        assert run.state.word == word
-        assert "the same command continues" in run.state.sentence
+        run.read_new()
+        assert run.state.name == word
+        assert "the same command continues" in run.state.message
     process = start([*words, "--set", "train.max_steps=30"])
     assert process.wait() == 0
-    run.look()
-    assert run.state.word in ("done", "stopped")
+    run.read_new()
+    assert run.state.name in ("done", "stopped")
     rows = sslkit.Run(folder, 0).metrics()
     assert run.step == rows[-1]["step"]
     assert run.metrics["loss"].newest == rows[-1]["loss"]
-    assert sum(1 for _ in rows) == run.metrics["loss"].stride * len(run.metrics["loss"].means)
+    assert sum(1 for _ in rows) == run.metrics["loss"].interval * len(run.metrics["loss"].means)
 
 
 HOLDER = """
@@ -121,27 +118,28 @@ time.sleep(600)
 
 def test_a_lock_that_is_held_and_one_that_was_left_behind(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").touch()
-    assert state.state_of(tmp_path, 3, 10, 2.0).word == "ended"
+    run = RunReader(tmp_path)
+    assert state.state_of(run, 3, 10, 2.0).name == "ended"
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / ".lock")], stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
         process.stdout.readline()
-        assert state.state_of(tmp_path, 0, 10, 0.0).word == "starting"
-        assert state.state_of(tmp_path, 3, 10, 0.0) == state.State("running", f"process {process.pid} on here")
+        assert state.state_of(run, 0, 10, 0.0).name == "starting"
+        assert state.state_of(run, 3, 10, 0.0) == state.State("running", f"process {process.pid} on here")
         os.utime(tmp_path / ".lock", (time.time() - 300, time.time() - 300))
-        assert state.state_of(tmp_path, 3, 10, 30.0).word == "running"  # twenty of its lines take ten minutes
-        silent = state.state_of(tmp_path, 3, 10, 2.0)
-        assert silent.word == "silent"
-        assert "wrote nothing for 5m00s, usually every 2s" in silent.sentence
+        assert state.state_of(run, 3, 10, 30.0).name == "running"  # twenty of its lines take ten minutes
+        silent = state.state_of(run, 3, 10, 2.0)
+        assert silent.name == "silent"
+        assert "has written nothing for 5m00s (usually every 2s)" in silent.message
     finally:
         process.kill()
         process.wait()
-    killed = state.state_of(tmp_path, 3, 10, 2.0)
-    assert killed.word == "killed"
-    assert "is gone without a word" in killed.sentence
+    killed = state.state_of(run, 3, 10, 2.0)
+    assert killed.name == "killed"
+    assert "was killed" in killed.message
     with lock.hold_folder(tmp_path):  # which nobody has been kept from
         pass
-    assert state.state_of(tmp_path, 3, 10, 2.0).word == "ended"
+    assert state.state_of(run, 3, 10, 2.0).name == "ended"
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
@@ -188,7 +186,7 @@ def test_what_a_run_folder_says_moves_no_cursor(trained: Path, tmp_path: Path) -
     shown = page(tmp_path, 160)
     assert not {"\x1b", "\x07"} & set(shown)
     assert r"ALARM collapse: \u001b[2J\u0007[bold]x[/bold]" in shown
-    assert "alarms that no longer stand: spike" in shown
+    assert "alarms that are no longer active: spike" in shown
     assert "not finite in the newest line: loss" in shown
     assert "50.00% at step 3" in shown
 
@@ -202,7 +200,7 @@ def test_watching_leaves_no_trace_and_needs_no_torch(trained: Path) -> None:
     program = f"import sys; from sslkit.cli import main\ntry: main(['watch', {str(trained)!r}])\nfinally: "
     program += "print('torch' in sys.modules, 'numpy' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert "done: all 8 steps made and saved" in told
+    assert "done: all 8 steps done and saved" in told
     assert told.splitlines()[-1] == "False False"
     assert trace() == before
 
@@ -220,10 +218,10 @@ def test_a_run_that_is_just_beginning_is_waited_for(tmp_path: Path) -> None:
     run = WatchedRun(tmp_path)
     for name in (".lock", "checkpoints", ".recipe.tmp", "data.json", "images.parquet"):
         (tmp_path / name).touch()
-        run.look()
+        run.read_new()
     (tmp_path / ".lock").unlink()
     with pytest.raises(sslkit.UserError, match="not a run folder"):
-        run.look()
+        run.read_new()
 
 
 def test_a_run_folder_that_vanishes(trained: Path, tmp_path: Path) -> None:
@@ -231,11 +229,11 @@ def test_a_run_folder_that_vanishes(trained: Path, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "recipe.toml").write_text((trained / "recipe.toml").read_text())
     run = WatchedRun(folder)
-    run.look()
+    run.read_new()
     (folder / "recipe.toml").unlink()
     folder.rmdir()
-    with pytest.raises(sslkit.UserError, match="is gone"):
-        run.look()
+    with pytest.raises(sslkit.UserError, match="was removed or renamed"):
+        run.read_new()
 
 
 class Terminal:
@@ -270,7 +268,7 @@ def test_opened_before_the_run_and_closed_at_any_time(tmp_path: Path) -> None:
         assert leaves.process.wait(20) == 0
         assert not leaves.shows("Traceback")
         assert run.wait(120) == 0
-        until(lambda: stays.shows("all 100 steps made and saved"))
+        until(lambda: stays.shows("all 100 steps done and saved"))
         assert stays.process.wait(20) == 0
     finally:
         for process in (run, leaves.process, stays.process):
@@ -285,9 +283,9 @@ def test_a_long_file_is_read_to_its_end(trained: Path, tmp_path: Path) -> None:
             stream.write(json.dumps({"step": step, "epoch": step / 62, "loss": 5 - step / 60_000, "lr": 0.1}) + "\n")
     run = WatchedRun(tmp_path)
     looks = 1
-    while run.look():
+    while run.read_new():
         looks += 1
-    assert looks == -(-(tmp_path / "metrics.jsonl").stat().st_size // tail.CHUNK)
+    assert looks == -(-(tmp_path / "metrics.jsonl").stat().st_size // jsonl_reader.CHUNK)
     assert run.step == 60_000
     loss = run.metrics["loss"]
     assert loss.points(3) == pytest.approx([5 - 1 / 6, 4.5, 4 + 1 / 6], abs=0.01)

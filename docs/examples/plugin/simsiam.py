@@ -6,11 +6,10 @@ Two views, one network, a predictor, and a stop-gradient. No negatives and no te
 from typing import Any
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cosine_similarity
 
-from sslkit.methods.base import Features, Method, MethodOptions, Progress, Step, Views
-from sslkit.parts.backbone import Family
+from sslkit.methods import BatchInfo, Family, Features, Method, MethodOptions, Progress, Step
 from sslkit.parts.heads import batch_norm_mlp
 
 
@@ -30,6 +29,8 @@ class SimSiam(Method):
     """Algorithm 1 of the paper."""
 
     Options = SimSiamOptions
+    heads = ("projector", "predictor")
+    stops_gradient = True
 
     def __init__(self, backbone: nn.Module, feature_dim: int, options: SimSiamOptions) -> None:
         super().__init__()
@@ -42,20 +43,13 @@ class SimSiam(Method):
             nn.Linear(options.bottleneck, options.dim),
         )
 
-    def student(self, views: Views) -> Features:
-        return [self.backbone(view) for view in views]
-
-    def teacher(self, views: Views) -> Features:
-        return []
-
-    def objective(self, student_features: Features, teacher_features: Features, sample_ids: Tensor) -> Step:
+    def objective(
+        self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
+    ) -> Step:
         z1, z2 = (self.projector(features) for features in student_features)
         p1, p2 = self.predictor(z1), self.predictor(z2)
         similarity = (cosine_similarity(p1, z2.detach()) + cosine_similarity(p2, z1.detach())).mean() / 2
         return Step(-similarity, {"similarity": similarity.detach()})
-
-    def after_update(self, progress: Progress) -> dict[str, float]:
-        return {}
 
     @staticmethod
     def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Views of images of any number of channels, in 16 bits: the steps that do not need colours."""
+"""Views of images with any number of channels, in 16 bits: the steps that do not need colours."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from albumentations.augmentations.blur.functional import create_gaussian_kernel_1d
 from numpy.typing import NDArray
 from torch.nn.functional import interpolate
 
-from sslkit.data.augment.parameters import SPREAD, Draw
-from sslkit.data.augment.policies import ViewsConfig
+from sslkit.data.augment.blur_kernels import CUTOFF, gaussian_kernel, small_kernel
+from sslkit.data.augment.parameters import ViewParams
 from sslkit.data.augment.tensorflow import BRIGHTNESS, CONTRAST, change_colours, resize_by_taps
+from sslkit.data.augment.views_config import ViewPolicy
 from sslkit.data.decode.channels import FULL_SCALE
 from sslkit.data.decode.rgb import Pixels
 
@@ -20,69 +20,68 @@ Floats = NDArray[np.float32]
 
 
 def resize_channels(values: Pixels, side: int, interpolation: str, kind: str = "antialias") -> Pixels:
-    """Resize (H, W, C) to (side, side, C) as ``[views] resize`` says, in floats and rounded once."""
+    """Resize (H, W, C) to (side, side, C) as ``[views] resize`` says; computed in floats and rounded once."""
     if values.shape[:2] == (side, side):
         return values
     if kind != "antialias":
-        turned = resize_by_taps(values, side, interpolation, legacy=kind == "tensorflow_v1")
-        return _rounded(turned.transpose(1, 0, 2))
+        transposed = resize_by_taps(values, side, interpolation, legacy=kind == "tensorflow_v1")
+        return _rounded(transposed.transpose(1, 0, 2))
     batch = torch.from_numpy(values.astype(np.float32)).permute(2, 0, 1).unsqueeze(0)
     return _rounded(interpolate(batch, (side, side), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy())
 
 
-def finish_channels(values: Pixels, draw: Draw, config: ViewsConfig) -> Pixels:
-    """Do to a crop (side, side, C) what was drawn; the one given stays as it is.
+def finish_channels(values: Pixels, params: ViewParams, policy: ViewPolicy) -> Pixels:
+    """Do all that follows the crop to (side, side, C) uint16 values, which are left as they are.
 
-    Brightness multiplies or adds; contrast moves values away from, or towards, their channel's mean; solarizing inverts
-    those in the upper half of the full scale; blur, mirror, rotation and blanking treat all channels alike.
+    Brightness multiplies or adds. Contrast scales the distance of values from the mean of their channel. Solarize
+    inverts values in the upper half of the full scale. Blur, flip, rotation and erasing are the same for all channels.
     """
-    if config.transforms == "tensorflow":
-        pixels = change_colours(values, draw, config, float(FULL_SCALE))
+    if policy.transforms == "tensorflow":
+        pixels = change_colours(values, params, policy, float(FULL_SCALE))
     else:
-        pixels = _change(values.astype(np.float32), draw, config)
-    if draw.flip:
+        pixels = _change_values(values.astype(np.float32), params, policy)
+    if params.flip:
         pixels = pixels[:, ::-1]
-    if draw.angle:
+    if params.angle:
         middle = (pixels.shape[0] - 1) / 2
-        matrix = cv2.getRotationMatrix2D((middle, middle), draw.angle, 1.0)
+        matrix = cv2.getRotationMatrix2D((middle, middle), params.angle, 1.0)
         size = pixels.shape[:2][::-1]
         pixels = _planes(pixels, lambda plane: cv2.warpAffine(plane, matrix, size))
-    if draw.hole:
-        top, left, height, width = draw.hole
+    if params.hole:
+        top, left, height, width = params.hole
         pixels = pixels.copy()
         pixels[top : top + height, left : left + width] = 0
     return _rounded(pixels)
 
 
-def _change(pixels: Floats, draw: Draw, config: ViewsConfig) -> Floats:
-    for number in draw.order if draw.jitter else ():
-        factor = np.float32((draw.jitter or ())[number])
+def _change_values(pixels: Floats, params: ViewParams, policy: ViewPolicy) -> Floats:
+    for number in params.order if params.jitter else ():
+        factor = np.float32((params.jitter or ())[number])
         if number == BRIGHTNESS:
             pixels = np.clip(
-                pixels + factor * FULL_SCALE if config.brightness == "add" else pixels * factor, 0, FULL_SCALE
+                pixels + factor * FULL_SCALE if policy.brightness == "add" else pixels * factor, 0, FULL_SCALE
             )
         elif number == CONTRAST:
             mean = pixels.mean(axis=(0, 1), keepdims=True)
             pixels = np.clip(mean + factor * (pixels - mean), 0, FULL_SCALE)
-    if draw.sigma:
-        kernel = _blur_kernel(draw.sigma)
+    if params.sigma:
+        kernel = _blur_kernel(params.sigma)
         pixels = _planes(pixels, lambda plane: cv2.sepFilter2D(plane, -1, kernel, kernel))
-    if draw.solarize:
+    if params.solarize:
         pixels = np.where(pixels > FULL_SCALE / 2, FULL_SCALE - pixels, pixels)
     return pixels
 
 
 def _blur_kernel(sigma: float) -> NDArray[Any]:
-    """A Gaussian; where it would be a single weight, three passes of a kernel with a third of its variance each."""
-    if int(SPREAD * sigma):
-        return np.asarray(create_gaussian_kernel_1d(sigma))
-    side = sigma**2 / 6.0
-    third = np.array([side, 1.0 - 2.0 * side, side])
+    """A Gaussian; where it would be a single weight, three passes of `small_kernel` in one kernel."""
+    if radius := int(CUTOFF * sigma):
+        return gaussian_kernel(sigma, radius)
+    third = small_kernel(sigma)
     return np.convolve(np.convolve(third, third), third).astype(np.float32)
 
 
 def _planes(pixels: Floats, change: Callable[[Floats], Any]) -> Floats:
-    """Change each channel by itself: OpenCV takes four at most at a time."""
+    """Change each channel separately: OpenCV takes at most four at a time."""
     planes = [change(np.ascontiguousarray(pixels[..., channel])) for channel in range(pixels.shape[2])]
     return np.stack(planes, axis=2)
 

@@ -1,7 +1,7 @@
-"""What chance decides of a view, before a pixel is touched: where it is cut and what is done to its colours.
+"""The random parameters of a view: where it is cropped and what is done to its colours.
 
-A draw is plain numbers and a pure function of (seed, epoch, sample, view), so that views do not depend on workers,
-ranks or restarts, a processor and an accelerator can make the same view, and a test can count what was drawn.
+They are plain numbers and a pure function of (seed, epoch, sample, view). So views do not depend on workers, ranks or
+restarts, the CPU and an accelerator can make the same view, and a test can count what was drawn.
 """
 
 import math
@@ -11,34 +11,34 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sslkit.data.augment.policies import LARGE_VIEWS, PerView, Range, ViewsConfig
+from sslkit.data.augment.views_config import Range, ViewPolicy
+from sslkit.random_draws import DrawPurpose
 
-VIEWS = 0  # what these draws are for, the second word of their key
-ATTEMPTS = 10  # at a box that fits, as torchvision has them
+ATTEMPTS = 10  # to draw a box that fits, as in torchvision
 TENSORFLOW_ATTEMPTS = 100  # the same in SimCLR's code
-HOLE_RATIO = (0.3, 3.3)  # of a blanked rectangle, as in random erasing (arXiv:1708.04896)
-SPREAD = 3.5  # standard deviations at which a blur's kernel ends, as albumentations has it; none below sigma 2/7
-COLOURS, BOX = 16, 4 * ATTEMPTS  # uniform numbers that a view's colours and one box are made of
+HOLE_RATIO = (0.3, 3.3)  # width over height of an erased rectangle, as in random erasing (arXiv:1708.04896)
+COLOURS, BOX = 16, 4 * ATTEMPTS  # uniform numbers that the colours and one box of a view are made of
 
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
+ViewKey = tuple[int, int, int, int]  # seed, epoch, sample, view
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
-    """One view's draw.
+class ViewParams:
+    """The random parameters of one view.
 
     Attributes:
-        box: What is cut out of the image.
-        jitter: Factors of brightness, contrast and saturation (1 changes nothing) and the turn of the hue, in shares
-            of the circle; None for a view whose colours are left alone. Where brightness is added, the first is a share
-            of the full scale (0 changes nothing).
-        order: In which order these four are applied.
-        gray: Whether the view turns grey.
+        box: The part of the image that is cropped.
+        jitter: Factors of brightness, contrast and saturation (1 changes nothing) and the shift of the hue, as a share
+            of the circle; None for no jitter. Where brightness is added, the first is a share of the full scale (0
+            changes nothing).
+        order: The order in which these four are applied.
+        gray: Whether the view is converted to grey.
         sigma: Standard deviation of the blur in pixels; 0 for none.
         solarize: Whether values from 128 up are inverted.
-        flip: Whether left and right change places.
-        angle: Degrees of rotation, counter-clockwise.
-        hole: What is blanked of the view; None for nothing.
+        flip: Whether the view is mirrored left to right.
+        angle: Rotation in degrees, counter-clockwise.
+        hole: The rectangle of the view that is set to black; None for none.
     """
 
     box: Box
@@ -51,15 +51,15 @@ class Draw:
     angle: float
     hole: Box | None
 
-    def numbers(self) -> NDArray[np.float32]:
-        """All but the box as one row of numbers, in the order of `Columns`."""
+    def as_row(self) -> NDArray[np.float32]:
+        """All but the box as one row of 18 numbers, in the order of `Columns`."""
         jitter = (1.0, *self.jitter) if self.jitter else (0.0, 1.0, 1.0, 1.0, 0.0)
         rest = (self.gray, self.sigma, self.solarize, self.flip, self.angle, *(self.hole or (0, 0, 0, 0)))
         return np.array([*jitter, *self.order, *rest], dtype=np.float32)
 
 
 class Columns:
-    """Where `Draw.numbers` keeps what."""
+    """The columns of `ViewParams.as_row`."""
 
     jittered, brightness, contrast, saturation, hue = range(5)
     order = slice(5, 9)
@@ -67,57 +67,60 @@ class Columns:
     hole = slice(14, 18)
 
 
-def draw_view(config: ViewsConfig, seed: int, epoch: int, sample: int, view: int, size: tuple[int, int]) -> Draw:
-    """Draw view ``view`` of an image of ``size`` (height, width) pixels."""
-    generator = np.random.default_rng([seed, VIEWS, epoch, sample, view])
+def draw_params(policy: ViewPolicy, key: ViewKey, size: tuple[int, int]) -> ViewParams:
+    """Draw the parameters of a view.
+
+    Args:
+        policy: How the view is made.
+        key: Seed, epoch, sample and view.
+        size: Height and width of the image in pixels.
+    """
+    seed, epoch, sample, view = key
+    generator = np.random.default_rng([seed, DrawPurpose.VIEWS, epoch, sample, view])
     uniform: list[float] = generator.random(COLOURS + 2 * BOX).tolist()
-    small = view >= LARGE_VIEWS
-    side, scale = (config.small_size, config.small_scale) if small else (config.size, config.crop_scale)
-
-    def happens(probability: PerView, number: float) -> bool:
-        return number < (probability[min(view, 1)] if isinstance(probability, tuple) else probability)
-
     brightness, contrast, saturation = (
         between((max(1.0 - strength, 0.0), 1.0 + strength), number)
-        for strength, number in zip(config.jitter[:3], uniform[1:4], strict=True)
+        for strength, number in zip(policy.jitter[:3], uniform[1:4], strict=True)
     )
-    if config.brightness == "add":
-        brightness = config.jitter[0] * (2.0 * uniform[1] - 1.0)
-    hue = config.jitter[3] * (2.0 * uniform[4] - 1.0)
+    if policy.brightness == "add":
+        brightness = policy.jitter[0] * (2.0 * uniform[1] - 1.0)
+    hue = policy.jitter[3] * (2.0 * uniform[4] - 1.0)
     first, second, third, fourth = sorted(range(4), key=uniform[5:9].__getitem__)
-    hole = uniform[COLOURS + BOX :] if happens(config.erase_prob, uniform[15]) else None
-    numbers = uniform[COLOURS : COLOURS + BOX]
-    if config.crop_sampler == "torchvision":
-        box = draw_box(numbers, size, scale, config.crop_ratio)
-    elif config.crop_sampler == "clamped":
-        box = clamped_box(numbers, size, scale, config.crop_ratio)
-    else:
-        covered = 0.0 if small else config.min_object_covered
-        box = tensorflow_box(numbers, generator, size, scale, config.crop_ratio, covered)
-    return Draw(
-        box=box,
-        jitter=(brightness, contrast, saturation, hue) if happens(config.jitter_prob, uniform[0]) else None,
+    hole = uniform[COLOURS + BOX :] if uniform[15] < policy.erase_prob else None
+    return ViewParams(
+        box=_draw_crop(policy, uniform[COLOURS : COLOURS + BOX], generator, size),
+        jitter=(brightness, contrast, saturation, hue) if uniform[0] < policy.jitter_prob else None,
         order=(first, second, third, fourth),
-        gray=happens(config.gray_prob, uniform[9]),
-        sigma=between(config.blur_sigma, uniform[11]) if happens(config.blur_prob, uniform[10]) else 0.0,
-        solarize=happens(config.solarize_prob, uniform[12]),
-        flip=happens(config.flip_prob, uniform[13]),
-        angle=config.rotate_degrees * (2.0 * uniform[14] - 1.0),
-        hole=draw_box(hole, (side, side), config.erase_scale, HOLE_RATIO) if hole else None,
+        gray=uniform[9] < policy.gray_prob,
+        sigma=between(policy.blur_sigma, uniform[11]) if uniform[10] < policy.blur_prob else 0.0,
+        solarize=uniform[12] < policy.solarize_prob,
+        flip=uniform[13] < policy.flip_prob,
+        angle=policy.rotate_degrees * (2.0 * uniform[14] - 1.0),
+        hole=draw_box(hole, (policy.size, policy.size), policy.erase_scale, HOLE_RATIO) if hole else None,
     )
+
+
+def _draw_crop(policy: ViewPolicy, uniform: list[float], generator: np.random.Generator, size: tuple[int, int]) -> Box:
+    if policy.crop_sampler == "torchvision":
+        return draw_box(uniform, size, policy.crop_scale, policy.crop_ratio)
+    if policy.crop_sampler == "clamped":
+        return clamped_box(uniform, size, policy.crop_scale, policy.crop_ratio)
+    if policy.crop_sampler == "tensorflow":
+        return tensorflow_box(uniform, generator, size, policy)
+    return 0, 0, *size
 
 
 def draw_box(uniform: Sequence[float], size: tuple[int, int], scale: Range, ratio: Range) -> Box:
     """A box within ``size`` (height, width), as torchvision's RandomResizedCrop draws it.
 
     Its share of the area is uniform over ``scale``, its width over its height log-uniform over ``ratio``. A box that
-    does not fit is drawn again; if none of `ATTEMPTS` fits, it is the largest in the middle whose ratio is allowed.
+    does not fit is drawn again; if none of `ATTEMPTS` fits, it is the largest central box with an allowed ratio.
 
     Args:
         uniform: 4 `ATTEMPTS` numbers in [0, 1).
-        size: Of what the box is cut out of.
-        scale: Shares of the area.
-        ratio: Widths over heights.
+        size: Of the image.
+        scale: Range of the share of the area.
+        ratio: Range of width over height.
     """
     height, width = size
     logs = (math.log(ratio[0]), math.log(ratio[1]))
@@ -133,14 +136,13 @@ def draw_box(uniform: Sequence[float], size: tuple[int, int], scale: Range, rati
 
 
 def clamped_box(uniform: Sequence[float], size: tuple[int, int], scale: Range, ratio: Range) -> Box:
-    """A box within ``size`` (height, width), as BYOL's code draws it: `draw_box`'s first attempt, each side at most
-    the image's.
+    """A box within ``size``, as BYOL's code draws it: the first attempt of `draw_box`, each side at most the image's.
 
     Args:
-        uniform: 4 numbers in [0, 1), or more.
-        size: Of what the box is cut out of.
-        scale: Shares of the area.
-        ratio: Widths over heights.
+        uniform: At least 4 numbers in [0, 1).
+        size: Height and width of the image.
+        scale: Range of the share of the area.
+        ratio: Range of width over height.
     """
     height, width = size
     share, shape, down, right = uniform[:4]
@@ -152,35 +154,29 @@ def clamped_box(uniform: Sequence[float], size: tuple[int, int], scale: Range, r
 
 
 def tensorflow_box(
-    uniform: Sequence[float],
-    generator: np.random.Generator,
-    size: tuple[int, int],
-    scale: Range,
-    ratio: Range,
-    covered: float,
+    uniform: Sequence[float], generator: np.random.Generator, size: tuple[int, int], policy: ViewPolicy
 ) -> Box:
     """A box within ``size`` (height, width), as `tf.image.sample_distorted_bounding_box` draws it around all of it.
 
-    Its width over its height is uniform over ``ratio``; its height is a whole number, uniform between the least and the
-    largest with which the box keeps to ``scale`` and fits. A box that is out of ``scale`` by more than one row, or has
-    less than ``covered`` of the area, is drawn again; after `TENSORFLOW_ATTEMPTS` it is the whole image. As in
-    TensorFlow, a box that is smaller than the image never touches its lower or right edge.
+    Width over height is uniform over ``crop_ratio``. The height is a whole number, uniform between the least and the
+    largest with which the box keeps to ``crop_scale`` and fits. A box outside ``crop_scale`` by more than one row, or
+    with less than ``min_object_covered`` of the area, is drawn again; after `TENSORFLOW_ATTEMPTS`, the box is the whole
+    image. As in TensorFlow, a box that is smaller than the image never touches its lower or right edge.
 
     Args:
         uniform: 4 `ATTEMPTS` numbers in [0, 1).
         generator: Gives the numbers of further attempts.
-        size: Of what the box is cut out of.
-        scale: Shares of the area.
-        ratio: Widths over heights.
-        covered: Least share of the area.
+        size: Of the image.
+        policy: Whose ``crop_scale``, ``crop_ratio`` and ``min_object_covered``.
     """
     height, width = size
-    least, most = (bound * height * width for bound in scale)
+    least, most = (bound * height * width for bound in policy.crop_scale)
+    covered = policy.min_object_covered * height * width
     for attempt in range(TENSORFLOW_ATTEMPTS):
         if attempt == ATTEMPTS:
             uniform = [*uniform, *generator.random(4 * (TENSORFLOW_ATTEMPTS - ATTEMPTS)).tolist()]
         shape, length, down, right = uniform[4 * attempt : 4 * attempt + 4]
-        aspect = between(ratio, shape)
+        aspect = between(policy.crop_ratio, shape)
         tallest = min(round(math.sqrt(most / aspect)), int((width + 0.5) / aspect), height)
         shortest = min(round(math.sqrt(least / aspect)), tallest)
         tall = shortest + int(length * (tallest - shortest + 1))
@@ -190,7 +186,7 @@ def tensorflow_box(
             tall -= 1
         wide = round(tall * aspect)
         fits = 0 < tall <= height and 0 < wide <= width
-        if fits and max(least, covered * height * width) <= tall * wide <= most:
+        if fits and max(least, covered) <= tall * wide <= most:
             return int(down * (height - tall)), int(right * (width - wide)), tall, wide
     return 0, 0, height, width
 

@@ -1,7 +1,7 @@
-"""Resizing, jitter, grey and blur as TensorFlow computes them, on the CPU: for SimCLR's and BYOL's views.
+"""Resize, jitter, grey and blur as TensorFlow computes them, on the CPU: for SimCLR's and BYOL's views.
 
-Pixels are floats between the steps, in the scale of the crop's whole numbers: 0 to 255, or to 65535 for images of
-channels. `device_views` does the same for a batch on an accelerator.
+Pixels are floats between the steps, in the scale of the crop: 0 to 255, or 0 to 65535 for multi-channel images. `gpu`
+does the same for a batch on an accelerator. TensorFlow itself is not used.
 """
 
 from functools import lru_cache
@@ -14,42 +14,44 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from sslkit.data.augment.parameters import Draw
-from sslkit.data.augment.policies import ViewsConfig
+from sslkit.data.augment.blur_kernels import gaussian_kernel
+from sslkit.data.augment.parameters import ViewParams
+from sslkit.data.augment.views_config import ViewPolicy
 
 Pixels = NDArray[Any]  # (H, W, 3) uint8 or (H, W, C) uint16
 Floats = NDArray[np.float32]
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # by the numbers of `Draw.order`
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the numbers in `ViewParams.order`
 LUMA = (0.2989, 0.5870, 0.1140)  # of `tf.image.rgb_to_grayscale`
-TABLE_STEPS = 1024  # TensorFlow looks cubic weights up at this many places between two pixels
+TABLE_STEPS = 1024  # positions between two pixels in TensorFlow's table of cubic weights
 BLUR_DIVIDER = 20  # a kernel's radius is the view's side over this: the kernel spans a tenth of the side
-BLUR_SPREAD = 4.0  # standard deviations after which weights are left out; together they are below 1e-4
+BLUR_CUTOFF = 4.0  # standard deviations beyond which weights are left out; their sum is below 1e-4
 
 
 def resize_by_taps(pixels: Pixels, side: int, interpolation: str, *, legacy: bool) -> Floats:
-    """Resize (H, W, C) without antialiasing, as `tf.image.resize` does; turned over, (W, H, C), and not rounded.
-
-    Values below zero, of a cubic's overshoot, become zero.
+    """Resize without antialiasing, as `tf.image.resize` does.
 
     Args:
-        pixels: Whole numbers.
-        side: In pixels.
+        pixels: (H, W, C), whole numbers.
+        side: Height and width of the result in pixels.
         interpolation: ``"bilinear"`` or ``"bicubic"``.
-        legacy: As `tf.compat.v1.image.resize_bicubic` (or ``_bilinear``) does it instead.
+        legacy: Resize as `tf.compat.v1.image.resize_bicubic` (or ``_bilinear``) instead.
+
+    Returns:
+        The transposed result, (W, H, C), not rounded. Negative values of a cubic's overshoot are set to zero.
     """
     height, width, channels = pixels.shape
     rows = torch.from_numpy(np.ascontiguousarray(pixels)).view(height, width * channels).float()
     places, weights = taps(height, side, interpolation, legacy)
     shortened = embedding_bag(places, rows, mode="sum", per_sample_weights=weights)
-    columns = torch.from_numpy(swap_axes(shortened.view(side, width, channels).numpy())).view(width, side * channels)
+    columns = torch.from_numpy(transpose(shortened.view(side, width, channels).numpy())).view(width, side * channels)
     places, weights = taps(width, side, interpolation, legacy)
     resized = embedding_bag(places, columns, mode="sum", per_sample_weights=weights)
     return np.asarray(resized.clamp_min_(0.0).view(side, side, channels).numpy(), dtype=np.float32)
 
 
-def swap_axes(image: NDArray[Any]) -> NDArray[Any]:
-    """(H, W, C) as (W, H, C), contiguous."""
+def transpose(image: NDArray[Any]) -> NDArray[Any]:
+    """Transpose (H, W, C) to (W, H, C), contiguous."""
     if image.shape[2] == 3:
         return np.asarray(cv2.transpose(image))  # ten times as fast as NumPy
     return np.ascontiguousarray(image.transpose(1, 0, 2))
@@ -57,10 +59,10 @@ def swap_axes(image: NDArray[Any]) -> NDArray[Any]:
 
 @lru_cache(maxsize=2048)
 def taps(length: int, side: int, interpolation: str, legacy: bool) -> tuple[Tensor, Tensor]:
-    """Which of ``length`` pixels each of ``side`` new ones is a sum of, and with which weights: both (side, 4).
+    """The pixels of ``length`` that each of ``side`` new ones is a weighted sum of, and the weights: both (side, 4).
 
-    Pixels beyond the edges have no weight, and the others' sum is 1; in the legacy form the edge's pixel stands for
-    them.
+    Pixels beyond the edges have weight 0, and the sum of the others is 1; in the legacy form the pixel at the edge
+    takes their place.
     """
     scale, half = np.float32(length / side), np.float32(0.0 if legacy else 0.5)
     centres = (np.arange(side, dtype=np.float32) + half) * scale - half
@@ -85,37 +87,40 @@ def cubic(distance: NDArray[np.floating[Any]], a: float) -> NDArray[np.floating[
     return np.where(distance <= 1.0, near, far)
 
 
-def change_colours(pixels: Pixels, draw: Draw, config: ViewsConfig, full_scale: float) -> Floats:
-    """Jitter, grey, blur and solarize a crop (side, side, C) as drawn; floats within the full scale, not rounded.
+def change_colours(pixels: Pixels, params: ViewParams, policy: ViewPolicy, full_scale: float) -> Floats:
+    """Jitter, convert to grey, blur and solarize a crop (side, side, C).
 
-    Saturation, hue and grey need three channels, and are left out of a draw for others.
+    Saturation, hue and grey need three channels; the parameters of other images have none.
+
+    Returns:
+        Floats within the full scale, not rounded.
     """
     floats: Floats = pixels.astype(np.float32)
-    if draw.gray and config.gray_first:
-        floats = turn_gray(floats)
-    if draw.jitter is not None:
-        floats = jitter(floats, draw, config, full_scale)
-    if draw.gray and not config.gray_first:
-        floats = turn_gray(floats)
-    if draw.sigma:
-        floats = blur(floats, draw.sigma)
-    if draw.solarize:
+    if params.gray and policy.gray_first:
+        floats = to_gray(floats)
+    if params.jitter is not None:
+        floats = jitter(floats, params, policy, full_scale)
+    if params.gray and not policy.gray_first:
+        floats = to_gray(floats)
+    if params.sigma:
+        floats = blur(floats, params.sigma)
+    if params.solarize:
         floats = np.where(floats >= full_scale / 2, full_scale - floats, floats)
     return floats
 
 
-def jitter(floats: Floats, draw: Draw, config: ViewsConfig, full_scale: float) -> Floats:
-    """Brightness, contrast, saturation and hue in the draw's order, clipped after each; may overwrite ``floats``."""
+def jitter(floats: Floats, params: ViewParams, policy: ViewPolicy, full_scale: float) -> Floats:
+    """Change brightness, contrast, saturation and hue in the order of ``params``; may overwrite ``floats``."""
     in_hsv = False
-    for number in draw.order:
-        factor = (draw.jitter or ())[number]
-        if factor == (0.0 if number == HUE or (number == BRIGHTNESS and config.brightness == "add") else 1.0):
+    for number in params.order:
+        factor = (params.jitter or ())[number]
+        if factor == (0.0 if number == HUE or (number == BRIGHTNESS and policy.brightness == "add") else 1.0):
             continue
         if in_hsv != (number in (SATURATION, HUE)):
             floats = _as_float(cv2.cvtColor(floats, cv2.COLOR_HSV2RGB if in_hsv else cv2.COLOR_RGB2HSV))
             in_hsv = not in_hsv
         if number == BRIGHTNESS:
-            floats = brighten(floats, factor, full_scale, add=config.brightness == "add")
+            floats = brighten(floats, factor, full_scale, add=policy.brightness == "add")
         elif number == CONTRAST:
             floats = contrast(floats, factor, full_scale)
         elif number == SATURATION:
@@ -135,7 +140,7 @@ def brighten(floats: Floats, factor: float, full_scale: float, *, add: bool) -> 
 
 
 def contrast(floats: Floats, factor: float, full_scale: float) -> Floats:
-    """Move values away from the mean of their channel, or towards it; in place."""
+    """Scale the distance of values from the mean of their channel; in place."""
     rows = floats.reshape(len(floats), -1)
     means = rows.mean(axis=0).reshape(floats.shape[1:]).mean(axis=0, dtype=np.float64)
     rows *= np.float32(factor)
@@ -143,23 +148,21 @@ def contrast(floats: Floats, factor: float, full_scale: float) -> Floats:
     return np.clip(floats, 0.0, full_scale, out=floats)
 
 
-def turn_gray(floats: Floats) -> Floats:
-    """Three channels, each the luma."""
+def to_gray(floats: Floats) -> Floats:
+    """Convert to grey: three channels, each the luma."""
     return _as_float(cv2.transform(floats, np.array([LUMA] * 3, dtype=np.float32)))
 
 
 def blur_kernel(side: int, sigma: float) -> Floats:
-    """Weights of the blur of a view of ``side`` pixels in one direction: an odd number of them, of sum 1."""
-    radius = min(side // BLUR_DIVIDER, int(np.ceil(BLUR_SPREAD * sigma)))
-    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    return _as_float(weights / weights.sum())
+    """Weights of the blur of a view of ``side`` pixels in one direction: an odd number, of sum 1."""
+    return _as_float(gaussian_kernel(sigma, min(side // BLUR_DIVIDER, int(np.ceil(BLUR_CUTOFF * sigma)))))
 
 
 def blur(floats: Floats, sigma: float) -> Floats:
-    """A Gaussian blur; beyond the edges everything is zero, so that edges darken."""
+    """Blur by a Gaussian; pixels beyond the edges are zero, so that edges darken."""
     kernel = blur_kernel(len(floats), sigma)
     channels = floats.shape[2]
-    if channels <= 4:  # more than OpenCV takes at a time
+    if channels <= 4:  # the most that OpenCV takes at a time
         blurred = cv2.sepFilter2D(floats, -1, kernel, kernel, borderType=cv2.BORDER_CONSTANT)
         return _as_float(blurred).reshape(floats.shape)
     planes = [blur(np.ascontiguousarray(floats[..., channel : channel + 1]), sigma) for channel in range(channels)]

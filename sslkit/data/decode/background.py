@@ -1,4 +1,4 @@
-"""What stands behind transparent pixels: a colour, or nothing, so that the colours under them show."""
+"""The colour that transparent pixels are composited over."""
 
 from contextlib import suppress
 from functools import cache
@@ -14,13 +14,13 @@ WHITE = "white"
 
 @cache
 def colour_of(background: str) -> tuple[int, int, int]:
-    """The red, green and blue that a ``background`` names, each 0 to 255.
+    """Red, green and blue of a ``background``, each 0 to 255.
 
     Args:
-        background: As CSS writes colours: ``"white"``, ``"#8090a0"``, ``"rgb(128, 144, 160)"``.
+        background: A CSS colour, such as ``"white"``, ``"#8090a0"`` or ``"rgb(128, 144, 160)"``.
 
     Raises:
-        ValueError: It names none.
+        ValueError: It is no colour.
     """
     colour: tuple[int, ...] = ()
     with suppress(ValueError):
@@ -45,7 +45,7 @@ def check_background(background: str) -> str:
 def flatten(pixels: NDArray[np.uint8], background: str) -> NDArray[np.uint8]:
     """Composite (H, W, 4) RGBA over a colour, or drop its alpha: (H, W, 3) RGB.
 
-    Pixels without transparency come out as they are.
+    Opaque pixels are unchanged.
     """
     colours = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB), dtype=np.uint8)
     if background == KEEP or pixels[..., 3].min() == 255:
@@ -56,7 +56,7 @@ def flatten(pixels: NDArray[np.uint8], background: str) -> NDArray[np.uint8]:
 
 
 def describe_background(background: str) -> str:
-    """What happens to alpha, in words for print."""
+    """What happens to alpha, for messages."""
     if background == KEEP:
         return 'alpha is dropped and the colours under it are kept ([data] background = "keep")'
     return f'composited over {background} ([data] background = "{background}")'

@@ -1,7 +1,7 @@
-"""Images of any number of channels, in 8 or 16 bits: microscopes, satellites, X-rays.
+"""Decode images with any number of channels in 8 or 16 bits, such as those of microscopes, satellites and X-rays.
 
-Values keep 16 bits. Of 8 bits they are multiplied by 257, so that full scale is 65535 either way and nothing is lost.
-Signed values are moved up by half of their range, 32768 or 128.
+Values have 16 bits. 8-bit values are multiplied by 257, so that full scale is always 65535 and nothing is lost.
+Signed values are shifted up by half of their range, 32768 or 128.
 """
 
 import importlib
@@ -32,27 +32,25 @@ from sslkit.errors import UserError
 FULL_SCALE = 65_535
 FROM_8_BITS = 257  # 255 * 257 = 65535
 MODES = {"L": 1, "I;16": 1, "I;16B": 1, "I;16L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4}
-DEEP_PNG = b"\x10\x06"  # bit depth and colour type of a PNG with 16 bits of red, green, blue and alpha
+DEEP_PNG = b"\x10\x06"  # bit depth and colour type of a 16-bit RGBA PNG
 
 Channels = NDArray[np.uint16]
 
 
 def decode_channels(encoded: bytes, name: str, channels: int) -> Channels:
-    """Decode one image to (H, W, channels) uint16, full scale 65535.
+    """Decode an image to (H, W, channels) uint16, full scale 65535, upright according to its EXIF orientation.
 
-    It is turned upright by its EXIF tag.
-
-    One, two or four channels of 8 bits, and one of 16, may come in any format; 16-bit alpha in PNG; everything else in
-    TIFF, with channels as samples or as pages, which `tifffile` reads.
+    One to four 8-bit channels, or one 16-bit channel, may have any format; 16-bit RGBA may be PNG. Everything else must
+    be TIFF, with channels as samples or as pages, which `tifffile` reads.
 
     Args:
-        encoded: The file's content.
-        name: What to call the image in an error, printable.
-        channels: How many it must have.
+        encoded: Content of the file.
+        name: Printable name of the image, for errors.
+        channels: Number of channels that it must have.
 
     Raises:
-        UnreadableImage: The bytes are not an image, or one of another number of channels or another type.
-        UserError: `tifffile` is needed and not there.
+        UnreadableImage: The bytes are no image, or one with another number of channels or another type.
+        UserError: `tifffile` is needed and not installed.
     """
     if encoded[:4] in TIFF and channels > 1:
         values = _decode_tiff(encoded, name, channels)
@@ -62,9 +60,9 @@ def decode_channels(encoded: bytes, name: str, channels: int) -> Channels:
 
 
 def as_picture(values: NDArray[Any]) -> Pixels:
-    """For the eye: (H, W, C) as (H, W, 3) uint8: the first three channels, or the first as grey, stretched.
+    """Make (H, W, C) values visible as (H, W, 3) uint8: the first three channels, or the first as grey, stretched.
 
-    RGB of 8 bits stays as it is.
+    8-bit RGB is returned unchanged.
     """
     if values.dtype == np.uint8:
         return np.asarray(values, dtype=np.uint8)
@@ -77,26 +75,26 @@ def _decode_plain(encoded: bytes, name: str, channels: int) -> NDArray[Any]:
     header = read_header(encoded, name)
     found = _channels_of(header)
     if header.mode == "P":
-        raise UnreadableImage(name, "its pixels are numbers of a palette's colours; convert it to grey or colour")
+        raise UnreadableImage(name, "its pixels are indices of a palette; convert it to grey or colour")
     if found != channels:
-        many = f"{found} channels" if found else "no channels of 8 or 16 bits"
-        raise UnreadableImage(name, f"{many} (mode {header.mode}), where [backbone] in_chans is {channels}")
+        there = f"{found} channels" if found else "no channels of 8 or 16 bits"
+        raise UnreadableImage(name, f"{there} (mode {header.mode}), but [backbone] in_chans is {channels}")
     if header.format == "PNG" and encoded[24:25] == b"\x10" and channels > 1:
         if encoded[24:26] != DEEP_PNG:
             raise UnreadableImage(name, "a PNG of 16-bit grey with alpha, which would lose bits; convert it to TIFF")
         values = cv2.imdecode(np.frombuffer(encoded, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
         if values is None or values.ndim != 3 or values.shape[2] != channels:
-            raise UnreadableImage(name, "broken or cut short")
+            raise UnreadableImage(name, "damaged or truncated")
         return turn_upright(np.asarray(values[..., [2, 1, 0, 3]]), header.orientation)
     if header.format == "JPEG2000" and channels > 1:
-        raise UnreadableImage(name, "JPEG 2000 of several channels, which might lose bits; convert it to TIFF")
+        raise UnreadableImage(name, "JPEG 2000 with several channels, which could lose bits; convert it to TIFF")
     values = _read_plain(encoded, name, header)
     values = values.reshape(*values.shape[:2], channels)
-    return values if header.format == "TIFF" else turn_upright(values, header.orientation)  # Pillow turns a TIFF
+    return values if header.format == "TIFF" else turn_upright(values, header.orientation)  # Pillow rotates TIFFs
 
 
 def _read_plain(encoded: bytes, name: str, header: Header) -> NDArray[Any]:
-    """What Pillow reads, unsigned and of full scale."""
+    """Decode with Pillow to unsigned values of full scale."""
     try:
         with warnings.catch_warnings(), open_for_pixels(encoded) as image:
             warnings.simplefilter("ignore")
@@ -108,32 +106,32 @@ def _read_plain(encoded: bytes, name: str, header: Header) -> NDArray[Any]:
             return np.asarray(image.convert("L") if image.mode == "1" else image)
     except UnreadableImage:
         raise
-    except Exception as error:  # what decoders raise about junk is no closed set
-        raise UnreadableImage(name, f"broken or cut short ({str(error)[:100]})") from error
+    except Exception as error:  # decoders raise all kinds of errors for invalid data
+        raise UnreadableImage(name, f"damaged or truncated ({str(error)[:100]})") from error
 
 
 def _unsigned(values: NDArray[Any]) -> NDArray[Any]:
-    """Signed values moved up by half of their range: the lowest becomes 0, and 0 the middle."""
+    """Shift signed values up by half of their range, so that the lowest becomes 0."""
     unsigned = values.view(np.dtype(f"u{values.itemsize}"))
     return np.asarray(unsigned ^ np.array(1 << (8 * values.itemsize - 1), unsigned.dtype))
 
 
 def _channels_of(header: Header) -> int:
-    """How many channels of 8 or 16 bits a mode of Pillow's has; 0 where it has none of these."""
-    # Pillow says "I", 32 bits, of some samples of 16.
+    """Number of 8-bit or 16-bit channels of a Pillow mode; 0 if it has others."""
+    # Pillow opens some 16-bit samples as "I", which has 32 bits.
     if header.mode == "1" or (header.mode == "I" and (header.format == "PPM" or header.signed == 16)):
         return 1
     return MODES.get(header.mode, 0)
 
 
 def _check_pages(image: Image.Image, name: str) -> None:
-    """Pages of the same size are channels, of which none is left out by guess; a smaller one is a preview."""
+    """Refuse a TIFF with several pages of the same size, which may be channels; a smaller page is a preview."""
     if image.format != "TIFF" or (pages := int(getattr(image, "n_frames", 1))) == 1:
         return
     size = image.size
     image.seek(1)
     if image.size == size:
-        raise UnreadableImage(name, f"{pages} pages, where [backbone] in_chans is 1")
+        raise UnreadableImage(name, f"{pages} pages, but [backbone] in_chans is 1")
     image.seek(0)
 
 
@@ -141,8 +139,8 @@ def _decode_tiff(encoded: bytes, name: str, channels: int) -> NDArray[Any]:
     try:
         tifffile = importlib.import_module("tifffile")
     except ImportError as error:
-        raise UserError(f"{name}: TIFF of several channels needs tifffile: pip install tifffile") from error
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # a broken image is reported by us, once
+        raise UserError(f"{name}: TIFF with several channels needs tifffile: pip install tifffile") from error
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # a damaged image is reported once, by sslkit
     try:
         with tifffile.TiffFile(io.BytesIO(encoded)) as tiff:
             pages = _pages(tiff)
@@ -150,7 +148,7 @@ def _decode_tiff(encoded: bytes, name: str, channels: int) -> NDArray[Any]:
             if len(pages) > 1:
                 axes, shape = f"C{axes}", (len(pages), *shape)
             if np.prod(shape, dtype=np.float64) > 3 * MAX_PIXELS:
-                raise UnreadableImage(name, f"more than {3 * MAX_PIXELS} values, so refused by its header")
+                raise UnreadableImage(name, f"more than {3 * MAX_PIXELS} values according to its header")
             _check_type(name, axes, shape, dtype, channels)
             turn = tiff.pages[0].tags.get(ORIENTATION)
             orientation = next((each for each in range(2, 9) if turn is not None and turn.value == each), 1)
@@ -162,26 +160,27 @@ def _decode_tiff(encoded: bytes, name: str, channels: int) -> NDArray[Any]:
     except UserError:
         raise
     except Exception as error:
-        said = " ".join(str(error).split())[:100]
-        raise UnreadableImage(name, f"broken or cut short ({said or type(error).__name__})") from error
-    across, down = axes.index("X"), axes.index("Y")
-    order = (down, across, *(axis for axis in range(len(axes)) if axis not in (down, across)))
-    return turn_upright(values.transpose(order).reshape(shape[down], shape[across], channels), orientation)
+        message = " ".join(str(error).split())[:100]
+        raise UnreadableImage(name, f"damaged or truncated ({message or type(error).__name__})") from error
+    x, y = axes.index("X"), axes.index("Y")
+    order = (y, x, *(axis for axis in range(len(axes)) if axis not in (y, x)))
+    return turn_upright(values.transpose(order).reshape(shape[y], shape[x], channels), orientation)
 
 
 def _pages(tiff: Any) -> list[Any]:
-    """The first image of a TIFF, or all where they are pages alike that were written one by one."""
-    first, alike = tiff.series[0], [each for each in tiff.series if each.axes == "YX"]
-    if len(alike) == len(tiff.series) and all((each.shape, each.dtype) == (first.shape, first.dtype) for each in alike):
-        return alike
+    """The first image of a TIFF, or all of them if they are equal pages that were written one by one."""
+    first, planes = tiff.series[0], [each for each in tiff.series if each.axes == "YX"]
+    equal = all((each.shape, each.dtype) == (first.shape, first.dtype) for each in planes)
+    if equal and len(planes) == len(tiff.series):
+        return planes
     return [first]
 
 
 def _check_type(name: str, axes: str, shape: tuple[int, ...], dtype: np.dtype[Any], channels: int) -> None:
     others = [size for axis, size in zip(axes, shape, strict=True) if axis not in "XY" and size > 1]
     if "X" not in axes or "Y" not in axes or len(others) > 1:
-        raise UnreadableImage(name, f"axes {axes} of {shape}, of which it is not clear what the channels are")
+        raise UnreadableImage(name, f"axes {axes} of {shape}, so that it is unclear which are the channels")
     if (found := others[0] if others else 1) != channels:
-        raise UnreadableImage(name, f"{found} channels, where [backbone] in_chans is {channels}")
+        raise UnreadableImage(name, f"{found} channels, but [backbone] in_chans is {channels}")
     if dtype not in (np.uint8, np.uint16, np.int8, np.int16):
-        raise UnreadableImage(name, f"values of type {dtype}, whose range nothing tells; convert them to 8 or 16 bits")
+        raise UnreadableImage(name, f"values of type {dtype}, whose range is unknown; convert them to 8 or 16 bits")

@@ -1,4 +1,4 @@
-"""Which way up an image is: read from its metadata in every format by one rule, and turned by one function."""
+"""Read the orientation of an image from its metadata, in any format, and rotate it upright."""
 
 import struct
 from collections.abc import Callable
@@ -9,12 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-ORIENTATION = 0x0112  # EXIF's tag, and TIFF's
-METADATA = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}  # where Pillow keeps an orientation
-CHUNK = struct.Struct(">I4s")  # size and name of a PNG's chunk
-LATE = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of PNG texts that may hold an orientation
+ORIENTATION = 0x0112  # tag of EXIF and TIFF
+METADATA = {
+    "exif",
+    "Raw profile type exif",
+    "XML:com.adobe.xmp",
+    "xmp",
+}  # Pillow's keys for it
+CHUNK = struct.Struct(">I4s")  # size and name of a PNG chunk
+LATE = (
+    b"XML:com.adobe.xmp\0",
+    b"Raw profile type exif\0",
+)  # keywords of PNG text chunks with it
 
-TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {  # upright, by EXIF's orientation
+TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {  # by EXIF orientation
     2: lambda pixels: cv2.flip(pixels, 1),
     3: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_180),
     4: lambda pixels: cv2.flip(pixels, 0),
@@ -26,18 +34,18 @@ TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {  # upright, by EXIF
 
 
 def orientation_of(image: Image.Image) -> int:
-    """What EXIF, or else XMP, says: 1 (upright) to 8; 1 where it says something else."""
+    """The orientation in EXIF or else XMP: 1 (upright) to 8; 1 if it is missing or invalid."""
     if image.format != "TIFF" and not METADATA & image.info.keys():
         return 1
     try:
-        said = Image.Image.getexif(image).get(ORIENTATION, 1)  # a PNG's own method decodes its pixels
-    except Exception:  # junk where EXIF should be
+        value = Image.Image.getexif(image).get(ORIENTATION, 1)  # the method of PNGs would decode the pixels
+    except Exception:  # invalid EXIF
         return 1
-    return next((turn for turn in range(2, 9) if said == turn), 1)
+    return next((turn for turn in range(2, 9) if value == turn), 1)
 
 
 def metadata_first(encoded: bytes) -> bytes:
-    """A PNG with chunks that may tell its orientation before its pixels; Pillow reads no further for a header."""
+    """Move chunks of a PNG that may contain its orientation before the pixels, where Pillow stops reading a header."""
     if encoded[:8] != b"\x89PNG\r\n\x1a\n":
         return encoded
     at, first, late = 8, 0, b""
@@ -52,12 +60,12 @@ def metadata_first(encoded: bytes) -> bytes:
 
 
 def turn_upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Turn pixels (H, W, C) upright from EXIF's orientation, 1 to 8."""
+    """Rotate and flip (H, W, C) pixels upright, given their EXIF orientation, 1 to 8."""
     if orientation == 1:
         return pixels
-    if pixels.shape[2] * pixels.itemsize > 32:  # bytes of a pixel, more than OpenCV's transposition takes
+    if pixels.shape[2] * pixels.itemsize > 32:  # bytes per pixel; OpenCV cannot transpose more
         turned = pixels.swapaxes(0, 1) if orientation > 4 else pixels
         turned = turned[::-1] if orientation in (3, 4, 7, 8) else turned
         return np.ascontiguousarray(turned[:, ::-1] if orientation in (2, 3, 6, 7) else turned)
     turned = TURNS[orientation](pixels)
-    return turned.reshape(*turned.shape[:2], pixels.shape[2])  # OpenCV takes a single channel away
+    return turned.reshape(*turned.shape[:2], pixels.shape[2])  # OpenCV drops the axis of a single channel

@@ -1,4 +1,4 @@
-"""From a file of any content to an RGB array, or a reason why not. Nothing here trusts the file."""
+"""Decode untrusted image files to RGB arrays."""
 
 import io
 import logging
@@ -19,20 +19,20 @@ from sslkit.data.decode.orientation import ORIENTATION, metadata_first, orientat
 from sslkit.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-MAX_PIXELS = 89_478_485  # Pillow's own bound: 256 MiB of RGB
+MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB of RGB
 MAX_BYTES = 2**29  # of a file
-TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # what one begins with
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes of a TIFF
 
 Pixels = NDArray[np.unsignedinteger[Any]]  # (H, W, 3) uint8 RGB, or (H, W, channels) uint16
 Size = tuple[int, int]  # height, width
 Reduction = Callable[[Size], int]
 
-BITS, PHOTOMETRIC, PLANES, SAMPLE_FORMAT = 258, 262, 284, 339  # tags of a TIFF
-SIGNED = 2  # of SAMPLE_FORMAT
-WHITE_IS_ZERO = 0  # of PHOTOMETRIC
+BITS, PHOTOMETRIC, PLANES, SAMPLE_FORMAT = 258, 262, 284, 339  # TIFF tags
+SIGNED = 2  # a value of SAMPLE_FORMAT
+WHITE_IS_ZERO = 0  # a value of PHOTOMETRIC
 ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
-GREY_TRANSPARENCY = b"\0\0\0\x02tRNS"  # a PNG's chunk, two bytes long; its name may stand in a text too
-YCC = b"colr\x01\0\0\0\0\0\x12"  # a JPEG 2000's colour space
+GREY_TRANSPARENCY = b"\0\0\0\x02tRNS"  # start of a 2-byte PNG chunk; the name alone may occur in text
+YCC = b"colr\x01\0\0\0\0\0\x12"  # colour space of a JPEG 2000
 
 _REDUCED = {
     1: cv2.IMREAD_COLOR_RGB,
@@ -41,20 +41,20 @@ _REDUCED = {
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
 
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # a broken image is reported by us, once
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # a damaged image is reported once, by sslkit
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # parallelism is the workers' business
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # workers run in parallel already
 
 
-class UnreadableImage(UserError):  # noqa: N818 - what it is, not what happened
+class UnreadableImage(UserError):  # noqa: N818 - named after the image
     """An image that cannot be read.
 
     Attributes:
         reason: Why, in a few words.
 
     Args:
-        name: What to call the image, printable.
-        reason: Why; empty where a DataLoader makes a worker's error anew, from its text alone.
+        name: Printable name of the image.
+        reason: Why; empty if DataLoader re-creates the error of a worker from its message.
     """
 
     def __init__(self, name: str, reason: str = "") -> None:
@@ -62,18 +62,18 @@ class UnreadableImage(UserError):  # noqa: N818 - what it is, not what happened
         self.reason = reason
 
 
-class Header(NamedTuple):  # which is made faster than a dataclass, once an image
-    """What an image says of itself.
+class Header(NamedTuple):  # created for every image, faster than a dataclass
+    """The metadata of an image file.
 
     Attributes:
-        format: One of `FORMATS`, or ``"MPO"``, a JPEG of several pictures.
-        mode: Pillow's word for the pixels, such as ``"RGB"``, ``"CMYK"`` or ``"I;16"``.
-        width: In pixels, before it is turned upright.
-        height: Likewise.
-        orientation: EXIF's, 1 (upright) to 8; 1 where it says something else.
-        alpha: Whether pixels can be transparent: there is an alpha channel, or a colour that means transparent.
-        signed: Bits of a sample that is a signed integer, which only a TIFF can have; 0 for all others.
-        opencv: Whether OpenCV reads it, as Pillow would; Pillow reads all others.
+        format: One of `FORMATS`, or ``"MPO"``, a JPEG with several pictures.
+        mode: Pillow's mode, such as ``"RGB"``, ``"CMYK"`` or ``"I;16"``.
+        width: Width in pixels, before rotation.
+        height: Height in pixels, before rotation.
+        orientation: EXIF orientation, 1 (upright) to 8; 1 if it is missing or invalid.
+        alpha: Whether there is an alpha channel, or a colour that means transparent.
+        signed: Bits per sample if samples are signed integers, as in some TIFFs; else 0.
+        opencv: Whether OpenCV decodes it, with the same result as Pillow, which decodes all others.
     """
 
     format: str
@@ -87,19 +87,19 @@ class Header(NamedTuple):  # which is made faster than a dataclass, once an imag
 
     @property
     def size(self) -> Size:
-        """Height and width of the pixels, which are upright."""
+        """Height and width of the upright image."""
         return (self.height, self.width) if self.orientation < 5 else (self.width, self.height)
 
 
 def read_file(path: Path, span: tuple[int, int] | None = None) -> bytes:
-    """The content of a regular file of at most 512 MiB; never waits for a pipe or a device.
+    """Read a regular file of at most `MAX_BYTES`; never waits for a pipe or a device.
 
     Args:
         path: The file.
-        span: Offset and size of the part that is meant; none for all of it.
+        span: Offset and size of the part to read; None for the whole file.
 
     Raises:
-        OSError: There is no such file, or no right to read it, or it is not one to be read.
+        OSError: The file does not exist, may not be read, is not a regular file, or is too large or too short.
     """
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
         status = os.fstat(stream.fileno())
@@ -111,24 +111,24 @@ def read_file(path: Path, span: tuple[int, int] | None = None) -> bytes:
         if size < 0:
             raise OSError("a link in a tar file, without content of its own")
         if offset + size > status.st_size:
-            raise OSError(f"cut short: its tar file ends {offset + size - status.st_size} bytes before it does")
+            raise OSError(f"truncated: its tar file is {offset + size - status.st_size} bytes too short")
         stream.seek(offset)
         return stream.read(size)
 
 
 def read_header(encoded: bytes, name: str) -> Header:
-    """Read what an image says of itself, without memory for its pixels.
+    """Read the metadata of an image, without allocating its pixels.
 
     Raises:
-        UnreadableImage: No image of a kind that is read, or one of more than `MAX_PIXELS` pixels.
+        UnreadableImage: It is no image, of an unsupported format, or has more than `MAX_PIXELS` pixels.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the size, which is judged below, and of odd metadata
+        warnings.simplefilter("ignore")  # about the size, which is checked below, and about metadata
         try:
             _check_webp_canvas(encoded)
             with Image.open(io.BytesIO(metadata_first(encoded)), formats=FORMATS) as image:
                 header = _describe(image, encoded)
-        except Exception as error:  # what decoders raise about junk is no closed set
+        except Exception as error:  # decoders raise all kinds of errors for invalid data
             raise UnreadableImage(name, _reason(error, encoded)) from error
     if header.width * header.height > MAX_PIXELS:
         raise UnreadableImage(name, _too_large())
@@ -142,20 +142,20 @@ def _describe(image: Image.Image, encoded: bytes) -> Header:
     if kind in ("JPEG", "PNG", "WEBP", "MPO"):
         return Header(kind, image.mode, width, height, orientation, alpha, opencv=True)
     if kind == "TIFF":
-        if tiff_tag(image, ORIENTATION) in ((5,), (6,), (7,), (8,)):  # Pillow gives the size once it is turned
+        if tiff_tag(image, ORIENTATION) in ((5,), (6,), (7,), (8,)):  # Pillow gives the size after rotation
             width, height = height, width
         signed = max(tiff_tag(image, BITS), default=0) if SIGNED in tiff_tag(image, SAMPLE_FORMAT) else 0
     header = Header(kind, image.mode, width, height, orientation, alpha, signed)
-    return header._replace(opencv=_is_read_alike(image, header, encoded))
+    return header._replace(opencv=_opencv_agrees(image, header, encoded))
 
 
-def _is_read_alike(image: Image.Image, header: Header, encoded: bytes) -> bool:
-    """Whether OpenCV reads an image of a rarer format as Pillow does, as it was found (docs/log.md)."""
+def _opencv_agrees(image: Image.Image, header: Header, encoded: bytes) -> bool:
+    """Whether OpenCV decodes an image of a less common format like Pillow, as measured in docs/log.md."""
     codec, _, _, options = next(iter(getattr(image, "tile", ())), ("", None, 0, None))
     match header.format:
-        case "BMP":  # 5 bits become 0 to 248
+        case "BMP":  # OpenCV maps 5 bits to 0..248
             return not header.alpha and isinstance(options, tuple) and options[0] not in ("BGR;15", "BGR;16")
-        case "PPM":  # other codecs scale a maxval that is not 255 or 65535
+        case "PPM":  # other codecs scale values if maxval is not 255 or 65535
             return codec == "raw"
         case "JPEG2000":
             return not header.alpha and header.mode in ("L", "RGB") and _is_plain_jpeg2000(encoded)
@@ -163,17 +163,17 @@ def _is_read_alike(image: Image.Image, header: Header, encoded: bytes) -> bool:
             upright = header.orientation == 1 and tiff_tag(image, ORIENTATION) in ((), (1,))
             plain = header.mode in ("L", "P", "RGB", "CMYK", "I;16", "I;16B") and tiff_tag(image, PLANES) in ((), (1,))
             return upright and plain and {*tiff_tag(image, BITS)} in ({8}, {16})
-    return False  # GIF: transparent pixels have other colours; AVIF: no orientation, and red is blue beside alpha
+    return False  # GIF: other colours under transparency; AVIF: no orientation, and red and blue swapped with alpha
 
 
 def tiff_tag(image: Image.Image, number: int) -> tuple[Any, ...]:
-    """The values of a TIFF's tag; none where it has none, or is no TIFF."""
+    """The values of a TIFF tag; empty if the image does not have it."""
     values = getattr(image, "tag_v2", {}).get(number, ())
     return values if isinstance(values, tuple) else (values,)
 
 
 def _is_plain_jpeg2000(encoded: bytes) -> bool:
-    """Whether all components have 8 bits and the full size, in grey or RGB."""
+    """Whether a JPEG 2000 has 8 bits and no subsampling, in grey or RGB."""
     at = encoded.find(b"\xff\x4f\xff\x51")
     if at < 0 or YCC in encoded[:at] or b"pclr" in encoded[:at]:
         return False
@@ -182,36 +182,35 @@ def _is_plain_jpeg2000(encoded: bytes) -> bool:
 
 
 def decode_rgb(encoded: bytes, name: str, background: str = KEEP) -> Pixels:
-    """Decode one image to (H, W, 3) uint8 RGB, upright by its EXIF tag.
+    """Decode an image to (H, W, 3) uint8 RGB, upright according to its EXIF orientation.
 
-    Grey is repeated, palettes are looked up, CMYK is converted without a colour profile, 16-bit samples keep their
-    high byte, and of an animation the first frame is taken: what Pillow's ``convert("RGB")`` gives, within a level,
-    except that Pillow clips 16-bit grey to white.
+    Grey is repeated, palettes are applied, CMYK is converted without a colour profile, 16-bit samples keep their high
+    byte, and animations give their first frame. The result equals Pillow's ``convert("RGB")`` within one level, except
+    that Pillow clips 16-bit grey to white.
 
     Args:
-        encoded: The file's content. Pillow reads the header, and the pixels wherever OpenCV would read others.
-        name: What to call the image in an error, printable.
-        background: The colour that transparent pixels are composited over, or ``"keep"``, which drops alpha.
+        encoded: Content of the file. Pillow reads the header, and the pixels if OpenCV would decode them differently.
+        name: Printable name of the image, for errors.
+        background: Colour that transparent pixels are composited over, or ``"keep"`` to drop alpha.
 
     Raises:
-        UnreadableImage: The bytes are not an image, or a broken one, or too large a one, or one whose samples do not
-            fit into 8 bits.
+        UnreadableImage: The bytes are no image, a damaged one, or too large, or samples do not fit into 8 bits.
     """
     return decode_reduced(encoded, name, lambda _size: 1, background)[0]
 
 
 def decode_reduced(encoded: bytes, name: str, reduction: Reduction, background: str = KEEP) -> tuple[Pixels, Size]:
-    """Decode an image, a JPEG in a smaller size if asked: libjpeg leaves out the work for what is not wanted.
+    """Decode an image like `decode_rgb`, a JPEG at reduced size if requested, which is faster.
 
     Args:
-        encoded: As `decode_rgb` takes it.
-        name: Likewise.
-        reduction: Is told height and width of the image, upright, and tells by which of 1, 2, 4 and 8 it may be
-            reduced, each block of pixels to its mean.
-        background: As `decode_rgb` takes it.
+        encoded: See `decode_rgb`.
+        name: See `decode_rgb`.
+        reduction: Called with height and width of the upright image; returns the factor 1, 2, 4 or 8 by which a JPEG
+            may be reduced, each block of pixels to its mean.
+        background: See `decode_rgb`.
 
     Returns:
-        Pixels as `decode_rgb` gives them, and height and width of the whole image.
+        The pixels, and height and width of the full image.
     """
     header = read_header(encoded, name)
     by = reduction(header.size) if header.format in ("JPEG", "MPO") else 1
@@ -225,7 +224,7 @@ def is_transparent(encoded: bytes, name: str) -> bool:
     """Whether an image has a pixel that is not opaque.
 
     Raises:
-        UnreadableImage: It cannot be decoded.
+        UnreadableImage: The image cannot be decoded.
     """
     header = read_header(encoded, name)
     if not header.alpha:
@@ -235,8 +234,8 @@ def is_transparent(encoded: bytes, name: str) -> bool:
 
 
 def _decode(encoded: bytes, name: str, header: Header, by: int, *, with_alpha: bool) -> NDArray[np.uint8]:
-    """Upright pixels, (H, W, 3) RGB, or with alpha, (H, W, 4) RGBA where there is some."""
-    if reason := _unfit(header):
+    """Upright pixels: (H, W, 3) RGB or, ``with_alpha``, (H, W, 4) RGBA if there is alpha."""
+    if reason := _not_8_bits(header):
         raise UnreadableImage(name, reason)
     try:
         pixels = _decode_with_opencv(encoded, header, by, with_alpha=with_alpha) if header.opencv else None
@@ -244,31 +243,31 @@ def _decode(encoded: bytes, name: str, header: Header, by: int, *, with_alpha: b
             pixels = _decode_with_pillow(encoded, header, with_alpha=with_alpha)
     except Exception as error:
         raise UnreadableImage(name, _reason(error, encoded)) from error
-    # Both turn a TIFF upright themselves.
+    # Both decoders rotate TIFFs themselves.
     return pixels if header.format == "TIFF" else turn_upright(pixels, header.orientation)
 
 
-def _unfit(header: Header) -> str:
+def _not_8_bits(header: Header) -> str:
     """Why samples do not fit into 8 bits; empty if they do."""
     if header.signed in (8, 16):
         return (
-            "signed samples, which do not fit into the 8 bits of RGB; read them as they are with [backbone] args = "
+            "signed samples, which do not fit into the 8 bits of RGB; read them unchanged with [backbone] args = "
             "{ in_chans = 1 }, or convert them to unsigned ones"
         )
     if header.mode == "F" or (header.mode == "I" and header.format != "PPM"):
         return (
-            "samples of 32 bits, whose range nothing tells; convert it to 8 or 16 bits (16 are kept with [backbone] "
+            "samples of 32 bits, whose range is unknown; convert it to 8 or 16 bits (16 are kept with [backbone] "
             "args = { in_chans = 1 })"
         )
     return ""
 
 
 def _decode_with_opencv(encoded: bytes, header: Header, by: int, *, with_alpha: bool) -> NDArray[np.uint8] | None:
-    """Pixels, not turned but for a TIFF's; None where it refuses."""
+    """Pixels, rotated only if a TIFF; None if OpenCV cannot decode it."""
     flags = cv2.IMREAD_UNCHANGED if with_alpha else _REDUCED[by]
     try:
         pixels = cv2.imdecode(np.frombuffer(encoded, dtype=np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error:  # such as an image too large for it
+    except cv2.error:  # for example an image too large for OpenCV
         return None
     if pixels is None:
         return None
@@ -278,7 +277,7 @@ def _decode_with_opencv(encoded: bytes, header: Header, by: int, *, with_alpha: 
 
 
 def _rgba(pixels: NDArray[Any], encoded: bytes) -> NDArray[np.uint8]:
-    """What OpenCV read unchanged, grey, BGR or BGRA, as RGBA; the grey that means transparent is the PNG's to tell."""
+    """Convert grey, BGR or BGRA to RGBA; ``encoded`` is a PNG that may define a transparent grey."""
     if pixels.ndim == 2:
         alpha = np.full_like(pixels, np.iinfo(pixels.dtype).max)
         at = encoded.find(GREY_TRANSPARENCY)
@@ -293,10 +292,10 @@ def _rgba(pixels: NDArray[Any], encoded: bytes) -> NDArray[np.uint8]:
 
 
 def _decode_with_pillow(encoded: bytes, header: Header, *, with_alpha: bool) -> NDArray[np.uint8]:
-    """Pixels, not turned but for a TIFF's."""
+    """Pixels, rotated only if a TIFF."""
     with warnings.catch_warnings(), open_for_pixels(encoded) as image:
         warnings.simplefilter("ignore")
-        if header.mode.startswith("I"):  # 16 bits, of which Pillow would clip all above 255
+        if header.mode.startswith("I"):  # 16 bits, which Pillow would clip to 255
             return np.repeat((grey_16(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
         image.load()
         wanted = "RGBA" if with_alpha else "RGB"
@@ -304,7 +303,7 @@ def _decode_with_pillow(encoded: bytes, header: Header, *, with_alpha: bool) -> 
 
 
 def open_for_pixels(encoded: bytes) -> Image.Image:
-    """An image as Pillow opens it, but for a TIFF in planes, whose 16 bits Pillow reads as zeros; libtiff does not."""
+    """Open an image with Pillow; with libtiff for planar TIFFs, whose 16-bit samples Pillow alone reads as zeros."""
     image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     if tiff_tag(image, PLANES) != (2,):
         return image
@@ -316,7 +315,7 @@ def open_for_pixels(encoded: bytes) -> Image.Image:
 
 
 def grey_16(image: Image.Image) -> NDArray[np.uint16]:
-    """Values of a grey image of 16 bits, (H, W) of full scale 65535; Pillow leaves 12 bits, and white that is 0."""
+    """(H, W) values of a 16-bit grey image, full scale 65535. Pillow does not scale 12 bits or invert white-is-zero."""
     bits, inverted = tiff_tag(image, BITS), tiff_tag(image, PHOTOMETRIC) == (WHITE_IS_ZERO,)
     values = np.asarray(image).astype(np.uint16)
     if bits == (12,):
@@ -325,7 +324,7 @@ def grey_16(image: Image.Image) -> NDArray[np.uint16]:
 
 
 def _check_webp_canvas(encoded: bytes) -> None:
-    """Pillow allocates an extended WebP's canvas when it opens it, so its size is read here first."""
+    """Check the size of an extended WebP first, as Pillow allocates its canvas when it opens the file."""
     if encoded[:4] == b"RIFF" and encoded[8:16] == b"WEBPVP8X":
         width, height = (int.from_bytes(encoded[at : at + 3], "little") + 1 for at in (24, 27))
         if width * height > MAX_PIXELS:
@@ -337,16 +336,16 @@ def _reason(error: Exception, encoded: bytes) -> str:
         return "the file is empty"
     if isinstance(error, UnidentifiedImageError) and encoded[:4] in TIFF:
         return (
-            "a TIFF whose channels or values are not those of grey or colour in 8 or 16 bits; images of n channels of "
-            "8 or 16 bits want [backbone] args = { in_chans = n }, others must be converted"
+            "a TIFF that is not grey or colour in 8 or 16 bits; images of n channels in 8 or 16 bits need [backbone] "
+            "args = { in_chans = n }, others must be converted"
         )
     if isinstance(error, UnidentifiedImageError):
         return f"not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}; it begins with {encoded[:12]!r}"
     if isinstance(error, Image.DecompressionBombError):
         return _too_large()
-    said = " ".join(str(error).split())[:100]
-    return f"broken or cut short ({said or type(error).__name__})"
+    message = " ".join(str(error).split())[:100]
+    return f"damaged or truncated ({message or type(error).__name__})"
 
 
 def _too_large() -> str:
-    return f"more than {MAX_PIXELS} pixels, so refused by its header"
+    return f"more than {MAX_PIXELS} pixels according to its header"

@@ -1,14 +1,15 @@
-"""Which column of a table holds the images, and which their classes: by type and usual names, or as the user says."""
+"""Choose the columns of images and labels: those the user names, or else by type and usual names."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import datasets
 
 from sslkit.data.config import SourceConfig
+from sslkit.data.formats.mask_files import is_annotation
 from sslkit.errors import UserError, near_miss
 
+# Usual names in order of preference: of columns typed as images or classes, and of columns of other types.
 IMAGES = (
     *("image", "img", "picture", "photo", "pixel_values", "images", "imgs", "pixels", "jpg", "jpeg", "png", "webp"),
     *("rgb", "input_image", "image_bytes", "img_bytes"),
@@ -16,26 +17,18 @@ IMAGES = (
 UNTYPED_IMAGES = ("image", "img", "jpg", "png", "jpeg", "webp")
 LABELS = ("label", "labels", "cls", "fine_label", "class", "category", "target")
 UNTYPED_LABELS = ("label", "labels", "cls", "fine_label", "coarse_label")
-ANNOTATIONS = frozenset(
-    (
-        *("mask", "masks", "annotation", "annotations", "annot", "label", "labels", "seg", "segm", "segment"),
-        *("segmentation", "segmentations", "semantic", "instance", "panoptic", "gt", "groundtruth", "truth", "depth"),
-        *("normal", "normals", "edge", "edges", "flow", "heatmap", "saliency", "trimap", "alpha", "matte", "disparity"),
-        *("thumbnail", "thumb", "overlay", "conditioning"),
-    )
-)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What was chosen of a table.
+    """The chosen columns of a table.
 
     Attributes:
-        image: The column of images.
-        label: The column of classes, or None.
+        image: The image column.
+        label: The label column, or None.
         other_images: Other columns that hold images.
         other_labels: Other columns that hold classes.
-        unlabelled: Why there is no column of classes; empty where there is one.
+        unlabelled: Why there is no label column; empty if there is one.
     """
 
     image: str
@@ -44,12 +37,10 @@ class Columns:
     other_labels: tuple[str, ...] = ()
     unlabelled: str = ""
 
-    def words(self) -> str:
-        """What was chosen, and what else there is."""
-        image = f"image column {self.image!r}{_also(self.other_images)}"
-        if self.label is not None:
-            return f"{image}, label column {self.label!r}{_also(self.other_labels)}"
-        return f"{image}, no label column{_also(self.other_labels)}"
+    def summary(self) -> str:
+        """The chosen columns and the alternatives, for messages."""
+        label = "no label column" if self.label is None else f"label column {self.label!r}"
+        return f"image column {self.image!r}{_also(self.other_images)}, {label}{_also(self.other_labels)}"
 
 
 def _also(names: Iterable[str]) -> str:
@@ -57,21 +48,16 @@ def _also(names: Iterable[str]) -> str:
     return f" (also there: {listed})" if listed else ""
 
 
-def is_annotation(name: str) -> bool:
-    """Whether a name says that its pictures are drawn over images: masks, depths, labels."""
-    return bool(ANNOTATIONS & set(re.findall("[a-z]+", name.lower())))
-
-
 def choose_columns(features: datasets.Features, config: SourceConfig, hint: str = "") -> Columns:
-    """The columns that ``config`` names, or else those of the right type or of usual names.
+    """Choose the columns that ``config`` names, or else those of the right type or with usual names.
 
     Args:
         features: All columns and their types.
-        config: What was asked for.
-        hint: What else to do where no column holds images.
+        config: The source.
+        hint: Appended to the error if no column holds images.
 
     Raises:
-        UserError: None holds images, or several do and no name tells which; or there is none of the name given.
+        UserError: No column holds images, or several do and no name decides; or a given name does not exist.
     """
     image, other_images = _image_column(features, config, hint)
     label, other_labels, unlabelled = _label_column(features, config, image)
@@ -80,36 +66,36 @@ def choose_columns(features: datasets.Features, config: SourceConfig, hint: str 
 
 def _image_column(features: datasets.Features, config: SourceConfig, hint: str) -> tuple[str, list[str]]:
     typed = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if config.image_column is not None:
-        chosen = named_column(features, "image_column", config.image_column)
-        return chosen, [name for name in typed if name != chosen]
     usual = _ranked(typed, IMAGES)
     plain = [name for name in typed if not is_annotation(name)]
-    named = _ranked(features, UNTYPED_IMAGES)
-    if usual:
+    untyped = _ranked(features, UNTYPED_IMAGES)
+    if config.image_column is not None:
+        chosen = named_column(features, "image_column", config.image_column)
+    elif usual:
         chosen = usual[0]
     elif len(plain) == 1:
         chosen = plain[0]
-    elif named and not plain:
-        chosen = named[0]
+    elif untyped and not plain:
+        chosen = untyped[0]
     elif len(typed) == 1:
         chosen = typed[0]
     elif typed:
         raise UserError(
-            f"[data] image_column: several columns hold images, {typed[:12]}, and none is called as usual; say which, "
+            f"[data] image_column: several columns hold images, {typed[:12]}, and none has a usual name; name one, "
             f'such as image_column = "{(plain or typed)[0]}" (--image-column {(plain or typed)[0]})'
         )
     else:
         lists = [name for name, feature in features.items() if _holds_image(feature)]
         if lists:
             hint = f" ({lists[0]!r} holds several images a row; write a row for each image){hint}"
-        there = f"{list(features)}; name it by image_column{hint}"
-        raise UserError(f"[data] image_column: no column of images found among {there}")
+        raise UserError(
+            f"[data] image_column: no column of images found among {list(features)}; name it by image_column{hint}"
+        )
     return chosen, [name for name in typed if name != chosen]
 
 
 def _holds_image(feature: object) -> bool:
-    """Whether a list or structure has images in it."""
+    """Whether the elements of a list are images."""
     inner = getattr(feature, "feature", None)
     if isinstance(feature, list):
         inner = feature[0]
@@ -118,34 +104,33 @@ def _holds_image(feature: object) -> bool:
 
 def _label_column(features: datasets.Features, config: SourceConfig, image: str) -> tuple[str | None, list[str], str]:
     typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    named = [name for name in _ranked(features, UNTYPED_LABELS) if not isinstance(features[name], datasets.Image)]
-    there = [name for name in dict.fromkeys(typed + named) if name != image]
+    untyped = [name for name in _ranked(features, UNTYPED_LABELS) if not isinstance(features[name], datasets.Image)]
+    candidates = [name for name in dict.fromkeys(typed + untyped) if name != image]
+    usual = _ranked(typed, LABELS)
     if config.label_column is not None:
         chosen = named_column(features, "label_column", config.label_column)
-        return chosen, [name for name in there if name != chosen], ""
-    usual = _ranked(typed, LABELS)
-    if usual or len(typed) == 1 or (named and not typed):
-        chosen = (usual or typed or named)[0]
-        return chosen, [name for name in there if name != chosen], ""
-    if typed:
-        return None, there, (
-            f"several columns hold classes, {typed[:12]}, and none is called as usual; say which, such as "
+    elif usual or len(typed) == 1 or (untyped and not typed):
+        chosen = (usual or typed or untyped)[0]
+    elif typed:
+        return None, candidates, (
+            f"several columns hold classes, {typed[:12]}, and none has a usual name; name one, such as "
             f'--label-column {typed[0]} or [data] label_column = "{typed[0]}"'
         )  # fmt: skip
-    return (
-        None,
-        there,
-        f"no column of classes found among {list(features)[:12]}; say which by --label-column or [data] label_column",
-    )
+    else:
+        listed = list(features)[:12]
+        return None, candidates, (
+            f"no column of classes found among {listed}; name it by --label-column or [data] label_column"
+        )  # fmt: skip
+    return chosen, [name for name in candidates if name != chosen], ""
 
 
 def _ranked(names: Iterable[str], usual: tuple[str, ...]) -> list[str]:
-    """Those of the names that are usual, in any case of letters, the most usual first."""
+    """Those of the names that are in ``usual``, ignoring case, in the order of ``usual``."""
     return sorted((name for name in names if name.lower() in usual), key=lambda name: usual.index(name.lower()))
 
 
 def named_column(features: datasets.Features, key: str, name: str) -> str:
-    """The column of a name that was given.
+    """Return ``name`` if there is such a column.
 
     Raises:
         UserError: There is none.

@@ -1,4 +1,4 @@
-"""What to do with files that are no images by their names: said in a sentence that holds when it is followed."""
+"""Advice about files whose names are not those of images."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ MAGIC: Mapping[bytes, str] = {
 
 
 def image_suffix(start: bytes) -> str:
-    """The usual suffix of an image that begins with these bytes; empty for what is none."""
+    """The usual suffix of an image file that begins with these bytes; empty if it is no image."""
     if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
         return ".webp"
     if start[4:12] in (b"ftypavif", b"ftypavis"):
@@ -38,40 +38,40 @@ def image_suffix(start: bytes) -> str:
     return next((suffix for magic, suffix in MAGIC.items() if start.startswith(magic)), "")
 
 
-def count_suffixes(left_out: Counter[str]) -> str:
-    """The suffixes of files that are left out, the most frequent first."""
-    listed = [f"{suffix} {count}" for suffix, count in left_out.most_common(6)]
-    return ", ".join(listed) + (" and others" if len(left_out) > 6 else "")
+def count_suffixes(skipped: Counter[str]) -> str:
+    """Suffixes and their counts, the most frequent first, for messages."""
+    listed = [f"{suffix} {count}" for suffix, count in skipped.most_common(6)]
+    return ", ".join(listed) + (" and others" if len(skipped) > 6 else "")
 
 
-def advice_for(left_out: Counter[str]) -> str:
-    """What to do with files of these suffixes; empty where nothing is known."""
-    for suffix, _ in left_out.most_common():
-        for suffixes, words in ADVICE.items():
+def advice_for(skipped: Counter[str]) -> str:
+    """What to do with files of these suffixes; empty if there is no advice."""
+    for suffix, _ in skipped.most_common():
+        for suffixes, advice in ADVICE.items():
             if suffix in suffixes:
-                return f"{suffix}: {words}"
+                return f"{suffix}: {advice}"
     return ""
 
 
-def no_images(left_out: Counter[str], example: str) -> str:
-    """The rest of the sentence about a folder without images: what its files are, and what to do.
+def no_images(skipped: Counter[str], example: str) -> str:
+    """The predicate of a sentence about a folder without images: what its files are, and what to do.
 
     Args:
-        left_out: How many files there are of each suffix.
-        example: Path of the first.
+        skipped: Number of files of each suffix.
+        example: Path of the first file.
     """
     try:
         with open(example, "rb") as stream:
             found = image_suffix(stream.read(16))
     except OSError:
         found = ""
-    there = f"holds no images by their names: {count_suffixes(left_out)}"
+    files = f"holds no images, judging by file names: {count_suffixes(skipped)}"
     if found:
-        suffix = next(iter(left_out.most_common(1)))[0]
+        suffix = next(iter(skipped.most_common(1)))[0]
         old = "*" if suffix == "no suffix" else f"*{suffix}"
         new = '"$f"' if suffix == "no suffix" else f'"${{f%{suffix}}}"'
         return (
-            f"{there}; the first looks like {found}, and files are taken for images by their suffix: rename them, such "
-            f'as by: for f in {old}; do mv "$f" {new}{found}; done'
+            f"{files}; the first looks like {found}, but images are recognised by their suffix: rename them, "
+            f'for example by: for f in {old}; do mv "$f" {new}{found}; done'
         )
-    return f"{there}; {advice_for(left_out) or 'give the folder that holds the images themselves'}"
+    return f"{files}; {advice_for(skipped) or 'give the folder that holds the images themselves'}"

@@ -1,6 +1,6 @@
-"""Image files below a folder, and which of them are of a split: told by the names of folders, at any depth.
+"""Image files below a folder, and which of them belong to a split, by the names of folders at any depth.
 
-So ``train/cat/1.jpg``, ``images/val/1.jpg`` (YOLO), ``test/images/1.jpg`` (Roboflow) and ``cat/train/1.jpg``.
+For example ``train/cat/1.jpg``, ``images/val/1.jpg`` (YOLO), ``test/images/1.jpg`` (Roboflow) and ``cat/train/1.jpg``.
 """
 
 import os
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 
 from sslkit.data.formats.folder_listing import (
     ImageFolder,
@@ -23,6 +24,7 @@ from sslkit.data.formats.folder_listing import (
     to_text,
 )
 from sslkit.data.formats.hints import no_images
+from sslkit.data.formats.mask_files import describe_masks, find_masks, is_mask_folder
 from sslkit.data.formats.splits import (
     ALL,
     ALL_HELP,
@@ -30,10 +32,10 @@ from sslkit.data.formats.splits import (
     SPLIT_OF,
     choose,
     in_order,
-    is_drawn,
     is_plain,
+    may_be_classes,
     no_such_split,
-    split_words,
+    split_names,
     splits_of_folders,
     what_to_do,
     words_of,
@@ -41,8 +43,10 @@ from sslkit.data.formats.splits import (
 from sslkit.errors import UserError
 
 Parts = tuple[str, ...]
+# For folders that belong to a split: the split name, and the depth of the folder that has it.
+Assigned = dict[Parts, tuple[str, int]]
 BESIDE = "images beside the folders of the splits, left out: {:,}"
-MAX_LINKS = 40  # one after the other, as the system itself has it
+MAX_LINKS = 40  # that are followed one after the other, as in Linux
 NO_CLASSES = frozenset(("images", "image", "imgs", "img", "photos", "pictures", "jpegimages", *KEYWORDS))
 
 
@@ -51,69 +55,73 @@ class ImageFiles:
     """The image files of a split.
 
     Attributes:
-        root: The folder below which all of them lie.
-        sections: The folders of the split; only ``root`` where no folder is named after a split.
-        folders: Those with images, in order.
-        classes: What each of them is called as a class, or None where there is no folder per class.
-        left_out: How many files were not taken for images, by suffix.
-        notes: Sentences on what else is not taken.
+        root: The folder that contains all of them.
+        split_folders: The folders that are named after the split; only ``root`` if no folder is named after a split.
+        folders: Folders that directly contain images, in order.
+        classes: The class of each of them, or None without a folder per class.
+        skipped: Number of files that are not images, by suffix.
+        notes: Sentences on what else is not read.
     """
 
     root: Path
-    sections: list[Path]
+    split_folders: list[Path]
     folders: list[ImageFolder]
     classes: list[str] | None
-    left_out: Counter[str]
+    skipped: Counter[str]
     notes: list[str] = field(default_factory=list)
 
     def table(self) -> datasets.Dataset:
-        """A row for each image."""
+        """A row per image; see `table_of_folders`."""
         return table_of_folders(self.folders, self.classes)
 
 
 def find_images(folder: Path, split: str) -> ImageFiles:
-    """The image files of a split below a folder.
+    """Find the image files of a split below a folder.
 
     Raises:
-        UserError: There are none, some folders name a split and others do not, or a link leads into another split.
+        UserError: There are none, some folders are named after splits and others are not, or a link of the training
+            split leads into another split.
     """
-    if split != ALL and (tops := _split_at_top(folder)):
-        return _of_tops(folder, tops, split)
+    if split != ALL and (top_level := _top_level_splits(folder)):
+        return _of_top_level(folder, top_level, split)
     listing = list_images(folder)
     if not listing.folders:
         raise _without_images(folder, [listing])
     notes: list[str] = []
     if split != ALL:
-        listing, notes = _without_drawn(folder, listing)
-    placed = {} if split == ALL else _sections_of(folder, [each.path for each in listing.folders])
-    if not placed:
+        listing, notes = _without_masks(folder, listing)
+    assigned = {} if split == ALL else _split_folders_of(folder, [each.path for each in listing.folders])
+    if not assigned:
         if split != ALL and not choose(["train"], split):
             raise UserError(
                 f"[data] split: {str(folder)!r} has no folder {split!r}; it has {folders_in(folder)[:8]}, none of them "
                 "named like a split; leave split out to read all images"
             )
         return replace(_whole(folder, listing, split), notes=notes)
-    words = choose(in_order({word for word, _ in placed.values()}), split)
-    if not words:
-        raise no_such_split(str(folder), "folders", {word for word, _ in placed.values()}, split)
-    chosen = [each for each in listing.folders if each.path in placed and placed[each.path][0] in words]
-    sections = sorted({placed[each.path][1] for each in chosen})
-    others = sorted({section for word, section in placed.values() if word not in words})
-    images = replace(_of_sections(folder, sections, others, split, [replace(listing, folders=chosen)]), notes=notes)
-    if beside := sum(len(each.images) for each in listing.folders if each.path not in placed):
-        images.notes.append(BESIDE.format(beside))
-    return images
+    available = {name for name, _ in assigned.values()}
+    names = choose(in_order(available), split)
+    if not names:
+        raise no_such_split(str(folder), "folders", available, split)
+    chosen = [each for each in listing.folders if each.path in assigned and assigned[each.path][0] in names]
+    split_folders = sorted({assigned[each.path][1] for each in chosen})
+    others = sorted({path for name, path in assigned.values() if name not in names})
+    images = _of_split_folders(folder, split_folders, others, split, [replace(listing, folders=chosen)])
+    if beside := sum(len(each.images) for each in listing.folders if each.path not in assigned):
+        notes.append(BESIDE.format(beside))
+    return replace(images, notes=notes)
 
 
-def _of_tops(folder: Path, tops: dict[str, str], split: str) -> ImageFiles:
-    """The images of a split where all folders right below are splits; the other ones are not looked into."""
-    words = choose(in_order(tops.values()), split)
-    if not words:
-        raise UserError(f"[data] split: {str(folder)!r} has no folder {split!r}; it has {sorted(tops)[:8]}; {ALL_HELP}")
-    sections = [folder / name for name, word in tops.items() if word in words]
-    others = [folder / name for name, word in tops.items() if word not in words]
-    pairs = [_without_drawn(section, list_images(section)) for section in sections]
-    images = _of_sections(folder, sections, others, split, [listing for listing, _ in pairs])
+def _of_top_level(folder: Path, top_level: dict[str, str], split: str) -> ImageFiles:
+    """The images of a split if all subfolders are splits. Folders of other splits are not searched."""
+    names = choose(in_order(top_level.values()), split)
+    if not names:
+        raise UserError(
+            f"[data] split: {str(folder)!r} has no folder {split!r}; it has {sorted(top_level)[:8]}; {ALL_HELP}"
+        )
+    split_folders = [folder / path for path, name in top_level.items() if name in names]
+    others = [folder / path for path, name in top_level.items() if name not in names]
+    pairs = [_without_masks(each, list_images(each)) for each in split_folders]
+    images = _of_split_folders(folder, split_folders, others, split, [listing for listing, _ in pairs])
     notes = [note for _, notes in pairs for note in notes]
     if beside := count_images(folder):
         notes.append(BESIDE.format(beside))
@@ -121,20 +129,20 @@ def _of_tops(folder: Path, tops: dict[str, str], split: str) -> ImageFiles:
 
 
 def image_splits(folder: Path) -> list[str]:
-    """The split words that folders of images are named after; empty if none is.
+    """The split names of folders with images; empty if no folder has one.
 
     Raises:
-        UserError: Some folders name a split and others do not.
+        UserError: Some folders are named after splits and others are not.
     """
-    if tops := _split_at_top(folder):
-        return in_order(tops.values())
+    if top_level := _top_level_splits(folder):
+        return in_order(top_level.values())
     paths = folders_with_images(folder)
-    drawn = _drawn_over(folder, paths)
-    return in_order({word for word, _ in _sections_of(folder, [each for each in paths if each not in drawn]).values()})
+    masks = _mask_folders(folder, paths)
+    return in_order({name for name, _ in _split_folders_of(folder, [p for p in paths if p not in masks]).values()})
 
 
 def refuse_several_folders(files: Sequence[str], split: str) -> None:
-    """Refuse image files that patterns name, where their folders are of several splits.
+    """Refuse image files that match patterns if their folders are of several splits.
 
     Raises:
         UserError: They are.
@@ -142,74 +150,90 @@ def refuse_several_folders(files: Sequence[str], split: str) -> None:
     folders = sorted({os.path.dirname(file) or "." for file in files if not os.path.isdir(file)})
     if split == ALL or not folders:
         return
-    common, placed = os.path.commonpath(folders), dict[Parts, tuple[str, int]]()
-    _place([Path(folder).relative_to(common).parts for folder in folders], 0, common, placed)
-    words = in_order({word for word, _ in placed.values()})
-    if len({SPLIT_OF[word] for word in words}) > 1:
+    common = os.path.commonpath(folders)
+    assigned = _assign_splits([Path(folder).relative_to(common).parts for folder in folders], common)
+    names = in_order({name for name, _ in assigned.values()})
+    if len({SPLIT_OF[name] for name in names}) > 1:
         raise UserError(
-            f"[data] data_files: they are of several splits, {words}; name the files of one, or give the folder by "
+            f"[data] data_files: they are of several splits, {names}; name the files of one, or give the folder by "
             f"data_dir and [data] split; {ALL_HELP}"
         )
 
 
 def folders_of_split(names: Sequence[str], split: str, where: str) -> tuple[set[str], list[str]]:
-    """Folders in tar files: those of a split, and those left out, which are of others or hold masks and the like.
+    """Divide folders in tar files into those of a split and those left out: of other splits, or of masks.
 
-    Where they are all of one split, none is left out for it.
+    If all folders are of one split, none is left out for its split.
 
     Args:
-        names: Their paths in the tar files; empty for what lies in no folder.
-        split: Which is asked for.
-        where: How messages name the tar files.
+        names: Their paths in the tar files; an empty path for files in no folder.
+        split: The requested split.
+        where: The tar files, as messages name them.
 
     Raises:
-        UserError: Some are of a split and others are not, or none is of this one.
+        UserError: Some folders are of splits and others are not, or none is of the requested split.
     """
     root = Path("/")
     paths = {f"/{name}": name for name in names}
-    drawn = _drawn_over(root, list(paths))
-    placed: dict[Parts, tuple[str, int]] = {}
-    parts = {path: each for path, each in _parts_below(root, list(paths)).items() if path not in drawn}
-    _place(list(parts.values()), 0, where, placed)
-    words = {word for word, _ in placed.values()}
+    masks = _mask_folders(root, list(paths))
+    parts = {path: each for path, each in _parts_below(root, list(paths)).items() if path not in masks}
+    assigned = _assign_splits(list(parts.values()), where)
+    available = {name for name, _ in assigned.values()}
     wanted = {paths[path] for path in parts}
-    if len({SPLIT_OF[word] for word in words}) > 1:
-        if doubtful := [paths[path] for path, part in parts.items() if part not in placed]:
+    if len({SPLIT_OF[name] for name in available}) > 1:
+        unassigned = [paths[path] for path, part in parts.items() if part not in assigned]
+        if unassigned and may_be_classes({part[depth] for part, (_, depth) in assigned.items()}):
+            return wanted, sorted(set(names) - wanted)
+        if unassigned:
             raise UserError(
-                f"[data] path: {where!r} has folders of splits and others in it: splits {sorted(words)}, others "
-                f"{sorted(doubtful)[:8]}; unpack it, and give the folder of the split as path; {ALL_HELP}"
+                f"[data] path: {where!r} has folders of splits and others in it: splits {sorted(available)}, others "
+                f"{sorted(unassigned)[:8]}; unpack it, and give the folder of the split as path; {ALL_HELP}"
             )
-        chosen = choose(in_order(words), split)
+        chosen = choose(in_order(available), split)
         if not chosen:
-            raise no_such_split(where, "folders in it", words, split)
-        wanted = {paths[path] for path, part in parts.items() if placed[part][0] in chosen}
+            raise no_such_split(where, "folders in it", available, split)
+        wanted = {paths[path] for path, part in parts.items() if assigned[part][0] in chosen}
     return wanted, sorted(set(names) - wanted)
 
 
-def _split_at_top(folder: Path) -> dict[str, str]:
-    """Split words of the folders right below, where each of them has one; so no other folder needs to be walked."""
+def _top_level_splits(folder: Path) -> dict[str, str]:
+    """Split names of the subfolders if all of them have one, so that those of other splits need not be walked."""
     names = folders_in(folder)
-    if not names or not all(len(split_words(name)) == 1 and not is_drawn(name) for name in names):
+    if not names or not all(len(split_names(name)) == 1 and not is_mask_folder(name) for name in names):
         return {}
     return splits_of_folders(names, str(folder))
 
 
-def _without_drawn(root: Path, listing: Listing) -> tuple[Listing, list[str]]:
-    """A listing without folders of masks and the like beside those of images, and a sentence about these."""
-    drawn = _drawn_over(root, [each.path for each in listing.folders])
-    if not drawn:
-        return listing, []
-    left = sum(len(each.images) for each in listing.folders if each.path in drawn)
-    names = sorted(os.path.relpath(path, root) for path in drawn)
-    note = f"masks and the like beside images, left out: {left:,}, in {names[:4]}; name such a folder itself to read it"
-    return replace(listing, folders=[each for each in listing.folders if each.path not in drawn]), [note]
+def _without_masks(root: Path, listing: Listing) -> tuple[Listing, list[str]]:
+    """A listing without masks and the like, in folders of their own or beside images, and notes on them."""
+    notes: list[str] = []
+    if masks := _mask_folders(root, [each.path for each in listing.folders]):
+        count = sum(len(each.images) for each in listing.folders if each.path in masks)
+        names = sorted(os.path.relpath(path, root) for path in masks)
+        notes.append(
+            f"masks and the like beside images, left out: {count:,}, in {names[:4]}; name such a folder itself to read "
+            "it"
+        )
+        listing = replace(listing, folders=[each for each in listing.folders if each.path not in masks])
+    if not listing.folders:
+        return listing, notes
+    paths = pa.chunked_array([each.images for each in listing.folders])
+    is_mask = find_masks(paths)
+    if is_mask is None:
+        return listing, notes
+    folders, first = [], 0
+    for each in listing.folders:
+        kept = ~is_mask[first : first + len(each.images)]
+        first += len(each.images)
+        folders.append(each if kept.all() else replace(each, images=each.images.filter(pa.array(kept))))
+    return replace(listing, folders=folders), [*notes, describe_masks(paths, is_mask)]
 
 
-def _drawn_over(root: Path, paths: Sequence[str]) -> set[str]:
-    """Those of the folders that hold masks and the like: they are called so beside ``images`` or folders of splits."""
-    if not any(is_drawn(path) for path in paths):
+def _mask_folders(root: Path, paths: Sequence[str]) -> set[str]:
+    """Folders of masks and the like: they have such a name, and a sibling is named like images or a split."""
+    if not any(is_mask_folder(path) for path in paths):
         return set()
-    drawn: set[str] = set()
+    masks: set[str] = set()
     parts = _parts_below(root, paths)
     siblings: dict[Parts, set[str]] = {}
     for part in parts.values():
@@ -217,139 +241,142 @@ def _drawn_over(root: Path, paths: Sequence[str]) -> set[str]:
             siblings.setdefault(part[:depth], set()).add(name)
     for path, part in parts.items():
         for depth, name in enumerate(part):
-            others = [other for other in siblings[part[:depth]] if not is_drawn(other)]
-            if is_drawn(name) and any(is_plain(other) and words_of(other) for other in others):
-                drawn.add(path)
-    return drawn
+            others = [other for other in siblings[part[:depth]] if not is_mask_folder(other)]
+            if is_mask_folder(name) and any(is_plain(other) and words_of(other) for other in others):
+                masks.add(path)
+    return masks
 
 
 def _parts_below(root: Path, paths: Sequence[str]) -> dict[str, Parts]:
-    """Paths below a folder, as the names of folders that lead there."""
+    """The components of each path below ``root``."""
     skipped = len(str(root).rstrip("/")) + 1
     return {path: tuple(path[skipped:].split("/")) if len(path) > skipped else () for path in paths}
 
 
-def _sections_of(root: Path, paths: Sequence[str]) -> dict[str, tuple[str, Path]]:
-    """For each folder with images its split word and the folder of that split; not for those around such folders.
+def _split_folders_of(root: Path, paths: Sequence[str]) -> dict[str, tuple[str, Path]]:
+    """The split name of each folder with images, and the folder that has this name; folders above these are omitted.
 
     Raises:
-        UserError: Some are of a split and others are not.
+        UserError: Some folders are of splits and others are not.
     """
-    placed: dict[Parts, tuple[str, int]] = {}
     parts = _parts_below(root, paths)
-    _place(list(parts.values()), 0, str(root), placed)
-    if not placed:
+    assigned = _assign_splits(list(parts.values()), str(root))
+    if not assigned:
         return {}
-    above = {path[:depth] for path, (_, depth) in placed.items()}
-    doubtful = [path for path in paths if parts[path] not in placed and parts[path] not in above]
-    if doubtful:
-        named = {"/".join(path[: depth + 1]): word for path, (word, depth) in placed.items()}
+    above = {part[:depth] for part, (_, depth) in assigned.items()}
+    unassigned = [path for path in paths if parts[path] not in assigned and parts[path] not in above]
+    if unassigned and may_be_classes({part[depth] for part, (_, depth) in assigned.items()}):
+        return {}
+    if unassigned:
+        named = {"/".join(part[: depth + 1]): name for part, (name, depth) in assigned.items()}
         raise UserError(
             f"[data] path: {str(root)!r} has folders of splits and others: splits {sorted(named)[:8]}, others "
-            f"{['/'.join(parts[path]) for path in doubtful[:8]]}; {what_to_do(str(root), named)}"
+            f"{['/'.join(parts[path]) for path in unassigned[:8]]}; {what_to_do(str(root), named)}"
         )
     return {
-        path: (placed[part][0], root.joinpath(*part[: placed[part][1] + 1]))
+        path: (assigned[part][0], root.joinpath(*part[: assigned[part][1] + 1]))
         for path, part in parts.items()
-        if part in placed
+        if part in assigned
     }
 
 
-def _place(paths: list[Parts], depth: int, where: str, placed: dict[Parts, tuple[str, int]]) -> None:
-    """Give each path the split word of the first of its folders that is one, and at which depth that is."""
+def _assign_splits(paths: Sequence[Parts], where: str, depth: int = 0) -> Assigned:
+    """Find the first component of each path that is a split; paths without one are omitted."""
     children: dict[str, list[Parts]] = {}
     for path in paths:
         if len(path) > depth:
             children.setdefault(path[depth], []).append(path)
-    words = splits_of_folders(sorted(children), where)
-    for name, inside in children.items():
-        if name in words:
-            placed.update(dict.fromkeys(inside, (words[name], depth)))
+    names = splits_of_folders(sorted(children), where)
+    assigned: Assigned = {}
+    for child, inside in children.items():
+        if child in names:
+            assigned.update(dict.fromkeys(inside, (names[child], depth)))
         else:
-            _place(inside, depth + 1, f"{where}/{name}", placed)
+            assigned.update(_assign_splits(inside, f"{where}/{child}", depth + 1))
+    return assigned
 
 
 def _whole(folder: Path, listing: Listing, split: str) -> ImageFiles:
-    """All images below a folder, with its folders as classes."""
+    """All images below a folder, with its subfolders as classes."""
     if split != ALL:
-        _refuse_links(listing.folders, _splits_beside(folder))
-    return ImageFiles(folder, [folder], listing.folders, _worth_having(listing.classes), listing.left_out)
+        _refuse_links(listing.folders, _other_splits_beside(folder))
+    return ImageFiles(folder, [folder], listing.folders, _meaningful(listing.classes), listing.skipped)
 
 
-def _of_sections(
-    folder: Path, sections: list[Path], others: list[Path], split: str, listings: list[Listing]
+def _of_split_folders(
+    folder: Path, split_folders: list[Path], others: list[Path], split: str, listings: list[Listing]
 ) -> ImageFiles:
-    """The images of the folders of a split; a class's name is its folder's, be it in the split's or around it."""
+    """The images of the folders of a split. Class folders lie in the split's folder or contain it."""
     chosen = [each for listing in listings for each in listing.folders]
     if not chosen:
-        raise _without_images(sections[0], listings)
-    left_out = sum((listing.left_out for listing in listings), Counter[str]())
+        raise _without_images(split_folders[0], listings)
+    skipped = sum((listing.skipped for listing in listings), Counter[str]())
     if choose(["train"], split):
-        _refuse_links(chosen, [*others, *(each for section in sections for each in _splits_beside(section))])
-    classes, below, known = [], False, set(sections)
-    class_first = len({section.parent for section in (*sections, *others)}) > 1
+        _refuse_links(chosen, [*others, *(each for path in split_folders for each in _other_splits_beside(path))])
+    classes, has_classes, known = [], False, set(split_folders)
+    class_first = len({path.parent for path in (*split_folders, *others)}) > 1
     for each in chosen:
-        section = next(place for place in (Path(each.path), *Path(each.path).parents) if place in known)
-        inside = Path(each.path).relative_to(section).parts
-        around = section.parent.relative_to(folder).parts if class_first else ()
-        below = below or bool(inside or around)
-        classes.append(printable(to_text((inside or around or (section.name,))[-1])))
-    root = sections[0] if len(sections) == 1 else Path(os.path.commonpath(sections))
-    return ImageFiles(root, sections, chosen, _worth_having(classes if below else None), left_out)
+        split_folder = next(path for path in (Path(each.path), *Path(each.path).parents) if path in known)
+        inside = Path(each.path).relative_to(split_folder).parts
+        around = split_folder.parent.relative_to(folder).parts if class_first else ()
+        has_classes = has_classes or bool(inside or around)
+        classes.append(printable(to_text((inside or around or (split_folder.name,))[-1])))
+    root = split_folders[0] if len(split_folders) == 1 else Path(os.path.commonpath(split_folders))
+    return ImageFiles(root, split_folders, chosen, _meaningful(classes if has_classes else None), skipped)
 
 
-def _worth_having(classes: list[str] | None) -> list[str] | None:
-    """None for the one class ``images`` of layouts that have their labels elsewhere."""
+def _meaningful(classes: list[str] | None) -> list[str] | None:
+    """None instead of the single class ``images`` of layouts that store their labels elsewhere."""
     return None if classes and set(map(str.lower, classes)) <= NO_CLASSES else classes
 
 
 def _without_images(folder: Path, listings: list[Listing]) -> UserError:
     name = printable(to_text(str(folder)))
-    left_out = sum((listing.left_out for listing in listings), Counter[str]())
-    if not left_out:
-        return UserError(f"[data] path: the folder {name!r} is empty")
+    skipped = sum((listing.skipped for listing in listings), Counter[str]())
+    if not skipped:
+        return UserError(f"[data] path: the folder {name!r} is empty; give a folder of images")
     example = next(listing.example for listing in listings if listing.example)
-    return UserError(f"[data] path: {name!r} {no_images(left_out, example)}")
+    return UserError(f"[data] path: {name!r} {no_images(skipped, example)}")
 
 
-def _splits_beside(folder: Path) -> list[Path]:
-    """Folders beside one that is named as the training split, which are other splits."""
-    place = Path(os.path.abspath(folder))
-    if not is_plain(place.name) or [SPLIT_OF[word] for word in split_words(place.name)] != ["train"]:
+def _other_splits_beside(folder: Path) -> list[Path]:
+    """If a folder is named like the training split: its siblings that are other splits."""
+    path = Path(os.path.abspath(folder))
+    if not is_plain(path.name) or [SPLIT_OF[name] for name in split_names(path.name)] != ["train"]:
         return []
     try:
-        names = folders_in(place.parent)
+        siblings = folders_in(path.parent)
     except OSError:
         return []
-    found = {name: [SPLIT_OF[word] for word in split_words(name)] for name in names}
-    return [place.parent / name for name, splits in found.items() if splits and "train" not in splits]
+    splits = {sibling: [SPLIT_OF[name] for name in split_names(sibling)] for sibling in siblings}
+    return [path.parent / sibling for sibling, found in splits.items() if found and "train" not in found]
 
 
 def _refuse_links(folders: Sequence[ImageFolder], others: Sequence[Path]) -> None:
-    """Refuse links from the training split into another, whose images must not be trained on."""
+    """Refuse links from the training split into another split, whose images must not be trained on."""
     own = {os.path.realpath(each.path) for each in folders}
-    ends = {os.path.realpath(other): other for other in others}
-    ends = {real: other for real, other in ends.items() if not (other.is_symlink() and _holds(real, own))}
-    if not ends:
+    targets = {os.path.realpath(other): other for other in others}
+    targets = {real: other for real, other in targets.items() if not (other.is_symlink() and _contains(real, own))}
+    if not targets:
         return
     real_folders: dict[str, str] = {}
     for each in folders:
-        places = {f"{each.path}/{name}": _end_of_link(f"{each.path}/{name}", real_folders) for name in each.links}
-        for path, target in {each.path: os.path.realpath(each.path), **places}.items():
-            split = next((other for end, other in ends.items() if _holds(end, {target})), None)
+        links = {f"{each.path}/{name}": _resolve_link(f"{each.path}/{name}", real_folders) for name in each.links}
+        for path, target in {each.path: os.path.realpath(each.path), **links}.items():
+            split = next((other for real, other in targets.items() if _contains(real, {target})), None)
             if split is not None:
                 raise UserError(
-                    f"[data] path: {printable(to_text(path))} leads by a link into {str(split)!r}, which is another "
-                    "split; remove the link, so that no held-out image is trained on"
+                    f"[data] path: {printable(to_text(path))} is a link into {str(split)!r}, which is another split; "
+                    "remove the link, so that no held-out image is trained on"
                 )
 
 
-def _holds(folder: str, places: set[str]) -> bool:
-    return any(place == folder or place.startswith(f"{folder}/") for place in places)
+def _contains(folder: str, paths: set[str]) -> bool:
+    return any(path == folder or path.startswith(f"{folder}/") for path in paths)
 
 
-def _end_of_link(link: str, real_folders: dict[str, str]) -> str:
-    """The file that a link leads to. Folders are looked up once, for there may be a million links into one."""
+def _resolve_link(link: str, real_folders: dict[str, str]) -> str:
+    """The file that a link leads to. Folders are resolved once, as there may be a million links into one."""
     for _ in range(MAX_LINKS):
         folder, name = os.path.split(link)
         real = real_folders.setdefault(folder, "") or os.path.realpath(folder)
@@ -357,6 +384,6 @@ def _end_of_link(link: str, real_folders: dict[str, str]) -> str:
         link = f"{real}/{name}"
         try:
             link = os.path.join(real, os.readlink(link))
-        except OSError:  # no link any more
+        except OSError:  # no further link
             break
     return link

@@ -1,6 +1,6 @@
-"""Tables that name image files beside them: ``metadata.csv``, ``.jsonl`` or ``.parquet``, as `datasets` has them.
+"""Metadata tables beside image files: ``metadata.csv``, ``.jsonl`` or ``.parquet``, as `datasets` defines them.
 
-A row is an image, whose ``file_name`` is meant from the table's folder; the other columns may hold labels.
+Each row is an image. Its ``file_name`` is relative to the table's folder; other columns may hold labels.
 """
 
 import csv
@@ -21,31 +21,27 @@ from sslkit.errors import UserError, near_miss
 
 SEPARATORS = (",", ";", "\t", "|")
 FILE = "file_name"
-WITHOUT = "; or move {name} elsewhere, and the images are read without it"
+WITHOUT = "; or move {name} elsewhere, to read the images without it"
 
 
 def metadata_files(images: ImageFiles) -> list[Path]:
-    """The tables of a split's images: in its folders and those right below; one around them is noted, not read."""
-    places = [place for section in images.sections for place in (section, *_below(section))]
+    """The metadata tables in a split's folders and their subfolders. For one that lies above them, add a note."""
+    folders = [path for each in images.split_folders for path in (each, *(each / name for name in folders_in(each)))]
     for name in METADATA:
-        if images.root not in images.sections and os.path.lexists(images.root / name):
+        if images.root not in images.split_folders and os.path.lexists(images.root / name):
             images.notes.append(f"{name} beside the folders of the splits is not read; give each split its own")
-    return sorted({place / name for place in places for name in METADATA if os.path.lexists(place / name)})
-
-
-def _below(folder: Path) -> list[Path]:
-    return [folder / name for name in folders_in(folder)]
+    return sorted({folder / name for folder in folders for name in METADATA if os.path.lexists(folder / name)})
 
 
 def table_by_metadata(images: ImageFiles, files: list[Path]) -> datasets.Dataset:
-    """The rows of tables that name image files, in their order; what they leave out is added to ``images.notes``.
+    """The rows of metadata tables, in order. Adds notes to ``images`` about files that are missing or not named.
 
     Raises:
-        UserError: A table cannot be read, names no files or files elsewhere, or none that are there.
+        UserError: A table cannot be read, names no files, files outside of its folder, or only files that do not exist.
     """
     if len({file.suffix for file in files}) > 1:
         raise UserError(f"[data] path: {files[0]} and {files[-1]} both describe the images; keep one of them")
-    there = {path for folder in images.folders for path in folder.images.to_pylist()}
+    existing = {path for folder in images.folders for path in folder.images.to_pylist()}
     named: set[str] = set()
     tables = []
     absent: list[str] = []
@@ -56,27 +52,27 @@ def table_by_metadata(images: ImageFiles, files: list[Path]) -> datasets.Dataset
                 continue
             paths = [_path(file, value, row) for row, value in enumerate(values)]
             named.update(path for path in paths if path)
-            absent += [path for path in paths if path and path not in there and not os.path.exists(path)]
+            absent += [path for path in paths if path and path not in existing and not os.path.exists(path)]
             columns[name] = [{"bytes": None, "path": path} for path in paths]
         tables.append(_as_dataset(columns))
     if named and len(absent) >= len(named):
         raise UserError(
-            f"[data] path: none of the files that {files[0]} names is there, such as {absent[0]!r}; {FILE} must be "
+            f"[data] path: none of the files that {files[0]} names exists, such as {absent[0]!r}; {FILE} must be "
             f"relative to {str(files[0].parent)!r}{WITHOUT.format(name=files[0].name)}"
         )
     which = " and ".join(sorted({file.name for file in files}))
-    if left := len(there - named):
-        images.notes.append(f"images that {which} does not name, left out: {left:,} of {len(there):,}")
+    if unnamed := len(existing - named):
+        images.notes.append(f"images that {which} does not name, left out: {unnamed:,} of {len(existing):,}")
     if absent:
-        images.notes.append(f"files that {which} names and that are not there: {len(absent):,}, such as {absent[0]}")
+        images.notes.append(f"files that {which} names and that do not exist: {len(absent):,}, such as {absent[0]}")
     names = set(tables[0].column_names)
     if any(set(table.column_names) != names for table in tables):
-        raise UserError(f"[data] path: {files[0]} and {files[-1]} have other columns; give them the same")
+        raise UserError(f"[data] path: {files[0]} and {files[-1]} have different columns; give them the same")
     return datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
 
 
 def _path(file: Path, value: Any, row: int) -> str | None:
-    """The path that a row names, which lies below the table's folder; None for an empty one."""
+    """The path that a row names, below the table's folder; None for an empty cell."""
     if value is None or value == "":
         return None
     name = os.path.normpath(str(value).replace("\\", "/"))
@@ -89,7 +85,7 @@ def _path(file: Path, value: Any, row: int) -> str | None:
 
 
 def _as_dataset(columns: dict[str, list[Any]]) -> datasets.Dataset:
-    """Columns of one table; images by their paths, everything else as it is, or as text where types are mixed."""
+    """The columns of one table: images by their paths, other columns unchanged, or as text if types are mixed."""
     features: dict[str, Any] = {}
     arrays: dict[str, pa.Array] = {}
     image = datasets.Image(decode=False)
@@ -107,17 +103,17 @@ def _as_dataset(columns: dict[str, list[Any]]) -> datasets.Dataset:
                 arrays[name] = pa.array([[str(each) for each in value] for value in lists], pa.list_(pa.string()))
                 features[name] = datasets.List(datasets.Value("string"))
             else:
-                words = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
-                arrays[name], features[name] = pa.array(words, pa.string()), datasets.Value("string")
+                texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+                arrays[name], features[name] = pa.array(texts, pa.string()), datasets.Value("string")
     table = pa.table(arrays)
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=datasets.Features(features)))
 
 
 def _columns(file: Path) -> dict[str, list[Any]]:
-    """The columns of a table, one of which names files.
+    """The columns of a table.
 
     Raises:
-        UserError: It cannot be read, or none does.
+        UserError: The table cannot be read, or no column names files.
     """
     try:
         columns = READERS[file.suffix](file)
@@ -149,7 +145,7 @@ def _shown(file: Path) -> str:
 
 
 def _text(file: Path) -> str:
-    """The text of a file, without the mark that Windows begins it with."""
+    """The text of a file, without a byte order mark."""
     content = file.read_bytes()
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f"[data] path: {_shown(file)} is UTF-16; save it as UTF-8 (in Excel: CSV UTF-8)")
@@ -162,23 +158,23 @@ def _text(file: Path) -> str:
 
 
 def _read_csv(file: Path) -> dict[str, list[Any]]:
-    """Cells as text; an empty one is None. Columns are separated as the heading is, by a comma, semicolon or tab."""
+    """Read cells as text, empty ones as None. The separator is that of the header: one of `SEPARATORS`."""
     text = _text(file)
     first = text.lstrip("\r\n").partition("\n")[0]
-    if first.lower().startswith("sep="):  # Excel's own line
+    if first.lower().startswith("sep="):  # a line that Excel adds
         text = text.lstrip("\r\n").partition("\n")[2]
         first = text.partition("\n")[0]
-    headings = {each: next(csv.reader([first], delimiter=each), []) for each in SEPARATORS}
-    fits = [each for each, words in headings.items() if FILE in (word.strip() for word in words)]
-    separator = fits[0] if fits else max(headings, key=lambda each: len(headings[each]))
+    headers = {each: next(csv.reader([first], delimiter=each), []) for each in SEPARATORS}
+    fits = [each for each, names in headers.items() if FILE in (name.strip() for name in names)]
+    separator = fits[0] if fits else max(headers, key=lambda each: len(headers[each]))
     reader = csv.reader(io.StringIO(text), delimiter=separator)
-    heading = [name.strip() for name in next(reader, [])]
-    columns: dict[str, list[Any]] = {name: [] for name in heading}
+    header = [name.strip() for name in next(reader, [])]
+    columns: dict[str, list[Any]] = {name: [] for name in header}
     for cells in reader:
-        if len(cells) > len(heading):
-            raise ValueError(f"line {reader.line_num} has {len(cells)} cells, but the heading has {len(heading)}")
+        if len(cells) > len(header):
+            raise ValueError(f"line {reader.line_num} has {len(cells)} cells, but the header has {len(header)}")
         if any(cells):
-            for name, cell in zip(heading, [*cells, *[""] * (len(heading) - len(cells))], strict=True):
+            for name, cell in zip(header, [*cells, *[""] * (len(header) - len(cells))], strict=True):
                 columns[name].append(cell or None)
     return columns
 
@@ -192,10 +188,10 @@ def _read_jsonl(file: Path) -> dict[str, list[Any]]:
             row = json.loads(line)
         except ValueError as error:
             raise UserError(
-                f"[data] path: line {number} of {_shown(file)} is no JSON: {error}{_without(file)}"
+                f"[data] path: line {number} of {_shown(file)} is not JSON: {error}{_without(file)}"
             ) from error
         if not isinstance(row, dict):
-            raise UserError(f"[data] path: line {number} of {_shown(file)} is no JSON object{_without(file)}")
+            raise UserError(f"[data] path: line {number} of {_shown(file)} is not a JSON object{_without(file)}")
         rows.append(row)
     names: Iterable[str] = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}

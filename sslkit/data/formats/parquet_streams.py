@@ -1,20 +1,20 @@
-"""Rows of parquet files where they lie, here or on the Hub: a row group is read when one of its images is due.
+"""Rows of parquet files, read row group by row group where the files are: on this machine, at an address or on the Hub.
 
-Nothing is copied to this machine's disk. How many rows each group has is in the end of each file, so that any row can
-be named, counted and found again; `sslkit.data.order.stream_order` keeps to few groups at a time.
+Nothing is copied to this machine's disk. The footer of each file states the number of rows of its row groups, so that
+all rows are known without reading them; `sslkit.data.order.stream_order` reads few row groups at a time.
 """
 
 import glob
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import datasets
 import fsspec
@@ -29,39 +29,54 @@ from sslkit.data.formats.folder_listing import printable
 from sslkit.data.formats.splits import ALL, choose, no_such_split, refuse_several
 from sslkit.errors import UserError
 from sslkit.hub.availability import quiet_hub, unavailable_reason
+from sslkit.text import pluralize
 
-MAX_GROUP = 2**31  # bytes of images in a row group, all of which must be held
-WAITS = (1.0, 4.0, 16.0, 32.0)  # seconds before another try, where a file is elsewhere; its library tries by itself too
-READERS = 16  # ends of files read at the same time
-DRAWN = 16  # row groups, at least, that a sample is of
-HELD = 4  # row groups kept where nobody says how many
+MAX_GROUP = 2**31  # bytes of the images of a row group, all of which are held in memory
+WAITS = (1.0, 4.0, 16.0, 32.0)  # seconds before each retry of a remote file, besides the retries of its library
+READERS = 16  # footers read at the same time
+MIN_SAMPLED_GROUPS = 16
+HELD = 4  # row groups kept in memory by default
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A row group: the number of its file, its own number there, its rows, and the bytes of its images unpacked."""
+    """A row group.
+
+    Attributes:
+        file: Index of its file.
+        number: Its number in the file.
+        rows: Number of its rows.
+        bytes: Uncompressed size of its images.
+    """
 
     file: int
-    place: int
+    number: int
     rows: int
     bytes: int
 
 
-class StreamedRows:
-    """Rows of parquet files, of which `sslkit.data.sources.image_source` asks as it asks `datasets`' tables.
+class StreamedTable:
+    """The rows of parquet files; an `ImageTable`.
 
     Attributes:
         files: Paths, or addresses such as ``hf://datasets/user/name@commit/file.parquet``.
-        footers: What the end of each says.
-        image_column: The column of images.
+        footers: Footer of each file.
+        image_column: Name of the image column.
+        label_column: Name of the label column, or None.
+        label_feature: Type of the labels, or None.
         groups: All row groups, in order.
-        starts: The row that each begins with, and how many rows there are.
-        features: Columns and their types, as `datasets` has them.
+        starts: Index of the first row of each row group, and the number of rows.
+        picked: The rows that were selected; None for all.
     """
 
-    def __init__(self, files: list[str], footers: list[parquet.FileMetaData], image_column: str) -> None:
-        self.files, self.footers, self.image_column = files, footers, image_column
-        self.features = features_of(files[0], footers[0])
+    random_access: ClassVar[bool] = False
+
+    def __init__(
+        self, files: list[str], footers: list[parquet.FileMetaData], image_column: str, label_column: str | None = None
+    ) -> None:
+        self.files, self.footers = files, footers
+        self.image_column, self.label_column = image_column, label_column
+        self.label_feature = features_of(files[0], footers[0])[label_column] if label_column else None
         self.groups = [
             group for file, footer in enumerate(footers) for group in _groups(files, file, footer, image_column)
         ]
@@ -69,92 +84,97 @@ class StreamedRows:
         self.picked: NDArray[np.int64] | None = None
         self._capacity, self._held = HELD, dict[int, tuple[pa.Array, int]]()
 
-    @property
-    def num_rows(self) -> int:
-        """How many rows."""
+    def __len__(self) -> int:
         return int(self.starts[-1]) if self.picked is None else len(self.picked)
 
     @property
-    def column_names(self) -> list[str]:
-        """The columns, also those that nobody reads."""
-        return list(self.features)
-
-    @property
     def sizes(self) -> tuple[int, ...]:
-        """Rows of each group."""
+        """Number of rows of each row group."""
         return tuple(group.rows for group in self.groups)
 
-    @property
-    def group_bytes(self) -> float:
-        """Bytes of the images of a row group."""
-        return sum(group.bytes for group in self.groups) / len(self.groups)
-
-    def __getitem__(self, which: int | str) -> Any:
-        """The image of a row, as a cell of its bytes; or a whole column, whose images are not read for it.
+    def cell(self, row: int) -> dict[str, Any]:
+        """See `ImageTable`.
 
         Raises:
-            UnreadableImage: There is none, or the file is damaged there.
-            UserError: The file is elsewhere, and not to be reached any more.
+            UnreadableImage: There is no image, or the file is damaged there.
+            UserError: The file is remote and can no longer be read.
         """
-        if isinstance(which, str):
-            return self._column(which)
-        group, row = self._place(which)
-        cells = self._read(group)
-        if row >= len(cells):
-            raise UnreadableImage(self.name(which), "the row group has fewer rows than the end of the file says")
-        cell = cells[row].as_py()
-        encoded = cell if isinstance(cell, bytes) else (cell or {}).get("bytes")
+        group, offset = self._locate(row)
+        images = self._read(group)
+        if offset >= len(images):
+            raise UnreadableImage(self.name(row), "the row group has fewer rows than the footer of the file states")
+        value = images[offset].as_py()
+        encoded = value if isinstance(value, bytes) else (value or {}).get("bytes")
         if encoded is None:
-            raise UnreadableImage(self.name(which), "the row holds no image; a stream opens no files that rows name")
-        return {self.image_column: {"bytes": encoded, "path": self.name(which)}}
+            raise UnreadableImage(self.name(row), "the row holds no image; a stream does not open files that rows name")
+        return {"bytes": encoded, "path": self.name(row)}
 
-    def name(self, index: int) -> str:
-        """What to call a row in print; nothing is read for it."""
-        group, row = self._place(index)
-        piece = self.groups[group]
-        return f"row {row} of row group {piece.place} of {printable(self.files[piece.file])}"
+    def name(self, row: int) -> str:
+        """See `ImageTable`; nothing is read."""
+        number, offset = self._locate(row)
+        group = self.groups[number]
+        return f"row {offset} of row group {group.number} of {printable(self.files[group.file])}"
 
-    def select(self, rows: NDArray[np.int64]) -> "StreamedRows":
-        """The rows at these positions, in that order."""
+    def paths(self) -> list[str]:
+        """See `ImageTable`."""
+        return [""] * len(self)
+
+    def cells(self, batch_size: int) -> Iterator[pa.StructArray]:
+        """See `ImageTable`."""
+        for start in range(0, len(self), batch_size):
+            rows = range(start, min(start + batch_size, len(self)))
+            yield pa.array([self.cell(row) for row in rows], datasets.Image().pa_type)
+
+    def labels(self, rows: Sequence[int] | None = None) -> list[Any]:
+        """See `ImageTable`; the images are not read."""
+        tables = [self._fetch(file, [self.label_column or ""], None) for file in range(len(self.files))]
+        values = [value for table in tables for value in table.column(0).to_pylist()]
+        if self.picked is not None:
+            values = [values[row] for row in self.picked.tolist()]
+        return values if rows is None else [values[row] for row in rows]
+
+    def select(self, rows: NDArray[np.int64]) -> Self:
+        """See `ImageTable`."""
         chosen = copy(self)
         chosen.picked = np.asarray(rows) if self.picked is None else self.picked[rows]
         return chosen
 
-    def select_columns(self, names: list[str]) -> "StreamedRows":
-        """The same rows with these columns."""
+    def without_labels(self) -> Self:
+        """See `ImageTable`."""
         chosen = copy(self)
-        chosen.features = datasets.Features({name: self.features[name] for name in names})
+        chosen.label_column = chosen.label_feature = None
         return chosen
 
-    def holding(self, groups: int) -> "StreamedRows":
-        """The same rows, of which so many row groups are kept in memory."""
+    def holding(self, groups: int) -> Self:
+        """See `ImageTable`."""
         chosen = copy(self)
         chosen._capacity, chosen._held = groups, {}
         return chosen
 
-    def draw(self, count: int, seed: int) -> NDArray[np.int64]:
-        """Positions of at most so many rows, of few row groups, which are read once for all of them."""
+    def sample(self, count: int, seed: int) -> NDArray[np.int64]:
+        """See `ImageTable`; the rows are in few row groups, each of which is read once."""
         rng = np.random.default_rng(seed)
         if self.picked is not None:
-            return rng.permutation(self.num_rows)[:count]
+            return rng.permutation(len(self))[:count]
         pool: list[NDArray[np.int64]] = []
         for group in rng.permutation(len(self.groups)):
-            if len(pool) >= DRAWN and sum(map(len, pool)) >= count:
+            if len(pool) >= MIN_SAMPLED_GROUPS and sum(map(len, pool)) >= count:
                 break
             pool.append(np.arange(self.starts[group], self.starts[group + 1]))
         return np.sort(rng.permutation(np.concatenate(pool))[:count])
 
-    def words(self, held: int) -> str:
-        """A sentence on what a worker that keeps so many row groups needs."""
-        size, count = self.group_bytes / 2**20, len(self.groups)
+    def describe_streaming(self, groups: int) -> str:
+        """See `ImageTable`."""
+        count = len(self.groups)
+        size = sum(group.bytes for group in self.groups) / count / 2**20
         return (
-            f"read as a stream: {count} row groups of {len(self.files)} file(s), about {size:.3g} MiB each, of which a "
-            f"worker holds up to {min(held, count)}"
+            f"read as a stream: {pluralize(count, 'row group')} of {pluralize(len(self.files), 'file')}, "
+            f"about {size:.3g} MiB each, of which a worker holds up to {min(groups, count)}"
         )
 
     def digest(self) -> str:
-        """SHA-256 of the files' names, and of the rows and bytes of each row group."""
-        digest = hashlib.sha256(str(self.num_rows).encode())
+        """SHA-256 of the files' names, and of the number of rows and bytes of each row group."""
+        digest = hashlib.sha256(str(len(self)).encode())
         for group in self.groups:
             name = PurePosixPath(self.files[group.file]).name
             digest.update(f"{name}\0{group.rows}\0{group.bytes}\0".encode())
@@ -162,33 +182,32 @@ class StreamedRows:
             digest.update(self.picked.astype(np.int64).tobytes())
         return digest.hexdigest()
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """Row group of a row, and its place there."""
-        row = index if self.picked is None else int(self.picked[index])
-        group = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return group, row - int(self.starts[group])
+    def as_dataset(self) -> datasets.Dataset:
+        """See `ImageTable`."""
+        raise UserError("[data] streaming: a stream cannot be mixed with other sources; leave streaming out")
+
+    def _locate(self, row: int) -> tuple[int, int]:
+        """The row group of a row, and its offset in it."""
+        index = row if self.picked is None else int(self.picked[row])
+        group = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return group, index - int(self.starts[group])
 
     def _read(self, group: int) -> pa.Array:
-        """The images of a row group, as they are stored: kept until each was asked for once, if there is room."""
-        cells, left = self._held.pop(group, (None, self.groups[group].rows))
-        if cells is None:
-            piece = self.groups[group]
-            cells = self._fetch(piece.file, [self.image_column], piece.place).column(0).combine_chunks()
+        """The images of a row group, as they are stored. Kept until as many images were read, if there is room."""
+        images, left = self._held.pop(group, (None, self.groups[group].rows))
+        if images is None:
+            chosen = self.groups[group]
+            images = self._fetch(chosen.file, [self.image_column], chosen.number).column(0).combine_chunks()
         if left > 1:
-            self._held[group] = cells, left - 1  # the last is the one used last
+            self._held[group] = images, left - 1  # the most recently used is the last
         while len(self._held) > self._capacity:
             with suppress(StopIteration, KeyError, RuntimeError):  # another thread was faster
                 del self._held[next(iter(self._held))]
-        return cells
+        return images
 
-    def _column(self, name: str) -> list[Any]:
-        tables = [self._fetch(file, [name], None) for file in range(len(self.files))]
-        values = [value for table in tables for value in table.column(0).to_pylist()]
-        return values if self.picked is None else [values[row] for row in self.picked.tolist()]
-
-    def _fetch(self, file: int, columns: list[str], place: int | None) -> pa.Table:
-        """Columns of a row group of a file, or of all of them."""
-        name, where = self.files[file], "" if place is None else f"row group {place} of "
+    def _fetch(self, file: int, columns: list[str], group: int | None) -> pa.Table:
+        """Columns of a row group of a file, or of the whole file."""
+        name, where = self.files[file], "" if group is None else f"row group {group} of "
         if columns == [self.image_column] and (leaf := f"{self.image_column}.bytes") in _leaves(self.footers[file]):
             columns = [leaf]
         waits = iter(WAITS if "://" in name else ())
@@ -196,32 +215,32 @@ class StreamedRows:
             try:
                 with _opened(name) as stream:
                     reader = parquet.ParquetFile(stream, metadata=self.footers[file], pre_buffer=False)
-                    if place is None:
+                    if group is None:
                         return reader.read(columns, use_threads=False)
-                    return reader.read_row_group(place, columns, use_threads=False)
+                    return reader.read_row_group(group, columns, use_threads=False)
             except (pa.ArrowException, ValueError, KeyError) as error:
                 raise UnreadableImage(f"{where}{printable(name)}", f"damaged: {_brief(error)}") from error
-            except Exception as error:  # of which library it is depends on where the file lies
+            except Exception as error:  # its type depends on the library that reads the address
                 if (wait := next(waits, None)) is not None:
                     time.sleep(wait)
                     continue
                 if "://" not in name:
                     raise UnreadableImage(f"{where}{printable(name)}", _brief(error)) from error
                 raise UserError(
-                    f"[data] path: {printable(name)} cannot be read any more: {_brief(error)}; what is saved is whole, "
-                    "and the same command continues"
+                    f"[data] path: {printable(name)} can no longer be read: {_brief(error)}; saved work is intact, and "
+                    "the same command continues the run"
                 ) from error
 
 
 def find_parquet(config: SourceConfig, patterns: list[str]) -> list[str]:
-    """The parquet files that a source names, in order: here, at addresses, or of a dataset of the Hub.
+    """Find the parquet files of a source, in order.
 
     Args:
         config: The source.
-        patterns: Of files here or at addresses; none: the source is of the Hub.
+        patterns: Patterns of local files or of addresses; empty for a dataset of the Hub.
 
     Raises:
-        UserError: There are none, or the dataset is of files of another kind.
+        UserError: There are none, or the dataset has files of another kind.
     """
     if not patterns:
         return _hub_files(config)
@@ -233,19 +252,19 @@ def find_parquet(config: SourceConfig, patterns: list[str]) -> list[str]:
         try:
             system, path = fsspec.core.url_to_fs(pattern)
             found += sorted(map(system.unstrip_protocol, system.glob(path) if "*" in path else [path]))
-        except Exception as error:  # a protocol unknown, a library not here, a server that does not answer
+        except Exception as error:  # unknown protocol, missing library, server that does not answer
             raise UserError(f"[data] data_files: cannot look for {printable(pattern)}: {_brief(error)}") from error
     refuse_several(found, patterns, config.split)
     if not found:
-        raise UserError(f"[data] path: no parquet file is named by {', '.join(map(printable, patterns))}")
+        raise UserError(f"[data] path: no parquet file matches {', '.join(map(printable, patterns))}")
     return found
 
 
 def read_footers(files: list[str]) -> list[parquet.FileMetaData]:
-    """What the end of each file says of its row groups.
+    """Read the footer of each file.
 
     Raises:
-        UserError: One is no parquet file, or cannot be reached.
+        UserError: A file is no parquet file, or cannot be reached.
     """
     with ThreadPoolExecutor(READERS) as readers:
         return list(readers.map(_footer, files))
@@ -255,13 +274,13 @@ def _footer(file: str) -> parquet.FileMetaData:
     try:
         with _opened(file) as stream:
             return parquet.read_metadata(stream)
-    except Exception as error:  # of which library it is depends on where the file lies
+    except Exception as error:  # its type depends on the library that reads the address
         raise UserError(f"[data] path: {printable(file)} cannot be read as parquet: {_brief(error)}") from error
 
 
 @contextmanager
 def _opened(file: str) -> Iterator[Any]:
-    """A file here or elsewhere, of which only what is asked for is read."""
+    """Open a local or remote file; only the requested bytes of a remote file are read."""
     if "://" not in file:
         with open(file, "rb") as stream:
             yield stream
@@ -278,36 +297,40 @@ def _hub_files(config: SourceConfig) -> list[str]:
                 config.path, config.name, data_dir=config.data_dir, data_files=config.data_files
             )
         files = builder.config.data_files or {}
-    except Exception as error:  # what a stranger's repository makes of `datasets` is no closed set
+    except Exception as error:  # an untrusted repository can make `datasets` raise anything
         raise UserError(
             f"[data] path: cannot stream {config.path!r}: no folder of that name here, and as a dataset of the Hub: "
             f"{_brief(error)}{unavailable_reason()}"
         ) from error
     if builder.name != "parquet":
         raise UserError(
-            f"[data] streaming: {config.path!r} is not made of parquet files; leave streaming out to download it"
+            f"[data] streaming: {config.path!r} does not consist of parquet files; leave streaming out to download it"
         )
-    there = {str(name): [str(file) for file in each] for name, each in files.items()}
-    words = list(there) if config.split == ALL else choose(there, config.split)
-    if not words:
-        raise no_such_split(config.path, "the splits", there, config.split)
-    return [file for word in words for file in there[word]]
+    available = {str(name): [str(file) for file in each] for name, each in files.items()}
+    names = list(available) if config.split == ALL else choose(available, config.split)
+    if not names:
+        raise no_such_split(config.path, "the splits", available, config.split)
+    return [file for name in names for file in available[name]]
 
 
 def features_of(file: str, footer: parquet.FileMetaData) -> datasets.Features:
-    """Columns and their types, as `datasets` has them.
+    """Columns and their types, as `datasets` describes them.
 
     Raises:
-        UserError: They are not understood.
+        UserError: They are invalid.
     """
     try:
         return datasets.Features.from_arrow_schema(footer.schema.to_arrow_schema())
-    except Exception as error:  # what a stranger's metadata makes of `datasets` is no closed set
-        raise UserError(f"[data] path: the columns of {printable(file)} are not understood: {_brief(error)}") from error
+    except Exception as error:  # untrusted metadata can make `datasets` raise anything
+        raise UserError(f"[data] path: the columns of {printable(file)} are invalid: {_brief(error)}") from error
 
 
 def _groups(files: list[str], file: int, footer: parquet.FileMetaData, column: str) -> Iterator[RowGroup]:
-    """The row groups of a file that have rows, once its column of images is found to be one."""
+    """The row groups of a file that have rows.
+
+    Raises:
+        UserError: ``column`` does not hold the bytes of images, or a row group is too large.
+    """
     name, schema = printable(files[file]), footer.schema.to_arrow_schema()
     if column not in schema.names:
         raise UserError(f"[data] image_column: {name} has no column {column!r}; there are {schema.names}")
@@ -315,25 +338,24 @@ def _groups(files: list[str], file: int, footer: parquet.FileMetaData, column: s
     held = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
     if not (pa.types.is_binary(held) or pa.types.is_large_binary(held) or pa.types.is_binary_view(held)):
         text = pa.types.is_string(held) or pa.types.is_large_string(held) or pa.types.is_string_view(held)
-        rest = "; leave streaming out for names of files or other text" if text else ""
-        raise UserError(f"[data] image_column: {column!r} of {name} holds {kind}, not the bytes of images{rest}")
-    wanted = {column, f"{column}.bytes"}
-    leaves = [place for place, leaf in enumerate(_leaves(footer)) if leaf in wanted]
-    for place in range(footer.num_row_groups):
-        group = footer.row_group(place)
+        advice = "; leave streaming out for names of files or other text" if text else ""
+        raise UserError(f"[data] image_column: {column!r} of {name} holds {kind}, not the bytes of images{advice}")
+    leaves = [index for index, leaf in enumerate(_leaves(footer)) if leaf in (column, f"{column}.bytes")]
+    for number in range(footer.num_row_groups):
+        group = footer.row_group(number)
         size = sum(group.column(leaf).total_uncompressed_size for leaf in leaves)
         if size > MAX_GROUP:
             raise UserError(
-                f"[data] path: {name} has a row group of {size / 2**30:.1f} GiB, which must be held whole; write it in "
-                "smaller ones (such as 1000 rows), or leave streaming out"
+                f"[data] path: {name} has a row group of {size / 2**30:.1f} GiB, which must fit into memory as a "
+                "whole; write it with smaller ones (such as 1000 rows), or leave streaming out"
             )
         if group.num_rows:
-            yield RowGroup(file, place, group.num_rows, size)
+            yield RowGroup(file, number, group.num_rows, size)
 
 
 def _leaves(footer: parquet.FileMetaData) -> list[str]:
-    """The columns as they are stored, in order; a structure is several."""
-    return [footer.schema.column(place).path for place in range(footer.num_columns)]
+    """The columns as they are stored; a structure is stored as several."""
+    return [footer.schema.column(index).path for index in range(footer.num_columns)]
 
 
 def _brief(error: Exception) -> str:

@@ -1,7 +1,10 @@
-"""Names of splits: which folders and files are told apart by them, for every kind of data.
+"""Recognise splits in the names of folders and files, for all kinds of data.
 
-A name counts by its words, in any case, as `datasets` takes them: ``train``, ``data/valid-00000-of-00001.parquet``,
+A name is split into words, in any case, as `datasets` does it: ``train``, ``data/valid-00000-of-00001.parquet``,
 ``Training Images``, ``val2017``, ``seg_test``. The synonyms are those of the Hub, and held-out sets.
+
+A *split name* is the word that is found in a file or folder name, such as ``val``; `SPLIT_OF` maps it to its split,
+such as ``validation``.
 """
 
 import os
@@ -12,45 +15,36 @@ from typing import TypeVar
 
 from sslkit.errors import UserError
 
-ALL = "all"  # the split that takes everything, whatever its name
+ALL = "all"  # the split that contains everything, whatever its name
 SYNONYMS = {
-    "train": ("train", "training"),
-    "test": ("test", "testing", "eval", "evaluation"),
+    "train": ("train", "training", "trn"),
+    "test": ("test", "testing", "tst", "eval", "evaluation"),
     "validation": ("validation", "valid", "val", "dev"),
     "holdout": ("holdout",),
 }
 SPLIT_OF = {word: split for split, words in SYNONYMS.items() for word in words}
 ENDINGS = ("", "set", "sets", "data", "images", "imgs", "split")  # trainset, testdata
 KEYWORDS = {word + ending: word for word in SPLIT_OF for ending in ENDINGS}
+# Words that tell nothing about a split: "train_images" is as plain as "train".
 NEUTRAL = frozenset(
-    (
-        *("set", "sets", "data", "dataset", "images", "image", "imgs", "img", "photos", "pictures", "pics", "files"),
-        *(
-            "samples",
-            "split",
-            "splits",
-            "jpg",
-            "jpeg",
-            "png",
-            "jpegimages",
-            "original",
-            "final",
-            "full",
-            "clean",
-            "raw",
-            "the",
-        ),
-        *("a", "b", "x", "y", "v"),
+    re.findall(
+        "[a-z]+",
+        "set sets data dataset images image imgs img photos pictures pics files samples split splits jpg "
+        "jpeg png jpegimages original final full clean raw the a b x y v",
     )
 )
-DRAWN = frozenset(
-    (
-        *("mask", "masks", "annotation", "annotations", "label", "labels", "gt", "groundtruth", "truth", "depth"),
-        *("depths", "segmentation", "segmentations", "segmentationclass", "segmentationobject", "heatmaps"),
+# Words that name a part of a split, beside its name: train_labeled, test_noisy. With any other word the name may be
+# that of a class: train_station, test_kitchen.
+PARTS = NEUTRAL | frozenset(
+    re.findall(
+        "[a-z]+",
+        "labeled labelled unlabeled unlabelled annotated extra small large mini tiny big subset part fold "
+        "noisy real synthetic synth fake new old all hr lr crops cropped patches frames resized seen "
+        "unseen easy hard public private",
     )
 )
 HELD_OUT = re.compile(r"h[eo]ld[\W_]?outs?", re.IGNORECASE)
-SIGN = re.compile("train|test|eval|val|dev|h[eo]ld", re.IGNORECASE)  # in every name that has a word of a split
+HAS_SPLIT = re.compile("train|trn|test|tst|eval|val|dev|h[eo]ld", re.IGNORECASE)  # matches every name of a split
 CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 ALL_HELP = (
     'if none of these names means a split, give split = "all" (--set data.split=all, --train-split all, --split all or '
@@ -61,64 +55,77 @@ File = TypeVar("File", str, Path)
 
 
 def words_of(name: str) -> list[str]:
-    """The words of a name in small letters: runs of letters, ``trainA`` and ``held-out`` taken for what they are."""
+    """The words of a name in lower case: runs of letters; ``trainA`` is two words and ``held-out`` is one."""
     name = CAMEL.sub(" ", HELD_OUT.sub("_holdout_", name))
     return [word.lower() for word in re.findall(r"[^\W\d_]+", name)]
 
 
-def split_words(name: str) -> list[str]:
-    """The words of splits in a name, as `SPLIT_OF` has them; two of one split, as in test_eval, count once."""
-    if not SIGN.search(name):  # nearly all; there may be a million names
+def split_names(name: str) -> list[str]:
+    """The split names in a name, one for each split: ``test_eval`` has one."""
+    if not HAS_SPLIT.search(name):  # as nearly all of maybe a million names
         return []
     found = {SPLIT_OF[KEYWORDS[word]]: KEYWORDS[word] for word in reversed(words_of(name)) if word in KEYWORDS}
     return list(found.values())
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name says a split and nothing else: ``train``, ``val2017``, ``Test Images``, not ``test_tube``."""
+    """Whether a name has only words for splits and neutral ones: ``val2017``, ``Test Images``, not ``test_tube``."""
     return all(word in KEYWORDS or word in NEUTRAL for word in words_of(name))
 
 
-def is_drawn(name: str) -> bool:
-    """Whether a folder is called as one of pictures that are drawn over images, such as masks."""
-    return bool(DRAWN.intersection(re.findall("[a-z]+", name.lower())))
+def may_be_classes(names: Iterable[str]) -> bool:
+    """Whether names with a split name may all be classes, like ``train_station`` and ``test_kitchen``.
+
+    In each of them the split name comes first and words follow that are not in `PARTS`, different ones for each split;
+    ``train_cats`` and ``test_cats`` are splits.
+    """
+    splits: dict[str, str] = {}
+    for name in names:
+        words = words_of(name)
+        rest = [word for word in words[1:] if word not in PARTS]
+        if len(split_names(name)) != 1 or words[0] not in KEYWORDS or not rest or rest != words[1:]:
+            return False
+        split = SPLIT_OF[KEYWORDS[words[0]]]
+        if splits.setdefault(" ".join(rest), split) != split:
+            return False
+    return True
 
 
 def choose(available: Iterable[str], asked: str) -> list[str]:
-    """Those of the available split words that a split's name stands for.
+    """Those of the available split names that a requested split stands for.
 
-    ``train``, ``test`` and ``validation`` stand for all their synonyms, any other word for itself, or else, if nothing
-    is called so, for its synonyms.
+    ``train``, ``test`` and ``validation`` stand for all their synonyms. Any other name stands for itself or, if it is
+    not available, for its synonyms.
     """
-    words, asked = list(available), asked.lower()
-    same = [word for word in words if word.lower() == asked]
+    names, asked = list(available), asked.lower()
+    same = [name for name in names if name.lower() == asked]
     if same and SPLIT_OF.get(asked) != asked:
         return same
     split = SPLIT_OF.get(KEYWORDS.get(asked, asked))
-    return [word for word in words if word in same or (split and SPLIT_OF.get(word.lower()) == split)]
+    return [name for name in names if name in same or (split and SPLIT_OF.get(name.lower()) == split)]
 
 
-def in_order(words: Iterable[str]) -> list[str]:
-    """Split words with those of training first, then of test, validation and held-out sets, then unknown ones."""
+def in_order(names: Iterable[str]) -> list[str]:
+    """Split names in the order of `SYNONYMS`, then unknown ones."""
     order = list(SYNONYMS)
-    return sorted(set(words), key=lambda word: (order.index(SPLIT_OF[word]) if word in SPLIT_OF else len(order), word))
+    return sorted(set(names), key=lambda name: (order.index(SPLIT_OF[name]) if name in SPLIT_OF else len(order), name))
 
 
 def splits_of_folders(names: Sequence[str], where: str) -> dict[str, str]:
-    """Which split each of the folders side by side in one folder is of; empty where they are classes or the like.
+    """The split name of each of the subfolders of one folder; empty if they are classes or the like.
 
-    They are splits if each name has a word of one. Where only some have, the others stand in doubt: names that say a
-    split and nothing else, and those alike but for the word (``photos_train`` and ``photos_test``), are refused beside
-    others; else they are classes (``test_tube`` beside ``flask``).
+    They are splits if each has a split name. If only some have one, they are classes (``test_tube`` beside ``flask``)
+    unless they are plain (see `is_plain`) or equal except for the split name (``photos_train`` and ``photos_test``);
+    these are refused beside others.
 
     Args:
-        names: Names of folders that hold images.
-        where: How the message names the folder.
+        names: Names of folders that contain images.
+        where: The folder, as messages name it.
 
     Raises:
         UserError: Some are splits and others are not.
     """
-    found = {name: split_words(name) for name in names}
+    found = {name: split_names(name) for name in names}
     named = {name: words[0] for name, words in found.items() if len(words) == 1}
     others = [name for name in names if name not in named]
     if not named:
@@ -136,17 +143,17 @@ def splits_of_folders(names: Sequence[str], where: str) -> dict[str, str]:
 
 
 def what_to_do(where: str, named: dict[str, str]) -> str:
-    """The rest of the sentence on folders of which some are splits: paths below ``where`` by their split words."""
+    """Advice about folders of which only some are splits; ``named`` are their paths below ``where`` and split names."""
     training = sorted(name for name, word in named.items() if SPLIT_OF[word] == "train")
     if training:
-        way = f"name the folder to be read, such as {f'{where}/{training[0]}'!r}, or move the others elsewhere"
+        advice = f"name the folder to read, such as {f'{where}/{training[0]}'!r}, or move the others elsewhere"
     else:
-        way = f"move the others into {f'{where}/train'!r}, if they are what is trained on"
-    return f"{way}; {ALL_HELP}"
+        advice = f"move the others into {f'{where}/train'!r} if they are the training images"
+    return f"{advice}; {ALL_HELP}"
 
 
 def _are_splits(named: dict[str, str], others: Sequence[str]) -> bool:
-    """Whether some names beside others must be meant as splits."""
+    """Whether folders with split names must be splits although there are others beside them."""
     if named.keys() == {"valid"} and "invalid" in map(str.lower, others):
         return False
     rest = {name: " ".join(word for word in words_of(name) if word not in KEYWORDS) for name in named}
@@ -154,7 +161,7 @@ def _are_splits(named: dict[str, str], others: Sequence[str]) -> bool:
     like_other = {" ".join(words_of(name)) for name in others}
     if any(is_plain(name) or (splits[name] != "train" and rest[name] in like_other) for name in named):
         return True
-    if len(set(splits.values())) < 2 or "train" not in splits.values():
+    if len(set(splits.values())) < 2 or "train" not in splits.values() or may_be_classes(named):
         return False
     return len(named) >= len(others) or any(
         rest[one] == rest[other] and splits[one] != splits[other] for one in named for other in named
@@ -162,9 +169,9 @@ def _are_splits(named: dict[str, str], others: Sequence[str]) -> bool:
 
 
 def split_of_file(file: PurePath) -> str:
-    """The split word of a file's name or else of the nearest of its folders; empty for none, or for two that differ."""
-    words = [split_words(part) for part in (*file.parts[:-1], file.stem)]
-    named = [each for each in reversed(words) if each]
+    """The split name in a file's name or else in its nearest folder; empty if there is none, or two that differ."""
+    names = [split_names(part) for part in (*file.parts[:-1], file.stem)]
+    named = [each for each in reversed(names) if each]
     if not named or len(named[0]) > 1:
         return ""
     folders = [each for each in named if len(each) == 1]
@@ -172,17 +179,17 @@ def split_of_file(file: PurePath) -> str:
 
 
 def files_by_split(files: Sequence[File], below: Path, describe: str = "") -> dict[str, list[File]]:
-    """Tables or tar files by their split words; empty if none of them names a split.
+    """Tables or tar files by their split names; empty if no file has one.
 
-    Where all lie in folders that are splits, these tell; else each file's own name and folders.
+    If all files lie in folders that are splits, these folders decide; else each file's own name and folders.
 
     Args:
         files: Paths below ``below``.
-        below: What of the paths is not looked at.
-        describe: How the message names the place; the folder itself if it is not given.
+        below: The folder whose own name does not count.
+        describe: The folder, as messages name it; the default is its path.
 
     Raises:
-        UserError: Some name a split and others do not, or two that differ.
+        UserError: Some have a split name and others have none, or two that differ.
     """
     where = describe or str(below)
     relative = {file: Path(file).relative_to(below) for file in files}
@@ -190,37 +197,37 @@ def files_by_split(files: Sequence[File], below: Path, describe: str = "") -> di
         tops = splits_of_folders(sorted({each.parts[0] for each in relative.values()}), where)
         if tops:
             return _gather(files, lambda file: tops[relative[file].parts[0]])
-    words = {file: split_of_file(each) for file, each in relative.items()}
-    others = [file for file in files if not words[file]]
-    if not any(words.values()) and not any(split_words(part) for file in others for part in relative[file].parts):
+    names = {file: split_of_file(each) for file, each in relative.items()}
+    others = [file for file in files if not names[file]]
+    if not any(names.values()) and not any(split_names(part) for file in others for part in relative[file].parts):
         return {}
     if others:
-        named = sorted(set(filter(None, words.values())))
+        named = sorted(set(filter(None, names.values())))
         which = f"of the splits {named} and others" if named else "named after several splits"
         raise UserError(
             f"[data] path: {where!r} has files {which}, such as {relative[others[0]].name!r}; put the files of each "
             f"split into a folder of its own (train, validation, test), or name files by path or data_files; {ALL_HELP}"
         )
-    return _gather(files, lambda file: words[file])
+    return _gather(files, lambda file: names[file])
 
 
-def _gather(files: Sequence[File], word: Callable[[File], str]) -> dict[str, list[File]]:
+def _gather(files: Sequence[File], name_of: Callable[[File], str]) -> dict[str, list[File]]:
     by_split: dict[str, list[File]] = {}
     for file in files:
-        by_split.setdefault(word(file), []).append(file)
+        by_split.setdefault(name_of(file), []).append(file)
     return by_split
 
 
-def no_such_split(what: str, kind: str, words: Iterable[str], asked: str) -> UserError:
-    """The refusal of a split that is not there."""
-    return UserError(f"[data] split: {what!r} has {kind} of {sorted(words)}, none of {asked!r}; {ALL_HELP}")
+def no_such_split(what: str, kind: str, names: Iterable[str], asked: str) -> UserError:
+    """The error about a split that does not exist."""
+    return UserError(f"[data] split: {what!r} has {kind} of {sorted(names)}, none of {asked!r}; {ALL_HELP}")
 
 
 def refuse_several(files: Sequence[str], patterns: Sequence[str], split: str) -> None:
-    """Refuse files that a pattern with a wildcard names, where they are of several splits.
+    """Refuse files of several splits that a pattern with a wildcard matches.
 
     Raises:
-        UserError: They are; or some name a split and others do not.
+        UserError: They are of several splits, or some have a split name and others have none.
     """
     if split == ALL or not any(char in pattern for pattern in patterns for char in "*?[") or len(files) < 2:
         return
@@ -228,6 +235,6 @@ def refuse_several(files: Sequence[str], patterns: Sequence[str], split: str) ->
     by_split = files_by_split([Path(file) for file in files], folder, ", ".join(patterns))
     if len({SPLIT_OF[word] for word in by_split}) > 1:
         raise UserError(
-            f"[data] path: {', '.join(patterns)!r} names files of several splits, {in_order(by_split)}; write a "
+            f"[data] path: {', '.join(patterns)!r} matches files of several splits, {in_order(by_split)}; write a "
             f"pattern for one of them, or give their folder and [data] split; {ALL_HELP}"
         )

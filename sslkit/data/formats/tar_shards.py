@@ -1,7 +1,7 @@
-"""Images in tar files, as WebDataset packs them: found once by their headers, then read where they lie, in any order.
+"""List the files in tar files by their headers, so that they can be read in place and in any order.
 
-Only plain tar files can be read so. Nothing in them is trusted: a size may be a lie, a name may be of any bytes, and
-an image may be cut short, which shows when it is read.
+Only uncompressed tar files can be read like this. They are not trusted: sizes may be false, names may be of any bytes,
+and files may be truncated, which shows when they are read.
 """
 
 import glob
@@ -21,24 +21,30 @@ from sslkit.errors import UserError
 BLOCK = 512  # bytes; headers and contents begin at multiples of it
 REGULAR = (b"0", b"\0", b"7")
 LINKS = (b"1", b"2")
-NO_CONTENT = (*LINKS, b"3", b"4", b"5", b"6")  # whatever size they claim: links, devices, folders, pipes
-MAX_NAME = 65_536  # bytes of a header's own extension, and of a label
-MAX_SIZE = 2**60  # bytes; more is a lie, and one beyond all disks is as good as any
-UNREADABLE = -1  # the size that stands for a link, which has no content of its own
+NO_CONTENT = (*LINKS, b"3", b"4", b"5", b"6")  # links, devices, folders, pipes, whatever size they state
+MAX_NAME = 65_536  # bytes of an extended header, and of a label
+MAX_SIZE = 2**60  # bytes; larger sizes are false and clipped to this one
+UNREADABLE = -1  # size of a link, which has no content of its own
 TAR_SUFFIXES = (".tar", ".tgz", *(f".tar.{kind}" for kind in ("gz", "zst", "bz2", "xz", "lz4")))
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x04\x22M": "lz4"}
 BRACES, RANGE = re.compile(r"\{([^{}]+)\}"), re.compile(r"(\d{1,18})\.\.(\d{1,18})")
-MAX_SHARDS = 1_000_000  # that a pattern may name
+MAX_SHARDS = 1_000_000  # that a pattern may stand for
 
 
 def is_shard(name: str) -> bool:
-    """Whether a file is named like a tar file, compressed or not."""
+    """Whether a file name is that of a tar file, compressed or not."""
     return name.lower().endswith(TAR_SUFFIXES)
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a tar file: its name's bytes, where its content begins, and how many bytes it has."""
+    """A file in a tar file.
+
+    Attributes:
+        name: Bytes of its name.
+        offset: Position of its content in the tar file.
+        size: Size of its content in bytes, or `UNREADABLE`.
+    """
 
     name: bytes
     offset: int
@@ -46,61 +52,61 @@ class Member:
 
 
 def find_shards(patterns: list[str]) -> list[Path]:
-    """The tar files that patterns name, sorted.
+    """Find the tar files that match patterns, sorted.
 
     Args:
-        patterns: Paths, with ``*`` and ``?``, ``{0000..0127}`` or ``{a,b}`` for several.
+        patterns: Paths, optionally with ``*``, ``?``, ``{0000..0127}`` or ``{a,b}``.
 
     Raises:
-        UserError: A pattern names none, or one that is not there.
+        UserError: A pattern matches no file, or a name that it stands for does not exist.
     """
     found: set[str] = set()
     for pattern in patterns:
         for name in expand_braces(os.path.expanduser(pattern)):
             files = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
             if not files:
-                raise UserError(f"[data] path: no tar file {name!r}, which {pattern!r} names")
+                raise UserError(f"[data] path: no tar file {name!r}, which {pattern!r} stands for")
             found.update(files)
     return [Path(file) for file in sorted(found)]
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Every name that a pattern with ``{0000..0127}`` or ``{a,b}`` in it stands for.
+    """Every name that a pattern with ``{0000..0127}`` or ``{a,b}`` stands for.
 
     Raises:
-        UserError: There are more than a million.
+        UserError: There are more than `MAX_SHARDS`.
     """
     pieces = BRACES.split(pattern)
     choices: list[Sequence[str]] = [
-        [piece] if place % 2 == 0 else _choices(piece) for place, piece in enumerate(pieces)
+        [piece] if index % 2 == 0 else _choices(piece) for index, piece in enumerate(pieces)
     ]
     if math.prod(map(len, choices)) > MAX_SHARDS:
-        raise UserError(f"[data] path: {pattern!r} names more than {MAX_SHARDS} files")
-    return ["".join(words) for words in itertools.product(*choices)]
+        raise UserError(f"[data] path: {pattern!r} stands for more than {MAX_SHARDS} files")
+    return ["".join(parts) for parts in itertools.product(*choices)]
 
 
 def _choices(inside: str) -> Sequence[str]:
-    """The words that the inside of a pair of braces stands for."""
+    """The alternatives between a pair of braces."""
     numbers = RANGE.fullmatch(inside)
     if not numbers:
         return inside.split(",")
     first, last = numbers[1], numbers[2]
     if int(last) - int(first) >= MAX_SHARDS:
-        raise UserError(f"[data] path: {{{inside}}} names more than {MAX_SHARDS} files")
+        raise UserError(f"[data] path: {{{inside}}} stands for more than {MAX_SHARDS} files")
     return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
 
 
 def walk(stream: BinaryIO, file: Path) -> Iterator[Member]:
-    """Every regular file and link of a tar file, in its order; only headers are read.
+    """Iterate over the regular files and links of a tar file, in order; only headers are read.
 
-    The last one's content may be cut short.
+    The content of the last file may be truncated.
 
     Args:
         stream: The tar file.
-        file: How errors name it.
+        file: Its path, for errors.
 
     Raises:
-        UserError: A header is broken.
+        UserError: A header is invalid.
     """
     end, at, long_name, long_size = os.fstat(stream.fileno()).st_size, 0, b"", -1
     while at < end:
@@ -127,10 +133,10 @@ def walk(stream: BinaryIO, file: Path) -> Iterator[Member]:
 
 
 def open_shard(file: Path) -> BinaryIO:
-    """A tar file to be read, without waiting for a pipe.
+    """Open a tar file; never waits for a pipe.
 
     Raises:
-        UserError: It is not there, or no regular file.
+        UserError: It does not exist, or is not a regular file.
     """
     try:
         stream = open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=4096)  # noqa: SIM115
@@ -138,31 +144,31 @@ def open_shard(file: Path) -> BinaryIO:
         raise UserError(f"[data] path: cannot read {printable(to_text(str(file)))}: {error.strerror}") from error
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()
-        raise UserError(f"[data] path: {printable(to_text(str(file)))} is no regular file, so no tar file")
+        raise UserError(f"[data] path: {printable(to_text(str(file)))} is not a regular file")
     return stream
 
 
 def _check_header(header: bytes, at: int, file: Path) -> tuple[bytes, int]:
-    """Kind and size of what follows a header."""
-    kind = next((word for magic, word in COMPRESSED.items() if not at and header.startswith(magic)), None)
-    total = sum(header) - sum(header[148:156]) + 8 * 32  # as if the sum itself were spaces
+    """Type and size of the file that follows a header."""
+    kind = next((name for magic, name in COMPRESSED.items() if not at and header.startswith(magic)), None)
+    total = sum(header) - sum(header[148:156]) + 8 * 32  # the checksum field itself counts as spaces
     if kind and _number(header[148:156]) != total:
         raise UserError(
-            f"[data] path: {printable(to_text(str(file)))} is compressed by {kind}, so that no image in it can be read "
-            "without all those before it; images are compressed already: decompress it once to a plain .tar"
+            f"[data] path: {printable(to_text(str(file)))} is compressed with {kind}, so its images cannot be read in "
+            "any order; images are compressed already: decompress it once to a plain .tar"
         )
     if len(header) < BLOCK:
-        raise broken(file, at, "cut short within a header" if at else "too short for a tar file")
+        raise broken(file, at, "truncated within a header" if at else "too short for a tar file")
     if _number(header[148:156]) != total:
-        raise broken(file, at, "no tar header")
+        raise broken(file, at, "an invalid header")
     size = _number(header[124:136])
     if size is None:
-        raise broken(file, at, "a size that is no number")
+        raise broken(file, at, "a size that is not a number")
     return header[156:157], min(size, MAX_SIZE)
 
 
 def _number(digits: bytes) -> int | None:
-    """Octal digits, or, as GNU writes large numbers, bytes after one of 0x80; None if neither or negative."""
+    """A number in octal digits, or in bytes after 0x80, as GNU tar writes large ones; None if invalid or negative."""
     if digits[:1] == b"\x80":
         return int.from_bytes(digits[1:], "big")
     try:
@@ -185,12 +191,12 @@ def _extension(stream: BinaryIO, file: Path, at: int, size: int) -> bytes:
 
 
 def _pax(records: bytes, file: Path, at: int) -> tuple[bytes, int]:
-    """Name and size in a POSIX extended header, empty and -1 where it does not say."""
+    """Name and size in a POSIX extended header; empty and -1 if it has none."""
     name, size = b"", -1
     while records:
         length, space, _ = records.partition(b" ")
         if not (space and length.isdigit() and len(length) < int(length) <= len(records)):
-            raise broken(file, at, "a broken extended header")
+            raise broken(file, at, "an invalid extended header")
         key, _, value = records[len(length) + 1 : int(length) - 1].partition(b"=")
         if key.startswith(b"GNU.sparse"):
             raise broken(file, at, "a file with holes (GNU sparse); pack it without --sparse")
@@ -198,14 +204,14 @@ def _pax(records: bytes, file: Path, at: int) -> tuple[bytes, int]:
             name = value.split(b"\0")[0]
         elif key == b"size":
             if not value.isdigit() or len(value) > 30:
-                raise broken(file, at, "a size that is no number")
+                raise broken(file, at, "a size that is not a number")
             size = min(int(value), MAX_SIZE)
         records = records[int(length) :]
     return name, size
 
 
 def broken(file: Path, at: int, what: str) -> UserError:
-    """The refusal of a tar file that cannot be read."""
+    """The error about a tar file that cannot be read."""
     return UserError(
         f"[data] path: {printable(to_text(str(file)))} cannot be read as a tar file: {what} (at byte {at}); pack it "
         "again or leave it out"

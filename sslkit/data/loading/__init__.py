@@ -1,1 +1,1 @@
-"""Batches from worker processes. Read `loader` first."""
+"""Batches from worker processes. Read `loader` first, then `worker_pool`."""

@@ -1,41 +1,27 @@
-"""What is read where an image cannot be: another, which depends on nothing but (seed, epoch, sample, attempt)."""
+"""Replacements of unreadable images. A replacement depends on the seed, the epoch, the sample and the attempt only."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from sslkit.data.batch import BadSample
 from sslkit.data.decode.rgb import Pixels, Reduction, Size, UnreadableImage
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.errors import UserError
+from sslkit.random_draws import DrawPurpose
 
-REPLACEMENT = 3  # what a draw is for, the second word of its key; views have 0, the loop 1 and 2
 ATTEMPTS = 16
 
 
 @dataclass(frozen=True)
-class BadSample:
-    """An image that could not be read.
+class LoadedImage:
+    """A decoded image.
 
     Attributes:
-        index: Its position in the source.
-        name: What to call it, printable.
-        reason: Why.
-    """
-
-    index: int
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Found:
-    """An image that could be read.
-
-    Attributes:
-        pixels: (H, W, 3) uint8 RGB, reduced if that was asked for.
-        size: Height and width of the whole image.
-        index: Its position in the source: another than was asked for, if that one is bad.
-        bad: The images that were tried before.
+        pixels: (H, W, 3) uint8 RGB, reduced if requested, or (H, W, channels) uint16.
+        size: Height and width of the full image.
+        index: Position in the source; not the requested one if that image is unreadable.
+        bad: The unreadable images that were tried before.
     """
 
     pixels: Pixels
@@ -46,24 +32,24 @@ class Found:
 
 def read_or_replace(
     source: ImageSource, seed: int, epoch: int, sample: int, reduction: Reduction = lambda _size: 1
-) -> Found:
-    """Read image ``sample``, or the first readable one of the images drawn in its place.
+) -> LoadedImage:
+    """Read image ``sample``, or else the first readable one of its random replacements.
 
     Args:
-        source: Images.
-        seed: The run's.
-        epoch: In which the sample is due; another epoch draws other images.
+        source: The images.
+        seed: Seed of the run.
+        epoch: Epoch in which the sample is used; replacements differ between epochs.
         sample: Position in the source.
         reduction: See `decode_reduced`.
 
     Raises:
-        UserError: Sixteen images in a row could not be read.
+        UserError: `ATTEMPTS` images in a row could not be read.
     """
     bad: list[BadSample] = []
     for attempt in range(ATTEMPTS):
         index = sample if attempt == 0 else replacement(seed, epoch, sample, attempt, len(source))
         try:
-            return Found(*source.read_reduced(index, reduction), index, tuple(bad))
+            return LoadedImage(*source.read_reduced(index, reduction), index, tuple(bad))
         except UnreadableImage as error:
             bad.append(BadSample(index, source.name(index), error.reason))
     examples = "; ".join(f"{each.name} ({each.reason})" for each in bad[:3])
@@ -71,5 +57,5 @@ def read_or_replace(
 
 
 def replacement(seed: int, epoch: int, sample: int, attempt: int, num_samples: int) -> int:
-    """The position of the image to try in place of ``sample``, uniform over the source."""
-    return int(np.random.default_rng([seed, REPLACEMENT, epoch, sample, attempt]).integers(num_samples))
+    """Position of the image to try in place of ``sample``, uniformly distributed."""
+    return int(np.random.default_rng([seed, DrawPurpose.REPLACEMENT, epoch, sample, attempt]).integers(num_samples))

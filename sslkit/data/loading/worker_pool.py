@@ -1,4 +1,4 @@
-"""The batches of a run, whatever becomes of the processes that make them."""
+"""The loader of a run, which replaces data workers that die or hang."""
 
 import multiprocessing
 import signal
@@ -7,49 +7,51 @@ import time
 from collections.abc import Callable, Iterator
 
 from sslkit.data.augment.cpu import ViewPipeline
-from sslkit.data.loading.loader import Batch, GlobalBatches, make_loader
+from sslkit.data.batch import Batch
+from sslkit.data.loading.loader import make_loader
 from sslkit.data.loading.shared_memory import prefetch_of, shortage
-from sslkit.data.loading.worker_status import Post, Posts
+from sslkit.data.loading.worker_status import StatusBoard, WorkerStatus
+from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.errors import RunError
-from sslkit.terminal import say as say_aloud
+from sslkit.terminal import print_message
 
-POLL = 5.0  # seconds between looks at the workers while a batch is awaited
-DYING = 2.0  # seconds
-RESTARTS = 2  # of the loader, without a batch in between
+POLL = 5.0  # seconds between checks of the workers while waiting for a batch
+DYING = 2.0  # seconds that a worker's exit may take after its connection is lost
+RESTARTS = 2  # of the workers, without a batch in between
 
 
-class SteadyLoader:
-    """Yields every batch of ``batches``. A dead or stuck worker ends its loader; another begins at the same step.
+class TrainLoader:
+    """Yields every batch of ``batches``. If a worker dies or hangs, new workers continue at the same step.
 
-    A batch depends on its step alone, so a restart changes nothing but the time it takes.
+    A batch depends on its step only, so a restart costs time and changes nothing else.
 
     Args:
-        source: Images.
-        pipeline: Cuts the views.
+        source: The images.
+        pipeline: Makes the views.
         batches: Which samples, in which order.
-        workers: Processes that read; with 0 there is none to lose, and an image that hangs hangs the run.
-        pin_memory: Whether batches are copied to pinned pages.
-        timeout: Seconds that a batch may take before its worker counts as stuck (0: for ever).
-        say: Told, in a sentence, what happened.
+        workers: Number of worker processes. With 0, an image that hangs blocks the run.
+        pin_memory: Whether to copy batches to pinned memory.
+        timeout: Seconds that a batch may take before its worker counts as hung; 0 waits forever.
+        log_message: Called with one sentence after each restart.
 
     Raises:
-        UserError: Shared memory is too small for as many workers.
+        UserError: Shared memory is too small for so many workers.
     """
 
     def __init__(
         self,
         source: ImageSource,
         pipeline: ViewPipeline,
-        batches: GlobalBatches,
+        batches: GlobalBatchSampler,
         *,
         workers: int,
         pin_memory: bool,
         timeout: float,
-        say: Callable[[str], None] = say_aloud,
+        log_message: Callable[[str], None] = print_message,
     ) -> None:
         self.source, self.pipeline, self.batches = source, pipeline, batches
-        self.workers, self.pin_memory, self.timeout, self.say = workers, pin_memory, timeout, say
+        self.workers, self.pin_memory, self.timeout, self.log_message = workers, pin_memory, timeout, log_message
         local = batches.batch_size // batches.world_size
         self.batch_bytes = local * sum(pipeline.pixel_bytes * side * side for side in pipeline.sides)
         self.prefetch = prefetch_of(self.batch_bytes, workers) or 0
@@ -58,116 +60,120 @@ class SteadyLoader:
         if not self.workers:
             yield from make_loader(self.source, self.pipeline, self.batches, workers=0, pin_memory=self.pin_memory)
             return
-        step, lost = self.batches.start_step, 0
+        step, failures = self.batches.start_step, 0
         while step < self.batches.total_steps:
-            crew = _Crew(self, step)
+            pool = _WorkerPool(self, step)
             try:
                 while step < self.batches.total_steps:
-                    batch = crew.next_batch()
+                    batch = pool.next_batch()
                     yield batch
-                    step, lost = step + 1, 0
+                    step, failures = step + 1, 0
             except _WorkerLostError as error:
-                lost += 1
-                if lost > RESTARTS:
-                    raise RunError(f"{error}, {lost} times in a row; the last checkpoint is whole") from None
-                self.say(f"{error}; the data workers are started again from there")
+                failures += 1
+                if failures > RESTARTS:
+                    raise RunError(f"{error}, {failures} times in a row; the last checkpoint is intact") from None
+                self.log_message(f"{error}; the data workers are restarted from there")
             finally:
-                crew.dismiss()
+                pool.terminate()
 
 
 class _WorkerLostError(Exception):
-    """What happened to which worker, in a sentence without an end."""
+    """A worker died or hung. The message is a clause that names the step, the worker and the image."""
 
 
-class _Crew:
-    """One loader's workers."""
+class _WorkerPool:
+    """The workers of one DataLoader."""
 
-    def __init__(self, run: SteadyLoader, step: int) -> None:
-        self.run, self.step, self.stuck = run, step, ""
-        self.posts = Posts(run.workers)
+    def __init__(self, loader: TrainLoader, step: int) -> None:
+        self.loader, self.step, self.hung = loader, step, ""
+        self.status = StatusBoard(loader.workers)
         before = set(multiprocessing.active_children())
-        loader = make_loader(
-            run.source,
-            run.pipeline,
-            run.batches.starting_at(step),
-            workers=run.workers,
-            pin_memory=run.pin_memory,
-            timeout=min(POLL, run.timeout or POLL),
-            posts=self.posts,
-            prefetch=run.prefetch,
+        self.batches = iter(
+            make_loader(
+                loader.source,
+                loader.pipeline,
+                loader.batches.starting_at(step),
+                workers=loader.workers,
+                pin_memory=loader.pin_memory,
+                timeout=min(POLL, loader.timeout or POLL),
+                status=self.status,
+                prefetch=loader.prefetch,
+            )
         )
-        self.loaded = iter(loader)
         self.workers = set(multiprocessing.active_children()) - before
         if threading.current_thread() is threading.main_thread():
-            # torch's handler raises a worker's death in the middle of whatever runs, such as an optimizer's step.
+            # PyTorch's handler would raise in the middle of whatever runs, such as an optimizer step.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def next_batch(self) -> Batch:
-        """The next batch, or the error of a worker that read it."""
-        asked = time.monotonic()
-        watchdog = threading.Timer(self.run.timeout + 2 * POLL, self._end_stuck)
+        """The next batch.
+
+        Raises:
+            _WorkerLostError: A worker died or hung.
+        """
+        begun = time.monotonic()
+        watchdog = threading.Timer(self.loader.timeout + 2 * POLL, self._kill_hung)
         watchdog.daemon = True
-        if self.run.timeout:
+        if self.loader.timeout:
             watchdog.start()
         try:
             while True:
                 try:
-                    batch: Batch = next(self.loaded)
+                    batch: Batch = next(self.batches)
                 except (RuntimeError, OSError, EOFError) as error:
-                    self._look(error, time.monotonic() - asked)
+                    self._check_workers(error, time.monotonic() - begun)
                 else:
                     self.step += 1
                     return batch
         finally:
             watchdog.cancel()
 
-    def _end_stuck(self) -> None:
-        """End workers of which one stopped while it handed over a batch: torch waits for that without a limit."""
-        self.stuck = self._stuck()
+    def _kill_hung(self) -> None:
+        """Kill the workers if one stopped while it sent a batch; PyTorch would wait for the rest of it forever."""
+        self.hung = self._hung_message()
         for worker in self.workers:
             worker.kill()
 
-    def _look(self, error: Exception, waited: float) -> None:
-        """Raise what is the matter; return if it is only that a batch takes its time."""
-        if self.stuck:
-            raise _WorkerLostError(self.stuck)
+    def _check_workers(self, error: Exception, waited: float) -> None:
+        """Raise if a worker is dead or hung or ``error`` is its own; return if a batch only takes long."""
+        if self.hung:
+            raise _WorkerLostError(self.hung)
         timed_out = "timed out" in str(error)
-        posts = self.posts.read()
+        statuses = self.status.read()
         for worker in self.workers:
             if not timed_out:
-                worker.join(DYING / len(self.workers))  # its connection is gone a moment before it is
+                worker.join(DYING / len(self.workers))  # its connection is lost shortly before it exits
             if not worker.is_alive():
-                at = next((post for post in posts if post.pid == worker.pid), None)
+                status = next((each for each in statuses if each.pid == worker.pid), None)
                 raise _WorkerLostError(
-                    f"{self._opening()}: a data worker (process id {worker.pid}) ended with {worker.exitcode}"
-                    f"{self._where(at)}; -9 is the kernel's way where memory runs out: fewer [data] workers need less"
+                    f"{self._where()}: a data worker (process id {worker.pid}) exited with code {worker.exitcode}"
+                    f"{self._image(status)}; code -9 is the kernel's when memory runs out: set fewer [data] workers"
                 )
         if not timed_out:
             raise error
-        if self.run.timeout and waited >= self.run.timeout:
-            raise _WorkerLostError(self._stuck())
+        if self.loader.timeout and waited >= self.loader.timeout:
+            raise _WorkerLostError(self._hung_message())
 
-    def _stuck(self) -> str:
-        at = max(
-            (post for post in self.posts.read() if post.sample is not None), key=lambda post: post.seconds, default=None
-        )
+    def _hung_message(self) -> str:
+        busy = (status for status in self.status.read() if status.sample is not None)
+        longest = max(busy, key=lambda status: status.seconds, default=None)
         return (
-            f"{self._opening()}: no batch in [data] worker_timeout = {self.run.timeout:g} seconds, a data worker is"
-            f" stuck{self._where(at)}{shortage(self.run.batch_bytes)}"
+            f"{self._where()}: no batch within [data] worker_timeout = {self.loader.timeout:g} seconds, a data worker "
+            f"hangs{self._image(longest)}{shortage(self.loader.batch_bytes)}"
         )
 
-    def _opening(self) -> str:
-        return f"step {self.step}, process {self.run.batches.rank}"
+    def _where(self) -> str:
+        return f"step {self.step}, process {self.loader.batches.rank}"
 
-    def _where(self, post: Post | None) -> str:
-        if post is None or post.sample is None:
+    def _image(self, status: WorkerStatus | None) -> str:
+        if status is None or status.sample is None:
             return ""
-        return f" at image {post.sample} ({self.run.source.name(post.sample)})"
+        return f" at image {status.sample} ({self.loader.source.name(status.sample)})"
 
-    def dismiss(self) -> None:
-        """End the workers, also those that no longer listen."""
+    def terminate(self) -> None:
+        """Kill the workers, including those that no longer respond."""
         for worker in self.workers:
             worker.kill()
         for worker in self.workers:
-            worker.join(POLL)  # one that waits for a disk that is gone ends when the disk answers
-        del self.loaded
+            worker.join(POLL)  # a worker that waits for a lost disk exits when the disk responds
+        del self.batches

@@ -1,4 +1,4 @@
-"""A board on which every loader worker keeps its process id and the sample it is at, for the day it dies."""
+"""Which sample each data worker is working on, in shared memory, so that messages about dead workers can name it."""
 
 import multiprocessing
 import os
@@ -8,18 +8,18 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
-WORDS = 3  # of a worker: its process id, the sample it is at (IDLE between samples), since when
+FIELDS = 3  # per worker: process id, sample (IDLE between samples), time at which it began
 IDLE = -1.0
 
 
 @dataclass(frozen=True)
-class Post:
-    """What a worker wrote last.
+class WorkerStatus:
+    """The last status of a worker.
 
     Attributes:
-        pid: Its process id.
-        sample: The position in the source it is at, or None.
-        seconds: For how long.
+        pid: Process id.
+        sample: Index of the sample it is working on, or None.
+        seconds: Time since the status was written.
     """
 
     pid: int
@@ -27,31 +27,33 @@ class Post:
     seconds: float
 
 
-class Posts:
-    """Memory shared with the workers of one loader."""
+class StatusBoard:
+    """The status of each worker of one loader, in memory that they share with this process."""
 
     def __init__(self, workers: int) -> None:
-        # Without workers it needs no shared memory, which may be read-only.
-        self.words: Any = multiprocessing.RawArray("d", WORDS * workers) if workers else []
+        # Without workers no shared memory is needed, which may be read-only.
+        self.values: Any = multiprocessing.RawArray("d", FIELDS * workers) if workers else []
 
     def begin(self, sample: int) -> None:
-        """Called by a worker before it touches a sample."""
+        """Record that this worker begins a sample."""
         self._write(float(sample))
 
     def end(self) -> None:
-        """Called by a worker when the sample is done."""
+        """Record that this worker has finished its sample."""
         self._write(IDLE)
 
     def _write(self, sample: float) -> None:
         worker = get_worker_info()
         if worker is not None:
-            first = WORDS * worker.id
-            self.words[first : first + WORDS] = [float(os.getpid()), sample, time.monotonic()]
+            first = FIELDS * worker.id
+            self.values[first : first + FIELDS] = [float(os.getpid()), sample, time.monotonic()]
 
-    def read(self) -> list[Post]:
-        """What every worker that has begun a sample wrote last."""
-        now, words = time.monotonic(), list(self.words)
-        rows = [words[first : first + WORDS] for first in range(0, len(words), WORDS)]
+    def read(self) -> list[WorkerStatus]:
+        """The status of every worker that has begun a sample."""
+        now, values = time.monotonic(), list(self.values)
+        rows = [values[first : first + FIELDS] for first in range(0, len(values), FIELDS)]
         return [
-            Post(int(pid), None if sample == IDLE else int(sample), now - since) for pid, sample, since in rows if pid
+            WorkerStatus(int(pid), None if sample == IDLE else int(sample), now - since)
+            for pid, sample, since in rows
+            if pid
         ]

@@ -1,1 +1,4 @@
-"""Which samples make an epoch, as pure functions of the seed and the epoch. Read `mixture` first."""
+"""Which samples are in which batch: pure functions of the seed and the epoch.
+
+Read `epoch_order` first, then `sampler`.
+"""

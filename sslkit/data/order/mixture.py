@@ -1,54 +1,59 @@
-"""Several sources in the shares that their weights say: an epoch's samples as a pure function of (seed, epoch)."""
+"""Several sources in proportion to their weights."""
 
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-MIXING = 5  # what a draw is for, the second word of its key; see `sslkit.data.loading.replacement`
-Samples = NDArray[np.int64]
+from sslkit.data.order.epoch_order import ArrayOrder, EpochOrder, Indices, OrderPlan, epoch_order
+from sslkit.random_draws import DrawPurpose
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """Sources that lie one after the other in a table.
+class Mixture(OrderPlan):
+    """The order of several sources that are concatenated in one table; an epoch has as many samples as the table.
 
     Attributes:
-        sizes: Images of each.
-        weights: Share of each, beside the others'.
+        sizes: Number of images of each source.
+        weights: Relative weight of each source.
     """
 
     sizes: tuple[int, ...]
     weights: tuple[float, ...]
 
     def shares(self) -> list[float]:
-        """Weights that sum to 1."""
-        parts = [weight / max(self.weights) for weight in self.weights]  # whose sum is finite, as theirs may not be
-        return [part / sum(parts) for part in parts]
+        """The weights, normalised to a sum of 1."""
+        scaled = [weight / max(self.weights) for weight in self.weights]  # the sum of the weights may overflow
+        return [weight / sum(scaled) for weight in scaled]
 
     def counts(self) -> list[int]:
-        """Samples of an epoch from each source: shares of as many as there are images, rounded to keep the sum."""
+        """Samples per epoch of each source, rounded so that their sum is the number of images."""
         total = sum(self.sizes)
-        shares = [total * share for share in self.shares()]
-        counts = [int(share) for share in shares]
-        by_rest = sorted(range(len(shares)), key=lambda part: counts[part] - shares[part])
-        for part in by_rest[: total - sum(counts)]:
-            counts[part] += 1
+        exact = [total * share for share in self.shares()]
+        counts = [int(count) for count in exact]
+        by_remainder = sorted(range(len(exact)), key=lambda source: counts[source] - exact[source])
+        for source in by_remainder[: total - sum(counts)]:
+            counts[source] += 1
         return counts
 
-    def samples(self, seed: int, epoch: int) -> tuple[Samples, Samples]:
-        """Positions of an epoch's samples, source by source, and for each how often it has come before in the epoch.
+    def samples(self, seed: int, epoch: int) -> tuple[Indices, Indices]:
+        """An epoch's samples, source by source, and how often each has occurred before in the epoch.
 
-        A source is gone through again and again, each time in another order, and an epoch takes up where the one before
-        it left off: no image of a source comes twice before all of them have come once.
+        Each source is traversed again and again, in a new order each time, and an epoch continues where the previous
+        one stopped. So no image of a source occurs twice before all of them have occurred once.
         """
-        parts, repeats, start = [], [], 0
-        for part, (size, count) in enumerate(zip(self.sizes, self.counts(), strict=True)):
+        samples, repeats, offset = [], [], 0
+        for source, (size, count) in enumerate(zip(self.sizes, self.counts(), strict=True)):
             begin, end = epoch * count, (epoch + 1) * count
             for lap in range(begin // size, -(-end // size)):
-                order = np.random.default_rng([seed, MIXING, part, lap]).permutation(size)
+                order = np.random.default_rng([seed, DrawPurpose.MIXTURE, source, lap]).permutation(size)
                 taken = order[max(begin - lap * size, 0) : end - lap * size]
-                parts.append(taken + start)
+                samples.append(taken + offset)
                 repeats.append(np.full(len(taken), lap - begin // size))
-            start += size
-        return np.concatenate(parts), np.concatenate(repeats)
+            offset += size
+        return np.concatenate(samples), np.concatenate(repeats)
+
+    def epoch(self, seed: int, epoch: int, order_variant: int, batch_size: int) -> EpochOrder:
+        """See `OrderPlan.epoch`."""
+        order = epoch_order(seed, epoch, sum(self.sizes), order_variant)
+        samples, repeats = self.samples(seed, epoch)
+        return ArrayOrder(samples[order], repeats[order], batch_size)

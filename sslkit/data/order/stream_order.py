@@ -1,160 +1,161 @@
-"""The order of a stream, whose rows can only be read by whole groups: few of them at a time, and their images mixed.
+"""The order of a stream, whose rows can only be read in whole row groups: few groups at a time, their images mixed.
 
-An epoch lays the groups in a row, in an order of its own, and cuts that row into equal lanes. Every batch takes an
-equal part of several lanes; a lane's images are mixed within windows of it. It is a permutation of all images, so that
-none is lost and none comes twice, and a function of (seed, epoch), so that a run resumes exactly and on any number of
-processes and workers. Each of these reads lanes of its own.
+An epoch puts the row groups in random order and cuts this sequence into segments of equal length. Every batch takes an
+equal part of several segments, and the images of a segment are shuffled within windows. The result is a permutation of
+all images and depends on the seed and the epoch only, so that a run resumes exactly, with any number of processes and
+workers. Each process and worker reads segments of its own.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
-STREAM = 6  # what a draw is for, the second word of its key; see `sslkit.data.order.mixture`
-GROUPS, WINDOW = 0, 1  # the third word
+from sslkit.data.order.epoch_order import EpochOrder, Indices
+from sslkit.random_draws import DrawPurpose
+
+GROUPS, WINDOW = 0, 1  # third element of a draw's key
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How batches are laid over a stream.
+class Interleave:
+    """How batches are interleaved from segments.
 
     Attributes:
-        across: Lanes of which every batch takes an equal part, the first of them for the first images of a batch.
-        turns: Batches after which the same lanes come again; each batch of a turn has lanes of its own.
-        window: Images of a lane that are mixed, or a few more: whole groups.
+        width: Segments of which every batch takes an equal part; the first of them fills the first part of a batch.
+        cycle: Number of batches after which the same segments are used again.
+        window: Images of a segment that are shuffled together, rounded up to whole row groups.
     """
 
-    across: int
-    turns: int
+    width: int
+    cycle: int
     window: int
 
 
 @dataclass(frozen=True)
-class Lanes:
-    """Groups of rows, and how many images may be held to mix them.
+class StreamOrder:
+    """The order of the rows of a stream.
 
     Attributes:
-        sizes: Rows of each group.
-        buffer: Images held at a time, by all processes and their workers together.
+        sizes: Number of rows of each row group.
+        buffer: Images held in memory at a time, by all processes and their workers together.
     """
 
     sizes: tuple[int, ...]
     buffer: int
 
     @cached_property
-    def starts(self) -> NDArray[np.int64]:
-        """Position of the first row of each group, and the end of the last."""
+    def starts(self) -> Indices:
+        """Index of the first row of each row group, and the number of rows."""
         return np.cumsum([0, *self.sizes], dtype=np.int64)
 
     @property
     def mean_size(self) -> float:
-        """Rows of a group."""
+        """Mean number of rows of a row group."""
         return float(self.starts[-1]) / len(self.sizes)
 
-    def layout(self, batch_size: int) -> Layout:
-        """As many lanes as the buffer has room for groups, and at least two groups long, as powers of two."""
+    def interleave(self, batch_size: int) -> Interleave:
+        """As many segments as the buffer has room for row groups; powers of two, each at least two groups long."""
         room = min(self.buffer / self.mean_size, len(self.sizes) / 2)
-        doublings = math.frexp(max(room, 1.0))[1] - 1
-        across = math.gcd(2 ** -(-doublings // 2), batch_size)
-        lanes = 2**doublings
-        return Layout(across, lanes // across, max(self.buffer // lanes, math.ceil(self.mean_size)))
+        exponent = math.frexp(max(room, 1.0))[1] - 1
+        width = math.gcd(2 ** -(-exponent // 2), batch_size)
+        segments = 2**exponent
+        return Interleave(width, segments // width, max(self.buffer // segments, math.ceil(self.mean_size)))
 
-    def groups_held(self, batch_size: int, processes: int, workers: int) -> int:
-        """Groups that one worker of one process reads from at the same time."""
-        layout = self.layout(batch_size)
-        across = 1 if layout.across % processes == 0 else 2  # a process's part may begin within a lane
-        across = min(max(layout.across // processes, 1) + across - 1, layout.across)
-        turns = layout.turns // math.gcd(layout.turns, max(workers, 1))
-        return across * turns * (math.ceil(layout.window / self.mean_size) + 1) + 1
+    def epoch(self, seed: int, epoch: int, order_variant: int, batch_size: int) -> EpochOrder:
+        """See `OrderPlan.epoch`."""
+        return StreamEpoch(self, (seed, epoch, order_variant), batch_size)
 
-    def epoch(self, key: Sequence[int], batch_size: int) -> "EpochLanes":
-        """The lanes of an epoch.
-
-        Args:
-            key: What the order depends on: seed, epoch, and how often the run went back to take another order.
-            batch_size: Of all processes.
-        """
-        return EpochLanes(self, tuple(key), batch_size)
+    def groups_held(self, batch_size: int, num_processes: int, num_workers: int) -> int:
+        """See `OrderPlan.groups_held`."""
+        layout = self.interleave(batch_size)
+        extra = 0 if layout.width % num_processes == 0 else 1  # a process's part may begin within a segment
+        width = min(max(layout.width // num_processes, 1) + extra, layout.width)
+        cycle = layout.cycle // math.gcd(layout.cycle, max(num_workers, 1))
+        return width * cycle * (math.ceil(layout.window / self.mean_size) + 1) + 1
 
 
 @dataclass(frozen=True)
-class EpochLanes:
-    """The images of an epoch's batches; see `Lanes.epoch`."""
+class StreamEpoch:
+    """The batches of one epoch of a `StreamOrder`.
 
-    lanes: Lanes
-    key: tuple[int, ...]
+    Attributes:
+        stream: The stream.
+        key: Seed, epoch and order variant.
+        batch_size: Size of a global batch.
+    """
+
+    stream: StreamOrder
+    key: tuple[int, int, int]
     batch_size: int
 
     @cached_property
-    def _layout(self) -> Layout:
-        return self.lanes.layout(self.batch_size)
+    def _layout(self) -> Interleave:
+        return self.stream.interleave(self.batch_size)
 
     @cached_property
-    def _order(self) -> NDArray[np.int64]:
-        return self._rng(GROUPS).permutation(len(self.lanes.sizes))
+    def _group_order(self) -> Indices:
+        return self._rng(GROUPS).permutation(len(self.stream.sizes))
 
     @cached_property
-    def _ends(self) -> NDArray[np.int64]:
-        """Where each group ends, once they lie in the epoch's order."""
-        return np.cumsum(np.array(self.lanes.sizes, dtype=np.int64)[self._order])
+    def _group_ends(self) -> Indices:
+        """Where each row group ends in the epoch's sequence."""
+        return np.cumsum(np.array(self.stream.sizes, dtype=np.int64)[self._group_order])
 
     @cached_property
-    def _bounds(self) -> NDArray[np.int64]:
-        """Where each lane begins, and the last one ends: lanes of the same part of a batch lie together."""
-        steps = int(self.lanes.starts[-1]) // self.batch_size
-        visits = [len(range(turn, steps, self._layout.turns)) for turn in range(self._layout.turns)]
-        lengths = np.tile(np.array(visits, dtype=np.int64), self._layout.across) * self._part
-        return np.cumsum([0, *lengths])
+    def _segment_starts(self) -> Indices:
+        """Where each segment begins, and the last one ends. Segments of the same part of a batch are adjacent."""
+        steps, cycle = int(self.stream.starts[-1]) // self.batch_size, self._layout.cycle
+        uses = np.array([len(range(turn, steps, cycle)) for turn in range(cycle)], dtype=np.int64)
+        return np.cumsum([0, *np.tile(uses, self._layout.width) * self._part])
 
     @cached_property
-    def _edges(self) -> dict[int, NDArray[np.int64]]:
+    def _window_cache(self) -> dict[int, Indices]:
         return {}
 
     @property
     def _part(self) -> int:
-        return self.batch_size // self._layout.across
+        """Images that a batch takes from a segment."""
+        return self.batch_size // self._layout.width
 
-    def rows(self, batch: int, first: int, last: int) -> NDArray[np.int64]:
-        """Positions of images ``first`` to ``last``, without the last, of the epoch's batch ``batch``."""
-        visit, turn = divmod(batch, self._layout.turns)
+    def batch(self, number: int, first: int, last: int) -> tuple[Indices, Indices]:
+        """See `EpochOrder.batch`; no sample is repeated within an epoch."""
+        use, turn = divmod(number, self._layout.cycle)
         taken, part = [], self._part
-        for lane in range(first // part, -(-last // part)):
-            here = slice(max(first - lane * part, 0), last - lane * part)
-            taken.append(self._visit(lane * self._layout.turns + turn, visit * part)[here])
-        return self._positions(np.concatenate(taken))
+        for column in range(first // part, -(-last // part)):
+            wanted = slice(max(first - column * part, 0), last - column * part)
+            taken.append(self._part_of_segment(column * self._layout.cycle + turn, use * part)[wanted])
+        return self._to_rows(np.concatenate(taken)), np.zeros(last - first, dtype=np.int64)
 
-    def _visit(self, lane: int, start: int) -> NDArray[np.int64]:
-        """A batch's part of a lane, from that place of it on, mixed within the lane's windows."""
-        if lane not in self._edges:
-            self._edges[lane] = self._windows(lane)
-        edges = self._edges[lane]
+    def _part_of_segment(self, segment: int, start: int) -> Indices:
+        """One batch's part of a segment, from position ``start`` of it on, shuffled within the segment's windows."""
+        if segment not in self._window_cache:
+            self._window_cache[segment] = self._windows(segment)
+        edges = self._window_cache[segment]
         first, last = np.searchsorted(edges, [start, start + self._part - 1], side="right")
-        mixed = [
-            edges[window - 1] + self._rng(WINDOW, lane, window).permutation(edges[window] - edges[window - 1])
+        shuffled = [
+            edges[window - 1] + self._rng(WINDOW, segment, window).permutation(edges[window] - edges[window - 1])
             for window in range(first, last + 1)
         ]
         skipped = start - edges[first - 1]
-        return int(self._bounds[lane]) + np.concatenate(mixed)[skipped : skipped + self._part]
+        return int(self._segment_starts[segment]) + np.concatenate(shuffled)[skipped : skipped + self._part]
 
-    def _windows(self, lane: int) -> NDArray[np.int64]:
-        """Where in a lane each of its windows begins, and the last one ends. A window is of whole groups."""
-        begin, end = self._bounds[lane : lane + 2]
-        low, high = np.searchsorted(self._ends, [begin, end], side="right")
-        starts = self._ends[low:high] - begin  # of all groups but the first
-        # Lanes begin at different places of a window, so that their groups are not all due in the same batch.
-        shift = lane * self._layout.window // (len(self._bounds) - 1)
+    def _windows(self, segment: int) -> Indices:
+        """Where each window of a segment begins, and the last one ends. Windows consist of whole row groups."""
+        begin, end = self._segment_starts[segment : segment + 2]
+        low, high = np.searchsorted(self._group_ends, [begin, end], side="right")
+        starts = self._group_ends[low:high] - begin  # of all row groups but the first
+        # Windows of different segments are offset, so that not all row groups are needed in the same batch.
+        shift = segment * self._layout.window // (len(self._segment_starts) - 1)
         numbers = (np.concatenate([[0], starts]) + shift) // self._layout.window
         return np.concatenate([[0], starts[np.diff(numbers) > 0], [end - begin]])
 
-    def _positions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """From places in the epoch's order of groups to positions in the source."""
-        place = np.searchsorted(self._ends, rows, side="right")
-        group = self._order[place]
-        return self.lanes.starts[group + 1] - (self._ends[place] - rows)
+    def _to_rows(self, positions: Indices) -> Indices:
+        """Rows of the source at positions of the epoch's sequence."""
+        place = np.searchsorted(self._group_ends, positions, side="right")
+        group = self._group_order[place]
+        return self.stream.starts[group + 1] - (self._group_ends[place] - positions)
 
     def _rng(self, *purpose: int) -> np.random.Generator:
-        return np.random.default_rng([self.key[0], STREAM, *purpose, *self.key[1:]])
+        return np.random.default_rng([self.key[0], DrawPurpose.STREAM_ORDER, *purpose, *self.key[1:]])

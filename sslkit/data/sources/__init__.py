@@ -1,1 +1,1 @@
-"""Find and open the images a recipe names. Read `image_source` first."""
+"""The images of a source, wherever they are stored. Read `image_source` first, then `find`."""

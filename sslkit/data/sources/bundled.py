@@ -1,15 +1,14 @@
-"""The images that come with sslkit, and all those they were taken from where Debian's package has put them."""
+"""The data sets that come with sslkit, and the complete one that Debian's package installs."""
 
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow.parquet
 
 from sslkit.data.config import SourceConfig
-from sslkit.data.formats.idx import read_idx
 from sslkit.data.formats.splits import ALL, choose
+from sslkit.data.sources.idx import read_idx
 from sslkit.errors import UserError, near_miss
 
 BUILTIN = "builtin:"
@@ -18,15 +17,17 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 def load_bundled(config: SourceConfig) -> datasets.Dataset:
-    """The rows of ``builtin:NAME``.
+    """Load the rows of ``builtin:NAME``.
 
     Raises:
-        UserError: No such set, split or configuration, or files that are none.
+        UserError: There is no such data set, split or configuration, or its files are damaged.
     """
     name = config.path.removeprefix(BUILTIN)
     if name not in BUILTIN_SETS:
         known = [BUILTIN + each for each in BUILTIN_SETS]
-        raise UserError(f"[data] path: no bundled set {config.path!r}{near_miss(config.path, known)}; there is {known}")
+        raise UserError(
+            f"[data] path: no bundled data set {config.path!r}{near_miss(config.path, known)}; there is {known}"
+        )
     if config.split == ALL:
         return datasets.concatenate_datasets(
             [load_bundled(config.model_copy(update={"split": split})) for split in ("train", "test")]
@@ -44,19 +45,15 @@ def load_bundled(config: SourceConfig) -> datasets.Dataset:
 
 
 def _read_idx_fashion_mnist(folder: Path, split: str) -> datasets.Dataset:
-    """All 60 000 + 10 000 images from the four IDX files that Debian's dataset-fashion-mnist installs."""
+    """Read all 60 000 or 10 000 images from the IDX files that Debian's dataset-fashion-mnist installs."""
     stem = "train" if split == "train" else "t10k"
     images = read_idx(folder / f"{stem}-images-idx3-ubyte.gz", num_axes=3)
     labels = read_idx(folder / f"{stem}-labels-idx1-ubyte.gz", num_axes=1)
     if len(images) != len(labels) or labels.max() > 9:
         raise UserError(
-            f"[data] data_dir: {folder} has {len(images)} images and {len(labels)} labels up to "
-            f"{labels.max()}; there must be one, of 0 to 9, for each image"
+            f"[data] data_dir: {folder} has {len(images)} images and {len(labels)} labels up to {labels.max()}; there "
+            "must be one label from 0 to 9 for each image"
         )
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(10)})
-
-    def rows() -> Any:
-        for pixels, label in zip(images, labels, strict=True):
-            yield {"image": pixels, "label": int(label)}
-
-    return datasets.Dataset.from_list(list(rows()), features=features)
+    rows = [{"image": pixels, "label": int(label)} for pixels, label in zip(images, labels, strict=True)]
+    return datasets.Dataset.from_list(rows, features=features)

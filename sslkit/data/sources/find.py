@@ -1,4 +1,4 @@
-"""The rows of a source, wherever it lies: a folder, parquet, arrow or tar files, a Hub dataset, or the bundled set."""
+"""Load the rows of a source: of a folder, of parquet, arrow or tar files, of a Hub dataset or a bundled one."""
 
 import glob
 import os
@@ -12,206 +12,227 @@ import datasets
 
 from sslkit.data.config import SourceConfig
 from sslkit.data.formats.columns import Columns, choose_columns
-from sslkit.data.formats.folder_listing import to_text, walk_folders
+from sslkit.data.formats.folder_listing import printable, to_text, walk_folders
 from sslkit.data.formats.hints import count_suffixes
 from sslkit.data.formats.image_folders import ImageFiles, find_images, image_splits, refuse_several_folders
 from sslkit.data.formats.metadata_tables import metadata_files, table_by_metadata
-from sslkit.data.formats.saved_datasets import STATE, saved_splits, without_caches
 from sslkit.data.formats.splits import ALL, choose, files_by_split, in_order, no_such_split, refuse_several
-from sslkit.data.formats.tables import load_parquet, map_arrow
+from sslkit.data.formats.tables import SAVED_STATE, load_parquet, map_arrow, saved_splits, without_caches
 from sslkit.data.formats.tar_samples import index_shards
 from sslkit.data.formats.tar_shards import find_shards
 from sslkit.data.sources.bundled import load_bundled
-from sslkit.data.sources.location import BUNDLED, HUB, KINDS, LOADERS, Place, describe, names_near, place_of
+from sslkit.data.sources.dataset_layout import (
+    BUNDLED,
+    HUB,
+    KINDS,
+    LOADERS,
+    DatasetLayout,
+    describe,
+    detect_layout,
+    names_near,
+)
 from sslkit.errors import UserError
 from sslkit.hub.availability import quiet_hub, unavailable_reason
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundData:
     """The rows of a source.
 
     Attributes:
-        table: With all their columns; images are not decoded.
-        columns: Which of them are used.
-        words: What was chosen, for print.
-        root: The folder below which all images lie, as `to_text` writes it; empty where they are no files of a folder.
-        within: The folder that a local table's images may lie in, where its rows name files; empty: anywhere.
-        left_out: How many files of a folder were not taken for images, by suffix.
+        rows: All rows with all columns; images are not decoded.
+        columns: The columns to use.
+        summary: What was chosen, for messages.
+        root: The folder that contains all images, as `to_text` writes it; empty if they are not files of a folder.
+        within: For a local table whose rows name files: the folder that must contain them; empty for no restriction.
+        skipped: Number of files of a folder that are not images, by suffix.
         notes: Sentences on what else is not read.
     """
 
-    table: datasets.Dataset
+    rows: datasets.Dataset
     columns: Columns
-    words: str
+    summary: str
     root: str = ""
     within: str = ""
-    left_out: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
     notes: Sequence[str] = ()
 
 
 def available_splits(config: SourceConfig) -> list[str]:
-    """Names of the splits that can be asked of this source; empty where only trying would tell."""
-    place = place_of(config)
-    if place.loader == BUNDLED:
+    """Names of the splits of a source; empty if they are not known before loading it."""
+    layout = detect_layout(config)
+    if layout.loader == BUNDLED:
         return ["train", "test"]
-    if place.folder is None:
+    if layout.folder is None:
         return []
-    if place.loader == "imagefolder":
-        return image_splits(place.folder) or ["train"]
-    return in_order(_by_split(place.folder, place.loader)[0]) or ["train"]
+    if layout.loader == "imagefolder":
+        return image_splits(layout.folder) or ["train"]
+    return in_order(_by_split(layout.folder, layout.loader)[0]) or ["train"]
 
 
-def files_left_out(config: SourceConfig) -> Counter[str]:
-    """How many files of a folder are not read as images, by suffix; empty for data of another kind."""
-    place = place_of(config)
-    if place.loader != "imagefolder" or place.folder is None:
+def skipped_files(config: SourceConfig) -> Counter[str]:
+    """Number of files of a folder that are not read as images, by suffix; empty for other kinds of data."""
+    layout = detect_layout(config)
+    if layout.loader != "imagefolder" or layout.folder is None:
         return Counter()
-    return _read_folder(place.folder, config).left_out
+    return _read_folder(layout.folder, config).skipped
 
 
-def find_data(config: SourceConfig) -> Found:
-    """The rows that ``config`` names.
+def find_data(config: SourceConfig) -> FoundData:
+    """Load the rows that ``config`` names.
 
     Raises:
         UserError: There are none, or they cannot be loaded.
     """
-    place = place_of(config)
-    if place.loader == "imagefolder" and place.folder is not None:
-        return _read_folder(place.folder, config)
-    if place.loader == "webdataset":
-        indexed = index_shards(_files(place, config.split), config.image_column, config.label_column, config.split)
-        columns = Columns("image", indexed.label, unlabelled=indexed.unlabelled)
-        return Found(indexed.table, columns, indexed.words)
-    table = _load(place, config)
-    columns = choose_columns(table.features, config, _images_beside(config, place))
-    return Found(table, columns, columns.words(), within=_folder_of_table(place, config))
+    layout = detect_layout(config)
+    if layout.loader == "imagefolder" and layout.folder is not None:
+        return _read_folder(layout.folder, config)
+    if layout.loader == "webdataset":
+        shards = index_shards(_files(layout, config.split), config.image_column, config.label_column, config.split)
+        columns = Columns("image", shards.label, unlabelled=shards.unlabelled)
+        return FoundData(shards.rows, columns, shards.summary)
+    rows = _load(layout, config)
+    columns = choose_columns(rows.features, config, _images_beside(config, layout))
+    return FoundData(rows, columns, columns.summary(), within=_folder_of_table(layout, config))
 
 
 def parquet_to_stream(config: SourceConfig) -> list[str] | None:
-    """Patterns of the parquet files that a source would be made of, none for a dataset of the Hub; None: other files.
+    """Patterns of a source's parquet files, empty for a Hub dataset; None if the source has files of another kind.
 
     Raises:
-        UserError: There is nothing of that name.
+        UserError: The source does not exist.
     """
-    place = place_of(config)
-    if place.loader == HUB:
+    layout = detect_layout(config)
+    if layout.loader == HUB:
         return []
-    return _patterns(place, config.split) if place.loader == "parquet" else None
+    return _patterns(layout, config.split) if layout.loader == "parquet" else None
 
 
-def _read_folder(folder: Path, config: SourceConfig) -> Found:
-    """Image files, with what a table beside them says of them or else with their folders as classes."""
+def _read_folder(folder: Path, config: SourceConfig) -> FoundData:
+    """Image files, with the columns of a metadata table, or else with their folders as classes."""
     images = find_images(folder, config.split)
+    if config.split != ALL:
+        _refuse_tar_files(folder, images)
     files = metadata_files(images)
     if files:
-        table = table_by_metadata(images, files)
-        columns = choose_columns(table.features, config)
-        others = images.left_out - Counter(file.suffix for file in files)
-        return Found(table, columns, columns.words(), left_out=others, notes=images.notes)
-    table = images.table()
-    columns = choose_columns(table.features, config)
+        rows = table_by_metadata(images, files)
+        columns = choose_columns(rows.features, config)
+        others = images.skipped - Counter(file.suffix for file in files)
+        return FoundData(rows, columns, columns.summary(), skipped=others, notes=images.notes)
+    rows = images.table()
+    columns = choose_columns(rows.features, config)
     root = to_text(str(images.root))
-    return Found(table, columns, _words(images), root, left_out=images.left_out, notes=images.notes)
+    return FoundData(rows, columns, _summary(images), root, skipped=images.skipped, notes=images.notes)
 
 
-def _words(images: ImageFiles) -> str:
-    left = f" (other files, left out: {count_suffixes(images.left_out)})" if images.left_out else ""
-    return f"image files{left}, " + (
-        f"{len(set(images.classes))} folders as classes" if images.classes else "no labels"
-    )
+def _refuse_tar_files(folder: Path, images: ImageFiles) -> None:
+    """Refuse a folder with more tar files than images, as it is unclear which are meant."""
+    tars, found = images.skipped[".tar"], sum(len(each.images) for each in images.folders)
+    if tars > found:
+        raise UserError(
+            f"[data] path: {printable(to_text(str(folder)))} holds {tars:,} tar files beside {found:,} images; move "
+            'the images elsewhere to read the tar files, or give split = "all" to read only the images'
+        )
 
 
-def _load(place: Place, config: SourceConfig) -> datasets.Dataset:
-    """The rows of a table."""
-    if place.loader == BUNDLED:
+def _summary(images: ImageFiles) -> str:
+    skipped = f" (other files, not read: {count_suffixes(images.skipped)})" if images.skipped else ""
+    labels = f"{len(set(images.classes))} folders as classes" if images.classes else "no labels"
+    return f"image files{skipped}, {labels}"
+
+
+def _load(layout: DatasetLayout, config: SourceConfig) -> datasets.Dataset:
+    """Load the rows of a table."""
+    if layout.loader == BUNDLED:
         return load_bundled(config)
     try:
-        if place.loader == HUB:
+        if layout.loader == HUB:
             return _load_from_hub(config)
-        if place.loader == "arrow":
-            saved = place.folder is not None and saved_splits(place.folder) is not None
-            in_order = list(map(str, _files(place, config.split))) if saved else None
-            return map_arrow([] if saved else _patterns(place, config.split), in_order)
-        if place.loader == "parquet":
-            return load_parquet(_patterns(place, config.split))
-        files = list(place.patterns)
-        named = [name for each in files for name in glob.glob(each, recursive=True)]
-        if not named and not any("://" in each for each in files):
-            raise UserError(f"[data] data_files: no file is named by {', '.join(files)}")
+        if layout.loader == "arrow":
+            if layout.folder is not None and saved_splits(layout.folder) is not None:
+                return map_arrow([], list(map(str, _files(layout, config.split))))
+            return map_arrow(_patterns(layout, config.split))
+        if layout.loader == "parquet":
+            return load_parquet(_patterns(layout, config.split))
+        files = list(layout.patterns)
+        named = [name for pattern in files for name in glob.glob(pattern, recursive=True)]
+        if not named and not any("://" in pattern for pattern in files):
+            raise UserError(f"[data] data_files: no file matches {', '.join(files)}")
         refuse_several_folders(named, config.split)
-        # Without a word, datasets drops the labels of a split that holds only one class.
+        # By default, `datasets` drops the labels of a split that holds only one class.
         drop = not _has_class_folders(files)
         return datasets.load_dataset("imagefolder", data_files={"split": files}, split="split", drop_labels=drop)
-    except Exception as error:  # what a stranger's metadata makes of `datasets` is no closed set
-        if isinstance(error, UserError):
-            raise
-        where = "no folder of that name here, and as a dataset of the Hub: " if place.loader == HUB else ""
+    except UserError:
+        raise
+    except Exception as error:  # untrusted metadata can make `datasets` raise anything
+        where = "no folder of that name here, and as a dataset of the Hub: " if layout.loader == HUB else ""
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        reason += unavailable_reason() if place.loader == HUB else ""
+        reason += unavailable_reason() if layout.loader == HUB else ""
         if "corresponds to no data" in reason:
             reason = "no images in it"
-        reason += _images_beside(config, place)
+        reason += _images_beside(config, layout)
         raise UserError(f"[data] path: cannot load {describe(config)!r}: {where}{reason}") from error
 
 
 def _load_from_hub(config: SourceConfig) -> datasets.Dataset:
-    words: dict[str, Any] = {"name": config.name, "data_dir": config.data_dir, "data_files": config.data_files}
+    keys: dict[str, Any] = {"name": config.name, "data_dir": config.data_dir, "data_files": config.data_files}
     with quiet_hub():
         try:
-            return datasets.load_dataset(config.path, split=config.split, **words)
+            return datasets.load_dataset(config.path, split=config.split, **keys)
         except ValueError as error:
             if "nknown split" not in str(error):
                 raise
-            builder = datasets.load_dataset_builder(config.path, **words)
-            there = [str(name) for name in builder.info.splits or builder.config.data_files or {}]
-            if len(found := choose(there, config.split)) != 1:
-                raise no_such_split(config.path, "the splits", there, config.split) from error
-            return datasets.load_dataset(config.path, split=found[0], **words)
+            builder = datasets.load_dataset_builder(config.path, **keys)
+            available = [str(name) for name in builder.info.splits or builder.config.data_files or {}]
+            if len(found := choose(available, config.split)) != 1:
+                raise no_such_split(config.path, "the splits", available, config.split) from error
+            return datasets.load_dataset(config.path, split=found[0], **keys)
 
 
-def _patterns(place: Place, split: str) -> list[str]:
-    """The files of a split of tables as patterns, or the patterns that were given."""
-    if place.folder is not None:
-        return [glob.escape(str(file)) for file in _files(place, split)]
-    local = [pattern for pattern in place.patterns if "://" not in pattern]
+def _patterns(layout: DatasetLayout, split: str) -> list[str]:
+    """Patterns of the tables of a split, or the given patterns."""
+    if layout.folder is not None:
+        return [glob.escape(str(file)) for file in _files(layout, split)]
+    local = [pattern for pattern in layout.patterns if "://" not in pattern]
     found = [file for pattern in local for file in glob.glob(pattern, recursive=True)]
-    if not found and len(local) == len(place.patterns):
-        raise UserError(f"[data] data_files: no file is named by {', '.join(local)}")
+    if not found and len(local) == len(layout.patterns):
+        raise UserError(f"[data] data_files: no file matches {', '.join(local)}")
     refuse_several(found, local, split)
-    return list(place.patterns)
+    return list(layout.patterns)
 
 
-def _files(place: Place, split: str) -> list[Path]:
-    """The tables or tar files of a split, or those that were named by patterns."""
-    what = "tar" if place.loader == "webdataset" else place.loader
-    if place.folder is None:
-        found = find_shards(list(place.patterns))
-        refuse_several(list(map(str, found)), place.patterns, split)
+def _files(layout: DatasetLayout, split: str) -> list[Path]:
+    """The tables or tar files of a split, or those that match the given patterns."""
+    if layout.folder is None:
+        found = find_shards(list(layout.patterns))
+        refuse_several(list(map(str, found)), layout.patterns, split)
         return found
-    by_split, files = ({}, _files_below(place.folder, place.loader)) if split == ALL else _by_split(
-        place.folder, place.loader
-    )  # fmt: skip
+    what = "tar" if layout.loader == "webdataset" else layout.loader
+    by_split: dict[str, list[Path]] = {}
+    if split == ALL:
+        files = _files_below(layout.folder, layout.loader)
+    else:
+        by_split, files = _by_split(layout.folder, layout.loader)
     if not files:
-        raise UserError(f"[data] path: {str(place.folder)!r} holds no {what} files")
+        raise UserError(f"[data] path: {str(layout.folder)!r} holds no {what} files")
     if not by_split:
         if split != ALL and not choose(["train"], split):
             raise UserError(
-                f"[data] split: {str(place.folder)!r} has {what} files, none of them named like a split, so no "
-                f"{split!r}; leave split out to read them all"
+                f"[data] split: {str(layout.folder)!r} has {what} files, none of them named like a split, so there is "
+                f"no {split!r}; leave split out to read them all"
             )
         return files
-    words = choose(in_order(by_split), split)
-    if not words:
-        raise no_such_split(str(place.folder), f"{what} files", by_split, split)
-    chosen = [file for word in words for file in by_split[word]]
+    names = choose(in_order(by_split), split)
+    if not names:
+        raise no_such_split(str(layout.folder), f"{what} files", by_split, split)
+    chosen = [file for name in names for file in by_split[name]]
     if choose(["train"], split):
-        _refuse_links(chosen, [file for word in by_split if word not in words for file in by_split[word]])
+        _refuse_links(chosen, [file for name in by_split if name not in names for file in by_split[name]])
     return chosen
 
 
 def _refuse_links(chosen: Sequence[Path], others: Sequence[Path]) -> None:
-    """Refuse files of the training split that are links to those of another."""
+    """Refuse files of the training split that are links to files of another split."""
     real = {os.path.realpath(file): file for file in others if not file.is_symlink()}
     for file in chosen:
         if other := real.get(os.path.realpath(file)):
@@ -222,12 +243,11 @@ def _refuse_links(chosen: Sequence[Path], others: Sequence[Path]) -> None:
 
 
 def _by_split(folder: Path, loader: str) -> tuple[dict[str, list[Path]], list[Path]]:
-    """The tables or tar files of a folder by their split words, if any, and all of them."""
+    """The tables or tar files of a folder by split, empty if their names tell none; and all of them."""
     saved = saved_splits(folder) if loader == "arrow" else None
-    if saved is not None:
-        files = [file for each in saved.values() for file in each]
-        return ({} if "" in saved else saved), files
     files = _files_below(folder, loader)
+    if saved is not None:
+        return ({} if "" in saved else saved), files
     return (files_by_split(files, folder) if files else {}), files
 
 
@@ -235,26 +255,26 @@ def _files_below(folder: Path, loader: str) -> list[Path]:
     if loader == "arrow" and (saved := saved_splits(folder)) is not None:
         return [file for each in saved.values() for file in each]
     files: list[Path] = []
-    for visited in walk_folders(str(folder)):
-        here = Path(visited.path)
-        if loader == "arrow" and STATE in visited.names:
-            files += (saved_splits(here) or {}).get("", [])
+    for walked in walk_folders(str(folder)):
+        path = Path(walked.path)
+        if loader == "arrow" and SAVED_STATE in walked.files:
+            files += (saved_splits(path) or {}).get("", [])
         else:
-            found = [here / name for name in visited.names if KINDS[loader](name)]
+            found = [path / name for name in walked.files if KINDS[loader](name)]
             files += without_caches(found) if loader == "arrow" else found
     return sorted(files)
 
 
-def _folder_of_table(place: Place, config: SourceConfig) -> str:
-    """The folder of a local table, which its rows' files must lie in."""
-    if place.loader not in ("parquet", "arrow") or config.data_files:
+def _folder_of_table(layout: DatasetLayout, config: SourceConfig) -> str:
+    """The folder of a local table, in which the files that its rows name must lie."""
+    if layout.loader not in ("parquet", "arrow") or config.data_files:
         return ""
-    return str((place.folder or Path(config.path).expanduser().parent).resolve())
+    return str((layout.folder or Path(config.path).expanduser().parent).resolve())
 
 
-def _images_beside(config: SourceConfig, place: Place) -> str:
-    """What to do where a table among image files was taken for the data."""
-    folder = place.folder
+def _images_beside(config: SourceConfig, layout: DatasetLayout) -> str:
+    """A hint for the case that a table among image files was taken for the data."""
+    folder = layout.folder
     if config.path in LOADERS or folder is None or not any(map(KINDS["imagefolder"], names_near(folder))):
         return ""
     return f', or, for the image files beside it, write path = "imagefolder" and data_dir = "{folder}"'

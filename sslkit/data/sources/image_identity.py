@@ -10,14 +10,12 @@ The first two stay the same when a data set is moved or copied.
 import hashlib
 import os
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from pyarrow import compute
 
 from sslkit.data.decode.rgb import UnreadableImage
 from sslkit.data.formats.folder_listing import printable, to_path
-from sslkit.data.formats.parquet_streams import StreamedRows
 from sslkit.data.sources.image_source import ImageSource
 
 SAMPLE_SIZE = 256  # images of which `images_digest` reads the content
@@ -28,16 +26,15 @@ def names_digest(source: ImageSource) -> str:
 
     Images stored in the table count by their size in bytes as well. Takes about 1 second for a million images.
     """
-    if isinstance(source.table, StreamedRows):
-        return source.table.digest()
+    if digest := source.table.digest():
+        return digest
     root = _root_length(source, skip_empty=False)
-    digest = hashlib.sha256(str(len(source)).encode())
-    for batch in _image_cells(source).iter(4096):
-        images = batch[source.image_column].combine_chunks()
+    sha = hashlib.sha256(str(len(source)).encode())
+    for images in source.table.cells(4096):
         sizes = compute.binary_length(images.field("bytes")).to_pylist()
         for path, size in zip(images.field("path").to_pylist(), sizes, strict=True):
-            digest.update(f"{(path or '')[root:]}\0{size}\0".encode())
-    return digest.hexdigest()
+            sha.update(f"{(path or '')[root:]}\0{size}\0".encode())
+    return sha.hexdigest()
 
 
 def images_digest(source: ImageSource) -> str:
@@ -46,22 +43,22 @@ def images_digest(source: ImageSource) -> str:
     Images stored in the table count by their bytes. Files count by name below their common folder and size, and
     `SAMPLE_SIZE` of them also by their bytes. Takes about 1 second for 100 000 files. Unreadable files are allowed.
     """
-    if isinstance(source.table, StreamedRows):
-        return source.table.digest()[:16]
+    if digest := source.table.digest():
+        return digest[:16]
     root = _root_length(source, skip_empty=True)
-    digest = hashlib.sha256(str(len(source)).encode())
+    sha = hashlib.sha256(str(len(source)).encode())
     has_files = False
-    for batch in _image_cells(source).iter(256):
-        for cell in batch[source.image_column].to_pylist():
+    for cells in source.table.cells(256):
+        for cell in cells.to_pylist():
             if cell and cell["bytes"] is not None:
-                digest.update(hashlib.sha256(cell["bytes"]).digest())
+                sha.update(hashlib.sha256(cell["bytes"]).digest())
             else:
                 path = (cell or {}).get("path") or ""
-                digest.update(f"{path[root:]}\0{file_size(path)}\0".encode())
+                sha.update(f"{path[root:]}\0{file_size(path)}\0".encode())
                 has_files = True
     for index in spread_sample(len(source), SAMPLE_SIZE) if has_files else ():
-        digest.update(bytes.fromhex(image_digest(source, index)) or b"unreadable")
-    return digest.hexdigest()[:16]
+        sha.update(bytes.fromhex(image_digest(source, index)) or b"unreadable")
+    return sha.hexdigest()[:16]
 
 
 def source_fingerprint(source: ImageSource) -> str:
@@ -70,20 +67,20 @@ def source_fingerprint(source: ImageSource) -> str:
     Raises:
         UnreadableImage: A file is missing.
     """
-    if isinstance(source.table, StreamedRows):
-        return source.table.digest()
-    digest = hashlib.sha256()
-    for batch in _image_cells(source).iter(256):
-        for cell in batch[source.image_column].to_pylist():
+    if digest := source.table.digest():
+        return digest
+    sha = hashlib.sha256()
+    for cells in source.table.cells(256):
+        for cell in cells.to_pylist():
             if cell["bytes"] is not None:
-                digest.update(hashlib.sha256(cell["bytes"]).digest())
+                sha.update(hashlib.sha256(cell["bytes"]).digest())
                 continue
             try:
                 status = os.stat(to_path(cell["path"]))
             except OSError as error:
                 raise UnreadableImage(printable(cell["path"]), error.strerror or str(error)) from error
-            digest.update(f"{cell['path']}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    return digest.hexdigest()
+            sha.update(f"{cell['path']}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    return sha.hexdigest()
 
 
 def image_digest(source: ImageSource, index: int) -> str:
@@ -112,15 +109,11 @@ def spread_sample(count: int, size: int) -> list[int]:
     return [int(index) for index in np.unique(np.linspace(0, count - 1, min(count, size), dtype=np.int64))]
 
 
-def _image_cells(source: ImageSource) -> Any:
-    return source.table.select_columns([source.image_column]).with_format("arrow")
-
-
 def _root_length(source: ImageSource, *, skip_empty: bool) -> int:
     """Length of the folder path with which all paths begin."""
     ends: list[str] = []
-    for batch in _image_cells(source).iter(4096):
-        paths = batch[source.image_column].combine_chunks().field("path")
+    for images in source.table.cells(4096):
+        paths = images.field("path")
         if skip_empty:
             paths = paths.filter(compute.not_equal(paths, ""))
         bounds = compute.min_max(paths).as_py()

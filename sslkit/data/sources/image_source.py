@@ -1,6 +1,6 @@
-"""The images of a run or an evaluation, wherever they lie, one source or several.
+"""The images of a run or an evaluation: one source, or several mixed.
 
-`datasets` does the finding, typing and memory-mapping. Images stay encoded until a worker decodes them.
+Images stay encoded until a worker decodes them.
 """
 
 import logging
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import compute
 
@@ -19,16 +20,18 @@ from sslkit.data.decode.channels import decode_channels
 from sslkit.data.decode.rgb import Pixels, Reduction, Size, UnreadableImage, decode_reduced, decode_rgb, read_file
 from sslkit.data.formats.columns import choose_columns
 from sslkit.data.formats.folder_listing import printable, span_of, to_path
-from sslkit.data.formats.parquet_streams import StreamedRows, features_of, find_parquet, read_footers
-from sslkit.data.formats.tables import is_missing, label_word, only_columns
+from sslkit.data.formats.parquet_streams import StreamedTable, features_of, find_parquet, read_footers
+from sslkit.data.formats.tables import is_missing, label_text, only_columns
+from sslkit.data.order.epoch_order import OrderPlan
 from sslkit.data.order.mixture import Mixture
-from sslkit.data.order.stream_order import Lanes
-from sslkit.data.sources.find import available_splits, files_left_out, find_data, parquet_to_stream
-from sslkit.data.sources.location import describe
+from sslkit.data.order.stream_order import StreamOrder
+from sslkit.data.sources.dataset_layout import describe
+from sslkit.data.sources.find import available_splits, find_data, parquet_to_stream, skipped_files
+from sslkit.data.sources.image_table import ImageTable, MappedTable
 from sslkit.errors import UserError, check_path
 
 LOGGER = logging.getLogger("sslkit.data")
-__all__ = ["DataConfig", "ImageSource", "available_splits", "files_left_out", "open_source"]
+__all__ = ["DataConfig", "ImageSource", "available_splits", "open_source", "skipped_files"]
 
 
 @dataclass(frozen=True)
@@ -36,77 +39,80 @@ class ImageSource:
     """A map-style collection of encoded images and, if any, their labels.
 
     Attributes:
-        table: The `datasets` table, or a `StreamedRows`, which answers alike; images are not decoded by `datasets`.
-        image_column: Name of the image column.
-        label_column: Name of the label column, or None.
-        description: How to name the source in print and errors.
-        root: The folder below which all images lie, as `to_text` writes it; empty where they are no files of a folder.
-        within: The folder that a local table's images may lie in, where its rows name files; empty: anywhere.
-        plan: How samples make an epoch: in shares of several sources, or in a stream's lanes; None: each image once,
-            in an order without bounds.
-        channels: What images are read as: None for RGB of 8 bits, or so many channels of 16.
-        unlabelled: What is wrong with the labels, or why there are none; empty if nothing is known.
+        table: The rows.
+        description: Name of the source in messages.
+        root: The folder that contains all images, as `to_text` writes it; empty if they are not files of a folder.
+        within: For a local table whose rows name files: the folder that must contain them; empty for no restriction.
+        plan: The order of an epoch of a mixture or a stream; None for a shuffle of all images.
+        channels: None for 8-bit RGB, else the number of 16-bit channels that images are decoded to.
+        unlabelled: Why there are no usable labels; empty if nothing is wrong with them.
         background: What transparent pixels of RGB are composited over; see `DataConfig`.
     """
 
-    table: datasets.Dataset
-    image_column: str
-    label_column: str | None
+    table: ImageTable
     description: str
     root: str = ""
     within: str = ""
-    plan: Mixture | Lanes | None = None
+    plan: OrderPlan | None = None
     channels: int | None = None
     unlabelled: str = ""
     background: str = WHITE
 
     def __len__(self) -> int:
-        return int(self.table.num_rows)
+        return len(self.table)
+
+    @property
+    def label_column(self) -> str | None:
+        """Name of the label column, or None."""
+        return self.table.label_column
 
     def read(self, index: int) -> Pixels:
         """Decode image ``index`` to (H, W, 3) uint8 RGB, or to (H, W, channels) uint16.
 
         Raises:
-            UnreadableImage: It cannot be.
+            UnreadableImage: It cannot be read or decoded.
         """
         return self.read_as(index, self.channels)
 
     def read_as(self, index: int, channels: int | None) -> Pixels:
-        """Decode image ``index`` to so many channels, whatever ``channels`` says of the source; see `read`."""
+        """Decode image ``index`` as if the source had so many ``channels``; see `read`."""
         name, encoded = self.encoded(index)
         if channels is None:
             return decode_rgb(encoded, name, self.background)
         return decode_channels(encoded, name, channels)
 
     def read_reduced(self, index: int, reduction: Reduction) -> tuple[Pixels, Size]:
-        """Image ``index`` as `decode_reduced` gives it, and height and width of the whole image; channels stay whole.
+        """Decode image ``index`` like `decode_reduced`; images of other channels than RGB are not reduced.
+
+        Returns:
+            The pixels, and height and width of the full image.
 
         Raises:
-            UnreadableImage: It cannot be decoded.
+            UnreadableImage: It cannot be read or decoded.
         """
         return self.decode(*self.encoded(index), reduction)
 
     def decode(self, name: str, encoded: bytes, reduction: Reduction) -> tuple[Pixels, Size]:
-        """What `read_reduced` gives, from what `encoded` gave."""
+        """Decode the result of `encoded`; see `read_reduced`."""
         if self.channels is None:
             return decode_reduced(encoded, name, reduction, self.background)
-        whole = decode_channels(encoded, name, self.channels)
-        return whole, whole.shape[:2]
+        pixels = decode_channels(encoded, name, self.channels)
+        return pixels, pixels.shape[:2]
 
     def encoded(self, index: int) -> tuple[str, bytes]:
-        """The printable name of image ``index``, and its bytes as they are stored.
+        """The printable name of image ``index``, and its encoded bytes.
 
         Raises:
             UnreadableImage: There are none, or they cannot be read.
         """
-        cell = self.table[index][self.image_column] or {}
-        name = printable(cell.get("path") or f"image {index} of {self.description}")
+        cell = self.table.cell(index)
+        name = printable(cell.get("path") or self._number(index))
         encoded = cell.get("bytes")
         if encoded is not None:
             return name, encoded
         if not cell.get("path"):
             raise UnreadableImage(name, "the row holds no image")
-        path = Path(self.within, to_path(cell["path"]))  # a relative name is meant from the table
+        path = Path(self.within, to_path(cell["path"]))  # relative to the table's folder
         if self.within and not path.resolve().is_relative_to(self.within):
             raise UnreadableImage(name, f"the row names a file outside of {self.within}, the folder of its table")
         try:
@@ -115,17 +121,17 @@ class ImageSource:
             raise UnreadableImage(name, error.strerror or str(error)) from error
 
     def name(self, index: int) -> str:
-        """What to call image ``index`` in print, on one line."""
-        if isinstance(self.table, StreamedRows):
-            return self.table.name(index)
-        cell = self.table[index][self.image_column] or {}
-        return printable(cell.get("path") or f"image {index} of {self.description}")
+        """Printable name of image ``index``, on one line."""
+        return self.table.name(index) or printable(self._number(index))
+
+    def _number(self, index: int) -> str:
+        return f"image {index} of {self.description}"
 
     def labels(self) -> list[str]:
-        """The class of every image by name (or number, as text, where classes have no names).
+        """The class name of every image, or the class number as text if classes have no names.
 
         Raises:
-            UserError: The source has none, or a row's is of no class.
+            UserError: The source has no labels, or an image has none or one of no class.
         """
         if self.label_column is None or self.unlabelled:
             why = f": {self.unlabelled}" if self.unlabelled else ""
@@ -133,67 +139,58 @@ class ImageSource:
                 f"{self.description} has no labels; evaluation needs a folder per class, a metadata.csv with "
                 f"file_name and label beside the images, or [data] label_column (--label-column){why}"
             )
-        names, values = self.class_names(), list(self.table[self.label_column])
+        names, values = self.class_names(), self.table.labels()
         if missing := [row for row, value in enumerate(values) if is_missing(value)]:
             raise UserError(
                 f"[data] label_column: {len(missing):,} of {len(values):,} images of {self.description} have no label; "
                 f"row {missing[0]} has the label {values[missing[0]]!r}, which is of no class; leave unlabelled rows "
                 f"out ({self.name(missing[0])})"
             )
-        words = []
+        labels = []
         for index, value in enumerate(values):
             try:
-                words.append(label_word(value, names, index))
+                labels.append(label_text(value, names, index))
             except UserError as error:
                 raise UserError(f"{error} ({self.name(index)})") from error
-        return words
-
-    def paths(self) -> list[str]:
-        """The file every image came from, as `to_text` writes it; empty text where the data does not know."""
-        if isinstance(self.table, StreamedRows):
-            return [""] * len(self)
-        batches = self.table.select_columns([self.image_column]).with_format("arrow").iter(1024)
-        return [
-            path or ""
-            for batch in batches
-            for path in batch[self.image_column].combine_chunks().field("path").to_pylist()
-        ]
-
-    def holds_names_alone(self) -> bool:
-        """Whether a row names a file and does not hold its bytes."""
-        batches = self.table.select_columns([self.image_column]).with_format("arrow").iter(1024)
-        cells = (batch[self.image_column].combine_chunks() for batch in batches)
-        return any(
-            compute.any(compute.and_(c.field("bytes").is_null(), c.field("path").is_valid())).as_py() for c in cells
-        )
+        return labels
 
     def class_names(self) -> list[str]:
-        """Names of the classes in the order of their labels, or an empty list."""
-        feature = self.table.features[self.label_column] if self.label_column else None
+        """Names of the classes in the order of their labels; empty if they have none."""
+        feature = self.table.label_feature
         return list(feature.names or []) if isinstance(feature, datasets.ClassLabel) else []
 
+    def paths(self) -> list[str]:
+        """The file of every image, as `to_text` writes it; empty where it is unknown."""
+        return self.table.paths()
+
     def without_labels(self) -> "ImageSource":
-        """The same images with every other column dropped, so that a label cannot reach pretraining."""
-        table = self.table.select_columns([self.image_column])
-        return replace(self, table=table, label_column=None, unlabelled="")
+        """The same images without all other columns, so that labels cannot reach pretraining."""
+        return replace(self, table=self.table.without_labels(), unlabelled="")
 
     def subset(self, indices: NDArray[np.int64]) -> "ImageSource":
-        """The rows at ``indices``, in that order."""
-        table = self.table.select(indices)
-        return replace(self, table=table, plan=None)
+        """The images at ``indices``, in this order."""
+        return replace(self, table=self.table.select(indices), plan=None)
 
-    def draw(self, count: int, seed: int) -> NDArray[np.int64]:
-        """Positions of at most so many images to look at, drawn by ``seed``; of a stream, of few row groups."""
-        if isinstance(self.table, StreamedRows):
-            return self.table.draw(count, seed)
-        return np.random.default_rng(seed).permutation(len(self))[:count]
+    def holding(self, groups: int) -> "ImageSource":
+        """The same images, with so many row groups of a stream kept in memory."""
+        return replace(self, table=self.table.holding(groups))
+
+    def sample(self, count: int, seed: int) -> NDArray[np.int64]:
+        """Indices of at most ``count`` random images; those of a stream are in few row groups."""
+        return self.table.sample(count, seed)
+
+    def describe_streaming(self, batch_size: int, num_processes: int, num_workers: int) -> str:
+        """A sentence on the memory that each worker needs for a stream; empty if the source is no stream."""
+        return self.table.describe_streaming(
+            self.plan.groups_held(batch_size, num_processes, num_workers) if self.plan else 0
+        )
 
 
 def open_source(config: DataConfig) -> ImageSource:
-    """Find the images that a ``[data]`` table names.
+    """Open the images that a ``[data]`` table names.
 
     Raises:
-        UserError: Nothing there, no such split, no image column.
+        UserError: They do not exist or cannot be loaded, or there is no such split or no image column.
     """
     for key, path in config.paths():
         check_path(path, key)
@@ -209,25 +206,14 @@ def open_source(config: DataConfig) -> ImageSource:
 def _open(config: SourceConfig) -> ImageSource:
     description = f"{describe(config)} [{config.split}]"
     found = find_data(config)
-    if found.table.num_rows == 0:
+    if found.rows.num_rows == 0:
         raise UserError(f"[data] path: {description} holds no images")
     columns = found.columns
-    table = only_columns(found.table, columns.image, columns.label)
-    _say(f"{description}: {_count(table.num_rows)}, {found.words}")
+    table = MappedTable(only_columns(found.rows, columns.image, columns.label), columns.image, columns.label)
+    _log(f"{description}: {_count(len(table))}, {found.summary}")
     for note in found.notes:
-        _say(f"{description}: {note}")
-    return ImageSource(
-        table, columns.image, columns.label, description, found.root, found.within, unlabelled=columns.unlabelled
-    )
-
-
-def _count(images: int) -> str:
-    return f"{images:,} image{'s' if images != 1 else ''}"
-
-
-def _say(words: str) -> None:
-    """What was found, for commands to print; see `sslkit.cli.data_summary`."""
-    LOGGER.info("data: %s", printable(words))
+        _log(f"{description}: {note}")
+    return ImageSource(table, description, found.root, found.within, unlabelled=columns.unlabelled)
 
 
 def _open_stream(config: DataConfig, patterns: list[str]) -> ImageSource:
@@ -235,41 +221,50 @@ def _open_stream(config: DataConfig, patterns: list[str]) -> ImageSource:
     files = find_parquet(config, patterns)
     footers = read_footers(files)
     columns = choose_columns(features_of(files[0], footers[0]), config)
-    rows = StreamedRows(files, footers, columns.image)
-    if not rows.groups:
+    table = StreamedTable(files, footers, columns.image, columns.label)
+    if not table.groups:
         raise UserError(f"[data] path: {description} holds no images")
-    _say(f"{description}: {_count(rows.num_rows)}, read as a stream, {columns.words()}")
-    plan = Lanes(rows.sizes, config.shuffle_buffer)
-    return ImageSource(rows, columns.image, columns.label, description, plan=plan, unlabelled=columns.unlabelled)
+    _log(f"{description}: {_count(len(table))}, read as a stream, {columns.summary()}")
+    plan = StreamOrder(table.sizes, config.shuffle_buffer)
+    return ImageSource(table, description, plan=plan, unlabelled=columns.unlabelled)
+
+
+def _count(images: int) -> str:
+    return f"{images:,} image{'s' if images != 1 else ''}"
+
+
+def _log(message: str) -> None:
+    """Log what was found; commands print it, see `sslkit.cli.output`."""
+    LOGGER.info("data: %s", printable(message))
 
 
 def mix(sources: list[ImageSource], weights: list[float | None]) -> ImageSource:
-    """Several sources, without labels, as one: one after the other, in the shares of their weights if there are any.
+    """Concatenate sources, without labels; an epoch takes samples from them in proportion to the weights, if given.
 
     Raises:
-        UserError: The rows of a local table among them name files, and whose files they may name could not be told.
+        UserError: A local table among them names files, which must lie in its own folder, or a source's weight is so
+            small that an epoch has no sample of it.
     """
-    tables = []
     for source in sources:
-        if source.within and source.holds_names_alone():
+        if source.within and any(_names_files(cells) for cells in source.table.cells(1024)):
             raise UserError(
                 f"[[data.mix]] path: rows of {source.description} name files instead of holding images; pack it first "
                 "by sslkit prepare"
             )
-        bare = source.without_labels()
-        tables.append(
-            bare.table if bare.image_column == "image" else bare.table.rename_column(bare.image_column, "image")
-        )
-    table = datasets.concatenate_datasets(tables)
+    table = MappedTable(datasets.concatenate_datasets([source.table.as_dataset() for source in sources]))
     roots = [source.root for source in sources]
     root = os.path.commonpath(roots) if all(roots) else ""
-    shares = [weight for weight in weights if weight is not None]
-    sizes = tuple(len(source) for source in sources)
-    mixture = Mixture(sizes, tuple(shares)) if shares else None
+    given = [weight for weight in weights if weight is not None]
+    mixture = Mixture(tuple(map(len, sources)), tuple(given)) if given else None
     counts = mixture.counts() if mixture else []
     if 0 in counts:
-        never = sources[counts.index(0)].description
-        raise UserError(f"[[data.mix]] weight: {never} gets no sample of an epoch of {sum(counts)}; give it more")
-    said = [f" ({share:.3g} of an epoch)" for share in mixture.shares()] if mixture else [""] * len(sources)
-    description = " + ".join(source.description + share for source, share in zip(sources, said, strict=True))
-    return ImageSource(table, "image", None, description, "" if root == "/" else root, plan=mixture)
+        unused = sources[counts.index(0)].description
+        raise UserError(f"[[data.mix]] weight: {unused} gets no sample of an epoch of {sum(counts)}; increase it")
+    shares = [f" ({share:.3g} of an epoch)" for share in mixture.shares()] if mixture else [""] * len(sources)
+    description = " + ".join(source.description + share for source, share in zip(sources, shares, strict=True))
+    return ImageSource(table, description, "" if root == "/" else root, plan=mixture)
+
+
+def _names_files(cells: pa.StructArray) -> bool:
+    """Whether a row names a file and does not hold its bytes."""
+    return bool(compute.any(compute.and_(cells.field("bytes").is_null(), cells.field("path").is_valid())).as_py())

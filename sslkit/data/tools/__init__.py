@@ -1,1 +1,1 @@
-"""Tools for image sets: inspect, find duplicates, pack. Read `inspection` first."""
+"""Tools that read a whole source: inspection, duplicates, packing. Read `inspection` first."""

@@ -1,17 +1,17 @@
-"""Images that occur more than once, byte for byte or nearly so, in time that does not grow with the square."""
+"""Find images that occur more than once, exactly or nearly, in less than quadratic time."""
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-NEAR = 3  # of 64 bits; recompressed and rescaled copies of a photo differ in 0 to 2
-BANDS = 4  # hashes that differ in three bits agree in at least one of four bands
-WINDOW = 32  # in a crowded band, so many neighbours in the order of the whole hash are compared
-FLAT = 4  # grey levels between the darkest and the brightest cell, up to which a hash is noise
+NEAR = 3  # of 64 bits; compressed and rescaled copies of a photo differ in 0 to 2
+BANDS = 4  # hashes that differ in 3 bits agree in at least one of 4 bands
+WINDOW = 32  # neighbours, in the order of the rotated hash, that each hash is compared with
+FLAT = 4  # difference of grey levels up to which an image is flat and its hash is noise
 
 
 def difference_hash(pixels: NDArray[np.uint8]) -> int:
-    """64 bits: whether each of 8 x 8 cells is darker than its right neighbour; 0 for a flat image.
+    """A 64-bit perceptual hash: whether each of 8 x 8 cells is darker than its right neighbour; 0 for a flat image.
 
     Args:
         pixels: (H, W, 3) uint8 RGB.
@@ -23,20 +23,20 @@ def difference_hash(pixels: NDArray[np.uint8]) -> int:
 
 
 def exact_groups(contents: NDArray[np.void]) -> list[NDArray[np.int64]]:
-    """Positions of equal entries, a group for each that occurs more than once, in order of first occurrence."""
-    _, groups = np.unique(contents, return_inverse=True)
-    return _of_several(groups)
+    """Positions of equal entries, one group for each that occurs more than once, in order of first occurrence."""
+    _, ids = np.unique(contents, return_inverse=True)
+    return _groups(ids)
 
 
 def near_groups(hashes: NDArray[np.uint64]) -> list[NDArray[np.int64]]:
-    """Positions of hashes that differ in at most `NEAR` bits, directly or by steps. Flat images are in no group.
+    """Positions of hashes that are connected by differences of at most `NEAR` bits. Flat images are in no group.
 
-    Every pair that shares a band of 16 bits with fewer than `WINDOW` others is compared; in a more crowded band, those
-    that are close in order.
+    A pair is compared if it agrees in one of `BANDS` bands of 16 bits. If more than `WINDOW` hashes agree in a band,
+    only neighbours in sorted order are compared.
     """
     parent = np.arange(len(hashes))
     for band in range(BANDS):
-        # The band first, then the rest of the hash: rotated, one sort does both.
+        # Rotated, so that one sort orders by the band first and by the rest of the hash second.
         shift = np.uint64(16 * band)
         turned = (hashes << shift) | (hashes >> (np.uint64(64) - shift)) if band else hashes
         order = np.argsort(turned, kind="stable")
@@ -47,14 +47,14 @@ def near_groups(hashes: NDArray[np.uint64]) -> list[NDArray[np.int64]]:
             near &= (hashes[left] != 0) & (hashes[right] != 0)
             for one, other in zip(left[near].tolist(), right[near].tolist(), strict=True):
                 _join(parent, one, other)
-    return _of_several(np.array([_root(parent, place) for place in range(len(hashes))], dtype=np.int64))
+    return _groups(np.array([_root(parent, index) for index in range(len(hashes))], dtype=np.int64))
 
 
-def _root(parent: NDArray[np.int64], place: int) -> int:
-    while parent[place] != place:
-        parent[place] = parent[parent[place]]
-        place = int(parent[place])
-    return place
+def _root(parent: NDArray[np.int64], index: int) -> int:
+    while parent[index] != index:
+        parent[index] = parent[parent[index]]
+        index = int(parent[index])
+    return index
 
 
 def _join(parent: NDArray[np.int64], one: int, other: int) -> None:
@@ -62,8 +62,8 @@ def _join(parent: NDArray[np.int64], one: int, other: int) -> None:
     parent[max(one, other)] = min(one, other)
 
 
-def _of_several(groups: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    order = np.argsort(groups, kind="stable")
-    starts = np.flatnonzero(np.diff(groups[order])) + 1
-    several = [np.sort(group) for group in np.split(order, starts) if len(group) > 1]
-    return sorted(several, key=lambda group: int(group[0]))
+def _groups(ids: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    order = np.argsort(ids, kind="stable")
+    starts = np.flatnonzero(np.diff(ids[order])) + 1
+    groups = [np.sort(group) for group in np.split(order, starts) if len(group) > 1]
+    return sorted(groups, key=lambda group: int(group[0]))

@@ -1,4 +1,4 @@
-"""Many pictures as the tiles of one."""
+"""Several images as the tiles of one."""
 
 from collections.abc import Sequence
 
@@ -8,23 +8,20 @@ from sslkit.data.decode.channels import as_picture
 from sslkit.data.decode.rgb import Pixels
 
 
-def tile_sheet(images: Sequence[Pixels], tile: int, columns: int) -> Image.Image:
-    """Shrink or enlarge pictures to fit square tiles, and put them side by side, row by row, on black.
+def make_image_grid(images: Sequence[Pixels], tile: int, columns: int) -> Image.Image:
+    """Scale images to square tiles, and put them side by side, row by row, on black.
 
     Args:
-        images: Each (H, W, 3) uint8 RGB, or (H, W, C) uint16, shown as `as_picture` does.
+        images: Each (H, W, 3) uint8 RGB, or (H, W, C) uint16, see `as_picture`.
         tile: Side of a tile in pixels.
-        columns: Tiles in a row.
+        columns: Tiles per row.
     """
-    sheet = Image.new("RGB", (columns * tile, -(-len(images) // columns) * tile))
+    grid = Image.new("RGB", (columns * tile, -(-len(images) // columns) * tile))
     for index, pixels in enumerate(images):
-        picture = Image.fromarray(as_picture(pixels))
-        picture = picture.resize(_fit(picture.size, tile), Image.Resampling.BILINEAR)
+        image = Image.fromarray(as_picture(pixels))
+        scale = tile / max(image.size)
+        width, height = (max(round(side * scale), 1) for side in image.size)
         left, top = index % columns * tile, index // columns * tile
-        sheet.paste(picture, (left + (tile - picture.width) // 2, top + (tile - picture.height) // 2))
-    return sheet
-
-
-def _fit(size: tuple[int, int], tile: int) -> tuple[int, int]:
-    scale = tile / max(size)
-    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
+        resized = image.resize((width, height), Image.Resampling.BILINEAR)
+        grid.paste(resized, (left + (tile - width) // 2, top + (tile - height) // 2))
+    return grid

@@ -1,7 +1,7 @@
-"""A copy of a data set for disks and cores that cannot keep up: no image larger than views need, in few large files.
+"""Pack a data set into a few large files, with no image larger than the views need, for slow disks or few cores.
 
-Shards are Arrow streams, which are mapped into memory and not read: rows are there at once, in any order, without a
-second copy in a cache. Images lie in a shuffled order, so that reading shard by shard is random enough as well.
+Shards are Arrow streams, which are mapped into memory: rows can be read in any order, without a copy in a cache. Images
+are stored in random order, so that reading shard by shard is random as well.
 """
 
 import fcntl
@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from sslkit.data.augment.policies import ViewsConfig
+from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.decode.background import WHITE
 from sslkit.data.decode.rgb import Pixels, Size, UnreadableImage, decode_reduced
 from sslkit.data.formats.folder_listing import printable
@@ -32,27 +32,26 @@ from sslkit.data.sources.image_identity import names_digest
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.errors import RunError, UserError, check_path
 from sslkit.files.atomic import remove, replace_file, replace_text, sync, write_json
+from sslkit.random_draws import DrawPurpose
 
-FACTS, JOB = "prepared.json", "job.json"
-CHUNK = 16  # images that a worker hands over at a time
-BATCH_ROWS, BATCH_BYTES = 64, 2**26  # of images that one record batch holds, if it is not a single one
-KEPT_BYTES = 2**25  # of a small image that is kept as it is; a file beyond that is packed anew, without loss
-LONGEST = 65_500  # pixels of a JPEG's side
-PACKING = 4  # what a draw is for, the second word of its key; see `sslkit.data.loading.replacement`
-FINE = 2.0  # times the wanted side that a JPEG decoded smaller still has, so that shrinking stays antialiased
+SUMMARY, JOB = "prepared.json", "job.json"
+CHUNK = 16  # images that a worker returns at a time
+BATCH_ROWS, BATCH_BYTES = 64, 2**26  # maximum size of a record batch of several images
+KEPT_BYTES = 2**25  # small images with larger files are encoded again, without loss
+LONGEST = 65_500  # pixels of the longer side of a JPEG
+OVERSAMPLING = 2.0  # of a JPEG that is decoded at reduced size, so that resizing it stays antialiased
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How to pack.
+    """Options of `pack`.
 
     Attributes:
-        side: Shorter side in pixels to which larger images are shrunk; smaller ones are kept byte for byte.
-        quality: Of the JPEG that a shrunk image becomes.
-        seed: Of the order.
-        shard_images: How many a shard holds.
-        background: What transparent pixels of an image that is shrunk are composited over; one that is kept keeps its
-            alpha.
+        side: Shorter side in pixels to which larger images are resized; smaller ones are kept byte for byte.
+        quality: JPEG quality of resized images.
+        seed: Seed of the order.
+        shard_images: Images per shard.
+        background: What transparent pixels of resized images are composited over; other images keep their alpha.
     """
 
     side: int = 504
@@ -64,19 +63,26 @@ class Packing:
 
 @dataclass
 class Packed:
-    """What became of a data set: images packed, those of them shrunk, bytes before and after, and who was left out."""
+    """The result of `pack`, for a data set or a shard.
 
-    images: int
-    shrunk: int
-    bytes_before: int
-    bytes_after: int
-    left_out: list[dict[str, str]]
+    Attributes:
+        images: Number of packed images.
+        shrunk: Number of them that were resized.
+        bytes_before: Size of the packed images before.
+        bytes_after: Size of the packed images after.
+        left_out: ``name`` and ``reason`` of each unreadable image.
+    """
+
+    images: int = 0
+    shrunk: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    left_out: list[dict[str, str]] = field(default_factory=list)
 
 
 def sufficient_side(views: ViewsConfig) -> int:
-    """Shorter side of a square image whose smallest crop still has as many pixels as its view: a multiple of 8."""
-    sides = [views.size / math.sqrt(views.crop_scale[0])]
-    sides += [views.small_size / math.sqrt(views.small_scale[0])] if views.small_crops else []
+    """Shorter side, a multiple of 8, of square images whose smallest crops have as many pixels as their views."""
+    sides = [policy.size / math.sqrt(policy.crop_scale[0]) for policy in views.view_policies()]
     return math.ceil(max(sides) / 8) * 8
 
 
@@ -87,40 +93,42 @@ def pack(
     workers: int = 0,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Packed:
-    """Write ``source`` into a new folder of shards; an interrupted call is continued by the same one, shard by shard.
+    """Write ``source`` to a new folder of shards. The same call continues an interrupted one, shard by shard.
 
-    Images that cannot be read are left out and listed in ``prepared.json``. Labels and their names are kept.
+    Unreadable images are left out and listed in ``prepared.json``. Labels and names of classes are kept.
 
     Args:
         source: Images and, if any, labels.
-        folder: Must not exist; appears when all is there.
-        packing: How.
-        workers: Processes that decode and encode; 0 does it in this one.
-        progress: Told, again and again, how many more images are done.
+        folder: Must not exist; it is created when all shards are complete.
+        packing: Options.
+        workers: Number of processes that decode and encode; 0 does it in this process.
+        progress: Called repeatedly with the number of images that are done since the last call.
 
     Raises:
-        UserError: ``folder`` exists, or cannot be written.
+        UserError: ``folder`` exists or cannot be written, or no image is readable.
         RunError: A worker died.
     """
     check_path(folder, "OUTPUT")
     if os.path.lexists(folder):
-        raise UserError(f"{folder}: is there already; give a new folder, or remove it")
+        raise UserError(f"{folder}: exists already; give a new folder, or remove it")
     read_from = source.within or source.root
     if read_from and folder.resolve().is_relative_to(Path(read_from).resolve()):
-        raise UserError(f"{folder}: lies in the folder that is packed; give one elsewhere")
+        raise UserError(f"{folder}: lies in the folder that is packed; give a folder elsewhere")
     try:
-        with _alone(folder.with_name(f".{folder.name}.lock")):
+        with _exclusive_lock(folder.with_name(f".{folder.name}.lock")):
             return _pack(source, folder, packing, workers, progress)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}; the same command goes on") from error
-    except RuntimeError as error:  # a DataLoader's
-        raise RunError(f"a worker died: {str(error).splitlines()[0]}; the same command goes on") from error
+        raise UserError(
+            f"{folder}: cannot be written: {error.strerror or error}; the same command continues"
+        ) from error
+    except RuntimeError as error:  # from DataLoader
+        raise RunError(f"a worker died: {str(error).splitlines()[0]}; the same command continues") from error
 
 
 def _pack(source: ImageSource, folder: Path, packing: Packing, workers: int, progress: Callable[[int], None]) -> Packed:
     part = folder.with_name(f".{folder.name}.part")
     _open_part(part, {**asdict(packing), "images": len(source), "names_sha256": names_digest(source)})
-    order = np.random.default_rng([packing.seed, PACKING, 0, 0, 0]).permutation(len(source))
+    order = np.random.default_rng([packing.seed, DrawPurpose.PACKING, 0, 0, 0]).permutation(len(source))
     size = packing.shard_images
     names = [f"shard-{number:05d}" for number in range(math.ceil(len(order) / size))]
     missing = [number for number, name in enumerate(names) if not (part / f"{name}.json").is_file()]
@@ -128,28 +136,28 @@ def _pack(source: ImageSource, folder: Path, packing: Packing, workers: int, pro
     todo = [order[number * size : (number + 1) * size] for number in missing]
     for number, rows in zip(missing, _rows_of(source, packing, todo, workers, progress), strict=True):
         _write_shard(source, part / names[number], rows)
-    counts = [json.loads((part / f"{name}.json").read_text(encoding="utf-8")) for name in names]
-    packed = Packed(*(sum((each[key] for each in counts), start) for key, start in _STARTS.items()))
+    results = [json.loads((part / f"{name}.json").read_text(encoding="utf-8")) for name in names]
+    packed = Packed(**{key: sum((each[key] for each in results), zero) for key, zero in asdict(Packed()).items()})
     if not packed.images:
         raise UserError(f"{source.description}: none of its images can be read; {packed.left_out[0]['reason']}")
-    write_json(part / FACTS, {"source": source.description, **asdict(packing), **asdict(packed)})
+    write_json(part / SUMMARY, {"source": source.description, **asdict(packing), **asdict(packed)})
     os.rename(part, folder)
     sync(folder.parent)
-    for name in (JOB, *(f"{name}.json" for name in names)):  # only now: whoever is killed before finds all he needs
+    for name in (JOB, *(f"{name}.json" for name in names)):  # last, as continuing an interrupted call needs them
         (folder / name).unlink()
     return packed
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Hold a lock, which goes with the process."""
+def _exclusive_lock(lock: Path) -> Iterator[None]:
+    """Hold a lock that is released when the process ends."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise UserError(f"{lock.parent}: another process is packing there; wait for it") from None
+        raise UserError(f"{lock.parent}: another process is packing there; wait until it has finished") from None
     try:
         yield
     finally:
@@ -157,24 +165,21 @@ def _alone(lock: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-_STARTS: dict[str, Any] = {"images": 0, "shrunk": 0, "bytes_before": 0, "bytes_after": 0, "left_out": []}
-
-
-def _open_part(part: Path, facts: dict[str, Any]) -> None:
-    """A folder aside, with what an earlier call for the same thing has left there."""
+def _open_part(part: Path, job: dict[str, Any]) -> None:
+    """Create the temporary folder, or keep that of an interrupted call with the same ``job``."""
     try:
         before = json.loads((part / JOB).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         before = None
-    if before != facts:
+    if before != job:
         remove(part)
         part.mkdir(parents=True)
-        write_json(part / JOB, facts)
+        write_json(part / JOB, job)
 
 
 @dataclass(frozen=True)
 class _Row:
-    """An image as it is packed, or, without bytes, why it is not."""
+    """A packed image, or, without bytes, the reason why it is left out."""
 
     index: int
     name: str
@@ -201,7 +206,7 @@ class _Rows(Dataset[_Row]):
 
 
 def shrink(encoded: bytes, name: str, packing: Packing) -> bytes:
-    """An image of more than the wanted side as a JPEG of that side; empty where it can stay as it is.
+    """Resize an image that is larger than `Packing.side`, to a JPEG; empty bytes if it is kept unchanged.
 
     Raises:
         UnreadableImage: It cannot be decoded.
@@ -209,7 +214,7 @@ def shrink(encoded: bytes, name: str, packing: Packing) -> bytes:
     side = packing.side
 
     def reduction(size: Size) -> int:
-        return next((by for by in (8, 4, 2) if min(size) / by >= FINE * side), 1)
+        return next((by for by in (8, 4, 2) if min(size) / by >= OVERSAMPLING * side), 1)
 
     pixels, size = decode_reduced(encoded, name, reduction, packing.background)
     stream = io.BytesIO()
@@ -233,7 +238,7 @@ def _rows_of(
     workers: int,
     progress: Callable[[int], None],
 ) -> Iterator[Iterator[_Row]]:
-    """The rows of each shard, in order; each must be read to its end before the next is asked for."""
+    """The rows of each shard, in order; those of one must be consumed before those of the next."""
     chunks = [shard[start : start + CHUNK].tolist() for shard in shards for start in range(0, len(shard), CHUNK)]
     loader: DataLoader[Any] = DataLoader(
         _Rows(source, packing),
@@ -255,42 +260,42 @@ def _rows_of(
 
 
 def _write_shard(source: ImageSource, path: Path, rows: Iterator[_Row]) -> None:
-    """Write a shard as its rows come, and what became of them beside it."""
-    tally = Packed(0, 0, 0, 0, [])
-    replace_file(path.with_suffix(".arrow"), _stream(source, rows, tally))
-    replace_text(path.with_suffix(".json"), json.dumps(asdict(tally)) + "\n")
+    """Write a shard and, beside it, its `Packed`."""
+    packed = Packed()
+    replace_file(path.with_suffix(".arrow"), _stream(source, rows, packed))
+    replace_text(path.with_suffix(".json"), json.dumps(asdict(packed)) + "\n")
 
 
-def _stream(source: ImageSource, rows: Iterator[_Row], tally: Packed) -> Iterator[bytes]:
-    """An Arrow stream, a record batch at a time; ``tally`` is brought up to date on the way."""
+def _stream(source: ImageSource, rows: Iterator[_Row], packed: Packed) -> Iterator[bytes]:
+    """An Arrow stream, one record batch at a time; updates ``packed``."""
     features = {"image": datasets.Image()}
-    if label := source.label_column:
-        features["label"] = source.table.features[label]
+    if source.label_column:
+        features["label"] = source.table.label_feature
     schema = datasets.Features(features).arrow_schema
     root = f"{printable(source.root)}/" if source.root else ""
     sink = _Sink()
     with pa.ipc.new_stream(pa.PythonFile(sink, "w"), schema) as writer:
-        for batch in _batches(rows, root, tally):
+        for batch in _batches(rows, root, packed):
             cells: dict[str, list[Any]] = {
                 "image": [{"bytes": row.encoded, "path": row.name.removeprefix(root)} for row in batch]
             }
-            if label:
-                cells["label"] = list(source.table[[row.index for row in batch]][label])
+            if source.label_column:
+                cells["label"] = source.table.labels([row.index for row in batch])
             writer.write_batch(pa.RecordBatch.from_pydict(cells, schema))
             yield sink.take()
     yield sink.take()
 
 
-def _batches(rows: Iterator[_Row], root: str, tally: Packed) -> Iterator[list[_Row]]:
+def _batches(rows: Iterator[_Row], root: str, packed: Packed) -> Iterator[list[_Row]]:
     batch: list[_Row] = []
     for row in rows:
         if not row.encoded:
-            tally.left_out.append({"name": row.name.removeprefix(root), "reason": row.reason})
+            packed.left_out.append({"name": row.name.removeprefix(root), "reason": row.reason})
             continue
-        tally.images += 1
-        tally.shrunk += row.shrunk
-        tally.bytes_before += row.bytes_before
-        tally.bytes_after += len(row.encoded)
+        packed.images += 1
+        packed.shrunk += row.shrunk
+        packed.bytes_before += row.bytes_before
+        packed.bytes_after += len(row.encoded)
         batch.append(row)
         if sum(len(each.encoded) for each in batch) >= BATCH_BYTES or len(batch) == BATCH_ROWS:
             yield batch
@@ -300,7 +305,7 @@ def _batches(rows: Iterator[_Row], root: str, tally: Packed) -> Iterator[list[_R
 
 
 class _Sink(io.RawIOBase):
-    """Takes what is written, and gives it away."""
+    """A file whose content is taken out piece by piece."""
 
     def __init__(self) -> None:
         self.pieces: list[bytes] = []

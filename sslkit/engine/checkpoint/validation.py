@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sslkit.engine.resilience.guard import Course, is_finite
+from sslkit.engine.state import RecoveryState
 from sslkit.errors import UserError
+from sslkit.files.jsonl_reader import number
 
 GROUP = "param_groups."
 MAX_WHOLE = 2**53
@@ -37,7 +38,7 @@ def check_state(state: Any) -> None:
         raise UserError("has no step, recipe and optimizer, as a checkpoint must")
     for name, scalars in state["optimizer"].items():
         for slot, value in scalars.items():
-            if slot != "step" or not is_finite(value) or value < 0:
+            if slot != "step" or number(value) is None or value < 0:
                 raise UserError(f"optimizer {slot:.50} of {name:.100} cannot be {value!r:.50}")
     without = state.get("without_state", [])
     if not isinstance(without, list) or not all(isinstance(name, str) for name in without):
@@ -45,7 +46,7 @@ def check_state(state: Any) -> None:
     if not isinstance(state.get("images", ""), str):
         raise UserError(f"images must be a sum of their names, not {state['images']!r:.50}")
     _check_scaler(state.get("scaler", {}))
-    Course.from_json(state.get("course", {}))
+    RecoveryState.from_json(state.get("course", {}))
 
 
 def check_weights(model: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
@@ -153,7 +154,7 @@ def _check_scaler(scaler: Any) -> None:
     if not isinstance(scaler, dict) or (scaler and scaler.keys() != {*SCALER}):
         raise UserError(f"scaler must be empty or have {', '.join(SCALER)}")
     for name in SCALER[: 3 * bool(scaler)]:
-        if not is_finite(scaler[name]) or not 0 < scaler[name] < 2.0**120:
+        if number(scaler[name]) is None or not 0 < scaler[name] < 2.0**120:
             raise UserError(f"scaler {name} cannot be {scaler[name]!r:.50}")
     for name in SCALER[3:] if scaler else ():
         if not _is_whole(scaler[name]) or (name == "growth_interval" and not scaler[name]):

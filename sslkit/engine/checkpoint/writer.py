@@ -17,12 +17,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sslkit.distributed.sharding import whole
+from sslkit.distributed.sharding import full_tensor
 from sslkit.engine.checkpoint.format import FORMAT, flatten_optimizer, without_state
 from sslkit.engine.checkpoint.retention import checkpoint_name, monitor_scores, reasons_to_keep, saved_steps
 from sslkit.engine.run_folder.dataset_identity import recorded_names_digest
 from sslkit.errors import RunError
 from sslkit.files.atomic import remove, replace_text, sync, whole_folder, write_file, write_json, write_tensors
+from sslkit.methods import find_method
 from sslkit.publish.encoder_folder import encoder_config, write_encoder
 from sslkit.recipe.resolve import Recipe
 
@@ -53,7 +54,7 @@ class HostCopy:
             if held is None or (held.shape, held.dtype) != (tensor.shape, tensor.dtype):
                 held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 self.tensors[name] = held
-            held.copy_(whole(tensor.detach()), non_blocking=True)
+            held.copy_(full_tensor(tensor.detach()), non_blocking=True)
         return self.tensors
 
 
@@ -145,7 +146,7 @@ class Saver:
         tensors, scalars = flatten_optimizer(method, optimizer)
         if not self.active:
             for tensor in (*method.state_dict().values(), *tensors.values()):
-                whole(tensor.detach())  # in the order of the two copies below
+                full_tensor(tensor.detach())  # in the order of the two copies below
             return
         self.wait()
         identity = {"images": recorded_names_digest(self.folder), "without_state": without_state(method, optimizer)}
@@ -248,7 +249,7 @@ class Saver:
         self.course &= stay.keys()
 
     def _write_encoder(self, step: int, model: dict[str, Tensor]) -> None:
-        prefix = "backbone."
+        prefix = f"{find_method(self.recipe.method_name).encoder_name}."
         state = {name.removeprefix(prefix): tensor for name, tensor in model.items() if name.startswith(prefix)}
         tag = f"{self.recipe.method_name}_e{step // self.steps_per_epoch}"
         write_encoder(self.config, tag, state, self.folder / "encoder", step=str(step))

@@ -1,6 +1,8 @@
-"""Pictures that a run shows its trackers: the views it learns from, and which images its encoder holds for alike."""
+"""Images for a run's trackers: the views that it trains on, and the nearest neighbours of test images."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -8,41 +10,58 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sslkit.data.augment.cpu import ViewPipeline
-from sslkit.data.augment.policies import LARGE_VIEWS
+from sslkit.data.augment.views_config import NUM_GLOBAL_VIEWS
+from sslkit.data.decode.rgb import Pixels
 from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.sources.image_source import ImageSource
-from sslkit.data.tools.image_grid import tile_sheet
+from sslkit.data.tools.image_grid import make_image_grid
 from sslkit.evaluate.labelled_data import LabelledPair
 from sslkit.evaluate.probes.knn import nearest
 from sslkit.recipe.resolve import Recipe
 
-Draw = Callable[[], NDArray[np.uint8]]  # a picture, (H, W, 3)
-ROWS, DRAWS, NEIGHBOURS, SIDE = 8, 3, 6, 96
+DrawImage = Callable[[], NDArray[np.uint8]]  # returns (H, W, 3)
+ROWS, EPOCHS, NEIGHBOURS, SIDE = 8, 3, 6, 96
 
 
-def view_sheet(recipe: Recipe, source: ImageSource) -> NDArray[np.uint8]:
-    """Images spread over the data, a row each: as it is, then its two views of the first three epochs, (H, W, 3)."""
+@dataclass(frozen=True)
+class ExampleViews:
+    """An image, and for each of the first three epochs its views, global views first."""
+
+    image: Pixels
+    epochs: list[list[Pixels]]
+
+
+def example_views(recipe: Recipe, source: ImageSource, num_views: int = NUM_GLOBAL_VIEWS) -> Iterator[ExampleViews]:
+    """Eight images spread over the data, with the same views that the run trains on."""
     pipeline = ViewPipeline(recipe.views, recipe.train.seed)
-    tiles = []
     for sample in np.linspace(0, len(source) - 1, min(ROWS, len(source)), dtype=int).tolist():
         image = read_or_replace(source, recipe.train.seed, epoch=0, sample=sample).pixels
-        tiles += [image]
-        tiles += [pipeline.cut(image, epoch, sample, view) for epoch in range(DRAWS) for view in range(LARGE_VIEWS)]
-    return np.asarray(tile_sheet(tiles, min(recipe.views.size, SIDE), 1 + DRAWS * LARGE_VIEWS))
+        views = [
+            [pipeline.make_view(image, epoch, sample, view) for view in range(num_views)] for epoch in range(EPOCHS)
+        ]
+        yield ExampleViews(image, views)
 
 
-def neighbour_sheet(
+def views_image(recipe: Recipe, source: ImageSource) -> NDArray[np.uint8]:
+    """The example views as a grid, (H, W, 3): one image per row, followed by the two views of each epoch."""
+    tiles = []
+    for example in example_views(recipe, source):
+        tiles += [example.image, *itertools.chain(*example.epochs)]
+    return np.asarray(make_image_grid(tiles, min(recipe.views.size, SIDE), 1 + EPOCHS * NUM_GLOBAL_VIEWS))
+
+
+def neighbours_image(
     pair: LabelledPair, bank: Tensor, kept: Tensor, queries: Tensor, asked: Tensor, seed: int
 ) -> NDArray[np.uint8]:
-    """Test images drawn by lot, a row each, with the images of the bank nearest to them after it, (H, W, 3).
+    """Random test images, one per row, each followed by the images of the bank nearest to it, (H, W, 3).
 
     Args:
         pair: Images of bank and test.
         bank: (N, D) features.
-        kept: (N,) bool, which of them are of images that can be read.
+        kept: (N,) bool, which of the images of the bank can be read.
         queries: (Q, D) features.
-        asked: (Q,) bool, likewise.
-        seed: Of the draw, which is the same each time.
+        asked: (Q,) bool, which of the test images can be read.
+        seed: Decides which test images; with one seed they are the same each time.
     """
     bank_rows, query_rows = kept.nonzero()[:, 0], asked.nonzero()[:, 0]
     chosen = query_rows[np.random.default_rng(seed).permutation(len(query_rows))[:ROWS]]
@@ -50,7 +69,7 @@ def neighbour_sheet(
     tiles = []
     for query, rows in zip(chosen.tolist(), bank_rows[found].tolist(), strict=True):
         tiles += [pair.test.read(query), *(pair.train.read(row) for row in rows)]
-    return np.asarray(tile_sheet(tiles, SIDE, 1 + found.shape[1]))
+    return np.asarray(make_image_grid(tiles, SIDE, 1 + found.shape[1]))
 
 
 def _unit(rows: Tensor) -> Tensor:

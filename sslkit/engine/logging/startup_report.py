@@ -1,44 +1,51 @@
-"""What a run says before its first step."""
+"""The messages of a run before its first step."""
 
-from sslkit.data.formats.parquet_streams import StreamedRows
-from sslkit.data.order.stream_order import Lanes
-from sslkit.data.sources.image_source import ImageSource
+from pathlib import Path
+
 from sslkit.data.tools.inspection import describe_alpha
-from sslkit.distributed.sharding import held_here
+from sslkit.distributed.sharding import count_parameters
 from sslkit.engine.accelerator import workers_of
-from sslkit.engine.state import Training
+from sslkit.engine.state import TrainingState
 from sslkit.parts.batchnorm import has_batch_norm
+from sslkit.text import pluralize
+
+LR_RULES = {
+    "linear": "scaled by batch size / 256",
+    "sqrt": "scaled by the square root of batch size / 256",
+    "none": "not scaled with batch size",
+}
 
 
-def opening_lines(training: Training, source: ImageSource) -> list[str]:
-    """What the user is told before the first step."""
-    recipe, accelerator = training.recipe, training.accelerator
-    trained = sum(param.numel() for param in training.method.parameters() if param.requires_grad)
-    train = recipe.train
-    lines = [
+def startup_messages(state: TrainingState, folder: Path) -> list[str]:
+    """Model, data, processes, learning rate, and from which step the run in ``folder`` continues."""
+    recipe, accelerator, source = state.recipe, state.accelerator, state.source
+    trained = sum(param.numel() for param in state.method.parameters() if param.requires_grad)
+    train, num_workers = recipe.train, workers_of(recipe, accelerator)
+    epochs = pluralize(train.epochs, "epoch")
+    processes = pluralize(accelerator.num_processes, "process", "processes")
+    workers = pluralize(num_workers, "data worker")
+    messages = [
+        *recipe.remarks,
         f"{recipe.method_name} on {recipe.backbone.name}: {trained / 1e6:.2f} M trained parameters",
-        f"data {source.description}: {len(source)} images, batch {train.batch_size}, {train.epochs} epochs",
-        f"{accelerator.num_processes} process(es), {accelerator.device.type}, precision {train.precision}, "
-        f"{workers_of(recipe, accelerator)} data worker(s) each",
-        f"learning rate: base {recipe.optim.lr:g}, rule {recipe.optim.lr_rule} x batch / 256, peak {recipe.peak_lr:g}",
+        f"data {source.description}: {len(source)} images, batch {train.batch_size}, {epochs}",
+        f"{processes}, {accelerator.device.type}, precision {train.precision}, {workers} each",
+        f"learning rate: base {recipe.optim.lr:g}, {LR_RULES[recipe.optim.lr_rule]}, peak {recipe.peak_lr:g}",
     ]
     if accelerator.is_main_process and source.channels is None:
-        lines.append(describe_alpha(source))
+        messages.append(describe_alpha(source))
     if train.shard and accelerator.num_processes > 1:
-        here, there = held_here(training.method)
-        lines.append(f"weights of student and teacher in parts: {here} of {there} on this process")
-    if isinstance(source.table, StreamedRows) and isinstance(source.plan, Lanes):
-        workers = workers_of(recipe, accelerator)
-        lines.append(source.table.words(source.plan.groups_held(train.batch_size, accelerator.num_processes, workers)))
-    if train.micro_batch and has_batch_norm(training.method.backbone):
+        here, total = count_parameters(state.method)
+        messages.append(f"weights of student and teacher sharded: {here} of {total} on this process")
+    if streaming := source.describe_streaming(train.batch_size, accelerator.num_processes, num_workers):
+        messages.append(streaming)
+    if train.micro_batch and has_batch_norm(state.method.backbone):
         slices = train.batch_size // train.micro_batch
-        lines.append(
-            f"{slices} slices, each with BatchNorm statistics of its own, as {slices} GPUs would have; slices change "
-            "nothing in a backbone without BatchNorm"
+        messages.append(
+            f"{slices} slices, each with its own BatchNorm statistics, as on {slices} GPUs; in a backbone without "
+            "BatchNorm slices change nothing"
         )
-    done, last = training.start_step, training.last_step
-    if done >= last:
-        lines.append(f"{training.folder} is already trained to step {done} of {last}; nothing to do")
-    elif done:
-        lines.append(f"continuing {training.folder} from step {done} of {last}")
-    return lines
+    if state.step >= state.last_step:
+        messages.append(f"{folder} is already trained to step {state.step} of {state.last_step}; nothing to do")
+    elif state.step:
+        messages.append(f"continuing {folder} from step {state.step} of {state.last_step}")
+    return messages

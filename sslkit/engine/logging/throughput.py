@@ -1,24 +1,28 @@
-"""How fast it goes, and how much of that is waiting for data."""
+"""How fast training goes, and which share of the time it waits for data."""
 
 import time
 from collections.abc import Iterable, Iterator
 
-from sslkit.data.loading.loader import Batch
+from sslkit.data.batch import Batch
 
 
-class StepClock:
-    """Images per second and the share of time spent waiting for data, since the last line of metrics."""
+class ThroughputMeter:
+    """Measures images per second and the share of time spent waiting for data, over a window of steps.
+
+    Args:
+        batch_size: Images of a global batch.
+    """
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was measured, so that evaluation and saving do not count."""
+        """Start a new window, so that evaluation and saving do not count."""
         self.started, self.waited, self.steps = time.monotonic(), 0.0, 0
 
-    def waiting(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """The loader's batches, the wait for each on the clock."""
+    def timed(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the loader's batches, and time the wait for each."""
         batches = iter(loader)
         while True:
             asked = time.monotonic()
@@ -28,13 +32,13 @@ class StepClock:
                 return
             yield batch
 
-    def finish_step(self) -> None:
+    def count_step(self) -> None:
         """Count a step."""
         self.steps += 1
 
-    def window(self) -> tuple[float, float]:
-        """Images per second and share of waiting since the last call; starts a new window."""
+    def read(self) -> tuple[float, float]:
+        """Images per second and share of time spent waiting in this window; starts a new one."""
         seconds = max(time.monotonic() - self.started, 1e-9)
-        figures = self.steps * self.batch_size / seconds, self.waited / seconds
+        rates = self.steps * self.batch_size / seconds, self.waited / seconds
         self.restart()
-        return figures
+        return rates

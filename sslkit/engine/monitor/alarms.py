@@ -1,7 +1,7 @@
-"""When a run is in trouble, judged from its curves: one plain sentence with the number, its threshold and a cure.
+"""Alarms: signs of trouble in the curves of a run, each one sentence with the number, its threshold and a remedy.
 
-Each sentence opens with its kind and a colon: data, collapse, spike, dip, leak, teacher. Thresholds lie well outside
-of what healthy runs show (docs/diagnostics.md has the figures), so that an alarm is worth a look.
+Each alarm begins with its kind and a colon: data, collapse, spike, dip, leak, teacher. Thresholds lie well outside of
+what healthy runs show (docs/diagnostics.md has the numbers).
 """
 
 import math
@@ -13,14 +13,14 @@ from typing import Any
 
 from sslkit.files.jsonl_reader import number, step_of
 
-COLLAPSED_STD = 0.05  # as a share of 1 / sqrt(D); healthy runs: 0.12 and more
+COLLAPSED_STD = 0.05  # relative to 1 / sqrt(D); healthy runs: 0.12 and more
 COLLAPSED_RANK = 2.0  # healthy runs: 5 and more
-FALLEN_RANK = 0.1  # of the run's highest; healthy runs: 0.38 and more
+FALLEN_RANK = 0.1  # relative to the highest of the run; healthy runs: 0.38 and more
 SPIKE_FACTOR, SPIKE_WINDOW = 5.0, 20
-AHEAD = 3  # rows; in MoCo v3's study the last layers follow the first by a couple of iterations
-DIP = 0.03
-LEAK_RISE, HALF = 0.1, 0.5
-SOLVED, FLAT_RISE = 0.95, 0.3
+LAG = 3  # steps; in MoCo v3's study the last layers follow the first by a couple of iterations
+DIP = 0.03  # fall of kNN accuracy
+LEAK_RISE, LEAK_PRETEXT = 0.1, 0.5  # pretext accuracy: its rise, and its least value, while kNN falls
+FLAT_RISE, FLAT_PRETEXT = 0.3, 0.95  # the same while kNN does not rise
 SIGMAS = 2.0
 
 
@@ -29,10 +29,10 @@ class Spike:
     """A gradient far larger than those before it.
 
     Attributes:
-        step: Where.
-        ratio: Its norm over the median of the window before.
-        first_layer_first: Whether the first layer's gradient jumped before the last block's, or with it and further:
-            the instability of MoCo v3's study (arXiv:2104.02057, section 4). None if layers are not logged.
+        step: Step of the spike.
+        ratio: Gradient norm relative to the median of the window before.
+        first_layer_first: Whether the gradient of the first layer jumped before that of the last block, or with it and
+            further: the instability of MoCo v3's study (arXiv:2104.02057, section 4). None if layers are not logged.
     """
 
     step: int
@@ -40,29 +40,31 @@ class Spike:
     first_layer_first: bool | None
 
 
-class SpikeWatch:
-    """Finds spikes in a gradient norm as it comes.
+class SpikeDetector:
+    """Finds spikes in the gradient norm, step by step.
 
     Args:
-        factor: A spike is over so many times the median of the window.
-        window: Rows before it; until there are as many, nothing is a spike.
+        factor: A spike is more than this many times the median of the window.
+        window: Steps before it; until there are as many, nothing is a spike.
     """
 
     def __init__(self, factor: float = SPIKE_FACTOR, window: int = SPIKE_WINDOW) -> None:
         self.factor = factor
         self.rows: deque[list[float]] = deque(maxlen=window)
-        self.jumps: deque[list[float]] = deque(maxlen=AHEAD + 1)
+        self.jumps: deque[list[float]] = deque(maxlen=LAG + 1)
 
-    def see(self, step: int, grad_norm: float, layers: Mapping[str, float]) -> Spike | None:
-        """Take the next row: the whole norm, and the norms by layer in the order of the forward pass, or none.
+    def update(self, step: int, grad_norm: float, layers: Mapping[str, float]) -> Spike | None:
+        """Add a step, and return the spike if it is one.
 
-        Returns:
-            The spike that this row is, if it is one.
+        Args:
+            step: Number of the step.
+            grad_norm: Over all parameters.
+            layers: Gradient norm of each layer in the order of the forward pass, or nothing.
         """
         row = [grad_norm, *(layers[name] for name in first_and_last(list(layers)))]
         if not all(map(math.isfinite, row)):  # an overflow of fp16, whose step is skipped
             return None
-        if self.rows and len(self.rows[0]) != len(row):  # a backbone that rested at the start has begun to learn
+        if self.rows and len(self.rows[0]) != len(row):  # a backbone that was frozen at the start is trained now
             self.rows.clear()
             self.jumps.clear()
         jump = []
@@ -85,47 +87,19 @@ class SpikeWatch:
 
 
 def first_and_last(layers: Sequence[str]) -> tuple[str, ...]:
-    """First layer and last block of names such as ``gradient/blocks.3``; nothing of none."""
+    """The first layer and the last block of names such as ``gradient/blocks.3``; empty if there are none."""
     blocks = [name for name in layers if name.rpartition(".")[2].isdigit()]
     return (layers[0], (blocks or layers)[-1]) if layers else ()
 
 
-def find_spikes(
-    metrics: Iterable[Mapping[str, Any]], factor: float = SPIKE_FACTOR, window: int = SPIKE_WINDOW
-) -> list[Spike]:
-    """Every spike in the rows of a metrics.jsonl; a row is a step if ``[train] log_every`` is 1.
-
-    A row without a gradient norm that is a number is passed over.
-    """
-    watch = SpikeWatch(factor, window)
-    found = []
-    for row in metrics:
-        norm, layers = (
-            number(row.get("grad_norm")),
-            {name: number(row[name]) for name in row if name[:9] == "gradient/"},
-        )
-        if norm is not None:
-            found.append(watch.see(int(step_of(row)), norm, {name: each or math.nan for name, each in layers.items()}))
-    return [spike for spike in found if spike is not None]
-
-
-def dip_score(accuracies: Sequence[float]) -> float:
-    """How far a curve fell below its running best, at its worst; 0 for one that never fell."""
-    best, worst = -math.inf, 0.0
-    for accuracy in accuracies:
-        best = max(best, accuracy)
-        worst = max(worst, best - accuracy)
-    return worst
-
-
 @dataclass(frozen=True)
-class Measured:
-    """A measurement of the kNN monitor, and the pretext task by then.
+class KnnPoint:
+    """A kNN accuracy of the monitor, and the pretext accuracy at that time.
 
     Attributes:
-        epoch: When.
-        knn: Share of the test images classified right.
-        pretext: Mean pretext accuracy since the measurement before; None for methods that have none.
+        epoch: When it was measured.
+        knn: Share of the test images that are classified correctly.
+        pretext: Mean pretext accuracy since the previous measurement; None for methods without one.
     """
 
     epoch: float
@@ -133,10 +107,10 @@ class Measured:
     pretext: float | None
 
 
-def read_curve(metrics: Iterable[Mapping[str, Any]], results: Iterable[Mapping[str, Any]]) -> list[Measured]:
-    """The monitor's measurements in the rows of a run's results.jsonl, beside those of its metrics.jsonl.
+def read_curve(metrics: Iterable[Mapping[str, Any]], results: Iterable[Mapping[str, Any]]) -> list[KnnPoint]:
+    """The kNN accuracies in the rows of a run's results.jsonl, with the pretext accuracies of its metrics.jsonl.
 
-    Rows that lack one of these numbers are passed over.
+    Rows without these numbers are ignored.
     """
     pretext = [(step_of(row), each) for row in metrics if (each := number(row.get("accuracy"))) is not None]
     curve, before = [], 0.0
@@ -144,43 +118,43 @@ def read_curve(metrics: Iterable[Mapping[str, Any]], results: Iterable[Mapping[s
         knn, epoch = number(row.get("accuracy")), number(row.get("epoch"))
         if row.get("by") == "monitor" and knn is not None and epoch is not None:
             since = [accuracy for step, accuracy in pretext if before < step <= step_of(row)]
-            curve.append(Measured(epoch, knn, fmean(since) if since else None))
+            curve.append(KnnPoint(epoch, knn, fmean(since) if since else None))
             before = step_of(row)
     return curve
 
 
 def collapse_alarm(embedding_std: float, effective_rank: float, dim: int, highest_rank: float = 0.0) -> list[str]:
-    """Whether features are about one point, in one direction, or in far fewer directions than they were.
+    """Features collapse to a point, to one direction, or to far fewer directions than they had.
 
     Args:
         embedding_std: See `sslkit.evaluate.label_free.collapse_metrics.embedding_std`.
         effective_rank: See `sslkit.evaluate.label_free.collapse_metrics.effective_rank`.
-        dim: Width of the features.
-        highest_rank: The run's highest effective rank so far, of as many images; 0 where there is none.
+        dim: Width of the features D.
+        highest_rank: Highest effective rank of the run so far, of as many images; 0 if there is none.
     """
-    cure = "try a lower [optim] lr, a slower teacher if there is one, and see `sslkit doctor`"
+    remedy = "try a lower [optim] lr, a slower teacher if there is one, and see `sslkit doctor`"
     share = embedding_std * dim**0.5
     if share < COLLAPSED_STD:
         return [
             f"collapse: all images get almost the same features, whose std is {share:.2g} times that of evenly spread "
-            f"ones (alarm below {COLLAPSED_STD:g}); {cure}"
+            f"ones (alarm below {COLLAPSED_STD:g}); {remedy}"
         ]
     if effective_rank < COLLAPSED_RANK:
         return [
             f"collapse: features vary in a single direction, their effective rank is {effective_rank:.2f} of {dim} "
-            f"(alarm below {COLLAPSED_RANK:g}); {cure}"
+            f"(alarm below {COLLAPSED_RANK:g}); {remedy}"
         ]
     limit = FALLEN_RANK * highest_rank
     if effective_rank < limit:
         return [
             f"collapse: features have lost nearly all their directions, their effective rank fell from "
-            f"{highest_rank:.1f} to {effective_rank:.1f} (alarm below {limit:.1f}, a tenth); {cure}"
+            f"{highest_rank:.1f} to {effective_rank:.1f} (alarm below {limit:.1f}, a tenth); {remedy}"
         ]
     return []
 
 
 def spike_alarm(spikes: Sequence[Spike], factor: float = SPIKE_FACTOR, window: int = SPIKE_WINDOW) -> list[str]:
-    """The worst of some spikes, where it began, and how many there were."""
+    """The gradient norm spiked: the worst spike, the layer it began in, and how many there were."""
     if not spikes:
         return []
     worst = max(spikes, key=lambda spike: spike.ratio)
@@ -196,8 +170,8 @@ def spike_alarm(spikes: Sequence[Spike], factor: float = SPIKE_FACTOR, window: i
     ]
 
 
-def dip_alarm(curve: Sequence[Measured], test_images: int) -> list[str]:
-    """Whether kNN has just fallen far below its best, more than chance on so many test images allows."""
+def dip_alarm(curve: Sequence[KnnPoint], test_images: int) -> list[str]:
+    """The kNN accuracy fell far below its best, by more than chance allows on so many test images."""
     if not curve:
         return []
     best = max(curve, key=lambda point: point.knn)
@@ -213,18 +187,18 @@ def dip_alarm(curve: Sequence[Measured], test_images: int) -> list[str]:
 
 
 def leak_alarm(
-    curve: Sequence[Measured], test_images: int, *, exposed: bool = False, batch_norm: bool = True
+    curve: Sequence[KnnPoint], test_images: int, *, exposed: bool = False, batch_norm: bool = True
 ) -> list[str]:
-    """Whether the pretext task is solved ever better while kNN falls, or is solved and kNN never moved.
+    """The pretext accuracy rises while kNN falls, or reaches its maximum while kNN does not move.
 
-    That is what leaking batch statistics look like (MoCo v1, arXiv:1911.05722, section 3.3 and figure 5). Late in a
-    good run kNN is flat too; so where statistics cannot leak, only an extreme rise counts.
+    This is the sign of batch statistics that leak the answer (MoCo v1, arXiv:1911.05722, section 3.3 and figure 5).
+    Late in a good run kNN is flat too; if statistics cannot leak, only an extreme rise raises the alarm.
 
     Args:
-        curve: So far.
-        test_images: How many kNN was measured on.
-        exposed: Queries and keys share their BatchNorm groups, unshuffled: a flat kNN is enough.
-        batch_norm: Whether the backbone has BatchNorm at all; without it statistics are not to blame.
+        curve: All measurements so far.
+        test_images: Number of images that kNN was measured on.
+        exposed: Queries and keys share their BatchNorm groups and are not shuffled: a flat kNN is enough.
+        batch_norm: Whether the backbone has BatchNorm; without it the advice is another.
     """
     if not curve:
         return []
@@ -234,10 +208,10 @@ def leak_alarm(
     for then in curve[:-1]:
         rise = now.pretext - then.pretext if then.pretext is not None else 0.0
         noise = _chance(then.knn, test_images)
-        # A task that stays unsolved gives nothing away: kNN then falls for another reason.
-        telling = rise > LEAK_RISE and (exposed or now.pretext > HALF)
-        falls = telling and now.knn < then.knn + (noise if exposed else -noise)
-        flat = rise > FLAT_RISE and now.pretext > SOLVED and now.knn <= then.knn
+        # While the pretext task is unsolved nothing leaks, and kNN falls for another reason.
+        falls = rise > LEAK_RISE and (exposed or now.pretext > LEAK_PRETEXT)
+        falls = falls and now.knn < then.knn + (noise if exposed else -noise)
+        flat = rise > FLAT_RISE and now.pretext > FLAT_PRETEXT and now.knn <= then.knn
         if falls or flat:
             limit = LEAK_RISE if falls else FLAT_RISE
             return [
@@ -249,39 +223,39 @@ def leak_alarm(
 
 
 def teacher_alarm(momentum: float | None) -> list[str]:
-    """Whether the teacher is none: the student itself, or random weights for ever. None: the method has no such."""
+    """The teacher is the student itself, or never changes. ``momentum`` is None for methods without a teacher."""
     if momentum not in (0.0, 1.0):
         return []
-    what = "the teacher is the student of the step before" if momentum == 0.0 else "the teacher never moves"
+    what = "the teacher is the student of the previous step" if momentum == 0.0 else "the teacher never moves"
     return [
-        f"teacher: with [method] momentum = {momentum:g} {what}; MoCo fails to converge so (arXiv:1911.05722, section "
-        "4.1), try 0.99 to 0.999"
+        f"teacher: with [method] momentum = {momentum:g} {what}; MoCo fails to converge then (arXiv:1911.05722, "
+        "section 4.1), try 0.99 to 0.999"
     ]
 
 
-def data_alarm(looked_at: int, different: int, plain: int) -> list[str]:
-    """Whether images are mostly copies of each other, or of one colour; see `image_variety.Variety`."""
-    if looked_at < 2:
+def data_alarm(sampled: int, different: int, plain: int) -> list[str]:
+    """Most images are copies of each other, or of a single colour; see `image_variety.Variety`."""
+    if sampled < 2:
         return []
     found = ""
-    if 2 * plain >= looked_at:
-        found = f"{plain} of {looked_at} images looked at are of one colour each"
+    if 2 * plain >= sampled:
+        found = f"{plain} of {sampled} sampled images have a single colour"
     elif different == 1:
-        found = f"all {looked_at} images looked at are the same picture"
-    elif 2 * different <= looked_at:
-        found = f"{looked_at} images looked at are only {different} different pictures"
+        found = f"all {sampled} sampled images are the same"
+    elif 2 * different <= sampled:
+        found = f"{sampled} sampled images are only {different} different ones"
     if not found:
         return []
     return [
-        f"data: {found} (alarm from a half on), so that there is nothing to tell apart; look at [data] path, and see "
-        "all copies by `sslkit data check`"
+        f"data: {found} (alarm from a half on), which leaves nothing to tell apart; check [data] path, and list all "
+        "copies with `sslkit data check`"
     ]
 
 
 def _why_leaking(exposed: bool, batch_norm: bool) -> str:
     if not batch_norm:
-        return "as when the task is too easy; try stronger [views] or more negatives"
-    why = "as when batch statistics give the answer away or the task is too easy"
+        return "as when the pretext task is too easy; try stronger [views] or more negatives"
+    why = "as when batch statistics leak the answer or the pretext task is too easy"
     if exposed:
         return (
             f"{why}; queries and keys share their BatchNorm groups in this run, so try [method] shuffle = true, where "
@@ -291,5 +265,5 @@ def _why_leaking(exposed: bool, batch_norm: bool) -> str:
 
 
 def _chance(share: float, count: int) -> float:
-    """How far two shares measured on ``count`` images may lie apart by chance."""
+    """How far two accuracies measured on ``count`` images may differ by chance."""
     return SIGMAS * math.sqrt(2 * share * (1 - share) / count)

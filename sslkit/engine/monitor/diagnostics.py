@@ -1,11 +1,11 @@
-"""What is watched while training without a label: do features collapse, and is the run in trouble.
+"""Diagnostics of the features while training, without labels: whether they collapse, and whether gradients spike.
 
-The seam is the backbone and the data: every method learns a backbone from two large views of each image. Every so many
-steps the first images of the batch go through the backbone once more, in eval mode and without a graph. (What a step
-computes anyway is another thing for each method: one view or two, of the student or of the teacher, with or without
-batch statistics.) When kNN is measured, the images are a fixed sample of the data, in eight views, as LiDAR needs.
+They need the encoder and two large views of each image, which every method has. Every few steps the first images of
+the batch are encoded once more, in eval mode and without a graph. (The features of the step itself differ between
+methods: one view or two, of the student or the teacher, with or without batch statistics.) When kNN is measured, the
+images are a fixed sample of the data in eight views, as LiDAR needs.
 
-Nothing of it reaches training: no draw from a generator, no batch statistics, no gradient.
+Diagnostics do not affect training: they draw no random number and change no batch statistics and no gradient.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,69 +18,69 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sslkit.data.augment.cpu import ViewPipeline, normalise
-from sslkit.data.augment.policies import LARGE_VIEWS
+from sslkit.data.augment.views_config import NUM_GLOBAL_VIEWS
 from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.sources.image_source import ImageSource
-from sslkit.distributed.collectives import copy_buffers_from_first, gather_rows, rank, world_size
-from sslkit.engine.monitor.alarms import Spike, SpikeWatch, collapse_alarm, spike_alarm
+from sslkit.distributed.collectives import broadcast_buffers, gather_rows, rank, world_size
+from sslkit.engine.monitor.alarms import Spike, SpikeDetector, collapse_alarm, spike_alarm
 from sslkit.evaluate.label_free.collapse_metrics import label_free_metrics
 from sslkit.files.jsonl_reader import number
 from sslkit.recipe.resolve import Recipe
 
-IMAGES = 256  # at most, over all processes: enough to see a collapse, and few beside fifty batches
+MAX_IMAGES = 256  # over all processes: enough to see a collapse, and cheap beside fifty batches
 CHUNK = 64
-ROUNDS = 4  # pairs of views of an image for LiDAR; the paper has 50 views
-NOT_WRITTEN = ("pretext_top1",)  # metrics.jsonl has the task's own
+PAIRS = 4  # pairs of views of an image for LiDAR; the paper has 50 views
+NOT_WRITTEN = ("pretext_top1",)  # metrics.jsonl has that of the method
 
 
 class Diagnostics:
-    """Makes the lines of diagnostics.jsonl. All processes call it at the same steps; the first gets the numbers.
+    """Computes the lines of diagnostics.jsonl. All processes call it at the same steps; the first gets the numbers.
 
     Args:
         recipe: Its ``[monitor]`` table says how often.
-        source: Images that the run learns from.
+        source: Images that the run trains on.
         accelerator: Device and precision of the forward passes.
     """
 
     def __init__(self, recipe: Recipe, source: ImageSource, accelerator: Accelerator) -> None:
         self.recipe, self.source, self.accelerator = recipe, source, accelerator
         self.pipeline = ViewPipeline(recipe.views, recipe.train.seed)
-        self.share = min(IMAGES, recipe.train.batch_size) // world_size()
+        self.share = min(MAX_IMAGES, recipe.train.batch_size) // world_size()
         self.chunk = min(recipe.train.micro_batch or CHUNK, CHUNK)
-        order = source.draw(self.share * world_size(), recipe.train.seed)
+        order = source.sample(self.share * world_size(), recipe.train.seed)
         self.sample = order[rank() * self.share : (rank() + 1) * self.share]
-        self.watch = SpikeWatch()
+        self.detector = SpikeDetector()
         self.spikes: list[Spike] = []
         self.highest_rank = 0.0
-        self.of_data: list[str] = []  # alarms at the start, for the first line
+        self.data_alarms: list[str] = []  # raised at the start, for the first line
 
-    def remember(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Take up from the lines of diagnostics.jsonl that a run left which is now continued."""
+    def resume(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Continue from the lines of diagnostics.jsonl that the run has written before."""
         ranks = (number(line.get("effective_rank")) for line in lines)
         self.highest_rank = max((rank for rank in ranks if rank is not None), default=0.0)
 
-    def see(self, step: int, grad_norm: float, layers: Mapping[str, float]) -> None:
-        """Look at a step's gradient norm, whole and by layer."""
-        spike = self.watch.see(step, grad_norm, layers)
+    def observe(self, step: int, grad_norm: float, layers: Mapping[str, float]) -> None:
+        """Record a step's gradient norm, over all parameters and by layer."""
+        spike = self.detector.update(step, grad_norm, layers)
         if spike is not None:
             self.spikes.append(spike)
 
-    def is_due(self, done: int) -> bool:
-        """Whether to look at the batch after so many steps; after the first too, to know what features fall from."""
-        return done == 1 or done % self.recipe.monitor.diagnose_every == 0
+    def is_due(self, step: int) -> bool:
+        """Whether to encode the batch after ``step`` steps; the first is included, as a baseline of the collapse."""
+        return step == 1 or step % self.recipe.monitor.diagnose_every == 0
 
     def of_batch(self, backbone: nn.Module, views: Sequence[Tensor]) -> dict[str, Any]:
-        """Numbers and alarms from the first images of this process's batch, by their keys in diagnostics.jsonl.
+        """Numbers and alarms from the first images of this process's batch, under their keys in diagnostics.jsonl.
 
         Args:
-            backbone: (B, 3, H, W) -> (B, D); left as it came.
-            views: uint8, each (B, H, W, 3); the first two are looked at.
+            backbone: (B, 3, H, W) -> (B, D); its mode is restored.
+            views: uint8, each (B, H, W, 3); the first two are used.
         """
-        pairs = (view[: self.share].split(self.chunk) for view in views[:LARGE_VIEWS])
+        pairs = (view[: self.share].split(self.chunk) for view in views[:NUM_GLOBAL_VIEWS])
         return self._line(backbone, zip(*pairs, strict=True))
 
     def of_sample(self, backbone: nn.Module) -> dict[str, Any]:
-        """The same, with LiDAR, from a fixed sample of the data in eight views."""
+        """The same, and LiDAR, from a fixed sample of the data in eight views."""
         return self._line(backbone, self._cut_sample())
 
     def _cut_sample(self) -> Iterator[list[Tensor]]:
@@ -88,21 +88,24 @@ class Diagnostics:
             indices = [int(index) for index in self.sample[start : start + self.chunk]]
             seed = self.recipe.train.seed
             images = [read_or_replace(self.source, seed, epoch=0, sample=index).pixels for index in indices]
-            # The views of the run's first epochs: what it is trained on.
+            # The views of the first epochs of the run.
             cut = [
-                [self.pipeline.cut(image, epoch, index, view) for image, index in zip(images, indices, strict=True)]
-                for epoch in range(ROUNDS)
-                for view in range(LARGE_VIEWS)
+                [
+                    self.pipeline.make_view(image, epoch, index, view)
+                    for image, index in zip(images, indices, strict=True)
+                ]
+                for epoch in range(PAIRS)
+                for view in range(NUM_GLOBAL_VIEWS)
             ]
             yield [torch.from_numpy(np.stack(view)) for view in cut]
 
     def _line(self, backbone: nn.Module, chunks: Iterable[Sequence[Tensor]]) -> dict[str, Any]:
         spikes, self.spikes = self.spikes, []
-        of_data, self.of_data = self.of_data, []
+        data_alarms, self.data_alarms = self.data_alarms, []
         features = self._encode(backbone, chunks)
         if not self.accelerator.is_main_process:
             return {}
-        alarms = of_data + spike_alarm(spikes)
+        alarms = data_alarms + spike_alarm(spikes)
         if not features.isfinite().all():
             return {"alarms": ["collapse: features are not finite; try a lower [optim] lr", *alarms]}
         numbers = label_free_metrics(features)
@@ -115,7 +118,7 @@ class Diagnostics:
     @torch.no_grad()
     def _encode(self, backbone: nn.Module, chunks: Iterable[Sequence[Tensor]]) -> Tensor:
         """Features (N, Q, D) of all processes' images."""
-        copy_buffers_from_first(backbone)
+        broadcast_buffers(backbone)
         views, device = self.recipe.views, self.accelerator.device
         encoded = []
         with _in_eval_mode(backbone), self.accelerator.autocast():
@@ -127,7 +130,7 @@ class Diagnostics:
 
 @contextmanager
 def _in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Each part in eval mode, and afterwards in the mode that it had."""
+    """Put each submodule in eval mode, and afterwards back in the mode that it had."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

@@ -1,4 +1,4 @@
-"""What is watched while training: kNN on a labelled set, shared among the processes, and gradients by layer."""
+"""kNN accuracy on a labelled set while training, shared among the processes."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sslkit.data.augment.policies import ViewsConfig
+from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.loading.shared_memory import fitting_workers
 from sslkit.data.sources.image_source import ImageSource
-from sslkit.distributed.collectives import copy_buffers_from_first, gather_rows, rank, world_size
-from sslkit.engine.logging.sample_images import Draw, neighbour_sheet
+from sslkit.distributed.collectives import broadcast_buffers, gather_rows, rank, world_size
+from sslkit.engine.logging.sample_images import DrawImage, neighbours_image
 from sslkit.errors import UserError
 from sslkit.evaluate.features.extraction import batch_bytes, extract_features
 from sslkit.evaluate.features.readouts import Readout
-from sslkit.evaluate.features.transforms import Transform
+from sslkit.evaluate.features.transforms import Transform, evaluation_transform
 from sslkit.evaluate.labelled_data import LabelledPair, open_pair
 from sslkit.evaluate.probes.knn import KnnProtocol, knn_accuracy
 from sslkit.evaluate.protocol import data_settings, preprocessing_settings
@@ -27,13 +27,13 @@ BATCH = 256  # images at a time
 
 
 class KnnMonitor:
-    """Scores the student's backbone by kNN on features, as `sslkit eval knn` would.
+    """Measures the kNN accuracy of an encoder as `sslkit eval knn` does.
 
     Args:
-        recipe: Its ``[monitor]`` table says on what and how.
+        recipe: Its ``[monitor]`` table names the data and the settings.
         transform: Evaluation preprocessing.
-        device: Where the encoder computes.
-        workers: Processes that decode, a process.
+        device: Device of the encoder.
+        workers: Data workers of each process.
     """
 
     def __init__(self, recipe: Recipe, transform: Transform, device: torch.device, workers: int) -> None:
@@ -49,22 +49,25 @@ class KnnMonitor:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The protocol, as `sslkit eval knn` would write it down for the same score."""
+        """The protocol, as `sslkit eval knn` writes it for the same score."""
         others = Readout().settings(), preprocessing_settings(preprocessing_of(self.views)), data_settings(self.pair)
         return self.protocol.settings(*others)
 
-    def __call__(self, backbone: nn.Module, show: Callable[[Draw], None] | None = None) -> float | None:
-        """Share of the monitor's test images classified right; None where features are not finite.
+    def __call__(self, backbone: nn.Module, show: Callable[[DrawImage], None] | None = None) -> float | None:
+        """Share of the test images that are classified correctly; None if features are not finite.
 
-        ``show`` is told how to draw some of them beside their nearest neighbours, and must do so before it returns.
+        Images that cannot be read are left out of bank and test and counted in ``left_out``: a file that is deleted
+        must not end a run. ``scored`` counts the test images that remain.
 
-        Images that cannot be read are left out, of the bank and of the test, and counted in ``left_out``: a file that
-        vanishes must not end a run. ``scored`` counts the test images that remain.
+        Args:
+            backbone: (B, 3, H, W) -> (B, D).
+            show: Called with a function that draws some test images beside their nearest neighbours. It must be
+                called before ``show`` returns.
 
         Raises:
             UserError: Fewer than k images of the bank, or none of the test, can be read.
         """
-        copy_buffers_from_first(backbone)
+        broadcast_buffers(backbone)
         bank, kept = self._features(backbone, self.pair.train)
         queries, asked = self._features(backbone, self.pair.test)
         self.left_out, self.scored = int((~kept).sum() + (~asked).sum()), int(asked.sum())
@@ -73,21 +76,21 @@ class KnnMonitor:
         if not (bank[kept].isfinite().all() and queries[asked].isfinite().all()):
             return None
         if show is not None:
-            show(partial(neighbour_sheet, self.pair, bank, kept, queries, asked, self.seed))
+            show(partial(neighbours_image, self.pair, bank, kept, queries, asked, self.seed))
         labels, truth = self.pair.train_labels[kept], self.pair.test_labels[asked]
         return knn_accuracy(bank[kept], labels, queries[asked], truth, self.protocol)
 
     def _features(self, backbone: nn.Module, source: ImageSource) -> tuple[Tensor, Tensor]:
-        """Features (N, D) and which of them are of readable images, (N,) bool.
+        """Features (N, D), and which of the images can be read, (N,) bool.
 
-        Each process takes every world-size-th image; the last ones wrap around so that all have as many.
+        Each process encodes every world-size-th image. The last ones wrap around, so that all encode as many.
         """
         share = -(-len(source) // world_size())
-        mine = (rank() + world_size() * np.arange(share)) % len(source)
+        own = (rank() + world_size() * np.arange(share)) % len(source)
         unreadable: list[int] = []
         features = extract_features(
             backbone,
-            source.subset(mine),
+            source.subset(own),
             self.transform,
             device=self.device,
             workers=fitting_workers(self.batch_bytes, self.workers),
@@ -102,19 +105,19 @@ class KnnMonitor:
 
 
 def preprocessing_of(views: ViewsConfig) -> dict[str, Any]:
-    """How images are prepared to be judged, in timm's words."""
+    """The preprocessing of images for evaluation, under the names that timm uses."""
     size = (views.channels, views.size, views.size)
     crop: dict[str, Any] = {"input_size": size, "interpolation": views.interpolation}
     return crop | {"mean": views.mean, "std": views.std, "crop_pct": views.crop_pct}
 
 
 def check_neighbours(monitor: KnnMonitor, k: int) -> None:
-    """See that a run's monitor has a bank of as many images as neighbours are asked for.
+    """Check that the bank has at least ``k`` images.
 
-    Earlier versions took fewer neighbours without a word; a run of theirs goes on with as many as it had.
+    Not for runs that are continued: earlier versions silently used fewer neighbours.
 
     Raises:
-        UserError: It has fewer; names the largest k that fits.
+        UserError: It has fewer; the message names the largest k that fits.
     """
     bank = len(monitor.pair.train)
     if k > bank:
@@ -132,16 +135,8 @@ def _limit_bank(pair: LabelledPair, max_train: int, seed: int) -> LabelledPair:
     return replace(pair, train=pair.train.subset(chosen), train_labels=labels)
 
 
-def layer_gradients(backbone: nn.Module) -> dict[str, float]:
-    """Gradient norm of each layer in the order of the forward pass, as ``gradient/blocks.3``.
-
-    A layer is a direct child of the backbone, or an element of a child that is a list. Parameters of no layer, such as
-    a class token, come last.
-    """
-    squares: dict[str, Tensor] = {}
-    for name, param in sorted(backbone.named_parameters(), key=lambda named: "." not in named[0]):
-        if param.grad is not None:
-            first, *rest = name.split(".")
-            layer = f"{first}.{rest[0]}" if rest and rest[0].isdigit() else first
-            squares[layer] = squares.get(layer, param.new_zeros(())) + param.grad.float().square().sum()
-    return {f"gradient/{layer}": float(square.sqrt()) for layer, square in squares.items()}
+def make_knn_monitor(recipe: Recipe, device: torch.device, workers: int) -> KnnMonitor | None:
+    """The kNN monitor that ``[monitor]`` asks for, or None."""
+    if not recipe.monitor.every_epochs:
+        return None
+    return KnnMonitor(recipe, evaluation_transform(preprocessing_of(recipe.views)), device, workers)

@@ -1,9 +1,9 @@
-"""A capsule: all that a bad step was computed from, small enough to keep, to compute it again at a desk.
+"""A crash dump: what a bad step was computed from, small enough to keep, so that `sslkit replay` can compute it again.
 
     capsules/step-00001234/   model.safetensors   capsule.json
 
-The images are not in it but their keys are: views are a function of (seed, epoch, sample, view), and so is every other
-draw. The weights are those before the step, with teacher and queue.
+It holds the weights before the step, with teacher and queue. It names the images without holding them: views depend on
+(seed, epoch, sample, view) alone, and so does every other random draw.
 """
 
 import json
@@ -16,105 +16,104 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sslkit.data.loading.loader import GlobalBatches
-from sslkit.data.order.mixture import Mixture
-from sslkit.data.order.stream_order import Lanes
-from sslkit.engine.state import Training
+from sslkit.engine.state import TrainingState
 from sslkit.errors import UserError
 from sslkit.files.atomic import sha256_of, whole_folder, write_json, write_tensors
-from sslkit.recipe.resolve import Recipe
 
 FORMAT = 1
 MAX_COUNT = 2**53
-MOST = 5  # capsules of a run; a bad night must not fill the disk
+MAX_DUMPS = 5  # of a run, so that they do not fill the disk
 
 
-def try_to_write_capsule(training: Training, step: int, complaint: str, loss: float, grad_norm: float) -> str:
-    """Write a capsule of a step that was not taken; the first process does.
+def try_to_write_crash_dump(
+    state: TrainingState, run_folder: Path, step: int, problem: str, loss: float, grad_norm: float
+) -> str:
+    """Write a crash dump of a step that was refused; the first process does.
+
+    Args:
+        state: The weights are those before the step.
+        run_folder: Where ``capsules/`` is.
+        step: Number of the step, from 0.
+        problem: Why it was refused.
+        loss: Of the step.
+        grad_norm: Of the step.
 
     Returns:
-        Its folder, on every process; empty if there is none: enough have been written, the disk is full, or weights
-        lie in parts.
+        The folder of the dump, on every process. Empty if there is none: the previous step was bad too, there are
+        `MAX_DUMPS` already, the disk is full, or the weights are sharded.
     """
-    folder = training.folder / "capsules" / f"step-{step:08d}"
-    if training.recipe.train.shard or training.course.skipped or len(list(folder.parent.glob("step-*"))) >= MOST:
+    folder = run_folder / "capsules" / f"step-{step:08d}"
+    if state.recipe.train.shard or state.recovery.skipped or len(list(folder.parent.glob("step-*"))) >= MAX_DUMPS:
         return ""
-    if not training.accelerator.is_main_process:
+    if not state.accelerator.is_main_process:
         return str(folder)
+    facts = {
+        "format": FORMAT,
+        "step": step,
+        "complaint": problem,
+        "loss": repr(loss),  # JSON has no NaN
+        "grad_norm": repr(grad_norm),
+        "detour": state.recovery.rewinds,
+        "processes": state.accelerator.num_processes,
+        "device": state.accelerator.device.type,
+        "torch": torch.__version__,
+        "sample_ids": _sample_ids(state, step),
+        "images": len(state.source),
+        "recipe": state.recipe.as_tables(),
+    }
     try:
         folder.parent.mkdir(exist_ok=True)
         with whole_folder(folder) as aside:
-            written = write_tensors(aside / "model.safetensors", _on_host(training.method.state_dict()))
-            facts = _facts(training, step, complaint, loss, grad_norm)
+            written = write_tensors(aside / "model.safetensors", _on_host(state.method.state_dict()))
             write_json(aside / "capsule.json", {**facts, "sha256": written["sha256"]})
     except OSError:
         return ""
     return str(folder)
 
 
-def _facts(training: Training, step: int, complaint: str, loss: float, grad_norm: float) -> dict[str, Any]:
-    accelerator = training.accelerator
-    batches = batches_of(training.recipe, training.course.rewinds, step, training.images, training.plan)
-    return {
-        "format": FORMAT,
-        "step": step,
-        "complaint": complaint,
-        "loss": repr(loss),  # JSON has no word for what is not a number
-        "grad_norm": repr(grad_norm),
-        "detour": training.course.rewinds,
-        "processes": accelerator.num_processes,
-        "device": accelerator.device.type,
-        "torch": torch.__version__,
-        "sample_ids": [sample for _, sample in next(iter(batches))],
-        "images": training.images,
-        "recipe": training.recipe.as_tables(),
-    }
-
-
-def batches_of(recipe: Recipe, detour: int, step: int, images: int, plan: Mixture | Lanes | None) -> GlobalBatches:
-    """The whole global batch of one step."""
-    return GlobalBatches(
-        images,
-        recipe.train.batch_size,
-        recipe.train.seed,
-        start_step=step,
-        total_steps=step + 1,
-        detour=detour,
-        plan=plan,
-    )
-
-
-def read_capsule(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Facts and weights of a capsule.
-
-    Raises:
-        UserError: It is none, or torn.
-    """
-    try:
-        for name in ("capsule.json", "model.safetensors"):
-            if not stat.S_ISREG((folder / name).lstat().st_mode):
-                raise ValueError(f"{name} is no plain file")
-        facts = json.loads((folder / "capsule.json").read_text(encoding="utf-8"))
-        if facts["format"] != FORMAT:
-            raise UserError(f"{folder}: a capsule of format {facts['format']!r}; this version reads {FORMAT}")
-        if facts["sha256"] != sha256_of(folder / "model.safetensors"):
-            raise UserError(f"{folder / 'model.safetensors'}: torn or altered since it was written")
-        step, images, detour = (int(facts[name]) for name in ("step", "images", "detour"))
-        then = [float(facts[name]) for name in ("loss", "grad_norm")]
-        if not all(0 <= each < MAX_COUNT for each in (step, images, detour)) or len(then) != 2:
-            raise ValueError("numbers that cannot be")
-        known = {"recipe": dict, "device": str, "torch": str, "processes": int, "step": int, "images": int}
-        for name, kind in {**known, "detour": int, "complaint": str}.items():
-            if not isinstance(facts[name], kind):
-                raise ValueError(f"{name} cannot be {facts[name]!r:.50}")
-        return facts, load_file(folder / "model.safetensors")
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{folder}: not a capsule ({type(error).__name__}: {str(error)[:200]})") from error
+def _sample_ids(state: TrainingState, step: int) -> list[int]:
+    """The images of the whole global batch of a step."""
+    return [sample for _, sample in next(iter(state.batches(step + 1).starting_at(step)))]
 
 
 def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
+
+
+def read_crash_dump(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the facts and the weights of a crash dump.
+
+    Raises:
+        UserError: The folder is no crash dump, or it is damaged.
+    """
+    try:
+        for name in ("capsule.json", "model.safetensors"):
+            if not (folder / name).exists():
+                raise UserError(f"{folder}: not a crash dump (no {name}); give a folder in capsules/ of a run")
+            if not stat.S_ISREG((folder / name).lstat().st_mode):
+                raise ValueError(f"{name} is not a regular file")
+        facts = json.loads((folder / "capsule.json").read_text(encoding="utf-8"))
+        if facts["format"] != FORMAT:
+            raise UserError(f"{folder}: a crash dump of format {facts['format']!r}; this version reads {FORMAT}")
+        if facts["sha256"] != sha256_of(folder / "model.safetensors"):
+            raise UserError(f"{folder / 'model.safetensors'}: damaged or changed since it was written")
+        _check_facts(facts)
+        return facts, load_file(folder / "model.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder}: not a crash dump ({type(error).__name__}: {str(error)[:200]})") from error
+
+
+def _check_facts(facts: dict[str, Any]) -> None:
+    """Raise a ValueError, KeyError or TypeError if facts are missing, or not what a run writes."""
+    types = {"recipe": dict, "device": str, "torch": str, "processes": int, "step": int, "images": int}
+    for name, kind in {**types, "detour": int, "complaint": str}.items():
+        if not isinstance(facts[name], kind):
+            raise ValueError(f"{name} cannot be {facts[name]!r:.50}")
+    if not all(0 <= facts[name] < MAX_COUNT for name in ("step", "images", "detour")):
+        raise ValueError("step, images or detour is out of range")
+    for name in ("loss", "grad_norm"):
+        float(facts[name])

@@ -1,7 +1,7 @@
-"""Stopping on request. A signal or the clock raises a flag and no more; the loop sees it, agrees, saves once, and ends.
+"""Stopping on request. A signal or the time limit only sets a flag; the loop sees it, saves once, and ends.
 
-Schedulers differ in what they send before they take a machine away: SIGTERM, SIGUSR1 (Slurm), or SIGINT from a person.
-All three mean the same here. A second one, half a second later or more, means "now".
+Schedulers send SIGTERM or SIGUSR1 (Slurm) before they take a machine away, a person sends SIGINT. All three mean the
+same here. A second signal, half a second later or more, ends the process at once.
 """
 
 import ctypes
@@ -16,76 +16,76 @@ from types import FrameType
 from typing import Any
 
 from sslkit.files.atomic import replace_text
+from sslkit.files.run_reader import STOP_MARKER
 
-RESUMABLE = 75  # exit code of a run that was stopped and can go on: EX_TEMPFAIL of sysexits.h
-MARKER = "PREEMPTED"  # file in the run folder, for scripts: launchers hide exit codes
-SAME = 0.5  # seconds in which signals are one: a terminal's and the launcher's, or one for each thread of its
+RESUMABLE = 75  # exit code of a run that was stopped and can be continued: EX_TEMPFAIL of sysexits.h
+SAME_SECONDS = 0.5  # signals within this time count as one: the terminal and the launcher may both send it
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Listens, while it is entered, for signals, and watches the clock.
+    """A context manager that listens for signals and watches the time limit.
 
-    Signals reach the main thread only; in another one there is just the clock. One that the parent had ignored, as a
-    shell does with SIGINT for jobs in the background, stays ignored.
+    Signals reach the main thread only; on another thread there is only the time limit. A signal that the parent process
+    ignores, as a shell does with SIGINT for background jobs, stays ignored.
 
     Args:
-        max_hours: The run's budget from now on; 0 has none.
+        max_hours: Time limit from now on; 0 has none.
     """
 
     def __init__(self, max_hours: float) -> None:
         self.deadline = time.monotonic() + 3600 * max_hours if max_hours else math.inf
         self.max_hours = max_hours
-        self.heard, self.heard_at = "", 0.0
-        self.before: dict[signal.Signals, Any] = {}
+        self.received, self.received_at = "", 0.0
+        self.previous_handlers: dict[signal.Signals, Any] = {}
 
     @property
     def reason(self) -> str:
-        """Why to stop; empty as long as there is no reason."""
-        if self.heard:
-            return self.heard
-        return f"[train] max_hours = {self.max_hours:g} are over" if time.monotonic() > self.deadline else ""
+        """Why to stop; empty as long as there is no request."""
+        if self.received:
+            return self.received
+        return f"[train] max_hours = {self.max_hours:g}" if time.monotonic() > self.deadline else ""
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
-                    self.before[number] = signal.signal(number, self._hear)
+                    self.previous_handlers[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
-        self.before.clear()
+        self.previous_handlers.clear()
 
-    def _hear(self, number: int, _frame: FrameType | None) -> None:
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.heard and now - self.heard_at > SAME:
+        if self.received and now - self.received_at > SAME_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        if not self.heard:
-            self.heard, self.heard_at = signal.Signals(number).name, now
+        if not self.received:
+            self.received, self.received_at = signal.Signals(number).name, now
 
 
-def die_with_launcher() -> None:
-    """Ask the kernel for SIGTERM when the launcher that started this process ends, however it ends.
+def stop_with_launcher() -> None:
+    """Ask the kernel to send SIGTERM to this process when its launcher ends, for whatever reason.
 
-    torchrun dies of a signal that it was not told to handle, such as Slurm's SIGUSR1, and leaves its processes alone.
+    A signal that torchrun does not handle, such as Slurm's SIGUSR1, ends it and leaves its processes running.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def leave_marker(folder: Path, step: int, reason: str) -> None:
-    """Tell scripts that the run stopped on request after ``step`` updates, and may be started again.
+def write_marker(folder: Path, step: int, reason: str) -> None:
+    """Tell scripts that the run stopped on request after ``step`` steps and can be continued.
 
     Raises:
-        OSError: There is no room even for that.
+        OSError: The file cannot be written.
     """
-    replace_text(folder / MARKER, f"step {step}: {reason}\n")
+    replace_text(folder / STOP_MARKER, f"step {step}: {reason}\n")
 
 
 def remove_marker(folder: Path) -> None:
-    """The run goes on."""
-    (folder / MARKER).unlink(missing_ok=True)
+    """Delete the marker of a run that continues."""
+    (folder / STOP_MARKER).unlink(missing_ok=True)

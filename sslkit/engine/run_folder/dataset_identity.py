@@ -9,17 +9,17 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import parquet
 
+from sslkit.data.batch import Batch
 from sslkit.data.formats.folder_listing import printable, table_of
-from sslkit.data.formats.parquet_streams import StreamedRows
-from sslkit.data.loading.loader import Batch
 from sslkit.data.sources.image_identity import image_digest, names_digest, spread_sample
 from sslkit.data.sources.image_source import ImageSource
+from sslkit.data.sources.image_table import MappedTable
 from sslkit.distributed.collectives import gather_objects
 from sslkit.errors import UserError
 from sslkit.files.atomic import remove, replace_file, replace_text
 from sslkit.files.jsonl_reader import rows_of, step_of
 from sslkit.files.jsonl_writer import Lines
-from sslkit.terminal import say
+from sslkit.terminal import print_message
 
 DATA = "data.json"  # in the run folder: how many images it is of, and sums of them
 IMAGES = "images.parquet"  # in the run folder: the names of its images, in order
@@ -47,7 +47,7 @@ class BadSamples:
 
     def __init__(self, folder: Path, source: ImageSource, max_share: float, start_step: int, *, active: bool) -> None:
         self.file, self.source, self.active = folder / "bad_samples.jsonl", source, active
-        self.lines = Lines(self.file, say)
+        self.lines = Lines(self.file, print_message)
         self.max_share, self.allowed = max_share, math.ceil(max_share * len(source))
         written = [
             line
@@ -152,10 +152,9 @@ def write_images(folder: Path, source: ImageSource) -> None:
         stream = pa.BufferOutputStream()
         parquet.write_table(pa.table({"name": _names(source)}), stream, compression="zstd")
         replace_file(folder / IMAGES, [stream.getvalue().to_pybytes()])
-    sampled = FEW if isinstance(source.table, StreamedRows) else SAMPLED  # each takes a row group to read
-    content = {
-        str(index): digest for index in spread_sample(len(source), sampled) if (digest := image_digest(source, index))
-    }
+    sampled = SAMPLED if source.table.random_access else FEW  # each takes a row group to read
+    digests = {str(index): image_digest(source, index) for index in spread_sample(len(source), sampled)}
+    content = {index: digest for index, digest in digests.items() if digest}
     fields = {"images": len(source), "names_sha256": names_digest(source), "content": content}
     replace_text(folder / DATA, json.dumps(fields) + "\n")
 
@@ -188,7 +187,7 @@ def _as_it_was(folder: Path, source: ImageSource, max_share: float) -> tuple[Ima
         said.append(f"{len(gone)} images are gone since this run began and count as unreadable, {_few(gone)}")
     if new:
         said.append(f"{new} images are new since this run began and are left out")
-    return replace(source, table=table_of(names, source.root)), said
+    return replace(source, table=MappedTable(table_of(names, source.root))), said
 
 
 def _check_content(folder: Path, source: ImageSource, sums: dict[int, str]) -> None:

@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from sslkit.distributed.sharding import own_part
+from sslkit.distributed.sharding import local_shard
 from sslkit.errors import UserError, check_path, first_line, near_miss
 from sslkit.evaluate.features.transforms import Transform, evaluation_transform, training_transform
 from sslkit.hub.availability import quiet_hub, unavailable_reason
 from sslkit.hub.revisions import is_hub_name, resolve_hub_encoder, resolve_timm_weights
 from sslkit.hub.untrusted import check_model, encoder_state, list_names, read_encoder_config, tensor_shapes
-from sslkit.parts.backbone import BackboneSpec, replace_stem_for_small_images
-from sslkit.terminal import say
+from sslkit.parts.backbone import BackboneConfig, replace_stem_for_small_images
+from sslkit.terminal import print_message
 
 MAX_BATCH_ELEMENTS = 256 * 3 * 512**2
 
@@ -111,7 +111,7 @@ def build_backbone(architecture: str, model_args: dict[str, Any], small_stem: bo
     """A backbone of this architecture with random weights."""
     module: nn.Module = timm.create_model(architecture, **{**model_args, "num_classes": 0})
     if small_stem:
-        replace_stem_for_small_images(module, BackboneSpec(name=architecture, img_size=0))
+        replace_stem_for_small_images(module, BackboneConfig(name=architecture, img_size=0))
     return module
 
 
@@ -120,7 +120,7 @@ def fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         digest.update(name.encode())
-        digest.update(own_part(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(local_shard(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -148,7 +148,7 @@ def _load_folder(folder: Path, name: str) -> Encoder:
         reason = " ".join((str(error).strip() or type(error).__name__).splitlines())[:300]
         raise UserError(f"{name}: {folder} is not a loadable encoder: {reason}") from error
     if left_out:
-        say(f"{name}: its classifier is left out ({list_names(left_out)})")
+        print_message(f"{name}: its classifier is left out ({list_names(left_out)})")
     return Encoder(module, data_config, name, config.architecture, config.model_args, config.small_stem)
 
 

@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sslkit.errors import UserError
-from sslkit.terminal import say
+from sslkit.files.atomic import ABANDONED
+from sslkit.terminal import print_message
 
 SHARD = 16384
 MERGED = "features.safetensors"
-ABANDONED = 86400.0  # age in seconds of temporary files that a killed process must have left
 NOT_A_FOLDER = (errno.ENOTDIR, errno.EEXIST)  # the user's mistake, not a full or failing disk
 
 # Arguments: keys, and the range of images. Returns the rows of the images for each key.
@@ -186,7 +186,7 @@ class _Extraction:
         with suppress(OSError):  # standard error may be a file on the same disk
             if warning not in _warnings:
                 _warnings.add(warning)
-                say(f"WARNING: {warning} evaluation extracts them again")
+                print_message(f"WARNING: {warning} evaluation extracts them again")
 
     def _tidy(self, entry: Path) -> None:
         """Remove the shards of a merged file, and temporary files of killed processes."""

@@ -79,7 +79,7 @@ def diagnose_encoder(
         raise UserError(f"--images: needs at least 2 images to compare, but takes {count} of {source.description}")
     if views < 2:
         raise UserError(f"--views: needs at least 2 views of each image to compare, not {views}")
-    source = source.subset(source.draw(count, seed))
+    source = source.subset(source.sample(count, seed))
     encoder = load_encoder(model)
     diagnoses = []
     for each in (encoder, encoder.random_twin(seed)):

@@ -25,6 +25,7 @@ from sslkit.evaluate.features.extraction import PREFETCH, TransformedImages, bat
 from sslkit.evaluate.input_checks import check_rates, check_seed
 from sslkit.parts.layerwise_optimizers import Lars
 from sslkit.parts.schedules import per_epoch, warmup_then_cosine, warmup_then_steps
+from sslkit.random_draws import DrawPurpose
 
 TEST_BATCH = 256
 FEW_LABELS = 0.03  # share of labelled images below which SwAV's 1 % learning rates apply, not its 10 % ones
@@ -343,7 +344,7 @@ def _set_lr(optimizer: Optimizer, protocol: FinetuneProtocol, epoch: float, batc
 
 def _seed_all(*key: int) -> None:
     """Seed what drop path and mixup draw from, so that they do not depend on the number of workers."""
-    seed = seed_from(*key, 0xD409)
+    seed = seed_from(*key, DrawPurpose.FINETUNE_DROPOUT)
     torch.manual_seed(seed)
     np.random.seed(seed)
 

@@ -172,7 +172,7 @@ def _digests(file: Path) -> tuple[str, str]:
     """MD5 and SHA-256 of a file."""
     try:
         if not file.is_file():
-            raise UserError(f"{file}: does not exist or is not a file")
+            raise UserError(f"{file}: no such file; give a checkpoint, such as moco_v2_800ep_pretrain.pth.tar")
         with file.open("rb") as stream:
             md5 = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
             stream.seek(0)

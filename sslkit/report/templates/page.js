@@ -4,7 +4,7 @@
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const drawn = new Set();
 
-  // Plotly takes colours, not variables: they are read off elements that the style sheet has coloured.
+  // Plotly needs colours, not CSS variables: read them from elements that the style sheet has coloured.
   const colours = () => {
     const body = getComputedStyle(document.body);
     const heading = document.querySelector("h2");
@@ -48,17 +48,17 @@
   const draw = (element) => {
     const { data, layout } = JSON.parse(document.getElementById(element.dataset.figure).textContent);
     put(layout, themed());
-    // A finger that drags over a figure means to scroll the page.
+    // On a touch screen, dragging over a figure scrolls the page.
     const coarse = matchMedia("(pointer: coarse)").matches;
     if (coarse) layout.dragmode = false;
-    // On a narrow page the legend has a row for each curve, which must not eat the plot.
+    // On a narrow page the legend has one row per curve: make room for it.
     const rows = data.filter(({ name }) => name).length;
     if (innerWidth < 560 && rows > 3) layout.height += 20 * (rows - 3);
     const config = {
       responsive: true,
       displaylogo: false,
       displayModeBar: coarse ? false : "hover",
-      showSendToCloud: false, // plotly offers to upload the figure, unless told not to
+      showSendToCloud: false, // without these two, plotly offers to upload the figure
       plotlyServerURL: "",
       modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
     };

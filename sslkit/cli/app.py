@@ -1,0 +1,116 @@
+"""The command-line application: its commands, and how errors are reported.
+
+Exit codes: 0 success; 1 internal error, or a run that cannot continue; 2 bad input, reported in one sentence; 75 run
+stopped on request, the same command continues it.
+"""
+
+import sys
+import threading
+from types import TracebackType
+from typing import Annotated, NoReturn
+
+import typer
+
+import sslkit
+from sslkit.cli.check_commands import bench, doctor
+from sslkit.cli.data_commands import data_app, prepare
+from sslkit.cli.encoder_commands import export, import_, publish
+from sslkit.cli.eval_commands import eval_app
+from sslkit.cli.launcher_exit import is_printed_by_first, leave_for_launcher, wait_for_others
+from sslkit.cli.list_commands import methods, recipes_app
+from sslkit.cli.output import print_data_messages
+from sslkit.cli.report_commands import report, views, watch
+from sslkit.cli.run_commands import pretrain, replay, submit
+from sslkit.errors import RunError, UserError, check_path
+from sslkit.terminal import error_messages, print_message, print_traceback, sanitize, sanitize_other_libraries
+
+BAD_INPUT = 2
+INTERRUPTED = 130  # Typer's exit code for Ctrl-C
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+for command, example in (
+    (pretrain, "sslkit pretrain mocov3_vits --set data.path=photos --output runs/photos"),
+    (submit, "sslkit submit mocov3_vits --nodes 2 --gpus-per-node 8 --time 1-0"),
+    (replay, "sslkit replay runs/photos/capsules/step-00012345"),
+    (export, "sslkit export runs/quickstart my-encoder"),
+    (publish, "sslkit publish runs/quickstart --repo-id user/my-encoder"),
+    (import_, "sslkit import moco_v2_800ep_pretrain.pth.tar moco-v2"),
+    (report, "sslkit report runs/quickstart"),
+    (watch, "sslkit watch runs/quickstart"),
+    (views, "sslkit views mocov3_vits --data photos"),
+    (prepare, "sslkit prepare photos packed"),
+    (doctor, "sslkit doctor mocov3_vits --data photos"),
+    (bench, "sslkit bench mocov3_vits --data photos"),
+    (methods, "sslkit methods"),
+):
+    app.command(command.__name__.removesuffix("_"), epilog=f"Example: {example}")(command)
+app.add_typer(eval_app, name="eval")
+app.add_typer(data_app, name="data")
+app.add_typer(recipes_app, name="recipes")
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        print(f"sslkit {sslkit.__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Example: sslkit pretrain quickstart, then sslkit report runs/quickstart")
+def sslkit_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Self-supervised pretraining of timm image encoders."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and exit. Bad input is reported in one sentence, without a traceback.
+
+    Args:
+        arguments: Command-line arguments; those of the process by default.
+    """
+    sanitize_other_libraries()
+    if threading.excepthook is threading.__excepthook__:  # a test runner has its own
+        threading.excepthook = _print_thread_traceback
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        for argument in arguments:
+            check_path(argument, "command line", lines=True)
+        with print_data_messages(to_stderr="--json" in arguments):
+            code = app(arguments, standalone_mode=False)
+    except UserError as error:
+        _fail(error_messages(error), BAD_INPUT)
+    except RunError as error:
+        _fail(error_messages(error), code=1)
+    except Exception as error:
+        # Usage errors are of click or of Typer's own copy of it, depending on its version.
+        if not hasattr(error, "format_message"):
+            leave_for_launcher(f"sslkit: {type(error).__name__}: {' '.join(error_messages(error))}")
+            sys.excepthook = _print_traceback  # Typer has set its own
+            raise
+        _fail([sanitize(error.format_message())], BAD_INPUT)
+    else:
+        if code == INTERRUPTED:
+            print_message("interrupted; the same command continues from the last checkpoint, if there is one")
+        sys.exit(code or 0)
+
+
+def _print_traceback(_kind: type[BaseException], error: BaseException, _traceback: TracebackType | None) -> None:
+    print_traceback(error)
+
+
+def _print_thread_traceback(failed: threading.ExceptHookArgs) -> None:
+    if failed.exc_value is not None:
+        print_traceback(failed.exc_value)
+
+
+def _fail(messages: list[str], code: int) -> NoReturn:
+    """Print messages and exit. If several processes of a launcher have the same messages, the first prints them."""
+    text = "\n".join(f"sslkit: {message}" for message in messages if message)
+    if text:
+        leave_for_launcher(text)
+        if not is_printed_by_first(text):
+            print(text, file=sys.stderr, flush=True)
+        wait_for_others()
+    sys.exit(code)

@@ -1,0 +1,156 @@
+"""Accuracy of a run over epochs, next to published results, and the table of all scores.
+
+A curve joins only scores that may be compared: those of one protocol on the same data.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from sslkit.evaluate.protocol import protocol_hash
+from sslkit.files.jsonl_reader import Row, number
+from sslkit.report.figures import (
+    GREY,
+    Panel,
+    Style,
+    escape_html,
+    horizontal_line,
+    join_notes,
+    published_curve,
+    to_json,
+    values_of,
+)
+from sslkit.report.run_record import RunRecord
+
+Series = tuple[str, str, str]  # evaluation, data, hash of the protocol
+TOP_1 = "top-1 accuracy"
+
+
+def accuracy_panel(runs: Sequence[RunRecord]) -> Panel:
+    """Top-1 accuracy of each protocol over epochs, with confidence intervals and published results."""
+    if not any(run.results for run in runs):
+        how = "No scores yet: set [monitor] every_epochs and data, or run `sslkit eval knn RUN --data DIR`."
+        return Panel("Accuracy on labels", absent=how)
+    style, figure = Style(len(runs)), go.Figure()
+    sources: list[tuple[str, str]] = []
+    for index, run in enumerate(runs):
+        scored = [row for row in values_of(run.results, "accuracy") if row.get("measure", TOP_1) == TOP_1]
+        for curve_index, (series, name) in enumerate(_series_names(scored, with_data=True).items()):
+            rows = [row for row in scored if series_of(row) == series]
+            figure.add_trace(_score_curve(run, rows, style.name(run, name), style.line(index, curve_index)))
+        reference = run.recipe.reference
+        figure.add_traces(published_curve(reference.get("knn_by_epoch"), style.name(run, "published kNN by epoch")))
+        for key, protocol, dash in (("knn_top1", "kNN", "dot"), ("linear_top1", "linear", "dash")):
+            published = number(reference.get(key))
+            if published is not None:
+                name = style.name(run, f"published {protocol}, {published:g}")
+                figure.add_trace(horizontal_line(run, published, name, color=GREY, dash=dash))
+        if reference.get("source") and figure.data:
+            sources.append((run.name, f"published: {reference['source']}, on the data of that source."))
+    end = max(run.last_epoch for run in runs)
+    layout: dict[str, Any] = {"showlegend": True, "xaxis": {"range": [0, 1.03 * end]}}
+    figure_json = to_json(figure, y="top-1 (%)", height=360, **layout)
+    return Panel("Accuracy on labels", join_notes(sources, len(runs)), figure_json, wide=True)
+
+
+def _score_curve(run: RunRecord, rows: list[Row], name: str, line: dict[str, Any]) -> go.Scatter:
+    """Scores of one protocol in percent, with error bars where a row has an interval."""
+    accuracies = [row["accuracy"] for row in rows]
+    ends = [_interval(row) or (row["accuracy"], row["accuracy"]) for row in rows]
+    bars = {
+        "type": "data",
+        "symmetric": False,
+        "array": [100 * (high - value) for value, (_, high) in zip(accuracies, ends, strict=True)],
+        "arrayminus": [100 * (value - low) for value, (low, _) in zip(accuracies, ends, strict=True)],
+    }
+    return go.Scatter(
+        x=[run.epoch_of(row) for row in rows],
+        y=[100 * value for value in accuracies],
+        customdata=[escape_html(str(row.get("data", ""))) for row in rows],
+        hovertemplate="%{y:.2f} % (epoch %{x:.3g})<br>%{customdata}",
+        mode="lines+markers",
+        name=name,
+        line=line,
+        error_y=bars if any(map(_interval, rows)) else None,
+    )
+
+
+def score_rows(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
+    """Every score of every run as a row of a table, with its baselines.
+
+    Of the monitor's scores only the last, and not if `sslkit eval` has repeated it at the same step.
+    """
+    table = []
+    for run in runs:
+        scored = values_of(run.results, "accuracy")
+        last = next((row for row in reversed(scored) if row.get("by") == "monitor"), None)
+        evaluated = {(series_of(row), str(row.get("step"))) for row in scored if row.get("by") != "monitor"}
+        names = _series_names(scored, with_data=False)
+        for row in scored:
+            repeated = (series_of(row), str(row.get("step"))) in evaluated
+            if row.get("by") == "monitor" and (row is not last or repeated):
+                continue
+            table.append(
+                {
+                    "run": run.name,
+                    "evaluation": names[series_of(row)],
+                    "data": str(row.get("data", "")),
+                    "accuracy": f"{row['accuracy']:.2%}",
+                    "interval": _format_interval(row),
+                    "baselines": ", ".join(_baselines(row)),
+                }
+            )
+    return table
+
+
+def _baselines(row: Row) -> list[str]:
+    baselines = []
+    for score in values_of(row.get("scores", [])[1:], "accuracy"):
+        interval = _format_interval(score)
+        name = f"{score.get('encoder', '')} {score['accuracy']:.2%}"
+        baselines.append(f"{name} ({interval})" if interval else name)
+    return baselines
+
+
+def _interval(row: Row) -> tuple[float, float] | None:
+    ends = row.get("interval")
+    if isinstance(ends, list) and len(ends) == 2 and all(number(end) is not None for end in ends):
+        return float(ends[0]), float(ends[1])
+    return None
+
+
+def _format_interval(row: Row) -> str:
+    ends = _interval(row)
+    return f"{ends[0]:.2%} to {ends[1]:.2%}" if ends else ""
+
+
+def series_of(row: Mapping[str, Any]) -> Series:
+    """Evaluation, data and protocol hash of a score. Rows of older versions of sslkit have an empty hash.
+
+    The hash does not include the number of unreadable images that the monitor left out.
+    """
+    protocol = row.get("protocol")
+    digest = str(row.get("protocol_hash", ""))
+    if isinstance(protocol, dict) and "left_out" in protocol:
+        digest = protocol_hash({name: value for name, value in protocol.items() if name != "left_out"})
+    return str(row.get("evaluation", "accuracy")), str(row.get("data", "")), digest
+
+
+def _series_names(rows: Sequence[Row], with_data: bool) -> dict[Series, str]:
+    """A unique name for each series: the evaluation, its data if they differ, and the hash where that is ambiguous.
+
+    Args:
+        rows: Scores.
+        with_data: Whether names may contain the data; a table has a column for it.
+    """
+    found = dict.fromkeys(map(series_of, rows))
+    counts = Counter(series[:2] for series in found)
+    several = with_data and len({data for _, data, _ in found}) > 1
+    names = {}
+    for evaluation, data, digest in found:
+        name = f"{evaluation}, {data}" if several and data else evaluation
+        ambiguous = counts[evaluation, data] > 1
+        names[evaluation, data, digest] = f"{name} [{digest or 'no protocol recorded'}]" if ambiguous else name
+    return names

@@ -1,0 +1,1 @@
+"""Images in a report: neighbours, map, attention, and augmented views. Read `run_gallery` first."""

@@ -1,0 +1,205 @@
+"""A run that is being watched: what its files contain so far, in bounded memory."""
+
+import json
+import tomllib
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from sslkit.errors import UserError
+from sslkit.files.jsonl_reader import LogFollower, Row, number
+from sslkit.files.run_reader import LOCK, RECIPE, RunReader, read_regular
+from sslkit.terminal import sanitize
+from sslkit.watch.run_state import State, state_of
+from sslkit.watch.terminal_curve import Curve
+
+MAX_BYTES = 1_000_000  # of recipe.toml and data.json
+MAX_CURVES = 64
+SPEED_LINES = 20  # newest lines that the remaining time is estimated from
+KNN = "kNN"
+DIAGNOSTICS = ("effective_rank", "embedding_std", "lidar")
+NOT_CURVES = ("step", "epoch", "skipped")
+
+
+class WatchedRun:
+    """What is known of a run.
+
+    Attributes:
+        state: State of the run.
+        step: Step of the newest row of metrics.
+        epoch: Epoch of the newest row of metrics.
+        metrics: Curves of metrics.jsonl, by name.
+        diagnostics: Curves of diagnostics.jsonl, by name.
+        knn: Curve of the monitor's accuracy.
+        skipped: Number of steps that were skipped because of non-finite numbers.
+        alarms: Alarms of the newest diagnosis.
+        past_alarms: Kinds of alarms of earlier diagnoses.
+        scores: The newest scores of ``sslkit eval``, as text.
+        bad_images: Number of rows of bad_samples.jsonl.
+        invalid: Number of lines of each file that were skipped as invalid.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.reader = folder, RunReader(folder)
+        self.row_handlers: dict[str, Callable[[Row], None]] = {
+            "metrics": self._add_metrics,
+            "results": self._add_result,
+            "diagnostics": self._add_diagnosis,
+            "bad_samples": self._add_bad_sample,
+        }
+        self.followers = {name: LogFollower(folder / f"{name}.jsonl") for name in self.row_handlers}
+        self.found = False
+        self.recipe: dict[str, Any] = {}
+        self.num_images, self.recipe_stamp = 0.0, (0, 0)
+        self.invalid = dict.fromkeys(self.row_handlers, 0)
+        for name in self.row_handlers:
+            self._reset(name)
+        self.state = State("waiting", "no run here yet")
+
+    def read_new(self) -> bool:
+        """Read what is new in the folder. Returns whether there is more to read now.
+
+        Raises:
+            UserError: The folder is not a run, one of its files cannot be read, or the folder has vanished.
+        """
+        self._read_folder()
+        more = False
+        for name, follower in self.followers.items():
+            new = follower.read()
+            if new.restarted:
+                self._reset(name)
+            for row in new.rows:
+                self.row_handlers[name](row)
+            self.invalid[name] += new.num_invalid
+            more |= new.more
+        self.state = state_of(self.reader, self.step, self.last_step, self.seconds_per_line)
+        return more
+
+    @property
+    def title(self) -> str:
+        """Method and backbone; empty if unknown."""
+        names = (self._table("method").get("name"), self._table("backbone").get("name"))
+        return sanitize("{} on {}".format(*names)) if all(names) else ""
+
+    @property
+    def epochs(self) -> float:
+        """Epochs of the whole run; 0 if unknown."""
+        return self._train_number("epochs")
+
+    @property
+    def batch_size(self) -> float:
+        """Global batch size; 0 if unknown."""
+        return self._train_number("batch_size")
+
+    @property
+    def last_step(self) -> int:
+        """Steps of the whole run, as the engine counts them; 0 if unknown."""
+        if not (self.epochs and self.batch_size):
+            return 0
+        if self.num_images:
+            steps_per_epoch = self.num_images // self.batch_size
+        else:
+            steps_per_epoch = round(self.step / self.epoch) if self.epoch else 0
+        steps = self.epochs * steps_per_epoch
+        return int(min(self._train_number("max_steps") or steps, steps))
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimate from the speed of the newest rows, without evaluations and checkpoints; None if unknown."""
+        if not (self.speeds and self.last_step) or median(self.speeds) <= 0:
+            return None
+        return max(self.last_step - self.step, 0) * self.batch_size / median(self.speeds)
+
+    @property
+    def seconds_per_line(self) -> float:
+        """Usual time between two rows of metrics; 0 if unknown."""
+        images = self._train_number("log_every") * self.batch_size
+        return images / median(self.speeds) if self.speeds and median(self.speeds) > 0 else 0.0
+
+    def _table(self, name: str) -> dict[str, Any]:
+        table = self.recipe.get(name)
+        return table if isinstance(table, dict) else {}
+
+    def _train_number(self, key: str) -> float:
+        return number(self._table("train").get(key)) or 0.0
+
+    def _read_folder(self) -> None:
+        try:
+            names = {path.name for path in self.folder.iterdir()}
+        except FileNotFoundError:
+            if self.found:
+                raise UserError(f"{self.folder}: the run folder was removed or renamed while it was watched") from None
+            return
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be read: {error.strerror}") from error
+        if RECIPE in names:
+            self._read_recipe()
+        elif LOCK not in names and any(not name.startswith(".") and name != "checkpoints" for name in names):
+            self.reader.check()
+
+    def _read_recipe(self) -> None:
+        """Read the recipe if it has changed: a run may be continued with other limits."""
+        file = self.folder / RECIPE
+        try:
+            status = file.stat()
+            stamp = (status.st_ino, status.st_mtime_ns)
+            if self.recipe_stamp != stamp:
+                self.recipe = tomllib.loads(read_regular(file, MAX_BYTES).decode())
+                self.num_images, self.recipe_stamp, self.found = _num_images(self.folder), stamp, True
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{file}: not a readable TOML file: {str(error)[:200]}") from error
+
+    def _reset(self, name: str) -> None:
+        self.invalid[name] = 0
+        if name == "metrics":
+            self.step, self.epoch, self.skipped = 0, 0.0, 0
+            self.metrics: dict[str, Curve] = {}
+            self.speeds: deque[float] = deque(maxlen=SPEED_LINES)
+        elif name == "results":
+            self.knn, self.scores = Curve(), deque[str](maxlen=3)
+        elif name == "diagnostics":
+            self.diagnostics: dict[str, Curve] = {}
+            self.alarms: list[str] = []
+            self.past_alarms: dict[str, None] = {}
+        else:
+            self.bad_images = 0
+
+    def _add_metrics(self, row: Row) -> None:
+        self.step, self.epoch = int(number(row.get("step")) or 0.0), number(row.get("epoch")) or 0.0
+        self.skipped += bool(row.get("skipped"))
+        if speed := number(row.get("images_per_second")):
+            self.speeds.append(speed)
+        for name, value in row.items():
+            known = name in self.metrics
+            if name not in NOT_CURVES and "/" not in name and (known or len(self.metrics) < MAX_CURVES):
+                self.metrics.setdefault(name, Curve()).add(value)
+
+    def _add_result(self, row: Row) -> None:
+        accuracy = float(row["accuracy"])
+        if row.get("by") == "monitor":
+            self.knn.add(accuracy)
+        else:
+            name = sanitize(str(row.get("evaluation", "score"))[:60])
+            self.scores.append(f"{name}: {accuracy:.2%} at step {int(row['step'])}")
+
+    def _add_diagnosis(self, row: Row) -> None:
+        for name in DIAGNOSTICS:
+            if name in row:
+                self.diagnostics.setdefault(name, Curve()).add(row[name])
+        self.alarms = [sanitize(alarm[:500]) for alarm in row.get("alarms", [])]
+        for alarm in self.alarms:
+            if len(self.past_alarms) < MAX_CURVES:
+                self.past_alarms[alarm.partition(":")[0]] = None
+
+    def _add_bad_sample(self, _row: Row) -> None:
+        self.bad_images += 1
+
+
+def _num_images(folder: Path) -> float:
+    """Number of images at the start of the run; 0 if unknown."""
+    try:
+        return number(json.loads(read_regular(folder / "data.json", MAX_BYTES)).get("images")) or 0.0
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return 0.0
