@@ -117,7 +117,7 @@ def test_too_few_training_images() -> None:
         ("finetune", "--seed 99999999999999999999", "--seed: the seed must be between 0 and"),
         ("finetune", "--lr nan", "Invalid value for '--lr'"),
         ("finetune", "--lr inf", "--lr and --layer-decay: must be finite and above 0, not inf"),
-        ("finetune", "--labels nan-shot", "--labels nan-shot: a whole number of images of each class"),
+        ("finetune", "--labels nan-shot", "--labels nan-shot: must be a whole number of images per class"),
         ("finetune", "--labels inf-shot", "--labels inf-shot: must be a whole number of images per class"),
         ("finetune", "--labels 0%", "--labels 0%: the share must be above 0%"),
         ("finetune", "--labels nan%", "--labels nan%: the share must be above 0%"),

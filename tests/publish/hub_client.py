@@ -11,7 +11,6 @@ from typing import Any
 CLIENT = """
 import contextlib, io, json, sys
 from sslkit.cli import main
-from sslkit.evaluate.features import extraction as features
 from sslkit.evaluate.features import compared_encoders
 from sslkit.evaluate.features.encoder import fingerprint
 from sslkit.parts.backbone import BackboneConfig, create_backbone
