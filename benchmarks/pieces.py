@@ -20,7 +20,7 @@ from side_by_side import in_turn, machine, ratios, table
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from sslkit.parts.info_nce import contrast_with_dictionary
+from sslkit.parts.info_nce import info_nce_in_pieces
 from sslkit.parts.momentum_teacher import MomentumTeacher
 
 K, DIM, TEMPERATURE = 65_536, 128, 0.2
@@ -67,7 +67,7 @@ def batch_of(size: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def ours(query: Tensor, key: Tensor, keys: Tensor) -> None:
     """Loss and gradient in sslkit."""
-    contrast_with_dictionary(query, key, keys, TEMPERATURE)[0].backward()
+    info_nce_in_pieces(query, key, keys, TEMPERATURE)[0].backward()
 
 
 def plain(query: Tensor, key: Tensor, keys: Tensor) -> None:

@@ -3,17 +3,17 @@
     recipe = sslkit.load_recipe("mocov3_vits", ["data.path=photos"])
     run = sslkit.train(recipe, "runs/photos")
 
-Names are imported on first use, so that ``sslkit --help`` does not wait for torch.
+Names are imported on first use, so that ``sslkit --help`` does not import PyTorch.
 """
 
 import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-# albumentations asks a server for updates at import, unless told not to.
+# Keeps albumentations from asking a server for updates at import.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-# Threads that spin while they wait take the cores from data workers and neighbours: up to ten times slower on CPUs.
-# Read when torch loads its thread pool, so it must be set before.
+# By default, waiting OpenMP threads spin and take the cores from data workers: up to ten times slower on CPUs.
+# PyTorch reads this when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""``python -m sslkit`` is ``sslkit``."""
+"""``python -m sslkit`` runs the ``sslkit`` command."""
 
 from sslkit.cli import main
 

@@ -1,4 +1,4 @@
-"""The door that launchers open: ``accelerate launch -m sslkit.pretrain RECIPE``, or torchrun, or plain python."""
+"""``sslkit pretrain`` as a module for launchers: ``accelerate launch -m sslkit.pretrain RECIPE``, or torchrun."""
 
 import sys
 

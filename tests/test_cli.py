@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from conftest import small_recipe
 
 import sslkit
-from sslkit.cli import main
+from sslkit.cli import app, main
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -137,16 +140,15 @@ def test_module_doors_answer_help(module: str) -> None:
     assert "torch" not in result.stderr
 
 
-def test_help_of_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (
-        ["pretrain"],
-        ["eval", "knn"],
-        ["eval", "linear"],
-        ["export"],
-        ["report"],
-        ["views"],
-        ["recipes", "show"],
-    ):
-        code, out, _ = run(capsys, *words, "--help")
-        assert code == 0
-        assert f"Example: sslkit {' '.join(words)}" in " ".join(out.split())
+def commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
+    yield name, command
+    for child in getattr(command, "commands", {}).values():
+        yield from commands(child, f"{name} {child.name}")
+
+
+def test_help_of_every_command_has_an_example() -> None:
+    found = dict(commands(typer.main.get_command(app), "sslkit"))
+    assert len(found) == 26
+    for name, command in found.items():
+        assert (command.epilog or "").startswith(f"Example: {name}"), name
+        assert (command.help or "").endswith("."), name

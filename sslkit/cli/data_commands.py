@@ -1,46 +1,65 @@
 """``sslkit data check`` finds bad images before training; ``sslkit prepare`` packs images for faster reading."""
 
+import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from sslkit.cli.options import DataBackground, DataName, ImageColumn, LabelColumn, data_config, find_background
+from sslkit.cli.options import DataName, ImageColumn, LabelColumn, data_config, expand_options, find_background
 from sslkit.cli.output import AsJson, console
 from sslkit.errors import UserError, check_path
 from sslkit.terminal import PlainTable, print_json, print_line
 from sslkit.text import pluralize
+
+if TYPE_CHECKING:
+    from sslkit.data.sources.image_source import DataConfig
 
 BAD_IMAGES = 2  # exit code of --strict
 MAX_PRINTED = 10  # entries of a list
 
 data_app = typer.Typer(no_args_is_help=True, epilog="Example: sslkit data check photos")
 
-Data = Annotated[str, typer.Argument(help="Folder of images, datasets id, or builtin:NAME.", metavar="DIR|ID")]
+Workers = Annotated[int, typer.Option(help="Processes that read images; -1: one per core.", min=-1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """Where the images are and how they are read."""
+
+    path: Annotated[str, typer.Argument(help="Folder of images, datasets id, or builtin:NAME.", metavar="DIR|ID")]
+    name: DataName = ""
+    image_column: ImageColumn = ""
+    label_column: LabelColumn = ""
+    background: Annotated[str, typer.Option(help="Colour behind transparent pixels, or keep, which ignores alpha.")] = (
+        "white"
+    )
+
+    def config(self) -> "DataConfig":
+        """The same for `sslkit.data`."""
+        background = find_background(self.background)
+        return data_config(self.path, self.name, self.label_column, self.image_column, background)
 
 
 @data_app.callback()
-def data() -> None:
+def data_command() -> None:
     """Inspect images before training on them."""
 
 
 @data_app.command(epilog="Example: sslkit data check photos --strict")
+@expand_options
 def check(
-    path: Data,
+    data: DataOptions,
     split: Annotated[
         str, typer.Option(help="Split to read; all: all images, whatever the names of the folders.")
     ] = "train",
-    name: DataName = "",
-    image_column: ImageColumn = "",
-    label_column: LabelColumn = "",
     channels: Annotated[
-        int, typer.Option(help="Channels of images that are not RGB, as [backbone] in_chans.", min=1, max=512)
+        int, typer.Option(help="Channels of images that are not RGB, as backbone.in_chans.", min=1, max=512)
     ] = 3,
-    background: DataBackground = "white",
-    workers: Annotated[int, typer.Option(help="Processes that read images; -1: one per core.", min=-1)] = -1,
+    workers: Workers = -1,
     strict: Annotated[bool, typer.Option(help="Exit with code 2 if an image is unreadable or a duplicate.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -53,9 +72,7 @@ def check(
     from sslkit.data.sources.image_source import open_source, skipped_files
     from sslkit.data.tools.inspection import inspect_images
 
-    config = data_config(path, name, label_column, image_column, find_background(background)).model_copy(
-        update={"split": split, "channels": None if channels == 3 else channels}
-    )
+    config = data.config().model_copy(update={"split": split, "channels": None if channels == 3 else channels})
     source = open_source(config)
     with _progress(len(source)) as advance:
         found = inspect_images(source, cores_of_a_process(1) if workers < 0 else workers, advance)
@@ -68,13 +85,11 @@ def check(
         raise typer.Exit(BAD_IMAGES)
 
 
+@expand_options
 def prepare(
-    path: Data,
+    data: DataOptions,
     output: Annotated[str, typer.Argument(help="Folder to write, with one folder of shards per split.")],
     split: Annotated[list[str] | None, typer.Option(help="Split to pack; repeatable. Default: all.")] = None,
-    name: DataName = "",
-    image_column: ImageColumn = "",
-    label_column: LabelColumn = "",
     side: Annotated[
         int,
         typer.Option(
@@ -84,14 +99,13 @@ def prepare(
         ),
     ] = 504,
     quality: Annotated[int, typer.Option(min=50, max=100, help="JPEG quality of shrunk images.")] = 95,
-    workers: Annotated[int, typer.Option(help="Processes that decode images; -1: one per core.", min=-1)] = -1,
+    workers: Workers = -1,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the order.")] = 0,
     shard_images: Annotated[int, typer.Option(min=64, help="Images per shard.")] = 2048,
-    background: DataBackground = "white",
 ) -> None:
     """Pack images into a few large files and shrink large images, if reading or decoding limits training speed.
 
-    Train with [data] path = "OUTPUT". Labels are kept, and images that are not shrunk stay byte for byte the same.
+    Train with --data OUTPUT. Labels are kept, and images that are not shrunk stay byte for byte the same.
     Unreadable images are left out and listed. The same command continues after an interruption.
     """
     from sslkit.data.loading.loader import cores_of_a_process
@@ -99,11 +113,11 @@ def prepare(
     from sslkit.data.tools.inspection import describe_alpha
     from sslkit.data.tools.packing import Packing, pack
 
-    check_path(path, "DATA")
+    check_path(data.path, "DATA")
     check_path(output, "OUTPUT")
-    if Path(path).is_dir() and Path(output).resolve().is_relative_to(Path(path).resolve()):
-        raise UserError(f"OUTPUT {output}: is inside the folder to pack, {path}; give a folder outside it")
-    config = data_config(path, name, label_column, image_column, find_background(background))
+    if Path(data.path).is_dir() and Path(output).resolve().is_relative_to(Path(data.path).resolve()):
+        raise UserError(f"OUTPUT {output}: is inside the folder to pack, {data.path}; give a folder outside it")
+    config = data.config()
     packing = Packing(side, quality, seed, shard_images, config.background)
     for each in split or available_splits(config) or ["train"]:
         source = open_source(config.model_copy(update={"split": each}))

@@ -49,7 +49,6 @@ Background = Annotated[
         "else white."
     ),
 ]
-DataBackground = Annotated[str, typer.Option(help="Colour behind transparent pixels, or keep, which ignores alpha.")]
 DataName = Annotated[str, typer.Option(help="Configuration of the dataset, if it has several.")]
 Scratch = Annotated[bool, typer.Option(help="Also train the architecture from random weights.")]
 
@@ -78,8 +77,8 @@ class RecipeOptions:
             options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value]
             return load_recipe(self.recipe, options + overrides)
         if missing := [f"--{key.partition('.')[0]}" for key, value in given.items() if not value]:
-            example = "--method moco_v3 --backbone resnet18 --data photos"
-            raise UserError(f"give a recipe, or all of {example}; missing: {', '.join(missing)}")
+            what = "a recipe, such as quickstart, or all of --method, --backbone and --data"
+            raise UserError(f"give {what}; missing: {', '.join(missing)}")
         tables = {"method": {"name": self.method}, "backbone": {"name": self.backbone}, "data": {"path": self.data}}
         return build_recipe(tables, overrides, name="command line")
 

@@ -1,6 +1,6 @@
-"""What the methods need of other processes. On one process every function is the identity or close to it.
+"""Collectives on tensors, with and without gradient. On one process each returns its input, or nearly so.
 
-Every process holds the same number of rows B; the global batch is the N = B * world_size rows in rank order.
+Every process holds the same number of rows B. The global batch is the N = B * world_size rows in rank order.
 """
 
 from collections.abc import Callable
@@ -13,27 +13,27 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-Words = ParamSpec("Words")
+Params = ParamSpec("Params")
 Result = TypeVar("Result")
-_under_way: list[str] = []
+_running: list[str] = []
 
 
-def named(function: Callable[Words, Result]) -> Callable[Words, Result]:
-    """Let `under_way` know while ``function`` waits for other processes."""
+def tracked(function: Callable[Params, Result]) -> Callable[Params, Result]:
+    """Make `running_collective` return the name of ``function`` while it waits for other processes."""
 
     @wraps(function)
-    def call(*args: Words.args, **kwargs: Words.kwargs) -> Result:
-        _under_way[:] = [function.__name__.strip("_")]
+    def call(*args: Params.args, **kwargs: Params.kwargs) -> Result:
+        _running[:] = [function.__name__.strip("_")]
         result = function(*args, **kwargs)
-        _under_way.clear()  # not in a `finally`: where it failed is what one wants to know
+        _running.clear()  # not in a `finally`: after a failure the name is still wanted
         return result
 
     return call
 
 
-def under_way() -> str:
-    """The collective that this process waits in, or failed in; empty if none."""
-    return _under_way[0] if _under_way else ""
+def running_collective() -> str:
+    """Name of the collective that this process waits in or failed in; empty if there is none."""
+    return _running[0] if _running else ""
 
 
 def world_size() -> int:
@@ -46,7 +46,7 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-@named
+@tracked
 @torch.no_grad()
 def gather_rows(rows: Tensor) -> Tensor:
     """Collect the rows of all processes in rank order, (B, ...) -> (N, ...). Carries **no** gradient."""
@@ -58,10 +58,10 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def gather_rows_with_gradient(rows: Tensor) -> Tensor:
-    """Collect the rows of all processes in rank order, (B, ...) -> (N, ...), and let the gradient travel back.
+    """Collect the rows of all processes in rank order, (B, ...) -> (N, ...), with gradient.
 
-    Each process gets the sum of all processes' gradients of its own rows. DDP's mean over processes then makes the
-    gradient that one process has on the whole batch; without gradient it would be another.
+    Each process receives the sum of all processes' gradients of its own rows. After DDP's mean over processes this is
+    the gradient that one process would have on the whole batch. `gather_rows` would give another one.
     """
     if world_size() == 1:
         return rows
@@ -69,17 +69,17 @@ def gather_rows_with_gradient(rows: Tensor) -> Tensor:
     return result
 
 
-@named
+@tracked
 def exchange_rows(rows: Tensor, permutation: NDArray[np.int64]) -> Tensor:
     """Permute the global batch, moving to each process only the rows it will own.
 
-    Equal to ``gather_rows(rows)[permutation][rank * B : (rank + 1) * B]``, at 1 / world_size of the traffic. A
-    gradient goes back the same way.
+    Equal to ``gather_rows(rows)[permutation][rank * B : (rank + 1) * B]``, at 1 / world_size of the traffic, and
+    with gradient.
 
     Args:
         rows: (B, ...), this process's part of the global batch.
-        permutation: (N,) int64, the same on every process: row ``j`` of the result is row ``permutation[j]`` of the
-            global batch. An array, not a tensor: every process plans the exchange on the host.
+        permutation: (N,) int64, the same on every process. Row ``j`` of the result is row ``permutation[j]`` of the
+            global batch. An array, because every process plans the exchange on the host.
     """
     if world_size() == 1:
         return rows[torch.from_numpy(permutation).to(rows.device)]
@@ -105,16 +105,16 @@ def _exchange(rows: Tensor, permutation: NDArray[np.int64]) -> Tensor:
     return result
 
 
-@named
+@tracked
 def sum_with_gradient(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Sum a tensor over the processes of ``group`` (None: all); the gradient reaches every process's own addend."""
+    """Sum a tensor over the processes of ``group`` (None: all). The gradient reaches the summand of every process."""
     if world_size() == 1:
         return values
     result: Tensor = _AllReduceSum.apply(values, group)
     return result
 
 
-@named
+@tracked
 def sum_over_processes(values: Tensor) -> Tensor:
     """Sum a tensor over processes, without gradient."""
     values = values.detach().clone()
@@ -123,9 +123,9 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
-@named
+@tracked
 def max_over_processes(values: Tensor) -> Tensor:
-    """The largest of each element over processes, without gradient."""
+    """Maximum of each element over processes, without gradient."""
     values = values.detach().clone()
     if world_size() > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
@@ -133,13 +133,13 @@ def max_over_processes(values: Tensor) -> Tensor:
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
-    """Average a tensor over processes, without gradient; used for what is logged."""
+    """Mean of a tensor over processes, without gradient; for what is logged."""
     return sum_over_processes(values) / world_size()
 
 
-@named
+@tracked
 def gather_objects(value: Result) -> list[Result]:
-    """Every process's plain value, in rank order. For what is rare and small: it is slow."""
+    """Collect a plain value of every process, in rank order. Slow: only for rare and small values."""
     if world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * world_size()
@@ -147,19 +147,19 @@ def gather_objects(value: Result) -> list[Result]:
     return gathered
 
 
-@named
+@tracked
 @torch.no_grad()
-def copy_buffers_from_first(module: nn.Module) -> None:
-    """Give every process the first one's buffers: the running statistics that evaluation and export use."""
+def broadcast_buffers(module: nn.Module) -> None:
+    """Copy the first process's buffers to all: the running statistics that evaluation and export use."""
     if world_size() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
 
 
-def processes_sharing_a_group(groups: int) -> dist.ProcessGroup | None:
-    """The processes that share a batch group with this one, where ``groups`` groups span all processes.
+def subgroup_of(groups: int) -> dist.ProcessGroup | None:
+    """The process group of those that share a BN group with this one, if ``groups`` groups span all processes.
 
-    None where a group spans all of them, or lies on one alone. Called by all processes at the same time.
+    None if a group spans all processes or lies on one. Must be called by all processes at the same time.
     """
     size = world_size() // groups
     if groups == 1 or size <= 1:
@@ -168,10 +168,10 @@ def processes_sharing_a_group(groups: int) -> dist.ProcessGroup | None:
     return own
 
 
-@named
+@tracked
 @torch.no_grad()
 def average_tensors(tensors: list[Tensor]) -> None:
-    """Replace each tensor by its mean over processes, in one reduction."""
+    """Replace each tensor by its mean over processes, in one all-reduce."""
     if world_size() == 1 or not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -181,10 +181,10 @@ def average_tensors(tensors: list[Tensor]) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
-@named
+@tracked
 @torch.no_grad()
 def average_gradients(module: nn.Module) -> None:
-    """Average the gradients of ``module`` over processes, in one reduction for each dtype."""
+    """Average the gradients of ``module`` over processes, in one all-reduce for each dtype."""
     if world_size() == 1:
         return
     grads = [param.grad for param in module.parameters() if param.grad is not None]

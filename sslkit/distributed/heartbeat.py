@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sslkit.distributed.collectives import rank, under_way, world_size
+from sslkit.distributed.collectives import rank, running_collective, world_size
 from sslkit.errors import RunError
 from sslkit.terminal import print_message
 
@@ -88,7 +88,7 @@ class Heartbeat:
     def _doing(self) -> str:
         if self.in_vain:
             return IN_VAIN
-        return f"{WAITING}{under_way()}" if under_way() else self.doing
+        return f"{WAITING}{running_collective()}" if running_collective() else self.doing
 
     def _tell(self, doing: str) -> None:
         self.count += 1

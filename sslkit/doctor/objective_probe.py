@@ -74,7 +74,7 @@ class Bench:
         known = {key: value for key, value in SMALL.items() if getattr(asked, key, 0)}
         options = asked.model_copy(update=known)
         self.method = type(patient.method)(nn.Identity(), DIM, options)
-        self.method.meet_data(SAMPLES)
+        self.method.set_num_samples(SAMPLES)
         for head in self.method.heads:
             setattr(self.method, head, nn.Identity())
         for name, teacher in self.method.teachers().items():

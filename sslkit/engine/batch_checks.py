@@ -16,7 +16,7 @@ def steps_per_epoch(recipe: Recipe, source: ImageSource) -> int:
     if recipe.train.batch_size > len(source):
         raise UserError(
             f"[train] batch_size: {recipe.train.batch_size} is more than the {len(source)} images of "
-            f"{source.description}; take at most that many"
+            f"{source.description}; set it to {len(source)} or less"
         )
     return len(source) // recipe.train.batch_size
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sslkit.data.batch import Batch
-from sslkit.distributed.collectives import copy_buffers_from_first, max_over_processes, mean_over_processes
+from sslkit.distributed.collectives import broadcast_buffers, max_over_processes, mean_over_processes
 from sslkit.distributed.consistency import compare_weights
 from sslkit.distributed.heartbeat import Heartbeat
 from sslkit.engine.checkpoint.writer import SaveError, Saver
@@ -173,7 +173,7 @@ def save_checkpoint(state: TrainingState, saver: Saver, *, wait: bool) -> None:
     Raises:
         SaveError: ``wait`` was asked for and the checkpoint could not be written; on all processes.
     """
-    copy_buffers_from_first(state.method.encoder)
+    broadcast_buffers(state.method.encoder)
     mark_rewind_point(state)
     scaler = state.accelerator.scaler
     fields = {

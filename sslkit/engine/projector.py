@@ -32,7 +32,7 @@ def first_projector_layers(run: Path, count: int) -> nn.Sequential:
         raise UserError(f"--head-layers: {run} holds no checkpoint to read its projector from")
     recipe = load_recipe(str(run / "recipe.toml"))
     shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.model.items()}
-    check_backbone_size(recipe.backbone_spec(), shapes, f"{run / 'recipe.toml'} [backbone]")
+    check_backbone_size(recipe.backbone_config(), shapes, f"{run / 'recipe.toml'} [backbone]")
     method = build_method(recipe)
     head = method.heads[0] if method.heads else ""
     projector = method.get_submodule(head) if head else nn.Identity()

@@ -87,14 +87,14 @@ def build_method(recipe: Recipe, num_samples: int = 0) -> Method:
     Raises:
         UserError: The method needs more memory than this machine has.
     """
-    spec = recipe.backbone_spec()
+    spec = recipe.backbone_config()
     backbone = create_backbone(spec)
     width = feature_dim(backbone, recipe.views.size, channels=spec.channels)
     if recipe.views.local.count:
         feature_dim(backbone, recipe.views.policy_of("local").size, "local.size", spec.channels)
     try:
         method = find_method(recipe.method_name)(backbone, width, recipe.method)
-        method.meet_data(num_samples)
+        method.set_num_samples(num_samples)
     except (RuntimeError, MemoryError) as error:
         if "memory" not in str(error):
             raise

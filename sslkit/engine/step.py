@@ -11,7 +11,7 @@ from sslkit.data.augment.cpu import normalise
 from sslkit.data.augment.gpu import finish_on
 from sslkit.data.batch import Batch
 from sslkit.distributed.collectives import mean_over_processes
-from sslkit.distributed.sharding import whole
+from sslkit.distributed.sharding import full_tensor
 from sslkit.engine.gradient_cache import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.engine.optim import learning_rate, set_learning_rate, set_weight_decay, weight_decay
 from sslkit.engine.resilience.guard import Guard
@@ -136,9 +136,9 @@ def clip_gradients(state: TrainingState) -> float:
     """Clip the gradients to ``[train] clip_norm``, if it is set; returns their norm before clipping."""
     clip_norm = state.recipe.train.clip_norm
     if clip_norm:
-        return float(whole(state.accelerator.clip_grad_norm_(state.wrapped.parameters(), clip_norm)))
+        return float(full_tensor(state.accelerator.clip_grad_norm_(state.wrapped.parameters(), clip_norm)))
     grads = [param.grad for param in state.method.parameters() if param.grad is not None]
-    return float(whole(torch.nn.utils.get_total_norm(grads)))
+    return float(full_tensor(torch.nn.utils.get_total_norm(grads)))
 
 
 def layer_gradients(backbone: nn.Module) -> dict[str, float]:

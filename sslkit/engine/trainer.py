@@ -28,7 +28,7 @@ from sslkit.engine.loop import RunServices, run_loop
 from sslkit.engine.monitor.evaluations import RunMonitor
 from sslkit.engine.monitor.knn_monitor import KnnMonitor, check_neighbours, make_knn_monitor
 from sslkit.engine.resilience.guard import BadStepError, RewindError
-from sslkit.engine.resilience.preemption import MARKER, StopRequest, stop_with_launcher, write_marker
+from sslkit.engine.resilience.preemption import StopRequest, stop_with_launcher, write_marker
 from sslkit.engine.resilience.rewind import recovery_state_of, reset_training, rewind_checkpoint
 from sslkit.engine.run_folder.dataset_identity import BadSamples
 from sslkit.engine.run_folder.layout import (
@@ -44,6 +44,7 @@ from sslkit.engine.run_folder.layout import (
 from sslkit.engine.run_folder.lock import hold_folder
 from sslkit.engine.setup import build_method, restore_scaler, set_up_training
 from sslkit.engine.state import RecoveryState, TrainingState
+from sslkit.files.run_reader import STOP_MARKER
 from sslkit.recipe.resolve import Recipe, changes
 from sslkit.text import pluralize
 
@@ -192,7 +193,7 @@ def _close(state: TrainingState, run: RunServices, reason: str) -> None:
                 write_marker(run.folder, state.step, reason)
             except OSError as error:
                 problem = error.strerror or error
-                run.logger.log_message(f"WARNING: {run.folder / MARKER} could not be written: {problem}")
+                run.logger.log_message(f"WARNING: {run.folder / STOP_MARKER} could not be written: {problem}")
         run.logger.log_message(f"stopped at step {state.step} by {reason}; the same command continues")
         return
     for kept, why in run.saver.kept().items():

@@ -17,7 +17,8 @@ from sslkit.errors import UserError, check_path
 from sslkit.files.jsonl_reader import Row, open_regular, rows_of
 from sslkit.terminal import sanitize
 
-RECIPE, LOCK, STOP_MARKER = "recipe.toml", ".lock", "PREEMPTED"
+RECIPE, LOCK = "recipe.toml", ".lock"
+STOP_MARKER = "PREEMPTED"  # for scripts, since launchers hide exit codes
 GROWING_FILES = ("metrics.jsonl", "results.jsonl", "diagnostics.jsonl", "checkpoints/latest", LOCK)
 MAX_TEXT = 4096  # bytes of small text files that are read
 

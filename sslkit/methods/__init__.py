@@ -1,4 +1,4 @@
-"""The catalogue of methods: the framework's table of contents."""
+"""The catalogue of methods, one file a paper. Read `base` first, which is what every method declares and computes."""
 
 from importlib.metadata import entry_points
 
@@ -21,6 +21,7 @@ from sslkit.methods.moco_v2 import MoCoV2
 from sslkit.methods.moco_v3 import MoCoV3
 from sslkit.methods.simclr import SimCLR
 from sslkit.methods.swav import SwAV
+from sslkit.parts.backbone import Family
 from sslkit.parts.schedules import Progress
 
 METHODS: dict[str, type[Method]] = {
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Method]] = {
 __all__ = [
     "METHODS",
     "BatchInfo",
+    "Family",
     "Features",
     "Method",
     "MethodOptions",
@@ -52,29 +54,33 @@ __all__ = [
 
 
 def all_methods() -> dict[str, type[Method]]:
-    """`METHODS` and those that installed packages add through the entry-point group ``sslkit.methods``.
+    """`METHODS`, and the methods of installed packages that have an entry point in the group ``sslkit.methods``.
 
     Raises:
-        UserError: Two of them claim one name.
+        UserError: Two methods have the same name.
     """
     found = dict(METHODS)
     for entry in entry_points(group="sslkit.methods"):
         if entry.name in found:
-            raise UserError(f"entry point sslkit.methods: {entry.value} claims the name {entry.name!r}, which is taken")
+            raise UserError(
+                f"entry point sslkit.methods: {entry.value} has the name {entry.name!r}, which is taken; choose another"
+            )
         found[entry.name] = entry.load()
     return found
 
 
 def canonical_name(name: str) -> str:
-    """The registry's spelling of a method's name: recipes say ``mocov3``, the registry ``moco_v3``.
+    """A method's name as `all_methods` spells it: ``mocov3`` and ``MoCo-v3`` are ``moco_v3``.
 
     Raises:
-        UserError: No such method.
+        UserError: There is no such method.
     """
     known = all_methods()
     matches = [each for each in known if each.replace("_", "") == name.lower().replace("_", "").replace("-", "")]
     if not matches:
-        raise UserError(f"[method] name: unknown method {name!r}{near_miss(name, known)}; there are {sorted(known)}")
+        raise UserError(
+            f"[method] name: unknown method {name!r}{near_miss(name, known)}; there are {', '.join(sorted(known))}"
+        )
     return matches[0]
 
 

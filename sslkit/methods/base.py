@@ -207,7 +207,7 @@ class Method(nn.Module, ABC):
         """Updates until the queue of negatives holds teacher's keys only; 0 without such a queue."""
         return 0
 
-    def meet_data(self, num_samples: int) -> None:
+    def set_num_samples(self, num_samples: int) -> None:
         """Receive the number of samples in the data, once, before training: a memory bank has one row for each."""
 
     def student(self, views: Views) -> Features:
@@ -215,8 +215,8 @@ class Method(nn.Module, ABC):
         return [self.backbone(view) for view in views]
 
     def teacher(self, views: Views) -> Features:
-        """Features of `teacher_views` from the teacher, each (B, D), without gradient; empty without a teacher."""
-        return []
+        """Features of `teacher_views`, each (B, D), without gradient. By default from the backbone's teacher."""
+        return [self.teachers()["backbone"](views[view]) for view in self.teacher_views]
 
     @abstractmethod
     def objective(

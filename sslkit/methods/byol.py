@@ -1,7 +1,7 @@
 """BYOL: Grill, Strub, Altché, Tallec, Richemond et al., "Bootstrap Your Own Latent", 2020, arXiv:2006.07733.
 
-No negatives. The online network predicts, from one view, what a slowly moving target network says of the other; the
-predictor and the target's inertia keep the two from agreeing on nothing.
+No negatives. From one view the student (online network) predicts the projection that a momentum teacher (target
+network) makes of the other view. The predictor and the teacher's slow moves prevent collapse.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import nn
 
-from sslkit.methods.base import BatchInfo, Features, Method, MomentumOptions, PaperRun, Step, Views
+from sslkit.methods.base import BatchInfo, Features, Method, MomentumOptions, PaperRun, Step
 from sslkit.parts.backbone import Family
 from sslkit.parts.chance_loss import ChanceLoss
 from sslkit.parts.heads import byol_mlp
@@ -26,7 +26,7 @@ class BYOLOptions(MomentumOptions):
     Attributes:
         dim: Width C of projections and predictions.
         hidden_dim: Width inside projector and predictor.
-        momentum: The target's momentum at the start (0.996 for 1000 epochs, 0.99 for 100 and 300).
+        momentum: The teacher's momentum at the start (0.996 for 1000 epochs, 0.99 for 100 and 300).
     """
 
     dim: int = Field(default=256, strict=True, ge=1, le=65536)
@@ -36,7 +36,7 @@ class BYOLOptions(MomentumOptions):
 
 
 class BYOL(Method):
-    """Algorithm 1 of the paper. The target starts as a copy; the authors saw no difference to a fresh draw."""
+    """Algorithm 1 of the paper. The teacher starts as a copy; the authors saw no difference to other random weights."""
 
     Options = BYOLOptions
     heads = ("projector", "predictor")
@@ -55,9 +55,6 @@ class BYOL(Method):
 
     def teachers(self) -> Mapping[str, MomentumTeacher]:
         return {"backbone": self.teacher_backbone, "projector": self.teacher_projector}
-
-    def teacher(self, views: Views) -> Features:
-        return [self.teacher_backbone(view) for view in views]
 
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress

@@ -1,7 +1,7 @@
 """InstDisc: Wu, Xiong, Yu, Lin, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", 2018.
 
-arXiv:1805.01978. Every image is a class of its own, whose weight vector is the memory of its own embedding. The
-softmax over all images is too large for large data, so noise-contrastive estimation takes its place.
+arXiv:1805.01978. Every image is a class of its own, whose weight vector is a stored embedding of that image. For large
+data the softmax over all images is too expensive, so noise-contrastive estimation takes its place.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,6 @@ from sslkit.methods.base import BatchInfo, Features, Method, MethodOptions, Pape
 from sslkit.parts.backbone import Family
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.chance_loss import ChanceLoss, softmax_chance
-from sslkit.parts.heads import linear_head
 from sslkit.parts.losses import inner_products, nce_against_noise, unit_rows
 from sslkit.parts.memory_bank import MemoryBank
 from sslkit.parts.schedules import Progress
@@ -31,9 +30,9 @@ class InstDiscOptions(MethodOptions):
         loss: ``"nce"``, or ``"softmax"`` over all images (the official code's CIFAR-10 form).
         negatives: Noise samples K of a query under ``"nce"``.
         temperature: Divides the similarities (0.07; 0.1 on CIFAR-10). Below 0.0125, exp(1 / temperature) overflows.
-        bank_momentum: Weight of a memory's old value.
-        bn_groups: Groups of the global batch with batch statistics of their own. The official code has a group for each
-            GPU and does not say how many; 1 is BatchNorm over the global batch.
+        bank_momentum: Weight of the old value when a stored embedding is updated.
+        bn_groups: Groups of the global batch with batch statistics of their own. The official code has one group per
+            GPU and does not say how many GPUs; 1 is BatchNorm over the global batch.
     """
 
     dim: int = Field(default=128, strict=True, ge=1, le=65536)
@@ -45,7 +44,7 @@ class InstDiscOptions(MethodOptions):
 
 
 class InstDisc(Method):
-    """The paper's section 3. Only the first view is looked at."""
+    """The paper's section 3. Only the first view is used."""
 
     Options = InstDiscOptions
     heads = ("projector",)
@@ -57,11 +56,11 @@ class InstDisc(Method):
         super().__init__()
         self.options = options
         self.backbone = backbone
-        self.projector = linear_head(feature_dim, options.dim)
+        self.projector = nn.Linear(feature_dim, options.dim)
         self.bn_groups = options.bn_groups if has_batch_norm(backbone) else 1
         self.register_buffer("normaliser", torch.zeros(()))  # Z of eq. 4; 0 until the first batch estimates it
 
-    def meet_data(self, num_samples: int) -> None:
+    def set_num_samples(self, num_samples: int) -> None:
         self.bank = MemoryBank(num_samples, self.options.dim)
 
     def student(self, views: Views) -> Features:
@@ -75,7 +74,7 @@ class InstDisc(Method):
         logits = inner_products(query, self.bank.rows) / self.options.temperature
         loss = self.nce(logits, sample_ids) if self.options.loss == "nce" else cross_entropy(logits, sample_ids)
         if self.training:
-            self.bank.remember(sample_ids, query)
+            self.bank.keep(sample_ids, query)
         accuracy = (logits.argmax(dim=1) == sample_ids).float().mean()
         return Step(loss, {"accuracy": accuracy})
 
@@ -90,7 +89,7 @@ class InstDisc(Method):
         return nce_against_noise(positive / self.normaliser, negatives / self.normaliser, 1 / len(self.bank.rows))
 
     def after_update(self, progress: Progress) -> dict[str, float]:
-        self.bank.update_with_seen(self.options.bank_momentum)
+        self.bank.update_with_kept(self.options.bank_momentum)
         return {}
 
     def dictionaries(self) -> Mapping[str, MemoryBank]:
@@ -98,7 +97,7 @@ class InstDisc(Method):
 
     def chance_loss(self, batch_size: int) -> ChanceLoss:
         options = self.options
-        if options.loss == "nce":  # the noise samples, each of which is asked about too, add 1
+        if options.loss == "nce":  # the terms of the noise samples add 1
             return softmax_chance(options.negatives, options.temperature, options.dim, extra=1.0)
         return softmax_chance(len(self.bank.rows), options.temperature, options.dim)
 

@@ -1,22 +1,19 @@
-"""The two dictionaries that MoCo is compared with: end-to-end and memory bank.
+"""The two mechanisms that MoCo is compared with: end-to-end and memory bank.
 
 He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", 2020, arXiv:1911.05722, figure 2 and
-section 4.1. Encoder, head, views and loss are MoCo v1's; only where the keys come from differs.
+section 4.1. Encoder, head, views and loss are MoCo v1's; only the source of the keys differs.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from sslkit.distributed.collectives import gather_rows_with_gradient, rank
-from sslkit.methods.base import BatchInfo, Features, Method, MethodOptions, PaperRun, Step, Views
+from sslkit.methods.base import BatchInfo, Features, Method, MethodOptions, Step, Views
 from sslkit.methods.moco_v1 import MoCoV1
-from sslkit.parts.backbone import Family
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance
-from sslkit.parts.heads import linear_head
 from sslkit.parts.losses import info_nce_in_batch, info_nce_of_similarities, inner_products, unit_rows
 from sslkit.parts.memory_bank import MemoryBank
 from sslkit.parts.schedules import Progress
@@ -30,7 +27,7 @@ class EndToEndOptions(MethodOptions):
         temperature: Divides the similarities.
         bn_groups: Groups of the global batch with batch statistics of their own; keys are shuffled across them, as
             the paper does for this mechanism too (section 3.3).
-        symmetric: Add the loss of the keys looking for their queries.
+        symmetric: Add the loss with queries and keys exchanged.
     """
 
     dim: int = Field(default=128, strict=True, ge=1, le=65536)
@@ -40,9 +37,10 @@ class EndToEndOptions(MethodOptions):
 
 
 class EndToEnd(Method):
-    """Keys are the batch itself, made by the same encoder; the gradient reaches queries and keys (figure 2a)."""
+    """The same encoder makes the keys, which are those of the batch; queries and keys have gradient (figure 2a)."""
 
     Options = EndToEndOptions
+    paper_defaults, paper_runs = staticmethod(MoCoV1.paper_defaults), staticmethod(MoCoV1.paper_runs)
     heads = ("projector",)
     negatives = "batch"
     smallest_batch = 256
@@ -53,7 +51,7 @@ class EndToEnd(Method):
         super().__init__()
         self.options = options
         self.backbone = backbone
-        self.projector = linear_head(feature_dim, options.dim)
+        self.projector = nn.Linear(feature_dim, options.dim)
         self.bn_groups = options.bn_groups if has_batch_norm(backbone) else 1
 
     def objective(
@@ -75,25 +73,17 @@ class EndToEnd(Method):
         options = self.options
         return info_nce_chance(batch_size - 1, options.temperature, options.dim, scale=2 if options.symmetric else 1)
 
-    @staticmethod
-    def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:
-        return MoCoV1.paper_defaults(family)
-
-    @staticmethod
-    def paper_runs(family: Family) -> Sequence[PaperRun]:
-        return MoCoV1.paper_runs(family)
-
 
 class MemoryBankOptions(MethodOptions):
     """Options of the memory-bank mechanism.
 
     Attributes:
         dim: Embedding width C.
-        negatives: Memories K drawn for each query.
+        negatives: Number K of stored embeddings drawn for each query.
         temperature: Divides the similarities.
-        bank_momentum: Weight of a memory's old value (InstDisc's).
-        bn_groups: Groups of the global batch with batch statistics of their own. MoCo's runs have a group for each of
-            their 8 GPUs; there is no official code of this one. 1 is BatchNorm over the global batch.
+        bank_momentum: Weight of the old value when a stored embedding is updated (as in InstDisc).
+        bn_groups: Groups of the global batch with batch statistics of their own. MoCo's runs have one group for each
+            of their 8 GPUs; there is no official code of this mechanism. 1 is BatchNorm over the global batch.
     """
 
     dim: int = Field(default=128, strict=True, ge=1, le=65536)
@@ -106,10 +96,11 @@ class MemoryBankOptions(MethodOptions):
 class MemoryBankMechanism(Method):
     """Keys are stored embeddings of all images; the positive is the image's own from an earlier epoch (figure 2b).
 
-    No shuffling: a positive that was made in another batch cannot be told by batch statistics (section 3.3).
+    Keys are not shuffled: batch statistics cannot reveal a positive that was made in another batch (section 3.3).
     """
 
     Options = MemoryBankOptions
+    paper_defaults, paper_runs = staticmethod(MoCoV1.paper_defaults), staticmethod(MoCoV1.paper_runs)
     heads = ("projector",)
     negatives = "bank"
     bank: MemoryBank
@@ -118,10 +109,10 @@ class MemoryBankMechanism(Method):
         super().__init__()
         self.options = options
         self.backbone = backbone
-        self.projector = linear_head(feature_dim, options.dim)
+        self.projector = nn.Linear(feature_dim, options.dim)
         self.bn_groups = options.bn_groups if has_batch_norm(backbone) else 1
 
-    def meet_data(self, num_samples: int) -> None:
+    def set_num_samples(self, num_samples: int) -> None:
         self.bank = MemoryBank(num_samples, self.options.dim)
 
     def student(self, views: Views) -> Features:
@@ -136,11 +127,11 @@ class MemoryBankMechanism(Method):
         negatives = similarities.gather(1, self.bank.draw_noise(len(query), self.options.negatives))
         loss, accuracy = info_nce_of_similarities(positive, negatives, self.options.temperature)
         if self.training:
-            self.bank.remember(batch.sample_ids, query)
+            self.bank.keep(batch.sample_ids, query)
         return Step(loss, {"accuracy": accuracy})
 
     def after_update(self, progress: Progress) -> dict[str, float]:
-        self.bank.update_with_seen(self.options.bank_momentum)
+        self.bank.update_with_kept(self.options.bank_momentum)
         return {}
 
     def dictionaries(self) -> Mapping[str, MemoryBank]:
@@ -148,11 +139,3 @@ class MemoryBankMechanism(Method):
 
     def chance_loss(self, batch_size: int) -> ChanceLoss:
         return info_nce_chance(self.options.negatives, self.options.temperature, self.options.dim)
-
-    @staticmethod
-    def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:
-        return MoCoV1.paper_defaults(family)
-
-    @staticmethod
-    def paper_runs(family: Family) -> Sequence[PaperRun]:
-        return MoCoV1.paper_runs(family)

@@ -1,8 +1,8 @@
 """MoCo v1: He, Fan, Wu, Xie, Girshick, "Momentum Contrast for Unsupervised Visual Representation Learning", 2020.
 
-arXiv:1911.05722. A query is compared with its own key and with a queue of keys from earlier batches. Keys come from a
-momentum teacher, and are computed among other batch companions than the queries (shuffling BN), so that the batch
-statistics cannot give the answer away.
+arXiv:1911.05722. A query is compared with its own key and with a queue of keys from earlier batches. The keys come from
+a momentum teacher. The batch is shuffled before the teacher encodes it (shuffling BN), so that the batch statistics
+cannot reveal which key belongs to which query.
 """
 
 import math
@@ -18,7 +18,6 @@ from sslkit.methods.base import BatchInfo, Features, Method, MomentumOptions, Pa
 from sslkit.parts.backbone import Family
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance
-from sslkit.parts.heads import linear_head
 from sslkit.parts.losses import info_nce_with_queue, unit_rows
 from sslkit.parts.momentum_teacher import MomentumTeacher
 from sslkit.parts.queue import KeyQueue
@@ -35,9 +34,9 @@ class MoCoV1Options(MomentumOptions):
         momentum: The teacher's momentum, constant.
         bn_groups: Groups of the global batch with batch statistics of their own: the paper's 8 GPUs. With fewer
             processes each runs several groups; with more, each process is a group.
-        shuffle: Compute keys among other companions than their queries (section 3.3). Off, the groups' statistics
-            give the answer away: for the paper's ablation, not for training.
-        symmetric: Let each view be query once and key once; the two losses add up, and 2N keys are queued.
+        shuffle: Shuffle the keys among the BN groups (section 3.3). False is the paper's ablation, in which the batch
+            statistics reveal the positive; not for training.
+        symmetric: Use each view once as query and once as key; the two losses are added, and 2N keys are queued.
     """
 
     dim: int = Field(default=128, strict=True, ge=1, le=65536)
@@ -78,20 +77,17 @@ class MoCoV1(Method):
 
     def make_projector(self, feature_dim: int) -> nn.Module:
         """The head from features (B, D) to embeddings (B, C)."""
-        return linear_head(feature_dim, self.options.dim)
+        return nn.Linear(feature_dim, self.options.dim)
 
     def student(self, views: Views) -> Features:
         return [self.backbone(views[view]) for view in self.student_views]
-
-    def teacher(self, views: Views) -> Features:
-        return [self.teacher_backbone(views[view]) for view in self.teacher_views]
 
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
     ) -> Step:
         queries = [unit_rows(self.projector(features)) for features in student_features]
         keys = [unit_rows(self.teacher_projector(features)) for features in teacher_features]
-        # A view is compared with the other view's key; keys come in the order of the views.
+        # A query is compared with the other view's key; keys are in the order of the views.
         terms = [self.contrast(query, key) for query, key in zip(queries, reversed(keys), strict=True)]
         if self.training:
             self.new_keys = torch.cat([gather_rows(key) for key in keys])

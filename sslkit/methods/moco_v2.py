@@ -1,7 +1,7 @@
 """MoCo v2: Chen, Fan, Girshick, He, "Improved Baselines with Momentum Contrastive Learning", 2020, arXiv:2003.04297.
 
 MoCo v1 with three changes taken from SimCLR's design: an MLP head, stronger views ("aug+": blur added), and a cosine
-learning rate; the temperature rises to 0.2. The mechanism is v1's, line for line.
+learning rate; the temperature rises to 0.2. The mechanism is v1's.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """MoCo v3: Chen, Xie, He, "An Empirical Study of Training Self-Supervised Vision Transformers", 2021, arXiv:2104.02057.
 
-No queue: the keys of the global batch are the dictionary. Each view is query once and key once (symmetric loss), a
-predictor follows the projector on the query's side only, and the teacher's momentum rises to 1. For ViTs the patch
-projection stays frozen at random, which cures the instability of their training.
+No queue: the keys are those of the global batch. Each view is once query and once key (symmetric loss), a predictor
+follows the projector on the query's side only, and the teacher's momentum rises to 1. For ViTs the patch projection
+keeps its random weights, which stabilises training.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sslkit.distributed.collectives import gather_rows, rank
-from sslkit.methods.base import BatchInfo, Features, Method, MomentumOptions, PaperRun, Step, Views
+from sslkit.methods.base import BatchInfo, Features, Method, MomentumOptions, PaperRun, Step
 from sslkit.parts.backbone import Family
 from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance
 from sslkit.parts.heads import batch_norm_mlp
@@ -84,9 +84,6 @@ class MoCoV3(Method):
     def teachers(self) -> Mapping[str, MomentumTeacher]:
         return {"backbone": self.teacher_backbone, "projector": self.teacher_projector}
 
-    def teacher(self, views: Views) -> Features:
-        return [self.teacher_backbone(view) for view in views]
-
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
     ) -> Step:
@@ -97,7 +94,7 @@ class MoCoV3(Method):
         return Step(loss_1 + loss_2, {"accuracy": (accuracy_1 + accuracy_2) / 2})
 
     def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """One direction: queries (B, C) of this process against the keys (N, C) of all; the scale is the paper's."""
+        """Queries (B, C) of this process against the keys (N, C) of all, scaled by 2 tau as in the paper."""
         temperature = self.options.temperature
         loss, accuracy = info_nce_in_batch(query, gather_rows(key), temperature, first_label=rank() * len(query))
         return 2 * temperature * loss, accuracy

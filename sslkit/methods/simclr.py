@@ -1,7 +1,7 @@
 """SimCLR: Chen, Kornblith, Norouzi, Hinton, "A Simple Framework for Contrastive Learning of Visual Representations".
 
-arXiv:2002.05709, 2020. Two views of every image go through one encoder in one batch; each embedding finds its twin
-among all others of the global batch. No teacher, no queue: negatives are as many as the batch is large.
+arXiv:2002.05709, 2020. Two views of every image go through one encoder in one batch. The positive of an embedding is
+the other view's; its negatives are all other embeddings of the global batch. No teacher and no queue.
 """
 
 from typing import Any

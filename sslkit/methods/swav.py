@@ -1,11 +1,10 @@
 """SwAV: Caron, Misra, Mairal, Goyal, Bojanowski, Joulin, "Unsupervised Learning of Visual Features by Contrasting
 Cluster Assignments", 2020, arXiv:2006.09882.
 
-Embeddings are compared with learned prototypes. The two large crops get codes, spread evenly over the prototypes by
-Sinkhorn-Knopp; every other crop, small ones too, must predict them.
+Embeddings are compared with learned prototypes. Sinkhorn-Knopp assigns codes to the two large crops, spread evenly over
+the prototypes. The code of a crop is predicted from every other crop, large or small.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -30,6 +29,7 @@ from sslkit.parts.batchnorm import GroupStatistics, has_batch_norm
 from sslkit.parts.chance_loss import ChanceLoss, softmax_chance
 from sslkit.parts.heads import swav_head
 from sslkit.parts.losses import inner_products, sinkhorn_codes, swapped_prediction, unit_rows
+from sslkit.parts.multicrop import encode_by_size
 from sslkit.parts.queue import KeyQueue
 from sslkit.parts.schedules import Progress
 
@@ -54,7 +54,7 @@ class SwAVOptions(MethodOptions):
         freeze_prototypes_steps: Updates during which prototypes stay (313 at batch 4096, 5005 at 256).
         queue_size: Embeddings kept for small batches; 0 for none (3840 at batch 256). Used once it is full. Trimmed to
             a multiple of the global batch, as in the official code.
-        queue_start_epoch: When it starts to fill.
+        queue_start_epoch: Epoch at which the queue starts to fill.
         bn_groups: Groups of the global batch with batch statistics of their own, of backbone and projector. The
             official scripts for batch 4096 synchronise BatchNorm within 8 GPUs of 64 images: 8 groups of 512 images.
             The script for batch 256 synchronises all: 1 group.
@@ -97,12 +97,7 @@ class SwAV(Method):
         self.bn_groups = options.bn_groups if has_batch_norm(backbone) else 1
 
     def student(self, views: Views) -> Features:
-        """One pass for each run of crops of one size, so that a pass's batch statistics are of that size."""
-        features: Features = []
-        for _, group in itertools.groupby(views, key=lambda view: view.shape[-1]):
-            crops = list(group)
-            features += self.backbone(torch.cat(crops)).chunk(len(crops))
-        return features
+        return encode_by_size(self.backbone, views)
 
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
@@ -120,7 +115,7 @@ class SwAV(Method):
         return Step(loss, {"agreement": agreement})
 
     def project(self, features: Features) -> Features:
-        """Embeddings (B, C) of each crop's features; a BN group's crops go through the projector together."""
+        """Embeddings (B, C) of each crop's features. All crops of a BN group go through the projector together."""
         if self.options.bn_groups == 1:
             return list(self.projector(torch.cat(features)).chunk(len(features)))
 
@@ -135,16 +130,16 @@ class SwAV(Method):
 
     @torch.no_grad()
     def normalise_prototypes(self) -> None:
-        """Bring every prototype to unit norm, in place, before it is used."""
+        """Normalise every prototype to unit norm, in place."""
         self.prototypes.weight.copy_(unit_rows(self.prototypes.weight))
 
     @torch.no_grad()
     def codes(self, scores: Tensor, crop: int) -> Tensor:
-        """Codes (B, P) of an assignment crop's scores; a full queue's scores help to spread them."""
+        """Codes (B, P) from the scores of an assignment crop and, once the queue is full, of queued embeddings."""
         batch = len(scores)
         size = trimmed(self.options.queue_size, batch * world_size())
         if size and int(self.queue_filled) >= size:
-            queue = self.queue(crop).keys[:size][rank() :: world_size()]  # every process counts its share
+            queue = self.queue(crop).keys[:size][rank() :: world_size()]  # every process uses its share
             scores = torch.cat([inner_products(queue, self.prototypes.weight), scores])
         return sinkhorn_codes(scores, self.options.epsilon, self.options.sinkhorn_iterations)[-batch:]
 
@@ -155,7 +150,7 @@ class SwAV(Method):
         return softmax_chance(self.options.prototypes, self.options.temperature, self.options.dim)
 
     def queue(self, crop: int) -> KeyQueue:
-        """Earlier embeddings of an assignment crop."""
+        """The queue of earlier embeddings of an assignment crop."""
         queue = self.queues[crop]
         assert isinstance(queue, KeyQueue)
         return queue
@@ -190,7 +185,7 @@ class SwAV(Method):
 
     @staticmethod
     def paper_runs(family: Family) -> Sequence[PaperRun]:
-        """The official scripts for 64 GPUs and for 4; the rate does not follow the batch."""
+        """The official scripts for 64 and for 4 GPUs; the learning rate is not scaled with the batch size."""
         large: dict[str, dict[str, Any]] = {
             "method": {"bn_groups": 8, "freeze_prototypes_steps": 313, "queue_size": 0},
             "optim": {"lr": 4.8},

@@ -1,1 +1,4 @@
-"""Parts that methods are made of: backbone, heads, teacher, queue, losses, collectives, schedules."""
+"""Parts that methods are made of: backbone, heads, losses, momentum teacher, queue, memory bank, schedules.
+
+Each works without the rest of sslkit. Read `momentum_teacher` and `losses` first.
+"""

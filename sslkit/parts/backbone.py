@@ -1,13 +1,13 @@
-"""Any timm model as a feature extractor, with what MoCo v3 asks of its ViTs done through timm's public names."""
+"""Any timm model as a feature extractor, with MoCo v3's changes to ViTs, through timm's public names."""
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
@@ -19,32 +19,35 @@ from sslkit.hub.untrusted import check_model, check_model_args, check_size, read
 
 Family = Literal["resnet", "vit", "other"]
 
+MAX_CHANNELS = 512  # the bound of [data] channels too
+PRETRAINED_SOURCES = ("hf_hub:", "hf-hub:", "local-dir:")
 RESERVED_ARGS = {
     *("num_classes", "features_only", "pretrained", "pretrained_cfg", "checkpoint_path", "scriptable"),
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class BackboneSpec:
-    """What to build. Fields are the keys of a recipe's ``[backbone]`` table.
+class BackboneConfig(BaseModel):
+    """What to build: the ``[backbone]`` table of a recipe.
 
     Attributes:
         name: Any timm model name.
-        img_size: Side of the square input in pixels; handed to timm where the model's input size is fixed.
-        pretrained: False, True (timm's own weights), or ``"hf_hub:user/repo"`` / ``"local-dir:PATH"``.
+        pretrained: False, True (timm's own weights), ``"hf_hub:user/repo"``, or ``"local-dir:PATH"``.
+        img_size: Side of the square input in pixels, where timm builds a model for one size. 0: that of the views.
         args: Passed to timm as they are (``num_heads``, ``drop_path_rate`` ...). Must be plain data.
         zero_init_last: Zero the last BatchNorm of each residual block of a ResNet (None: timm's default).
         init: ``"moco_v3"`` for the ViT initialisation of arXiv:2104.02057, else timm's.
         pos_embed: ``"sincos2d"`` for MoCo v3's fixed position embedding, ``"none"`` for none (its ablation), else
             timm's learned one.
         freeze_patch_embed: Stop the gradient at the patch projection (MoCo v3, section 4.2).
-        small_stem: ResNets for 32-pixel images: 3 x 3 convolution of stride 1, no max-pooling.
+        small_stem: ResNets for 32-pixel images: a 3 x 3 convolution of stride 1, and no max-pooling.
     """
 
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
     name: str
-    img_size: int
     pretrained: bool | str = False
-    args: dict[str, Any] = field(default_factory=dict)
+    img_size: int = Field(strict=True, default=0, ge=0)
+    args: dict[str, Any] = Field(default_factory=dict)
     zero_init_last: bool | None = None
     init: Literal["timm", "moco_v3"] = "timm"
     pos_embed: Literal["timm", "sincos2d", "none"] = "timm"
@@ -53,8 +56,22 @@ class BackboneSpec:
 
     @property
     def channels(self) -> int:
-        """Of the images that the model takes."""
+        """Number of channels of the images that the model takes."""
         return int(self.args.get("in_chans", 3))
+
+    @field_validator("args")
+    @classmethod
+    def _check_channels(cls, value: dict[str, Any]) -> dict[str, Any]:
+        channels = value.get("in_chans", 3)
+        if type(channels) is not int or not 1 <= channels <= MAX_CHANNELS:
+            raise ValueError(f"in_chans must be a whole number from 1 to {MAX_CHANNELS}")
+        return value
+
+    @model_validator(mode="after")
+    def _check_pretrained(self) -> "BackboneConfig":
+        if isinstance(self.pretrained, str) and not self.pretrained.startswith(PRETRAINED_SOURCES):
+            raise ValueError("pretrained is true, false, 'hf_hub:user/name' or 'local-dir:PATH'")
+        return self
 
 
 def check_name(name: str) -> None:
@@ -69,7 +86,7 @@ def check_name(name: str) -> None:
 
 
 def family(name: str) -> Family:
-    """Tell which of the papers' recipes fits: a ResNet's, a plain ViT's, or neither's own."""
+    """Which of a paper's recipes fits the model: that for ResNets, that for plain ViTs, or neither."""
     if timm.models.is_model_in_modules(name, ("resnet",)):
         return "resnet"
     if timm.models.is_model_in_modules(name, ("vision_transformer", "deit")):
@@ -77,24 +94,24 @@ def family(name: str) -> Family:
     return "other"
 
 
-def create_backbone(spec: BackboneSpec) -> nn.Module:
-    """Build the model that ``spec`` asks for: (B, C, H, W) -> pooled features (B, D).
+def create_backbone(config: BackboneConfig) -> nn.Module:
+    """Build the model that ``config`` asks for: (B, C, H, W) -> pooled features (B, D).
 
-    C is 3, or ``in_chans`` of the spec's arguments.
+    C is 3, or ``in_chans`` of the config's arguments.
 
     Raises:
         UserError: Unknown name, arguments the model refuses, or an image size it cannot take.
     """
-    check_name(spec.name)
-    model = _create_timm_model(spec)
-    if spec.small_stem:
-        replace_stem_for_small_images(model, spec)
-    if spec.init == "moco_v3":
+    check_name(config.name)
+    model = _create_timm_model(config)
+    if config.small_stem:
+        replace_stem_for_small_images(model, config)
+    if config.init == "moco_v3":
         initialise_vit(model)
-    if spec.pos_embed == "sincos2d":
-        fix_sincos_position_embedding(model, spec.name)
-    if spec.freeze_patch_embed:
-        freeze_patch_projection(model, spec.name)
+    if config.pos_embed == "sincos2d":
+        fix_sincos_position_embedding(model, config.name)
+    if config.freeze_patch_embed:
+        freeze_patch_projection(model, config.name)
     return model
 
 
@@ -129,63 +146,63 @@ def feature_dim(model: nn.Module, img_size: int, key: str = "size", channels: in
     return int(features.shape[1])
 
 
-def _create_timm_model(spec: BackboneSpec) -> nn.Module:
-    reserved = sorted(RESERVED_ARGS & spec.args.keys())
+def _create_timm_model(config: BackboneConfig) -> nn.Module:
+    reserved = sorted(RESERVED_ARGS & config.args.keys())
     if reserved:
         raise UserError(f"[backbone] args: {reserved[0]!r} is sslkit's to set; leave it out")
-    check_model_args(spec.args, "[backbone] args")
-    if isinstance(spec.pretrained, str) and spec.pretrained.startswith("local-dir:"):
-        folder = Path(spec.pretrained.removeprefix("local-dir:"))
-        check_model(read_encoder_config(folder), tensor_shapes(folder / "model.safetensors"), spec.pretrained)
-    kwargs = _timm_args(spec)
-    named = spec.pretrained if isinstance(spec.pretrained, str) else spec.name
+    check_model_args(config.args, "[backbone] args")
+    if isinstance(config.pretrained, str) and config.pretrained.startswith("local-dir:"):
+        folder = Path(config.pretrained.removeprefix("local-dir:"))
+        check_model(read_encoder_config(folder), tensor_shapes(folder / "model.safetensors"), config.pretrained)
+    kwargs = _timm_args(config)
+    named = config.pretrained if isinstance(config.pretrained, str) else config.name
     source = _pinned(named)
     try:
-        with quick_hub() if spec.pretrained and not source.startswith("local-dir:") else nullcontext():
-            model: nn.Module = timm.create_model(source, pretrained=bool(spec.pretrained), **kwargs)
+        with quick_hub() if config.pretrained and not source.startswith("local-dir:") else nullcontext():
+            model: nn.Module = timm.create_model(source, pretrained=bool(config.pretrained), **kwargs)
     except OSError as error:
         raise UserError(f"[backbone] pretrained: no weights for {named!r} to be had: {_first_line(error)}") from error
-    except Exception as error:  # a recipe's arguments, or a stranger's repository, make models raise anything
+    except Exception as error:  # models raise any exception on wrong arguments or an untrusted repository
         raise UserError(
-            f"[backbone] timm cannot build {named!r} for {spec.img_size}-pixel images with args {spec.args}: "
+            f"[backbone] timm cannot build {named!r} for {config.img_size}-pixel images with args {config.args}: "
             f"{_first_line(error)}"
         ) from error
-    config: Any = model.pretrained_cfg
-    if isinstance(spec.pretrained, str) and config["architecture"] != spec.name.split(".")[0]:
+    built: Any = model.pretrained_cfg
+    if isinstance(config.pretrained, str) and built["architecture"] != config.name.split(".")[0]:
         raise UserError(
-            f"[backbone] name: {spec.name!r}, but {named!r} holds a {config['architecture']!r}; name that instead"
+            f"[backbone] name: {config.name!r}, but {named!r} holds a {built['architecture']!r}; name that instead"
         )
-    channels = (config.get("input_size") or (3,))[0]
-    if isinstance(spec.pretrained, str) and spec.channels == 3 != channels:
+    channels = (built.get("input_size") or (3,))[0]
+    if isinstance(config.pretrained, str) and config.channels == 3 != channels:
         raise UserError(
             f"[backbone] args: {named!r} takes images of {channels} channels; add args = {{ in_chans = {channels} }}"
         )
     return model
 
 
-def check_backbone_size(spec: BackboneSpec, shapes: Shapes, where: str) -> None:
-    """See that a backbone is no larger than weights of these shapes, before it takes memory.
+def check_backbone_size(config: BackboneConfig, shapes: Shapes, where: str) -> None:
+    """Check that a backbone is no larger than weights of these shapes, before memory is allocated for it.
 
     Raises:
-        UserError: It is larger, or timm cannot build it; ``where`` opens the sentence.
+        UserError: It is larger, or timm cannot build it. The message starts with ``where``.
     """
-    check_model_args(spec.args, where)
-    check_size(spec.name, _timm_args(spec), shapes, where)
+    check_model_args(config.args, where)
+    check_size(config.name, _timm_args(config), shapes, where)
 
 
-def _timm_args(spec: BackboneSpec) -> dict[str, Any]:
-    args: dict[str, Any] = {"num_classes": 0, **spec.args}
-    if spec.zero_init_last is not None:
-        args.setdefault("zero_init_last", spec.zero_init_last)
-    if takes_image_size(spec.name):
-        args.setdefault("img_size", spec.img_size)
-    if spec.pos_embed == "none":
+def _timm_args(config: BackboneConfig) -> dict[str, Any]:
+    args: dict[str, Any] = {"num_classes": 0, **config.args}
+    if config.zero_init_last is not None:
+        args.setdefault("zero_init_last", config.zero_init_last)
+    if takes_image_size(config.name) and config.img_size:
+        args.setdefault("img_size", config.img_size)
+    if config.pos_embed == "none":
         args["pos_embed"] = "none"
     return args
 
 
 def _pinned(name: str) -> str:
-    """What timm is to load: of the Hub, one commit."""
+    """The source that timm loads; for a name on the Hub, with its revision."""
     if not is_hub_name(name):
         return name
     try:
@@ -196,19 +213,19 @@ def _pinned(name: str) -> str:
 
 
 def takes_image_size(name: str) -> bool:
-    """Whether the model is built for an input size and so is told it (ViT, Swin; not ResNet)."""
+    """Whether timm builds the model for one input size, which it must be given (ViT, Swin; not ResNet)."""
     config = timm.get_pretrained_cfg(name)
     return family(name) == "vit" or bool(config is not None and config.fixed_input_size)
 
 
-def replace_stem_for_small_images(model: nn.Module, spec: BackboneSpec) -> None:
+def replace_stem_for_small_images(model: nn.Module, config: BackboneConfig) -> None:
     """Give a timm ResNet the stem of the MoCo authors' CIFAR-10 notebook: 3 x 3, stride 1, no max-pooling.
 
-    timm has no argument for it, so such an encoder is rebuilt by sslkit, not by timm alone.
+    timm has no argument for it, so only sslkit can rebuild such an encoder, not timm alone.
     """
     conv1 = getattr(model, "conv1", None)
-    if family(spec.name) != "resnet" or not isinstance(conv1, nn.Conv2d):
-        raise UserError(f"[backbone] small_stem: only ResNets with a plain first convolution, not {spec.name!r}")
+    if family(config.name) != "resnet" or not isinstance(conv1, nn.Conv2d):
+        raise UserError(f"[backbone] small_stem: only ResNets with a plain first convolution, not {config.name!r}")
     small = nn.Conv2d(conv1.in_channels, conv1.out_channels, 3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
     model.conv1 = small
@@ -256,7 +273,7 @@ def fix_sincos_position_embedding(model: nn.Module, name: str) -> None:
 
 
 def freeze_patch_projection(model: nn.Module, name: str) -> None:
-    """Stop the gradient at the patch projection: MoCo v3's cure for its instability (section 4.2)."""
+    """Stop the gradient at the patch projection, which stabilises MoCo v3 (section 4.2)."""
     projection = getattr(getattr(model, "patch_embed", None), "proj", None)
     if not isinstance(projection, nn.Conv2d):
         raise UserError(f"[backbone] freeze_patch_embed: {name!r} has no single patch projection; set it to false")
@@ -264,7 +281,7 @@ def freeze_patch_projection(model: nn.Module, name: str) -> None:
 
 
 def recompute_activations(model: nn.Module, name: str) -> None:
-    """Let the model keep fewer activations and compute them again in the backward pass, by timm's own switch."""
+    """Turn on timm's activation checkpointing: fewer activations are kept, and computed again in the backward pass."""
     try:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AttributeError, AssertionError, NotImplementedError) as error:
@@ -272,7 +289,7 @@ def recompute_activations(model: nn.Module, name: str) -> None:
 
 
 def recomputes(model: nn.Module) -> bool:
-    """Whether `recompute_activations` was asked for: its batch statistics are then collected twice a step."""
+    """Whether `recompute_activations` was called. Batch statistics are then collected twice a step."""
     return bool(getattr(model, "grad_checkpointing", False))
 
 

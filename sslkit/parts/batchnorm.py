@@ -1,7 +1,6 @@
 """BatchNorm over the global batch, or over groups of it, on any device and any number of processes.
 
-PyTorch's SyncBatchNorm refuses CPU tensors. The papers' heads need one, and tests on CPU processes must be able to
-show that several processes equal one, so there is a plain version here; GPUs get PyTorch's own.
+PyTorch's SyncBatchNorm refuses CPU tensors, so there is a plain version for CPUs. GPUs use PyTorch's own.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -12,15 +11,15 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sslkit.distributed.collectives import average_tensors, processes_sharing_a_group, sum_with_gradient, world_size
+from sslkit.distributed.collectives import average_tensors, subgroup_of, sum_with_gradient, world_size
 
 
 class GlobalBatchNorm(nn.Module):
-    """BatchNorm whose statistics are those of the rows of several processes together. Keeps the state-dict keys.
+    """BatchNorm whose statistics are those of the rows of several processes. The state-dict keys stay the same.
 
     Args:
-        norm: The BatchNorm to stand in for; its parameters and buffers are shared, not copied. timm's
-            BatchNormAct2d keeps its dropout and activation.
+        norm: The BatchNorm to replace. Its parameters and buffers are shared, not copied. The dropout and
+            activation of timm's BatchNormAct2d are kept.
         group: The processes; None: all.
     """
 
@@ -63,7 +62,7 @@ class GlobalBatchNorm(nn.Module):
         var = sum_with_gradient(centred.square().sum(dim=axes), self.group) / count
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
-            # None is PyTorch's word for the mean over all batches so far.
+            # For PyTorch None means the mean over all batches so far.
             share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean.to(self.running_mean), share)
             self.running_var.lerp_((var * count / max(count - 1, 1)).to(self.running_var), share)
@@ -71,20 +70,20 @@ class GlobalBatchNorm(nn.Module):
 
 
 def synchronise_batch_norm(
-    module: nn.Module, device: torch.device, spare: Collection[str] = (), group: dist.ProcessGroup | None = None
+    module: nn.Module, device: torch.device, skip: Collection[str] = (), group: dist.ProcessGroup | None = None
 ) -> nn.Module:
-    """Replace every BatchNorm in ``module`` by one over the rows of several processes; names and parameters stay.
+    """Replace every BatchNorm in ``module`` by one over the rows of several processes. Names and parameters stay.
 
     Args:
         module: Changed in place.
-        device: GPUs get PyTorch's own, CPUs `GlobalBatchNorm`.
-        spare: Names of children to leave as they are.
+        device: GPUs get PyTorch's SyncBatchNorm, CPUs `GlobalBatchNorm`.
+        skip: Names of children to leave as they are.
         group: The processes; None: all.
     """
     if isinstance(module, _BatchNorm):
         return convert_sync_batchnorm(module, group) if device.type == "cuda" else GlobalBatchNorm(module, group)
     for name, child in list(module.named_children()):
-        if name not in spare:
+        if name not in skip:
             setattr(module, name, synchronise_batch_norm(child, device, group=group))
     return module
 
@@ -92,37 +91,37 @@ def synchronise_batch_norm(
 def synchronise_in_groups(
     module: nn.Module, device: torch.device, groups: Mapping[str, int], *, across_processes: bool
 ) -> None:
-    """Give every BatchNorm in ``module`` the rows of the other processes that it is to be computed with.
+    """Compute every BatchNorm in ``module`` over the processes that share its group.
 
     Args:
         module: Changed in place.
         device: See `synchronise_batch_norm`.
-        groups: By the name of a child, into how many groups with batch statistics of their own the global batch falls;
-            for all other children it is one group.
-        across_processes: Whether a group may span processes; else each process is a group where there are more
+        groups: Number of groups of the global batch with batch statistics of their own, by the name of a child;
+            1 for all other children.
+        across_processes: Whether a group may span processes. If not, each process is a group where there are more
             processes than groups.
     """
     grouped = {name: count for name, count in groups.items() if count > 1 and hasattr(module, name)}
-    synchronise_batch_norm(module, device, spare=grouped)
+    synchronise_batch_norm(module, device, skip=grouped)
     if not across_processes:
         return
-    shared = {count: processes_sharing_a_group(count) for count in dict.fromkeys(grouped.values())}
+    shared = {count: subgroup_of(count) for count in dict.fromkeys(grouped.values())}
     for name, count in grouped.items():
         if shared[count] is not None:
             setattr(module, name, synchronise_batch_norm(getattr(module, name), device, group=shared[count]))
 
 
 class GroupStatistics:
-    """One update of the running statistics for several groups of a batch: the mean of the groups' own updates.
+    """Makes one update of the running statistics from several groups of a batch: the mean of the groups' updates.
 
-    Each group is passed through the network by itself. Left alone, BatchNorm would move its running statistics once for
-    every group, with an effective momentum of ``1 - (1 - m) ** groups``, and on several processes each would keep its
-    own. So every group starts from the statistics before the step, and what the groups arrive at is averaged, over
-    processes too. As an update is linear in the batch's mean and variance, this is the update by their means over the
-    groups. (In the papers' runs every GPU is a group with running statistics of its own, of which the first GPU's are
-    kept; their mean over the GPUs moves as here.)
+    Each group passes through the network by itself. BatchNorm alone would update its running statistics once for every
+    group, with an effective momentum of ``1 - (1 - m) ** groups``, and each process would keep its own. Here every
+    group starts from the statistics before the step, and the results are averaged over groups and processes. An update
+    is linear in the batch's mean and variance, so this is the update by their means over the groups. (In the papers'
+    runs every GPU is a group with running statistics of its own, and the first GPU's are saved. Their mean over the
+    GPUs moves as here.)
 
-    Training itself is untouched: it normalises by batch statistics.
+    Training normalises by batch statistics and does not change.
 
     Args:
         modules: Whose BatchNorm layers are in training mode during the step.
@@ -146,7 +145,7 @@ class GroupStatistics:
 
     @torch.no_grad()
     def start_group(self) -> None:
-        """Before a group: back to where the step began."""
+        """Reset the statistics to those before the step. Call before each group."""
         if not self.statistics:
             return
         if not self.groups:
@@ -158,7 +157,7 @@ class GroupStatistics:
 
     @torch.no_grad()
     def end_group(self) -> None:
-        """After a group: keep what it arrived at."""
+        """Add up the statistics after a group. Call after each group."""
         if not self.statistics:
             return
         self.groups += 1
@@ -169,7 +168,7 @@ class GroupStatistics:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """After the last group of this process: the mean over all groups of all processes."""
+        """Set the statistics to the mean over all groups of all processes. Call after the last group."""
         if self.groups > 1:
             torch._foreach_div_(self.sums, self.groups)
         average_tensors(self.sums)

@@ -7,11 +7,6 @@ BYOL's are drawn as TensorFlow's and Haiku's are.
 from torch import nn
 
 
-def linear_head(in_dim: int, out_dim: int) -> nn.Linear:
-    """MoCo v1's head: one Linear layer with bias, (B, in_dim) -> (B, out_dim)."""
-    return nn.Linear(in_dim, out_dim)
-
-
 def mlp_head(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
     """MoCo v2's head: Linear, ReLU, Linear, with biases and without BatchNorm (arXiv:2003.04297)."""
     return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim))

@@ -1,9 +1,8 @@
-"""InfoNCE against a dictionary so large that its logits are not worth keeping: loss and gradient in one pass.
+"""InfoNCE against a large dictionary of keys: loss and gradient in one pass, without a (B, K) matrix of logits.
 
-The gradient of a softmax is known as soon as the softmax is: the mean key under it, less the positive key. So the
-dictionary is read a piece at a time, the running maximum, sum and weighted mean of keys are corrected as larger
-logits turn up (the online softmax of Milakov and Gimelshein, arXiv:1805.02867), and what stays in memory is (B, C),
-not (B, K).
+The gradient with respect to a query is the mean key under the softmax minus the positive key. The dictionary is read in
+pieces, and the running maximum, sum and weighted mean of keys are corrected whenever larger logits appear (the online
+softmax of Milakov and Gimelshein, arXiv:1805.02867). Only (B, C) values stay in memory.
 """
 
 from typing import Any
@@ -12,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits at a time: what a core's cache holds, and on an accelerator what keeps its matrix units busy.
+# Logits computed at a time: what fits a core's cache, and what keeps the matrix units of an accelerator busy.
 CPU_LOGITS, ACCELERATOR_LOGITS = 2**19, 2**26
 
 
-def contrast_with_dictionary(query: Tensor, key: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each query's own key among K others, with gradient for the queries alone.
+def info_nce_in_pieces(query: Tensor, key: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each query's own key among K other keys. Only the queries receive gradient.
 
     Args:
         query: (B, C), float32 or float64.
         key: (B, C), each query's positive.
-        keys: (K, C), everybody's negatives; only read.
+        keys: (K, C), the negatives of all queries; read only.
         temperature: Divides the inner products.
 
     Returns:
@@ -65,6 +64,6 @@ class _Contrast(torch.autograd.Function):
 
 
 def _piece(query: Tensor) -> int:
-    """Rows of the dictionary at a time."""
+    """Number of rows of the dictionary in a piece."""
     budget = CPU_LOGITS if query.device.type == "cpu" else ACCELERATOR_LOGITS
     return max(budget // len(query), 256)

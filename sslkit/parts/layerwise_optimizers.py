@@ -1,6 +1,6 @@
-"""Optimizers that fit the rate to each layer: LARS as MoCo v3, BYOL and SimCLR have it, LARC as SwAV has it.
+"""Optimizers with a learning rate for each layer: LARS as in MoCo v3, BYOL and SimCLR, LARC as in SwAV.
 
-timm's Lars divides by ``|g| + wd * |p|`` and so is another optimizer than any of the three papers'.
+timm's Lars divides by ``|g| + wd * |p|``, unlike any of the three papers.
 """
 
 from collections.abc import Callable
@@ -18,18 +18,18 @@ class _LayerwiseOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         if closure is not None:
-            raise ValueError("no closure: gradients must be there")
+            raise ValueError("a closure is not supported; compute the gradients before step()")
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
                     self.update(param, param.grad, group)
 
     def update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        """Move one parameter."""
+        """Update one parameter."""
         raise NotImplementedError
 
     def momentum_buffer(self, param: Tensor) -> Tensor:
-        """The parameter's momentum, zero at first."""
+        """The parameter's momentum buffer; starts at zero."""
         state = self.state[param]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(param)
@@ -67,7 +67,7 @@ class Lars(_LayerwiseOptimizer):
         self.rate_in_momentum = rate_in_momentum
 
     def update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        """Move one parameter."""
+        """Update one parameter."""
         if param.ndim > 1 and group.get("adapt", True):
             grad = grad.add(param, alpha=group["weight_decay"])
             param_norm, grad_norm = param.norm(), grad.norm()
@@ -107,7 +107,7 @@ class Larc(_LayerwiseOptimizer):
         super().__init__(params, defaults)
 
     def update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        """Move one parameter."""
+        """Update one parameter."""
         param_norm, grad_norm = param.norm(), grad.norm()
         decay = group["weight_decay"]
         rate = group["trust"] * param_norm / (grad_norm + decay * param_norm + group["eps"])

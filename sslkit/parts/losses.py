@@ -1,4 +1,4 @@
-"""Contrastive losses as pure functions of tensors. Similarities and log-sum-exp are never below float32.
+"""Losses as pure functions of tensors. Similarities and log-sum-exp are computed in float32 or better.
 
 Shapes: B local batch, N global batch, C embedding width, K negatives, P prototypes.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sslkit.distributed.collectives import max_over_processes, sum_over_processes
-from sslkit.parts.info_nce import contrast_with_dictionary
+from sslkit.parts.info_nce import info_nce_in_pieces
 
 
 def info_nce_with_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,7 @@ def info_nce_with_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: 
     """
     with _full_precision(query):
         query, key, queue = _at_least_float32(query, key, queue)
-        return contrast_with_dictionary(query, key, queue, temperature)
+        return info_nce_in_pieces(query, key, queue, temperature)
 
 
 def info_nce_of_similarities(positive: Tensor, negatives: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ def info_nce_of_similarities(positive: Tensor, negatives: Tensor, temperature: f
 def info_nce_in_batch(query: Tensor, keys: Tensor, temperature: float, first_label: int) -> tuple[Tensor, Tensor]:
     """InfoNCE of each query against every key of the global batch.
 
-    The gradient reaches ``keys`` too, if they carry one (the end-to-end mechanism of arXiv:1911.05722, section 4.1).
+    ``keys`` receive gradient too if they require it (the end-to-end mechanism of arXiv:1911.05722, section 4.1).
 
     Args:
         query: (B, C), any norm; normalised here. Carries gradient.
@@ -59,7 +59,7 @@ def info_nce_in_batch(query: Tensor, keys: Tensor, temperature: float, first_lab
         first_label: Row of ``keys`` that is the positive of ``query[0]``: B times the rank.
 
     Returns:
-        The mean loss in nats, and the share of queries ranked right.
+        The mean loss in nats, and the share of queries whose own key is the most similar.
     """
     with _full_precision(query):
         query, keys = unit_rows(query), unit_rows(keys)
@@ -95,7 +95,7 @@ def nt_xent(
 
 
 def _find_twin(rows: Tensor, twins: Tensor, own: Tensor, temperature: float, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of ``rows`` against ``twins`` and their own kind, themselves left out."""
+    """Cross-entropy of ``rows`` against ``twins`` and the other rows of their own view."""
     others = (rows @ own.T / temperature).scatter(1, labels[:, None], float("-inf"))
     logits = torch.cat([rows @ twins.T / temperature, others], dim=1)
     accuracy = (logits.argmax(dim=1) == labels).float().mean()
@@ -149,7 +149,7 @@ def sinkhorn_codes(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     """
     with _full_precision(scores):
         (scores,) = _at_least_float32(scores.detach())
-        # A constant cancels out; the largest keeps the exponential finite.
+        # A constant cancels out; subtracting the largest score keeps the exponential finite.
         codes = ((scores - max_over_processes(scores.max())) / epsilon).exp()
         codes /= sum_over_processes(codes.sum())
         num_prototypes, num_rows = codes.shape[1], sum_over_processes(codes.new_tensor(len(codes)))

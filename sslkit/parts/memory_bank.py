@@ -1,4 +1,4 @@
-"""The memory bank: a stored embedding of every sample, instead of an encoder that makes keys."""
+"""The memory bank: a stored embedding of every sample, which takes the place of an encoder of keys."""
 
 import math
 
@@ -12,12 +12,12 @@ from sslkit.distributed.collectives import gather_rows, rank, world_size
 class MemoryBank(nn.Module):
     """One embedding for each sample of the data, moved towards the sample's newest embedding when it is seen.
 
-    InstDisc (Wu et al., 2018, arXiv:1805.01978, section 3). The same on every process as long as every process
-    updates it with the gathered batch; part of the state dict, so that it survives a resume.
+    InstDisc (Wu et al., 2018, arXiv:1805.01978, section 3). It is the same on every process as long as every
+    process updates it with the gathered batch. It is part of the state dict, so a resumed run has it.
 
     Attributes:
         rows: (n, C) buffer. Drawn uniformly so that rows have about unit norm; normalised when first updated.
-        draws: () int64 buffer, how often noise was drawn: the key of the next draw.
+        draws: () int64 buffer, number of updates; the seed of the next draw of noise depends on it.
 
     Args:
         num_samples: Samples in the data, n.
@@ -34,12 +34,12 @@ class MemoryBank(nn.Module):
         self.register_buffer("rows", torch.empty(num_samples, dim).uniform_(-bound, bound))
         self.register_buffer("draws", torch.zeros((), dtype=torch.long))
         self.register_buffer("seed", torch.randint(2**40, ()))
-        self.seen: tuple[Tensor, Tensor] | None = None
+        self.kept: tuple[Tensor, Tensor] | None = None
 
     def draw_noise(self, batch: int, num_negatives: int) -> Tensor:
-        """Draw (B, K) row numbers for this process's ``batch``: uniform, with replacement, the positive not spared.
+        """Draw (B, K) row numbers for this process's ``batch``: uniform, with replacement, the positive included.
 
-        The draw is one for the global batch, of which each process takes its part.
+        One draw serves the global batch; each process takes its part.
         """
         generator = torch.Generator(self.rows.device).manual_seed(int(self.seed) + int(self.draws))
         shape = (batch * world_size(), num_negatives)
@@ -47,15 +47,15 @@ class MemoryBank(nn.Module):
         return drawn[rank() * batch : (rank() + 1) * batch]
 
     @torch.no_grad()
-    def remember(self, sample_ids: Tensor, embeddings: Tensor) -> None:
-        """Keep this process's (B,) samples and (B, C) embeddings, with everyone's, for `update_with_seen`."""
-        self.seen = gather_rows(sample_ids), gather_rows(embeddings)
+    def keep(self, sample_ids: Tensor, embeddings: Tensor) -> None:
+        """Gather the samples (B,) and embeddings (B, C) of all processes for `update_with_kept`."""
+        self.kept = gather_rows(sample_ids), gather_rows(embeddings)
 
-    def update_with_seen(self, momentum: float) -> None:
-        """`update` with what `remember` kept since the last time, if anything."""
-        if self.seen is not None:
-            self.update(*self.seen, momentum)
-            self.seen = None
+    def update_with_kept(self, momentum: float) -> None:
+        """Call `update` with what `keep` gathered since the last time, if anything."""
+        if self.kept is not None:
+            self.update(*self.kept, momentum)
+            self.kept = None
 
     @torch.no_grad()
     def update(self, sample_ids: Tensor, embeddings: Tensor, momentum: float) -> None:

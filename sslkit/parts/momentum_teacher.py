@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from sslkit.distributed.sharding import own_part
+from sslkit.distributed.sharding import local_shard
 from sslkit.parts.batchnorm import GlobalBatchNorm
 from sslkit.parts.schedules import Progress
 
@@ -75,6 +75,6 @@ class MomentumTeacher(nn.Module):
             student: The module this teacher was copied from, with its current parameters.
             momentum: Weight of the teacher's own value, in [0, 1]. 1 leaves every bit as it is; 0 copies.
         """
-        own: list[Tensor] = [own_part(param) for param in self.module.parameters()]
-        theirs: list[Tensor] = [own_part(param) for param in student.parameters()]
+        own: list[Tensor] = [local_shard(param) for param in self.module.parameters()]
+        theirs: list[Tensor] = [local_shard(param) for param in student.parameters()]
         torch._foreach_lerp_(own, theirs, 1.0 - momentum)

@@ -1,4 +1,4 @@
-"""The queue of keys: MoCo's dictionary, larger than any batch."""
+"""The queue of keys from earlier batches: MoCo's dictionary."""
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +8,9 @@ from torch.nn import functional
 class KeyQueue(nn.Module):
     """A first-in-first-out dictionary of L2-normalised keys.
 
-    MoCo (arXiv:1911.05722, section 3.1). It starts with random unit vectors, is the same on every process as long
-    as every process pushes the gathered keys, and is part of the state dict, so that it survives a resume.
-    Where the official code asks that the batch divides the size, this queue wraps around at any batch size.
+    MoCo (arXiv:1911.05722, section 3.1). It starts with random unit vectors. It is the same on every process as
+    long as every process pushes the gathered keys. It is part of the state dict, so a resumed run has it. The official
+    code requires that the batch divides the size; this queue wraps around at any batch size.
 
     Attributes:
         keys: (K, C) buffer, one key a row.

@@ -11,7 +11,6 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +182,7 @@ def _read_encoder(source: Path, recipe: Recipe) -> tuple[dict[str, Tensor], str]
     if not isinstance(tag, str) or not re.fullmatch(r"\w{1,100}", tag):
         raise UserError(f"{source / 'config.json'}: 'pretrained_cfg' tag cannot be {tag!r:.100}")
     shapes = tensor_shapes(source / "model.safetensors")
-    check_backbone_size(recipe.backbone_spec(), shapes, f"{source.parent / 'recipe.toml'} [backbone]")
+    check_backbone_size(recipe.backbone_config(), shapes, f"{source.parent / 'recipe.toml'} [backbone]")
     expected = {name: tuple(tensor.shape) for name, tensor in _build(recipe).state_dict().items()}
     if shapes != expected:
         wrong = sorted(name for name in shapes.keys() | expected if shapes.get(name) != expected.get(name))
@@ -199,7 +198,7 @@ def check_license(license_id: str) -> None:
 
 def _build(recipe: Recipe) -> nn.Module:
     """The backbone; whatever it was continued from is not asked for again."""
-    return create_backbone(replace(recipe.backbone_spec(), pretrained=False))
+    return create_backbone(recipe.backbone_config().model_copy(update={"pretrained": False}))
 
 
 def _prove(recipe: Recipe, state: dict[str, Tensor], written: Path, folder: Path) -> dict[str, Any]:
@@ -218,7 +217,7 @@ def _prove(recipe: Recipe, state: dict[str, Tensor], written: Path, folder: Path
         reloaded = timm.create_model(f"local-dir:{written}", pretrained=True, num_classes=0)
     else:
         reloaded = load_encoder(str(written)).module
-    size = recipe.backbone_spec().img_size
+    size = recipe.backbone_config().img_size
     images = torch.randn(2, recipe.views.channels, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected, found = backbone.eval()(images), reloaded.eval()(images)

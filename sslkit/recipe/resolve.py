@@ -22,12 +22,11 @@ from sslkit.data.sources.image_source import DataConfig
 from sslkit.errors import UserError, check_path, near_miss, path_problem
 from sslkit.methods import MethodOptions, all_methods, canonical_name, find_method
 from sslkit.methods.base import view_mistake
-from sslkit.parts.backbone import BackboneSpec, check_name, takes_image_size
+from sslkit.parts.backbone import BackboneConfig, check_name, takes_image_size
 from sslkit.recipe.paper_defaults import numbers_of_another_run, origin_of_views, paper_defaults
 from sslkit.recipe.schema import (
     MAX_RECIPE_BYTES,
     TABLES,
-    BackboneConfig,
     CheckpointConfig,
     GuardConfig,
     MonitorConfig,
@@ -75,10 +74,9 @@ class Recipe:
         factors: dict[str, float] = {"linear": ratio, "sqrt": ratio**0.5, "none": 1.0}
         return self.optim.lr * factors[self.optim.lr_rule]
 
-    def backbone_spec(self) -> BackboneSpec:
-        """What `create_backbone` needs."""
-        fields = self.backbone.model_dump()
-        return BackboneSpec(**{**fields, "img_size": self.backbone.img_size or self.views.size})
+    def backbone_config(self) -> BackboneConfig:
+        """The ``[backbone]`` table with its image size: that of the views, unless it states one."""
+        return self.backbone.model_copy(update={"img_size": self.backbone.img_size or self.views.size})
 
     def as_tables(self) -> dict[str, dict[str, Any]]:
         """Every number of the recipe as plain data, ready for TOML or JSON."""
@@ -219,7 +217,8 @@ def find_recipe(source: str | Path) -> Path:
         return shipped[str(source)]
     if path.stem in shipped and path.parent.name == "recipes":
         return shipped[path.stem]
-    raise UserError(f"{source}: no such file, and no recipe of that name{near_miss(path.stem, shipped)}")
+    hint = near_miss(path.stem, shipped) or "; sslkit recipes lists the names"
+    raise UserError(f"{source}: no such file, and no recipe of that name{hint}")
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -317,7 +316,8 @@ def _lay_over(defaults: dict[str, dict[str, Any]], tables: dict[str, Any]) -> di
 def _fill_policy(layered: dict[str, dict[str, Any]], folder: Path | None) -> list[str]:
     policy = layered["views"].get("policy")
     if not isinstance(policy, str) or policy not in POLICIES:
-        return [f"[views] policy: unknown policy {policy!r}{near_miss(str(policy), POLICIES)}; there are {[*POLICIES]}"]
+        near = near_miss(str(policy), POLICIES)
+        return [f"[views] policy: unknown policy {policy!r}{near}; there are {', '.join(POLICIES)}"]
     layered["views"], mistakes = read_pipelines(fill_policy(layered["views"]), folder)
     return mistakes
 

@@ -2,17 +2,16 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sslkit.data.augment.views_config import ViewsConfig
-from sslkit.data.config import MAX_CHANNELS
 from sslkit.data.sources.image_source import DataConfig
 from sslkit.errors import UserError, check_path, without_tokens
+from sslkit.parts.backbone import BackboneConfig
 
 MAX_RECIPE_BYTES = 1_000_000
 MAX_DEPTH = 8  # of tables and lists in each other
 MAX_WHOLE = 2**63  # TOML's own bound, which Python's reader does not keep
-PRETRAINED_SOURCES = ("hf_hub:", "hf-hub:", "local-dir:")
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -50,39 +49,6 @@ def check_plain(tables: dict[str, Any], name: str) -> None:
 
 class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class BackboneConfig(_Table):
-    """``[backbone]``; see `sslkit.parts.backbone.BackboneSpec`. ``img_size`` 0 means the size of the views."""
-
-    name: str
-    pretrained: bool | str = False
-    img_size: int = Field(strict=True, default=0, ge=0)
-    args: dict[str, Any] = Field(default_factory=dict)
-    zero_init_last: bool | None = None
-    init: Literal["timm", "moco_v3"] = "timm"
-    pos_embed: Literal["timm", "sincos2d", "none"] = "timm"
-    freeze_patch_embed: bool = False
-    small_stem: bool = False
-
-    @property
-    def channels(self) -> int:
-        """How many channels the images have."""
-        return int(self.args.get("in_chans", 3))
-
-    @field_validator("args")
-    @classmethod
-    def _some_channels(cls, value: dict[str, Any]) -> dict[str, Any]:
-        channels = value.get("in_chans", 3)
-        if type(channels) is not int or not 1 <= channels <= MAX_CHANNELS:
-            raise ValueError(f"in_chans must be a whole number from 1 to {MAX_CHANNELS}")
-        return value
-
-    @model_validator(mode="after")
-    def _pretrained_source(self) -> "BackboneConfig":
-        if isinstance(self.pretrained, str) and not self.pretrained.startswith(PRETRAINED_SOURCES):
-            raise ValueError("pretrained is true, false, 'hf_hub:user/name' or 'local-dir:PATH'")
-        return self
 
 
 class OptimConfig(_Table):

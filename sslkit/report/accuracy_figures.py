@@ -37,8 +37,9 @@ def accuracy_panel(runs: Sequence[RunRecord]) -> Panel:
     sources: list[tuple[str, str]] = []
     for index, run in enumerate(runs):
         scored = [row for row in values_of(run.results, "accuracy") if row.get("measure", TOP_1) == TOP_1]
-        for place, (name, rows) in enumerate(_by_series(scored).items()):
-            figure.add_trace(_score_curve(run, rows, style.name(run, name), style.line(index, place)))
+        for curve_index, (series, name) in enumerate(_series_names(scored, with_data=True).items()):
+            rows = [row for row in scored if series_of(row) == series]
+            figure.add_trace(_score_curve(run, rows, style.name(run, name), style.line(index, curve_index)))
         reference = run.recipe.reference
         figure.add_traces(published_curve(reference.get("knn_by_epoch"), style.name(run, "published kNN by epoch")))
         for key, protocol, dash in (("knn_top1", "kNN", "dot"), ("linear_top1", "linear", "dash")):
@@ -86,7 +87,7 @@ def score_rows(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
         scored = values_of(run.results, "accuracy")
         last = next((row for row in reversed(scored) if row.get("by") == "monitor"), None)
         evaluated = {(series_of(row), str(row.get("step"))) for row in scored if row.get("by") != "monitor"}
-        names = _names_in_table(scored)
+        names = _series_names(scored, with_data=False)
         for row in scored:
             repeated = (series_of(row), str(row.get("step"))) in evaluated
             if row.get("by") == "monitor" and (row is not last or repeated):
@@ -137,23 +138,19 @@ def series_of(row: Mapping[str, Any]) -> Series:
     return str(row.get("evaluation", "accuracy")), str(row.get("data", "")), digest
 
 
-def _by_series(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Group scores by series, under unique names: with the data or the hash where needed."""
-    found: dict[Series, list[Row]] = {}
-    for row in rows:
-        found.setdefault(series_of(row), []).append(row)
-    several = len({data for _, data, _ in found}) > 1
-    names = {series: f"{series[0]}, {series[1]}" if several and series[1] else series[0] for series in found}
-    counts = Counter(names.values())
-    return {_with_hash(names[series], series, counts[names[series]] > 1): rows for series, rows in found.items()}
+def _series_names(rows: Sequence[Row], with_data: bool) -> dict[Series, str]:
+    """A unique name for each series: the evaluation, its data if they differ, and the hash where that is ambiguous.
 
-
-def _names_in_table(rows: Sequence[Row]) -> dict[Series, str]:
-    """A name for each series in a table that has a column for the data."""
-    found = {series_of(row) for row in rows}
+    Args:
+        rows: Scores.
+        with_data: Whether names may contain the data; a table has a column for it.
+    """
+    found = dict.fromkeys(map(series_of, rows))
     counts = Counter(series[:2] for series in found)
-    return {series: _with_hash(series[0], series, counts[series[:2]] > 1) for series in found}
-
-
-def _with_hash(name: str, series: Series, ambiguous: bool) -> str:
-    return f"{name} [{series[2] or 'no protocol recorded'}]" if ambiguous else name
+    several = with_data and len({data for _, data, _ in found}) > 1
+    names = {}
+    for evaluation, data, digest in found:
+        name = f"{evaluation}, {data}" if several and data else evaluation
+        ambiguous = counts[evaluation, data] > 1
+        names[evaluation, data, digest] = f"{name} [{digest or 'no protocol recorded'}]" if ambiguous else name
+    return names

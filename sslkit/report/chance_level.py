@@ -29,5 +29,5 @@ def _without_weights(recipe: Recipe, num_images: int = 1) -> Method:
     """The method on the meta device. The backbone does not matter to the loss at chance or to the queue."""
     with torch.device("meta"):
         method = find_method(recipe.method_name)(nn.Identity(), 8, recipe.method)
-        method.meet_data(num_images)
+        method.set_num_samples(num_images)
     return method

@@ -288,10 +288,10 @@ def test_a_run_its_export_and_its_evaluation(plates: Path, tmp_path: Path) -> No
     linear = evaluate_linear(str(tmp_path / "out"), data, "logistic")
     assert linear.scores[0].accuracy >= 0.5
     pretrained = {"pretrained": f"local-dir:{tmp_path / 'out'}"}
-    continued = create_backbone(recipe_for(plates, backbone={"args": {"in_chans": 4}, **pretrained}).backbone_spec())
+    continued = create_backbone(recipe_for(plates, backbone={"args": {"in_chans": 4}, **pretrained}).backbone_config())
     assert torch.equal(continued.eval()(images), model(images))
     with pytest.raises(UserError, match=r"takes images of 4 channels; add args = \{ in_chans = 4 \}"):
-        create_backbone(small_recipe("moco_v2", "test_resnet", backbone=pretrained).backbone_spec())
+        create_backbone(small_recipe("moco_v2", "test_resnet", backbone=pretrained).backbone_config())
     with pytest.raises(UserError, match="fine-tuning takes encoders of RGB"):
         evaluate_finetune(str(tmp_path / "out"), data, "simclr")
 

@@ -92,6 +92,6 @@ def test_a_run_says_it_before_its_first_step_and_once(
         rows = [json.loads(line) for line in (run.folder / "diagnostics.jsonl").read_text().splitlines()]
         assert [any(alarm.startswith("data: ") for alarm in row["alarms"]) for row in rows] == [True, False]
         [record] = read_runs([run.folder])
-        assert any("are the same" in alarm.sentence for alarm in summarise(record).alarms)
+        assert any("are the same" in alarm.message for alarm in summarise(record).alarms)
     sslkit.train(recipe, tmp_path / "run")
     assert "are the same" not in capsys.readouterr().out

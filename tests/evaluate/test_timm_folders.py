@@ -13,7 +13,7 @@ from timm.models import save_for_hf
 
 from sslkit.errors import UserError
 from sslkit.evaluate import load_encoder
-from sslkit.parts.backbone import BackboneSpec, create_backbone
+from sslkit.parts.backbone import BackboneConfig, create_backbone
 
 TINY_VIT = {"img_size": 32, "embed_dim": 16, "depth": 1, "num_heads": 2}
 # Arguments that make them small. Heads are called head, fc, head.fc, classifier, head and head_dist ...
@@ -128,7 +128,7 @@ def test_other_differences_are_refused(tmp_path: Path, num_classes: int, change:
     assert sentence in cli_error(["eval", "knn", str(tmp_path / "m"), "--data", "builtin:fashion_mnist"])
     if sentence == "weights lack":  # which timm alone would fill with random ones
         with pytest.raises(UserError, match=sentence):
-            create_backbone(BackboneSpec(name="test_vit", img_size=32, pretrained=f"local-dir:{tmp_path / 'm'}"))
+            create_backbone(BackboneConfig(name="test_vit", img_size=32, pretrained=f"local-dir:{tmp_path / 'm'}"))
 
 
 def test_pytorchs_own_format_is_not_read_and_the_way_out_is_named(tmp_path: Path) -> None:

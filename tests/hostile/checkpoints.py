@@ -1,4 +1,4 @@
-"""Checkpoints of PyTorch that were made to take memory, time or more than tensors. Nothing here reads them."""
+"""Malicious PyTorch checkpoints, made to run code or to use much memory or time. Nothing here reads them."""
 
 import io
 import struct
@@ -14,7 +14,7 @@ GIGABYTES = 3_000_000_000
 
 
 class Call:
-    """Is stored as a call of ``function`` with ``arguments``, which whoever reads it makes."""
+    """Pickled as a call of ``function`` with ``arguments``, which unpickling would execute."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.stored = function, arguments
@@ -38,12 +38,12 @@ def zipped(parts: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> by
 
 
 def instructed(instructions: bytes) -> bytes:
-    """A checkpoint whose list of tensors is these instructions."""
+    """A checkpoint whose pickle consists of these opcodes."""
     return zipped({"x/data.pkl": b"\x80\x02" + instructions, "x/version": b"3\n"})
 
 
 def patched(content: bytes, before: bytes, after: bytes, count: int = -1) -> bytes:
-    """A checkpoint with other instructions, in either format."""
+    """A checkpoint with other pickle opcodes, in either format."""
     if content[:2] != b"PK":
         return content.replace(before, after, count)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -51,12 +51,12 @@ def patched(content: bytes, before: bytes, after: bytes, count: int = -1) -> byt
 
 
 def longer(numbers: int, *, old: bool) -> bytes:
-    """A tensor of a thousand numbers that claims to be one of so many."""
+    """A tensor of a thousand numbers that declares another size."""
     return patched(saved({"a": torch.zeros(1000)}, old=old), b"M\xe8\x03", b"J" + struct.pack("<i", numbers))
 
 
 def overlapping() -> bytes:
-    """An archive, two of whose parts are the same bytes."""
+    """An archive with two entries that share their bytes."""
     whole = bytearray(zipped({"x/data.pkl": b"\x80\x02}.", "x/data/0": bytes(4000), "x/data/1": b""}))
     at = whole.rfind(b"PK\1\2")
     first = whole.find(b"PK\1\2", whole.find(b"PK\1\2") + 1)
@@ -66,7 +66,7 @@ def overlapping() -> bytes:
 
 
 def two_lists() -> bytes:
-    """An archive with another list of parts than the one that its end tells the offset of."""
+    """An archive with a second central directory, at another offset than its end record states."""
     good, other = instructed(b"}."), instructed(b"}(X\1\0\0\0aK\1u.")
     return good[:-22] + other
 
@@ -83,7 +83,7 @@ DOUBLED = b"c_codecs\nencode\nq\0" + b"(h\0" * 30 + b"(X\1\0\0\0aX\6\0\0\0latin1
 
 
 def hostile_checkpoints() -> dict[str, tuple[bytes, str]]:
-    """By name, the file and words of the sentence that refuses it."""
+    """By name: the file, and part of the message that refuses it."""
     wide = ONE.expand(GIGABYTES)
     typed = torch.storage.TypedStorage(wrap_storage=ONE.untyped_storage(), dtype=torch.float32, _internal=True)
     beyond = Call(BEYOND[0], typed, *BEYOND[2:])

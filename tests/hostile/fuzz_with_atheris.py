@@ -1,4 +1,4 @@
-"""Fuzz a reader, guided by which lines its inputs reach: ``python tests/hostile/fuzz_with_atheris.py TARGET [OPTION]``.
+"""Coverage-guided fuzzing of a reader: ``python tests/hostile/fuzz_with_atheris.py TARGET [OPTION]``.
 
 Needs atheris (``pip install atheris``) and begins with the kept seeds. Options are libFuzzer's, such as
 ``-max_total_time=60``; without that one it takes a minute. An input that a reader chokes on is left in the working
@@ -19,7 +19,7 @@ OPTIONS = ("-max_total_time=60", "-timeout=20", "-rss_limit_mb=1500", "-max_len=
 
 
 def main() -> None:
-    """Fuzz the target that the first word names."""
+    """Fuzz the target named by the first argument."""
     if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
         sys.exit(f"give a target: {', '.join(TARGETS)}")
     name, *options = sys.argv[1:]

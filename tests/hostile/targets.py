@@ -1,6 +1,6 @@
-"""What is fuzzed: functions of bytes, which may refuse them with a `UserError` and must let nothing else out.
+"""The fuzzed functions. They take bytes, and may raise `UserError` and no other exception.
 
-Their first byte, where they say so, chooses between forms of the rest.
+For some, the first byte selects the form of the rest.
 """
 
 import gzip
@@ -15,7 +15,7 @@ import tomli_w
 import torch
 from checkpoints import instructed
 from safetensors.torch import save
-from strangers import resign
+from tampering import resign
 from torch import nn
 
 from sslkit.data.sources.idx import read_idx
@@ -35,7 +35,7 @@ FOLDER = tempfile.TemporaryDirectory(prefix="sslkit-fuzz-", dir=MEMORY if Path(M
 
 
 def only_user_errors(read: Callable[[], Any]) -> Any:
-    """What ``read`` returns; None where it refuses, in a sentence of bounded length."""
+    """What ``read`` returns, or None if it raises a UserError, whose message must be short."""
     try:
         return read()
     except UserError as error:
@@ -52,7 +52,7 @@ def written(name: str, content: bytes) -> Path:
 
 
 def checkpoint_of(**files: bytes) -> Path:
-    """A folder whose sums agree."""
+    """A checkpoint folder with matching checksums."""
     whole = {"model": WEIGHTS, "optimizer": save({}), "state": json.dumps(STATE).encode(), **files}
     for name, content in whole.items():
         file = written(f"step-00000001/{name}.{'json' if name == 'state' else 'safetensors'}", content)
@@ -61,7 +61,7 @@ def checkpoint_of(**files: bytes) -> Path:
 
 
 def recipe(content: bytes) -> None:
-    """A recipe's file: what passes can be written and read again."""
+    """A recipe file; a valid one can be written and read again."""
     found = only_user_errors(lambda: load_recipe(written("recipe.toml", content)))
     if found is not None:
         tables = found.as_tables()
@@ -70,7 +70,7 @@ def recipe(content: bytes) -> None:
 
 
 def state(content: bytes) -> None:
-    """A checkpoint's manifest, or (first byte odd) its state beside a manifest that agrees."""
+    """The manifest of a checkpoint, or (first byte odd) its state with a matching manifest."""
     if content[:1] and content[0] % 2:
         folder = checkpoint_of(state=content[1:])
     else:
@@ -81,7 +81,7 @@ def state(content: bytes) -> None:
 
 
 def weights(content: bytes) -> None:
-    """A safetensors file: an encoder's, one to import, a checkpoint's weights, and its optimizer, which is put in."""
+    """A safetensors file: of an encoder, to import, and as weights and optimizer of a checkpoint."""
     file = written("x.safetensors", content)
     only_user_errors(lambda: tensor_shapes(file))
     only_user_errors(lambda: read_tensors(file))
@@ -92,7 +92,7 @@ def weights(content: bytes) -> None:
 
 
 def go_on(checkpoint: Checkpoint) -> None:
-    """Make a step from a checkpoint of one layer: what was let in must also work."""
+    """Train one step from a checkpoint that was accepted."""
     layer = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(layer.parameters())
     restore(checkpoint, layer, optimizer)
@@ -101,7 +101,7 @@ def go_on(checkpoint: Checkpoint) -> None:
 
 
 def idx(content: bytes) -> None:
-    """An IDX file, packed here (first byte odd) or as it is."""
+    """An IDX file, compressed here (first byte odd) or unchanged."""
     axes = 3 if content[:1] and content[0] & 2 else 1
     packed = gzip.compress(content[1:], 0) if content[:1] and content[0] % 2 else content[1:]
     found = only_user_errors(lambda: read_idx(written("x.gz", packed), axes))
@@ -109,7 +109,7 @@ def idx(content: bytes) -> None:
 
 
 def importer(content: bytes) -> None:
-    """A checkpoint of PyTorch as it is, or (first byte odd) the instructions in one."""
+    """A PyTorch checkpoint, or (first byte odd) the pickle opcodes of one."""
     whole = instructed(content[1:]) if content[:1] and content[0] % 2 else content[1:]
     found = only_user_errors(lambda: read_tensors(written("x.pth", whole)))
     if found is not None:
@@ -125,7 +125,7 @@ def recognised(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def capsule(content: bytes) -> None:
-    """What a capsule says beside its weights; a sum of ``0`` is put right."""
+    """The JSON file of a crash dump; a checksum of ``0`` is replaced by the right one."""
     weights = written("capsule/model.safetensors", WEIGHTS)
     right = content.replace(b'"sha256": 0', f'"sha256": "{hashlib.sha256(WEIGHTS).hexdigest()}"'.encode())
     written("capsule/capsule.json", right)

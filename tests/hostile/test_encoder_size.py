@@ -1,4 +1,4 @@
-"""What a small encoder folder can make sslkit build: no more than its weights need, whichever way it asks."""
+"""A small encoder folder cannot make sslkit build a model much larger than its weights."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from sslkit.errors import UserError
 from sslkit.evaluate import load_encoder
 from sslkit.evaluate.features.extraction import Encoder
 from sslkit.hub.untrusted import check_size
-from sslkit.parts.backbone import BackboneSpec, create_backbone
+from sslkit.parts.backbone import BackboneConfig, create_backbone
 
 SWIN = {"embed_dim": 8, "depths": [2, 2, 1, 1], "num_heads": [1, 1, 1, 1]}
 # By name: timm model, the arguments its weights were saved with, and the ones that its config.json asks for.
@@ -40,7 +40,7 @@ LARGE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 def folder_of(folder: Path, name: str, saved: dict[str, Any], asked: dict[str, Any]) -> Path:
-    """An encoder folder whose config.json asks for more than was saved."""
+    """An encoder folder whose config.json describes a larger model than its weights."""
     folder.mkdir()
     module = timm.create_model(name, num_classes=0, **saved)
     save_file(module.state_dict(), folder / "model.safetensors")
@@ -54,7 +54,7 @@ CHILD = """
 import resource, sys
 from sslkit.errors import UserError
 from sslkit.evaluate import load_encoder
-from sslkit.parts.backbone import BackboneSpec, create_backbone
+from sslkit.parts.backbone import BackboneConfig, create_backbone
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -62,7 +62,7 @@ def peak():
 load_encoder(sys.argv[1])
 before = peak()
 for folder in sys.argv[2:]:
-    spec = BackboneSpec(name="test_vit", img_size=32, pretrained=f"local-dir:{folder}")
+    spec = BackboneConfig(name="test_vit", img_size=32, pretrained=f"local-dir:{folder}")
     for door in (lambda: load_encoder(folder), lambda: create_backbone(spec)):
         try:
             door()
@@ -100,11 +100,11 @@ def test_a_runs_recipe_is_bounded_by_its_encoder(tmp_path: Path) -> None:
 
 
 def test_where_a_model_is_built_is_not_for_a_folder_to_say(tmp_path: Path) -> None:
-    """On another device than meta, what is too large would be made before it is refused."""
+    """On another device than meta, a model that is too large would be built before it is refused."""
     refused: list[dict[str, Any]] = [{"device": "cpu", "img_size": 11200}, {"device": "meta"}, {"dtype": "float64"}]
     for place, asked in enumerate(refused):
         folder = folder_of(tmp_path / str(place), "swin_tiny_patch4_window7_224", SWIN, asked)
-        spec = BackboneSpec(name="swin_tiny_patch4_window7_224", img_size=224, pretrained=f"local-dir:{folder}")
+        spec = BackboneConfig(name="swin_tiny_patch4_window7_224", img_size=224, pretrained=f"local-dir:{folder}")
         for door in (lambda folder=folder: load_encoder(str(folder)), lambda spec=spec: create_backbone(spec)):
             with pytest.raises(UserError, match="is not for a recipe or an encoder folder to set"):
                 door()
@@ -112,12 +112,12 @@ def test_where_a_model_is_built_is_not_for_a_folder_to_say(tmp_path: Path) -> No
     with pytest.raises(UserError, match="may not say device or dtype"):
         load_encoder(str(nested))
     with pytest.raises(UserError, match="'device' is not for a recipe"):
-        create_backbone(BackboneSpec(name="test_vit", img_size=32, args={"device": "cpu"}))
+        create_backbone(BackboneConfig(name="test_vit", img_size=32, args={"device": "cpu"}))
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet_gn", "swin_tiny_patch4_window7_224"])
 def test_honest_models_are_within_bounds(name: str) -> None:
-    """Also with a fraction of the usual width and at twice the side, where buffers are far larger than weights."""
+    """Also with a fraction of the usual width and twice the image size, where buffers are much larger than weights."""
     arguments: list[dict[str, Any]] = [{}]
     arguments += [{**SWIN, "img_size": 448}] if name.startswith("swin") else []
     for args in arguments:
@@ -139,4 +139,4 @@ def test_an_input_of_many_large_channels_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="input_size cannot be"):
         load_encoder(str(folder))
     with pytest.raises(UserError, match="input_size cannot be"):
-        create_backbone(BackboneSpec(name="test_vit", img_size=32, pretrained=f"local-dir:{folder}"))
+        create_backbone(BackboneConfig(name="test_vit", img_size=32, pretrained=f"local-dir:{folder}"))

@@ -1,4 +1,4 @@
-"""Checkpoints of PyTorch that were made to hurt are refused before they are read, in no time and no memory."""
+"""Malicious PyTorch checkpoints are refused before they are unpickled, using little time and memory."""
 
 import json
 import subprocess
@@ -74,7 +74,7 @@ def test_at_the_door(tmp_path: Path) -> None:
 
 
 def trained() -> dict[str, Any]:
-    """All that a training program puts into its checkpoint."""
+    """Everything that a training script stores in its checkpoint."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(torch.rand(2, 3, 3, 3)).sum().backward()
@@ -112,7 +112,7 @@ def test_what_a_training_program_saves_is_let_through(old: bool, tmp_path: Path)
 
 
 def test_what_python_2_saved_is_let_through(tmp_path: Path) -> None:
-    """An OrderedDict was a list of pairs then."""
+    """In this version an OrderedDict was pickled as a list of pairs."""
     check_instructions(written(tmp_path, instructed(b"ccollections\nOrderedDict\n]](X\1\0\0\0aK\1ea\x85R.")))
     with pytest.raises(UserError, match=r"OrderedDict of no pairs"):
         check_instructions(written(tmp_path, instructed(b"ccollections\nOrderedDict\n]](K\1ea\x85R.")))
@@ -120,7 +120,7 @@ def test_what_python_2_saved_is_let_through(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("old", [False, True])
 def test_one_byte_more_than_there_is(old: bool, tmp_path: Path) -> None:
-    """The bound is exact: the last number of a storage may be used, and none after it."""
+    """The bound is exact: a tensor may use the last number of a storage, and none after it."""
     content = saved({"a": torch.zeros(1000)}, old=old)
     check_instructions(written(tmp_path, content))
     shorter = patched(content, b"M\xe8\x03", b"M\xe7\x03", 1)  # the storage's length, which stands first

@@ -1,4 +1,4 @@
-"""Files that were made to hurt: nothing of them runs, nothing is written elsewhere, and one sentence says why not."""
+"""Malicious files: no code runs, nothing is written elsewhere, and one sentence gives the reason."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import cli_error, small_recipe
 from safetensors.torch import load_file, save_file
-from strangers import resign, rewrite
+from tampering import resign, rewrite
 
 import sslkit
 from sslkit.cli import main
@@ -47,7 +47,7 @@ def run(good: Path, tmp_path: Path) -> Path:
 
 
 def lying(header: dict[str, Any] | bytes, length: int | None = None, body: bytes = b"") -> bytes:
-    """A safetensors file with this header, which may state another length of itself."""
+    """A safetensors file with this header; the header length may be wrong."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + body
 
@@ -72,7 +72,7 @@ LIES = {
 
 @pytest.mark.parametrize("lie", LIES)
 def test_safetensors_that_lie(run: Path, lie: str, tmp_path: Path) -> None:
-    """As an encoder, in a checkpoint whose manifest agrees, in a capsule, and given to import."""
+    """As an encoder, in a checkpoint with a matching manifest, in a crash dump, and as input of import."""
     checkpoint = run / "checkpoints" / "step-00000002"
     for file in (run / "encoder" / "model.safetensors", checkpoint / "model.safetensors", tmp_path / "x.safetensors"):
         file.write_bytes(LIES[lie])
@@ -143,7 +143,7 @@ def test_a_config_that_is_none(run: Path, text: str) -> None:
 
 
 class Evil:
-    """Runs a command when it is unpacked by a reader that is not careful."""
+    """Runs a command when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -274,7 +274,7 @@ def test_an_optimizer_of_other_shapes_is_refused_before_a_step(run: Path) -> Non
 )
 @pytest.mark.parametrize("dangling", [False, True])
 def test_a_runs_folder_of_links_is_not_written_through(run: Path, tmp_path: Path, name: str, dangling: bool) -> None:
-    """A stranger's run that is continued, drawn or scored: what its names point at stays as it was."""
+    """An untrusted run that is continued, reported or evaluated: the targets of its links stay unchanged."""
     victim = tmp_path / "victim"
     victim.mkdir()
     if (run / name).is_dir():
@@ -317,7 +317,7 @@ def test_a_whole_number_beyond_all_floats_is_not_finite() -> None:
     ],
 )
 def test_a_pipe_in_a_runs_folder_is_not_waited_for(run: Path, tmp_path: Path, name: str) -> None:
-    """In a process of its own, which would wait for ever."""
+    """In a separate process, which could wait forever."""
     recipe = str(shutil.copy(run / "recipe.toml", tmp_path / "recipe.toml"))
     (run / name).unlink(missing_ok=True)
     os.mkfifo(run / name)

@@ -1,4 +1,4 @@
-"""Runs of strangers whose sums agree and whose content is none: one sentence, and nothing has been written."""
+"""Run folders with matching checksums and invalid content: one sentence, and nothing is written."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import cli_error, small_recipe
 from safetensors.torch import load_file, save_file
-from strangers import contents, resign, rewrite
+from tampering import contents, resign, rewrite
 from torch import Tensor
 
 import sslkit
@@ -27,7 +27,7 @@ DEEP = 100_000
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of AdamW, which remembers most."""
+    """A run with AdamW, which has the most state."""
     folder = tmp_path_factory.mktemp("good") / "run"
     optim = {"name": "adamw", "lr": 1e-4, "weight_decay": 0.1}
     recipe = small_recipe("moco_v2", "test_vit", train={"max_steps": 2}, backbone=VIT, optim=optim)
@@ -42,7 +42,7 @@ def run(good: Path, tmp_path: Path) -> Path:
 
 
 def refused(run: Path, *more: str) -> str:
-    """What is said when the run is to be continued, which must leave it as it is."""
+    """The message when the run is continued; the run must not change."""
     recipe = shutil.copy(run / "recipe.toml", run.parent / "recipe.toml") if not more else more[0]
     before = contents(run)
     error = cli_error(["pretrain", str(recipe), "--output", str(run), "--set", "train.max_steps=3"])

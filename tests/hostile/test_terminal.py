@@ -1,4 +1,4 @@
-"""Text from outside on the terminal: it moves no cursor, forges no line, is no markup, and never ends a command."""
+"""Untrusted text on the terminal: it cannot move the cursor, imitate a message, be read as markup, or end a command."""
 
 import io
 import json
@@ -57,7 +57,7 @@ WORDS = {
 
 
 def assert_harmless(text: str) -> None:
-    """Nothing but printable characters and line ends, and no line that we did not mean."""
+    """Only printable characters and line ends, and no imitated message."""
     assert [unicodedata.name(char, hex(ord(char))) for char in text if not char.isprintable() and char != "\n"] == []
     assert not re.search("^sslkit: (done|all is well)", text, flags=re.M)
 
@@ -103,7 +103,7 @@ def test_bytes_of_names_stay_readable() -> None:
 
 @pytest.mark.parametrize("word", WORDS.values(), ids=WORDS)
 def test_recipes(word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In keys, values and comments, of recipes that are refused and of those that are shown."""
+    """In keys, values and comments of recipes, refused or shown."""
     plain = '[method]\nname = "simclr"\n[backbone]\nname = "test_vit"\n[data]\npath = "x"\n[views]\nsize = 32\n'
     file = tmp_path / "recipe.toml"
     comment = f"# {word}".replace("\n", " ").replace("\r", " ")
@@ -186,7 +186,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_folders_that_are_written(
     name: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command ends well, and what it prints to be copied is whole."""
+    """The command succeeds, and the code that it prints is complete."""
     monkeypatch.chdir(tmp_path)
     Path(name).parent.mkdir(exist_ok=True)
     Path(name).symlink_to(trained)
@@ -234,7 +234,7 @@ def test_errors_of_others(make: Callable[[str], Exception], word: str) -> None:
 
 
 def test_warnings_of_others(capsys: pytest.CaptureFixture[str]) -> None:
-    """Also those of libraries that print by handlers of their own, as datasets and huggingface_hub do."""
+    """Also with the libraries' own log handlers, as of datasets and huggingface_hub."""
     sanitize_other_libraries()
     token = f"hf_{'aB3dE6gH9jK2mN5pQ8sTxYzUvWqRtSaBcD'}"
     logger, stream = logging.getLogger("another.library"), io.StringIO()
@@ -254,7 +254,7 @@ def test_warnings_of_others(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_lines_of_a_message_in_a_traceback_are_indented(capsys: pytest.CaptureFixture[str]) -> None:
-    """So that none is taken for a sentence of ours, also of an error that another led to."""
+    """So that it cannot be taken for a message of sslkit; also in chained errors."""
     forged = "sslkit: done: runs/forged"
     print_traceback(ValueError(f"a\n{forged}"))
     assert capsys.readouterr().err.splitlines()[-2:] == ["ValueError: a", f"  {forged}"]
@@ -267,7 +267,7 @@ def test_lines_of_a_message_in_a_traceback_are_indented(capsys: pytest.CaptureFi
 
 
 def test_nothing_is_printed_beside_the_door() -> None:
-    """No other file calls print, makes a console's table of words, or escapes by itself."""
+    """No other file calls print, makes Rich tables, or escapes text itself."""
     root = Path(sslkit.__file__).parent
     found = []
     for file in root.rglob("*.py"):

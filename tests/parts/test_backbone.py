@@ -6,12 +6,12 @@ from golden.arithmetic import vit_init_bounds, vit_trunk_count
 from golden.formulas import sincos2d
 
 from sslkit.errors import UserError
-from sslkit.parts.backbone import BackboneSpec, create_backbone, family, feature_dim
+from sslkit.parts.backbone import BackboneConfig, create_backbone, family, feature_dim
 
 
 def v3_vit(name: str, **changes: object) -> torch.nn.Module:
     fields = {"img_size": 224, "init": "moco_v3", "pos_embed": "sincos2d", "freeze_patch_embed": True} | changes
-    return create_backbone(BackboneSpec(name=name, **fields))  # type: ignore[arg-type]
+    return create_backbone(BackboneConfig(name=name, **fields))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +61,12 @@ def test_families() -> None:
 
 def test_zero_init_last_is_honoured() -> None:
     for zero in (False, True):
-        model = create_backbone(BackboneSpec(name="resnet18", img_size=32, zero_init_last=zero))
+        model = create_backbone(BackboneConfig(name="resnet18", img_size=32, zero_init_last=zero))
         assert (torch.count_nonzero(model.layer1[0].bn2.weight) == 0) == zero
 
 
 def test_small_stem_keeps_resolution() -> None:
-    model = create_backbone(BackboneSpec(name="resnet18", img_size=32, small_stem=True))
+    model = create_backbone(BackboneConfig(name="resnet18", img_size=32, small_stem=True))
     assert model.forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 512, 4, 4)
 
 
@@ -83,11 +83,11 @@ def test_small_stem_keeps_resolution() -> None:
 )
 def test_refusals(fields: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        create_backbone(BackboneSpec(img_size=32, **fields))  # type: ignore[arg-type]
+        create_backbone(BackboneConfig(img_size=32, **fields))  # type: ignore[arg-type]
 
 
 def test_image_size_refused() -> None:
-    model = create_backbone(BackboneSpec(name="test_vit", img_size=32))
+    model = create_backbone(BackboneConfig(name="test_vit", img_size=32))
     with pytest.raises(UserError, match=r"\[views\] size: .* 30 x 30"):
         feature_dim(model, 30)
     assert feature_dim(model, 32) == 64

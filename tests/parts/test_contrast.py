@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from sslkit.parts import info_nce as contrast
-from sslkit.parts.info_nce import contrast_with_dictionary
+from sslkit.parts.info_nce import info_nce_in_pieces
 
 
 def rows(count: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -23,7 +23,7 @@ def whole_matrix(query: Tensor, key: Tensor, keys: Tensor, temperature: float) -
 def test_pieces_equal_the_whole(piece: int, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contrast, "CPU_LOGITS", piece * 24)
     query, key, keys = rows(24, 0).requires_grad_(), rows(24, 1), rows(1000, 2)
-    loss, accuracy = contrast_with_dictionary(query, key, keys, temperature)
+    loss, accuracy = info_nce_in_pieces(query, key, keys, temperature)
     loss.backward()
     twin = query.detach().clone().requires_grad_()
     expected = whole_matrix(twin, key, keys, temperature).mean()
@@ -38,13 +38,13 @@ def test_pieces_equal_the_whole(piece: int, temperature: float, monkeypatch: pyt
 
 def test_the_gradient_is_the_losss_own() -> None:
     query, key, keys = rows(5, 3).requires_grad_(), rows(5, 4), rows(700, 5)
-    assert torch.autograd.gradcheck(lambda each: contrast_with_dictionary(each, key, keys, 0.2)[0], query)
+    assert torch.autograd.gradcheck(lambda each: info_nce_in_pieces(each, key, keys, 0.2)[0], query)
 
 
 def test_logits_far_apart_neither_overflow_nor_vanish() -> None:
     query = torch.eye(3, 16, dtype=torch.float32).requires_grad_()
     keys = torch.cat([-torch.eye(3, 16).repeat(200, 1), torch.eye(3, 16)])
-    loss, _ = contrast_with_dictionary(query, torch.eye(3, 16), keys, 0.001)
+    loss, _ = info_nce_in_pieces(query, torch.eye(3, 16), keys, 0.001)
     loss.backward()
     assert loss.item() == pytest.approx(torch.tensor(2.0).log().item(), rel=1e-6)  # its own key, and its equal
     assert query.grad is not None
@@ -55,7 +55,7 @@ def test_no_tensor_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(contrast, "CPU_LOGITS", 8 * 512)
     query, key, keys = rows(8, 6).requires_grad_(), rows(8, 7), rows(16_384, 8)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        contrast_with_dictionary(query, key, keys, 0.07)[0].backward()
+        info_nce_in_pieces(query, key, keys, 0.07)[0].backward()
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert 0 < largest < 8 * 16_384 * 8 / 8  # an eighth of (B, K) float64
 
@@ -63,5 +63,5 @@ def test_no_tensor_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_without_gradient_the_loss_is_the_same() -> None:
     query, key, keys = rows(8, 6), rows(8, 7), rows(900, 8)
     with torch.no_grad():
-        loss = contrast_with_dictionary(query, key, keys, 0.07)[0]
+        loss = info_nce_in_pieces(query, key, keys, 0.07)[0]
     torch.testing.assert_close(loss, whole_matrix(query, key, keys, 0.07).mean(), rtol=1e-12, atol=0)

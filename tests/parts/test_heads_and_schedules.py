@@ -11,11 +11,11 @@ from golden.simclr import simclr_projector
 from golden.swav import swav_projector
 from torch import nn
 
-from sslkit.parts.heads import batch_norm_mlp, byol_mlp, linear_head, mlp_head, simclr_head, swav_head
+from sslkit.parts.heads import batch_norm_mlp, byol_mlp, mlp_head, simclr_head, swav_head
 from sslkit.parts.schedules import cosine, per_epoch, warmup_then_cosine, warmup_then_steps
 
 OURS = {
-    "v1": (lambda: linear_head(2048, 128), paper.v1_head),
+    "v1": (lambda: nn.Linear(2048, 128), paper.v1_head),
     "v2": (lambda: mlp_head(2048, 2048, 128), paper.v2_head),
     "v3_r50_projector": (
         lambda: batch_norm_mlp(2048, 4096, 256, num_layers=2, last_norm=True),
@@ -116,7 +116,7 @@ DRAWN = {
     # A normal cut at two deviations has 0.8796 of its standard deviation.
     "byol": (lambda: byol_mlp(512, 1024, 256), lambda width: 0.87962566 / math.sqrt(width), lambda w: 2 / math.sqrt(w)),
     "swav": (lambda: swav_head(512, 512, 128), lambda width: 1 / math.sqrt(3 * width), lambda w: 1 / math.sqrt(w)),
-    "moco_v1": (lambda: linear_head(512, 128), lambda width: 1 / math.sqrt(3 * width), lambda w: 1 / math.sqrt(w)),
+    "moco_v1": (lambda: nn.Linear(512, 128), lambda width: 1 / math.sqrt(3 * width), lambda w: 1 / math.sqrt(w)),
     "moco_v2": (lambda: mlp_head(512, 512, 128), lambda width: 1 / math.sqrt(3 * width), lambda w: 1 / math.sqrt(w)),
     "moco_v3": (
         lambda: batch_norm_mlp(512, 1024, 256, num_layers=3, last_norm=True),

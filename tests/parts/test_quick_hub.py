@@ -18,7 +18,7 @@ from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.errors import UserError
 from sslkit.evaluate import load_encoder
 from sslkit.hub import availability as hub
-from sslkit.parts.backbone import BackboneSpec, create_backbone
+from sslkit.parts.backbone import BackboneConfig, create_backbone
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_it_is_asked_once_and_nobody_waits(asked: list[str], capsys: pytest.Capt
     with pytest.raises(UserError, match="its pretrained weights cannot be had: .*" + unreachable):
         load_encoder("resnet18")
     with pytest.raises(UserError, match="pretrained: no weights for 'resnet18'"):
-        create_backbone(BackboneSpec(name="resnet18", pretrained=True, img_size=32))
+        create_backbone(BackboneConfig(name="resnet18", pretrained=True, img_size=32))
     assert time.monotonic() - start < 10
     assert asked == [constants.ENDPOINT]
     assert capsys.readouterr().err == ""

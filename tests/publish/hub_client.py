@@ -14,7 +14,7 @@ from sslkit.cli import main
 from sslkit.evaluate.features import extraction as features
 from sslkit.evaluate.probes import scoring as judge
 from sslkit.evaluate.features.extraction import fingerprint
-from sslkit.parts.backbone import BackboneSpec, create_backbone
+from sslkit.parts.backbone import BackboneConfig, create_backbone
 
 loaded = []
 load = judge.load_encoder
@@ -26,7 +26,7 @@ for line in sys.stdin:
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complaint):
         try:
             if words[0] == "backbone":
-                built = fingerprint(create_backbone(BackboneSpec(name="test_vit", img_size=32, pretrained=words[1])))
+                built = fingerprint(create_backbone(BackboneConfig(name="test_vit", img_size=32, pretrained=words[1])))
                 code, loaded = 0, [type("Built", (), {"module": None})]
             elif words[0] == "silence":
                 from sslkit.publish import repository as hub

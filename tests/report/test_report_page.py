@@ -289,7 +289,7 @@ def test_views_need_no_run(tmp_path: Path) -> None:
     write_views(recipe, "many & small", tmp_path / "v.html")
     words = Page(tmp_path / "v.html").words()
     assert "Views of many & small" in words
-    assert "2 small views" in words
+    assert "2 local views" in words
 
 
 def test_a_header_of_an_older_run_is_no_obstacle(bare: Path, tmp_path: Path) -> None:

@@ -17,9 +17,8 @@ from conftest import cli_error, small_recipe
 from rich.console import Console
 
 import sslkit
-from sslkit.engine.resilience import preemption as stopping
 from sslkit.engine.run_folder import lock
-from sslkit.files import jsonl_reader, run_reader
+from sslkit.files import jsonl_reader
 from sslkit.files.run_reader import RunReader
 from sslkit.watch import run_state as state
 from sslkit.watch import watch
@@ -65,10 +64,6 @@ def page(folder: Path, width: int = 80, height: int = 40, **options: object) -> 
     stream = io.StringIO()
     Console(file=stream, width=width, height=height, **options).print(Page(run))  # type: ignore[arg-type]
     return stream.getvalue()
-
-
-def test_names_are_the_engines() -> None:
-    assert (run_reader.LOCK, run_reader.STOP_MARKER) == (lock.LOCK, stopping.MARKER)
 
 
 @pytest.mark.slow

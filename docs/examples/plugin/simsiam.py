@@ -9,8 +9,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
-from sslkit.methods.base import BatchInfo, Features, Method, MethodOptions, Progress, Step, Views
-from sslkit.parts.backbone import Family
+from sslkit.methods import BatchInfo, Family, Features, Method, MethodOptions, Progress, Step
 from sslkit.parts.heads import batch_norm_mlp
 
 
@@ -44,12 +43,6 @@ class SimSiam(Method):
             nn.Linear(options.bottleneck, options.dim),
         )
 
-    def student(self, views: Views) -> Features:
-        return [self.backbone(view) for view in views]
-
-    def teacher(self, views: Views) -> Features:
-        return []
-
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
     ) -> Step:
@@ -57,9 +50,6 @@ class SimSiam(Method):
         p1, p2 = self.predictor(z1), self.predictor(z2)
         similarity = (cosine_similarity(p1, z2.detach()) + cosine_similarity(p2, z1.detach())).mean() / 2
         return Step(-similarity, {"similarity": similarity.detach()})
-
-    def after_update(self, progress: Progress) -> dict[str, float]:
-        return {}
 
     @staticmethod
     def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:

@@ -333,7 +333,7 @@ def _without_images(folder: Path, listings: list[Listing]) -> UserError:
     name = display_path(folder)
     skipped = sum((listing.skipped for listing in listings), Counter[str]())
     if not skipped:
-        return UserError(f"[data] path: the folder {name!r} is empty")
+        return UserError(f"[data] path: the folder {name!r} is empty; give a folder of images")
     example = next(listing.example for listing in listings if listing.example)
     return UserError(f"[data] path: {name!r} {no_images(skipped, example)}")
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sslkit.distributed.sharding import in_parts_like
+from sslkit.distributed.sharding import shard_like
 from sslkit.engine.checkpoint.retention import NAME, by_step
 from sslkit.engine.checkpoint.validation import GROUP, check_optimizer, check_state, check_weights
 from sslkit.engine.optim import init_momentum_buffers
@@ -145,7 +145,7 @@ def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> 
     except UserError as error:
         where = f"{checkpoint.folder}: " if checkpoint.folder else ""
         raise UserError(f"{where}{error}; move the checkpoint away to continue from the one before it") from error
-    method.load_state_dict({name: in_parts_like(held[name], value) for name, value in checkpoint.model.items()})
+    method.load_state_dict({name: shard_like(held[name], value) for name, value in checkpoint.model.items()})
     fused = bool(optimizer.defaults.get("fused"))
     tensors: dict[str, dict[str, Any]] = {}
     for key, tensor in checkpoint.optimizer.items():
@@ -168,7 +168,7 @@ def _beside(param: Tensor, value: Tensor, *, fused: bool) -> Tensor:
     """
     if value.shape != param.shape or not value.ndim:
         return value.to(param.device) if value.ndim or fused else value
-    return torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(in_parts_like(param, value))
+    return torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(shard_like(param, value))
 
 
 def flatten_optimizer(method: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sslkit.distributed.sharding import whole
+from sslkit.distributed.sharding import full_tensor
 from sslkit.engine.checkpoint.format import FORMAT, flatten_optimizer, without_state
 from sslkit.engine.checkpoint.retention import checkpoint_name, monitor_scores, reasons_to_keep, saved_steps
 from sslkit.engine.run_folder.dataset_identity import images_digest
@@ -54,7 +54,7 @@ class HostCopy:
             if held is None or (held.shape, held.dtype) != (tensor.shape, tensor.dtype):
                 held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 self.tensors[name] = held
-            held.copy_(whole(tensor.detach()), non_blocking=True)
+            held.copy_(full_tensor(tensor.detach()), non_blocking=True)
         return self.tensors
 
 
@@ -146,7 +146,7 @@ class Saver:
         tensors, scalars = flatten_optimizer(method, optimizer)
         if not self.active:
             for tensor in (*method.state_dict().values(), *tensors.values()):
-                whole(tensor.detach())  # in the order of the two copies below
+                full_tensor(tensor.detach())  # in the order of the two copies below
             return
         self.wait()
         identity = {"images": images_digest(self.folder), "without_state": without_state(method, optimizer)}

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sslkit.data.tools.inspection import describe_alpha
-from sslkit.distributed.sharding import held_here
+from sslkit.distributed.sharding import count_parameters
 from sslkit.engine.accelerator import workers_of
 from sslkit.engine.state import TrainingState
 from sslkit.parts.batchnorm import has_batch_norm
@@ -34,7 +34,7 @@ def startup_messages(state: TrainingState, folder: Path) -> list[str]:
     if accelerator.is_main_process and source.channels is None:
         messages.append(describe_alpha(source))
     if train.shard and accelerator.num_processes > 1:
-        here, total = held_here(state.method)
+        here, total = count_parameters(state.method)
         messages.append(f"weights of student and teacher sharded: {here} of {total} on this process")
     if streaming := source.describe_streaming(train.batch_size, accelerator.num_processes, num_workers):
         messages.append(streaming)

@@ -21,7 +21,7 @@ from sslkit.data.augment.cpu import ViewPipeline, normalise
 from sslkit.data.augment.views_config import NUM_GLOBAL_VIEWS
 from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.sources.image_source import ImageSource
-from sslkit.distributed.collectives import copy_buffers_from_first, gather_rows, rank, world_size
+from sslkit.distributed.collectives import broadcast_buffers, gather_rows, rank, world_size
 from sslkit.engine.monitor.alarms import Spike, SpikeDetector, collapse_alarm, spike_alarm
 from sslkit.evaluate.label_free.collapse_metrics import label_free
 from sslkit.files.jsonl_reader import number
@@ -118,7 +118,7 @@ class Diagnostics:
     @torch.no_grad()
     def _encode(self, backbone: nn.Module, chunks: Iterable[Sequence[Tensor]]) -> Tensor:
         """Features (N, Q, D) of all processes' images."""
-        copy_buffers_from_first(backbone)
+        broadcast_buffers(backbone)
         views, device = self.recipe.views, self.accelerator.device
         encoded = []
         with _in_eval_mode(backbone), self.accelerator.autocast():

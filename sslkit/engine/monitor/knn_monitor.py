@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.loading.shared_memory import fitting_workers
 from sslkit.data.sources.image_source import ImageSource
-from sslkit.distributed.collectives import copy_buffers_from_first, gather_rows, rank, world_size
+from sslkit.distributed.collectives import broadcast_buffers, gather_rows, rank, world_size
 from sslkit.engine.logging.sample_images import DrawImage, neighbours_image
 from sslkit.errors import UserError
 from sslkit.evaluate.features.extraction import batch_bytes, extract_features
@@ -67,7 +67,7 @@ class KnnMonitor:
         Raises:
             UserError: Fewer than k images of the bank, or none of the test, can be read.
         """
-        copy_buffers_from_first(backbone)
+        broadcast_buffers(backbone)
         bank, kept = self._features(backbone, self.pair.train)
         queries, asked = self._features(backbone, self.pair.test)
         self.left_out, self.scored = int((~kept).sum() + (~asked).sum()), int(asked.sum())

@@ -90,6 +90,8 @@ def read_crash_dump(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     try:
         for name in ("capsule.json", "model.safetensors"):
+            if not (folder / name).exists():
+                raise UserError(f"{folder}: not a crash dump (no {name}); give a folder in capsules/ of a run")
             if not stat.S_ISREG((folder / name).lstat().st_mode):
                 raise ValueError(f"{name} is not a regular file")
         facts = json.loads((folder / "capsule.json").read_text(encoding="utf-8"))

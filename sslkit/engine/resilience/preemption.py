@@ -16,9 +16,9 @@ from types import FrameType
 from typing import Any
 
 from sslkit.files.atomic import replace_text
+from sslkit.files.run_reader import STOP_MARKER
 
 RESUMABLE = 75  # exit code of a run that was stopped and can be continued: EX_TEMPFAIL of sysexits.h
-MARKER = "PREEMPTED"  # file in the run folder, for scripts: launchers hide exit codes
 SAME_SECONDS = 0.5  # signals within this time count as one: the terminal and the launcher may both send it
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -83,9 +83,9 @@ def write_marker(folder: Path, step: int, reason: str) -> None:
     Raises:
         OSError: The file cannot be written.
     """
-    replace_text(folder / MARKER, f"step {step}: {reason}\n")
+    replace_text(folder / STOP_MARKER, f"step {step}: {reason}\n")
 
 
 def remove_marker(folder: Path) -> None:
     """Delete the marker of a run that continues."""
-    (folder / MARKER).unlink(missing_ok=True)
+    (folder / STOP_MARKER).unlink(missing_ok=True)

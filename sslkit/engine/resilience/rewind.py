@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sslkit.distributed.sharding import in_parts_like
+from sslkit.distributed.sharding import shard_like
 from sslkit.engine.checkpoint.format import Checkpoint, read_checkpoint
 from sslkit.engine.checkpoint.retention import checkpoint_name, saved_steps
 from sslkit.engine.optim import init_momentum_buffers
@@ -72,7 +72,7 @@ def reset_training(state: TrainingState, method: Method) -> None:
     """
     held = state.method.state_dict()
     fresh = method.state_dict()
-    state.method.load_state_dict({name: in_parts_like(held[name], value) for name, value in fresh.items()})
+    state.method.load_state_dict({name: shard_like(held[name], value) for name, value in fresh.items()})
     optimizer = state.optimizer.optimizer
     optimizer.state.clear()
     for group in optimizer.param_groups:

@@ -15,10 +15,11 @@ from sslkit.data.sources.image_source import ImageSource
 from sslkit.engine.checkpoint.format import Checkpoint, newest_checkpoint, read_checkpoint
 from sslkit.engine.resilience.preemption import remove_marker
 from sslkit.engine.run_folder.dataset_identity import DATA, IMAGES, images_digest, same_images, write_images
-from sslkit.engine.run_folder.lock import LOCK, PROBE, prepare_folder
+from sslkit.engine.run_folder.lock import PROBE, prepare_folder
 from sslkit.errors import UserError, check_path
 from sslkit.files.atomic import refuse_links, replace_text
 from sslkit.files.jsonl_reader import rows_of
+from sslkit.files.run_reader import LOCK
 from sslkit.recipe.resolve import Recipe, as_saved, build_recipe, changes, read_tables
 from sslkit.recipe.schema import check_plain
 

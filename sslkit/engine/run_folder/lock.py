@@ -12,8 +12,9 @@ from pathlib import Path
 
 from sslkit.errors import UserError
 from sslkit.files.atomic import sweep, write_file
+from sslkit.files.run_reader import LOCK
 
-LOCK, PROBE = ".lock", ".probe.tmp"
+PROBE = ".probe.tmp"
 ATTEMPTS = 100  # at opening the lock while others remove the folder
 # What a run writes in its folder. Other commands write there too, maybe now: what they have aside is theirs.
 WRITTEN = (

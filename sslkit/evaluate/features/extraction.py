@@ -21,7 +21,7 @@ from sslkit.data.decode.rgb import UnreadableImage
 from sslkit.data.loading.loader import start_worker
 from sslkit.data.loading.shared_memory import explain_death, prefetch_of
 from sslkit.data.sources.image_source import ImageSource
-from sslkit.distributed.sharding import own_part
+from sslkit.distributed.sharding import local_shard
 from sslkit.errors import UserError, check_path, near_miss
 from sslkit.evaluate.features.transforms import (
     Transform,
@@ -33,7 +33,7 @@ from sslkit.evaluate.features.transforms import (
 from sslkit.hub.availability import quick_hub, why_not
 from sslkit.hub.revisions import is_hub_name, pin, pin_timm
 from sslkit.hub.untrusted import check_model, encoder_state, named, read_encoder_config, tensor_shapes
-from sslkit.parts.backbone import BackboneSpec, replace_stem_for_small_images
+from sslkit.parts.backbone import BackboneConfig, replace_stem_for_small_images
 from sslkit.terminal import print_message
 
 RAW_PIXEL_SIDE = 32
@@ -123,7 +123,7 @@ def build(architecture: str, model_args: dict[str, Any], small_stem: bool) -> nn
     """An encoder of this architecture with fresh weights."""
     module: nn.Module = timm.create_model(architecture, **{**model_args, "num_classes": 0})
     if small_stem:
-        replace_stem_for_small_images(module, BackboneSpec(name=architecture, img_size=0))
+        replace_stem_for_small_images(module, BackboneConfig(name=architecture, img_size=0))
     return module
 
 
@@ -307,5 +307,5 @@ def fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         digest.update(name.encode())
-        digest.update(own_part(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(local_shard(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -157,7 +157,7 @@ def _read_weights_only(file: Path) -> Any:
 def _digests(file: Path) -> tuple[str, str]:
     try:
         if not file.is_file():
-            raise UserError(f"{file}: not there, or not a file")
+            raise UserError(f"{file}: no such file; give a checkpoint, such as moco_v2_800ep_pretrain.pth.tar")
         with file.open("rb") as stream:
             md5 = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
             stream.seek(0)

@@ -21,7 +21,7 @@ NUM_QUERIES, NUM_NEIGHBOURS = 12, 6
 UMAP_NEIGHBOURS = 15  # UMAP's default
 MAX_POINTS, TILE, SIDE = 500, 48, 96
 MAX_CLASSES = 16
-# Ten colours, times eight symbols: more classes than curves must be told apart.
+# Ten colours and eight symbols, because a map has more classes than a figure has curves.
 COLOURS = tuple(qualitative.T10)
 SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "star", "hexagon")
 OTHERS = "other classes"
@@ -108,9 +108,9 @@ def draw_map(images: GalleryImages, queries: Tensor) -> Map:
     points, note, axes = project(queries[:count])
     groups = group_by_class(images.query_labels[:count] if images.query_labels else [""] * count)
     figure = go.Figure()
-    for place, (name, members) in enumerate(groups.items()):
-        colour = "#808080" if name == OTHERS else COLOURS[place % len(COLOURS)]
-        symbol = SYMBOLS[place % len(SYMBOLS)]
+    for group_index, (name, members) in enumerate(groups.items()):
+        colour = "#808080" if name == OTHERS else COLOURS[group_index % len(COLOURS)]
+        symbol = SYMBOLS[group_index % len(SYMBOLS)]
         figure.add_trace(
             go.Scatter(
                 x=points[members, 0].tolist(),

@@ -1,4 +1,4 @@
-"""What whoever made a run folder can do to its files."""
+"""Change the files of a run folder, as someone who shares it could."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ def rewrite(file: Path, change: Callable[[Any], Any]) -> None:
 
 
 def resign(checkpoint: Path) -> None:
-    """Make the manifest agree with whatever the files are now, as whoever made them can."""
+    """Rewrite the manifest so that it matches the changed files."""
     files = {}
     for file in checkpoint.iterdir():
         if file.name != "manifest.json":
@@ -22,5 +22,5 @@ def resign(checkpoint: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, to see afterwards that nothing was written."""
+    """The content of every file below a folder, to check that nothing was written."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}

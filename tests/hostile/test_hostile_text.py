@@ -1,4 +1,4 @@
-"""Recipes, logs, names and labels of strangers: refused or shown as what they are; tokens are never repeated."""
+"""Untrusted recipes, logs, names and labels: refused or shown as text; tokens are never repeated."""
 
 import json
 import math
@@ -76,7 +76,7 @@ def test_a_token_in_a_recipe_is_refused_and_not_repeated(place: str, tmp_path: P
 def test_tokens_of_the_environment_are_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Set while a run is trained, drawn and exported; then every byte that was written or printed is searched."""
+    """Tokens in the environment of a run, its report and its export do not appear in any output or file."""
     secrets = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567"}
     for name, secret in secrets.items():
         monkeypatch.setenv(name, secret)
@@ -101,7 +101,7 @@ def test_tokens_of_the_environment_are_nowhere(
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of images and classes whose names are mark-up."""
+    """A run with image and class names that contain markup."""
     root = tmp_path_factory.mktemp("words")
     generator = random.Random(0)
     for label in ("<img src=x onerror=alert(1)>", "</script><script>alert(2)<&script>", "\"quoted'=label{{7*7}}"):
@@ -123,7 +123,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_names_and_labels_are_text_on_the_page(logged: Path) -> None:
-    """In a parser's eyes: no element, attribute or script that a name brought along."""
+    """An HTML parser finds no element, attribute or script that comes from a name."""
     score = {"by": "eval", "evaluation": "<i>knn</i>", "data": "<u>x</u>", "accuracy": 0.5, "step": 1, "epoch": 1}
     with (logged / "results.jsonl").open("a") as stream:
         stream.write(json.dumps({**score, "scores": [score, {**score, "encoder": "<s>e</s>"}]}) + "\n")
@@ -147,7 +147,7 @@ def test_names_and_labels_are_text_on_the_page(logged: Path) -> None:
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "results.jsonl", "diagnostics.jsonl"])
 def test_logs_of_garbage_never_break_the_report(logged: Path, file: str, tmp_path: Path) -> None:
-    """The page is written, or one sentence says which line it is."""
+    """The page is written, or one sentence names the line."""
     values = [None, True, "x" * 1000, [], {}, [1, [2]], 1e308, -1e308, 10**400, math.nan, "\ud800", {"a": {"b": []}}]
     keys = [*("loss", "accuracy", "evaluation", "interval", "scores", "alarms", "by", "data", "measure")]
     keys += ["embedding_std", "singular_values", "queue_age", "gradient/x", "momentum", "lr"]
