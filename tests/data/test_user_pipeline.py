@@ -16,7 +16,8 @@ from sklearn.datasets import load_sample_images
 from sslkit.data.augment.cpu import ViewPipeline
 from sslkit.data.augment.user_pipeline import MAX_BYTES, canonical_json
 from sslkit.data.augment.views_config import ViewsConfig
-from sslkit.data.loading.loader import GlobalBatches, make_loader
+from sslkit.data.loading.loader import make_loader
+from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.engine.run_folder.layout import check_folder
 from sslkit.errors import UserError
@@ -83,7 +84,7 @@ def test_batches_are_the_same_whatever_the_workers(tmp_path: Path) -> None:
     views = pipeline(save(tmp_path / "p.yaml", *RANDOM))
 
     def batches(workers: int) -> list[torch.Tensor]:
-        order = GlobalBatches(64, 16, 0, total_steps=3)
+        order = GlobalBatchSampler(64, 16, 0, total_steps=3)
         return [
             view
             for batch in make_loader(source, views, order, workers=workers, pin_memory=False)
