@@ -16,7 +16,8 @@ from sklearn.datasets import load_sample_images
 from sslkit.data.augment.cpu import ViewPipeline
 from sslkit.data.augment.user_pipeline import MAX_BYTES, canonical_json
 from sslkit.data.augment.views_config import ViewsConfig
-from sslkit.data.loading.loader import GlobalBatches, make_loader
+from sslkit.data.loading.loader import make_loader
+from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.engine.run_folder.layout import check_folder
 from sslkit.errors import UserError
@@ -83,7 +84,7 @@ def test_batches_are_the_same_whatever_the_workers(tmp_path: Path) -> None:
     views = pipeline(save(tmp_path / "p.yaml", *RANDOM))
 
     def batches(workers: int) -> list[torch.Tensor]:
-        order = GlobalBatches(64, 16, 0, total_steps=3)
+        order = GlobalBatchSampler(64, 16, 0, total_steps=3)
         return [
             view
             for batch in make_loader(source, views, order, workers=workers, pin_memory=False)
@@ -160,7 +161,7 @@ def test_files_that_are_no_pipeline_are_refused(content: Any, message: str, tmp_
     file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
     with pytest.raises(UserError) as caught:
         recipe(file)
-    (sentence,) = caught.value.sentences
+    (sentence,) = caught.value.messages
     assert sentence.startswith(f"recipe [views] transforms: {file}: ")
     assert message in sentence
 
@@ -198,7 +199,7 @@ def test_pipelines_that_give_no_views_are_refused(
     file.write_text(json.dumps({"transform": {"__class_fullname__": "Compose", "p": 1.0, "transforms": transforms}}))
     with pytest.raises(UserError) as caught:
         pipeline(file, *overrides)
-    (sentence,) = caught.value.sentences
+    (sentence,) = caught.value.messages
     assert message in sentence
     assert "[views] " in sentence
 
@@ -209,7 +210,7 @@ def test_a_missing_file_and_an_unknown_name(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(UserError) as caught:
             recipe(name)
         assert message in str(caught.value)
-        assert len(caught.value.sentences) == 1
+        assert len(caught.value.messages) == 1
 
 
 def test_a_file_beside_the_recipe_is_found(tmp_path: Path) -> None:
