@@ -27,7 +27,7 @@ from sslkit.distributed.collectives import world_size
 from sslkit.engine.accelerator import make_accelerator
 from sslkit.engine.resilience.guard import Guard
 from sslkit.engine.setup import make_train_loader, set_up_training
-from sslkit.profiling.stage_timer import Stopwatch
+from sslkit.profiling.stage_timer import StageTimer
 from sslkit.profiling.step_profile import CPU, step
 from sslkit.recipe.resolve import Recipe, build_recipe
 
@@ -90,13 +90,13 @@ def work(words: argparse.Namespace) -> None:
     training = set_up_training(recipe, open_source(recipe.data), accelerator)
     method = training.method.train()
     guard = Guard(recipe.guard, training.recovery, method)
-    batches, watch = iter(make_train_loader(training, WARM_UP + STEPS)), Stopwatch(CPU)
+    batches, timer = iter(make_train_loader(training, WARM_UP + STEPS)), StageTimer(CPU)
     for _ in range(WARM_UP):
-        step(training, next(batches), guard, watch)
+        step(training, next(batches), guard, timer)
     accelerator.wait_for_everyone()
     before, started = sent_by_loopback(), time.perf_counter()
     for _ in range(STEPS):
-        step(training, next(batches), guard, watch)
+        step(training, next(batches), guard, timer)
     accelerator.wait_for_everyone()
     seconds = time.perf_counter() - started
     found = {

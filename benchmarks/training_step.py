@@ -30,7 +30,7 @@ from sslkit.engine.optim import make_optimizer
 from sslkit.engine.rng import shuffle_order
 from sslkit.engine.setup import build_method
 from sslkit.methods import METHODS, BatchInfo, Progress
-from sslkit.profiling.stage_timer import wait_for
+from sslkit.profiling.stage_timer import synchronize
 from sslkit.recipe.resolve import Recipe, build_recipe
 
 NUM_SAMPLES = 10_000  # rows of a memory bank
@@ -214,7 +214,7 @@ def on_device(step: Step, device: torch.device, *, bf16: bool) -> Step:
     def call() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             step()
-        wait_for(device)
+        synchronize(device)
 
     return call
 

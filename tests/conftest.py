@@ -21,6 +21,7 @@ from PIL import Image
 import sslkit  # sets thread waiting before torch starts threads
 from sslkit.cli import main
 from sslkit.data.sources.image_source import DataConfig, open_source
+from sslkit.methods import METHODS
 from sslkit.recipe.resolve import Recipe, build_recipe
 
 assert sslkit.__version__
@@ -40,7 +41,7 @@ def small_recipe(name: str = "moco_v3", model: str = "test_vit", /, **tables: di
         "memory_bank": {"dim": 16, "negatives": 24},
     }
     base: dict[str, dict[str, Any]] = {
-        "method": {"name": name, **options[name]},
+        "method": {"name": name, **(options[name] if name in METHODS else {})},
         "backbone": {"name": model},
         "data": {"path": "builtin:fashion_mnist", "split": "test", "workers": 0},
         "views": {

@@ -1,7 +1,9 @@
 """Dependencies point one way: an import may only go to a lower layer or stay in its own room."""
 
 import ast
+import graphlib
 import re
+from collections import Counter
 from pathlib import Path
 
 import sslkit
@@ -73,6 +75,38 @@ def test_imports_go_down_only() -> None:
             if target != own and LAYERS[target] >= LAYERS[own]:
                 upward.append(f"{file.relative_to(ROOT)} imports sslkit.{target}")
     assert not upward, upward
+
+
+def children_that_import_each_other(folder: Path) -> str:
+    """A cycle among a folder's files and subfolders, each subfolder taken as one; empty if there is none."""
+    own = ".".join(("sslkit", *folder.relative_to(ROOT).parts))
+    imports: dict[str, set[str]] = {}
+    for file in folder.rglob("*.py"):
+        child = file.relative_to(folder).parts[0].removesuffix(".py")
+        if child == "__init__":  # it offers the room's functions to others
+            continue
+        local = [target.removeprefix(f"{own}.") for target in imports_of(file) if target.startswith(own)]
+        targets = {target.split(".")[0] for target in local}
+        imports.setdefault(child, set()).update(targets - {child})
+    try:
+        graphlib.TopologicalSorter(imports).prepare()
+    except graphlib.CycleError as error:
+        return " imports ".join(reversed(error.args[1]))
+    return ""
+
+
+def test_imports_inside_rooms_have_one_direction() -> None:
+    folders = [folder.parent for folder in ROOT.rglob("__init__.py")]
+    cycles = {str(folder): found for folder in folders if (found := children_that_import_each_other(folder))}
+    assert not cycles, cycles
+
+
+def test_rooms_have_a_dozen_files_and_no_two_files_one_name() -> None:
+    files = [file for file in ROOT.rglob("*.py") if file.name != "__init__.py"]
+    names = Counter(file.name for file in files)
+    assert not [name for name, count in names.items() if count > 1]
+    crowded = {str(folder): count for folder, count in Counter(file.parent for file in files).items() if count > 13}
+    assert not crowded, crowded
 
 
 def test_accelerate_stays_in_the_engine_and_pickle_nowhere() -> None:

@@ -132,7 +132,7 @@ def test_a_recipe_saved_on_windows(tmp_path: Path) -> None:
         file.write_bytes((mark + text.replace("\n", "\r\n")).encode())
         assert load_recipe(file) == load_recipe("quickstart")
     file.write_text(text, encoding="utf-16")
-    with pytest.raises(UserError, match=r"mine\.toml: saved as UTF-16, where TOML is UTF-8"):
+    with pytest.raises(UserError, match=r"mine\.toml: is encoded in UTF-16, but TOML must be UTF-8"):
         load_recipe(file)
 
 

@@ -30,16 +30,16 @@ def doctor(
     Exits with code 2 if there is a fault, and with 0 if there are only warnings. Writes nothing to disk.
     """
     with fast_imports():
-        from sslkit.doctor import Report, examine, examine_machine
+        from sslkit.doctor import Report, check_machine, check_recipe
 
     if recipe != RecipeOptions():
         loaded = recipe.load()
-        examined = examine(loaded, lambda stage: print_message(f"{stage} ..."))
+        report = check_recipe(loaded, lambda stage: print_message(f"{stage} ..."))
     else:
-        examined = Report(examine_machine())
-    if examined.findings:
-        print_findings(examined, as_json)
-    if examined.of("fault"):
+        report = Report(check_machine())
+    if report.findings:
+        print_findings(report, as_json)
+    if report.of("fault"):
         raise typer.Exit(FAULT_FOUND)
 
 

@@ -1,4 +1,4 @@
-"""What a run of this recipe will cost here: memory, time, and who waits for whom. Forecasts, and said to be."""
+"""Forecasts of a run on this machine: memory, time, and whether computing waits for data; threads and precision."""
 
 import os
 import statistics
@@ -10,159 +10,141 @@ from sslkit.data.augment.cpu import ViewPipeline
 from sslkit.data.loading.loader import cores_of_a_process, make_loader, resolve_workers
 from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import ImageSource
-from sslkit.doctor.diagnosed_setup import Observation, Patient, processes_of
+from sslkit.doctor.doctor_setup import DoctorSetup, StepRecord, num_processes
 from sslkit.doctor.findings import Finding, ok, warning
 from sslkit.doctor.machine_checks import GIB, has_bf16, memory_of_device, training_device
 from sslkit.engine.accelerator import processes_here
-from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.recipe.resolve import Recipe
 from sslkit.text import format_duration, pluralize
 
-MEMORY, LOADING, THREADS, PRECISION, SLICES = "memory", "data loading", "threads", "precision", "slices"
+MEMORY, LOADING, THREADS, PRECISION = "memory", "data loading", "threads", "precision"
 
 OPTIMIZER_COPIES = {"sgd": 1, "lars": 1, "lars_simclr": 1, "larc": 1, "adamw": 2, "lamb": 2}
-HALF_PRECISION = 0.6  # of float32's activations: norms and losses stay in float32
-CUDA_ITSELF = GIB
-ROUNDS, TILED = 2, 4
-LONG_STEP = 3.0  # seconds from which a step is not repeated for its time
+HALF_PRECISION = 0.6  # of float32's activations, as norms and losses stay in float32
+CUDA_CONTEXT = GIB
+REPEATS, GPU_COPIES = 2, 4
+LONG_STEP = 3.0  # seconds; a longer step is not repeated to measure its time
 
 
-def forecast_memory(patient: Patient, seen: Observation) -> Finding:
-    """Weights, gradients, optimizer, queue or bank, and what autograd keeps, scaled up from a small batch."""
-    recipe, device = patient.recipe, training_device()
-    local = max(recipe.train.batch_size // processes_of(recipe), 1)
+def forecast_memory(setup: DoctorSetup, record: StepRecord) -> Finding:
+    """Weights, gradients, optimizer state, dictionaries, and activations scaled up from a small batch."""
+    recipe, method, device = setup.recipe, setup.method, training_device()
+    local = max(recipe.train.batch_size // num_processes(recipe), 1)
     at_once = min(recipe.train.micro_batch or local, local)
-    state, learning = _state_bytes(patient)
-    for_one = seen.saved_bytes / patient.batch * (HALF_PRECISION if recipe.train.precision != "no" else 1.0)
-    sharing = processes_here() if device.type == "cpu" else 1
-    fixed = state + learning + (CUDA_ITSELF if device.type == "cuda" else 0)
-    needed, there = fixed + for_one * at_once, memory_of_device(device) // sharing
-    said = (
-        f"forecast {_gib(needed)} a process of {_gib(there)}: {_gib(state)} for weights, teacher and dictionary, "
-        f"{_gib(learning)} for gradients and optimizer, {_gib(for_one * at_once)} for {at_once} images at once"
+    state = sum(tensor.numel() * tensor.element_size() for tensor in [*method.parameters(), *method.buffers()])
+    trained = sum(param.numel() * param.element_size() for param in method.parameters() if param.requires_grad)
+    updates = trained * (1 + OPTIMIZER_COPIES[recipe.optim.name])
+    share = HALF_PRECISION if recipe.train.precision != "no" else 1.0
+    per_image = record.activation_bytes / setup.batch_size * share
+    fixed = state + updates + (CUDA_CONTEXT if device.type == "cuda" else 0)
+    needed = fixed + per_image * at_once
+    available = memory_of_device(device) // (processes_here() if device.type == "cpu" else 1)
+    sentence = (
+        f"about {_gib(needed)} of {_gib(available)} for each process: {_gib(state)} for weights, teachers and "
+        f"dictionaries, {_gib(updates)} for gradients and optimizer, {_gib(per_image * at_once)} for the activations "
+        f"of {pluralize(at_once, 'image')}"
     )
-    if needed < 0.9 * there:
-        return ok(MEMORY, said)
-    fitting = int(max(0.8 * there - fixed, 0) / max(for_one, 1))
-    slices = next((size for size in range(min(fitting, local), 1, -1) if local % size == 0), 0)
-    cure = f"[train] micro_batch = {slices}, or more processes" if slices else "a smaller backbone or more memory"
-    return warning(MEMORY, f"{said}; it will not fit. Take {cure}")
+    if needed < 0.9 * available:
+        return ok(MEMORY, sentence)
+    fitting = int(max(0.8 * available - fixed, 0) / max(per_image, 1))
+    micro_batch = next((size for size in range(min(fitting, local), 1, -1) if local % size == 0), 0)
+    cure = f"set train.micro_batch = {micro_batch}" if micro_batch else "use a smaller backbone"
+    return warning(MEMORY, f"the run needs {sentence}. This does not fit: {cure}, or use more processes")
 
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.2g} GiB" if size < 100 * GIB else f"{size / GIB:.0f} GiB"
 
 
-def _span(seconds: float) -> str:
+def _seconds(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 100 else format_duration(seconds)
 
 
-def _state_bytes(patient: Patient) -> tuple[int, int]:
-    method = patient.method
-    tensors = [*method.parameters(), *method.buffers()]
-    trained = sum(param.numel() * param.element_size() for param in method.parameters() if param.requires_grad)
-    state = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return state, trained * (1 + OPTIMIZER_COPIES[patient.recipe.optim.name])
-
-
-def weigh_loading(patient: Patient, source: ImageSource, seen: Observation) -> Finding:
-    """Time loading and computing by turns; a step that took long is not repeated for it."""
-    recipe, device = patient.recipe, training_device()
-    if seen.seconds > LONG_STEP and device.type == "cpu":
-        return judge_speed(recipe, seen.seconds / patient.batch, patient.loading_seconds / patient.batch, len(source))
-    there = on_device(patient, device)
+def forecast_time(setup: DoctorSetup, source: ImageSource, record: StepRecord) -> Finding:
+    """Measure loading and computing in turn, and compare them."""
+    recipe, device = setup.recipe, training_device()
+    if record.seconds > LONG_STEP and device.type == "cpu":
+        computing, loading = record.seconds / setup.batch_size, setup.loading_seconds / setup.batch_size
+        return compare_speeds(recipe, computing, loading, len(source))
+    moved = on_device(setup, device)
     pipeline = ViewPipeline(recipe.views, recipe.train.seed)
-    batches = GlobalBatchSampler(len(source), patient.batch, recipe.train.seed, total_steps=ROUNDS, plan=source.plan)
+    batches = GlobalBatchSampler(
+        len(source), setup.batch_size, recipe.train.seed, total_steps=REPEATS, plan=source.plan
+    )
     loader = iter(make_loader(source, pipeline, batches, workers=0, pin_memory=False))
-    computing, loading = [], []
-    for _ in range(ROUNDS):
+    computing_times, loading_times = [], []
+    for _ in range(REPEATS):
         started = time.perf_counter()
         next(loader)
-        loading.append((time.perf_counter() - started) / patient.batch)
-        computing.append(there.observe(backward=True).seconds / there.batch)
-    return judge_speed(recipe, statistics.median(computing), statistics.median(loading), len(source))
+        loading_times.append((time.perf_counter() - started) / setup.batch_size)
+        computing_times.append(moved.run_step(backward=True).seconds / moved.batch_size)
+    computing, loading = statistics.median(computing_times), statistics.median(loading_times)
+    return compare_speeds(recipe, computing, loading, len(source))
 
 
-def on_device(patient: Patient, device: torch.device) -> Patient:
-    """The same patient where the run will compute; a GPU gets the images several times over, to be kept busy."""
-    times = 1 if device.type == "cpu" else TILED
-    views = [view.repeat(times, 1, 1, 1).to(device) for view in patient.views]
-    sample_ids = patient.sample_ids.repeat(times).to(device)
-    return Patient(patient.recipe, patient.method.to(device), views, sample_ids, patient.loading_seconds)
+def on_device(setup: DoctorSetup, device: torch.device) -> DoctorSetup:
+    """The setup on the device that the run uses; on a GPU with several copies of the images, to fill it better."""
+    copies = 1 if device.type == "cpu" else GPU_COPIES
+    views = [view.repeat(copies, 1, 1, 1).to(device) for view in setup.views]
+    sample_ids = setup.sample_ids.repeat(copies).to(device)
+    return DoctorSetup(setup.recipe, setup.method.to(device), views, sample_ids, setup.loading_seconds)
 
 
-def judge_speed(recipe: Recipe, computing: float, loading: float, images: int) -> Finding:
-    """Who waits for whom, and how long the run would take here.
+def compare_speeds(recipe: Recipe, computing: float, loading: float, num_images: int) -> Finding:
+    """Compare the time to load a batch with the time to compute it, and forecast the time of the run.
 
     Args:
-        recipe: Batch, epochs and workers.
-        computing: Seconds of a step, for each of its images.
-        loading: Seconds to read an image and cut its views on one core.
-        images: In the data.
+        recipe: Batch size, epochs and workers.
+        computing: Seconds of a step for each of its images.
+        loading: Seconds to read an image and make its views on one core.
+        num_images: Images in the data.
     """
-    train, processes, on_cpu = recipe.train, processes_of(recipe), training_device().type == "cpu"
+    train, processes, on_cpu = recipe.train, num_processes(recipe), training_device().type == "cpu"
     workers = resolve_workers(recipe.data.workers, on_accelerator=not on_cpu, processes_here=processes)
     local = train.batch_size // processes
     compute, load = computing * local, loading * local / max(workers, 1)
     step = max(compute, load) if workers else compute + load
-    steps = train.epochs * (images // train.batch_size)
-    said = (
-        f"a step of {local} images takes about {_span(compute)} to compute and {_span(load)} to load with "
-        f"{pluralize(workers, 'worker')}; {steps} steps are about {format_duration(step * steps)} on this machine"
+    steps = train.epochs * (num_images // train.batch_size)
+    sentence = (
+        f"a step of {local} images takes about {_seconds(compute)} to compute and {_seconds(load)} to load with "
+        f"{pluralize(workers, 'data worker')}; {steps} steps take about {format_duration(step * steps)} on this machine"
     )
-    if load > compute:
-        return warning(
-            LOADING,
-            f"data-loader bound: {said}. More [data] workers (and cores), smaller stored images or lighter [views] "
-            "would speed it up, faster computing would not",
-        )
-    return ok(LOADING, f"compute bound: {said}")
+    if load <= compute:
+        return ok(LOADING, sentence)
+    needed = max(round(loading / computing), workers + 1)
+    return warning(
+        LOADING,
+        f"computing waits for data: {sentence}. Set data.workers = {needed} if there are so many cores, or pack the "
+        f"images with sslkit prepare {recipe.data.path} packed",
+    )
 
 
 def check_threads(recipe: Recipe) -> Finding:
-    """Workers and computing threads must not fight for cores."""
+    """Compare data workers and computing threads with the cores."""
     cores, on_cpu = cores_of_a_process(1), training_device().type == "cpu"
     processes = processes_here()
     workers = processes * resolve_workers(recipe.data.workers, on_accelerator=not on_cpu, processes_here=processes)
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    threads = processes * int(asked) if on_cpu and asked.isdigit() else 0
+    variable = os.environ.get("OMP_NUM_THREADS", "")
+    threads = processes * int(variable) if on_cpu and variable.isdigit() else 0
     computing = pluralize(threads or max(cores - workers, 1), "computing thread") if on_cpu else "a GPU"
-    shared, held = f"{pluralize(workers, 'data worker')} and {computing}", pluralize(cores, "core")
-    if workers > cores or threads > cores:
-        return warning(THREADS, f"{shared} share {held}; take fewer")
+    sentence = f"{pluralize(workers, 'data worker')} and {computing} on {pluralize(cores, 'core')}"
+    if workers > cores:
+        return warning(THREADS, f"{sentence}: set data.workers = {max(cores // processes - 1, 1)}")
+    if threads > cores:
+        return warning(THREADS, f"{sentence}: set OMP_NUM_THREADS={max(cores // processes, 1)}")
     if threads and cores - workers > 3 * threads:
-        return warning(
-            THREADS, f"OMP_NUM_THREADS = {asked} leaves {cores - workers - threads} of {held} idle; unset it"
-        )
-    return ok(THREADS, f"{shared} on {held}")
+        idle = pluralize(cores - workers - threads, "core")
+        return warning(THREADS, f"{sentence}: OMP_NUM_THREADS={variable} leaves {idle} idle; unset it")
+    return ok(THREADS, sentence)
 
 
 def check_precision(recipe: Recipe) -> Finding:
-    """Whether this machine has the recipe's precision."""
+    """Whether this machine supports the recipe's precision."""
     device, precision = training_device(), recipe.train.precision
     if precision == "fp16" and device.type == "cpu":
-        return warning(PRECISION, "'fp16' needs a GPU, and there is none here: the run would be refused")
+        return warning(PRECISION, 'fp16 needs a GPU, and this machine has none: set train.precision = "no"')
     if precision == "bf16" and not has_bf16(device):
         return warning(
-            PRECISION, "'bf16' is not native here and slower than float32; [train] precision = 'no' on this machine"
+            PRECISION, 'bf16 is emulated on this machine and slower than float32: set train.precision = "no"'
         )
-    return ok(PRECISION, "float32" if precision == "no" else f"{precision}, native here")
-
-
-def check_slices(patient: Patient) -> Finding:
-    """Slices have batch statistics of their own; without shuffled keys they mark who belongs together."""
-    method, micro = patient.method, patient.recipe.train.micro_batch
-    if not micro or not has_batch_norm(method.backbone):
-        return ok(SLICES, "none" if not micro else "exact: the backbone has no batch statistics")
-    if micro < 8:
-        return warning(
-            SLICES, f"[train] micro_batch = {micro}: too few images for BatchNorm's statistics; take 8 or more"
-        )
-    if method.bn_groups > 1 and not method.shuffle_keys:
-        return warning(
-            SLICES,
-            f"[train] micro_batch = {micro} gives every slice batch statistics of its own, and this method does not "
-            "shuffle keys: the statistics tell a positive from most negatives. Take a backbone without BatchNorm, or "
-            "more processes",
-        )
-    return ok(SLICES, f"of {micro} images, each with batch statistics of its own")
+    return ok(PRECISION, "float32" if precision == "no" else f"{precision}, supported by this machine")

@@ -1,22 +1,22 @@
-"""What an examination says: a verdict and one plain sentence for each check."""
+"""The result of a check: a verdict and one sentence."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 Verdict = Literal["ok", "warning", "fault", "not applicable"]
-Say = Callable[[str], None]
+LogMessage = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check's result.
+    """The result of one check.
 
     Attributes:
-        check: The check's name, the same in every report.
-        verdict: ``fault``: the wiring is broken. ``warning``: it will run, and something speaks against it.
-            ``not applicable``: there is nothing to check here, or it could not be checked; the sentence says which.
-        sentence: What was seen and, unless all is well, what would be right.
+        check: Name of the check, the same in every report.
+        verdict: ``fault``: the recipe or the method's code is wrong. ``warning``: the run would work, but a setting is
+            unusual. ``not applicable``: there is nothing to check, or it could not be checked; the sentence says which.
+        sentence: What was found and, for a fault or a warning, which key to set to which value.
     """
 
     check: str
@@ -26,50 +26,49 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was found, in the order of the checks."""
+    """All findings, in the order of the checks."""
 
     findings: list[Finding]
 
     def of(self, verdict: Verdict) -> list[Finding]:
-        """The findings of one verdict."""
+        """The findings with this verdict."""
         return [finding for finding in self.findings if finding.verdict == verdict]
 
 
 def ok(check: str, sentence: str) -> Finding:
-    """All is well."""
+    """A finding: nothing is wrong."""
     return Finding(check, "ok", sentence)
 
 
 def warning(check: str, sentence: str) -> Finding:
-    """It runs, and something speaks against it."""
+    """A finding: the run would work, but a setting is unusual."""
     return Finding(check, "warning", sentence)
 
 
 def fault(check: str, sentence: str) -> Finding:
-    """The wiring is broken."""
+    """A finding: the recipe or the method's code is wrong."""
     return Finding(check, "fault", sentence)
 
 
 def not_applicable(check: str, sentence: str) -> Finding:
-    """Nothing to check, or no way to."""
+    """A finding: there is nothing to check, or it could not be checked."""
     return Finding(check, "not applicable", sentence)
 
 
-def judge(check: str, complaints: Iterable[str], praise: str) -> Finding:
-    """A fault if there is any complaint, else ok."""
-    found = list(complaints)
-    return fault(check, "; ".join(found)) if found else ok(check, praise)
+def fault_if_any(check: str, problems: Sequence[str], otherwise: str) -> Finding:
+    """A fault that lists the problems, or ok if there are none."""
+    return fault(check, "; ".join(problems)) if problems else ok(check, otherwise)
 
 
-def attempt(check: str, examine: Callable[[], Finding]) -> Finding:
-    """Run a check; where a method is built otherwise than the check expects, say that it could not be made."""
+def attempt(check: str, run: Callable[[], Finding]) -> Finding:
+    """Run a check; an exception becomes a finding that says why the check could not be made."""
     try:
-        return examine()
+        return run()
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
-        return not_applicable(check, f"could not be checked on this method: {first_line(error)}")
+        return not_applicable(check, f"could not be checked: {first_line(error)}")
 
 
 def first_line(error: BaseException) -> str:
-    """An exception in a few words."""
+    """The type and the first line of an exception."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__

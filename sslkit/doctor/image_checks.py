@@ -1,4 +1,4 @@
-"""What the user's images are like, and whether the views suit them."""
+"""Checks of the images, and of the recipe's views on images of this size and colour."""
 
 from dataclasses import astuple, dataclass
 
@@ -18,20 +18,20 @@ ALPHA = "alpha"
 COPIES = "copies"
 COLOUR, CROPS, SIZE, BLUR, PIXELS = "colour", "crops", "view size", "blur", "pixel values"
 
-LOOKED_AT = 32
+SAMPLED = 32
 SMALLEST_CROP = 8.0  # pixels: the CIFAR-10 recipes, which work, go down to 9
 
 
 @dataclass(frozen=True)
-class ImageFacts:
-    """What was seen of a source.
+class ImageSummary:
+    """Summary of an image source, from a sample of its images.
 
     Attributes:
-        count: Images in it.
+        count: Number of images in the source.
         height: Median height in pixels.
-        width: Median width.
-        grey: Whether no image looked at has colour.
-        variety: How different those looked at are; None: not known.
+        width: Median width in pixels.
+        grey: Whether all sampled images are greyscale.
+        variety: How many of the sampled images differ; None if not known.
     """
 
     count: int
@@ -46,88 +46,89 @@ class ImageFacts:
         return min(self.height, self.width)
 
 
-def look_at(source: ImageSource) -> ImageFacts:
-    """Read a few images, spread over the source."""
-    indices = np.linspace(0, len(source) - 1, min(LOOKED_AT, len(source)), dtype=int)
+def summarise_images(source: ImageSource) -> ImageSummary:
+    """Read `SAMPLED` images, spread over the source."""
+    indices = np.linspace(0, len(source) - 1, min(SAMPLED, len(source)), dtype=int)
     images = [source.read(int(index)) for index in indices]
     height, width = (int(np.median([image.shape[axis] for image in images])) for axis in (0, 1))
-    return ImageFacts(len(source), height, width, all(_is_grey(image) for image in images), variety_of(images))
+    return ImageSummary(len(source), height, width, all(_is_grey(image) for image in images), variety_of(images))
 
 
 def check_alpha(source: ImageSource) -> Finding:
-    """Say how many images have alpha, and warn where the colours under it are learned from."""
+    """Count images with an alpha channel; warn if the run trains on the colours of transparent pixels."""
     if source.channels is not None:
-        return not_applicable(ALPHA, "a channel like others in images that are not read as RGB")
+        return not_applicable(ALPHA, "the images are not read as RGB, so alpha is a channel like the others")
     alpha, sentence = count_alpha(source)[0], describe_alpha(source)
-    return warning(ALPHA, sentence) if alpha and source.background == KEEP else ok(ALPHA, sentence)
+    if alpha and source.background == KEEP:
+        return warning(ALPHA, f'{sentence}; to hide the colours of transparent pixels, set data.background = "white"')
+    return ok(ALPHA, sentence)
 
 
 def _is_grey(image: NDArray[np.uint8]) -> bool:
     return bool(np.ptp(image.astype(np.int16), axis=2).max(initial=0) <= 2)
 
 
-def advise_on_views(views: ViewsConfig, facts: ImageFacts) -> list[Finding]:
-    """Everything that `[views]` and the images' size and colour say together."""
-    found = [_colour(views, facts), _crops(views, facts), _size(views, facts), _blur(views)]
-    return [*([_variety(facts.variety)] if facts.variety else []), *found]
+def check_view_settings(views: ViewsConfig, images: ImageSummary) -> list[Finding]:
+    """Compare the ``[views]`` table with the size and colour of the images."""
+    found = [_colour(views, images), _crops(views, images), _size(views, images), _blur(views)]
+    return [*([_variety(images.variety)] if images.variety else []), *found]
 
 
 def _variety(variety: Variety) -> Finding:
     alarms = data_alarm(*astuple(variety))
     if not alarms:
-        return ok(COPIES, f"{variety.different} different ones of {variety.sampled} looked at")
+        return ok(COPIES, f"{variety.different} of {variety.sampled} sampled images differ")
     sentence = alarms[0].partition(": ")[2]
-    return (
-        fault(COPIES, sentence)
-        if min(variety.different, variety.sampled - variety.plain) <= 1
-        else warning(COPIES, sentence)
-    )
+    is_hopeless = min(variety.different, variety.sampled - variety.plain) <= 1
+    return fault(COPIES, sentence) if is_hopeless else warning(COPIES, sentence)
 
 
-def _colour(views: ViewsConfig, facts: ImageFacts) -> Finding:
-    if not facts.grey:
+def _colour(views: ViewsConfig, images: ImageSummary) -> Finding:
+    if not images.grey:
         return ok(COLOUR, "the images have colour")
     used = sorted({name for policy in views.view_policies() for name in _colour_steps(policy)}, reverse=True)
     if not used:
-        return ok(COLOUR, "the images are grey, and no transform changes colour")
+        return ok(COLOUR, "the images are greyscale, and no transform changes colour")
     return warning(
         COLOUR,
-        f"the images are grey: {', '.join(used)} change nothing and cost time; set the last two numbers of [views] "
-        "jitter and gray_prob to 0 (policy small_gray does)",
+        f"the images are greyscale, so {', '.join(used)} cost time without effect: set views.jitter = "
+        f"{[*views.jitter[:2], 0, 0]} and views.gray_prob = 0",
     )
 
 
-def _crops(views: ViewsConfig, facts: ImageFacts) -> Finding:
-    area = facts.height * facts.width
+def _crops(views: ViewsConfig, images: ImageSummary) -> Finding:
+    area, size = images.height * images.width, f"{images.width} x {images.height}"
     if all(policy.crop_sampler == "none" for policy in views.view_policies()):
         return not_applicable(CROPS, "a pipeline file crops")
     for role, policy in zip(views.roles(), views.view_policies(), strict=True):
         key = f"{role}.crop_scale" if role == "local" else "crop_scale"
-        smallest = policy.crop_scale[0]
+        smallest, largest = policy.crop_scale
         side = (smallest * area) ** 0.5
         if side < SMALLEST_CROP:
-            fitting = min((SMALLEST_CROP * 1.5) ** 2 / area, 1.0)
+            fitting = float(f"{min((SMALLEST_CROP * 1.5) ** 2 / area, 1.0):.2g}")
             return warning(
                 CROPS,
-                f"[views] {key} starts at {smallest:g}: of images of {facts.width} x {facts.height} that is {side:.0f} "
-                f"pixels a side, too few to tell what they show; start at {fitting:.2g} or more",
+                f"the smallest crops of images of {size} pixels have {side:.0f} pixels per side, too few to show "
+                f"anything: set views.{key} = {[fitting, max(largest, fitting)]}",
             )
-    if views.crop_scale[1] < 0.3:
+    smallest, largest = views.crop_scale
+    if largest < 0.3:
         return warning(
-            CROPS, f"[views] crop_scale ends at {views.crop_scale[1]:g}: no view ever shows most of an image"
+            CROPS, f"no crop covers more than {largest:.0%} of an image: set views.crop_scale = {[smallest, 1.0]}"
         )
-    side = (views.crop_scale[0] * area) ** 0.5
-    return ok(CROPS, f"the smallest are about {side:.0f} pixels a side, of images of {facts.width} x {facts.height}")
+    side = (smallest * area) ** 0.5
+    return ok(CROPS, f"the smallest have about {side:.0f} pixels per side, from images of {size} pixels")
 
 
-def _size(views: ViewsConfig, facts: ImageFacts) -> Finding:
-    if views.size > 2 * facts.short_side:
+def _size(views: ViewsConfig, images: ImageSummary) -> Finding:
+    size = f"{images.width} x {images.height}"
+    if views.size > 2 * images.short_side:
         return warning(
             SIZE,
-            f"views of {views.size} pixels are cut from images of {facts.width} x {facts.height}: most of the "
-            f"computing goes into enlarged pixels; [views] size = {_round_up(facts.short_side)} shows as much",
+            f"images of {size} pixels are enlarged to views of {views.size}, which costs time and adds nothing: set "
+            f"views.size = {-(-images.short_side // 32) * 32}",
         )
-    return ok(SIZE, f"{views.size} pixels, from images of {facts.width} x {facts.height}")
+    return ok(SIZE, f"{views.size} pixels, from images of {size} pixels")
 
 
 def _blur(views: ViewsConfig) -> Finding:
@@ -135,35 +136,27 @@ def _blur(views: ViewsConfig) -> Finding:
     if blurred and views.size <= 64 and views.blur_sigma[1] > views.size / 32:
         return warning(
             BLUR,
-            f"a blur of up to {views.blur_sigma[1]:g} pixels leaves little of views of {views.size} pixels; the "
-            "papers' is for 224: set [views] blur_prob to 0 or blur_sigma lower",
+            f"a blur of up to {views.blur_sigma[1]:g} pixels, made for views of 224 pixels, removes most of views of "
+            f"{views.size}: set views.blur_prob = 0",
         )
     return ok(BLUR, "in proportion to the views" if blurred else "none")
 
 
-def check_pixels(prepared: Tensor) -> Finding:
-    """Normalised pixels must lie where networks expect them.
-
-    Args:
-        prepared: (B, 3, H, W), as the backbone sees them.
-    """
-    mean, std = float(prepared.mean()), float(prepared.std())
+def check_pixels(view: Tensor) -> Finding:
+    """Check mean and standard deviation of a normalised view (B, C, H, W)."""
+    mean, std = float(view.mean()), float(view.std())
     if abs(mean) > 4 or not 0.02 < std < 10:
         return warning(
             PIXELS,
-            f"after normalisation they have mean {mean:.3g} and deviation {std:.3g}; near 0 and 1 is right. [views] "
-            "mean and std are for pixels in [0, 1], not in [0, 255]",
+            f"after normalisation their mean is {mean:.3g} and their standard deviation {std:.3g}, not about 0 and 1: "
+            "give views.mean and views.std for pixels in [0, 1], such as [0.485, 0.456, 0.406]",
         )
-    return ok(PIXELS, f"mean {mean:.2f}, deviation {std:.2f} after normalisation")
+    return ok(PIXELS, f"mean {mean:.2f}, standard deviation {std:.2f} after normalisation")
 
 
 def _colour_steps(policy: ViewPolicy) -> list[str]:
-    """The steps of a view that only change coloured images."""
+    """The transforms of a view that change only images with colour."""
     if policy.pipeline:
         return []
     jitter = [name for name, strength in zip(("saturation", "hue"), policy.jitter[2:], strict=True) if strength > 0]
     return (jitter if policy.jitter_prob else []) + (["gray_prob"] if policy.gray_prob else [])
-
-
-def _round_up(pixels: int) -> int:
-    return -(-pixels // 32) * 32

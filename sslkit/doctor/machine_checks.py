@@ -1,4 +1,4 @@
-"""What this machine can do: devices, cores, memory, precision, threads, versions."""
+"""Checks of this machine: versions, devices, cores, memory, precision, threads."""
 
 import importlib
 import importlib.metadata
@@ -12,11 +12,11 @@ from sslkit.data.loading.loader import cores_of_a_process
 from sslkit.doctor.findings import Finding, attempt, not_applicable, ok, warning
 
 GIB = 1 << 30
-SHARED_MEMORY = Path("/dev/shm")  # where data workers leave their batches
+SHARED_MEMORY = Path("/dev/shm")  # data workers pass batches through it
 
 
-def examine_machine() -> list[Finding]:
-    """Look, and change nothing."""
+def check_machine() -> list[Finding]:
+    """All findings about this machine; nothing is changed."""
     checks = {
         "versions": _versions,
         "torchvision": _torchvision,
@@ -32,14 +32,14 @@ def examine_machine() -> list[Finding]:
 
 
 def training_device() -> torch.device:
-    """Where a run on this machine computes."""
+    """The device that a run on this machine uses."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def memory_of_machine() -> int:
-    """Bytes that processes here may use: the machine's, or less where a container sets a limit."""
+    """Memory in bytes: the machine's, or the limit of the container."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
@@ -52,12 +52,12 @@ def memory_of_machine() -> int:
 
 
 def memory_of_device(device: torch.device) -> int:
-    """Bytes of the device that computes."""
+    """Memory of a device in bytes."""
     return torch.cuda.get_device_properties(0).total_memory if device.type == "cuda" else memory_of_machine()
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bf16 itself, rather than by way of float32."""
+    """Whether the device computes in bf16 natively."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "mps":
@@ -70,18 +70,17 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def check_bf16() -> Finding:
-    """Which of ``no``, ``bf16`` and ``fp16`` pays here."""
+    """Which precisions this machine supports."""
     device = training_device()
     if device.type == "cpu":
-        speed = "bf16 is computed natively" if has_bf16(device) else "bf16 works but is slower than float32"
-        return ok("precision", f"no GPU, so no fp16; {speed}")
-    return ok("precision", "bf16 and fp16" if has_bf16(device) else "fp16; bf16 only by emulation")
+        speed = "bf16 is native" if has_bf16(device) else "bf16 is slower than float32"
+        return ok("precision", f"fp16 needs a GPU; {speed}")
+    return ok("precision", "bf16 and fp16" if has_bf16(device) else "fp16; bf16 is emulated")
 
 
 def _versions() -> Finding:
-    found = [
-        f"{name} {importlib.metadata.version(name)}" for name in ("sslkit", "torch", "timm", "accelerate", "datasets")
-    ]
+    packages = ("sslkit", "torch", "timm", "accelerate", "datasets")
+    found = [f"{name} {importlib.metadata.version(name)}" for name in packages]
     return ok("versions", f"{', '.join(found)}, Python {platform.python_version()}")
 
 
@@ -92,45 +91,37 @@ def _torchvision() -> Finding:
     except Exception as error:
         return warning(
             "torchvision",
-            f"{version} does not fit this torch ({type(error).__name__}): `accelerate launch` imports it through timm "
-            "and would stop; install the pair of versions that belong together",
+            f"{version} does not work with torch {torch.__version__} ({type(error).__name__}), and timm imports it: "
+            "reinstall both with pip install --upgrade torch torchvision",
         )
-    return ok("torchvision", f"{version}, fits torch")
+    return ok("torchvision", f"{version}, works with torch")
 
 
 def _albumentations() -> Finding:
     try:
-        version = importlib.metadata.version("albumentations")
-    except importlib.metadata.PackageNotFoundError:
-        return warning(
-            "albumentations", "not installed; another package may answer to its name: pip install albumentations"
-        )
-    try:
         other = importlib.metadata.version("albumentationsx")
     except importlib.metadata.PackageNotFoundError:
-        return ok("albumentations", version)
+        return ok("albumentations", importlib.metadata.version("albumentations"))
     return warning(
         "albumentations",
-        f"albumentationsx {other} lies in the same folder and has another licence; uninstall both, then install "
-        "albumentations alone",
+        f"albumentationsx {other} uses the same import name and has another licence: pip uninstall albumentationsx "
+        "albumentations, then pip install albumentations",
     )
 
 
 def _cores() -> Finding:
     usable, there = cores_of_a_process(1), os.cpu_count() or 1
-    return ok("cores", f"{usable} of {there} may be used" if usable < there else str(usable))
+    return ok("cores", f"{usable} of {there} are usable by this process" if usable < there else str(usable))
 
 
 def _threads() -> Finding:
-    asked, cores = os.environ.get("OMP_NUM_THREADS"), cores_of_a_process(1)
-    if asked and asked.isdigit() and int(asked) > cores:
-        return warning("threads", f"OMP_NUM_THREADS = {asked} on {cores} cores: threads would wait for each other")
-    waiting = os.environ.get("OMP_WAIT_POLICY", "").upper()
-    if waiting == "ACTIVE":
-        return warning("threads", "OMP_WAIT_POLICY = ACTIVE takes cores from data workers; unset it or say PASSIVE")
-    return ok(
-        "threads", f"torch computes with {torch.get_num_threads()}" + (f", OMP_NUM_THREADS = {asked}" if asked else "")
-    )
+    variable, cores = os.environ.get("OMP_NUM_THREADS"), cores_of_a_process(1)
+    if variable and variable.isdigit() and int(variable) > cores:
+        return warning("threads", f"OMP_NUM_THREADS={variable} is more than the {cores} cores: unset it")
+    if os.environ.get("OMP_WAIT_POLICY", "").upper() == "ACTIVE":
+        return warning("threads", "waiting threads take cores from data workers: set OMP_WAIT_POLICY=PASSIVE")
+    origin = f", from OMP_NUM_THREADS={variable}" if variable else ""
+    return ok("threads", f"torch uses {torch.get_num_threads()}{origin}")
 
 
 def _memory() -> Finding:
@@ -139,26 +130,22 @@ def _memory() -> Finding:
 
 def _shared_memory() -> Finding:
     if not SHARED_MEMORY.is_dir():
-        return not_applicable("shared memory", f"no {SHARED_MEMORY} here")
+        return not_applicable("shared memory", f"there is no {SHARED_MEMORY}")
     if not os.access(SHARED_MEMORY, os.W_OK):
-        return warning(
-            "shared memory", f"{SHARED_MEMORY} cannot be written to; mount it writable, or set [data] workers = 0"
-        )
+        return warning("shared memory", f"{SHARED_MEMORY} is not writable: mount it writable, or set data.workers = 0")
     system = os.statvfs(SHARED_MEMORY)
     size = system.f_frsize * system.f_blocks
     if size < GIB:
         return warning(
             "shared memory",
-            f"{SHARED_MEMORY} has {size >> 20} MiB, too few for data workers' batches: start the container with "
-            "--shm-size=8g or --ipc=host, or set [data] workers = 0",
+            f"{SHARED_MEMORY} has {size >> 20} MiB, too little for data workers: start the container with "
+            "--shm-size=8g or --ipc=host, or set data.workers = 0",
         )
     return ok("shared memory", f"{size / GIB:.1f} GiB")
 
 
 def _gpu() -> Finding:
     if not torch.cuda.is_available():
-        return ok(
-            "GPU", "Apple's, by way of mps" if torch.backends.mps.is_available() else "none: training runs on the CPU"
-        )
+        return ok("GPU", "Apple (mps)" if torch.backends.mps.is_available() else "none: training runs on the CPU")
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return ok("GPU", ", ".join(f"{each.name} ({each.total_memory / GIB:.0f} GiB)" for each in found))

@@ -1,20 +1,22 @@
-"""What the recipe's numbers say beside each other and beside the data: advice, in plain words.
+"""Advice about the recipe's settings: compared with each other, with the data, and with the paper.
 
-Thresholds are wide: what a paper or a shipped recipe does is never advised against.
+The limits are wide: nothing that a paper or a shipped recipe does gets a warning.
 """
 
 import math
 
 from sslkit.doctor.findings import Finding, ok, warning
-from sslkit.doctor.image_checks import ImageFacts, advise_on_views
-from sslkit.methods import find_method
+from sslkit.doctor.image_checks import ImageSummary, check_view_settings
+from sslkit.methods import Method, MomentumOptions, Progress
 from sslkit.parts.backbone import family
+from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.recipe.resolve import Recipe
 
 QUEUE, MOMENTUM, RATE, DECAY = "queue length", "momentum", "learning rate", "weight decay"
 BATCH, TEMPERATURE, SCHEDULE, SAVING = "batch size", "temperature", "schedule", "saving"
+OPTIONS, SLICES = "method options", "slices"
 
-# Peak rates beyond which an optimizer that is not the paper's is out of its usual range.
+# Peak rates outside of which an optimizer that is not the paper's is unlikely to work.
 USUAL_RATES = {
     "sgd": (1e-3, 5.0),
     "lars": (1e-2, 20.0),
@@ -23,200 +25,237 @@ USUAL_RATES = {
     "adamw": (1e-5, 1e-2),
     "lamb": (1e-4, 5e-2),
 }
-SAFE_ADAMW = 2e-3  # small networks take this at any batch
-LARGEST_DECAY = {"sgd": 5e-3, "lars": 1e-3, "lars_simclr": 1e-3, "larc": 1e-3, "adamw": 0.5, "lamb": 0.5}
-FEW, FEW_OF_A_GROUP, MANY, FEW_UPDATES = 32, 8, 1024, 200
+SAFE_ADAMW = 2e-3  # works for small networks at any batch size
+MAX_DECAY = {"sgd": 5e-3, "lars": 1e-3, "lars_simclr": 1e-3, "larc": 1e-3, "adamw": 0.5, "lamb": 0.5}
+MOMENTA = (0.9, 0.95, 0.97, 0.98, 0.99, 0.996, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
+MIN_BATCH, MIN_GROUP, LARGE_BATCH, MIN_UPDATES = 32, 8, 1024, 200
 
 
-def advise(recipe: Recipe, facts: ImageFacts) -> list[Finding]:
-    """All advice that needs no computing."""
-    steps = max(facts.count // recipe.train.batch_size, 1)
+def check_settings(recipe: Recipe, method: Method, images: ImageSummary) -> list[Finding]:
+    """All advice that needs no computation.
+
+    Args:
+        recipe: The resolved recipe.
+        method: The recipe's method; its weights do not matter.
+        images: What is known of the data.
+    """
+    steps_per_epoch = max(images.count // recipe.train.batch_size, 1)
+    start = Progress(0, recipe.train.epochs * steps_per_epoch, steps_per_epoch, recipe.train.batch_size)
     found = [
-        _queue_length(recipe, facts.count),
-        _momentum(recipe, steps),
-        _temperature(recipe),
-        _batch_size(recipe),
-        _learning_rate(recipe),
+        _queue_length(recipe, method, images.count),
+        _momentum(recipe, method, start),
+        _temperature(recipe, method),
+        *(warning(OPTIONS, sentence) for sentence in method.advise(start)),
+        _batch_size(recipe, method),
+        _learning_rate(recipe, method),
         _weight_decay(recipe),
-        _schedule(recipe, steps),
+        _schedule(recipe, start),
         _saving(recipe),
+        _slices(recipe, method),
     ]
-    return [finding for finding in found if finding is not None] + advise_on_views(recipe.views, facts)
+    return [finding for finding in found if finding is not None] + check_view_settings(recipe.views, images)
 
 
-def _option(recipe: Recipe, key: str) -> float | None:
-    """A number of `[method]`, if the method has it."""
-    value = getattr(recipe.method, key, None)
-    return float(value) if isinstance(value, int | float) else None
-
-
-def _queue_length(recipe: Recipe, images: int) -> Finding | None:
-    queue, negatives = _option(recipe, "queue_size"), _option(recipe, "negatives")
-    if not queue and not negatives:
-        return None
-    if queue:
-        held = queue / 2 if _option(recipe, "symmetric") else queue
+def _queue_length(recipe: Recipe, method: Method, images: int) -> Finding | None:
+    batch_size = recipe.train.batch_size
+    if method.negatives == "queue":
+        held = method.updates_to_fill_queue(batch_size) * batch_size  # both views of an image may be queued
+        fitting = _power_of_two(images / 4)
         if held >= images:
             return warning(
                 QUEUE,
-                f"[method] queue_size = {queue:.0f} holds {held / images:.1f} epochs of the {images} images: every "
-                f"image meets older keys of itself as negatives; take {images // 4} or fewer",
+                f"the queue holds {held / images:.1f} epochs of the {images} images, so older keys of an image are its "
+                f"own negatives; keep queue_size well below the number of images ({images}): "
+                f"set method.queue_size = {fitting}",
             )
-        if held < recipe.train.batch_size:
+        if any(len(part.state_dict()["keys"]) < batch_size for part in method.dictionaries().values()):
             return warning(
                 QUEUE,
-                f"[method] queue_size = {queue:.0f} does not hold the keys of a batch of {recipe.train.batch_size}; a "
-                "queue is there to have more negatives than a batch",
+                f"the queue is smaller than the batch ({batch_size} images); a queue is there to have more negatives "
+                f"than a batch: set method.queue_size = {_power_of_two(min(16 * batch_size, images / 4))}",
             )
-        return ok(QUEUE, f"{queue:.0f} keys, {held / images:.0%} of the data")
-    if negatives and negatives > images:
+        return ok(QUEUE, f"the queue holds keys of {held / images:.0%} of the images")
+    chance = method.chance_loss(batch_size)
+    if method.negatives != "bank" or chance is None or chance.negatives is None:
+        return None
+    drawn = chance.negatives.count
+    if drawn > images:
         return warning(
             QUEUE,
-            f"[method] negatives = {negatives:.0f} are drawn from {images} memories: each is drawn several times, the "
-            f"own one too; take {images // 4} or fewer",
+            f"{drawn} negatives are drawn from a memory bank of {images} images, so each is drawn several times, the "
+            f"image itself too: set method.negatives = {_power_of_two(images / 4)}",
         )
-    return ok(QUEUE, f"{negatives:.0f} of {images} memories are drawn for a query")
+    return ok(QUEUE, f"{drawn} negatives are drawn from a memory bank of {images} images")
 
 
-def _momentum(recipe: Recipe, steps_per_epoch: int) -> Finding | None:
-    momentum = _option(recipe, "momentum")
-    if momentum is None:
+def _power_of_two(limit: float) -> int:
+    """The largest power of two up to ``limit``."""
+    return 1 << max(int(limit), 1).bit_length() - 1
+
+
+def _momentum(recipe: Recipe, method: Method, start: Progress) -> Finding | None:
+    for teacher in method.teachers().values():
+        momentum = teacher.momentum_at(start)
+        break
+    else:
         return None
-    if momentum in (0.0, 1.0):
-        what = "the teacher is the student of one step ago" if momentum == 0 else "the teacher never moves"
-        return warning(MOMENTUM, f"[method] momentum = {momentum:g}: {what}; the papers take 0.99 to 0.999")
-    half_life = math.log(0.5) / math.log(momentum)
+    warmup = recipe.schedule.warmup_epochs * start.updates_per_epoch
+    limit = warmup or start.total_updates / 8
+    fitting = max((each for each in MOMENTA if each <= 0.5 ** (2 / limit)), default=MOMENTA[0])
+    cure = f"set method.momentum = {fitting:g}"
+    if isinstance(recipe.method, MomentumOptions) and recipe.method.momentum_half_life is not None:
+        cure = f"set method.momentum_half_life = {_power_of_two(limit * start.batch_size / 2)}"
+    if momentum == 1.0:
+        return warning(MOMENTUM, f"the teacher never moves (momentum 1): {cure}, unless you distil a fixed teacher")
     if momentum < 0.9:
-        return warning(
-            MOMENTUM,
-            f"[method] momentum = {momentum:g}: half of the teacher is {half_life:.1f} steps old; with 0.9 MoCo "
-            "already loses several points, the papers take 0.99 to 0.999",
-        )
-    total = recipe.train.epochs * steps_per_epoch
-    warmup = recipe.schedule.warmup_epochs * steps_per_epoch
-    limit, name = (warmup, "warm-up") if warmup else (total / 8, "first eighth of the run")
-    said = f"half of the teacher is {half_life:.0f} steps old, the {name} {limit:.0f} steps long"
+        what = "equals the student of the previous step" if momentum == 0 else "follows the student too fast"
+        return warning(MOMENTUM, f"the teacher {what} (momentum {momentum:.3g}); the papers use 0.99 to 0.999: {cure}")
+    half_life = math.log(0.5) / math.log(momentum)
     if half_life > limit:
-        fitting = max(0.5 ** (2 / limit), 0.9)
+        until = f"the warm-up of {warmup:.0f}" if warmup else f"an eighth of the run, {limit:.0f}"
         return warning(
             MOMENTUM,
-            f"{said}: the teacher remembers random weights when the learning rate is at its height; take [method] "
-            f"momentum = {fitting:.2g} or longer epochs",
+            f"the teacher updates too slowly for this short run ({start.total_updates} steps): half of its random "
+            f"initial weights remain after {half_life:.0f} steps, longer than {until} steps; {cure}",
         )
-    return ok(MOMENTUM, said)
+    return ok(MOMENTUM, f"{momentum:.4g}: the teacher's weights have a half-life of {half_life:.0f} steps")
 
 
-def _temperature(recipe: Recipe) -> Finding | None:
-    temperature = _option(recipe, "temperature")
-    if temperature is None:
+def _temperature(recipe: Recipe, method: Method) -> Finding | None:
+    chance = method.chance_loss(recipe.train.batch_size)
+    if chance is None or chance.negatives is None:
         return None
-    if not 0.04 <= temperature <= 1.0:
-        effect = "only the nearest negatives count" if temperature < 0.04 else "all similarities look alike"
+    if chance.temperature < 0.04:
         return warning(
-            TEMPERATURE, f"[method] temperature = {temperature:g}: {effect}; the papers' lie between 0.07 and 1"
+            TEMPERATURE,
+            f"{chance.temperature:g} is low: only the nearest negatives count; set method.temperature = 0.07",
         )
-    return ok(TEMPERATURE, f"{temperature:g}, within the papers' range")
+    if chance.temperature > 1.0:
+        return warning(
+            TEMPERATURE,
+            f"{chance.temperature:g} is high: near and far negatives count alike; set method.temperature = 0.2",
+        )
+    return ok(TEMPERATURE, f"{chance.temperature:g}, as in the papers")
 
 
-def _batch_size(recipe: Recipe) -> Finding:
-    batch, groups = recipe.train.batch_size, _option(recipe, "bn_groups") or 1
-    prototypes, queue = _option(recipe, "prototypes"), _option(recipe, "queue_size") or 0
-    if batch / groups < FEW_OF_A_GROUP:
-        return warning(
-            BATCH,
-            f"{batch} images in {groups:.0f} BN groups are {batch / groups:g} a group, too few for batch statistics; "
-            f"take [method] bn_groups = {max(batch // (4 * FEW_OF_A_GROUP), 2)} or a larger batch",
-        )
-    if prototypes and batch + queue < prototypes:
+def _batch_size(recipe: Recipe, method: Method) -> Finding:
+    batch_size, groups, smallest = recipe.train.batch_size, method.bn_groups, method.smallest_batch
+    if batch_size / groups < MIN_GROUP:
         return warning(
             BATCH,
-            f"{batch} images (and {queue:.0f} queued) are shared out among {prototypes:.0f} prototypes, less than one "
-            "each: the codes are noise; take fewer prototypes, a larger batch or a queue",
+            f"{batch_size} images in {groups} BatchNorm groups are {batch_size / groups:g} per group, too few for "
+            f"batch statistics: set method.bn_groups = {max(batch_size // (4 * MIN_GROUP), 2)} or a larger "
+            "train.batch_size",
         )
-    method = find_method(recipe.method_name)
-    least = method.smallest_batch
-    if batch < least:
-        why = "its negatives are the batch" if method.negatives == "batch" else f"its paper goes to {least}"
+    if batch_size < smallest:
         return warning(
             BATCH,
-            f"{batch} is small for {recipe.method_name}: {why}. Take {least} or more "
-            "([train] micro_batch saves memory), or a method with a queue, such as moco_v2",
+            f"{batch_size} is small for {recipe.method_name}, whose paper goes down to {smallest}: set "
+            f"train.batch_size = {smallest} (and train.micro_batch if memory is short), or use a method with a queue, "
+            "such as moco_v2",
         )
-    if batch < FEW:
-        return warning(BATCH, f"{batch} images a batch is few for any method here; take {FEW} or more")
-    return ok(BATCH, f"{batch}" + (f", {batch / groups:g} in a BN group" if groups > 1 else ""))
+    if batch_size < MIN_BATCH:
+        return warning(BATCH, f"{batch_size} is small for any method: set train.batch_size = {MIN_BATCH} or more")
+    return ok(BATCH, f"{batch_size}" + (f", {batch_size / groups:g} in each BatchNorm group" if groups > 1 else ""))
 
 
-def _learning_rate(recipe: Recipe) -> Finding:
-    paper = find_method(recipe.method_name).paper_defaults(family(recipe.backbone.name))
-    optim, peak, batch = paper.get("optim", {}), recipe.peak_lr, recipe.train.batch_size
-    if optim.get("name") != recipe.optim.name or "lr" not in optim:
-        return _usual_rate(recipe)
-    linear = optim.get("lr_rule", "linear") != "none"
-    by_rule = optim["lr"] * batch / (256 if linear else paper.get("train", {}).get("batch_size", batch))
-    rule = (
-        f"the paper's {optim['lr']:g} at batch {256 if linear else paper['train']['batch_size']}, linear in the batch"
-    )
-    ratio = peak / by_rule
-    unscaled = linear and recipe.optim.lr_rule == "none" and recipe.optim.lr == optim["lr"] and not 0.6 < ratio < 1.7
-    too_high = ratio > 5 and not (recipe.optim.name == "adamw" and peak <= SAFE_ADAMW)
-    lowest = 0.01 if recipe.backbone.pretrained else 0.2  # weights that are continued want a gentle rate
-    if unscaled or too_high or ratio < lowest or not peak:
-        cure = "set [optim] lr_rule = 'linear'" if unscaled else "check [optim] lr and lr_rule"
+def _learning_rate(recipe: Recipe, method: Method) -> Finding:
+    paper = method.paper_defaults(family(recipe.backbone.name))
+    optim, peak, batch_size = paper.get("optim", {}), recipe.peak_lr, recipe.train.batch_size
+    name = recipe.optim.name
+    if optim.get("name") != name or "lr" not in optim:
+        lowest, highest = USUAL_RATES[name]
+        if lowest <= peak <= highest:
+            return ok(RATE, f"peak {peak:.3g}, usual for {name} (the paper uses another optimizer)")
         return warning(
-            RATE, f"peak {peak:.3g} is {ratio:.3g} times what batch {batch} asks for: {by_rule:.3g} by {rule}; {cure}"
+            RATE,
+            f"a peak of {peak:.3g} is outside the usual range of {name}, {lowest:g} to {highest:g}: set optim.lr so "
+            f"that the peak is about {(lowest * highest) ** 0.5:.1g}",
         )
-    return ok(RATE, f"peak {peak:.3g}; {rule}: {by_rule:.3g}")
-
-
-def _usual_rate(recipe: Recipe) -> Finding:
-    """Where the paper has no rate for this optimizer."""
-    name, peak = recipe.optim.name, recipe.peak_lr
-    lowest, highest = USUAL_RATES[name]
-    if lowest <= peak <= highest:
-        return ok(RATE, f"peak {peak:.3g}, usual for {name} (the paper has another optimizer)")
-    return warning(RATE, f"peak {peak:.3g}: {name} usually learns between {lowest:g} and {highest:g}, see [optim] lr")
+    is_linear = optim.get("lr_rule", "linear") != "none"
+    paper_batch = 256 if is_linear else paper.get("train", {}).get("batch_size", batch_size)
+    expected = optim["lr"] * batch_size / paper_batch
+    rule = f"the paper's {optim['lr']:g} at batch size {paper_batch}, scaled to {batch_size}"
+    ratio = peak / expected
+    unscaled = is_linear and recipe.optim.lr_rule == "none" and recipe.optim.lr == optim["lr"] and not 0.6 < ratio < 1.7
+    is_high = ratio > 5 and not (name == "adamw" and peak <= SAFE_ADAMW)
+    lowest = 0.01 if recipe.backbone.pretrained else 0.2  # continuing from trained weights needs a low rate
+    if unscaled or is_high or ratio < lowest or not peak:
+        cure = 'set optim.lr_rule = "linear"' if unscaled else f"set optim.lr so that the peak is about {expected:.2g}"
+        return warning(RATE, f"a peak of {peak:.3g} is {ratio:.3g} times {expected:.3g} ({rule}): {cure}")
+    return ok(RATE, f"peak {peak:.3g}; the paper's rule gives {expected:.3g} ({rule})")
 
 
 def _weight_decay(recipe: Recipe) -> Finding:
-    decay, largest = recipe.optim.weight_decay, LARGEST_DECAY[recipe.optim.name]
-    if decay > largest:
-        return warning(
-            DECAY, f"[optim] weight_decay = {decay:g} is more than {recipe.optim.name} bears, about {largest:g} at most"
-        )
+    decay, name = recipe.optim.weight_decay, recipe.optim.name
+    if decay > MAX_DECAY[name]:
+        return warning(DECAY, f"{decay:g} is too high for {name}: set optim.weight_decay = {MAX_DECAY[name] / 5:g}")
     return ok(DECAY, f"{decay:g}")
 
 
-def _schedule(recipe: Recipe, steps_per_epoch: int) -> Finding:
-    schedule, epochs = recipe.schedule, recipe.train.epochs
-    total = epochs * steps_per_epoch
+def _schedule(recipe: Recipe, start: Progress) -> Finding:
+    schedule, epochs, total = recipe.schedule, recipe.train.epochs, start.total_updates
     late = [milestone for milestone in schedule.milestones if milestone >= epochs]
     if schedule.decay == "steps" and late:
-        words = ", ".join(f"{milestone:g}" for milestone in late)
-        return warning(SCHEDULE, f"[schedule] milestones: {words} lie beyond the {epochs} epochs and are never reached")
+        fitting = [round(epochs * share, 1) for share in (0.6, 0.8)]
+        return warning(
+            SCHEDULE,
+            f"milestones {', '.join(f'{milestone:g}' for milestone in late)} are after the last of the {epochs} "
+            f"epochs and have no effect: set schedule.milestones = {fitting}",
+        )
     if recipe.train.head_warmup_epochs >= epochs:
-        return warning(SCHEDULE, f"[train] head_warmup_epochs takes all {epochs} epochs: the backbone never learns")
+        return warning(
+            SCHEDULE,
+            f"the backbone is frozen in all {epochs} epochs and never learns: "
+            f"set train.head_warmup_epochs = {epochs / 10:g}",
+        )
     if schedule.warmup_epochs > epochs / 3:
         return warning(
             SCHEDULE,
-            f"{schedule.warmup_epochs:g} of {epochs} epochs are warm-up; in the papers it is a seventh or less",
+            f"{schedule.warmup_epochs:g} of {epochs} epochs are warm-up; the papers use a seventh or less: "
+            f"set schedule.warmup_epochs = {round(epochs / 10, 1):g}",
         )
-    if not schedule.warmup_epochs and recipe.train.batch_size >= MANY and recipe.optim.name not in ("sgd", "larc"):
+    is_large = recipe.train.batch_size >= LARGE_BATCH
+    if not schedule.warmup_epochs and is_large and recipe.optim.name not in ("sgd", "larc"):
         return warning(
-            SCHEDULE, f"no warm-up at batch {recipe.train.batch_size}: {recipe.optim.name} may break at the first steps"
+            SCHEDULE,
+            f"there is no warm-up, and {recipe.optim.name} may diverge in the first steps at batch size "
+            f"{recipe.train.batch_size}: set schedule.warmup_epochs = {round(epochs / 10, 1):g}",
         )
-    if (_option(recipe, "freeze_prototypes_steps") or 0) > total / 2:
-        return warning(SCHEDULE, f"the prototypes stay frozen for more than half of the {total} steps")
-    if _option(recipe, "queue_size") and (_option(recipe, "queue_start_epoch") or 0) >= epochs:
-        return warning(SCHEDULE, f"[method] queue_start_epoch lies beyond the {epochs} epochs: the queue is never used")
-    if total < FEW_UPDATES:
-        return warning(SCHEDULE, f"{total} updates in all: few encoders learn anything in so few; more [train] epochs")
-    return ok(SCHEDULE, f"{total} updates, {schedule.warmup_epochs * steps_per_epoch:.0f} of them warm-up")
+    if total < MIN_UPDATES:
+        needed = math.ceil(MIN_UPDATES / start.updates_per_epoch)
+        return warning(SCHEDULE, f"{total} updates are too few to learn much: set train.epochs = {needed} or more")
+    return ok(SCHEDULE, f"{total} updates, {schedule.warmup_epochs * start.updates_per_epoch:.0f} of them warm-up")
 
 
 def _saving(recipe: Recipe) -> Finding:
-    every = recipe.checkpoint
-    if not every.every_steps and not every.every_minutes:
-        return warning(SAVING, "[checkpoint] saves at the end only: a run that is stopped starts again from nothing")
-    rhythm = f"every {every.every_minutes:g} minutes" if every.every_minutes else f"every {every.every_steps} steps"
-    return ok(SAVING, rhythm)
+    rules = recipe.checkpoint
+    if not rules.every_steps and not rules.every_minutes:
+        return warning(
+            SAVING,
+            "a run that is interrupted starts from the beginning, as nothing is saved before its end: "
+            "set checkpoint.every_minutes = 30",
+        )
+    every = f"{rules.every_minutes:g} minutes" if rules.every_minutes else f"{rules.every_steps} steps"
+    return ok(SAVING, f"a checkpoint every {every}")
+
+
+def _slices(recipe: Recipe, method: Method) -> Finding:
+    """Slices have batch statistics of their own; without shuffled keys these identify the positive."""
+    micro_batch = recipe.train.micro_batch
+    if not micro_batch:
+        return ok(SLICES, "none: each process computes its batch at once")
+    if not has_batch_norm(method.backbone):
+        return ok(SLICES, "exact: the backbone has no BatchNorm")
+    if micro_batch < MIN_GROUP:
+        return warning(
+            SLICES, f"{micro_batch} images are too few for BatchNorm's statistics: set train.micro_batch = {MIN_GROUP}"
+        )
+    if method.bn_groups > 1 and not method.shuffle_keys:
+        return warning(
+            SLICES,
+            f"slices of {micro_batch} images have BatchNorm statistics of their own, which distinguish a positive from "
+            "most negatives, as this method does not shuffle keys: set train.micro_batch = 0, or use a backbone "
+            "without BatchNorm, such as a ViT",
+        )
+    return ok(SLICES, f"of {micro_batch} images, each with BatchNorm statistics of its own")

@@ -1,64 +1,93 @@
-"""The whole examination of a recipe, from the images to the advice."""
+"""All checks of a recipe, in order."""
 
 import os
 
-from sslkit.data.sources.image_source import open_source
+import torch
+
+from sslkit.data.sources.image_source import ImageSource, open_source
 from sslkit.doctor.cost_forecast import (
     LOADING,
     MEMORY,
     check_precision,
-    check_slices,
     check_threads,
     forecast_memory,
-    weigh_loading,
+    forecast_time,
 )
-from sslkit.doctor.findings import Finding, Report, Say, attempt
-from sslkit.doctor.image_checks import check_alpha, check_pixels, look_at
-from sslkit.doctor.method_checks import examine_wiring
-from sslkit.doctor.process_checks import check_processes, launched, not_launched
-from sslkit.doctor.recipe_advice import advise
+from sslkit.doctor.doctor_setup import num_processes, set_up_checks
+from sslkit.doctor.findings import Finding, LogMessage, Report, attempt, fault, first_line
+from sslkit.doctor.image_checks import ImageSummary, check_alpha, check_pixels, summarise_images
+from sslkit.doctor.process_checks import check_processes, launched_processes, not_launched
+from sslkit.doctor.recipe_advice import check_settings
+from sslkit.doctor.training_checks import CONTRACT, STEP, check_batch_norm_leak, check_training
 from sslkit.doctor.view_checks import check_views
-from sslkit.engine.batch_checks import steps_per_epoch
+from sslkit.engine.batch_checks import check_batch_split, steps_per_epoch
+from sslkit.engine.setup import build_method
+from sslkit.errors import UserError
 from sslkit.recipe.resolve import Recipe
 
 
-def _quiet(_sentence: str) -> None:
-    """Say nothing."""
+def _ignore(_message: str) -> None:
+    """Show no progress."""
 
 
-def examine(recipe: Recipe, say: Say = _quiet) -> Report:
-    """Build the recipe's method on its own data, check the wiring, and advise.
+def check_recipe(recipe: Recipe, log_message: LogMessage = _ignore) -> Report:
+    """Build the recipe's method, make a step on a few images of its data, and check the settings.
 
-    Under a launcher every process takes part in the check that needs all of them; the rest is the first one's, and
-    the others report nothing.
+    Under a launcher all processes take part in the check ``processes agree``; the first one makes the others.
 
     Args:
         recipe: What `load_recipe` returned.
-        say: Called with a line for each stage that takes its time.
+        log_message: Called with a line of text before each stage.
+
+    Returns:
+        All findings; none on processes other than the first.
 
     Raises:
-        UserError: The recipe, the data or the machine cannot be used at all, for a reason that one sentence tells.
+        UserError: The recipe, the data or the machine cannot be used at all.
     """
     source = open_source(recipe.data).without_labels()
     steps_per_epoch(recipe, source)
     agreement = not_launched()
-    if launched() > 1:
+    if launched_processes() > 1:
         agreement = check_processes(recipe, source)
         if int(os.environ.get("RANK", "0")):
             return Report([])
-    say(f"looking at {len(source)} images of {source.description} and the views cut from them")
-    facts = look_at(source)
-    views = check_views(recipe, source)
-    wiring, patient, seen = examine_wiring(recipe, source, say)
-    measured: list[Finding] = []
-    if patient is not None and seen is not None:
-        patient_, seen_ = patient, seen
-        measured = [
-            check_pixels(patient.prepare(patient.views[0])),
-            check_slices(patient),
-            attempt(MEMORY, lambda: forecast_memory(patient_, seen_)),
-            attempt(LOADING, lambda: weigh_loading(patient_, source, seen_)),
-        ]
-    say("weighing the recipe's numbers")
-    on_machine = [check_threads(recipe), check_precision(recipe)]
-    return Report([*wiring, agreement, *views, check_alpha(source), *advise(recipe, facts), *measured, *on_machine])
+    log_message(f"checking {len(source)} images of {source.description} and their views")
+    images = summarise_images(source)
+    of_data = [*check_views(recipe, source), check_alpha(source)]
+    of_method = check_method(recipe, source, images, log_message)
+    return Report([*of_method, agreement, *of_data, check_threads(recipe), check_precision(recipe)])
+
+
+def check_method(
+    recipe: Recipe, source: ImageSource, images: ImageSummary, log_message: LogMessage = _ignore
+) -> list[Finding]:
+    """All checks that need the method.
+
+    Raises:
+        UserError: The batch does not fit the method's BN groups or the number of processes.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.train.seed)
+            method = build_method(recipe, len(source))
+    except UserError:
+        raise
+    except Exception as error:
+        return [fault(STEP, f"the method cannot be built: {first_line(error)}")]
+    check_batch_split(recipe, method, num_processes(recipe))
+    bn_groups = method.bn_groups
+    setup = set_up_checks(recipe, source, method, log_message)
+    of_step, record = check_training(setup)
+    method.bn_groups = bn_groups  # the small batch had fewer
+    if record is None or any(finding.check == CONTRACT and finding.verdict == "fault" for finding in of_step):
+        return of_step
+    log_message("forecasting memory and time")
+    return [
+        *of_step,
+        check_batch_norm_leak(method),
+        *check_settings(recipe, method, images),
+        check_pixels(setup.prepare(setup.views[0])),
+        attempt(MEMORY, lambda: forecast_memory(setup, record)),
+        attempt(LOADING, lambda: forecast_time(setup, source, record)),
+    ]

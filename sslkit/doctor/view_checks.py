@@ -1,4 +1,4 @@
-"""Do the views really differ: the two of an image, from epoch to epoch, from image to image, from worker to worker?"""
+"""Checks of the random draws: do views differ between each other, epochs, images and data workers?"""
 
 import warnings
 from collections.abc import Sequence
@@ -16,34 +16,36 @@ from sslkit.recipe.resolve import Recipe
 
 VIEWS, EPOCHS, SAMPLES, WORKERS = "views", "views by epoch", "views by image", "views by worker"
 
-IMAGES = 8
+NUM_IMAGES = 8
 Pixels = NDArray[np.uint8]
 
 
 def check_views(recipe: Recipe, source: ImageSource) -> list[Finding]:
-    """Cut a few images again and again with the recipe's own pipeline."""
+    """Make the views of a few images several times with the recipe's pipeline, and compare them."""
     pipeline = ViewPipeline(recipe.views, recipe.train.seed)
-    samples = [int(sample) for sample in epoch_order(recipe.train.seed, 0, len(source))[:IMAGES]]
+    samples = [int(sample) for sample in epoch_order(recipe.train.seed, 0, len(source))[:NUM_IMAGES]]
     images = [source.read(sample) for sample in samples]
     now = [pipeline(image, 0, sample) for image, sample in zip(images, samples, strict=True)]
     later = [pipeline(image, 1, sample) for image, sample in zip(images, samples, strict=True)]
-    twins = [pipeline(images[0], 0, sample)[0] for sample in range(IMAGES)]
+    of_one_image = [pipeline(images[0], 0, sample)[0] for sample in range(NUM_IMAGES)]
     first, second = ([views[index] for views in now] for index in (0, 1))
-    pairs, epochs = alike(first, second), alike(first, [views[0] for views in later])
-    others = alike([twins[0]] * (IMAGES - 1), twins[1:])
+    pairs, epochs = equal_share(first, second), equal_share(first, [views[0] for views in later])
+    others = equal_share([of_one_image[0]] * (NUM_IMAGES - 1), of_one_image[1:])
     if min(pairs, epochs, others) == 1.0:
-        same = fault(VIEWS, "every view of an image is the same: no transform in [views] is random")
+        same = fault(
+            VIEWS, "all views of an image are equal, as no transform is random: set views.crop_scale = [0.2, 1.0]"
+        )
         return [same, *[not_applicable(check, f"see {VIEWS}") for check in (EPOCHS, SAMPLES, WORKERS)]]
-    apart = float(np.mean([np.abs(a.astype(int) - b).mean() for a, b in zip(first, second, strict=True)]))
+    difference = float(np.mean([np.abs(a.astype(int) - b).mean() for a, b in zip(first, second, strict=True)]))
     findings = [
-        _judge(
+        _compare(
             VIEWS,
             pairs,
             "the two views of an image are equal",
-            f"differ by {apart:.0f} of {np.iinfo(first[0].dtype).max} on average",
+            f"the two views of an image differ by {difference:.0f} of {np.iinfo(first[0].dtype).max} on average",
         ),
-        _judge(EPOCHS, epochs, "an image has the same views in every epoch", "an image is cut anew in every epoch"),
-        _judge(SAMPLES, others, "every image is cut alike", "every image is cut in its own way"),
+        _compare(EPOCHS, epochs, "an image has the same views in every epoch", "an image has new views in every epoch"),
+        _compare(SAMPLES, others, "all images get the same transforms", "every image gets its own transforms"),
     ]
     if any(finding.verdict == "fault" for finding in findings):
         return [*findings, not_applicable(WORKERS, "see the other checks of views")]
@@ -51,30 +53,32 @@ def check_views(recipe: Recipe, source: ImageSource) -> list[Finding]:
 
 
 def check_workers(recipe: Recipe, source: ImageSource, sample: int) -> Finding:
-    """Give one image to two workers under other numbers; the same draws in both would give equal views."""
-    repeated = source.subset(np.full(2 * IMAGES, sample, dtype=np.int64))
+    """Let two data workers make the views of one image under different numbers, and compare them."""
+    repeated = source.subset(np.full(2 * NUM_IMAGES, sample, dtype=np.int64))
     pipeline = ViewPipeline(recipe.views.model_copy(update={"device": "cpu"}), recipe.train.seed)
-    batches = GlobalBatchSampler(len(repeated), IMAGES, recipe.train.seed, total_steps=2)
+    batches = GlobalBatchSampler(len(repeated), NUM_IMAGES, recipe.train.seed, total_steps=2)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that two workers are more than a small machine's cores
+        warnings.simplefilter("ignore")  # more workers than cores
         loaded = list(make_loader(repeated, pipeline, batches, workers=2, pin_memory=False))
     one, other = ([np.asarray(view) for view in batch.views[0]] for batch in loaded)
     image = repeated.read(0)
     here = [pipeline(image, 0, int(number))[0] for number in loaded[0].sample_ids]
-    if alike(one, other) > 0.5:
-        return fault(WORKERS, "two workers draw the same transforms: every worker repeats what the others cut")
-    if alike(one, here) < 1.0:
+    if equal_share(one, other) > 0.5:
+        return fault(WORKERS, "two data workers draw the same transforms")
+    if equal_share(one, here) < 1.0:
         return fault(
             WORKERS,
-            "a worker cuts other views than this process for the same epoch and image: a resumed run would differ",
+            "a data worker makes other views than this process for the same epoch and image, so a resumed run differs",
         )
-    return ok(WORKERS, "differ between workers, and are the same whichever worker cuts them")
+    return ok(WORKERS, "views do not depend on which data worker makes them")
 
 
-def alike(ones: Sequence[Pixels], others: Sequence[Pixels]) -> float:
-    """Share of pairs that are equal, pixel for pixel."""
+def equal_share(ones: Sequence[Pixels], others: Sequence[Pixels]) -> float:
+    """Share of pairs that are equal in every pixel."""
     return float(np.mean([np.array_equal(a, b) for a, b in zip(ones, others, strict=True)]))
 
 
-def _judge(check: str, equal: float, complaint: str, praise: str) -> Finding:
-    return fault(check, f"{complaint} ({equal:.0%} of those tried)") if equal > 0.5 else ok(check, praise)
+def _compare(check: str, equal: float, problem: str, otherwise: str) -> Finding:
+    if equal > 0.5:
+        return fault(check, f"{problem} ({equal:.0%} of {NUM_IMAGES} images): the random draws repeat")
+    return ok(check, otherwise)

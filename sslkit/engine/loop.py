@@ -20,7 +20,7 @@ from sslkit.engine.resilience.crash_dump import try_to_write_crash_dump
 from sslkit.engine.resilience.guard import Guard
 from sslkit.engine.resilience.preemption import StopRequest
 from sslkit.engine.resilience.rewind import is_rewind_point
-from sslkit.engine.run_folder.dataset_identity import BadSamples
+from sslkit.engine.run_folder.dataset_identity import BadSamples, recorded_names_digest
 from sslkit.engine.setup import make_train_loader
 from sslkit.engine.state import TrainingState
 from sslkit.engine.step import StepResult, train_step
@@ -79,7 +79,8 @@ def run_loop(state: TrainingState, run: RunServices) -> str:
         if result.problem:
             refuse_step(state, run, guard, result)
         log_step(state, run.logger, meter, result)
-        compare_processes(state)
+        if (period := state.recipe.guard.compare_every) and state.step % period == 0:
+            compare_weights(state.method, state.step, state.accelerator.device)
 
         run.heartbeat.at(state.step, "evaluating")
         ends = state.step == state.last_step
@@ -155,20 +156,8 @@ def log_step(state: TrainingState, logger: RunLogger, meter: ThroughputMeter, re
     )
 
 
-def compare_processes(state: TrainingState) -> None:
-    """Check that all processes hold the same weights, every ``[guard] compare_every`` steps."""
-    period = state.recipe.guard.compare_every
-    if period and state.step % period == 0:
-        compare_weights(state.method, state.step, state.accelerator.device)
-
-
 def save_checkpoint(state: TrainingState, saver: Saver, *, wait: bool) -> None:
     """Hand the state to the saver, which writes it on the first process while training continues.
-
-    Args:
-        state: What is saved.
-        saver: Writes it.
-        wait: Return only when it is on the disk; on all processes.
 
     Raises:
         SaveError: ``wait`` was asked for and the checkpoint could not be written; on all processes.
@@ -180,6 +169,7 @@ def save_checkpoint(state: TrainingState, saver: Saver, *, wait: bool) -> None:
         "scaler": scaler.state_dict() if scaler is not None else {},
         "course": state.recovery.as_json(),
         "recipe": state.recipe.as_tables(),
+        "images": recorded_names_digest(saver.folder),
     }
     saver.save(state.step, state.method, state.optimizer.optimizer, fields)
     if wait:

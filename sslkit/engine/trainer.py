@@ -86,7 +86,7 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
 def _prepare(
     recipe: Recipe, folder: Path, found: Found, accelerator: Accelerator
 ) -> tuple[TrainingState, KnnMonitor | None]:
-    """Set up training and its kNN monitor; whatever recipe and data are refused for is found here."""
+    """Set up training and its kNN monitor. Mistakes in recipe and data are raised here, before anything is written."""
     source, checkpoint = found.source, found.checkpoint
     steps_per_epoch(recipe, source)
     read_or_replace(source, recipe.train.seed, epoch=0, sample=0)  # at least one image can be read
@@ -129,8 +129,15 @@ def _run(
     monitor = RunMonitor(state, logger, knn)
     if active and not state.step:
         monitor.check_data()
-    back_to = state.recovery.back_to
-    saver = Saver(folder, recipe, state.steps_per_epoch, state.step, logger.log_message, back_to=back_to, active=active)
+    saver = Saver(
+        folder,
+        recipe,
+        state.steps_per_epoch,
+        state.step,
+        logger.log_message,
+        back_to=state.recovery.back_to,
+        active=active,
+    )
     trackers = logger.trackers = Trackers(recipe, folder, logger.log_message, active=active)
     with trackers, logger, saver:
         if checkpoint is not None and state.step >= state.last_step:

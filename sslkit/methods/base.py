@@ -207,6 +207,14 @@ class Method(nn.Module, ABC):
         """Updates until the queue of negatives holds teacher's keys only; 0 without such a queue."""
         return 0
 
+    def advise(self, start: Progress) -> Sequence[str]:
+        """Sentences for the user on options that do not fit a run, each with a key to set; shown by ``sslkit doctor``.
+
+        Args:
+            start: The start of the run, with its number of updates and its batch size.
+        """
+        return ()
+
     def set_num_samples(self, num_samples: int) -> None:
         """Receive the number of samples in the data, once, before training: a memory bank has one row for each."""
 

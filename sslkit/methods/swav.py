@@ -149,6 +149,26 @@ class SwAV(Method):
     def chance_loss(self, batch_size: int) -> ChanceLoss:
         return softmax_chance(self.options.prototypes, self.options.temperature, self.options.dim)
 
+    def advise(self, start: Progress) -> Sequence[str]:
+        options, batch, epochs = self.options, start.batch_size, start.total_updates / start.updates_per_epoch
+        found = []
+        if batch + options.queue_size < options.prototypes:
+            found.append(
+                f"codes share {batch} images and {options.queue_size} queued ones among {options.prototypes} "
+                f"prototypes, less than one each: set method.queue_size = {15 * batch}, as in the paper's small runs"
+            )
+        if options.freeze_prototypes_steps > start.total_updates / 2:
+            found.append(
+                f"the prototypes are frozen for {options.freeze_prototypes_steps} of {start.total_updates} steps: set "
+                f"method.freeze_prototypes_steps = {start.updates_per_epoch}, an epoch"
+            )
+        if options.queue_size and options.queue_start_epoch >= epochs:
+            found.append(
+                f"the queue starts at epoch {options.queue_start_epoch:g} of {epochs:g} and is never used: set "
+                f"method.queue_start_epoch = {epochs / 10:g}"
+            )
+        return found
+
     def queue(self, crop: int) -> KeyQueue:
         """The queue of earlier embeddings of an assignment crop."""
         queue = self.queues[crop]

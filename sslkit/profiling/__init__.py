@@ -1,4 +1,7 @@
-"""``sslkit bench``: where the time of a recipe's step goes on this machine and this data, and what would help most."""
+"""``sslkit bench``: where the time of a training step goes on this machine and data, and which change helps most.
+
+Start with `step_profile.py`.
+"""
 
 from sslkit.profiling.speed_advice import Change, changes_that_help
 from sslkit.profiling.step_profile import Profile, profile

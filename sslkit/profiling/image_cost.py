@@ -1,4 +1,4 @@
-"""What one image costs one core before it is a part of a batch."""
+"""The time that one core needs to read and decode an image and to make its views."""
 
 import math
 import time
@@ -9,22 +9,22 @@ from sslkit.data.augment.cpu import ViewPipeline
 from sslkit.data.decode.rgb import UnreadableImage
 from sslkit.data.sources.image_source import ImageSource
 
-MOST = 512  # images looked at
+MAX_IMAGES = 512
 KEYS = ("read", "decode", "views", "crops", "pixels")
 
 
 @dataclass(frozen=True)
 class ImageCosts:
-    """Seconds of one core for one image, on the average of ``images``.
+    """Seconds of one core for one image, averaged over ``images`` images.
 
     Attributes:
-        images: How many were looked at.
-        read: From the disk, or the table.
-        decode: To pixels.
-        views: All of its views, as the recipe has them cut by the CPU.
-        crops: The part of it that is left to the CPU where an accelerator changes the colours.
-        pixels: Of the whole image.
-        unreadable: How many more were looked at and could not be read.
+        images: Number of images measured.
+        read: Seconds to read the file or the row of the table.
+        decode: Seconds to decode it to pixels.
+        views: Seconds to make all views on the CPU.
+        crops: Seconds to make the crops alone, which remain on the CPU if an accelerator changes the colours.
+        pixels: Number of pixels of an image.
+        unreadable: Number of further images that could not be read.
     """
 
     images: int
@@ -37,27 +37,27 @@ class ImageCosts:
 
     @property
     def seconds(self) -> float:
-        """All that a data worker does for an image."""
+        """Seconds that a data worker spends on an image."""
         return self.read + self.decode + self.views
 
 
 def image_costs(source: ImageSource, pipeline: ViewPipeline, seconds: float) -> ImageCosts:
-    """Time images spread over ``source``, one after the other, for about so many seconds; unreadable ones are left out.
+    """Measure images spread over a source, one after the other, for about ``seconds``; unreadable ones are left out.
 
     Raises:
-        UnreadableImage: None of those tried can be read.
+        UnreadableImage: No image that was tried can be read.
     """
     found: list[ImageCosts] = []
     bad: list[UnreadableImage] = []
     deadline = time.perf_counter() + seconds
-    for sample in [0, *range(0, len(source), math.ceil(len(source) / MOST))]:
+    for sample in [0, *range(0, len(source), math.ceil(len(source) / MAX_IMAGES))]:
         if len(found) > 1 and time.perf_counter() > deadline:
             break
         try:
             found.append(_cost(source, pipeline, sample))
         except UnreadableImage as error:
             bad.append(error)
-    warm = found[1:]  # the first one pays for what is loaded late
+    warm = found[1:]  # the first image also loads modules
     if not warm:
         raise bad[-1]
     means = {key: sum(getattr(each, key) for each in warm) / len(warm) for key in KEYS}

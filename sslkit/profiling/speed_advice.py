@@ -1,4 +1,4 @@
-"""Which changes would make a measured step shorter, and by how much; none of them changes what is learned."""
+"""Changes of a recipe that would make a measured step faster. None of them changes what is learned."""
 
 import math
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ from sslkit.profiling.stage_timer import BACKWARD, COLLECTIVES, STUDENT, TEACHER
 from sslkit.profiling.step_profile import Profile
 from sslkit.recipe.resolve import Recipe
 
-WAITING = 0.05  # of a step spent waiting for data, from which the data is what holds it up
-WORTH = 1.05  # times faster, below which nothing is said
-PHOTO = 4 / 3  # longer side of a photograph over its shorter one
+MIN_WAITING = 0.05  # share of a step spent waiting for data, above which data loading is the bottleneck
+MIN_GAIN = 1.05
+ASPECT_RATIO = 4 / 3  # of a photograph
 
 
 @dataclass(frozen=True)
 class Change:
-    """What to change.
+    """A change and its estimated effect.
 
     Attributes:
-        what: The change, in words.
-        gain: How many times faster a step would be, as computed from what was measured.
+        what: The key to set, or the command to run.
+        gain: How many times faster a step would be, computed from the measurements.
     """
 
     what: str
@@ -27,13 +27,13 @@ class Change:
 
 
 def changes_that_help(measured: Profile, recipe: Recipe) -> list[Change]:
-    """The changes worth while, the best first."""
+    """The changes that make a step at least `MIN_GAIN` times faster, the best one first."""
     found = [*_of_data(measured, recipe), *_of_computing(measured, recipe)]
-    return sorted((each for each in found if each.gain > WORTH), key=lambda each: -each.gain)
+    return sorted((each for each in found if each.gain > MIN_GAIN), key=lambda each: -each.gain)
 
 
 def _of_data(measured: Profile, recipe: Recipe) -> list[Change]:
-    if measured.waiting < WAITING * measured.step:
+    if measured.waiting < MIN_WAITING * measured.step:
         return []
     images, on_gpu, changes = measured.images, measured.peak_bytes is not None, []
 
@@ -45,14 +45,14 @@ def _of_data(measured: Profile, recipe: Recipe) -> list[Change]:
     needed = math.ceil(measured.batch * images.seconds / measured.computing)
     workers = min(needed, measured.cores)
     if on_gpu and workers > measured.workers:
-        changes.append(Change(f"[data] workers = {workers}", gain(images.seconds, workers)))
+        changes.append(Change(f"set data.workers = {workers}", gain(images.seconds, workers)))
     if on_gpu and recipe.views.device == "cpu":
         left = images.read + images.decode + images.crops
-        changes.append(Change('[views] device = "accelerator"', gain(left, measured.workers)))
+        changes.append(Change('set views.device = "accelerator"', gain(left, measured.workers)))
     side = sufficient_side(recipe.views)
-    if (share := side**2 * PHOTO / images.pixels) < 1:
+    if (share := side**2 * ASPECT_RATIO / images.pixels) < 1:
         smaller = share * (images.read + images.decode) + images.views
-        changes.append(Change(f"sslkit prepare --side {side}", gain(smaller, measured.workers)))
+        changes.append(Change(f"run sslkit prepare --side {side}", gain(smaller, measured.workers)))
     return changes
 
 
@@ -61,16 +61,16 @@ def _of_computing(measured: Profile, recipe: Recipe) -> list[Change]:
     savings = []
     if measured.bf16 is not None:
         passes = stages[STUDENT] + stages[TEACHER] + stages[BACKWARD]
-        savings.append(('[train] precision = "bf16"', (1 - measured.bf16) * passes))
+        savings.append(('set train.precision = "bf16"', (1 - measured.bf16) * passes))
     if train.micro_batch:
-        savings.append(("a larger [train] micro_batch, or 0, if memory allows", stages[STUDENT] / 2))
+        savings.append(("set a larger train.micro_batch, or 0, if memory allows", stages[STUDENT] / 2))
     if train.activation_checkpointing:
-        savings.append(("[train] activation_checkpointing = false, if memory allows", stages[STUDENT]))
+        savings.append(("set train.activation_checkpointing = false, if memory allows", stages[STUDENT]))
     if measured.processes > 1:
-        savings.append(("a faster network between the processes, at most", stages[COLLECTIVES]))
+        savings.append(("use a faster network between the processes (at most)", stages[COLLECTIVES]))
     return [Change(what, measured.step / max(measured.step - saved, measured.step / 10)) for what, saved in savings]
 
 
 def share_of_passes(measured: Profile) -> float:
-    """How much of a step the backbones' own passes take; the limit of what can be reached is 1."""
+    """Share of a step that the passes of the backbones take; 1 cannot be exceeded."""
     return (measured.stages[STUDENT] + measured.stages[TEACHER] + measured.stages[BACKWARD]) / measured.step

@@ -1,4 +1,4 @@
-"""A stopwatch for the parts of a step, each counted without the parts inside it."""
+"""Measures the time of the stages of a training step, each without the stages inside it."""
 
 import time
 from collections import defaultdict
@@ -25,15 +25,15 @@ AFTER = "teacher's move, queue"
 REST = "the rest"
 STAGES = (TRANSFER, STUDENT, TEACHER, OBJECTIVE, BACKWARD, COLLECTIVES, OPTIMIZER, AFTER, REST)
 
-# What `sslkit.distributed.collectives` calls. DDP's own reduction of gradients hides in the backward pass.
+# What `sslkit.distributed.collectives` calls. DDP reduces gradients during the backward pass.
 CALLS = ("all_reduce", "all_gather_into_tensor", "all_to_all_single", "broadcast")
 
 
-class Stopwatch:
-    """Seconds of each stage. A device is waited for at every boundary, so that its work counts where it was asked for.
+class StageTimer:
+    """Seconds of each stage. It waits for the device at each boundary: work counts in the stage that started it.
 
     Attributes:
-        seconds: Of each stage, without those entered within it.
+        seconds: Time of each stage, without the stages inside it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -44,17 +44,17 @@ class Stopwatch:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Charge what happens within to ``name``."""
-        self._charge()
+        """Add the time inside this context to stage ``name``."""
+        self._add_time()
         self._open.append(name)
         try:
             yield
         finally:
-            self._charge()
+            self._add_time()
             self._open.pop()
 
     def wrap(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """The same function, its time charged to ``name``."""
+        """The same function, with its time added to stage ``name``."""
 
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -63,23 +63,23 @@ class Stopwatch:
 
         return call
 
-    def _charge(self) -> None:
-        wait_for(self.device)
+    def _add_time(self) -> None:
+        synchronize(self.device)
         now = time.perf_counter()
         if self._open:
             self.seconds[self._open[-1]] += now - self._since
         self._since = now
 
 
-def wait_for(device: torch.device) -> None:
-    """Until what was asked of it is done."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 @contextmanager
-def watched(training: TrainingState, watch: Stopwatch) -> Iterator[Stopwatch]:
-    """Have the parts of ``training`` report to ``watch``, by what they are called through."""
+def timed(training: TrainingState, timer: StageTimer) -> Iterator[StageTimer]:
+    """Measure the stages of training steps made inside this context, by wrapping the functions they call."""
     method, optimizer = training.method, training.optimizer
     parts: list[tuple[Any, str, str]] = [
         (method, "student", STUDENT),
@@ -89,17 +89,17 @@ def watched(training: TrainingState, watch: Stopwatch) -> Iterator[Stopwatch]:
         (optimizer, "step", OPTIMIZER),
         (optimizer, "zero_grad", OPTIMIZER),
         (step_module, "finish_on", TRANSFER),
-        (step_module, "forward_and_backward", BACKWARD),  # without the parts inside it
+        (step_module, "forward_and_backward", BACKWARD),  # without the stages inside it
         *((dist, name, COLLECTIVES) for name in CALLS),
     ]
-    whole = {(owner, name): getattr(owner, name) for owner, name, _ in parts}
+    original = {(owner, name): getattr(owner, name) for owner, name, _ in parts}
     for owner, name, stage in parts:
-        setattr(owner, name, watch.wrap(whole[owner, name], stage))
+        setattr(owner, name, timer.wrap(original[owner, name], stage))
     try:
-        yield watch
+        yield timer
     finally:
         for owner, name, _ in parts:
             if isinstance(owner, ModuleType):
-                setattr(owner, name, whole[owner, name])
+                setattr(owner, name, original[owner, name])
             else:
-                delattr(owner, name)  # the class has its own
+                delattr(owner, name)  # the class has the original

@@ -1,4 +1,4 @@
-"""A recipe's steps, made as a run makes them but for what it writes, and timed twice: untouched, and stage by stage."""
+"""Measures the training steps of a recipe twice: as in a run, and stage by stage."""
 
 import time
 from collections.abc import Iterator
@@ -22,33 +22,33 @@ from sslkit.engine.setup import make_train_loader, set_up_training
 from sslkit.engine.state import TrainingState
 from sslkit.engine.step import train_step
 from sslkit.profiling.image_cost import ImageCosts, image_costs
-from sslkit.profiling.stage_timer import BACKWARD, COLLECTIVES, REST, STAGES, Stopwatch, wait_for, watched
+from sslkit.profiling.stage_timer import BACKWARD, COLLECTIVES, REST, STAGES, StageTimer, synchronize, timed
 from sslkit.recipe.resolve import Recipe
 
 CPU = torch.device("cpu")
-WARM_UP = 3  # steps: kernels are chosen, memory is found
-LEAST = 3  # steps of each measurement, however long they take
+WARM_UP_STEPS = 3  # kernels are chosen and memory is allocated
+MIN_STEPS = 3  # of each measurement
 ENDLESS = 2**40  # steps
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What was measured on this process. Times are seconds of one step, unless said otherwise.
+    """The measurements of one process. Times are in seconds for one step.
 
     Attributes:
-        device: Kind and name.
-        process: This one's number.
-        processes: Of the whole run.
-        cores: Of this machine, for each process.
+        device: Name of the device.
+        process: Rank of this process.
+        processes: Number of processes.
+        cores: Cores of this machine for each process.
         workers: Data workers of each process.
         batch: Images of a step on this process.
-        steps: How many were timed untouched.
-        step: One step, untouched.
-        waiting: The part of it spent waiting for data.
-        stages: Each stage of a step, with the device waited for at its end; without the wait for data.
-        images: What an image costs a data worker.
-        bf16: The student's forward and backward pass in bfloat16 over that in float32; None where that is no question.
-        peak_bytes: Most memory of the device in use; None on CPUs.
+        steps: Number of steps measured as in a run.
+        step: Time of a step as in a run.
+        waiting: The part of ``step`` spent waiting for data.
+        stages: Time of each stage, synchronised with the device at its end; without waiting for data.
+        images: Time that a data worker needs for an image.
+        bf16: Time of the student's passes in bfloat16, divided by that in float32; None if it was not measured.
+        peak_bytes: Peak memory of the device; None on CPUs.
     """
 
     device: str
@@ -67,20 +67,20 @@ class Profile:
 
     @property
     def images_per_second(self) -> float:
-        """Over all processes."""
+        """Images per second of all processes."""
         return self.batch * self.processes / self.step
 
     @property
     def computing(self) -> float:
-        """A step without the wait for data."""
+        """Time of a step without waiting for data."""
         return self.step - self.waiting
 
 
 def profile(recipe: Recipe, seconds: float = 20.0) -> Profile:
-    """Measure for about so many seconds, after some to start; nothing is written to disk.
+    """Set up a run and measure its steps for about ``seconds``; nothing is written to disk.
 
     Raises:
-        UserError: Something in recipe or data is not as it must be.
+        UserError: The recipe or the data is wrong.
     """
     source = open_source(recipe.data).without_labels()
     steps_per_epoch(recipe, source)
@@ -96,36 +96,36 @@ def profile(recipe: Recipe, seconds: float = 20.0) -> Profile:
 
 
 def measure(training: TrainingState, images: ImageCosts, seconds: float) -> Profile:
-    """`profile` of what is ready to go."""
+    """Measure the steps of a training state."""
     accelerator, device = training.accelerator, training.accelerator.device
     batch, processes = training.recipe.train.batch_size, accelerator.num_processes
     training.method.train()
     guard = Guard(training.recipe.guard, training.recovery, training.method)
-    clock = ThroughputMeter(batch)
-    batches = iter(clock.timed(make_train_loader(training, ENDLESS)))
+    meter = ThroughputMeter(batch)
+    batches = iter(meter.timed(make_train_loader(training, ENDLESS)))
 
-    def steps(count: int, watch: Stopwatch) -> float:
+    def steps(count: int, timer: StageTimer) -> float:
         started = time.perf_counter()
         for _ in range(count):
-            step(training, next(batches), guard, watch)
-        wait_for(device)
+            step(training, next(batches), guard, timer)
+        synchronize(device)
         return (time.perf_counter() - started) / count
 
-    steps(WARM_UP, Stopwatch(CPU))
-    first = steps(1, Stopwatch(CPU))
+    steps(WARM_UP_STEPS, StageTimer(CPU))
+    first = steps(1, StageTimer(CPU))
 
-    def fitting(share: float) -> int:
-        return int(max_over_processes(torch.tensor(max(share * seconds / first, LEAST), device=device)))
+    def count_for(share: float) -> int:
+        return int(max_over_processes(torch.tensor(max(share * seconds / first, MIN_STEPS), device=device)))
 
-    count, few = fitting(0.5), fitting(0.2)
-    clock.restart()
-    untouched = steps(count, Stopwatch(CPU))  # waits for no device: as a run goes
-    waiting = clock.waited / count
-    with watched(training, Stopwatch(device)) as watch:
-        steps(few, watch)
-    stages = {name: watch.seconds[name] / few for name in STAGES}
+    count, few = count_for(0.5), count_for(0.2)
+    meter.restart()
+    step_seconds = steps(count, StageTimer(CPU))  # without synchronising, as in a run
+    waiting = meter.waited / count
+    with timed(training, StageTimer(device)) as timer:
+        steps(few, timer)
+    stages = {name: timer.seconds[name] / few for name in STAGES}
     if processes > 1 and not training.recipe.train.micro_batch:
-        with watched(training, Stopwatch(device)) as alone, accelerator.no_sync(training.wrapped):
+        with timed(training, StageTimer(device)) as alone, accelerator.no_sync(training.wrapped):
             steps(few, alone)
         reduction = max(stages[BACKWARD] - alone.seconds[BACKWARD] / few, 0.0)
         stages[BACKWARD] -= reduction
@@ -139,7 +139,7 @@ def measure(training: TrainingState, images: ImageCosts, seconds: float) -> Prof
         workers=workers_of(training.recipe, accelerator),
         batch=batch // processes,
         steps=count,
-        step=untouched,
+        step=step_seconds,
         waiting=waiting,
         stages=stages,
         images=images,
@@ -148,25 +148,25 @@ def measure(training: TrainingState, images: ImageCosts, seconds: float) -> Prof
     )
 
 
-def step(training: TrainingState, batch: Batch, guard: Guard, watch: Stopwatch) -> None:
-    """Make a training step; after the last step of the schedule the first follows."""
+def step(training: TrainingState, batch: Batch, guard: Guard, timer: StageTimer) -> None:
+    """Make a training step; the schedule starts again after its last step."""
     training.step %= training.recipe.train.epochs * training.steps_per_epoch
-    with watch.stage(REST):
+    with timer.stage(REST):
         train_step(training, batch, guard, poll=lambda: (False,))
 
 
 def compare_precisions(backbone: nn.Module, views: Tensor, seconds: float = 2.0) -> float:
-    """Time of a forward and backward pass in bfloat16 over that in float32, taken in turn for about so long."""
+    """Time of a forward and backward pass in bfloat16, divided by that in float32; measured in turn for ``seconds``."""
     spent = {True: 0.0, False: 0.0}
     warm = False
     while sum(spent.values()) < seconds:
         for low in (True, False):
-            wait_for(views.device)
+            synchronize(views.device)
             started = time.perf_counter()
             with torch.autocast(views.device.type, torch.bfloat16, enabled=low):
                 features = backbone(views)
             features.float().sum().backward()
-            wait_for(views.device)
+            synchronize(views.device)
             spent[low] += (time.perf_counter() - started) * warm
         warm = True
     backbone.zero_grad()
@@ -174,7 +174,7 @@ def compare_precisions(backbone: nn.Module, views: Tensor, seconds: float = 2.0)
 
 
 def _bf16(training: TrainingState, batch: Batch) -> float | None:
-    """`compare_precisions` of the student on the first view, unless the recipe has another precision already."""
+    """`compare_precisions` of the student on the first view; None if the recipe does not use float32."""
     recipe, device = training.recipe, training.accelerator.device
     if recipe.train.precision != "no":
         return None
@@ -185,7 +185,7 @@ def _bf16(training: TrainingState, batch: Batch) -> float | None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """As a data worker has it."""
+    """Let torch use one thread, as in a data worker."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

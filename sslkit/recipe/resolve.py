@@ -1,7 +1,7 @@
-"""A recipe: what was asked for, typed. TOML in, every mistake reported at once, fully resolved TOML out.
+"""Read a TOML recipe and resolve it: every key gets a value, and all mistakes are reported at once.
 
-A recipe is data; reading a stranger's runs no code. Layers, later ones win: the models' own defaults, the paper's
-(`Method.paper_defaults`), the view policy's, the file's, the command line's ``--set``.
+A recipe is data; reading an untrusted one runs no code. Values are layered; later layers win: the defaults of the
+tables, the paper (`Method.paper_defaults`), the view policy, the file, the command line (``--set``).
 """
 
 import tomllib
@@ -19,10 +19,10 @@ from sslkit.data.augment.views_config import LocalTable, RoleTable, ViewsConfig,
 from sslkit.data.config import MixConfig
 from sslkit.data.decode.background import KEEP
 from sslkit.data.sources.image_source import DataConfig
-from sslkit.errors import UserError, check_path, near_miss, path_problem
-from sslkit.methods import MethodOptions, all_methods, canonical_name, find_method
-from sslkit.methods.base import view_mistake
-from sslkit.parts.backbone import BackboneConfig, check_name, takes_image_size
+from sslkit.errors import UserError, check_path, near_miss
+from sslkit.methods import MethodOptions, canonical_name, find_method
+from sslkit.parts.backbone import BackboneConfig, check_name
+from sslkit.recipe.cross_checks import contradictions
 from sslkit.recipe.paper_defaults import numbers_of_another_run, origin_of_views, paper_defaults
 from sslkit.recipe.schema import (
     MAX_RECIPE_BYTES,
@@ -38,18 +38,19 @@ from sslkit.recipe.schema import (
 )
 
 ACCUMULATION = (
-    "accumulating the gradients of small batches is another loss, in which every image meets fewer negatives; "
-    "[train] micro_batch = n gives the whole batch's loss and gradient in the memory of n images"
+    "accumulating gradients of small batches changes the loss, because every image meets fewer negatives; "
+    "[train] micro_batch = n computes the loss and gradient of the whole batch in the memory of n images"
 )
-UTF16 = (b"\xff\xfe", b"\xfe\xff")  # how such a file begins
+UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
 ALL_TABLES = ("method", *TABLES, "reference")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A resolved recipe. Each attribute is a table; ``reference`` is free: published figures and their source.
+    """A resolved recipe. Each attribute is a table.
 
-    ``remarks`` are sentences for the user about numbers that were filled in.
+    ``reference`` has free keys: published figures and their source. ``remarks`` are messages about values that were
+    filled in.
     """
 
     method_name: str
@@ -69,17 +70,17 @@ class Recipe:
 
     @property
     def peak_lr(self) -> float:
-        """The base rate times the batch rule."""
+        """The base learning rate, scaled by the batch size as ``[optim] lr_rule`` says."""
         ratio = self.train.batch_size / 256
         factors: dict[str, float] = {"linear": ratio, "sqrt": ratio**0.5, "none": 1.0}
         return self.optim.lr * factors[self.optim.lr_rule]
 
     def backbone_config(self) -> BackboneConfig:
-        """The ``[backbone]`` table with its image size: that of the views, unless it states one."""
+        """The ``[backbone]`` table with its image size; by default the size of the views."""
         return self.backbone.model_copy(update={"img_size": self.backbone.img_size or self.views.size})
 
     def as_tables(self) -> dict[str, dict[str, Any]]:
-        """Every number of the recipe as plain data, ready for TOML or JSON."""
+        """All values of the recipe as plain data, ready for TOML or JSON."""
         tables = {
             name: getattr(self, name).model_dump(mode="json", exclude_none=True, by_alias=True) for name in TABLES
         }
@@ -87,22 +88,22 @@ class Recipe:
         return {"method": method, **tables, "reference": self.reference}
 
     def to_toml(self) -> str:
-        """The resolved recipe as TOML that loads back to an equal recipe."""
+        """The resolved recipe as TOML. Loading it gives an equal recipe."""
         return tomli_w.dumps(self.as_tables())
 
 
 def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe from a file, or a shipped one by name, and resolve it.
 
-    The ``recipe.toml`` of a run folder keeps the views that the run made, also where it is older than keys of
-    ``[views]``. In any other recipe the policy fills them in.
+    The ``recipe.toml`` of a run folder keeps the views of its run, even if it is older than some keys of ``[views]``.
+    In other recipes the policy fills missing keys.
 
     Args:
         source: Path of a TOML file, or a name such as ``"mocov3_vits"``.
         overrides: ``"table.key=value"`` strings, values in TOML (bare words are taken as strings).
 
     Raises:
-        UserError: One sentence for each mistake: file, table, key, what is wrong, the near miss.
+        UserError: One sentence per mistake, with file, table, key and the nearest valid name.
     """
     file = find_recipe(source)
     tables = read_tables(file)
@@ -111,19 +112,19 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
 
 
 def read_tables(file: Path) -> dict[str, Any]:
-    """The tables of a TOML file, plain and of bounded size, not resolved.
+    """Read the tables of a TOML file of bounded size, without resolving them.
 
     Raises:
-        UserError: It is none.
+        UserError: The file is not valid TOML.
     """
     try:
         if file.stat().st_size > MAX_RECIPE_BYTES:
-            raise UserError(f"{file}: more than {MAX_RECIPE_BYTES} bytes; no recipe needs so much said")
+            raise UserError(f"{file}: more than {MAX_RECIPE_BYTES} bytes; a recipe is smaller")
         content = file.read_bytes()
         if content[:2] in UTF16:
-            raise UserError(f"{file}: saved as UTF-16, where TOML is UTF-8; save it again with the encoding UTF-8")
-        tables = tomllib.loads(content.decode("utf-8-sig"))  # editors on Windows begin a file with a mark
-    except (OSError, ValueError, RecursionError) as error:  # tomllib lets out more than its own error
+            raise UserError(f"{file}: is encoded in UTF-16, but TOML must be UTF-8; save it as UTF-8")
+        tables = tomllib.loads(content.decode("utf-8-sig"))  # editors on Windows write a byte order mark
+    except (OSError, ValueError, RecursionError) as error:  # tomllib raises more than its own error
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file}: not a readable TOML file: {str(error)[:300]}") from error
@@ -135,15 +136,15 @@ def load_saved(file: Path) -> Recipe:
     """Read the recipe that a run saved; see `as_saved`.
 
     Raises:
-        UserError: It is none.
+        UserError: The file is not a recipe.
     """
     return build_recipe(as_saved(read_tables(file)), name=str(file))
 
 
 def as_saved(tables: dict[str, Any]) -> dict[str, Any]:
-    """The tables that a run saved, with what it did where a key is newer than the run and its default does otherwise.
+    """The tables that a run saved, with the earlier behaviour for keys that are newer than the run.
 
-    A run saves every key, so that one which is not there is newer.
+    A run saves every key, so a missing key is newer.
     """
     data, tables = tables.get("data"), _with_views_saved(tables)
     return {**tables, "data": {"background": KEEP, **data}} if isinstance(data, dict) else tables
@@ -155,16 +156,20 @@ def _with_views_saved(tables: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_of_run(file: Path) -> bool:
-    """Whether a recipe is the one that a run saved in its folder, which has ``checkpoints`` from its start on."""
+    """Whether a recipe lies in a run folder, which always contains ``checkpoints``."""
     return file.name == "recipe.toml" and (file.parent / "checkpoints").is_dir()
 
 
 def build_recipe(
     tables: dict[str, Any], overrides: list[str] | None = None, name: str = "recipe", folder: Path | None = None
 ) -> Recipe:
-    """Resolve tables that are already parsed; see `load_recipe`. ``name`` opens each error.
+    """Resolve parsed tables; see `load_recipe`.
 
-    ``folder`` is the recipe's, in which a pipeline file of ``[views]`` may lie.
+    Args:
+        tables: The tables of the recipe.
+        overrides: See `load_recipe`.
+        name: Starts every error message.
+        folder: Folder of the recipe; pipeline files of ``[views]`` are searched there.
     """
     tables = {table: dict(keys) if isinstance(keys, dict) else keys for table, keys in tables.items()}
     for override in overrides or []:
@@ -190,7 +195,7 @@ def build_recipe(
     others = [of_batch, origin_of_views(tables.get("views", {}), parsed["views"])]
     remarks = (*numbers_of_another_run(method, tables, parsed), *filter(None, others))
     recipe = Recipe(method_name=method_name, **parsed, reference=tables.get("reference", {}), remarks=remarks)
-    if mistakes := _contradictions(recipe):
+    if mistakes := contradictions(recipe):
         raise _refusal(name, mistakes)
     return recipe
 
@@ -200,14 +205,14 @@ def _refusal(name: str, mistakes: list[str]) -> UserError:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with sslkit, by name."""
+    """The files of the shipped recipes, by name."""
     here = Path(__file__).resolve().parents[1]
     folder = here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
     return {file.stem: file for file in sorted(folder.glob("*.toml"))}
 
 
 def find_recipe(source: str | Path) -> Path:
-    """The file of a recipe given by path or by name."""
+    """Find the file of a recipe, given by path or by name."""
     check_path(source, "RECIPE")
     path = Path(source)
     shipped = shipped_recipes()
@@ -222,7 +227,7 @@ def find_recipe(source: str | Path) -> Path:
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Name each key in which two recipes (as tables) differ, as ``table.key: old -> new``."""
+    """List the keys in which two recipes (as tables) differ, as ``table.key: old -> new``."""
     lines = []
     for table in ALL_TABLES:
         flat = flat_views if table == "views" else dict
@@ -254,12 +259,12 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
     for part in path:
         target = target.setdefault(part, {})
         if not isinstance(target, dict):
-            raise UserError(f"--set {override}: {part} is no table but {target!r}")
+            raise UserError(f"--set {override}: {part} is not a table but {target!r}")
     target[last] = value
 
 
 def _shape_mistakes(tables: dict[str, Any]) -> list[str]:
-    """Unknown tables, tables that are none, and the three keys that every recipe must have."""
+    """Check table names and types, and the three required keys."""
     mistakes = [
         f"[{table}]: unknown table{near_miss(table, ALL_TABLES)}" for table in tables if table not in ALL_TABLES
     ]
@@ -276,7 +281,7 @@ def _shape_mistakes(tables: dict[str, Any]) -> list[str]:
 
 
 def _name_mistakes(tables: dict[str, Any]) -> list[str]:
-    """Unknown method or backbone; without them defaults are unknown, but keys given wrong can be told all the same."""
+    """Check the names of method and backbone. If one is unknown, also check the keys that need no defaults."""
     mistakes = []
     for check, name in ((canonical_name, tables["method"]["name"]), (check_name, tables["backbone"]["name"])):
         try:
@@ -296,7 +301,7 @@ def _lay_over(defaults: dict[str, dict[str, Any]], tables: dict[str, Any]) -> di
     layered = {table: {**defaults.get(table, {}), **tables.get(table, {})} for table in ("method", *TABLES)}
     layered["views"] = layer_views(defaults.get("views", {}), tables.get("views", {}))
     if layered["backbone"].get("pretrained"):
-        # Weights that are being continued bring their own initialisation and position embedding.
+        # Pretrained weights have their own initialisation and position embedding.
         for key in ("init", "pos_embed"):
             if key not in tables["backbone"]:
                 layered["backbone"].pop(key, None)
@@ -308,7 +313,7 @@ def _lay_over(defaults: dict[str, dict[str, Any]], tables: dict[str, Any]) -> di
         layered["data"].setdefault("channels", args["in_chans"])
     asked, paper = tables.get("optim", {}).get("name"), defaults.get("optim", {}).get("name")
     if asked not in (None, paper):
-        # The paper's rates belong to the paper's optimizer; another one must bring its own.
+        # The learning rate of the paper is for its optimizer; another optimizer needs its own.
         layered["optim"] = dict(tables["optim"])
     return layered
 
@@ -323,7 +328,7 @@ def _fill_policy(layered: dict[str, dict[str, Any]], folder: Path | None) -> lis
 
 
 def _sentence(table: str, model: type[BaseModel], item: Any) -> str:
-    """One pydantic error as a sentence with table, key and near miss."""
+    """One pydantic error as a sentence with table, key and the nearest valid name."""
     key = str(item["loc"][0]) if item["loc"] else ""
     if table == "views" and key in ROLES and len(item["loc"]) > 1:
         return _sentence(f"views.{key}", LocalTable if key == "local" else RoleTable, {**item, "loc": item["loc"][1:]})
@@ -340,72 +345,3 @@ def _sentence(table: str, model: type[BaseModel], item: Any) -> str:
     given = "" if isinstance(item["input"], dict) else f", not {item['input']!r}"
     where = f"[{table}] {key}:" if key else f"[{table}]"
     return f"{where} {message[0].lower() + message[1:]}{given}"
-
-
-def _path_mistakes(recipe: Recipe) -> list[str]:
-    """Paths that could not be written down; what names data or weights may be one."""
-    named = [*recipe.data.paths(), ("[monitor] data", recipe.monitor.data)]
-    named.append(("[backbone] pretrained", str(recipe.backbone.pretrained)))
-    return [f"{key}: {fault}" for key, path in named if (fault := path_problem(path))]
-
-
-def _contradictions(recipe: Recipe) -> list[str]:
-    """What no single table can know."""
-    mistakes = _path_mistakes(recipe)
-    if recipe.schedule.warmup_epochs > recipe.train.epochs:
-        mistakes.append(
-            f"[schedule] warmup_epochs: {recipe.schedule.warmup_epochs:g} epochs of warm-up do not fit in "
-            f"[train] epochs = {recipe.train.epochs}"
-        )
-    if recipe.backbone.img_size and not takes_image_size(recipe.backbone.name):
-        mistakes.append(
-            f"[backbone] img_size: {recipe.backbone.name!r} takes images of any size; leave it out, [views] size rules"
-        )
-    if recipe.checkpoint.keep_best and not recipe.monitor.every_epochs:
-        mistakes.append(
-            f"[checkpoint] keep_best: {recipe.checkpoint.keep_best!r} is measured by the monitor only; give "
-            "[monitor] every_epochs and data"
-        )
-    if (recipe.data.channels or 3) != recipe.backbone.channels or recipe.data.channels == 3:
-        mistakes.append(
-            f"[data] channels: {recipe.data.channels}, but the backbone takes {recipe.backbone.channels}; leave it "
-            "out, [backbone] args in_chans rules"
-        )
-    mistakes += [f"[views] {mistake}" for mistake in recipe.views.unfit_for(recipe.backbone.channels)]
-    mistakes += _views_not_taken(recipe)
-    if recipe.schedule.decay == "steps" and not recipe.schedule.milestones:
-        mistakes.append("[schedule] milestones: decay = 'steps' needs the epochs at which the rate falls")
-    return mistakes + _not_sharded(recipe)
-
-
-def _views_not_taken(recipe: Recipe) -> list[str]:
-    """Where the views that are made are not those that the method takes."""
-    name, method, counts = recipe.method_name, find_method(recipe.method_name), recipe.views.counts()
-    mistakes = []
-    if view_mistake(name, method, "global", counts["global"]):
-        mistakes.append(
-            f"[method] name: {name} takes {method.views.get('global', 0)} global views, and sslkit makes "
-            f"{counts['global']} of every image"
-        )
-    if mistake := view_mistake(name, method, "local", counts["local"]):
-        of_policy = POLICIES[recipe.views.policy].get("local", {}).get("count", 0) == counts["local"] != 0
-        origin = f" (of policy {recipe.views.policy!r})" if of_policy else ""
-        mistakes.append(f"[views.local] count: {counts['local']}{origin}, but {mistake}")
-    return mistakes
-
-
-def _not_sharded(recipe: Recipe) -> list[str]:
-    """What weights in parts have not been tried with."""
-    train, name = recipe.train, recipe.method_name
-    if not train.shard:
-        return []
-    fit = [each for each, method in all_methods().items() if method.shardable]
-    unfit = {
-        f"[method] name = {name!r}; take {', '.join(fit)}": name not in fit,
-        f"[optim] name = {recipe.optim.name!r}; take adamw or sgd": recipe.optim.name not in ("adamw", "sgd"),
-        "[train] precision = 'fp16'; take bf16": train.precision == "fp16",
-        "[train] compile": train.compile,
-        "[train] micro_batch": bool(train.micro_batch),
-        "[monitor] layer_gradients": recipe.monitor.layer_gradients,
-    }
-    return [f"[train] shard: does not go with {what}" for what, found in unfit.items() if found]

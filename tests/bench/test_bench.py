@@ -21,9 +21,9 @@ from sslkit.engine.setup import make_train_loader, set_up_training
 from sslkit.engine.state import TrainingState
 from sslkit.errors import UserError
 from sslkit.profiling import Profile, changes_that_help, profile
-from sslkit.profiling import stage_timer as stages_module
+from sslkit.profiling import stage_timer as timer_module
 from sslkit.profiling.image_cost import ImageCosts
-from sslkit.profiling.stage_timer import BACKWARD, COLLECTIVES, OPTIMIZER, STAGES, STUDENT, TEACHER, Stopwatch, watched
+from sslkit.profiling.stage_timer import BACKWARD, COLLECTIVES, OPTIMIZER, STAGES, STUDENT, TEACHER, StageTimer, timed
 from sslkit.profiling.step_profile import CPU, compare_precisions, step
 from sslkit.recipe.resolve import Recipe
 
@@ -48,10 +48,10 @@ def test_its_steps_are_those_of_a_run(name: str, model: str, micro_batch: int, t
     run = sslkit.train(recipe, tmp_path / "run")
     saved = load_file(run.folder / f"checkpoints/step-{STEPS:08d}/model.safetensors")
     training = training_of(recipe)
-    with watched(training, Stopwatch(CPU)):
+    with timed(training, StageTimer(CPU)):
         guard = Guard(recipe.guard, training.recovery, training.method)
         for batch in make_train_loader(training, STEPS):
-            step(training, batch, guard, Stopwatch(CPU))
+            step(training, batch, guard, StageTimer(CPU))
     own = training.method.state_dict()
     assert saved.keys() == own.keys()
     assert all(torch.equal(saved[key], own[key]) for key in saved)
@@ -62,14 +62,14 @@ def test_its_steps_are_those_of_a_run(name: str, model: str, micro_batch: int, t
 
 def test_a_stopwatch_counts_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([0, 1, 3, 6, 10, 15, 21, 28])  # of the clock, at each boundary
-    monkeypatch.setattr(stages_module.time, "perf_counter", lambda: float(next(ticks)))
-    watch = Stopwatch(CPU)
-    with watch.stage("outer"):
-        with watch.stage("inner"):
+    monkeypatch.setattr(timer_module.time, "perf_counter", lambda: float(next(ticks)))
+    timer = StageTimer(CPU)
+    with timer.stage("outer"):
+        with timer.stage("inner"):
             pass
-        with watch.stage("inner"), watch.stage("innermost"):
+        with timer.stage("inner"), timer.stage("innermost"):
             pass
-    assert watch.seconds == {"outer": 1 + 3 + 7, "inner": 2 + 4 + 6, "innermost": 5}
+    assert timer.seconds == {"outer": 1 + 3 + 7, "inner": 2 + 4 + 6, "innermost": 5}
 
 
 def test_a_profile_of_a_real_recipe_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,13 +99,13 @@ def test_who_waits_for_data_is_told_to_load_faster() -> None:
     photos = replace(SMALL, pixels=4000 * 3000)
     best, *others = changes_that_help(measured(images=photos), recipe)
     # A batch costs 100 x 10 ms = 1 s of a core, and has 0.1 s: ten workers.
-    assert (best.what, best.gain) == ("[data] workers = 10", pytest.approx(4.0))
+    assert (best.what, best.gain) == ("set data.workers = 10", pytest.approx(4.0))
     gains = {change.what: change.gain for change in others}
     # Without colours 7 ms: 0.35 s for two workers.
-    assert gains['[views] device = "accelerator"'] == pytest.approx(0.4 / 0.35)
+    assert gains['set views.device = "accelerator"'] == pytest.approx(0.4 / 0.35)
     # A crop of 0.2 of a square of 504 pixels has 225: enough for a view of 224.
     smaller = 0.005 * (504 * 504 * 4 / 3) / (4000 * 3000) + 0.005
-    assert gains["sslkit prepare --side 504"] == pytest.approx(0.4 / (100 * smaller / 2))
+    assert gains["run sslkit prepare --side 504"] == pytest.approx(0.4 / (100 * smaller / 2))
 
 
 def test_cores_that_are_not_there_are_not_advised() -> None:
@@ -114,14 +114,14 @@ def test_cores_that_are_not_there_are_not_advised() -> None:
     assert not any("prepare" in change.what for change in changes)  # 500 x 375 is small enough already
     photos = {"images": replace(SMALL, pixels=4000 * 3000)}
     cpu = changes_that_help(measured(cores=2, peak_bytes=None, **photos), small_recipe(views=VIEWS))
-    assert [change.what for change in cpu] == ["sslkit prepare --side 504"]
+    assert [change.what for change in cpu] == ["run sslkit prepare --side 504"]
 
 
 def test_who_computes_is_told_to_compute_faster() -> None:
     busy = {"step": 0.1, "waiting": 0.0}
     assert changes_that_help(measured(**busy), small_recipe()) == []
     [change] = changes_that_help(measured(**busy, bf16=0.4), small_recipe())
-    assert change.what == '[train] precision = "bf16"'
+    assert change.what == 'set train.precision = "bf16"'
     assert change.gain == pytest.approx(0.1 / (0.1 - 0.6 * 0.09))
     assert changes_that_help(measured(**busy, bf16=1.3), small_recipe()) == []
     [slices] = changes_that_help(measured(**busy), small_recipe(train={"micro_batch": 8}))

@@ -104,20 +104,20 @@ def bad_images() -> dict[str, tuple[bytes, str]]:
     """Every kind of content that must be refused, by file name, with words of the reason."""
     good, image = good_images(), Image.fromarray(photo())
     cut = {
-        f"half-{name}": (good[name][: len(good[name]) // 2], "cut short|not JPEG")
+        f"half-{name}": (good[name][: len(good[name]) // 2], "truncated|not JPEG")
         for name in ("plain.jpg", "progressive.jpg", "plain.png", "plain.webp", "plain.gif", "plain.bmp", "plain.jp2")
     }
     damaged = bytearray(good["plain.png"])
     damaged[len(damaged) // 2] ^= 0x5A
     return {
         **cut,
-        "almost.jpg": (good["plain.jpg"][:-40], "cut short"),
+        "almost.jpg": (good["plain.jpg"][:-40], "truncated"),
         "empty.jpg": (b"", "the file is empty"),
         "page.jpg": (b"<html>404 Not Found</html>", r"not JPEG, .* it begins with b'<html>404 No'"),
-        "damaged.png": (bytes(damaged), "broken"),
+        "damaged.png": (bytes(damaged), "damaged"),
         "bomb.png": (png_of_size(30_000, 30_000), "more than 89478485 pixels"),
         "bomb.webp": (webp_of_size(16_000, 16_000), "more than 89478485 pixels"),
-        "liar.png": (png_of_size(9_000, 9_000), "cut short"),
+        "liar.png": (png_of_size(9_000, 9_000), "truncated"),
         "float.tif": (encode(image.convert("F"), "TIFF"), "32 bits"),
         "script.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not JPEG"),
         "zeros.gif": (bytes(4096), "not JPEG"),

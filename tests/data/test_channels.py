@@ -64,7 +64,7 @@ def test_tiff_keeps_every_bit(channels: int, dtype: Any, planar: str) -> None:
     encoded = tiff(stored, photometric="minisblack", planarconfig=planar, compression="zlib")
     expected = pixels.astype(np.uint16) * (257 if dtype == np.uint8 else 1)
     assert np.array_equal(decode_channels(encoded, "x", channels), expected)
-    with pytest.raises(UnreadableImage, match=rf"{channels} channels, where \[backbone\] in_chans is 5"):
+    with pytest.raises(UnreadableImage, match=rf"{channels} channels, but \[backbone\] in_chans is 5"):
         decode_channels(encoded, "x", 5)
 
 
@@ -101,7 +101,7 @@ def test_other_formats() -> None:
 @pytest.mark.parametrize(
     ("encoded", "channels", "reason"),
     [
-        (encode(Image.fromarray(photo()), "JPEG"), 1, r"3 channels \(mode RGB\), where \[backbone\] in_chans is 1"),
+        (encode(Image.fromarray(photo()), "JPEG"), 1, r"3 channels \(mode RGB\), but \[backbone\] in_chans is 1"),
         (encode(Image.fromarray(photo()).quantize(8), "PNG"), 1, "palette"),
         (encode(Image.fromarray(photo()).convert("F"), "TIFF"), 1, "no channels of 8 or 16 bits"),
         (b"no picture", 1, "not JPEG"),
@@ -126,7 +126,7 @@ def test_without_tifffile_it_is_said_what_to_install(monkeypatch: pytest.MonkeyP
 def test_tiffs_that_are_something_else() -> None:
     with pytest.raises(UnreadableImage, match="values of type float32"):
         decode_channels(tiff(values(4).astype(np.float32), photometric="minisblack", planarconfig="contig"), "x", 4)
-    with pytest.raises(UnreadableImage, match="not clear what the channels are"):
+    with pytest.raises(UnreadableImage, match="unclear which are the channels"):
         decode_channels(tiff(np.zeros((3, 5, 8, 9), np.uint8), photometric="minisblack"), "x", 3)
     with pytest.raises(UnreadableImage, match="more than 268435455 values"):
         decode_channels(liar(), "x", 4)
@@ -145,9 +145,9 @@ def test_pages_are_channels_whoever_wrote_them() -> None:
             writer.write(wanted[..., channel], photometric="minisblack")
     assert np.array_equal(decode_channels(one_by_one.getvalue(), "x", 3), wanted)
     for pages in (stream, one_by_one):
-        with pytest.raises(UnreadableImage, match="3 channels, where"):
+        with pytest.raises(UnreadableImage, match="3 channels, but"):
             decode_channels(pages.getvalue(), "x", 4)
-        with pytest.raises(UnreadableImage, match="3 pages, where"):
+        with pytest.raises(UnreadableImage, match="3 pages, but"):
             decode_channels(pages.getvalue(), "x", 1)
     preview = io.BytesIO()
     first.save(preview, "TIFF", save_all=True, append_images=[first.resize((4, 4))])

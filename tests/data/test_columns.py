@@ -63,7 +63,7 @@ def test_columns_are_chosen_by_usual_names(columns: dict[str, Any], image: Any, 
     chosen = choose_columns(features, SourceConfig(path="x"))
     assert (chosen.image, chosen.label) == (image, label)
     for name, feature in columns.items():
-        assert (repr(name) in chosen.words()) == (feature in (IMAGE, CLASS) or name in (image, label, "label"))
+        assert (repr(name) in chosen.summary()) == (feature in (IMAGE, CLASS) or name in (image, label, "label"))
 
 
 def test_several_kinds_of_classes_are_asked_for_by_evaluation_alone() -> None:
@@ -128,7 +128,7 @@ def test_images_of_samples(members: dict[str, bytes], chosen: list[bytes], tmp_p
 
 def test_a_suffix_says_which_images_of_tar_files_are_read(tmp_path: Path) -> None:
     file = write_tar(tmp_path / "a.tar", {"0.jpg": A, "0.png": B, "0.mask.png": M, "0.cls": b"3"})
-    with pytest.raises(UserError, match=r"images of several kinds, \.jpg, \.png; say which .*--image-column jpg"):
+    with pytest.raises(UserError, match=r"images of several kinds, \.jpg, \.png; name the one .*--image-column jpg"):
         read(file)
     for suffix, chosen in (("jpg", [A]), ("png", [B]), ("mask.png", [M]), (".JPG", [A])):
         assert stored(read(file, image_column=suffix)) == chosen
@@ -234,7 +234,7 @@ def test_a_broken_json_stops_evaluation_only(tmp_path: Path) -> None:
     file = write_tar(tmp_path / "a.tar", {"0.png": A, "0.json": b'{"kind": "x"}', "1.png": B, "1.json": b"{"})
     source = read(file, label_column="kind")
     assert len(source.without_labels()) == 2
-    with pytest.raises(UserError, match=r"1\.json of .* is a \.json that is none"):
+    with pytest.raises(UserError, match=r"1\.json of .* is not valid JSON"):
         source.labels()
 
 

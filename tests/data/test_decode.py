@@ -182,6 +182,6 @@ def test_folders_are_walked_in_order_and_never_in_a_circle(tmp_path: Path) -> No
     table = table_of_folders(listing.folders, listing.classes)
     names = [os.path.relpath(cell["path"], tmp_path) for cell in table["image"]]
     assert names == ["a/x.jpg/9.png", "b/1.JPG", "b/2.png"]
-    assert dict(listing.left_out) == {".txt": 1, "no suffix": 2}
+    assert dict(listing.skipped) == {".txt": 1, "no suffix": 2}
     assert table.features["label"].names == ["b", "x.jpg"]
     assert table["label"] == [1, 0, 0]

@@ -218,7 +218,7 @@ def test_a_list_that_is_none_is_one_sentence(state: str, tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"state\.json"):
         count(tmp_path / "set")
     (tmp_path / "set" / "state.json").write_text(json.dumps({"_data_files": [{"filename": "gone.arrow"}]}))
-    with pytest.raises(UserError, match=r"'gone\.arrow', which is not there"):
+    with pytest.raises(UserError, match=r"'gone\.arrow', which does not exist"):
         count(tmp_path / "set")
 
 

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.distributed.collectives import rank
-from sslkit.doctor import Finding, examine
-from sslkit.doctor import run_checks as visit
+from sslkit.doctor import Finding, check_recipe, run_checks
 from sslkit.doctor.process_checks import train_and_compare
 from sslkit.engine.accelerator import make_accelerator
 from sslkit.methods import moco_v1
@@ -64,8 +63,8 @@ def check_all(recipe: Recipe, source: ImageSource) -> Finding:
 
 
 def main() -> None:
-    with patch.object(visit, "check_processes", check_all):
-        report = examine(small_recipe("moco_v2", "test_resnet"))
+    with patch.object(run_checks, "check_processes", check_all):
+        report = check_recipe(small_recipe("moco_v2", "test_resnet"))
     if os.environ["RANK"] != "0":
         assert report.findings == []
         return

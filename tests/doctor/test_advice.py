@@ -5,20 +5,33 @@ from typing import Any
 import pytest
 import torch
 from conftest import small_recipe
+from torch import nn
 
 from sslkit.data.sources.image_source import DataConfig, open_source
-from sslkit.doctor.image_checks import ImageFacts, check_pixels, look_at
-from sslkit.doctor.recipe_advice import advise
+from sslkit.doctor.findings import Finding
+from sslkit.doctor.image_checks import ImageSummary, check_pixels, summarise_images
+from sslkit.doctor.recipe_advice import check_settings
 from sslkit.engine.monitor.image_variety import Variety
+from sslkit.methods import find_method
+from sslkit.parts.backbone import family
 from sslkit.recipe.resolve import Recipe, load_recipe, shipped_recipes
 
-IMAGENET = ImageFacts(1_281_167, 350, 400, grey=False)
-CIFAR = ImageFacts(50_000, 32, 32, grey=False)
-FASHION = ImageFacts(10_000, 28, 28, grey=True)
+IMAGENET = ImageSummary(1_281_167, 350, 400, grey=False)
+CIFAR = ImageSummary(50_000, 32, 32, grey=False)
+FASHION = ImageSummary(10_000, 28, 28, grey=True)
 
 
-def warned(recipe: Recipe, facts: ImageFacts) -> dict[str, str]:
-    return {finding.check: finding.sentence for finding in advise(recipe, facts) if finding.verdict == "warning"}
+def advise(recipe: Recipe, images: ImageSummary) -> list[Finding]:
+    """What the settings call for; the method gets no weights, and a stand-in for its backbone."""
+    norm = nn.BatchNorm1d(8) if family(recipe.backbone.name) == "resnet" else nn.LayerNorm(8)
+    with torch.device("meta"):
+        method = find_method(recipe.method_name)(norm, 8, recipe.method)
+        method.set_num_samples(images.count)
+    return check_settings(recipe, method, images)
+
+
+def warned(recipe: Recipe, images: ImageSummary) -> dict[str, str]:
+    return {finding.check: finding.sentence for finding in advise(recipe, images) if finding.verdict == "warning"}
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -31,10 +44,10 @@ def test_no_warning_on_a_shipped_recipe(name: str) -> None:
 
 
 # Shipped recipe, what is set, data, and the one check that must warn.
-CALLS: list[tuple[str, list[str], ImageFacts, str]] = [
-    ("mocov2_r50", [], ImageFacts(40_000, 350, 400, False), "queue length"),
+CALLS: list[tuple[str, list[str], ImageSummary, str]] = [
+    ("mocov2_r50", [], ImageSummary(40_000, 350, 400, False), "queue length"),
     ("mocov2_r50", ["method.queue_size=128"], IMAGENET, "queue length"),
-    ("memory_bank_r50", [], ImageFacts(40_000, 350, 400, False), "queue length"),
+    ("memory_bank_r50", [], ImageSummary(40_000, 350, 400, False), "queue length"),
     ("mocov2_r50", ["method.momentum=1.0"], IMAGENET, "momentum"),
     ("mocov2_r50", ["method.momentum=0.0"], IMAGENET, "momentum"),
     ("mocov2_r50", ["method.momentum=0.5"], IMAGENET, "momentum"),
@@ -56,16 +69,16 @@ CALLS: list[tuple[str, list[str], ImageFacts, str]] = [
     ("mocov3_vits", ["train.batch_size=64"], IMAGENET, "batch size"),
     ("instdisc_r50", ["train.batch_size=16"], IMAGENET, "batch size"),
     ("mocov2_r50", ["method.bn_groups=64"], IMAGENET, "batch size"),
-    ("swav_r50_200ep_b256", ["method.queue_size=0"], IMAGENET, "batch size"),
+    ("swav_r50_200ep_b256", ["method.queue_size=0"], IMAGENET, "method options"),
     ("mocov1_r50", ["train.epochs=100"], IMAGENET, "schedule"),
     ("mocov3_vits", ["schedule.warmup_epochs=200"], IMAGENET, "schedule"),
     ("mocov3_vits", ["schedule.warmup_epochs=0"], IMAGENET, "schedule"),
     ("mocov1_small_cpu", ["train.epochs=2", "method.momentum=0.9"], FASHION, "schedule"),
     ("mocov3_continue", ["train.head_warmup_epochs=50"], IMAGENET, "schedule"),
-    ("swav_r50_200ep_b256", ["method.freeze_prototypes_steps=900000"], IMAGENET, "schedule"),
-    ("swav_r50_200ep_b256", ["method.queue_start_epoch=200"], IMAGENET, "schedule"),
+    ("swav_r50_200ep_b256", ["method.freeze_prototypes_steps=900000"], IMAGENET, "method options"),
+    ("swav_r50_200ep_b256", ["method.queue_start_epoch=200"], IMAGENET, "method options"),
     ("mocov2_r50", ["checkpoint.every_minutes=0"], IMAGENET, "saving"),
-    ("mocov2_r50", [], ImageFacts(1_281_167, 350, 400, grey=True), "colour"),
+    ("mocov2_r50", [], ImageSummary(1_281_167, 350, 400, grey=True), "colour"),
     ("mocov1_small_cpu", ["views.jitter=[0.4,0.4,0.4,0.1]"], FASHION, "colour"),
     ("mocov3_vit_small_cpu", ["views.crop_scale=[0.05,1.0]"], FASHION, "crops"),
     ("mocov2_r50", ["views.crop_scale=[0.01,0.05]"], IMAGENET, "crops"),
@@ -76,7 +89,7 @@ CALLS: list[tuple[str, list[str], ImageFacts, str]] = [
 
 
 @pytest.mark.parametrize(("name", "words", "facts", "check"), CALLS, ids=lambda value: str(value)[:40])
-def test_advice_is_given_where_it_is_due(name: str, words: list[str], facts: ImageFacts, check: str) -> None:
+def test_advice_is_given_where_it_is_due(name: str, words: list[str], facts: ImageSummary, check: str) -> None:
     assert set(warned(load_recipe(name, words), facts)) == {check}
 
 
@@ -97,8 +110,8 @@ def test_advice_for_any_method_and_optimizer() -> None:
 
 
 def test_images_are_looked_at() -> None:
-    facts = look_at(open_source(DataConfig(path="builtin:fashion_mnist", split="test")))
-    assert facts == ImageFacts(2000, 28, 28, grey=True, variety=Variety(32, 32, 0))
+    facts = summarise_images(open_source(DataConfig(path="builtin:fashion_mnist", split="test")))
+    assert facts == ImageSummary(2000, 28, 28, grey=True, variety=Variety(32, 32, 0))
 
 
 def test_pixels_out_of_range() -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from doctor.mutants import MUTANTS
+from methods.mutants import MUTANTS
 from test_cli import run
 
 from sslkit.methods import METHODS
@@ -24,7 +24,7 @@ def test_a_sound_recipe_is_a_table_and_code_0(
     assert code == 0
     assert "batch norm leak" in out
     assert "0 fault" in out
-    assert "not applicable here: processes agree" in " ".join(out.split())
+    assert "not applicable: processes agree" in " ".join(out.split())
     assert "16 images, on the CPU" in err
     assert not list(tmp_path.iterdir())  # nothing is written
 
@@ -32,14 +32,14 @@ def test_a_sound_recipe_is_a_table_and_code_0(
 def test_a_fault_is_code_2_and_named_in_json(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(METHODS, "moco_v2", MUTANTS["QueueNotFed"][0])
+    monkeypatch.setitem(METHODS, "moco_v2", MUTANTS["QueueNotFed"].method)
     code, out, _ = run(capsys, "doctor", *SMALL, "--json")
     assert code == 2
     report = json.loads(out)
     assert report["fault"] == 1
     (found,) = [finding for finding in report["findings"] if finding["verdict"] == "fault"]
-    assert found["check"] == "dictionary fed"
-    assert report["ok"] > 20
+    assert found["check"] == "method contract"
+    assert report["ok"] > 8
     assert any(finding["verdict"] == "not applicable" for finding in report["findings"])
 
 

@@ -9,7 +9,9 @@ from conftest import small_recipe
 from sslkit.data.sources.image_source import ImageSource, open_source
 from sslkit.doctor import cost_forecast as cost
 from sslkit.doctor import machine_checks as machine
-from sslkit.doctor.diagnosed_setup import Observation, Patient, admit, watching
+from sslkit.doctor.doctor_setup import DoctorSetup, StepRecord, saved_bytes, set_up_checks
+from sslkit.doctor.recipe_advice import _slices
+from sslkit.engine.setup import build_method
 from sslkit.recipe.resolve import Recipe
 
 
@@ -18,54 +20,54 @@ def source() -> ImageSource:
     return open_source(small_recipe().data).without_labels()
 
 
-def observed(recipe: Recipe, source: ImageSource) -> tuple[Patient, Observation]:
-    patient = admit(recipe, source, lambda _: None)
-    return patient, patient.observe(backward=True)
+def first_step(recipe: Recipe, source: ImageSource) -> tuple[DoctorSetup, StepRecord]:
+    setup = set_up_checks(recipe, source, build_method(recipe, len(source)), lambda _: None)
+    return setup, setup.run_step(backward=True)
 
 
 def bytes_of(sentence: str) -> float:
     """The forecast's first figure."""
-    return float(sentence.split("forecast ")[1].split(" GiB")[0])
+    return float(sentence.split("about ")[1].split(" GiB")[0])
 
 
 def test_memory_grows_with_the_images_at_once(source: ImageSource) -> None:
     figures = {}
     for batch, micro in ((64, 0), (256, 0), (256, 64)):
         recipe = small_recipe("moco_v3", "test_vit", train={"batch_size": batch, "micro_batch": micro})
-        figures[batch, micro] = bytes_of(cost.forecast_memory(*observed(recipe, source)).sentence)
+        figures[batch, micro] = bytes_of(cost.forecast_memory(*first_step(recipe, source)).sentence)
     assert figures[64, 0] < 0.5 * figures[256, 0]
     assert figures[256, 64] == pytest.approx(figures[64, 0], rel=0.05)
 
 
 def test_what_autograd_keeps_is_counted(source: ImageSource) -> None:
     """A stack of ReLUs on known shapes: each keeps its output, (B, 64) in float32."""
-    patient, _ = observed(small_recipe("simclr", "test_vit"), source)
-    with watching(patient.method) as seen:
+    setup, _ = first_step(small_recipe("simclr", "test_vit"), source)
+    with saved_bytes(setup.method) as saved:
         x = torch.randn(8, 64, requires_grad=True)
         y = x.relu().relu().relu()
         y.sum().backward()
-    assert seen.saved_bytes == 3 * 8 * 64 * 4
+    assert sum(saved.values()) == 3 * 8 * 64 * 4
 
 
 def test_too_little_memory_asks_for_slices(source: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = small_recipe("moco_v3", "test_vit", train={"batch_size": 256})
-    patient, seen = observed(recipe, source)
-    assert cost.forecast_memory(patient, seen).verdict == "ok"
-    needed = bytes_of(cost.forecast_memory(patient, seen).sentence)
+    setup, record = first_step(recipe, source)
+    assert cost.forecast_memory(setup, record).verdict == "ok"
+    needed = bytes_of(cost.forecast_memory(setup, record).sentence)
     monkeypatch.setattr(cost, "memory_of_device", lambda _: int(needed * (1 << 30) / 2))
-    found = cost.forecast_memory(patient, seen)
+    found = cost.forecast_memory(setup, record)
     assert found.verdict == "warning"
     micro = int(found.sentence.split("micro_batch = ")[1].split(",")[0])
     assert 256 % micro == 0
     sliced = small_recipe("moco_v3", "test_vit", train={"batch_size": 256, "micro_batch": micro})
-    assert cost.forecast_memory(*observed(sliced, source)).verdict == "ok"
+    assert cost.forecast_memory(*first_step(sliced, source)).verdict == "ok"
 
 
 @pytest.mark.parametrize(("computing", "loading", "verdict"), [(0.01, 0.001, "ok"), (0.001, 0.01, "warning")])
 def test_who_waits_for_whom(computing: float, loading: float, verdict: str) -> None:
-    found = cost.judge_speed(small_recipe(data={"workers": 1}), computing, loading, images=2000)
+    found = cost.compare_speeds(small_recipe(data={"workers": 1}), computing, loading, num_images=2000)
     assert found.verdict == verdict
-    assert found.sentence.startswith("compute bound" if verdict == "ok" else "data-loader bound")
+    assert found.sentence.startswith("computing waits for data") == (verdict == "warning")
     assert "62 steps" in found.sentence
 
 
@@ -98,11 +100,11 @@ def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_slices(name: str, model: str, micro: int, verdict: str, source: ImageSource) -> None:
     recipe = small_recipe(name, model, train={"micro_batch": micro})
-    assert cost.check_slices(admit(recipe, source, lambda _: None)).verdict == verdict
+    assert _slices(recipe, build_method(recipe, len(source))).verdict == verdict
 
 
 def test_the_machine_is_described() -> None:
-    findings = {finding.check: finding for finding in machine.examine_machine()}
+    findings = {finding.check: finding for finding in machine.check_machine()}
     assert "torch" in findings["versions"].sentence
     assert "timm" in findings["versions"].sentence
     assert "GiB" in findings["memory"].sentence
@@ -123,5 +125,5 @@ def test_what_is_wrong_with_a_machine_is_said(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(machine.importlib, "import_module", mismatch)
     monkeypatch.setattr(machine.os, "statvfs", lambda _: machine.os.statvfs_result((4096, 4096, 16384, *[0] * 7)))
     monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path)
-    warned = {finding.check for finding in machine.examine_machine() if finding.verdict == "warning"}
+    warned = {finding.check for finding in machine.check_machine() if finding.verdict == "warning"}
     assert warned == {"threads", "albumentations", "torchvision", "shared memory"}

@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import small_recipe
 
-from sslkit.doctor.process_checks import checksum, not_launched
+from sslkit.doctor.process_checks import not_launched
 
 HERE = Path(__file__).parent
 
@@ -26,7 +25,10 @@ def free_port() -> int:
 def found() -> dict[str, list[str]]:
     """What torchrun does, without its own start."""
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    shared |= {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
+    }
     command = [sys.executable, str(HERE / "doctor_on_two_ranks.py")]
     processes = [
         subprocess.Popen(
@@ -58,27 +60,18 @@ def test_sound_methods_agree(found: dict[str, list[str]], name: str) -> None:
 @pytest.mark.parametrize(
     ("mistake", "part"),
     [
-        ("own keys queued only", "queue"),
-        ("own memories kept only", "bank"),
+        ("own keys queued only", "queue.keys"),
+        ("own memories kept only", "bank.rows"),
         ("teacher moved on one", "teacher_backbone"),
     ],
 )
 def test_a_forgotten_process_is_named(found: dict[str, list[str]], mistake: str, part: str) -> None:
     verdict, sentence = found[mistake]
     assert verdict == "fault"
-    assert f"{part} differs between the processes" in sentence
+    assert f"another {part}" in sentence
 
 
 def test_one_process_says_that_it_was_not_checked() -> None:
     assert small_recipe().train.processes == 0
     assert not_launched().verdict == "not applicable"
     assert "torchrun" in not_launched().sentence
-
-
-def test_checksums_tell_bits_and_order_of_rows() -> None:
-    rows = torch.randn(6, 4)
-    assert checksum(rows) == checksum(rows.clone())
-    assert checksum(rows) != checksum(rows.roll(1, dims=0))
-    assert checksum(rows) != checksum(torch.nextafter(rows, torch.tensor(9.0)))
-    for other in (torch.tensor(3), torch.tensor(True), torch.zeros(2, 3, 4, dtype=torch.bfloat16)):
-        assert checksum(other).dtype == torch.int64

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from sslkit.doctor import examine
-from sslkit.doctor import run_checks as visit
+from sslkit.doctor import check_recipe, run_checks
 from sslkit.doctor.findings import ok
 from sslkit.parts.backbone import family
 from sslkit.recipe.resolve import Recipe, build_recipe, shipped_recipes
@@ -35,7 +34,7 @@ def stand_in(name: str) -> Recipe:
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_no_fault(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(visit, "weigh_loading", lambda *_: ok("data loading", "not timed here"))
-    report = examine(stand_in(name))
+    monkeypatch.setattr(run_checks, "forecast_time", lambda *_: ok("data loading", "not timed here"))
+    report = check_recipe(stand_in(name))
     assert report.of("fault") == []
     assert not [finding for finding in report.findings if "could not be checked" in finding.sentence]

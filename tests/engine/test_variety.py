@@ -12,7 +12,7 @@ from PIL import Image
 
 import sslkit
 from sslkit.data.sources.image_source import DataConfig, open_source
-from sslkit.doctor.image_checks import COPIES, advise_on_views, look_at
+from sslkit.doctor.image_checks import COPIES, check_view_settings, summarise_images
 from sslkit.engine.monitor.alarms import data_alarm
 from sslkit.engine.monitor.image_variety import SAMPLED, sample_variety, variety_of
 from sslkit.report import read_runs, summarise
@@ -62,7 +62,9 @@ def test_sets_of_images(case: str, tmp_path: Path) -> None:
             raise ValueError(alarm)
     if case == "all different":
         assert found.sampled == SAMPLED // 2 + 1  # it has seen enough
-    [finding] = [each for each in advise_on_views(small_recipe().views, look_at(source)) if each.check == COPIES]
+    [finding] = [
+        each for each in check_view_settings(small_recipe().views, summarise_images(source)) if each.check == COPIES
+    ]
     assert finding.verdict == verdict, finding
 
 

@@ -79,8 +79,8 @@ DECLARED: list[tuple[Mapping[str, ViewCount], int, str]] = [
     ({"global": 2, "local": (2, None)}, 9, ""),
     ({"global": 2, "local": (2, 8)}, 9, "takes 2 to 8 local views; set it to 8"),
     ({"global": 2, "local": (2, 8)}, 1, "takes 2 to 8 local views; set it to 2"),
-    ({"global": 3}, 0, "takes 3 global views, and sslkit makes 2 of every image"),
-    ({"local": 4}, 4, "takes 0 global views, and sslkit makes 2 of every image"),
+    ({"global": 3}, 0, "takes 3 global views, but sslkit makes 2 of each image"),
+    ({"local": 4}, 4, "takes 0 global views, but sslkit makes 2 of each image"),
     ({"global": 2, "masked": 1}, 0, "declares views of role 'masked'; the roles are ('global', 'local')"),
 ]
 

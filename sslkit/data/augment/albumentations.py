@@ -6,7 +6,7 @@
 import json
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import albumentations as A  # noqa: N812  (the library's own convention)
@@ -33,33 +33,29 @@ class ColourTransforms:
     def __init__(self) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # albumentations only warns of unknown arguments
-            self._jitter = A.ColorJitter()
-            self._gray = A.ToGray(num_output_channels=3)
-            self._solarize = A.Solarize()
+            self._jitter: Callable[..., Pixels] = A.ColorJitter().apply
+            self._gray: Callable[..., Pixels] = A.ToGray(num_output_channels=3).apply
+            self._solarize: Callable[..., Pixels] = A.Solarize().apply
 
     def brightness(self, pixels: Pixels, factor: float) -> Pixels:
         """Multiply by ``factor``."""
-        return self._jitter_one(0, pixels, brightness=factor)
+        return self._jitter(pixels, brightness=factor, contrast=1.0, saturation=1.0, hue=0.0, order=(0,))
 
     def contrast(self, pixels: Pixels, factor: float) -> Pixels:
         """Blend with the mean of the grey image."""
-        return self._jitter_one(1, pixels, contrast=factor)
+        return self._jitter(pixels, brightness=1.0, contrast=factor, saturation=1.0, hue=0.0, order=(1,))
 
     def saturation(self, pixels: Pixels, factor: float) -> Pixels:
         """Blend with the grey image."""
-        return self._jitter_one(2, pixels, saturation=factor)
+        return self._jitter(pixels, brightness=1.0, contrast=1.0, saturation=factor, hue=0.0, order=(2,))
 
     def gray(self, pixels: Pixels) -> Pixels:
         """Convert to grey, in three equal channels."""
-        return np.asarray(self._gray.apply(pixels), dtype=np.uint8)
+        return self._gray(pixels)
 
     def solarize(self, pixels: Pixels) -> Pixels:
         """Invert values from 128 up."""
-        return np.asarray(self._solarize.apply(pixels, threshold=0.5), dtype=np.uint8)
-
-    def _jitter_one(self, step: int, pixels: Pixels, **factor: float) -> Pixels:
-        factors = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0, **factor}
-        return np.asarray(self._jitter.apply(pixels, **factors, order=[step]), dtype=np.uint8)
+        return self._solarize(pixels, threshold=0.5)
 
 
 class UserTransforms:

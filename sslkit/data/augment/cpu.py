@@ -19,6 +19,7 @@ from sslkit.data.decode.channels import FULL_SCALE
 from sslkit.data.decode.rgb import Pixels, Size
 
 REDUCTIONS = (8, 4, 2)  # factors by which a JPEG can be decoded smaller, at a fraction of the time
+WHOLE_IMAGE = (768, 1024)  # size of the noise that a pipeline which crops is tried on
 MARGIN = 1.25  # times a view's side that a crop of a reduced image still has, so that views stay as sharp
 
 
@@ -116,8 +117,7 @@ def _user_transforms(config: ViewsConfig, role: str) -> UserTransforms | None:
     if policy.pipeline is None:
         return None
     table = f"[views.{role}]" if "transforms" in getattr(config, role).overrides() else "[views]"
-    side = policy.size
-    size = (2 * side, 3 * side) if policy.crop_sampler == "none" else (side, side)
+    size = WHOLE_IMAGE if policy.crop_sampler == "none" else (policy.size, policy.size)
     return UserTransforms(policy.pipeline, size, f"{table} transforms")
 
 

@@ -105,6 +105,7 @@ def canonical_json(text: str) -> str:
     _check_outermost(plain["transform"])
     for node in _nodes(plain["transform"]):
         _check_node(node)
+        node[NAME] = short_name(node[NAME])
     return json.dumps(plain, sort_keys=True, separators=(",", ":"))
 
 

@@ -53,11 +53,13 @@ def with_present_keys(views: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flat_views(views: Mapping[str, Any]) -> dict[str, Any]:
-    """The table with the keys of tables in it as ``role.key``, pipelines by their digests alone: for comparisons."""
+    """The table without tables in it, for comparisons: keys of roles as ``role.key``, pipelines by their digests."""
     flat: dict[str, Any] = {}
     for key, value in views.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{key}.{inner}": each for inner, each in flat_views(value).items() if inner != "pipeline"}
+        if key in ROLES and isinstance(value, Mapping):
+            flat |= {f"{key}.{inner}": each for inner, each in flat_views(value).items()}
+        elif key == "transforms" and isinstance(value, Mapping):
+            flat[key] = f"pipeline file with sha256 {str(value.get('pipeline_sha256', ''))[:16]}"
         else:
             flat[key] = value
     return flat
@@ -74,7 +76,7 @@ def read_pipelines(views: Mapping[str, Any], folder: Path | None) -> tuple[dict[
         The table, and a sentence for each file that cannot be read.
     """
     views, mistakes = dict(views), []
-    for key, value in views.items():
+    for key, value in list(views.items()):
         if key in ROLES and isinstance(value, Mapping):
             views[key], wrong = read_pipelines(value, folder)
             mistakes += [sentence.replace("[views]", f"[views.{key}]", 1) for sentence in wrong]
@@ -83,4 +85,5 @@ def read_pipelines(views: Mapping[str, Any], folder: Path | None) -> tuple[dict[
                 views[key] = read_pipeline(value, folder)
             except ValueError as error:
                 mistakes.append(f"[views] transforms: {error}")
+                del views[key]
     return views, mistakes

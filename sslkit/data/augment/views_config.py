@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from sslkit.data.augment.policies import IMAGENET_MEAN, IMAGENET_STD, POLICIES
-from sslkit.data.augment.user_pipeline import UserPipeline
+from sslkit.data.augment.user_pipeline import SUFFIXES, UserPipeline
 from sslkit.data.augment.view_layers import EARLIER_KEYS, LOCAL_DEFAULTS, ROLES, layer_views, with_present_keys
 
 NUM_GLOBAL_VIEWS = 2
@@ -104,6 +104,15 @@ class ViewPolicy(BaseModel):
     def _share(cls, value: Range) -> Range:
         if value[1] > 1.0:
             raise ValueError("is a share of the image's area, so at most 1")
+        return value
+
+    @field_validator("transforms", mode="before")
+    @classmethod
+    def _known_transforms(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in ("torchvision", "tensorflow"):
+            raise ValueError(
+                f"must be 'torchvision', 'tensorflow' or the path of a pipeline file ({', '.join(SUFFIXES)})"
+            )
         return value
 
     @field_validator("jitter")

@@ -85,7 +85,7 @@ class Listing:
         """The name of each folder, or None if all images lie directly in the root."""
         if all(each.path == self.root for each in self.folders):
             return None
-        return [printable(to_text(os.path.basename(each.path))) for each in self.folders]
+        return [display_path(os.path.basename(each.path)) for each in self.folders]
 
 
 def list_images(root: Path) -> Listing:
@@ -158,6 +158,11 @@ def printable(text: str) -> str:
     return escape(re.sub("\0(..)", r"\\x\1", SPAN.sub("", text, count=1)))
 
 
+def display_path(path: str | bytes | Path) -> str:
+    """A path for messages, on one line, with unprintable characters escaped."""
+    return printable(to_text(os.fsdecode(path)))
+
+
 def walk_folders(folder: str) -> Iterator[WalkedFolder]:
     """Walk through a folder and everything below it, sorted; see `list_images` for what is skipped.
 
@@ -192,15 +197,13 @@ def _walk(
                 if not entry.name.startswith(".")
             )
     except OSError as error:
-        raise UserError(
-            f"[data] path: cannot list the folder {printable(to_text(folder))}: {error.strerror}"
-        ) from error
+        raise UserError(f"[data] path: cannot list the folder {display_path(folder)}: {error.strerror}") from error
     if identity in above:
         return
     times[identity] += 1
     if times[identity] > MAX_WAYS:
         raise UserError(
-            f"[data] path: links form more than {MAX_WAYS} ways to one folder, such as {printable(to_text(folder))}; "
+            f"[data] path: links form more than {MAX_WAYS} ways to one folder, such as {display_path(folder)}; "
             "remove links between folders"
         )
     links = frozenset(name for name, is_dir, is_link in found if is_link and not is_dir)

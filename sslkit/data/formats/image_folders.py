@@ -16,12 +16,11 @@ from sslkit.data.formats.folder_listing import (
     ImageFolder,
     Listing,
     count_images,
+    display_path,
     folders_in,
     folders_with_images,
     list_images,
-    printable,
     table_of_folders,
-    to_text,
 )
 from sslkit.data.formats.hints import no_images
 from sslkit.data.formats.mask_files import describe_masks, find_masks, is_mask_folder
@@ -320,7 +319,7 @@ def _of_split_folders(
         inside = Path(each.path).relative_to(split_folder).parts
         around = split_folder.parent.relative_to(folder).parts if class_first else ()
         has_classes = has_classes or bool(inside or around)
-        classes.append(printable(to_text((inside or around or (split_folder.name,))[-1])))
+        classes.append(display_path((inside or around or (split_folder.name,))[-1]))
     root = split_folders[0] if len(split_folders) == 1 else Path(os.path.commonpath(split_folders))
     return ImageFiles(root, split_folders, chosen, _meaningful(classes if has_classes else None), skipped)
 
@@ -331,7 +330,7 @@ def _meaningful(classes: list[str] | None) -> list[str] | None:
 
 
 def _without_images(folder: Path, listings: list[Listing]) -> UserError:
-    name = printable(to_text(str(folder)))
+    name = display_path(folder)
     skipped = sum((listing.skipped for listing in listings), Counter[str]())
     if not skipped:
         return UserError(f"[data] path: the folder {name!r} is empty; give a folder of images")
@@ -366,7 +365,7 @@ def _refuse_links(folders: Sequence[ImageFolder], others: Sequence[Path]) -> Non
             split = next((other for real, other in targets.items() if _contains(real, {target})), None)
             if split is not None:
                 raise UserError(
-                    f"[data] path: {printable(to_text(path))} is a link into {str(split)!r}, which is another split; "
+                    f"[data] path: {display_path(path)} is a link into {str(split)!r}, which is another split; "
                     "remove the link, so that no held-out image is trained on"
                 )
 

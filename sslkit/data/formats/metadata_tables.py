@@ -15,7 +15,7 @@ import datasets
 import pyarrow as pa
 from pyarrow import parquet
 
-from sslkit.data.formats.folder_listing import METADATA, folders_in, printable, to_text
+from sslkit.data.formats.folder_listing import METADATA, display_path, folders_in, to_text
 from sslkit.data.formats.image_folders import ImageFiles
 from sslkit.errors import UserError, near_miss
 
@@ -122,7 +122,7 @@ def _columns(file: Path) -> dict[str, list[Any]]:
     except (OSError, ValueError, pa.ArrowException, csv.Error, RecursionError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UserError(
-            f"[data] path: {_shown(file)} cannot be read: {reason}; write it again{_without(file)}"
+            f"[data] path: {display_path(file)} cannot be read: {reason}; write it again{_without(file)}"
         ) from error
     files = [name for name in columns if name == FILE or name.endswith(f"_{FILE}")]
     lists = [name for name in columns if name.endswith(f"{FILE}s")]
@@ -132,7 +132,7 @@ def _columns(file: Path) -> dict[str, list[Any]]:
         else:
             close = near_miss(FILE, columns)
             what = f"no column {FILE!r} among {list(columns)[:12]}{close}; rename the column that names the image files"
-        raise UserError(f"[data] path: {_shown(file)} has {what}{_without(file)}")
+        raise UserError(f"[data] path: {display_path(file)} has {what}{_without(file)}")
     return columns
 
 
@@ -140,20 +140,17 @@ def _without(file: Path) -> str:
     return WITHOUT.format(name=file.name)
 
 
-def _shown(file: Path) -> str:
-    return printable(to_text(str(file)))
-
-
 def _text(file: Path) -> str:
     """The text of a file, without a byte order mark."""
     content = file.read_bytes()
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"[data] path: {_shown(file)} is UTF-16; save it as UTF-8 (in Excel: CSV UTF-8)")
+        raise UserError(f"[data] path: {display_path(file)} is UTF-16; save it as UTF-8 (in Excel: CSV UTF-8)")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"[data] path: {_shown(file)} is not UTF-8 (at byte {error.start}); save it as UTF-8 (in Excel: CSV UTF-8)"
+            f"[data] path: {display_path(file)} is not UTF-8 (at byte {error.start}); save it as UTF-8 (in Excel: CSV "
+            "UTF-8)"
         ) from error
 
 
@@ -188,10 +185,10 @@ def _read_jsonl(file: Path) -> dict[str, list[Any]]:
             row = json.loads(line)
         except ValueError as error:
             raise UserError(
-                f"[data] path: line {number} of {_shown(file)} is not JSON: {error}{_without(file)}"
+                f"[data] path: line {number} of {display_path(file)} is not JSON: {error}{_without(file)}"
             ) from error
         if not isinstance(row, dict):
-            raise UserError(f"[data] path: line {number} of {_shown(file)} is not a JSON object{_without(file)}")
+            raise UserError(f"[data] path: line {number} of {display_path(file)} is not a JSON object{_without(file)}")
         rows.append(row)
     names: Iterable[str] = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}

@@ -15,7 +15,7 @@ import datasets
 import pyarrow as pa
 from pyarrow import compute
 
-from sslkit.data.formats.folder_listing import SUFFIXES, member_text, printable, table_of_images, to_text
+from sslkit.data.formats.folder_listing import SUFFIXES, display_path, member_text, table_of_images, to_text
 from sslkit.data.formats.hints import advice_for, count_suffixes, image_suffix
 from sslkit.data.formats.image_folders import folders_of_split
 from sslkit.data.formats.mask_files import describe_masks, find_masks, is_annotation
@@ -138,7 +138,7 @@ def _of_split(table: pa.Table, index: _Index, file: Path, split: str) -> tuple[p
     names = [to_text(os.fsdecode(folder)).rstrip("/") for folder in index.folders]
     if split == ALL or not any(names):
         return table, ""
-    wanted, left_out = folders_of_split(names, split, _shown(file))
+    wanted, left_out = folders_of_split(names, split, display_path(file))
     if len(wanted) == len(names):
         return table, ""
     numbers = [number for number, name in enumerate(names) if name in wanted]
@@ -216,7 +216,7 @@ def _preferred(file: Path, key: bytes, images: list[_Image], index: _Index) -> l
     kinds = sorted({each.suffixes for each in plain})
     if len(kinds) > 1:
         raise UserError(
-            f"[data] image_column: {_quoted(key)} of {_shown(file)} has images of several kinds, "
+            f"[data] image_column: {_quoted(key)} of {display_path(file)} has images of several kinds, "
             f'{", ".join(f".{kind}" for kind in kinds)}; name the one to read, such as image_column = "{kinds[0]}" '
             f"(--image-column {kinds[0]})"
         )
@@ -250,8 +250,9 @@ def _label_of(file: Path, key: bytes, image: _Image, labels: list[_Label], index
     problem = own[0].problem
     if len(own) > 1:
         problem = (
-            f"{_shown(file)} has {len(own)} labels for {_quoted(key)}, {own[0].text!r:.40} and {own[1].text!r:.40}; "
-            "samples are told apart by their names up to the first dot: give each label the name of its image"
+            f"{display_path(file)} has {len(own)} labels for {_quoted(key)}, {own[0].text!r:.40} and "
+            f"{own[1].text!r:.40}; samples are told apart by their names up to the first dot: give each label the name "
+            "of its image"
         )
     if problem:
         index.problem = index.problem or problem
@@ -263,19 +264,15 @@ def _stem(name: bytes) -> bytes:
     return name[: name.rfind(b".")]
 
 
-def _shown(file: Path) -> str:
-    return printable(to_text(str(file)))
-
-
 def _quoted(key: bytes) -> str:
-    return repr(printable(to_text(os.fsdecode(key))))
+    return repr(display_path(key))
 
 
 def _read_label(stream: BinaryIO, file: Path, member: Member, suffix: str, label: str) -> _Label | None:
     """The label that a member holds, or None."""
     if suffix not in (label, "json") or (suffix == "json" and label in ("cls", "txt")):
         return None
-    name = f"{printable(to_text(os.fsdecode(member.name)))} of {_shown(file)}"
+    name = f"{display_path(member.name)} of {display_path(file)}"
     if not 0 <= member.size <= MAX_NAME:
         problem = f"{name} is a label of {member.size} bytes, but at most {MAX_NAME} are allowed"
         return _Label(member.name, "", problem)
@@ -308,7 +305,7 @@ def _refuse_tar_of_tars(file: Path, index: _Index) -> None:
     """Refuse tar files that contain as many tar files as images, or more: the images are probably in those."""
     inner, images = index.others[".tar"], index.read.total()
     if inner >= images:
-        where, suffix = _shown(file), index.read.most_common(1)[0][0].rpartition(".")[2]
+        where, suffix = display_path(file), index.read.most_common(1)[0][0].rpartition(".")[2]
         raise UserError(
             f"[data] path: {where} holds {inner:,} tar files beside {images:,} images; it is a tar file of tar files: "
             f"unpack it once, by mkdir shards && tar -xf {where} -C shards, move the images out of there, then path = "
@@ -318,7 +315,7 @@ def _refuse_tar_of_tars(file: Path, index: _Index) -> None:
 
 def _without_images(files: list[Path], index: _Index, image: str | None) -> UserError:
     """What tar files hold in place of images, and what to do."""
-    where, suffixes = _shown(files[0]), count_suffixes(index.others)
+    where, suffixes = display_path(files[0]), count_suffixes(index.others)
     if image is not None and image != "image":
         return UserError(
             f"[data] image_column: no file in {where} ends in .{image.lstrip('.')}; there are {suffixes or 'no files'}"
@@ -326,7 +323,7 @@ def _without_images(files: list[Path], index: _Index, image: str | None) -> User
     found, suffix = "", ""
     if index.example:
         file, member = index.example
-        suffix = printable(to_text(os.fsdecode(os.path.splitext(member.name)[1]))).lstrip(".")
+        suffix = display_path(os.path.splitext(member.name)[1]).lstrip(".")
         with open_shard(file) as stream:
             stream.seek(member.offset)
             found = image_suffix(stream.read(min(16, max(member.size, 0))))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from sslkit.data.formats.folder_listing import printable, to_text
+from sslkit.data.formats.folder_listing import display_path
 from sslkit.errors import UserError
 
 BLOCK = 512  # bytes; headers and contents begin at multiples of it
@@ -141,10 +141,10 @@ def open_shard(file: Path) -> BinaryIO:
     try:
         stream = open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=4096)  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"[data] path: cannot read {printable(to_text(str(file)))}: {error.strerror}") from error
+        raise UserError(f"[data] path: cannot read {display_path(file)}: {error.strerror}") from error
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()
-        raise UserError(f"[data] path: {printable(to_text(str(file)))} is not a regular file")
+        raise UserError(f"[data] path: {display_path(file)} is not a regular file")
     return stream
 
 
@@ -154,7 +154,7 @@ def _check_header(header: bytes, at: int, file: Path) -> tuple[bytes, int]:
     total = sum(header) - sum(header[148:156]) + 8 * 32  # the checksum field itself counts as spaces
     if kind and _number(header[148:156]) != total:
         raise UserError(
-            f"[data] path: {printable(to_text(str(file)))} is compressed with {kind}, so its images cannot be read in "
+            f"[data] path: {display_path(file)} is compressed with {kind}, so its images cannot be read in "
             "any order; images are compressed already: decompress it once to a plain .tar"
         )
     if len(header) < BLOCK:
@@ -213,6 +213,6 @@ def _pax(records: bytes, file: Path, at: int) -> tuple[bytes, int]:
 def broken(file: Path, at: int, what: str) -> UserError:
     """The error about a tar file that cannot be read."""
     return UserError(
-        f"[data] path: {printable(to_text(str(file)))} cannot be read as a tar file: {what} (at byte {at}); pack it "
+        f"[data] path: {display_path(file)} cannot be read as a tar file: {what} (at byte {at}); pack it "
         "again or leave it out"
     )

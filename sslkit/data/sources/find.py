@@ -12,7 +12,7 @@ import datasets
 
 from sslkit.data.config import SourceConfig
 from sslkit.data.formats.columns import Columns, choose_columns
-from sslkit.data.formats.folder_listing import printable, to_text, walk_folders
+from sslkit.data.formats.folder_listing import display_path, to_text, walk_folders
 from sslkit.data.formats.hints import count_suffixes
 from sslkit.data.formats.image_folders import ImageFiles, find_images, image_splits, refuse_several_folders
 from sslkit.data.formats.metadata_tables import metadata_files, table_by_metadata
@@ -130,7 +130,7 @@ def _refuse_tar_files(folder: Path, images: ImageFiles) -> None:
     tars, found = images.skipped[".tar"], sum(len(each.images) for each in images.folders)
     if tars > found:
         raise UserError(
-            f"[data] path: {printable(to_text(str(folder)))} holds {tars:,} tar files beside {found:,} images; move "
+            f"[data] path: {display_path(folder)} holds {tars:,} tar files beside {found:,} images; move "
             'the images elsewhere to read the tar files, or give split = "all" to read only the images'
         )
 

@@ -113,7 +113,7 @@ def pack(
         raise UserError(f"{folder}: exists already; give a new folder, or remove it")
     read_from = source.within or source.root
     if read_from and folder.resolve().is_relative_to(Path(read_from).resolve()):
-        raise UserError(f"{folder}: lies in the folder that is packed; give a folder elsewhere")
+        raise UserError(f"{folder}: is inside the folder to pack; give a folder outside it")
     try:
         with _exclusive_lock(folder.with_name(f".{folder.name}.lock")):
             return _pack(source, folder, packing, workers, progress)

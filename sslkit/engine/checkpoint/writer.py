@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from sslkit.distributed.sharding import full_tensor
 from sslkit.engine.checkpoint.format import FORMAT, flatten_optimizer, without_state
 from sslkit.engine.checkpoint.retention import checkpoint_name, monitor_scores, reasons_to_keep, saved_steps
-from sslkit.engine.run_folder.dataset_identity import recorded_names_digest
 from sslkit.errors import RunError
 from sslkit.files.atomic import remove, replace_text, sync, whole_folder, write_file, write_json, write_tensors
 from sslkit.methods import find_method
@@ -149,8 +148,8 @@ class Saver:
                 full_tensor(tensor.detach())  # in the order of the two copies below
             return
         self.wait()
-        identity = {"images": recorded_names_digest(self.folder), "without_state": without_state(method, optimizer)}
-        text = json.dumps({"step": step, "optimizer": scalars, **identity, **state}, indent=1)
+        missing = without_state(method, optimizer)
+        text = json.dumps({"step": step, "optimizer": scalars, "without_state": missing, **state}, indent=1)
         model = self.model.fill(method.state_dict())
         moments = self.optimizer.fill(tensors)
         trained = [name for name, _ in method.named_parameters() if name in model]

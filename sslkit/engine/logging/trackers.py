@@ -58,13 +58,7 @@ def check_trackers(recipe: Recipe) -> None:
 
 
 class TrackerThread:
-    """One tracker on a thread of its own. The first call starts the tracker.
-
-    Args:
-        name: Name of the tracker.
-        start: Creates and starts the tracker.
-        log_message: Called once if the tracker fails, and once if it is too slow.
-    """
+    """One tracker on a thread of its own; the first call starts it. Each kind of fault is logged once."""
 
     def __init__(self, name: str, start: Callable[[], GeneralTracker], log_message: LogMessage) -> None:
         self.name, self.start, self.log_message = name, start, log_message
@@ -177,12 +171,7 @@ class Trackers:
 
 
 class TrackerIds:
-    """The ids by which trackers know a run, kept in its folder, so that a continued run continues there too.
-
-    Args:
-        folder: Run folder.
-        log_message: Called if the ids cannot be written.
-    """
+    """The ids by which trackers know a run, kept in its folder, so that a continued run continues there too."""
 
     def __init__(self, folder: Path, log_message: LogMessage) -> None:
         self.file, self.log_message, self.ids = folder / IDS_FILE, log_message, dict[str, str]()

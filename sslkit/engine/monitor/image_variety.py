@@ -38,7 +38,8 @@ def variety_of(images: Iterable[Pixels], enough: int = 0) -> Variety:
     seen, sampled, plain = set[bytes](), 0, 0
     for pixels in images:
         sampled += 1
-        seen.add(hashlib.blake2b(pixels.tobytes(), digest_size=16, person=_shape(pixels)).digest())
+        shape = np.array(pixels.shape[:2], ">i8").tobytes()  # the same bytes in another shape are another image
+        seen.add(hashlib.blake2b(pixels.tobytes(), digest_size=16, person=shape).digest())
         plain += bool(np.ptp(pixels.reshape(-1, pixels.shape[-1]), axis=0).max() <= np.iinfo(pixels.dtype).max // FLAT)
         if enough and len(seen) - plain >= enough:
             break
@@ -57,9 +58,3 @@ def _readable(source: ImageSource, indices: list[int]) -> Iterator[Pixels]:
             yield source.read(index)
         except UnreadableImage:
             continue
-
-
-def _shape(pixels: Pixels) -> bytes:
-    """Height and width in 16 bytes: the same bytes in another shape are another image."""
-    height, width = map(int, pixels.shape[:2])
-    return height.to_bytes(8, "big") + width.to_bytes(8, "big")

@@ -81,10 +81,8 @@ class KnnMonitor:
         return knn_accuracy(bank[kept], labels, queries[asked], truth, self.protocol)
 
     def _features(self, backbone: nn.Module, source: ImageSource) -> tuple[Tensor, Tensor]:
-        """Features (N, D), and which of the images can be read, (N,) bool.
-
-        Each process encodes every world-size-th image. The last ones wrap around, so that all encode as many.
-        """
+        """Features (N, D), and which of the images can be read, (N,) bool."""
+        # Each process encodes every world-size-th image. The last ones wrap around, so that all encode as many.
         share = -(-len(source) // world_size())
         own = (rank() + world_size() * np.arange(share)) % len(source)
         unreadable: list[int] = []

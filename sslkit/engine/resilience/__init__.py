@@ -1,1 +1,1 @@
-"""What a run does when something goes wrong: bad steps, signals, crash dumps, replay. Read `guard` first."""
+"""What a run does when something goes wrong: bad steps, signals, crash dumps, rewinds. Read `guard` first."""

@@ -57,29 +57,20 @@ def try_to_write_crash_dump(
         "processes": state.accelerator.num_processes,
         "device": state.accelerator.device.type,
         "torch": torch.__version__,
-        "sample_ids": _sample_ids(state, step),
+        "sample_ids": [sample for _, sample in next(iter(state.batches(step + 1).starting_at(step)))],
         "images": len(state.source),
         "recipe": state.recipe.as_tables(),
     }
     try:
         folder.parent.mkdir(exist_ok=True)
         with whole_folder(folder) as aside:
-            written = write_tensors(aside / "model.safetensors", _on_host(state.method.state_dict()))
+            tensors, own = state.method.state_dict(), torch.contiguous_format
+            weights = {name: tensor.detach().cpu().clone(memory_format=own) for name, tensor in tensors.items()}
+            written = write_tensors(aside / "model.safetensors", weights)
             write_json(aside / "capsule.json", {**facts, "sha256": written["sha256"]})
     except OSError:
         return ""
     return str(folder)
-
-
-def _sample_ids(state: TrainingState, step: int) -> list[int]:
-    """The images of the whole global batch of a step."""
-    return [sample for _, sample in next(iter(state.batches(step + 1).starting_at(step)))]
-
-
-def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
 
 
 def read_crash_dump(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -7,7 +7,7 @@ from sslkit.data.augment.user_pipeline import NAME, UserPipeline, short_name
 from sslkit.data.augment.view_layers import ROLES
 from sslkit.data.augment.views_config import NUM_GLOBAL_VIEWS, ViewPolicy, ViewsConfig
 from sslkit.data.sources.image_source import open_source
-from sslkit.doctor.image_checks import advise_on_views, look_at
+from sslkit.doctor.image_checks import check_view_settings, summarise_images
 from sslkit.engine.logging.sample_images import example_views
 from sslkit.recipe.resolve import Recipe
 from sslkit.report.gallery.thumbnails import data_uri
@@ -71,7 +71,8 @@ def draw_views(recipe: Recipe) -> ViewGallery:
         ]
         height, width = example.image.shape[:2]
         rows.append(ViewRow(data_uri(example.image, SIDE), f"{width} x {height}", columns))
-    advice = [finding.sentence for finding in advise_on_views(config, look_at(source)) if finding.verdict == "warning"]
+    findings = check_view_settings(config, summarise_images(source))
+    advice = [finding.sentence for finding in findings if finding.verdict == "warning"]
     return ViewGallery(f"Policy {config.policy}, {source.description}", describe_views(config), advice, rows)
 
 

@@ -1,6 +1,7 @@
-"""Real methods with one defect each, and the check that must name it."""
+"""Methods with one error each, and the check that must find it."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,44 +30,69 @@ from sslkit.parts.losses import (
 )
 from sslkit.parts.schedules import Progress
 
-MUTANTS: dict[str, tuple[type[Method], str, str]] = {}  # name -> (class, the method it breaks, the check that sees it)
+FoundBy = Literal["doctor", "tests"]
 
 
-def breaks(method: str, check: str) -> Any:
-    def add(mutant: type[Method]) -> type[Method]:
-        MUTANTS[mutant.__name__] = (mutant, method, check)
-        return mutant
+@dataclass(frozen=True)
+class Mutant:
+    """A method with one error.
+
+    Attributes:
+        method: The class.
+        replaces: Name of the registered method that it replaces.
+        found_by: ``doctor``: `sslkit doctor` must find the error. ``tests``: `contract_checks` must.
+        check: Name of the check that finds it.
+    """
+
+    method: type[Method]
+    replaces: str
+    found_by: FoundBy
+    check: str
+
+
+MUTANTS: dict[str, Mutant] = {}
+
+
+def breaks(replaces: str, found_by: FoundBy, check: str) -> Any:
+    def add(method: type[Method]) -> type[Method]:
+        MUTANTS[method.__name__] = Mutant(method, replaces, found_by, check)
+        return method
 
     return add
 
 
-@breaks("moco_v2", "step")
+def names_of(found_by: FoundBy) -> list[str]:
+    """The mutants that one of the two must find."""
+    return [name for name, mutant in MUTANTS.items() if mutant.found_by == found_by]
+
+
+@breaks("moco_v2", "doctor", "step")
 class Crashes(MoCoV2):
     def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         return info_nce_with_queue(query, key, self.queue.keys.T, self.options.temperature)
 
 
-@breaks("moco_v3", "step")
+@breaks("moco_v3", "doctor", "step")
 class LossIsNotANumber(MoCoV3):
     def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         loss, accuracy = super().contrast(query, key)
         return loss - torch.tensor(torch.inf), accuracy
 
 
-@breaks("moco_v2", "positive")
+@breaks("moco_v2", "doctor", "method contract")
 class KeysQueuedBeforeTheLoss(MoCoV2):
     def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         self.queue.push(gather_rows(key))
         return super().contrast(query, key)
 
 
-@breaks("moco_v1", "positive")
+@breaks("moco_v1", "tests", "positive")
 class KeysAlsoAmongNegatives(MoCoV1):
     def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         return info_nce_with_queue(query, key, torch.cat([self.queue.keys, key]), self.options.temperature)
 
 
-@breaks("moco_v2", "positive")
+@breaks("moco_v2", "tests", "positive")
 class NewestKeysOverlaid(MoCoV2):
     """Negatives without a push: the newest keys stand where the oldest were, for this loss only."""
 
@@ -75,7 +101,7 @@ class NewestKeysOverlaid(MoCoV2):
         return info_nce_with_queue(query, key, negatives, self.options.temperature)
 
 
-@breaks("simclr", "positive")
+@breaks("simclr", "tests", "positive")
 class FindsItself(SimCLR):
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
@@ -86,7 +112,7 @@ class FindsItself(SimCLR):
         return Step(2 * cross_entropy(logits, twins))
 
 
-@breaks("memory_bank", "positive")
+@breaks("memory_bank", "doctor", "method contract")
 class MemoriesMovedBeforeTheLoss(MemoryBankMechanism):
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
@@ -96,41 +122,41 @@ class MemoriesMovedBeforeTheLoss(MemoryBankMechanism):
         return super().objective(student_features, teacher_features, batch, progress)
 
 
-@breaks("moco_v3", "teacher frozen")
+@breaks("moco_v3", "doctor", "method contract")
 class TeacherLearns(MoCoV3):
     def __init__(self, *words: Any) -> None:
         super().__init__(*words)
         self.teacher_backbone.requires_grad_(True)
 
 
-@breaks("byol", "teacher frozen")
+@breaks("byol", "doctor", "method contract")
 class TeacherHeadLearns(BYOL):
     def __init__(self, *words: Any) -> None:
         super().__init__(*words)
         self.teacher_projector.requires_grad_(True)
 
 
-@breaks("moco_v2", "teacher still")
+@breaks("moco_v2", "doctor", "method contract")
 class TeacherMovesInForward(MoCoV2):
     def teacher(self, views: Views) -> Features:
         self.teacher_backbone.update(self.backbone, self.options.momentum)
         return super().teacher(views)
 
 
-@breaks("moco_v3", "teacher moves")
+@breaks("moco_v3", "doctor", "method contract")
 class TeacherHeadForgotten(MoCoV3):
     def after_update(self, progress: Progress) -> dict[str, float]:
         self.teacher_backbone.update(self.backbone, self.options.momentum)
         return {"momentum": self.options.momentum}
 
 
-@breaks("byol", "teacher moves")
+@breaks("byol", "doctor", "method contract")
 class TeacherForgotten(BYOL):
     def after_update(self, progress: Progress) -> dict[str, float]:
         return {"momentum": self.options.momentum}
 
 
-@breaks("moco_v3", "teacher moves")
+@breaks("moco_v3", "doctor", "method contract")
 class MomentumTurnedRound(MoCoV3):
     def after_update(self, progress: Progress) -> dict[str, float]:
         momentum = 1 - self.options.momentum
@@ -139,7 +165,7 @@ class MomentumTurnedRound(MoCoV3):
         return {"momentum": momentum}
 
 
-@breaks("byol", "teacher moves")
+@breaks("byol", "doctor", "method contract")
 class StudentFollows(BYOL):
     def after_update(self, progress: Progress) -> dict[str, float]:
         logged = super().after_update(progress)
@@ -149,7 +175,7 @@ class StudentFollows(BYOL):
         return logged
 
 
-@breaks("moco_v2", "teacher moves")
+@breaks("moco_v2", "tests", "teacher statistics")
 class StatisticsAveraged(MoCoV2):
     def after_update(self, progress: Progress) -> dict[str, float]:
         for own, theirs in zip(self.teacher_backbone.buffers(), self.backbone.buffers(), strict=True):
@@ -158,7 +184,7 @@ class StatisticsAveraged(MoCoV2):
         return super().after_update(progress)
 
 
-@breaks("moco_v1", "teacher start")
+@breaks("moco_v1", "doctor", "method contract")
 class TeacherDrawnAnew(MoCoV1):
     def __init__(self, *words: Any) -> None:
         super().__init__(*words)
@@ -166,7 +192,7 @@ class TeacherDrawnAnew(MoCoV1):
             param.mul_(1.5)
 
 
-@breaks("moco_v2", "teacher asked")
+@breaks("moco_v2", "tests", "teacher used")
 class StudentsHeadMakesTheKeys(MoCoV2):
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
@@ -177,7 +203,7 @@ class StudentsHeadMakesTheKeys(MoCoV2):
         return Step(loss, {"accuracy": accuracy})
 
 
-@breaks("moco_v3", "teacher asked")
+@breaks("moco_v3", "tests", "teacher used")
 class TeacherInEvalMode(MoCoV3):
     def train(self, mode: bool = True) -> Method:
         super().train(mode)
@@ -185,13 +211,13 @@ class TeacherInEvalMode(MoCoV3):
         return self
 
 
-@breaks("moco_v3", "stop-gradient")
+@breaks("moco_v3", "doctor", "method contract")
 class StudentMakesTheKeys(MoCoV3):
     def teacher(self, views: Views) -> Features:
         return [self.backbone(view) for view in views]
 
 
-@breaks("byol", "stop-gradient")
+@breaks("byol", "tests", "stop-gradient")
 class TargetsThroughTheStudentsHead(BYOL):
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
@@ -202,7 +228,7 @@ class TargetsThroughTheStudentsHead(BYOL):
         return Step(sum(2 - 2 * (unit_rows(one) * other).sum(dim=1).mean() for one, other in pairs))
 
 
-@breaks("swav", "stop-gradient")
+@breaks("swav", "tests", "gradient")
 class CodesCarryGradient(SwAV):
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
@@ -213,7 +239,7 @@ class CodesCarryGradient(SwAV):
         return Step(swapped_prediction(codes, scores, self.options.temperature))
 
 
-@breaks("byol", "gradient")
+@breaks("byol", "doctor", "gradient")
 class PredictorDetached(BYOL):
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
@@ -223,7 +249,7 @@ class PredictorDetached(BYOL):
         return Step(sum(regression_loss(one, other) for one, other in zip(predictions, targets, strict=True)))
 
 
-@breaks("moco_v3", "gradient")
+@breaks("moco_v3", "doctor", "gradient")
 class PredictorLeftOut(MoCoV3):
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
@@ -233,7 +259,7 @@ class PredictorLeftOut(MoCoV3):
         return Step(sum(self.contrast(query, key)[0] for query, key in zip(queries, keys, strict=True)))
 
 
-@breaks("moco_v1", "gradient")
+@breaks("moco_v1", "doctor", "gradient")
 class FeaturesDetached(MoCoV1):
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
@@ -241,7 +267,7 @@ class FeaturesDetached(MoCoV1):
         return super().objective([each.detach() for each in student_features], teacher_features, batch, progress)
 
 
-@breaks("simclr", "gradient")
+@breaks("simclr", "doctor", "gradient")
 class LossDetached(SimCLR):
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
@@ -249,13 +275,13 @@ class LossDetached(SimCLR):
         return Step(super().objective(student_features, teacher_features, batch, progress).loss.detach())
 
 
-@breaks("end_to_end", "gradient")
+@breaks("end_to_end", "doctor", "gradient")
 class KeysWithoutGradient(EndToEnd):
     def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         return info_nce_in_batch(query, gather_rows(key), self.options.temperature, first_label=0)
 
 
-@breaks("simclr", "gradient exact")
+@breaks("simclr", "tests", "gradient")
 class GatherWithoutGradient(SimCLR):
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
@@ -265,13 +291,13 @@ class GatherWithoutGradient(SimCLR):
         return Step(nt_xent(first, second, *everyones, self.options.temperature, 0)[0])
 
 
-@breaks("moco_v2", "key order")
+@breaks("moco_v2", "tests", "key order")
 class ShuffleNotUndone(MoCoV2):
     def teacher_in_slices(self, views: Views, slices: int, permutation: Any = None, *words: Any) -> Features:
         return encode_in_slices(self.teacher, shuffle_views(views, self.teacher_views, permutation), slices, *words)
 
 
-@breaks("end_to_end", "key order")
+@breaks("end_to_end", "tests", "key order")
 class UndoneTheWrongWay(EndToEnd):
     def student_in_slices(self, views: Views, slices: int, permutation: Any = None, *words: Any) -> Features:
         shuffled = shuffle_views(views, self.student_key_views, permutation)
@@ -279,25 +305,25 @@ class UndoneTheWrongWay(EndToEnd):
         return [query, key if permutation is None else exchange_rows(key, permutation)]
 
 
-@breaks("moco_v1", "batch norm leak")
+@breaks("moco_v1", "doctor", "batch norm leak")
 class ShuffleForgotten(MoCoV1):
     def __init__(self, *words: Any) -> None:
         super().__init__(*words)
         self.shuffle_keys = False
 
 
-@breaks("moco_v2", "batch norm leak")
+@breaks("moco_v2", "tests", "batch norm leak")
 class ShuffledInsideTheGroups(MoCoV2):
     def teacher_in_slices(self, views: Views, slices: int, permutation: Any = None, *words: Any) -> Features:
         return super().teacher_in_slices(views, slices, None, *words)
 
 
-@breaks("end_to_end", "batch norm leak")
+@breaks("end_to_end", "tests", "batch norm leak")
 class KeysNotShuffled(EndToEnd):
     student_key_views = ()
 
 
-@breaks("moco_v3", "pairs")
+@breaks("moco_v3", "tests", "pairs")
 class ViewMeetsItself(MoCoV3):
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
@@ -305,13 +331,13 @@ class ViewMeetsItself(MoCoV3):
         return super().objective(student_features, teacher_features[::-1], batch, progress)
 
 
-@breaks("moco_v3", "pairs")
+@breaks("moco_v3", "tests", "pairs")
 class LabelsShifted(MoCoV3):
     def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         return super().contrast(query, key.roll(1, dims=0))
 
 
-@breaks("instdisc", "pairs")
+@breaks("instdisc", "tests", "pairs")
 class MemoryOfAnother(InstDisc):
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
@@ -319,26 +345,26 @@ class MemoryOfAnother(InstDisc):
         return super().objective(student_features, teacher_features, BatchInfo(batch.sample_ids.roll(1)), progress)
 
 
-@breaks("moco_v2", "views used")
+@breaks("moco_v2", "doctor", "views used")
 class TeacherSeesTheFirstView(MoCoV2):
     def teacher(self, views: Views) -> Features:
         return [self.teacher_backbone(views[0])]
 
 
-@breaks("moco_v2", "loss level")
+@breaks("moco_v2", "tests", "loss level")
 class TemperatureLeftOutOfV2(MoCoV2):
     def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         return info_nce_with_queue(query, key, self.queue.keys, 1.0)
 
 
-@breaks("moco_v3", "loss level")
+@breaks("moco_v3", "tests", "loss level")
 class ScaleLeftOut(MoCoV3):
     def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         loss, accuracy = super().contrast(query, key)
         return loss / (2 * self.options.temperature), accuracy
 
 
-@breaks("moco_v3", "loss level")
+@breaks("moco_v3", "tests", "loss level")
 class OneDirectionOnly(MoCoV3):
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
@@ -347,7 +373,7 @@ class OneDirectionOnly(MoCoV3):
         return Step(step.loss / 2, step.metrics)
 
 
-@breaks("simclr", "loss level")
+@breaks("simclr", "tests", "loss level")
 class TemperatureLeftOutOfSimCLR(SimCLR):
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
@@ -356,14 +382,14 @@ class TemperatureLeftOutOfSimCLR(SimCLR):
         return Step(nt_xent(first, second, first, second, 1.0, 0)[0])
 
 
-@breaks("end_to_end", "loss level")
+@breaks("end_to_end", "tests", "loss level")
 class SummedOverTheBatch(EndToEnd):
     def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         loss, accuracy = super().contrast(query, key)
         return len(query) * loss, accuracy
 
 
-@breaks("memory_bank", "loss level")
+@breaks("memory_bank", "tests", "loss level")
 class HalfTheNegatives(MemoryBankMechanism):
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
@@ -375,7 +401,7 @@ class HalfTheNegatives(MemoryBankMechanism):
         return step
 
 
-@breaks("byol", "loss level")
+@breaks("byol", "tests", "loss level")
 class NotNormalised(BYOL):
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
@@ -384,7 +410,7 @@ class NotNormalised(BYOL):
         return Step(step.loss / 2)
 
 
-@breaks("swav", "loss level")
+@breaks("swav", "tests", "loss level")
 class TemperatureLeftOutOfSwAV(SwAV):
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
@@ -394,20 +420,20 @@ class TemperatureLeftOutOfSwAV(SwAV):
         return Step(swapped_prediction([self.codes(scores[crop], crop) for crop in (0, 1)], scores, 1.0))
 
 
-@breaks("instdisc", "loss level")
+@breaks("instdisc", "tests", "loss level")
 class TemperatureLeftOutOfInstDisc(InstDisc):
     def nce(self, logits: Tensor, sample_ids: Tensor) -> Tensor:
         return super().nce(logits * self.options.temperature, sample_ids)
 
 
-@breaks("moco_v2", "dictionary fed")
+@breaks("moco_v2", "doctor", "method contract")
 class QueueNotFed(MoCoV2):
     def after_update(self, progress: Progress) -> dict[str, float]:
         self.new_keys = None
         return super().after_update(progress)
 
 
-@breaks("moco_v1", "dictionary fed")
+@breaks("moco_v1", "tests", "queue")
 class QueriesQueued(MoCoV1):
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
@@ -417,19 +443,19 @@ class QueriesQueued(MoCoV1):
         return step
 
 
-@breaks("instdisc", "dictionary fed")
+@breaks("instdisc", "doctor", "method contract")
 class MemoriesStand(InstDisc):
     def after_update(self, progress: Progress) -> dict[str, float]:
         return {}
 
 
-@breaks("moco_v1", "first loss")
+@breaks("moco_v1", "doctor", "first loss")
 class KeysPointAway(MoCoV1):
     def teacher(self, views: Views) -> Features:
         return [-30 * features for features in super().teacher(views)]
 
 
-@breaks("moco_v3", "teacher frozen")
+@breaks("moco_v3", "doctor", "method contract")
 class TeacherIsTheStudent(MoCoV3):
     def __init__(self, *words: Any) -> None:
         super().__init__(*words)
@@ -440,7 +466,7 @@ class TeacherIsTheStudent(MoCoV3):
         return {}
 
 
-@breaks("moco_v1", "loss level")
+@breaks("moco_v1", "tests", "loss level")
 class KeysNotNormalised(MoCoV1):
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
@@ -451,7 +477,7 @@ class KeysNotNormalised(MoCoV1):
         return Step(loss, {"accuracy": accuracy})
 
 
-@breaks("moco_v2", "dictionary fed")
+@breaks("moco_v2", "tests", "queue")
 class SameRowsOverwritten(MoCoV2):
     def after_update(self, progress: Progress) -> dict[str, float]:
         logged = super().after_update(progress)
@@ -459,7 +485,7 @@ class SameRowsOverwritten(MoCoV2):
         return logged
 
 
-@breaks("byol", "teacher moves")
+@breaks("byol", "doctor", "method contract")
 class MomentumFalls(BYOL):
     def after_update(self, progress: Progress) -> dict[str, float]:
         momentum = self.options.momentum - 0.5 * progress.fraction
@@ -468,7 +494,7 @@ class MomentumFalls(BYOL):
         return {"momentum": momentum}
 
 
-@breaks("moco_v3", "gradient")
+@breaks("moco_v3", "doctor", "gradient")
 class PredictorFrozen(MoCoV3):
     def __init__(self, *words: Any) -> None:
         super().__init__(*words)
