@@ -161,7 +161,7 @@ def test_files_that_are_no_pipeline_are_refused(content: Any, message: str, tmp_
     file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
     with pytest.raises(UserError) as caught:
         recipe(file)
-    (sentence,) = caught.value.sentences
+    (sentence,) = caught.value.messages
     assert sentence.startswith(f"recipe [views] transforms: {file}: ")
     assert message in sentence
 
@@ -199,7 +199,7 @@ def test_pipelines_that_give_no_views_are_refused(
     file.write_text(json.dumps({"transform": {"__class_fullname__": "Compose", "p": 1.0, "transforms": transforms}}))
     with pytest.raises(UserError) as caught:
         pipeline(file, *overrides)
-    (sentence,) = caught.value.sentences
+    (sentence,) = caught.value.messages
     assert message in sentence
     assert "[views] " in sentence
 
@@ -210,7 +210,7 @@ def test_a_missing_file_and_an_unknown_name(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(UserError) as caught:
             recipe(name)
         assert message in str(caught.value)
-        assert len(caught.value.sentences) == 1
+        assert len(caught.value.messages) == 1
 
 
 def test_a_file_beside_the_recipe_is_found(tmp_path: Path) -> None:

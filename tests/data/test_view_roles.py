@@ -101,7 +101,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_refused(views: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         recipe(**views)
-    assert len(caught.value.sentences) == 1
+    assert len(caught.value.messages) == 1
     assert message in str(caught.value)
 
 
