@@ -10,7 +10,7 @@ LONG := runs/quickstart-long
 export OMP_WAIT_POLICY := PASSIVE
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: quickstart quickstart-long test test-slow test-wheel test-oldest test-newest bench ablations docs clean
+.PHONY: quickstart quickstart-long test test-full test-slow test-wheel test-oldest test-newest bench ablations docs clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	@echo "== installing into $(VENV) (about 6 GB with torch; some minutes)"
@@ -28,7 +28,11 @@ test: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not full" --numprocesses auto --dist loadfile
+
+# The longer tests that `make test` leaves out: every case of the large tables, kills, full disks, several processes.
+test-full: $(BIN)/.installed
+	$(BIN)/python -m pytest -m "full and not slow" --numprocesses auto --dist loadfile
 
 test-slow: $(BIN)/.installed
 	$(BIN)/python -m pytest -m slow

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sslkit.data.sources.image_source import DataConfig, open_source
-from sslkit.evaluate.features.extraction import Encoder
-from sslkit.evaluate.features.readouts import Reading, read_features
+from sslkit.evaluate.features.encoder import Encoder
+from sslkit.evaluate.features.readouts import Readout, extract_readouts
 from sslkit.evaluate.features.store import FeatureStore
-from sslkit.evaluate.probes.knn import KnnProtocol, nearest, predict_all
+from sslkit.evaluate.probes.knn import KnnProtocol, nearest, predict
 from sslkit.evaluate.probes.sweep import SweepProtocol, sweep
 
 HEADS = len(SweepProtocol().lrs) * len(SweepProtocol().weight_decays) * len(SweepProtocol().norms)
@@ -50,11 +50,11 @@ def knn_memory(images: int, queries: int, width: int, folder: Path) -> str:
     def rows(part: range) -> Tensor:
         return torch.randn(len(part), width, generator=torch.Generator().manual_seed(part.start))
 
-    bank = FeatureStore(folder).features("bank", images, rows)
+    bank = FeatureStore(folder).load_or_extract(["bank"], images, lambda _keys, span: [rows(span)])[0]
     labels = torch.arange(images) % 1000
     before = peak_megabytes()
     start = time.perf_counter()
-    predict_all(rows(range(queries)), bank, labels, 1000, KnnProtocol.named("dino"))
+    predict(rows(range(queries)), bank, labels, 1000, KnnProtocol.from_name("dino"))
     minutes = (time.perf_counter() - start) / 60
     return (
         f"kNN, {queries} queries, {images} x {width} bank of {4 * images * width / 2**20:.0f} MiB on disk, k to 200: "
@@ -98,11 +98,11 @@ def sweep_from_pictures(name: str, side: int, images: int, class_counts: Sequenc
     shape = {"input_size": (3, side, side), "mean": (0.3,) * 3, "std": (0.35,) * 3, "crop_pct": 1.0}
     encoder = Encoder(timm.create_model(name, num_classes=0), {**shape, "interpolation": "bilinear"}, name, name)
     source = open_source(DataConfig(path="builtin:fashion_mnist")).subset(np.arange(images))
-    (features,) = read_features(encoder, source, encoder.transform(), [Reading()])
+    (features,) = extract_readouts(encoder, source, encoder.transform(), [Readout()])
     for classes in class_counts:
         labels = torch.randint(classes, (images,), generator=torch.Generator().manual_seed(1))
         extraction, one, all_heads = alternately(
-            partial(read_features, encoder, source, encoder.transform(), [Reading()]),
+            partial(extract_readouts, encoder, source, encoder.transform(), [Readout()]),
             *(partial(fit, features, labels, protocol) for protocol in protocols(epochs)),
         )
         yield (

@@ -61,7 +61,7 @@ def same_classes(knn_predict: Any, bank: Tensor, queries: Tensor, k: int) -> flo
     """Share of queries with the same class from both kNNs. Labels are the nearest of some random directions."""
     directions = torch.randn(bank.shape[1], CLASSES, generator=torch.Generator().manual_seed(1))
     labels = (bank @ directions).argmax(dim=1)
-    ours = predict(queries, bank, labels, CLASSES, KnnProtocol(k, 0.07))
+    ours = predict(queries, bank, labels, CLASSES, [KnnProtocol(k, 0.07)])[0]
     chunks = [knn_predict(part, bank.T, labels, CLASSES, k, 0.07)[:, 0] for part in queries.split(256)]
     return float((torch.cat(chunks) == ours).float().mean())
 

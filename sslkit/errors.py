@@ -35,6 +35,11 @@ def near_miss(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of an error's message, at most ``limit`` characters; the error's type if it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:limit]
+
+
 def path_problem(path: str | os.PathLike[str], *, lines: bool = False) -> str:
     """Why a path cannot be written to recipes, results and pages; empty if it can.
 

@@ -49,10 +49,10 @@ def test_knn_and_linear_print_baselines(
         extra = ["--k", "3"] if protocol == "knn" else []
         code, out, _ = run(capsys, "eval", protocol, str(trained), "--data", str(class_folders), "--json", *extra)
         assert code == 0
-        judgement = json.loads(out)
-        assert [score["encoder"] for score in judgement["scores"]] == [str(trained), "random init", "raw pixels"]
-        assert all(0 <= score["accuracy"] <= 1 for score in judgement["scores"])
-        assert "40 images, 8 of them held out" in judgement["data"]
+        result = json.loads(out)
+        assert [score["encoder"] for score in result["scores"]] == [str(trained), "random init", "raw pixels"]
+        assert all(0 <= score["accuracy"] <= 1 for score in result["scores"])
+        assert "40 images, 8 of them held out" in result["data"]
     rows = sslkit.Run(trained, 4).results()
     assert [row["evaluation"] for row in rows] == ["knn k=3 temperature=0.07", "linear logistic"]
     code, out, _ = run(
@@ -75,7 +75,7 @@ def test_finetune_says_what_it_does_and_judges(
     assert "epoch 1/1: loss" in err
     code, _, err = run(capsys, "eval", "finetune", str(trained), "--data", str(class_folders), "--labels", "a few")
     assert code == 2
-    assert "--labels a few: no such file; write 10%, 5-shot, all or a file" in err
+    assert "--labels a few: no such file; write 10%, 5-shot, all, or a text file" in err
 
 
 def test_export_report_and_lists(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_export_report_and_lists(capsys: pytest.CaptureFixture[str], trained: Pa
         (["pretrain", "quickstart", "--set", "train.epochs=true"], "[train] epochs"),
         (["pretrain", "quickstart", "--set", "optim.betas=[-1,2]"], "[optim] betas"),
         (["pretrain", "quickstart", "--set", "train.precision=fp16"], "'fp16' needs a GPU"),
-        (["export", "/no/run", "/tmp/x"], "/no/run: no run with an encoder"),
+        (["export", "/no/run", "/tmp/x"], "/no/run: not a run folder with an encoder"),
         (["report", "/no/run"], "/no/run: not a run folder"),
         (["pretend"], "No such command 'pretend'"),
     ],

@@ -58,4 +58,4 @@ def test_a_reference_names_a_protocol_that_there_is() -> None:
             named[name] = reference["linear_protocol"]
     assert named["simclr_r50"] == "simclr"
     for protocol in named.values():
-        LinearProtocol.named(protocol, is_vit=False)
+        LinearProtocol.from_name(protocol, is_vit=False)

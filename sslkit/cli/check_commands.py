@@ -88,7 +88,7 @@ def _print_profile(measured: "Profile", changes: "list[Change]") -> None:
     from sslkit.profiling.speed_advice import share_of_passes
 
     print_line(
-        f"{measured.images_per_second:.4g} images/s: a step of {measured.batch} images on each of "
+        f"{measured.images_per_second:.4g} images/s: a step of {measured.batch} images per process on "
         f"{pluralize(measured.processes, 'process', 'processes')} takes {_format_time(measured.step)} "
         f"({measured.device}, {pluralize(measured.steps, 'step')})"
     )

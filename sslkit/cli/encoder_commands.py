@@ -108,20 +108,20 @@ def import_(
 
     imported = import_checkpoint(file, folder, backbone, num_heads, license_id)
     if as_json:
-        print_json(dataclasses.asdict(imported))
+        print_json(imported.to_json())
         return
     _print_import(imported, folder)
 
 
 def _print_import(imported: "Imported", folder: str) -> None:
     arguments = "".join(f", {name} {value}" for name, value in imported.model_args.items())
-    print_line(f"{imported.layout}: {imported.backbone}{arguments}")
+    print_line(f"{imported.checkpoint_format}: {imported.backbone}{arguments}")
     if imported.released:
         print_line(f"its MD5 starts like that of the authors' {imported.released}")
     table = PlainTable("tensors", "kept?", "example")
-    counts = Counter(fate.why for fate in imported.fates)
+    counts = Counter(tensor.why for tensor in imported.tensors)
     for why, count in sorted(counts.items(), key=lambda item: (item[0] != "", item[0])):
-        example = next(fate for fate in imported.fates if fate.why == why)
+        example = next(tensor for tensor in imported.tensors if tensor.why == why)
         arrow = f" -> {example.kept_as}" if example.kept_as else ""
         table.add_row(str(count), f"left out: {why}" if why else "kept", f"{example.name}{arrow}")
     console.print(table)

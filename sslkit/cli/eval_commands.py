@@ -61,18 +61,18 @@ def knn(
         from sslkit.evaluate import KnnProtocol, evaluate_knn_grid
 
     if protocol:
-        protocols = [dataclasses.replace(each, centre=centre) for each in KnnProtocol.named(protocol)]
+        protocols = [dataclasses.replace(each, centre=centre) for each in KnnProtocol.from_name(protocol)]
     else:
         grid = itertools.product(parse_numbers("--k", k, int), parse_numbers("--temperature", temperature, float))
         protocols = [KnnProtocol(neighbours, each, centre) for neighbours, each in grid]
-    judgements = evaluate_knn_grid(
+    results = evaluate_knn_grid(
         model,
         labelled.config(model),
         protocols,
-        frozen.reading(layer),
-        **labelled.sides(),
+        frozen.readout(layer),
+        **labelled.comparison(),
     )
-    print_and_store(model, judgements, as_json)
+    print_and_store(model, results, as_json)
 
 
 @eval_app.command(epilog="Example: sslkit eval linear runs/quickstart --data builtin:fashion_mnist")
@@ -95,16 +95,16 @@ def linear(
     with fast_imports():
         from sslkit.evaluate import evaluate_linear
 
-    judgement = evaluate_linear(
+    result = evaluate_linear(
         model,
         labelled.config(model),
         protocol,
-        frozen.reading(layer),
+        frozen.readout(layer),
         augment=augment,
         epochs=epochs,
-        **labelled.sides(),
+        **labelled.comparison(),
     )
-    print_and_store(model, [judgement], as_json)
+    print_and_store(model, [result], as_json)
 
 
 @eval_app.command(epilog="Example: sslkit eval sweep runs/photos --data flowers --layer out,-2")
@@ -136,14 +136,14 @@ def sweep(
     if not set(choices) <= {"no", "yes"}:
         raise UserError(f"--norm {norm}: must be no, yes or no,yes")
     norms = tuple(choice == "yes" for choice in choices)
-    judgement = evaluate_sweep(
+    result = evaluate_sweep(
         model,
         labelled.config(model),
         SweepProtocol(tuple(rates), tuple(decays), norms, epochs, batch_size, seed),
-        [frozen.reading(each) for each in layer.split(",")],
-        **labelled.sides(),
+        [frozen.readout(each) for each in layer.split(",")],
+        **labelled.comparison(),
     )
-    print_and_store(model, [judgement], as_json)
+    print_and_store(model, [result], as_json)
 
 
 @eval_app.command(epilog="Example: sslkit eval finetune runs/photos --data flowers --labels 10% --protocol swav")
@@ -171,7 +171,7 @@ def finetune(
 ) -> None:
     """Fine-tune the encoder on all or a few of the labels, compared with training from random weights."""
     with fast_imports():
-        from sslkit.evaluate.probes.scoring import evaluate_finetune
+        from sslkit.evaluate import TransferOptions, evaluate_finetune
 
     given = {"epochs": epochs, "batch_size": batch_size, "base_lr": lr, "layer_decay": layer_decay, "seed": seed}
     neck = None
@@ -179,19 +179,17 @@ def finetune(
         from sslkit.engine.projector import first_projector_layers
 
         neck = first_projector_layers(Path(model), head_layers)
-    judgement = evaluate_finetune(
+    result = evaluate_finetune(
         model,
         labelled.config(model),
         protocol,
         changes={name: value for name, value in given.items() if value},
         labels=labels,
         neck=neck,
-        scratch=scratch,
-        **labelled.sides(),
-        workers=workers,
-        say=print_message,
+        splits=labelled.splits(),
+        options=TransferOptions(scratch, labelled.baseline or (), workers, print_message),
     )
-    print_and_store(model, [judgement], as_json)
+    print_and_store(model, [result], as_json)
 
 
 @eval_app.command(epilog="Example: sslkit eval compare runs/a runs/b")
@@ -214,8 +212,8 @@ def _scores_of(path: Path) -> "list[Row]":
         return [row for row in run.rows("results") if row.get("by") == "eval" and _is_score(row)]
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        judgements = content if isinstance(content, list) else [content]
-        rows = [{**judgement, **judgement["scores"][0]} for judgement in judgements]
+        results = content if isinstance(content, list) else [content]
+        rows = [{**result, **result["scores"][0]} for result in results]
         if not all(map(_is_score, rows)):
             raise ValueError("not scores")
         return rows
@@ -258,26 +256,24 @@ def detect(
 ) -> None:
     """Train a Faster or Mask R-CNN on the encoder, compared with random weights. Reports AP as defined by COCO."""
     with fast_imports():
-        from sslkit.evaluate.detection.detect import DetectProtocol, evaluate_detect
+        from sslkit.evaluate import Splits, TransferOptions
+        from sslkit.evaluate.detection.detect import evaluate_detect
+        from sslkit.evaluate.detection.detector_training import DetectProtocol
 
-    own = DetectProtocol.named(protocol)
+    own = DetectProtocol.from_name(protocol)
     own = own.at_short_side(short_side) if short_side else own
     own = replace_nonzero(own, steps=steps, batch_size=batch_size, base_lr=lr, regions=regions, seed=seed)
-    judgement = evaluate_detect(
+    result = evaluate_detect(
         model,
         data,
         own,
         arch=arch,
         masks=masks,
-        scratch=scratch,
-        baselines=baseline or [],
-        train_split=train_split,
-        test_split=test_split,
-        workers=workers,
+        splits=Splits(train_split, test_split),
         background=find_background(background, model),
-        say=print_message,
+        options=TransferOptions(scratch, baseline or (), workers, print_message),
     )
-    print_and_store(model, [judgement], as_json)
+    print_and_store(model, [result], as_json)
 
 
 @eval_app.command(epilog="Example: sslkit eval diagnose runs/quickstart --data builtin:fashion_mnist")
@@ -301,5 +297,5 @@ def diagnose(
 
     config = data_config(data, data_name, image_column=image_column, background=find_background(background, model))
     source = config.model_copy(update={"split": split})
-    reading = Frozen(cache=False, workers=workers).reading(layer)
-    print_diagnosis(diagnose_encoder(model, source, reading, images=images, views=views, seed=seed), as_json)
+    readout = Frozen(cache=False, workers=workers).readout(layer)
+    print_diagnosis(diagnose_encoder(model, source, readout, images=images, views=views, seed=seed), as_json)

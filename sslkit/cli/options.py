@@ -15,7 +15,8 @@ from sslkit.errors import UserError
 
 if TYPE_CHECKING:
     from sslkit.data.sources.image_source import DataConfig
-    from sslkit.evaluate.features.readouts import Reading
+    from sslkit.evaluate import Splits
+    from sslkit.evaluate.features.readouts import Readout
     from sslkit.recipe.resolve import Recipe
 
 Number = TypeVar("Number", int, float)
@@ -109,13 +110,15 @@ class Labelled:
         background = find_background(self.background, model)
         return data_config(self.data, self.data_name, self.label_column, self.image_column, background)
 
-    def sides(self) -> dict[str, Any]:
-        """The arguments that every ``evaluate_*`` function takes."""
-        return {
-            "baselines": self.baseline or [],
-            "train_split": self.train_split,
-            "test_split": self.test_split,
-        }
+    def splits(self) -> "Splits":
+        """The training and the test split."""
+        from sslkit.evaluate import Splits
+
+        return Splits(self.train_split, self.test_split)
+
+    def comparison(self) -> dict[str, Any]:
+        """Baselines and splits, as arguments of the evaluations of frozen features."""
+        return {"baselines": self.baseline or (), "splits": self.splits()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,13 +131,13 @@ class Frozen:
     cache: Annotated[bool, typer.Option(help="Store features on disk for later evaluations.")] = True
     workers: Workers = 0
 
-    def reading(self, layer: str) -> "Reading":
+    def readout(self, layer: str) -> "Readout":
         """The features of ``layer``, with these options."""
-        from sslkit.evaluate.features.readouts import Reading
+        from sslkit.evaluate.features.readouts import Readout
         from sslkit.evaluate.features.store import FeatureStore
 
         store = FeatureStore.default() if self.cache else None
-        return dataclasses.replace(Reading.named(layer), crop_pct=self.crop_pct, workers=self.workers, store=store)
+        return dataclasses.replace(Readout.from_name(layer), crop_pct=self.crop_pct, workers=self.workers, store=store)
 
 
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -18,48 +18,48 @@ from sslkit.files.run_reader import RunReader
 from sslkit.terminal import PlainTable, print_json, print_line, print_plain
 
 if TYPE_CHECKING:
+    from sslkit.evaluate.evaluation_result import EvaluationResult, Score
     from sslkit.evaluate.label_free.diagnose import Diagnosis
-    from sslkit.evaluate.probes.scoring import Judgement, Score
 
 console = Console()
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
-def print_and_store(model: str, judgements: "Sequence[Judgement]", as_json: bool) -> None:
+def print_and_store(model: str, results: "Sequence[EvaluationResult]", as_json: bool) -> None:
     """Print evaluations; if the model is a run, add them to its results.jsonl, after printing: the disk may be full."""
     if as_json:
-        fields = [{**dataclasses.asdict(each), "protocol_hash": each.protocol_hash} for each in judgements]
+        fields = [{**dataclasses.asdict(each), "protocol_hash": each.protocol_hash} for each in results]
         print_json(fields[0] if len(fields) == 1 else fields)
     else:
-        for judgement in judgements:
-            _print_judgement(judgement)
+        for result in results:
+            _print_result(result)
     if (Path(model) / "recipe.toml").is_file() and (Path(model) / "encoder").is_dir():
-        for judgement in judgements:
-            _store(Path(model), judgement)
+        for result in results:
+            _store(Path(model), result)
 
 
-def _store(run: Path, judgement: "Judgement") -> None:
+def _store(run: Path, result: "EvaluationResult") -> None:
     from sslkit.engine.logging.logger import append_result
 
     step = RunReader(run).latest_step()
     if step is None:
         raise UserError(f"{run / 'checkpoints/latest'}: does not name a checkpoint; the score was not added to the run")
-    own = judgement.scores[0]
-    row = {"step": step, "by": "eval", "evaluation": judgement.evaluation, "data": judgement.data}
-    row |= {"accuracy": own.accuracy, "measure": judgement.measure, "interval": own.interval}
-    row |= {"protocol_hash": judgement.protocol_hash, "protocol": judgement.protocol}
-    row |= {"scores": [dataclasses.asdict(score) for score in judgement.scores]}
+    own = result.scores[0]
+    row = {"step": step, "by": "eval", "evaluation": result.evaluation, "data": result.data}
+    row |= {"accuracy": own.accuracy, "measure": result.measure, "interval": own.interval}
+    row |= {"protocol_hash": result.protocol_hash, "protocol": result.protocol}
+    row |= {"scores": [dataclasses.asdict(score) for score in result.scores]}
     append_result(run, json.loads(without_tokens(json.dumps(row))))  # reports and model cards show it
 
 
-def _print_judgement(judgement: "Judgement") -> None:
-    print_line(f"{judgement.evaluation}, {judgement.data}")
-    scores = judgement.scores
-    console.print(_table_of_measures(scores) if scores[0].measures else _table_of_scores(scores, judgement.measure))
-    if judgement.grid:
-        grid = PlainTable(*judgement.grid[0], title="all heads, the best on held-out images first")
-        for head in judgement.grid:
+def _print_result(result: "EvaluationResult") -> None:
+    print_line(f"{result.evaluation}, {result.data}")
+    scores = result.scores
+    console.print(_table_of_measures(scores) if scores[0].measures else _table_of_scores(scores, result.measure))
+    if result.grid:
+        grid = PlainTable(*result.grid[0], title="all heads, the best on held-out images first")
+        for head in result.grid:
             grid.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in head.values()))
         console.print(grid)
 
@@ -109,10 +109,11 @@ def print_diagnosis(diagnosis: "Diagnosis", as_json: bool) -> None:
     """Print label-free measures, one column per encoder, and alarms about the first encoder."""
     from sslkit.engine.monitor.alarms import collapse_alarm
 
-    own = diagnosis.contestants[0]
+    own = diagnosis.encoders[0]
     alarms = collapse_alarm(own.numbers.embedding_std, own.numbers.effective_rank, own.dim)
     if as_json:
-        print_json({**dataclasses.asdict(diagnosis), "alarms": alarms})
+        fields = dataclasses.asdict(diagnosis)
+        print_json({**fields, "contestants": fields["encoders"], "alarms": alarms})  # scripts read the former key
         return
     interpretations = {
         "embedding_std": f"0: collapsed, {own.dim**-0.5:.3g}: uniform",
@@ -124,9 +125,9 @@ def print_diagnosis(diagnosis: "Diagnosis", as_json: bool) -> None:
         "pretext_top1": "images found by another view",
     }
     print_line(f"{diagnosis.images} images of {diagnosis.data}, {diagnosis.views} views each")
-    table = PlainTable("", *(each.encoder for each in diagnosis.contestants), "interpretation")
+    table = PlainTable("", *(each.encoder for each in diagnosis.encoders), "interpretation")
     for name, interpretation in interpretations.items():
-        values = [getattr(each.numbers, name) for each in diagnosis.contestants]
+        values = [getattr(each.numbers, name) for each in diagnosis.encoders]
         table.add_row(name, *("-" if value is None else f"{value:.4g}" for value in values), interpretation)
     console.print(table)
     for alarm in alarms:

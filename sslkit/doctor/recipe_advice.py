@@ -94,11 +94,10 @@ def _power_of_two(limit: float) -> int:
 
 
 def _momentum(recipe: Recipe, method: Method, start: Progress) -> Finding | None:
-    for teacher in method.teachers().values():
-        momentum = teacher.momentum_at(start)
-        break
-    else:
+    teacher = next(iter(method.teachers().values()), None)
+    if teacher is None:
         return None
+    momentum = teacher.momentum_at(start)
     warmup = recipe.schedule.warmup_epochs * start.updates_per_epoch
     limit = warmup or start.total_updates / 8
     fitting = max((each for each in MOMENTA if each <= 0.5 ** (2 / limit)), default=MOMENTA[0])
@@ -125,16 +124,9 @@ def _temperature(recipe: Recipe, method: Method) -> Finding | None:
     chance = method.chance_loss(recipe.train.batch_size)
     if chance is None or chance.negatives is None:
         return None
-    if chance.temperature < 0.04:
-        return warning(
-            TEMPERATURE,
-            f"{chance.temperature:g} is low: only the nearest negatives count; set method.temperature = 0.07",
-        )
-    if chance.temperature > 1.0:
-        return warning(
-            TEMPERATURE,
-            f"{chance.temperature:g} is high: near and far negatives count alike; set method.temperature = 0.2",
-        )
+    if not 0.04 <= chance.temperature <= 1.0:
+        what = "only the nearest negatives count" if chance.temperature < 0.04 else "all negatives count alike"
+        return warning(TEMPERATURE, f"at {chance.temperature:g} {what}: set method.temperature = 0.1")
     return ok(TEMPERATURE, f"{chance.temperature:g}, as in the papers")
 
 
@@ -204,23 +196,18 @@ def _schedule(recipe: Recipe, start: Progress) -> Finding:
             f"epochs and have no effect: set schedule.milestones = {fitting}",
         )
     if recipe.train.head_warmup_epochs >= epochs:
-        return warning(
-            SCHEDULE,
-            f"the backbone is frozen in all {epochs} epochs and never learns: "
-            f"set train.head_warmup_epochs = {epochs / 10:g}",
-        )
+        cure = f"set train.head_warmup_epochs = {epochs / 10:g}"
+        return warning(SCHEDULE, f"the backbone is frozen in all {epochs} epochs and never learns: {cure}")
+    usual = f"set schedule.warmup_epochs = {round(epochs / 10, 1):g}"
     if schedule.warmup_epochs > epochs / 3:
         return warning(
-            SCHEDULE,
-            f"{schedule.warmup_epochs:g} of {epochs} epochs are warm-up; the papers use a seventh or less: "
-            f"set schedule.warmup_epochs = {round(epochs / 10, 1):g}",
+            SCHEDULE, f"{schedule.warmup_epochs:g} of {epochs} epochs are warm-up, more than in any paper: {usual}"
         )
     is_large = recipe.train.batch_size >= LARGE_BATCH
     if not schedule.warmup_epochs and is_large and recipe.optim.name not in ("sgd", "larc"):
         return warning(
             SCHEDULE,
-            f"there is no warm-up, and {recipe.optim.name} may diverge in the first steps at batch size "
-            f"{recipe.train.batch_size}: set schedule.warmup_epochs = {round(epochs / 10, 1):g}",
+            f"{recipe.optim.name} may diverge without a warm-up at batch size {recipe.train.batch_size}: {usual}",
         )
     if total < MIN_UPDATES:
         needed = math.ceil(MIN_UPDATES / start.updates_per_epoch)
@@ -231,11 +218,7 @@ def _schedule(recipe: Recipe, start: Progress) -> Finding:
 def _saving(recipe: Recipe) -> Finding:
     rules = recipe.checkpoint
     if not rules.every_steps and not rules.every_minutes:
-        return warning(
-            SAVING,
-            "a run that is interrupted starts from the beginning, as nothing is saved before its end: "
-            "set checkpoint.every_minutes = 30",
-        )
+        return warning(SAVING, "nothing is saved before the end of the run: set checkpoint.every_minutes = 30")
     every = f"{rules.every_minutes:g} minutes" if rules.every_minutes else f"{rules.every_steps} steps"
     return ok(SAVING, f"a checkpoint every {every}")
 

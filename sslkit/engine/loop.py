@@ -20,7 +20,7 @@ from sslkit.engine.resilience.crash_dump import try_to_write_crash_dump
 from sslkit.engine.resilience.guard import Guard
 from sslkit.engine.resilience.preemption import StopRequest
 from sslkit.engine.resilience.rewind import is_rewind_point
-from sslkit.engine.run_folder.dataset_identity import BadSamples, images_digest
+from sslkit.engine.run_folder.dataset_identity import BadSamples, recorded_names_digest
 from sslkit.engine.setup import make_train_loader
 from sslkit.engine.state import TrainingState
 from sslkit.engine.step import StepResult, train_step
@@ -169,7 +169,7 @@ def save_checkpoint(state: TrainingState, saver: Saver, *, wait: bool) -> None:
         "scaler": scaler.state_dict() if scaler is not None else {},
         "course": state.recovery.as_json(),
         "recipe": state.recipe.as_tables(),
-        "images": images_digest(saver.folder),
+        "images": recorded_names_digest(saver.folder),
     }
     saver.save(state.step, state.method, state.optimizer.optimizer, fields)
     if wait:

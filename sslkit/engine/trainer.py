@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from sslkit.data.loading.replacement import read_or_replace
+from sslkit.data.sources.image_identity import names_digest
 from sslkit.data.sources.image_source import ImageSource, open_source
 from sslkit.distributed.consistency import all_or_none, compare_facts
 from sslkit.distributed.heartbeat import Heartbeat, is_others_fault
@@ -102,7 +103,7 @@ def _shared_facts(recipe: Recipe, source: ImageSource, checkpoint: Checkpoint | 
     fixed = [line for line in changes({}, recipe.as_tables()) if not line.startswith(FREE_KEYS)]
     return {
         "recipe": fixed,
-        "set of images": [len(source), source.names_digest()],
+        "set of images": [len(source), names_digest(source)],
         "checkpoint to continue from": checkpoint.step if checkpoint else None,
         "version of sslkit, torch or timm": [importlib.metadata.version(name) for name in ("sslkit", "torch", "timm")],
     }

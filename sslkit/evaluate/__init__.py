@@ -1,30 +1,36 @@
-"""How an encoder is judged. Knows encoders that give features and sources of labelled images, never a method."""
+"""Evaluation of encoders. Depends on encoders and image sources, not on methods.
+
+Read `probes.scoring` first: each evaluation opens labelled data, extracts features and returns an `EvaluationResult`.
+Lower rooms first: the files here, then ``features``, then ``probes``, ``label_free`` and ``detection``, which do not
+import each other.
+"""
 
 from sslkit.evaluate.compare_scores import comparable
-from sslkit.evaluate.features.extraction import Encoder, extract_features, load_encoder
-from sslkit.evaluate.label_free.collapse_metrics import LabelFree, label_free
+from sslkit.evaluate.evaluation_result import EvaluationResult, Score
+from sslkit.evaluate.features.compared_encoders import TransferOptions
+from sslkit.evaluate.features.encoder import Encoder, load_encoder
+from sslkit.evaluate.features.extraction import extract_features
+from sslkit.evaluate.features.readouts import Readout
+from sslkit.evaluate.label_free.collapse_metrics import LabelFreeMetrics, label_free_metrics
 from sslkit.evaluate.label_free.diagnose import Diagnosis, diagnose_encoder
+from sslkit.evaluate.labelled_data import Splits
 from sslkit.evaluate.probes.finetune import FinetuneProtocol
 from sslkit.evaluate.probes.knn import KnnProtocol, knn_accuracy
 from sslkit.evaluate.probes.linear import LinearProtocol, linear_accuracy
-from sslkit.evaluate.probes.scoring import (
-    Judgement,
-    Score,
-    evaluate_finetune,
-    evaluate_knn,
-    evaluate_knn_grid,
-    evaluate_linear,
-)
+from sslkit.evaluate.probes.scoring import evaluate_finetune, evaluate_knn, evaluate_knn_grid, evaluate_linear
 
 __all__ = [
     "Diagnosis",
     "Encoder",
+    "EvaluationResult",
     "FinetuneProtocol",
-    "Judgement",
     "KnnProtocol",
-    "LabelFree",
+    "LabelFreeMetrics",
     "LinearProtocol",
+    "Readout",
     "Score",
+    "Splits",
+    "TransferOptions",
     "comparable",
     "diagnose_encoder",
     "evaluate_finetune",
@@ -33,7 +39,7 @@ __all__ = [
     "evaluate_linear",
     "extract_features",
     "knn_accuracy",
-    "label_free",
+    "label_free_metrics",
     "linear_accuracy",
     "load_encoder",
 ]

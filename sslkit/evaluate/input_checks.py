@@ -1,4 +1,4 @@
-"""What every evaluation refuses before it computes: features that are no numbers, and seeds that cannot be used."""
+"""Checks of inputs that all evaluations share: finite features, valid seeds and learning rates."""
 
 import math
 from collections.abc import Iterable
@@ -8,54 +8,37 @@ from torch import Tensor
 
 from sslkit.errors import UserError
 
-LARGEST_SEED = 2**63 - 2  # torch takes one more, and some protocols draw from the next seed
+LARGEST_SEED = 2**63 - 2  # torch accepts one more, but some protocols also use seed + 1
 
 
-def as_features(features: Tensor, whose: str) -> Tensor:
-    """Features (N, D) in torch's default precision, float32 unless it was changed.
+def as_features(features: Tensor, name: str) -> Tensor:
+    """Check features (N, D) and convert them to torch's default dtype, float32 unless changed.
 
     Args:
-        features: Of any precision; a float32 tensor is not copied.
-        whose: How to name them in an error.
+        features: Of any floating-point dtype; not copied if no conversion is needed.
+        name: Name of the features for error messages.
 
     Raises:
-        UserError: Some are NaN or infinite.
+        UserError: A value is NaN or infinite.
     """
-    check_finite(features, whose)
+    check_finite(features, name)
     return features.to(torch.get_default_dtype())
 
 
-def check_finite(features: Tensor, whose: str) -> None:
-    """Refuse features of which any is NaN or infinite. Takes one pass and no memory.
-
-    Raises:
-        UserError: Some are.
-    """
+def check_finite(features: Tensor, name: str) -> None:
+    """Raise `UserError` if a value is NaN or infinite. Allocates no memory."""
     if features.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(features)):
-        raise UserError(f"{whose}: its features are not finite, so there is nothing to judge")
+        raise UserError(f"{name}: the features are not finite (NaN or infinity), so they cannot be evaluated")
 
 
 def check_seed(seed: int, where: str) -> None:
-    """Refuse a seed that a generator cannot take.
-
-    Raises:
-        UserError: It is negative or too large.
-    """
+    """Raise `UserError` if a generator cannot take the seed."""
     if not 0 <= seed <= LARGEST_SEED:
-        raise UserError(f"{where}: a seed must lie within 0 and {LARGEST_SEED}, not {seed}")
+        raise UserError(f"{where}: the seed must be between 0 and {LARGEST_SEED}, not {seed}")
 
 
-def check_rates(rates: Iterable[float], what: str, *, zero: bool = False) -> None:
-    """Refuse rates or penalties that no optimizer can use.
-
-    Args:
-        rates: Each must be finite and positive.
-        what: How to name them in an error.
-        zero: Whether 0 is a rate, too.
-
-    Raises:
-        UserError: One is not.
-    """
+def check_rates(rates: Iterable[float], where: str, *, zero: bool = False) -> None:
+    """Raise `UserError` unless all rates are finite and positive, or 0 where ``zero`` allows it."""
     for rate in rates:
         if not (math.isfinite(rate) and (rate > 0 or (zero and rate == 0))):
-            raise UserError(f"{what}: must be finite and {'0 or more' if zero else 'above 0'}, not {rate:g}")
+            raise UserError(f"{where}: must be finite and {'0 or more' if zero else 'above 0'}, not {rate:g}")

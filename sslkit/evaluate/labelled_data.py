@@ -1,4 +1,4 @@
-"""Labelled sources for evaluation: a set to learn or look up from, and a set to score on."""
+"""Labelled images for evaluation: a training set and a test set."""
 
 from dataclasses import dataclass
 
@@ -14,17 +14,32 @@ HELD_OUT = 0.2
 
 
 @dataclass(frozen=True)
+class Splits:
+    """Names of the splits to evaluate with.
+
+    Attributes:
+        train: Split to train on; for kNN, the bank of neighbours. Empty takes ``train``.
+        test: Split to test on. Empty takes the first of test, validation and held-out splits, under any of their
+            names, that has labels and is not trained on. If there is none, or ``train`` is ``"all"``, a fifth of the
+            training images is held out.
+    """
+
+    train: str = ""
+    test: str = ""
+
+
+@dataclass(frozen=True)
 class LabelledPair:
-    """Training and test images with their labels as class numbers shared by both.
+    """Training and test images. Both use the same class numbers.
 
     Attributes:
         train: Bank of kNN, training set of a probe.
-        test: What is scored.
+        test: Test set.
         train_labels: (len(train),) int64.
         test_labels: (len(test),) int64.
         classes: Class names in the order of their numbers.
-        description: Which data and which split, for print.
-        split: How the two sides came about: the names of their splits, or what was held out of one.
+        description: Data, splits and number of images, for messages.
+        split: Names of the two splits, or how the test set was held out.
     """
 
     train: ImageSource
@@ -37,13 +52,12 @@ class LabelledPair:
 
 
 def open_pair(config: DataConfig, train_split: str = "train", test_split: str = "", seed: int = 0) -> LabelledPair:
-    """Open both sets. Without a test split of its own, a fifth of the data is held out by a seeded draw.
+    """Open the training and the test set.
 
     Args:
-        config: The source; its own ``split`` is not used.
-        train_split: Split to learn from.
-        test_split: Split to score on; empty picks the first of test, validation and held-out sets, by any of their
-            names, that has labels and is not learned from. With ``train_split = "all"`` nothing is picked.
+        config: The data; its ``split`` is not used.
+        train_split: See `Splits`.
+        test_split: See `Splits`.
         seed: Of the held-out draw.
 
     Raises:
@@ -51,39 +65,38 @@ def open_pair(config: DataConfig, train_split: str = "train", test_split: str = 
     """
     train = open_source(config.model_copy(update={"split": train_split}))
     splits = available_splits(config) if train_split != ALL else []
-    learned, scored = (choose(splits, split) or [split] for split in (train_split, test_split))
-    if test_split and (set(learned) & set(scored) or ALL in (train_split, test_split)):
-        raise UserError(f"{config.path}: --test-split {test_split} is what is learned from too; take another, or none")
-    held_out = [name for name in splits if SPLIT_OF.get(name, "train") != "train" and name not in learned]
+    trained_on, tested_on = (choose(splits, split) or [split] for split in (train_split, test_split))
+    if test_split and (set(trained_on) & set(tested_on) or ALL in (train_split, test_split)):
+        raise UserError(
+            f"{config.path}: --test-split {test_split} is also the training split; name another split, or none"
+        )
+    others = [name for name in splits if SPLIT_OF.get(name, "train") != "train" and name not in trained_on]
     labels = train.labels()
-    left_out: list[str] = []
+    unlabelled: list[str] = []
     test = open_source(config.model_copy(update={"split": test_split})) if test_split else None
-    for name in [] if test_split else held_out:
+    for name in [] if test_split else others:
         found = open_source(config.model_copy(update={"split": name}))
         if found.label_column is not None:
             test, test_split = found, name
             break
-        left_out.append(name)
+        unlabelled.append(name)
     if test is not None:
         description = f"{config.path}: {train_split} {len(train)} / {test_split} {len(test)} images"
         split = f"{train_split} / {test_split}"
-        test_words = test.labels()
+        test_labels = test.labels()
     else:
         order = np.random.default_rng(seed).permutation(len(train))
         count = max(round(len(train) * HELD_OUT), 1)
-        learned_rows, scored_rows = np.sort(order[count:]), np.sort(order[:count])
-        train, test = train.subset(learned_rows), train.subset(scored_rows)
-        labels, test_words = [labels[row] for row in learned_rows], [labels[row] for row in scored_rows]
+        train_rows, test_rows = np.sort(order[count:]), np.sort(order[:count])
+        train, test = train.subset(train_rows), train.subset(test_rows)
+        labels, test_labels = [labels[row] for row in train_rows], [labels[row] for row in test_rows]
         description = f"{config.path}: {len(order)} images, {count} of them held out (seed {seed})"
         split = f"{HELD_OUT:.0%} of {train_split} held out by seed {seed}"
-    if left_out:
-        description += f"; left out, as without labels: {', '.join(left_out)} (--test-split names another)"
-    classes, numbers = np.unique([*labels, *test_words], return_inverse=True)
-    if len(classes) < 2:
-        raise UserError(
-            f"{config.path}: evaluation needs images of at least two classes, found {len(classes)}: "
-            f"{list(map(str, classes))}"
-        )
-    codes = torch.from_numpy(numbers.astype(np.int64))
+    if unlabelled:
+        description += f"; splits without labels: {', '.join(unlabelled)} (--test-split names another)"
+    classes, numbers = np.unique([*labels, *test_labels], return_inverse=True)
     names = [str(name) for name in classes]
+    if len(names) < 2:
+        raise UserError(f"{config.path}: evaluation needs at least 2 classes, but there are {len(names)}: {names}")
+    codes = torch.from_numpy(numbers.astype(np.int64))
     return LabelledPair(train, test, codes[: len(train)], codes[len(train) :], names, description, split)

@@ -1,4 +1,4 @@
-"""Encoders of unknown origin and of the Hugging Face Hub: checked before they are built, pinned to one revision.
+"""Encoder folders of unknown origin, and encoders on the Hugging Face Hub: checked before they are built.
 
 Read `untrusted` first.
 """

@@ -1,4 +1,4 @@
-"""The Hub: asked once whether it is there, instead of waiting for every library's retries."""
+"""Whether the Hugging Face Hub can be reached, checked once instead of by the retries of every library."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,14 +10,14 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.utils import logging
 
-PATIENCE = 5.0  # seconds
+TIMEOUT = 5.0  # seconds
 
 
 @contextmanager
-def quick_hub() -> Iterator[None]:
-    """Inside, the Hub's libraries say nothing of retries, and look into their caches only where it cannot be reached.
+def quiet_hub() -> Iterator[None]:
+    """Silence the Hub's libraries, and let them use their caches only if the Hub cannot be reached.
 
-    ``HF_HUB_OFFLINE=1`` is respected: nobody asks.
+    With ``HF_HUB_OFFLINE=1`` no connection is made.
     """
     before = logging.get_verbosity(), datasets.logging.get_verbosity()
     offline = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
@@ -35,16 +35,16 @@ def quick_hub() -> Iterator[None]:
 
 @cache
 def is_reachable() -> bool:
-    """Whether the Hub answers at all within `PATIENCE`; asked once a process."""
+    """Whether the Hub answers within `TIMEOUT`; checked once per process."""
     try:
-        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=PATIENCE)
-    except Exception:  # of which library it is depends on the version: no answer is no answer
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
+    except Exception:  # its type depends on the version of huggingface_hub
         return False
     return True
 
 
-def why_not() -> str:
-    """What to add to a sentence about something that the Hub did not give; empty where it answered."""
+def unavailable_reason() -> str:
+    """Why the Hub cannot be used, to append to an error message; empty if it can."""
     if constants.HF_HUB_OFFLINE:
-        return "; HF_HUB_OFFLINE is set, so the Hub was not asked"
+        return "; HF_HUB_OFFLINE is set, so the Hub was not contacted"
     return "" if is_reachable() else f"; the Hub, {constants.ENDPOINT}, cannot be reached from here"

@@ -1,4 +1,4 @@
-"""Build a timm model on the meta device, within bounds, to see how large it would be before it takes memory."""
+"""Build a timm model on the meta device, within limits, before it takes memory."""
 
 import math
 import sys
@@ -21,20 +21,20 @@ from sslkit.errors import UserError
 
 Shapes = dict[str, tuple[int, ...]]
 
-# All timm models stay below 1.3 times their weights in parameters and buffers, 1.3 times their number of tensors, and
-# 3.3 modules for a tensor (timm 1.0.31). A classifier may stand in the file or the model and not in the other.
+# In timm 1.0.31, parameters and buffers of all models have at most 1.3 times the elements of their weights, and there
+# are at most 1.3 times as many of them, and 3.3 modules per tensor. The file or the model may lack the classifier.
 HEADROOM = 2.0
-SMALL_PARAMETERS, SMALL_BUFFERS = 1_000_000, 16_000_000  # elements that a model may have whatever its file holds
-SMALL_TENSORS, MODULES_OF_TENSOR = 1000, 10
+EXTRA_PARAMETERS, EXTRA_BUFFERS = 1_000_000, 16_000_000  # elements allowed for any file
+EXTRA_TENSORS, MODULES_PER_TENSOR = 1000, 10
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a model may have at most.
+    """Limits of a model.
 
     Attributes:
         parameters: Elements of all parameters.
-        buffers: Elements of all buffers, and of any one tensor that is computed on the way.
+        buffers: Elements of all buffers, and of each tensor computed while the model is built.
         tensors: Number of parameters and buffers.
         modules: Number of submodules.
     """
@@ -46,51 +46,51 @@ class Bounds:
 
     @staticmethod
     def of_weights(shapes: Mapping[str, tuple[int, ...]]) -> "Bounds":
-        """What a model whose weights have these shapes needs at most."""
+        """The limits of a model with weights of these shapes."""
         elements = int(HEADROOM * sum(map(math.prod, shapes.values())))
-        tensors = int(HEADROOM * len(shapes)) + SMALL_TENSORS
-        return Bounds(elements + SMALL_PARAMETERS, elements + SMALL_BUFFERS, tensors, MODULES_OF_TENSOR * tensors)
+        tensors = int(HEADROOM * len(shapes)) + EXTRA_TENSORS
+        return Bounds(elements + EXTRA_PARAMETERS, elements + EXTRA_BUFFERS, tensors, MODULES_PER_TENSOR * tensors)
 
 
-UNBOUNDED = Bounds(sys.maxsize, sys.maxsize, sys.maxsize, sys.maxsize)  # for timm's own models, by their names alone
+UNBOUNDED = Bounds(sys.maxsize, sys.maxsize, sys.maxsize, sys.maxsize)  # for timm's models with default arguments
 
 
 def build_on_meta(architecture: str, model_args: Mapping[str, Any], bounds: Bounds) -> nn.Module:
-    """The model as timm builds it, without memory for its tensors.
+    """Build a timm model on the meta device.
 
     Raises:
-        UserError: It exceeds ``bounds``.
-        Exception: Whatever timm raises for arguments that do not fit.
+        UserError: It exceeds the limits.
+        Exception: As raised by timm for arguments that do not fit.
     """
-    with torch.device("meta"), _counted(bounds), _BoundedTensors(bounds.buffers):
+    with torch.device("meta"), _bounded_modules(bounds), _BoundedTensors(bounds.buffers):
         model: nn.Module = timm.create_model(architecture, **model_args)
     return model
 
 
 class _BoundedTensors(TorchDispatchMode):
-    """Stop at a tensor of more than so many elements, whether the model keeps it or not."""
+    """Raise for every new tensor with too many elements, whether or not the model keeps it."""
 
     def __init__(self, elements: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.elements = elements
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, tuple | list) else (made,):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor) and tensor.numel() > self.elements:
-                raise UserError(f"it computes a tensor of {tensor.numel()} elements, far more than its weights hold")
-        return made
+                raise UserError(f"it computes a tensor of {tensor.numel()} elements, far more than its weights have")
+        return result
 
 
 @contextmanager
-def _counted(bounds: Bounds) -> Iterator[None]:
-    """Stop a model that is being built when it has more than ``bounds``."""
+def _bounded_modules(bounds: Bounds) -> Iterator[None]:
+    """Raise while a model is built as soon as it exceeds the limits."""
     counts = {"parameters": 0, "buffers": 0, "tensors": 0, "modules": 0}
 
     def add(kind: str, count: int) -> None:
         counts[kind] += count
         if counts[kind] > getattr(bounds, kind):
-            raise UserError(f"it has more {kind} than the weights beside it need")
+            raise UserError(f"it has more {kind} than its weights need")
 
     def add_tensor(kind: str, tensor: Tensor | None) -> None:
         if tensor is not None:

@@ -12,9 +12,9 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
 from sslkit.errors import UserError, near_miss
-from sslkit.hub.availability import quick_hub
+from sslkit.hub.availability import quiet_hub
 from sslkit.hub.meta_build import Shapes
-from sslkit.hub.revisions import is_hub_name, pin
+from sslkit.hub.revisions import is_hub_name, resolve_hub_encoder
 from sslkit.hub.untrusted import check_model, check_model_args, check_size, read_encoder_config, tensor_shapes
 
 Family = Literal["resnet", "vit", "other"]
@@ -158,7 +158,7 @@ def _create_timm_model(config: BackboneConfig) -> nn.Module:
     named = config.pretrained if isinstance(config.pretrained, str) else config.name
     source = _pinned(named)
     try:
-        with quick_hub() if config.pretrained and not source.startswith("local-dir:") else nullcontext():
+        with quiet_hub() if config.pretrained and not source.startswith("local-dir:") else nullcontext():
             model: nn.Module = timm.create_model(source, pretrained=bool(config.pretrained), **kwargs)
     except OSError as error:
         raise UserError(f"[backbone] pretrained: no weights for {named!r} to be had: {_first_line(error)}") from error
@@ -206,8 +206,8 @@ def _pinned(name: str) -> str:
     if not is_hub_name(name):
         return name
     try:
-        with quick_hub():
-            return pin(name).source
+        with quiet_hub():
+            return resolve_hub_encoder(name).source
     except UserError as error:
         raise UserError(f"[backbone] pretrained: {error}") from error
 

@@ -1,4 +1,4 @@
-"""The model card: what an exported encoder is, how to load it, how it was trained and how it scored."""
+"""The model card of an exported encoder: how to load it, how it was trained, and its scores."""
 
 import re
 from pathlib import Path
@@ -15,19 +15,19 @@ DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def model_card(recipe: Recipe, run: Path, source: str, tag: str, license_id: str, *, curves: bool = False) -> str:
-    """Write the card from the run's own record.
+    """Write the model card of a run.
 
     Args:
         recipe: The run's resolved recipe, from `public_recipe`.
-        run: Run folder, for its scores.
-        source: What to load it by: ``local-dir:NAME``, ``hf_hub:user/name`` or ``hf_hub:user/name@branch``.
+        run: Run folder with the scores.
+        source: Name to load it by: ``local-dir:NAME``, ``hf_hub:user/name`` or ``hf_hub:user/name@branch``.
         tag: timm's pretrained tag.
-        license_id: SPDX id.
-        curves: Whether `CURVES` lies beside the card.
+        license_id: SPDX id of the licence.
+        curves: Whether `CURVES` is in the card's folder.
     """
     scores = newest_scores(run)
     scores = scores and [public_score(score) for score in scores]
-    picture = f"![Loss, pretext accuracy, learning rate and kNN over the epochs]({CURVES})\n\n" if curves else ""
+    image = f"![Loss, pretext accuracy, learning rate and kNN over the epochs]({CURVES})\n\n" if curves else ""
     card = f"""---
 {_front_matter(recipe, source, license_id, scores or [])}
 ---
@@ -35,7 +35,7 @@ def model_card(recipe: Recipe, run: Path, source: str, tag: str, license_id: str
 
 A `{recipe.backbone.name}` image encoder pretrained without labels by `{recipe.method_name}` with
 [sslkit](https://pypi.org/project/sslkit/). Input {recipe.views.size} x {recipe.views.size} pixels in
-{recipe.views.channels} channels. It gives features; there is no classifier.
+{recipe.views.channels} channels. It returns features; there is no classifier.
 
 ## Use
 
@@ -51,30 +51,30 @@ A `{recipe.backbone.name}` image encoder pretrained without labels by `{recipe.m
 | trained for | {_trained(run)} |
 | optimizer, peak learning rate | {recipe.optim.name}, {recipe.peak_lr:g} |
 
-The whole recipe, every number resolved, is in `recipe.toml` beside this card.
+The complete, resolved recipe is in `recipe.toml` in this folder.
 
-{picture}## Scores
+{image}## Scores
 
 {_scores(scores)}
 
 ## Limits
 
-- One run with one seed ({recipe.train.seed}); the intervals are of the test images, not of training again.
-- It knows what its training images show, with their biases; nothing was filtered or checked for by sslkit.
-- A score holds for the data named, under the protocol with that hash; scores of other protocols are not comparable.
+- Trained once, with one seed ({recipe.train.seed}); the intervals are for the test images, not for repeated training.
+- The encoder has the content and the biases of its training images; sslkit does not filter or check them.
+- Only scores with the same data and the same protocol hash are comparable.
 """
-    return "\n".join(map(escape, card.split("\n")))  # a terminal that shows the card obeys nothing in it
+    return "\n".join(map(escape, card.split("\n")))  # no control characters for terminals
 
 
 def _front_matter(recipe: Recipe, source: str, license_id: str, scores: list[CardScore]) -> str:
-    """The card's head for programs, with a ``model-index`` of the scores that have a protocol."""
+    """The card's YAML metadata, with a ``model-index`` of the scores that have a protocol."""
     results = [_eval_result(score) for score in scores if score.protocol_hash]
     name = source.partition(":")[2].partition("@")[0].rpartition("/")[2]
-    library = "sslkit" if recipe.backbone.small_stem else "timm"  # whoever reads this loads it with that
+    library = "sslkit" if recipe.backbone.small_stem else "timm"  # the library that can load it
     card = ModelCardData(
         library_name=library,
         pipeline_tag="image-feature-extraction",
-        license=license_id.lower(),  # as the Hub spells what SPDX writes Apache-2.0
+        license=license_id.lower(),  # the Hub's spelling of SPDX's Apache-2.0
         tags=["image-feature-extraction", library, "self-supervised-learning", recipe.method_name.replace("_", "")],
         datasets=_hub_datasets(recipe) or None,
         base_model=_base_model(recipe),
@@ -85,7 +85,7 @@ def _front_matter(recipe: Recipe, source: str, license_id: str, scores: list[Car
 
 
 def _eval_result(score: CardScore) -> EvalResult:
-    # A detection or a classification: the Hub's tables know tasks by these names.
+    # The Hub's names of tasks.
     task = "object-detection" if score.evaluation.startswith("detect") else "image-classification"
     name = " ".join(score.data.split())
     return EvalResult(
@@ -100,13 +100,13 @@ def _eval_result(score: CardScore) -> EvalResult:
 
 
 def _hub_datasets(recipe: Recipe) -> list[str]:
-    """The data's paths that can only be Hub ids: no folder or file of that name is here."""
+    """The paths of the data that look like Hub ids and are no local folders or files."""
     paths = [recipe.data.path] if recipe.data.path else [each.path for each in recipe.data.mix or []]
     return [path for path in paths if DATASET_ID.fullmatch(path) and not Path(path).exists()]
 
 
 def _base_model(recipe: Recipe) -> str | None:
-    """The Hub repository whose weights the run continued, if it did."""
+    """The Hub repository of the pretrained weights that the run started from, if any."""
     pretrained = recipe.backbone.pretrained
     if isinstance(pretrained, str) and pretrained.startswith(("hf_hub:", "hf-hub:")):
         return pretrained.partition(":")[2].partition("@")[0]
@@ -135,7 +135,7 @@ def _loading(recipe: Recipe, source: str) -> str:
     if recipe.backbone.small_stem:
         known_as = plain if source.startswith("local-dir:") else source
         return (
-            "Its stem for small images is not one timm can build, so sslkit loads it:\n\n```python\n"
+            "timm cannot build its stem for small images, so load it with sslkit:\n\n```python\n"
             f'from sslkit.evaluate import load_encoder\n\nencoder = load_encoder("{known_as}").module.eval()\n```\n'
         )
     return f"""```python
@@ -146,7 +146,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(enc
 # features of a PIL image: encoder(transform(image).unsqueeze(0))
 ```
 
-transformers, with timm beside it, gives the same features as `pooler_output`:
+transformers, with timm installed, returns the same features as `pooler_output`:
 
 ```python
 from transformers import AutoModel
@@ -158,25 +158,25 @@ encoder = AutoModel.from_pretrained("{plain}"{of_branch}).eval()
 
 def _scores(scores: list[CardScore] | None) -> str:
     if scores is None:
-        return "None that can be read."
+        return "The scores cannot be read."
     if not scores:
         return "None recorded for these weights."
-    rows = ["| evaluation | data | measure | score | 95 % interval | beside it | protocol |"]
+    rows = ["| evaluation | data | measure | score | 95 % interval | baselines | protocol |"]
     rows.append("| --- " * 7 + "|")
     for score in scores:
         interval = "{:.1%} to {:.1%}".format(*score.interval) if score.interval else "not computed"
         others = ", ".join(f"{_cell(name)} {value:.1%}" for name, value in score.others.items())
-        protocol = f"`{_cell(score.protocol_hash)}`" if score.protocol_hash else "while training"
+        protocol = f"`{_cell(score.protocol_hash)}`" if score.protocol_hash else "during training"
         cells = [_cell(score.evaluation), _cell(score.data), _cell(score.measure), f"{score.value:.1%}"]
         rows.append(f"| {' | '.join([*cells, interval, others, protocol])} |")
     return "\n".join(rows)
 
 
 def _code(text: str) -> str:
-    """Text as code in a cell; a backslash in code is a backslash, so only a cell's end may be escaped."""
+    """Text as code in a table cell. A backslash in code is literal, so only pipes can be escaped."""
     return "`" + " ".join(text.split()).replace("`", "'").replace("|", r"\|") + "`"
 
 
 def _cell(text: str) -> str:
-    """Text as a cell of a Markdown table: no line or cell of its own, no HTML, no link."""
+    """Text in a Markdown table cell, without line breaks, pipes, HTML and links."""
     return re.sub(r"([\\|<>\[\]`])", r"\\\1", " ".join(str(text).split()))

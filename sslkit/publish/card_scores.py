@@ -1,4 +1,4 @@
-"""Scores of a run's newest checkpoint, read from ``results.jsonl``, for the model card."""
+"""Scores of a run's newest weights, read from ``results.jsonl`` for the model card."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +10,16 @@ from sslkit.files.run_reader import RunReader
 
 @dataclass(frozen=True)
 class CardScore:
-    """One evaluation of the newest checkpoint.
+    """One evaluation of the newest weights.
 
     Attributes:
-        evaluation: Its name, such as ``knn k=20 temperature=0.07``.
-        data: Description of its images.
-        measure: Name of the measure.
-        value: The score, in [0, 1].
+        evaluation: Name of the evaluation, such as ``knn k=20 temperature=0.07``.
+        data: Description of the images.
+        measure: What the value measures.
+        value: Score in [0, 1].
         interval: Bootstrap 95 % interval, if there is one.
-        protocol_hash: Equal for scores that may be compared; empty for the monitor's.
-        others: The same measure of the baselines, by name.
+        protocol_hash: Equal for comparable scores; empty for evaluations during training.
+        others: Scores of the baselines by name.
     """
 
     evaluation: str
@@ -34,7 +34,7 @@ class CardScore:
 def newest_scores(run: Path) -> list[CardScore] | None:
     """The last score of each evaluation, data and protocol at the newest checkpoint; None if they cannot be read.
 
-    Rows without ``evaluation`` or ``data`` are skipped.
+    Incomplete rows are ignored.
     """
     reader = RunReader(run)
     if not (run / "results.jsonl").is_file():

@@ -1,8 +1,8 @@
-"""A ResNet as the checkpoint file that detectron2 reads, under detectron2's names.
+"""Export of a ResNet as a checkpoint file for detectron2.
 
-The one file sslkit writes that is a pickle: detectron2 takes weights with foreign names only from a ``.pkl``
-(its ``DetectionCheckpointer``). Ours holds text, a bool and float32 arrays, and its one callable is
-``numpy.ndarray``, so that a reader can refuse everything else. sslkit itself never reads one.
+The file is a pickle, the only one that sslkit writes: detectron2's ``DetectionCheckpointer`` reads weights with
+converted names from a ``.pkl`` only. It has text, a bool and float32 arrays, and ``numpy.ndarray`` as its only
+callable, so a reader can refuse all others. sslkit never reads it.
 """
 
 import io
@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from sslkit.errors import RunError, UserError, check_path
-from sslkit.evaluate.features.extraction import load_encoder
+from sslkit.errors import RunError, UserError
+from sslkit.evaluate.features.encoder import load_encoder
 from sslkit.files.atomic import write_file, write_text
 from sslkit.parts.backbone import family
-from sslkit.publish.export import check_empty, new_folder
+from sslkit.publish.encoder_folder import new_folder
+from sslkit.publish.export import check_export
 from sslkit.publish.redaction import public_recipe, refuse_tokens_in
 from sslkit.recipe.resolve import Recipe, load_recipe
 
@@ -33,7 +34,7 @@ PLAIN_NAME = re.compile(
 
 
 class _PlainPickler(pickle.Pickler):
-    """Arrays as ``numpy.ndarray(shape, dtype, bytes)``: readable by every NumPy, with no other callable."""
+    """Writes arrays as ``numpy.ndarray(shape, dtype, bytes)``, which all versions of NumPy read."""
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, np.ndarray):
@@ -42,9 +43,9 @@ class _PlainPickler(pickle.Pickler):
 
 
 def detectron2_name(name: str) -> str:
-    """timm's name of a ResNet's tensor (also torchvision's) as detectron2's, as in MoCo's conversion script.
+    """Convert the name of a ResNet's tensor from timm's or torchvision's to detectron2's.
 
-    ``layer1.0.bn2.weight`` becomes ``res2.0.conv2.norm.weight``.
+    Same as MoCo's conversion script: ``layer1.0.bn2.weight`` becomes ``res2.0.conv2.norm.weight``.
     """
     name = name if name.startswith("layer") else f"stem.{name}"
     name = re.sub(r"^layer([1-4])", lambda match: f"res{int(match[1]) + 1}", name)
@@ -53,13 +54,13 @@ def detectron2_name(name: str) -> str:
 
 
 def detectron2_weights(state: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
-    """A ResNet's tensors under detectron2's names; the counters of BatchNorm, which it has not, are left out.
+    """Convert a ResNet's tensors. BatchNorm's counters are left out, since detectron2 has none.
 
     Args:
-        state: timm's (or torchvision's) state dict of the encoder, without a classifier.
+        state: State dict of the encoder with timm's or torchvision's names, without a classifier.
 
     Raises:
-        UserError: A tensor that no plain ResNet has.
+        UserError: A tensor is not part of a plain ResNet.
     """
     weights = {}
     for name, tensor in state.items():
@@ -67,56 +68,50 @@ def detectron2_weights(state: Mapping[str, Tensor]) -> dict[str, NDArray[np.floa
             continue
         renamed = detectron2_name(name)
         if not PLAIN_NAME.fullmatch(renamed):
-            raise UserError(f"--format detectron2: takes plain ResNets only, which have no tensor {name!r}")
+            raise UserError(f"--format detectron2: supports plain ResNets only, which have no tensor {name!r}")
         weights[renamed] = tensor.detach().to("cpu", torch.float32).numpy()
     return weights
 
 
 def export_detectron2(run: str | Path, folder: str | Path) -> dict[str, Any]:
-    """Write a run's ResNet as ``detectron2.pkl``, with a page that says how detectron2 must be configured for it.
+    """Export a run's ResNet as ``detectron2.pkl``, with a README.md of the configuration that it needs.
 
     Args:
-        run: Run folder; its newest checkpoint's encoder is taken.
-        folder: Where to write; must not exist or be empty.
+        run: Run folder; the encoder of its newest checkpoint is exported.
+        folder: Folder to write; must not exist or must be empty.
 
     Returns:
         ``{"file": path, "tensors": number, "convolutions": number}``.
 
     Raises:
-        UserError: No such run, a folder that holds something, or an encoder that is no plain ResNet.
+        UserError: There is no such run, the folder is not empty, or the encoder is not a plain ResNet.
     """
-    check_path(run, "RUN")
-    check_path(folder, "FOLDER")
-    run, folder = Path(run), Path(folder)
-    source = run / "encoder" / "model.safetensors"
-    if not source.is_file() or not (run / "recipe.toml").is_file():
-        raise UserError(f"{run}: no run with an encoder (no {source}); train it first")
-    check_empty(folder, "export")
+    run, folder, _ = check_export(run, folder)
     recipe = load_recipe(run / "recipe.toml")
     name = recipe.backbone.name
     if family(name) != "resnet":
-        raise UserError(f"--format detectron2: takes ResNets only, and {name} is none; use --format timm")
+        raise UserError(f"--format detectron2: supports ResNets only, not {name}; use --format timm")
     _, text = public_recipe(run / "recipe.toml")
     refuse_tokens_in(text, "recipe.toml", str(run / "recipe.toml"))
     model: Any = load_encoder(str(run)).module
     twin = _plain_twin(model, name)
     weights = detectron2_weights(model.state_dict())
-    _prove(model, twin, name)
+    _verify(model, twin, name)
     content = io.BytesIO()
     _PlainPickler(content, protocol=5).dump({"model": weights, "__author__": "sslkit", "matching_heuristics": True})
-    with new_folder(folder) as aside:
-        write_file(aside / FILE, [content.getbuffer()])
-        write_text(aside / "README.md", _page(recipe, model))
-        write_text(aside / "recipe.toml", text)
+    with new_folder(folder) as temporary:
+        write_file(temporary / FILE, [content.getbuffer()])
+        write_text(temporary / "README.md", _readme(recipe, model))
+        write_text(temporary / "recipe.toml", text)
     convolutions = sum(array.ndim == 4 for array in weights.values())
     return {"file": folder / FILE, "tensors": len(weights), "convolutions": convolutions}
 
 
 def _plain_twin(model: Any, name: str) -> ResNet:
-    """torchvision's ResNet of the same shape and weights: what detectron2 builds, with the stride in the 3 x 3."""
+    """torchvision's ResNet with these weights, which computes the same as detectron2's (stride in the 3 x 3)."""
     stem = model.conv1
     if not isinstance(stem, nn.Conv2d) or stem.kernel_size != (7, 7) or stem.stride != (2, 2):
-        raise UserError(f"--format detectron2: needs the plain 7 x 7 stem of stride 2, which {name} here has not")
+        raise UserError(f"--format detectron2: needs the plain 7 x 7 stem of stride 2, which {name} does not have here")
     stages = [model.layer1, model.layer2, model.layer3, model.layer4]
     deep = hasattr(stages[0][0], "conv3")
     middle = stages[0][0].conv2
@@ -130,23 +125,23 @@ def _plain_twin(model: Any, name: str) -> ResNet:
         twin.fc = nn.Identity()
         twin.load_state_dict(model.state_dict())
     except (RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[-1].strip()[:150]
-        raise UserError(f"--format detectron2: {name} is no plain ResNet: {first}") from error
+        reason = str(error).strip().splitlines()[-1].strip()[:150]
+        raise UserError(f"--format detectron2: {name} is not a plain ResNet: {reason}") from error
     return twin
 
 
-def _prove(model: nn.Module, twin: nn.Module, name: str) -> None:
-    """The same features from both, or the encoder computes what detectron2's ResNet does not."""
+def _verify(model: nn.Module, twin: nn.Module, name: str) -> None:
+    """Check that both return the same features."""
     images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected, found = model.eval()(images), twin.eval()(images)
     if not torch.isfinite(expected).all():
-        raise RunError(f"{name}: the encoder's features are not finite in evaluation; it is not usable")
+        raise RunError(f"{name}: not written, because the encoder's features are not finite (NaN or infinity)")
     if expected.shape != found.shape or not torch.allclose(expected, found, rtol=1e-3, atol=1e-4):
-        raise UserError(f"--format detectron2: {name} computes other features than the plain ResNet of its weights")
+        raise UserError(f"--format detectron2: {name} computes other features than a plain ResNet with its weights")
 
 
-def _page(recipe: Recipe, model: Any) -> str:
+def _readme(recipe: Recipe, model: Any) -> str:
     stages = [model.layer1, model.layer2, model.layer3, model.layer4]
     deep = hasattr(stages[0][0], "conv3")
     blocks = tuple(len(stage) for stage in stages)
@@ -160,8 +155,8 @@ def _page(recipe: Recipe, model: Any) -> str:
     )
     return f"""# {recipe.backbone.name} for detectron2
 
-`{FILE}` holds a `{recipe.backbone.name}` pretrained without labels by `{recipe.method_name}`, under detectron2's names.
-It needs this configuration: detectron2's own defaults would normalise the pictures differently and freeze BatchNorm.
+`{FILE}` is a `{recipe.backbone.name}` pretrained without labels by `{recipe.method_name}`, with detectron2's names.
+Use this configuration: detectron2's defaults would normalise the images differently and freeze BatchNorm.
 
 ```yaml
 MODEL:
@@ -175,7 +170,7 @@ MODEL:
   FORMAT: RGB
 ```
 
-`{FILE}` is a pickle, because detectron2 reads no other file with these names. Load it only from a source you trust; a
-careful reader need allow no callable but `numpy.ndarray`. `sslkit export RUN FOLDER` without `--format` is the same
-encoder in safetensors.
+`{FILE}` is a pickle, the only format from which detectron2 reads these weights. Load it only from a source that you
+trust; a reader needs to allow no callable except `numpy.ndarray`. `sslkit export RUN FOLDER` without `--format` exports
+the same encoder in safetensors.
 """

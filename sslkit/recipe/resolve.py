@@ -13,9 +13,8 @@ import timm
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from sslkit.data.augment.policies import POLICIES
-from sslkit.data.augment.view_layers import ROLES, flat_views, layer_views, read_pipelines
-from sslkit.data.augment.views_config import LocalTable, RoleTable, ViewsConfig, fill_later_keys, fill_policy
+from sslkit.data.augment.view_layers import ROLES, flat_views, layer_views
+from sslkit.data.augment.views_config import LocalTable, RoleTable, ViewsConfig, fill_later_keys, resolve_views
 from sslkit.data.config import MixConfig
 from sslkit.data.decode.background import KEEP
 from sslkit.data.sources.image_source import DataConfig
@@ -181,7 +180,8 @@ def build_recipe(
     method = find_method(method_name)
     defaults = paper_defaults(method, tables)
     layered = _lay_over(defaults, tables)
-    mistakes += _fill_policy(layered, folder)
+    layered["views"], of_views = resolve_views(layered["views"], folder)
+    mistakes += of_views
     parsed: dict[str, Any] = {}
     for table, model in [("method", method.Options), *TABLES.items()]:
         keys = {key: value for key, value in layered[table].items() if (table, key) != ("method", "name")}
@@ -316,15 +316,6 @@ def _lay_over(defaults: dict[str, dict[str, Any]], tables: dict[str, Any]) -> di
         # The learning rate of the paper is for its optimizer; another optimizer needs its own.
         layered["optim"] = dict(tables["optim"])
     return layered
-
-
-def _fill_policy(layered: dict[str, dict[str, Any]], folder: Path | None) -> list[str]:
-    policy = layered["views"].get("policy")
-    if not isinstance(policy, str) or policy not in POLICIES:
-        near = near_miss(str(policy), POLICIES)
-        return [f"[views] policy: unknown policy {policy!r}{near}; there are {', '.join(POLICIES)}"]
-    layered["views"], mistakes = read_pipelines(fill_policy(layered["views"]), folder)
-    return mistakes
 
 
 def _sentence(table: str, model: type[BaseModel], item: Any) -> str:

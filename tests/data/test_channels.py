@@ -28,7 +28,7 @@ from sslkit.data.decode.channels import as_picture, decode_channels
 from sslkit.data.decode.rgb import UnreadableImage, decode_rgb
 from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.errors import UserError
-from sslkit.evaluate.features.extraction import load_encoder
+from sslkit.evaluate.features.encoder import load_encoder
 from sslkit.evaluate.probes.knn import KnnProtocol
 from sslkit.evaluate.probes.scoring import evaluate_finetune, evaluate_knn, evaluate_linear
 from sslkit.parts.backbone import create_backbone
@@ -292,7 +292,7 @@ def test_a_run_its_export_and_its_evaluation(plates: Path, tmp_path: Path) -> No
     assert torch.equal(continued.eval()(images), model(images))
     with pytest.raises(UserError, match=r"takes images of 4 channels; add args = \{ in_chans = 4 \}"):
         create_backbone(small_recipe("moco_v2", "test_resnet", backbone=pretrained).backbone_config())
-    with pytest.raises(UserError, match="fine-tuning takes encoders of RGB"):
+    with pytest.raises(UserError, match="fine-tuning supports RGB encoders only"):
         evaluate_finetune(str(tmp_path / "out"), data, "simclr")
 
 

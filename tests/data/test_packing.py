@@ -20,6 +20,7 @@ from PIL import Image
 
 from sslkit.cli import main
 from sslkit.data.augment.views_config import ViewsConfig
+from sslkit.data.sources.image_identity import names_digest
 from sslkit.data.sources.image_source import DataConfig, ImageSource, open_source
 from sslkit.data.tools import packing as packing_module
 from sslkit.data.tools.packing import KEPT_BYTES, Packing, pack, shrink, sufficient_side
@@ -195,7 +196,7 @@ def test_what_a_stranger_left_is_not_written_through(photos: Path, tmp_path: Pat
     part = other / ".train.part"
     part.mkdir()
     source, packing = open_folder(photos), Packing(SIDE)
-    facts = {**dataclasses.asdict(packing), "images": len(source), "names_sha256": source.names_digest()}
+    facts = {**dataclasses.asdict(packing), "images": len(source), "names_sha256": names_digest(source)}
     (part / "job.json").write_text(json.dumps(facts))
     for name in (".shard-00000.arrow.tmp", ".shard-00000.json.tmp", "shard-00000.arrow", "prepared.json"):
         (part / name).symlink_to(mine)

@@ -241,7 +241,7 @@ def test_the_same_split_under_two_names_is_not_scored_on(tmp_path: Path) -> None
     config = DataConfig(path=str(tmp_path))
     assert open_pair(config).split == "train / dev"
     for one, other in (("train", "training"), ("train", "all"), ("all", "dev")):
-        with pytest.raises(UserError, match="is what is learned from too"):
+        with pytest.raises(UserError, match="is also the training split"):
             open_pair(config, one, other)
 
 

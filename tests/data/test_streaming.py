@@ -19,6 +19,7 @@ import sslkit
 from sslkit.data.config import DataConfig
 from sslkit.data.decode.rgb import UnreadableImage
 from sslkit.data.formats import parquet_streams as streaming
+from sslkit.data.sources.image_identity import names_digest
 from sslkit.data.sources.image_source import ImageSource, open_source
 from sslkit.errors import UserError
 from sslkit.files.jsonl_writer import read_lines
@@ -85,7 +86,7 @@ def test_a_stream_that_is_another_is_refused(files: Path, tmp_path: Path) -> Non
 
 def test_of_other_files_streaming_changes_nothing(class_folders: Path) -> None:
     plain = open_source(DataConfig(path=str(class_folders)))
-    assert streamed(class_folders).names_digest() == plain.names_digest()
+    assert names_digest(streamed(class_folders)) == names_digest(plain)
     assert streamed("builtin:fashion_mnist").plan is None
 
 

@@ -25,7 +25,7 @@ from sslkit.distributed.collectives import exchange_rows, gather_rows, mean_over
 from sslkit.distributed.sharding import shard
 from sslkit.engine.gradient_cache import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.engine.setup import build_method
-from sslkit.evaluate.features.extraction import fingerprint
+from sslkit.evaluate.features.encoder import fingerprint
 from sslkit.methods import BatchInfo, Method, Progress, base, mechanisms, moco_v1, moco_v3, simclr
 from sslkit.parts import losses
 from sslkit.parts import memory_bank as bank

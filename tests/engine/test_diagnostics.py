@@ -17,7 +17,7 @@ from sslkit.data.augment.cpu import ViewPipeline, normalise
 from sslkit.data.sources.image_source import open_source
 from sslkit.engine.monitor.diagnostics import Diagnostics
 from sslkit.engine.setup import build_method
-from sslkit.evaluate.label_free.collapse_metrics import label_free
+from sslkit.evaluate.label_free.collapse_metrics import label_free_metrics
 from sslkit.methods import METHODS
 from sslkit.methods.moco_v1 import MoCoV1
 from sslkit.recipe.resolve import Recipe
@@ -98,7 +98,7 @@ def test_the_numbers_are_those_of_the_batch_and_of_the_sample() -> None:
             for epoch in range(4)
             for view in views(epoch)
         ]
-    expected = label_free(torch.stack(encoded, dim=1))
+    expected = label_free_metrics(torch.stack(encoded, dim=1))
     assert of_sample["lidar"] == pytest.approx(expected.lidar, rel=1e-3)
     for row in (of_batch, of_sample):
         assert row["effective_rank"] == pytest.approx(expected.effective_rank, rel=1e-3)

@@ -17,7 +17,7 @@ import pytest
 from sslkit.cli.output import print_and_store
 from sslkit.engine.logging.logger import RunLogger, append_result
 from sslkit.errors import UserError
-from sslkit.evaluate.probes.scoring import Judgement, Score
+from sslkit.evaluate.evaluation_result import EvaluationResult, Score
 from sslkit.files import jsonl_writer as lines_module
 from sslkit.files.jsonl_reader import read_log, rows_of
 from sslkit.files.jsonl_writer import Lines, append_text, keep_until
@@ -205,5 +205,5 @@ def test_scores_that_cannot_be_added_are_shown_all_the_same(
     (tmp_path / "checkpoints/latest").write_text("step-00000003\n")
     monkeypatch.setattr("sslkit.engine.logging.logger.append_text", full)
     with pytest.raises(UserError, match="the score cannot be added: No space left on device"):
-        print_and_store(str(tmp_path), [Judgement("knn", "x", {}, [Score("mine", 0.625)])], False)
+        print_and_store(str(tmp_path), [EvaluationResult("knn", "x", {}, [Score("mine", 0.625)])], False)
     assert "62.50%" in capsys.readouterr().out

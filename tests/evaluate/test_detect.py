@@ -20,17 +20,16 @@ import sslkit
 from sslkit.cli import main
 from sslkit.errors import UserError
 from sslkit.evaluate.detection.annotations import open_annotated
-from sslkit.evaluate.detection.detect import (
+from sslkit.evaluate.detection.detect import detect_objects, score_detector
+from sslkit.evaluate.detection.detector import RegionPool, make_detector
+from sslkit.evaluate.detection.detector_training import (
     DetectProtocol,
+    _compute_batchnorm_statistics,
     _make_optimizer,
-    _measure_batchnorm,
-    _TrainingPictures,
-    find_objects,
-    score_detector,
+    _TrainingImages,
     train_detector,
 )
-from sslkit.evaluate.detection.detector import RegionPool, make_detector
-from sslkit.evaluate.features.extraction import Encoder, build, fingerprint
+from sslkit.evaluate.features.encoder import Encoder, build_backbone, fingerprint
 
 PREPROCESSING = {
     **{"input_size": (3, 32, 32), "interpolation": "bilinear", "crop_pct": 1.0},
@@ -38,14 +37,21 @@ PREPROCESSING = {
 }
 TINY = {"layers": [1, 1, 1, 1], "channels": [16, 32, 48, 64]}
 QUICK = replace(
-    DetectProtocol.named("voc").at_short_side(64), steps=2, batch_size=2, regions=8, precise_bn_steps=1, base_lr=0.08
+    DetectProtocol.from_name("voc").at_short_side(64),
+    steps=2,
+    batch_size=2,
+    regions=8,
+    precise_bn_steps=1,
+    base_lr=0.08,
 )
 SHAPE: dict[str, Any] = {"short_sides": (48, 64), "longest_side": 107, "anchor_sizes": (4.0, 8.0, 16.0, 32.0, 64.0)}
 
 
 def tiny_encoder(seed: int = 0) -> Encoder:
     torch.manual_seed(seed)
-    return Encoder(build("resnet18", TINY, small_stem=True), PREPROCESSING, "tiny", "resnet18", TINY, small_stem=True)
+    return Encoder(
+        build_backbone("resnet18", TINY, small_stem=True), PREPROCESSING, "tiny", "resnet18", TINY, small_stem=True
+    )
 
 
 def encoder_of(name: str, **model_args: Any) -> Encoder:
@@ -55,7 +61,7 @@ def encoder_of(name: str, **model_args: Any) -> Encoder:
 
 def test_mirrored_pictures_keep_boxes_and_masks_together(rendered: Callable[[str], Path]) -> None:
     pictures = open_annotated(rendered("coco")).train
-    items = _TrainingPictures(pictures, 48, seed=0, masks=True)
+    items = _TrainingImages(pictures, 48, seed=0, masks=True)
     seen: dict[float, int] = {}
     for position in range(48):
         image, target = items[position]
@@ -69,7 +75,7 @@ def test_mirrored_pictures_keep_boxes_and_masks_together(rendered: Callable[[str
 
 
 def test_protocols_have_their_sources_numbers() -> None:
-    voc, coco = DetectProtocol.named("voc"), DetectProtocol.named("coco")
+    voc, coco = DetectProtocol.from_name("voc"), DetectProtocol.from_name("coco")
     assert (voc.steps, voc.batch_size, voc.warmup_steps, voc.peak_lr(vit=False)) == (24000, 16, 100, 0.02)
     assert voc.short_sides == (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     assert coco.short_sides == (640, 672, 704, 736, 768, 800)
@@ -84,7 +90,7 @@ def test_protocols_have_their_sources_numbers() -> None:
     assert (small.peak_lr(vit=False), small.lr_at(40, vit=False)) == pytest.approx((0.005, 0.005))
     assert small.lr_at(300, vit=False) == pytest.approx(0.0005)
     with pytest.raises(UserError, match="did you mean 'coco'"):
-        DetectProtocol.named("cocoo")
+        DetectProtocol.from_name("cocoo")
 
 
 def test_regions_are_sampled_at_pixel_centres() -> None:
@@ -156,9 +162,9 @@ def test_pyramids_have_four_levels_and_a_pooled_one(
 @pytest.mark.parametrize(
     ("name", "arch", "sentence"),
     [
-        ("test_vit", "c4", "only for ResNets"),
+        ("test_vit", "c4", "supports ResNets only"),
         ("vit_tiny_patch14_dinov2", "fpn", "patches of 14 pixels"),
-        ("mixer_s32_224", "fpn", "cannot take pictures of any size"),
+        ("mixer_s32_224", "fpn", "does not take images of any size"),
     ],
 )
 def test_encoders_that_cannot_are_refused(name: str, arch: Any, sentence: str) -> None:
@@ -180,7 +186,9 @@ def test_batchnorm_is_measured_over_batches() -> None:
 
     detector = Norm()
     pictures = torch.randint(0, 256, (3, 2, 3, 5, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    _measure_batchnorm(detector, iter([[(image, {}) for image in batch] for batch in pictures]), torch.device("cpu"), 0)
+    _compute_batchnorm_statistics(
+        detector, iter([[(image, {}) for image in batch] for batch in pictures]), torch.device("cpu"), 0
+    )
     values = (pictures.double() / 255).transpose(1, 2).flatten(2)
     torch.testing.assert_close(detector.norm.running_mean.double(), values.mean(dim=2).mean(dim=0), atol=1e-6, rtol=0)
     torch.testing.assert_close(detector.norm.running_var.double(), values.var(dim=2).mean(dim=0), atol=1e-6, rtol=0)
@@ -193,7 +201,7 @@ def test_training_repeats_moves_everything_and_leaves_the_encoder_alone(rendered
     detectors = [train_detector(encoder, pair, QUICK, arch="c4", masks=True, workers=each) for each in (0, 1)]
     assert fingerprint(detectors[0]) == fingerprint(detectors[1])
     assert fingerprint(encoder.module) == before
-    find_objects(detectors[0], pair.test[:1], masks=True)
+    detect_objects(detectors[0], pair.test[:1], masks=True)
     assert torch.equal(torch.get_rng_state(), state)
     fresh = make_detector(encoder, 2, "c4", masks=True, **SHAPE).state_dict()
     moved = {name for name, tensor in detectors[0].state_dict().items() if not torch.equal(tensor, fresh[name])}
@@ -221,7 +229,7 @@ def test_vits_are_trained_as_vitdets(rendered: Callable[[str], Path]) -> None:
 
 def test_a_rate_too_high_is_said(rendered: Callable[[str], Path]) -> None:
     pair = open_annotated(rendered("coco"))
-    with pytest.raises(UserError, match="take a lower --lr"):
+    with pytest.raises(UserError, match="use a lower --lr"):
         train_detector(tiny_encoder(), pair, replace(QUICK, steps=12, base_lr=1e20), arch="c4")
 
 
@@ -236,11 +244,11 @@ def test_the_command_tabulates_and_records(
     with pytest.raises(SystemExit) as left:
         main([*command, "--json"])
     assert left.value.code == 0
-    judgement = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert [score["encoder"] for score in judgement["scores"]] == [str(run), "from scratch"]
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert [score["encoder"] for score in result["scores"]] == [str(run), "from scratch"]
     names = ["AP", "AP50", "AP75", "mask AP", "mask AP50", "mask AP75"]
-    assert all(list(score["measures"]) == names for score in judgement["scores"])
-    assert (judgement["protocol"]["arch"], judgement["protocol"]["short_sides"][-1]) == ("c4", 64)
+    assert all(list(score["measures"]) == names for score in result["scores"])
+    assert (result["protocol"]["arch"], result["protocol"]["short_sides"][-1]) == ("c4", 64)
     row = json.loads((run / "results.jsonl").read_text().splitlines()[-1])
     assert (row["measure"], row["evaluation"]) == ("box AP", "detect voc c4 masks, 2 steps of 2")
     monkeypatch.setattr(sys.modules["sslkit.cli.output"], "console", Console(width=80))

@@ -12,19 +12,20 @@ import pytest
 
 from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.errors import UserError
-from sslkit.evaluate.detection.annotated_image import Picture
+from sslkit.evaluate.detection.annotated_image import AnnotatedImage
 from sslkit.evaluate.detection.annotations import open_annotated
 from sslkit.evaluate.detection.average_precision import (
     MEASURES,
-    Found,
-    _evaluated,
-    _matched,
+    Detections,
+    _evaluate,
+    _matches,
     average_precision,
     decode_mask,
     encode_mask,
-    precision_of_draw,
+    resampled_precision,
 )
-from sslkit.evaluate.detection.detect import DetectProtocol, evaluate_detect
+from sslkit.evaluate.detection.detect import evaluate_detect
+from sslkit.evaluate.detection.detector_training import DetectProtocol
 
 WRONG = np.array([[0.0, 300.0, 100.0, 420.0], [500.0, 300.0, 600.0, 400.0]])
 
@@ -88,15 +89,15 @@ def test_bad_folders_get_one_sentence(rendered: Callable[[str], Path], tmp_path:
         open_annotated(tmp_path / "none")
     with pytest.raises(UserError, match="in neither format"):
         open_annotated(tmp_path)
-    with pytest.raises(UserError, match="has no 'vall'; did you mean 'val'"):
+    with pytest.raises(UserError, match="has no split 'vall'; did you mean 'val'"):
         open_annotated(rendered("coco"), test_split="vall")
-    with pytest.raises(UserError, match="score on another split"):
+    with pytest.raises(UserError, match="name another split"):
         open_annotated(rendered("voc"), train_split="val")
     (tmp_path / "annotations").mkdir()
     for split in ("train", "val"):
         (tmp_path / "annotations" / f"instances_{split}.json").write_text('{"images": []}')
     with pytest.raises(
-        UserError, match=r"instances_train\.json: is not a readable COCO annotation \(it has no 'categories'\)"
+        UserError, match=r"instances_train\.json: is not a readable COCO annotation \(the file has no 'categories'\)"
     ):
         open_annotated(tmp_path)
     voc = tmp_path / "voc"
@@ -108,7 +109,7 @@ def test_bad_folders_get_one_sentence(rendered: Callable[[str], Path], tmp_path:
     with pytest.raises(UserError, match=r"0001\.xml: is not a readable VOC annotation \(no <size><height>\)"):
         open_annotated(voc)
     with pytest.raises(UserError, match="boxes only"):
-        evaluate_detect("test_resnet", rendered("voc"), DetectProtocol.named("voc"), masks=True)
+        evaluate_detect("test_resnet", rendered("voc"), DetectProtocol.from_name("voc"), masks=True)
 
 
 BOX = {"xmin": "1", "ymin": "1", "xmax": "4", "ymax": "4"}
@@ -120,10 +121,10 @@ BOX = {"xmin": "1", "ymin": "1", "xmax": "4", "ymax": "4"}
         ("5", {"xmax": "nan"}, r"a box of 0001 is \[0.0, 0.0, nan, 4.0\], not four finite numbers"),
         ("5", {"ymin": "-inf"}, "not four finite numbers"),
         ("5", {"xmin": "1e300"}, "not four finite numbers"),
-        ("5", {"xmin": "6"}, "a box of 0001.png ends before it begins"),
+        ("5", {"xmin": "6"}, "a box of 0001.png has a negative width or height"),
         ("inf", {}, "cannot convert float infinity to integer"),
         ("nan", {}, "cannot convert float NaN to integer"),
-        ("0", {}, "0001.png is said to be 0 x 5 pixels"),
+        ("0", {}, "the size of 0001.png is 0 x 5 pixels"),
     ],
 )
 def test_numbers_that_no_voc_picture_has(tmp_path: Path, size: str, box: dict[str, str], sentence: str) -> None:
@@ -140,7 +141,7 @@ def test_numbers_that_no_voc_picture_has(tmp_path: Path, size: str, box: dict[st
     with pytest.raises(UserError, match=rf"0001\.xml: is not a readable VOC annotation \(.*{sentence}"):
         open_annotated(tmp_path)
     (tmp_path / "ImageSets" / "Main" / "train.txt").write_bytes(b"caf\xe9\n")
-    with pytest.raises(UserError, match=r"train\.txt: is not a list that can be read"):
+    with pytest.raises(UserError, match=r"train\.txt: cannot be read as a list of images"):
         open_annotated(tmp_path)
 
 
@@ -150,11 +151,11 @@ def test_numbers_that_no_voc_picture_has(tmp_path: Path, size: str, box: dict[st
         ({}, {"bbox": [0, 0, float("nan"), 3]}, r"a box of 1\.png is \[0, 0, nan, 3\], not four finite numbers"),
         ({}, {"bbox": [0, 0, float("inf"), 3]}, "not four finite numbers"),
         ({}, {"bbox": [0, 0, 3, 3, 0, 0, 3, 3]}, "not four finite numbers"),
-        ({}, {"bbox": [0, 0, -3, 3]}, r"a box of 1\.png ends before it begins"),
-        ({}, {"area": float("nan")}, r"an area of 1\.png does not lie within 0 and 1e\+10 square pixels"),
-        ({}, {"area": -1}, r"an area of 1\.png does not lie within 0"),
-        ({"width": float("inf")}, {}, r"width of images\[0\] is Infinity, not a whole number"),
-        ({"height": -5}, {}, r"1\.png is said to be 5 x -5 pixels"),
+        ({}, {"bbox": [0, 0, -3, 3]}, r"a box of 1\.png has a negative width or height"),
+        ({}, {"area": float("nan")}, r"an area of 1\.png is not between 0 and 1e\+10 square pixels"),
+        ({}, {"area": -1}, r"an area of 1\.png is not between 0"),
+        ({"width": float("inf")}, {}, r"width of images\[0\] is Infinity, not an integer"),
+        ({"height": -5}, {}, r"the size of 1\.png is 5 x -5 pixels"),
     ],
 )
 def test_numbers_that_no_coco_picture_has(
@@ -172,22 +173,22 @@ def test_numbers_that_no_coco_picture_has(
         open_annotated(tmp_path)
 
 
-def picture_of(boxes: list[list[float]], ignored: list[bool] | None = None) -> Picture:
+def picture_of(boxes: list[list[float]], ignored: list[bool] | None = None) -> AnnotatedImage:
     placed = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     flags = np.array(ignored or [False] * len(boxes), dtype=bool)
     sizes = (placed[:, 2:] - placed[:, :2]).prod(axis=1)
     labels = np.ones(len(boxes), dtype=np.int64)
-    return Picture(Path("none"), 640, 480, placed, labels, flags, np.zeros(len(boxes), dtype=bool), sizes)
+    return AnnotatedImage(Path("none"), 640, 480, placed, labels, flags, np.zeros(len(boxes), dtype=bool), sizes)
 
 
-def found_of(boxes: list[list[float]], scores: list[float]) -> Found:
-    return Found(np.array(boxes, dtype=np.float64), np.ones(len(boxes), dtype=np.int64), np.array(scores))
+def found_of(boxes: list[list[float]], scores: list[float]) -> Detections:
+    return Detections(np.array(boxes, dtype=np.float64), np.ones(len(boxes), dtype=np.int64), np.array(scores))
 
 
 def test_perfect_detections_have_a_precision_of_one(rendered: Callable[[str], Path]) -> None:
     pair = open_annotated(rendered("coco"))
     found = [
-        Found(picture.boxes, picture.labels, np.ones(len(picture.boxes)), [encode_mask(mask) for mask in masks])
+        Detections(picture.boxes, picture.labels, np.ones(len(picture.boxes)), [encode_mask(mask) for mask in masks])
         for picture in pair.test
         for masks in [[decode_mask(each, picture.height, picture.width) for each in picture.segments]]
     ]
@@ -216,7 +217,7 @@ def overlap_of(first: list[float], second: list[float]) -> float:
     return common / (sum(areas) - common)
 
 
-def precision_by_hand(truths: list[list[list[float]]], found: list[Found], threshold: float) -> float:
+def precision_by_hand(truths: list[list[list[float]]], found: list[Detections], threshold: float) -> float:
     """One class: greedy matches in order of score, then the mean over 101 recalls of the best precision from there."""
     ranked = sorted(
         (-score, number, box)
@@ -261,7 +262,7 @@ def test_a_difficult_object_is_neither_missed_nor_wrong() -> None:
         assert scored.intervals["AP"] == pytest.approx((1.0, 1.0))
 
 
-def guessed_scenes(count: int) -> tuple[list[Picture], list[Found]]:
+def guessed_scenes(count: int) -> tuple[list[AnnotatedImage], list[Detections]]:
     """Three classes, one in few pictures; some objects difficult, some missed, some guesses wrong."""
     rng, pictures, found = np.random.default_rng(1), [], []
     for number in range(count):
@@ -273,28 +274,28 @@ def guessed_scenes(count: int) -> tuple[list[Picture], list[Found]]:
         pictures.append(replace(picture, labels=labels))
         guesses = np.concatenate([boxes[:3] + rng.normal(0, 6, boxes[:3].shape), WRONG + rng.uniform(0, 50, (2, 4))])
         guessed = np.concatenate([labels[:3], rng.integers(1, 4, 2)])
-        found.append(Found(guesses, guessed, rng.random(len(guesses))))
+        found.append(Detections(guesses, guessed, rng.random(len(guesses))))
     return pictures, found
 
 
 def test_a_drawn_set_scores_as_pycocotools_scores_it() -> None:
     pictures, found = guessed_scenes(25)
     names = ["shirt", "boot", "bag"]
-    matched = _matched(_evaluated(pictures, found, names, "bbox"))
+    matched = _matches(_evaluate(pictures, found, names, "bbox"))
     rng = np.random.default_rng(2)
     for draw in [np.arange(25), *rng.integers(0, 25, (6, 25)), np.full(25, 3)]:
         drawn = average_precision_of_draw(pictures, found, names, draw)
-        ours = precision_of_draw(matched, np.bincount(draw, minlength=25))
+        ours = resampled_precision(matched, np.bincount(draw, minlength=25))
         assert (ours is None) == (draw == 3).all(), "no object in a set of picture 3 alone"
         if ours is not None:
             assert ours == pytest.approx(drawn, abs=1e-9)
 
 
 def average_precision_of_draw(
-    pictures: list[Picture], found: list[Found], names: list[str], draw: Any
+    pictures: list[AnnotatedImage], found: list[Detections], names: list[str], draw: Any
 ) -> tuple[float, ...]:
     """The drawn pictures really put together, the repeated ones too."""
-    scored = _evaluated([pictures[each] for each in draw], [found[each] for each in draw], names, "bbox")
+    scored = _evaluate([pictures[each] for each in draw], [found[each] for each in draw], names, "bbox")
     return tuple(scored.stats[:3])
 
 
@@ -314,4 +315,4 @@ def test_without_pycocotools_one_sentence_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
     with pytest.raises(UserError, match=r"pip install pycocotools"):
-        evaluate_detect("test_resnet", rendered("voc"), DetectProtocol.named("voc"))
+        evaluate_detect("test_resnet", rendered("voc"), DetectProtocol.from_name("voc"))

@@ -6,21 +6,23 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sslkit.evaluate.detection.annotated_image import Picture
-from sslkit.evaluate.detection.average_precision import Found, average_precision
+from sslkit.evaluate.detection.annotated_image import AnnotatedImage
+from sslkit.evaluate.detection.average_precision import Detections, average_precision
 
 Boxes = NDArray[np.float64]
 
 
-def picture_of(boxes: Boxes, ignored: list[bool], crowds: list[bool] | None = None) -> Picture:
+def picture_of(boxes: Boxes, ignored: list[bool], crowds: list[bool] | None = None) -> AnnotatedImage:
     placed = np.array(boxes, dtype=np.float64)
     crowded = np.array(crowds or [False] * len(boxes), dtype=bool)
     sizes = (placed[:, 2:] - placed[:, :2]).prod(axis=1)
-    return Picture(Path("x"), 640, 480, placed, np.ones(len(boxes), np.int64), np.array(ignored), crowded, sizes)
+    return AnnotatedImage(Path("x"), 640, 480, placed, np.ones(len(boxes), np.int64), np.array(ignored), crowded, sizes)
 
 
-def found_of(boxes: Boxes, scores: Boxes) -> Found:
-    return Found(np.array(boxes, dtype=np.float64), np.ones(len(boxes), np.int64), np.array(scores, dtype=np.float64))
+def found_of(boxes: Boxes, scores: Boxes) -> Detections:
+    return Detections(
+        np.array(boxes, dtype=np.float64), np.ones(len(boxes), np.int64), np.array(scores, dtype=np.float64)
+    )
 
 
 def overlap(first: Boxes, second: Boxes) -> float:
@@ -28,7 +30,7 @@ def overlap(first: Boxes, second: Boxes) -> float:
     return float(common / (np.prod(first[2:] - first[:2]) + np.prod(second[2:] - second[:2]) - common))
 
 
-def voc_precision(pictures: list[Picture], found: list[Found], threshold: float) -> float:
+def voc_precision(pictures: list[AnnotatedImage], found: list[Detections], threshold: float) -> float:
     """VOCevaldet.m for one class, but over 101 recalls: each detection against the object it overlaps most."""
     ranked = sorted((-score, number, row) for number, each in enumerate(found) for row, score in enumerate(each.scores))
     taken: set[tuple[int, int]] = set()

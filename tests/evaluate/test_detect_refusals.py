@@ -11,7 +11,7 @@ import pytest
 from conftest import cli_error
 from PIL import Image
 
-from sslkit.evaluate.detection.annotated_image import Picture
+from sslkit.evaluate.detection.annotated_image import AnnotatedImage
 from sslkit.evaluate.detection.annotations import open_annotated
 from sslkit.evaluate.detection.average_precision import decode_mask, encode_mask
 from sslkit.evaluate.detection.masks import check_masks
@@ -52,9 +52,9 @@ def test_a_test_split_without_an_object_that_counts(coco: Path, voc: Path) -> No
         for file in (voc / "Annotations").glob(f"{split}*.xml"):
             file.write_text(file.read_text().replace("<difficult>0", "<difficult>1"))
         edit(coco, split, lambda content: [row.update(iscrowd=1) for row in content["annotations"]])
-    sentence = "split 'val' has no object that a score counts, one with an area, neither difficult nor a crowd"
+    sentence = "split 'val' has no object to score; all are difficult, crowds or have no area"
     assert refusal(voc).endswith(sentence)  # not train: difficult objects are learned from
-    assert refusal(coco).endswith("split 'train' has nothing to learn from, no object with a box but crowds")
+    assert refusal(coco).endswith("split 'train' has no object to train on; all are crowds or have no area")
     edit(coco, "train", lambda content: content["annotations"][0].update(iscrowd=0))
     assert refusal(coco).endswith(sentence)
 
@@ -63,8 +63,8 @@ def test_a_test_split_without_an_object_that_counts(coco: Path, voc: Path) -> No
 @pytest.mark.parametrize(
     ("segment", "fault"),
     [
-        *((each, "has a polygon that is not 6 or more numbers") for each in ([[1, 2]], [SQUARE[:4]], [SQUARE[:7]])),
-        *((each, "has a polygon that is not 6 or more numbers") for each in (SQUARE, [SQUARE, []], [[True] * 6])),
+        *((each, "has a polygon that is not a list of 6 or more") for each in ([[1, 2]], [SQUARE[:4]], [SQUARE[:7]])),
+        *((each, "has a polygon that is not a list of 6 or more") for each in (SQUARE, [SQUARE, []], [[True] * 6])),
         ([[float("nan"), *SQUARE[1:]]], "has a polygon"),
         ([[*SQUARE[:7], float("nan")]], "has a polygon"),
         ([[1e300, *SQUARE[1:]]], "of at most 1e6 pixels"),
@@ -72,10 +72,10 @@ def test_a_test_split_without_an_object_that_counts(coco: Path, voc: Path) -> No
         ("abc", "is neither a list of polygons nor run lengths with size and counts"),
         (7, "is neither a list of polygons"),
         ({"size": [64, 80]}, "is neither a list of polygons"),
-        ({"size": [80, 64], "counts": [5120]}, "is for another size than its picture's, which is [64, 80]"),
-        ({"size": [64, 80], "counts": [20, 5101]}, "do not add up to its picture's 5120 pixels"),
+        ({"size": [80, 64], "counts": [5120]}, "has another size than its image, which is [64, 80]"),
+        ({"size": [64, 80], "counts": [20, 5101]}, "do not add up to the 5120 pixels of its image"),
         ({"size": [64, 80], "counts": [5121, -1]}, "do not add up"),
-        ({"size": [64, 80], "counts": []}, "has counts that are neither a list of whole numbers nor COCO's"),
+        ({"size": [64, 80], "counts": []}, "has counts that are neither a list of integers nor COCO's"),
         ({"size": [64, 80], "counts": [20.5, 5099.5]}, "has counts"),
         ({"size": [64, 80], "counts": None}, "has counts"),
         ({"size": [64, 80], "counts": "0"}, "do not add up"),
@@ -89,7 +89,7 @@ def test_broken_segmentations(coco: Path, split: str, segment: Any, fault: str) 
     edit(coco, split, lambda content: content["annotations"][-1].update(segmentation=segment))
     said = refusal(coco, "--masks")
     assert fault in said
-    assert f"/{split}/" in said, "which picture"
+    assert f"/{split}/" in said, "which image"
     assert "no_such_model" in refusal(coco), "who learns boxes only needs no masks"
 
 
@@ -103,7 +103,7 @@ def test_compressed_masks_are_believed_where_pycocotools_reads_them() -> None:
         encoded = encode_mask(mask)
         segment = {"size": list(mask.shape), "counts": encoded["counts"].decode()}
         one = (np.array([[0.0, 0.0, 1.0, 1.0]]), np.ones(1, np.int64), np.zeros(1, bool), np.zeros(1, bool), np.ones(1))
-        check_masks([Picture(Path("x"), mask.shape[1], mask.shape[0], *one, (segment,))])
+        check_masks([AnnotatedImage(Path("x"), mask.shape[1], mask.shape[0], *one, (segment,))])
         np.testing.assert_array_equal(decode_mask(segment, *mask.shape), mask)
 
 
@@ -114,10 +114,10 @@ def test_missing_pictures_are_counted(coco: Path, split: str) -> None:
     lost[1].unlink()
     lost[1].symlink_to(coco / "nowhere.png")
     total = {"train": 24, "val": 6}[split]
-    sentence = f"2 of the {total} pictures it lists cannot be found in {coco / split}, for one {lost[0].name}; add"
+    sentence = f"2 of its {total} images are not in {coco / split}, such as {lost[0].name}; add"
     assert sentence in refusal(coco)
     shutil.rmtree(coco / split)
-    assert f"its picture {lost[0].name} is in none of {coco / split}, " in refusal(coco)
+    assert f"its image {lost[0].name} is in none of {coco / split}, " in refusal(coco)
 
 
 def test_pictures_in_folders_of_folders_are_found(coco: Path) -> None:
@@ -138,14 +138,14 @@ def test_sizes_are_judged_by_headers(coco: Path, split: str, suffix: str, monkey
     file = coco / split / f"turned{suffix}"
     edit(coco, split, lambda content: content["images"][1].update(file_name=file.name))
     turn(file, 80, 64)
-    cause = "probably made without its EXIF rotation: annotate it upright, or take the tag away"
-    assert refusal(coco).endswith(f"{file}: is 64 x 80 pixels, but its annotation says 80 x 64, {cause}")
+    cause = "the annotation probably ignores its EXIF rotation: annotate the rotated image or remove the tag"
+    assert refusal(coco).endswith(f"{file}: is 64 x 80 pixels, but its annotation says 80 x 64; {cause}")
     Image.new("RGB", (64, 80)).save(file)
     assert refusal(coco).endswith(f"{file}: is 64 x 80 pixels, but its annotation says 80 x 64")
     file.write_bytes(file.read_bytes()[:40])
     assert f"cannot read {file} as an image" in refusal(coco)
     turn(file, 64, 80)
-    monkeypatch.setattr(Picture, "pixels", lambda self: pytest.fail("decoded"))
+    monkeypatch.setattr(AnnotatedImage, "pixels", lambda self: pytest.fail("decoded"))
     assert "no_such_model" in refusal(coco), "upright it has its size, and nothing was decoded to know that"
 
 
@@ -195,10 +195,10 @@ def test_fields_of_a_wrong_type(coco: Path, table: str, fields: Content, fault: 
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        ([], "it holds no object with images, annotations and categories"),
-        ({"categories": []}, "it has no 'images'"),
-        ({"categories": [], "images": 5}, "its images are 5, not a list"),
-        ({"categories": [], "images": [None]}, "images[0] is null, not an object with named fields"),
+        ([], "the file is not an object with images, annotations and categories"),
+        ({"categories": []}, "the file has no 'images'"),
+        ({"categories": [], "images": 5}, "images is 5, not a list"),
+        ({"categories": [], "images": [None]}, "images[0] is null, not an object"),
         ({"categories": [], "images": [{"id": 1}], "annotations": []}, "images[0] has no 'file_name'"),
         ({"categories": [], "images": [], "annotations": []}, "it lists no images"),
     ],
@@ -216,14 +216,14 @@ def test_categories_that_only_one_split_lists(coco: Path) -> None:
     assert pair.classes == [*classes, "zebra"], "what is learned from says what there is to find"
     assert {pair.classes[label - 1] for picture in pair.test for label in picture.labels} == set(classes)
     edit(coco, "val", lambda content: content["annotations"][0].update(category_id=70))
-    assert refusal(coco).endswith("val has objects of category 'a thing', which train does not list")
+    assert refusal(coco).endswith("val: has objects of category 'a thing', which train does not list")
 
 
 @pytest.mark.parametrize(
     ("category", "fault"),
     [
-        ({"name": "gown"}, "val has category 1 as 'gown', train as {name!r}; name it alike"),
-        ({"id": 90}, "val has category {name!r} as 90, train as 1; number it alike"),
+        ({"name": "gown"}, "val: category 1 is 'gown', but {name!r} in train; use one name"),
+        ({"id": 90}, "val: category {name!r} has id 90, but 1 in train; use one id"),
     ],
 )
 def test_categories_that_contradict(coco: Path, category: Content, fault: str) -> None:

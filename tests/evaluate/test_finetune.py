@@ -19,11 +19,11 @@ import sslkit
 from sslkit.data.sources.image_source import DataConfig, ImageSource, open_source
 from sslkit.engine.projector import first_projector_layers
 from sslkit.errors import UserError
-from sslkit.evaluate.features.extraction import Encoder, fingerprint
+from sslkit.evaluate.features.encoder import Encoder, fingerprint
 from sslkit.evaluate.probes.finetune import (
     FinetuneProtocol,
     _make_optimizer,
-    _set_rates,
+    _set_lr,
     _training_transform,
     classify,
     finetune,
@@ -51,22 +51,22 @@ def two_classes() -> tuple[ImageSource, torch.Tensor]:
 
 
 def test_protocols_have_their_sources_numbers() -> None:
-    deit = FinetuneProtocol.named("deit")
+    deit = FinetuneProtocol.from_name("deit")
     assert (deit.peak_lr(1024), deit.weight_decay, deit.warmup_epochs) == (pytest.approx(1e-3), 0.05, 5)
     assert (deit.mixup, deit.cutmix, deit.smoothing, deit.erase, deit.drop_path) == (0.8, 1.0, 0.1, 0.25, 0.1)
-    transfer = FinetuneProtocol.named("moco_v3")
+    transfer = FinetuneProtocol.from_name("moco_v3")
     assert (transfer.auto_augment, transfer.smallest_crop, transfer.peak_lr(1024)) == ("", 0.05, pytest.approx(6e-4))
     assert (transfer.epochs, transfer.weight_decay, transfer.warmup_epochs, transfer.erase) == (100, 0.1, 3, 0.0)
-    simclr = FinetuneProtocol.named("simclr", 0.01)
+    simclr = FinetuneProtocol.from_name("simclr", 0.01)
     assert simclr.peak_lr(1024) == pytest.approx(0.005 * math.sqrt(1024))
     assert (simclr.epochs, simclr.weight_decay, simclr.optimizer) == (60, 0.0, "lars")
     assert (simclr.head_std, simclr.adapt_head) == (0.0, False)
     for labelled, trunk, head in ((0.1, 0.01, 0.2), (0.01, 0.02, 5.0), (1.0, 0.01, 0.2)):
-        swav = FinetuneProtocol.named("swav", labelled)
+        swav = FinetuneProtocol.from_name("swav", labelled)
         assert (swav.epochs, swav.batch_size, swav.base_lr) == (20, 256, trunk)
         assert swav.base_lr * swav.head_lr == pytest.approx(head)
     with pytest.raises(UserError, match="did you mean 'simclr'"):
-        FinetuneProtocol.named("simclrr")
+        FinetuneProtocol.from_name("simclrr")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_layer_decay_and_the_heads_rate() -> None:
 
 def test_positions_and_tokens_of_a_vit_do_not_decay() -> None:
     model, head = make_classifier(encoder_of("test_vit", img_size=32), 5)
-    groups = _make_optimizer(model, head, FinetuneProtocol.named("deit"), 1.0).param_groups
+    groups = _make_optimizer(model, head, FinetuneProtocol.from_name("deit"), 1.0).param_groups
     decay_of = {param: group["weight_decay"] for group in groups for param in group["params"]}
     assert decay_of[model.pos_embed] == decay_of[model.cls_token] == 0.0
     assert decay_of[model.blocks[0].mlp.fc1.weight] == 0.05
@@ -109,7 +109,7 @@ def test_positions_and_tokens_of_a_vit_do_not_decay() -> None:
 def test_simclrs_classifier_moves_by_its_own_gradient() -> None:
     """Its LARS leaves ``head_supervised`` alone: the step is rate times gradient, whatever the weights' norm is."""
     model, head = make_classifier(encoder_of("test_resnet"), 3)
-    optimizer = _make_optimizer(model, head, FinetuneProtocol.named("simclr"), 0.1)
+    optimizer = _make_optimizer(model, head, FinetuneProtocol.from_name("simclr"), 0.1)
     for param in model.parameters():
         param.grad = torch.full_like(param, 0.5)
     body = model.layer1[0].conv1.weight
@@ -121,7 +121,7 @@ def test_simclrs_classifier_moves_by_its_own_gradient() -> None:
 
 
 def test_deits_rate_is_timms() -> None:
-    protocol = replace(FinetuneProtocol.named("deit"), epochs=20)
+    protocol = replace(FinetuneProtocol.from_name("deit"), epochs=20)
     peak = protocol.peak_lr(1024)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
     optimizer.param_groups[0]["scale"] = 1.0
@@ -133,13 +133,13 @@ def test_deits_rate_is_timms() -> None:
         warmup_lr_init=1e-6,
     )
     for epoch in range(20):
-        _set_rates(optimizer, protocol, epoch + 0.7, 1024)
+        _set_lr(optimizer, protocol, epoch + 0.7, 1024)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(theirs._get_lr(epoch)[0], rel=1e-9)
 
 
 def test_randaugment_survives_its_strongest_posterize() -> None:
     """timm asks for no bits at all in some 0.15 % of images, which Pillow 13 refuses."""
-    transform = _training_transform(encoder_of("test_resnet"), FinetuneProtocol.named("deit"))
+    transform = _training_transform(encoder_of("test_resnet"), FinetuneProtocol.from_name("deit"))
     [augment] = [part for part in transform.transforms if hasattr(part, "ops")]
     operation = next(each for each in augment.ops if each.name.startswith("Posterize"))
     operation.prob, operation.magnitude, operation.magnitude_std = 1.0, 10, 0.0
@@ -153,7 +153,7 @@ def test_randaugment_survives_its_strongest_posterize() -> None:
 def test_a_batch_that_is_odd(two_classes: tuple[ImageSource, torch.Tensor], batch_size: int) -> None:
     """Images are mixed in pairs."""
     source, labels = two_classes
-    protocol = replace(FinetuneProtocol.named("deit"), epochs=1, batch_size=batch_size)
+    protocol = replace(FinetuneProtocol.from_name("deit"), epochs=1, batch_size=batch_size)
     chosen = source.subset(np.arange(20))
     if batch_size == 1:
         with pytest.raises(UserError, match="--batch-size 2"):
@@ -180,16 +180,16 @@ def test_it_learns_repeats_and_leaves_the_encoder_alone(two_classes: tuple[Image
 def test_every_protocol_runs(two_classes: tuple[ImageSource, torch.Tensor], name: str) -> None:
     source, labels = two_classes
     said: list[str] = []
-    protocol = replace(FinetuneProtocol.named(name), epochs=1, batch_size=16)
+    protocol = replace(FinetuneProtocol.from_name(name), epochs=1, batch_size=16)
     encoder = encoder_of("test_resnet")
-    model = finetune(encoder, source.subset(np.arange(33)), labels[:33], 2, protocol, say=said.append)
+    model = finetune(encoder, source.subset(np.arange(33)), labels[:33], 2, protocol, log_message=said.append)
     assert said[0].startswith("epoch 1/1: loss ")
     assert fingerprint(model) != fingerprint(make_classifier(encoder, 2)[0])
 
 
 def test_a_rate_too_high_is_said_before_the_weights_are_lost(two_classes: tuple[ImageSource, torch.Tensor]) -> None:
     source, labels = two_classes
-    with pytest.raises(UserError, match="take a lower --lr"):
+    with pytest.raises(UserError, match="use a lower --lr"):
         finetune(encoder_of("test_vit", img_size=32), source, labels, 2, replace(QUICK, base_lr=1e30))
 
 
@@ -223,11 +223,11 @@ def test_simclr_v2_keeps_the_first_layer_of_its_head(simclr_run: Path) -> None:
 
 def test_judged_beside_the_same_training_from_scratch(simclr_run: Path, class_folders: Path) -> None:
     data = DataConfig(path=str(class_folders))
-    judgement = evaluate_finetune(
+    result = evaluate_finetune(
         str(simclr_run), data, replace(QUICK, epochs=1), labels="1-shot", neck=first_projector_layers(simclr_run, 1)
     )
-    assert [score.encoder for score in judgement.scores] == [str(simclr_run), "from scratch"]
-    assert "1-shot" in judgement.evaluation
-    assert judgement.protocol["labelled_images"] == len(set(open_source(data).labels()))
-    assert judgement.protocol["neck"] is True
-    assert json.dumps(judgement.protocol)
+    assert [score.encoder for score in result.scores] == [str(simclr_run), "from scratch"]
+    assert "1-shot" in result.evaluation
+    assert result.protocol["labelled_images"] == len(set(open_source(data).labels()))
+    assert result.protocol["neck"] is True
+    assert json.dumps(result.protocol)

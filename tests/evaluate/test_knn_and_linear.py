@@ -17,10 +17,11 @@ from sslkit.cli import main
 from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.errors import UserError
 from sslkit.evaluate import KnnProtocol, LinearProtocol, knn_accuracy, linear_accuracy
-from sslkit.evaluate.features.extraction import extract_features, fingerprint, raw_pixel_side, raw_pixels
+from sslkit.evaluate.features import compared_encoders
+from sslkit.evaluate.features.encoder import fingerprint
+from sslkit.evaluate.features.extraction import extract_features, raw_pixel_side, raw_pixels
 from sslkit.evaluate.probes import knn as knn_module
-from sslkit.evaluate.probes import scoring as judge
-from sslkit.evaluate.probes.knn import largest, nearest, predict, predict_all
+from sslkit.evaluate.probes.knn import largest, nearest, predict
 from sslkit.evaluate.probes.linear import C_GRID, fit_logistic
 
 
@@ -41,20 +42,20 @@ def test_the_size_of_features_changes_no_neighbour(scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
     bank, queries = (torch.randn(count, 16, generator=generator) for count in (300, 40))
     labels = torch.randint(0, 5, (300,), generator=generator)
-    [plain] = predict_all(queries, bank, labels, 5, [KnnProtocol(5)])
-    [scaled] = predict_all(queries * scale, bank * scale, labels, 5, [KnnProtocol(5)])
+    [plain] = predict(queries, bank, labels, 5, [KnnProtocol(5)])
+    [scaled] = predict(queries * scale, bank * scale, labels, 5, [KnnProtocol(5)])
     assert torch.equal(plain, scaled)
 
 
 def test_features_too_large_for_a_papers_rate_are_said() -> None:
     features, labels = torch.randn(64, 8) * 1e20, torch.arange(64) % 2
     with pytest.raises(UserError, match=r"not finite after epoch .*logistic"):
-        linear_accuracy(features, labels, features, labels, LinearProtocol.named("moco_v1", is_vit=False))
+        linear_accuracy(features, labels, features, labels, LinearProtocol.from_name("moco_v1", is_vit=False))
 
 
 def test_golden_predictions() -> None:
     bank, labels, queries = wave(40, 0.21, 0.5), torch.arange(40) % 4, wave(8, 0.1, 0.3)
-    predicted = predict(queries, bank, labels, 4, KnnProtocol(k=10, temperature=0.07))
+    predicted = predict(queries, bank, labels, 4, [KnnProtocol(k=10, temperature=0.07)])[0]
     assert predicted.tolist() == [3, 2, 2, 1, 3, 2, 2, 3]
 
 
@@ -100,7 +101,7 @@ def test_votes_are_counted_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) ->
     predicted = knn_module._vote(similarity, neighbours, 21_000, KnnProtocol(20))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB; at once it were 656 250
     assert torch.equal(predicted, neighbours[:, 0])
-    monkeypatch.setattr(knn_module, "VOTES_AT_ONCE", 1)
+    monkeypatch.setattr(knn_module, "MAX_VOTE_ELEMENTS", 1)
     assert torch.equal(knn_module._vote(similarity[:50], neighbours[:50], 21_000, KnnProtocol(20)), predicted[:50])
 
 
@@ -112,19 +113,19 @@ def test_one_neighbour_on_the_bank_itself_is_perfect_and_small_temperatures_are_
 
 def test_several_protocols_at_once_are_each_alone() -> None:
     (bank, labels), (queries, _) = blobs(300, 0), blobs(60, 1)
-    protocols = [KnnProtocol(5), KnnProtocol(200, 0.5), KnnProtocol(20, centre=True), *KnnProtocol.named("dino")]
-    together = predict_all(queries, bank, labels, 5, protocols)
+    protocols = [KnnProtocol(5), KnnProtocol(200, 0.5), KnnProtocol(20, centre=True), *KnnProtocol.from_name("dino")]
+    together = predict(queries, bank, labels, 5, protocols)
     for protocol, predicted in zip(protocols, together, strict=True):
-        assert torch.equal(predicted, predict(queries, bank, labels, 5, protocol))
-    assert [protocol.k for protocol in KnnProtocol.named("instdisc")] == [200]
+        assert torch.equal(predicted, predict(queries, bank, labels, 5, [protocol])[0])
+    assert [protocol.k for protocol in KnnProtocol.from_name("instdisc")] == [200]
     with pytest.raises(UserError, match="did you mean 'dino'"):
-        KnnProtocol.named("dinov")
+        KnnProtocol.from_name("dinov")
 
 
 @pytest.mark.parametrize("k", [0, 201, -3])
 def test_impossible_numbers_of_neighbours(k: int) -> None:
     bank, labels = blobs(200, 0)
-    with pytest.raises(UserError, match=f"k = {k} neighbours of a bank of 200"):
+    with pytest.raises(UserError, match=f"k = {k}, but the bank has 200 images"):
         knn_accuracy(bank, labels, bank, labels, KnnProtocol(k=k))
 
 
@@ -151,21 +152,21 @@ def test_the_penalty_is_the_one_whose_held_out_log_loss_is_lowest() -> None:
 @pytest.mark.parametrize("name", ["logistic", "moco_v1", "moco_v3", "simclr"])
 def test_protocols_learn_what_can_be_learned(name: str) -> None:
     (train, labels), (test, truth) = blobs(400, 0, spread=0.3), blobs(100, 1, spread=0.3)
-    protocol = LinearProtocol.named(name, is_vit=True)
+    protocol = LinearProtocol.from_name(name, is_vit=True)
     assert linear_accuracy(train, labels, test, truth, protocol).accuracy > 0.95
 
 
 def test_protocols_have_the_papers_numbers() -> None:
-    v1 = LinearProtocol.named("moco_v1", is_vit=False)
+    v1 = LinearProtocol.from_name("moco_v1", is_vit=False)
     assert (v1.lr, v1.epochs, v1.batch_size, v1.decay) == (30.0, 100, 256, "steps")
-    assert LinearProtocol.named("moco_v3", is_vit=False).lr == pytest.approx(0.4)
-    assert LinearProtocol.named("moco_v3", is_vit=True).lr == pytest.approx(12.0)
-    simclr, dino = (LinearProtocol.named(name, is_vit=True) for name in ("simclr", "dino"))
+    assert LinearProtocol.from_name("moco_v3", is_vit=False).lr == pytest.approx(0.4)
+    assert LinearProtocol.from_name("moco_v3", is_vit=True).lr == pytest.approx(12.0)
+    simclr, dino = (LinearProtocol.from_name(name, is_vit=True) for name in ("simclr", "dino"))
     assert (simclr.lr, simclr.weight_decay, simclr.epochs, simclr.nesterov) == (pytest.approx(1.6), 1e-6, 90, True)
     assert (simclr.batch_size, simclr.init_std, simclr.decay) == (4096, 0.0, "cosine")
     assert (dino.lr, dino.weight_decay, dino.epochs, dino.decay) == (pytest.approx(0.004), 0.0, 100, "cosine")
     with pytest.raises(UserError, match="did you mean 'moco_v1'"):
-        LinearProtocol.named("mocov1", is_vit=False)
+        LinearProtocol.from_name("mocov1", is_vit=False)
 
 
 def test_extraction_leaves_the_encoder_as_it_was() -> None:
@@ -205,8 +206,8 @@ def test_a_k_that_the_bank_has_not_is_refused_before_features(
     for number in range(10):
         (tmp_path / f"class{number % 2}").mkdir(exist_ok=True)
         Image.fromarray(np.full((8, 8, 3), 25 * number, np.uint8)).save(tmp_path / f"class{number % 2}/{number}.png")
-    monkeypatch.setattr(judge, "load_encoder", lambda name: pytest.fail("the encoder was loaded"))
+    monkeypatch.setattr(compared_encoders, "load_encoder", lambda name: pytest.fail("the encoder was loaded"))
     with pytest.raises(SystemExit) as ended:
         main(["eval", "knn", "resnet18", "--data", str(tmp_path), *words])
     assert ended.value.code == 2
-    assert "neighbours of a bank of 8 images; give --k from 1 to 8" in capsys.readouterr().err
+    assert "but the bank has 8 images; use --k 1 to 8" in capsys.readouterr().err

@@ -28,7 +28,7 @@ RATES = {
 
 
 def short(name: str) -> LinearProtocol:
-    full = LinearProtocol.named(name, is_vit=False)
+    full = LinearProtocol.from_name(name, is_vit=False)
     return LinearProtocol(**{**vars(full), "epochs": EPOCHS, "batch_size": BATCH})
 
 
@@ -71,16 +71,16 @@ def test_which_classifier_is_scored(name: str) -> None:
     score = linear_accuracy(of_epoch, labels, features, labels, protocol)
     if name in ("simclr", "byol"):
         assert score.accuracy < 0.5
-        assert score.chosen == "after the last of 6 epochs, as the paper reports"
+        assert score.chosen == "last of 6 epochs, as in the paper"
         assert protocol.selection == "none, the last epoch"
     else:
         assert score.accuracy > 0.9
-        assert score.chosen.startswith("best of 6 epochs, at ")
+        assert score.chosen.startswith("best of 6 epochs: ")
         assert protocol.selection == "the best epoch, by the test images"
 
 
 def test_byol_and_swav_have_the_codes_numbers() -> None:
-    byol, swav = (LinearProtocol.named(name, is_vit=False) for name in ("byol", "swav"))
+    byol, swav = (LinearProtocol.from_name(name, is_vit=False) for name in ("byol", "swav"))
     assert (byol.epochs, byol.lr, byol.batch_size, byol.nesterov) == (80, pytest.approx(0.2 * 16), 4096, True)
     assert (byol.weight_decay, byol.decay, byol.init_std) == (0.0, "cosine", -1.0)
     assert (swav.epochs, swav.lr, swav.batch_size, swav.nesterov) == (100, 0.3, 256, False)
@@ -89,8 +89,8 @@ def test_byol_and_swav_have_the_codes_numbers() -> None:
 
 def test_the_first_weights_of_byols_classifier() -> None:
     """Haiku's Linear: a normal of 1 / sqrt(fan in), drawn again beyond two deviations: 0.8796 of its spread."""
-    protocol = LinearProtocol.named("byol", is_vit=False)
-    classifier = linear._first_classifier(400, 300, protocol, torch.Generator().manual_seed(0))
+    protocol = LinearProtocol.from_name("byol", is_vit=False)
+    classifier = linear._initial_classifier(400, 300, protocol, torch.Generator().manual_seed(0))
     assert classifier.weight.abs().max().item() <= 2 / 20
     assert classifier.weight.std().item() == pytest.approx(0.87962566 / 20, rel=0.01)
     assert not classifier.bias.any()
@@ -106,6 +106,6 @@ def test_the_other_protocols_keep_their_hash() -> None:
     """Scores that lie in results.jsonl stay comparable; SimCLR's probe is another one now, and has another hash."""
     before = ("name", "epochs", "batch_size", "lr", "decay", "seed", "weight_decay", "nesterov", "init_std")
     for name in ("logistic", *PAPERS):
-        named = LinearProtocol.named(name, is_vit=False)
+        named = LinearProtocol.from_name(name, is_vit=False)
         old = protocol_hash({key: getattr(named, key) for key in before})
         assert (protocol_hash(named.settings()) == old) == (name not in ("simclr", "byol"))

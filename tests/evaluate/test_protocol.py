@@ -14,11 +14,13 @@ from scipy.stats import binom
 from test_cli import run
 
 import sslkit
+from sslkit.data.sources.image_identity import images_digest
 from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.errors import UserError
 from sslkit.evaluate import (
     FinetuneProtocol,
     KnnProtocol,
+    TransferOptions,
     evaluate_finetune,
     evaluate_knn,
     evaluate_linear,
@@ -26,13 +28,13 @@ from sslkit.evaluate import (
 )
 from sslkit.evaluate.compare_scores import comparable
 from sslkit.evaluate.detection.annotations import open_annotated
-from sslkit.evaluate.features.image_identity import images_digest
-from sslkit.evaluate.features.readouts import Reading
+from sslkit.evaluate.evaluation_result import bootstrap_interval
+from sslkit.evaluate.features.readouts import Readout
 from sslkit.evaluate.label_subsets import choose_subset
 from sslkit.evaluate.labelled_data import open_pair
 from sslkit.evaluate.probes.scoring import evaluate_sweep
 from sslkit.evaluate.probes.sweep import SweepProtocol
-from sslkit.evaluate.protocol import bootstrap_interval, pictures_settings, protocol_hash
+from sslkit.evaluate.protocol import protocol_hash
 from sslkit.files.jsonl_writer import read_lines
 
 
@@ -43,6 +45,9 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         model = timm.create_model("test_resnet", num_classes=0)
         timm.models.save_for_hf(model, folder, safe_serialization=True)
     return folders
+
+
+ALONE = TransferOptions(scratch=False)
 
 
 def test_the_interval_is_the_bootstraps() -> None:
@@ -89,7 +94,7 @@ def test_copies_of_encoder_and_data_have_one_hash(encoders: list[str], class_fol
         lambda model, data: evaluate_knn(model, data, KnnProtocol(k=3)),
         lambda model, data: evaluate_linear(model, data),
         lambda model, data: evaluate_sweep(model, data, SweepProtocol(epochs=1)),
-        lambda model, data: evaluate_finetune(model, data, quick, labels="1-shot", scratch=False),
+        lambda model, data: evaluate_finetune(model, data, quick, labels="1-shot", options=ALONE),
     ):
         first, second = judge(encoders[0], data[0]), judge(str(twin), data[1])
         assert first.protocol_hash == second.protocol_hash
@@ -126,7 +131,7 @@ def test_the_crop_is_the_encoders_own(encoders: list[str], class_folders: Path, 
     own = load_encoder(encoders[0]).preprocessing
     first = evaluate_knn(encoders[0], DataConfig(path=str(class_folders)), KnnProtocol(k=3))
     assert {name: first.protocol[name] for name in own} == own
-    asked, other = (hash_of(encoders[0], class_folders, reading=Reading(crop_pct=each)) for each in (0.95, 0.8))
+    asked, other = (hash_of(encoders[0], class_folders, readout=Readout(crop_pct=each)) for each in (0.95, 0.8))
     assert asked == first.protocol_hash == hash_of(encoders[0], class_folders)
     assert other != asked
     for name, value in (("crop_pct", 0.5), ("mean", [0.1, 0.2, 0.3]), ("interpolation", "bicubic"), ("input_size", 64)):
@@ -135,7 +140,7 @@ def test_the_crop_is_the_encoders_own(encoders: list[str], class_folders: Path, 
         config["pretrained_cfg"][name] = [3, value, value] if name == "input_size" else value
         (changed / "config.json").write_text(json.dumps(config))
         assert hash_of(str(changed), class_folders) != asked, name
-    assert hash_of(encoders[0], class_folders, reading=Reading(layer=1)) != asked
+    assert hash_of(encoders[0], class_folders, readout=Readout(layer=1)) != asked
 
 
 def test_a_subset_is_which_images_not_which_words(encoders: list[str], class_folders: Path, tmp_path: Path) -> None:
@@ -150,7 +155,11 @@ def test_a_subset_is_which_images_not_which_words(encoders: list[str], class_fol
         (tmp_path / name).write_text("".join(f"{paths[row]}\n" for row in rows))
     hashes = [
         evaluate_finetune(
-            encoders[0], data, FinetuneProtocol("quick", 1, 8, 0.01, seed=seed), labels=words, scratch=False
+            encoders[0],
+            data,
+            FinetuneProtocol("quick", 1, 8, 0.01, seed=seed),
+            labels=words,
+            options=ALONE,
         ).protocol_hash
         for words, seed in (("1-shot", 3), (str(tmp_path / "same"), 3), (str(tmp_path / "others"), 3), ("1-shot", 4))
     ]
@@ -175,11 +184,11 @@ def test_annotated_pictures_are_known_wherever_they_lie(rendered: Callable[[str]
     for layout in ("voc", "coco"):
         folder = tmp_path / layout / "copy"
         shutil.copytree(rendered(layout), folder, copy_function=shutil.copyfile)
-        settings = [pictures_settings(open_annotated(place)) for place in (rendered(layout), folder)]
+        settings = [open_annotated(place).settings() for place in (rendered(layout), folder)]
         assert settings[0] == settings[1]
         picture = open_annotated(folder).test[0].file
         picture.write_bytes(picture.read_bytes()[:-1] + b"9")
-        moved = pictures_settings(open_annotated(folder))
+        moved = open_annotated(folder).settings()
         assert [name for name in moved if moved[name] != settings[0][name]] == ["test_digest"]
 
 
@@ -200,8 +209,7 @@ def test_only_the_same_protocol_is_compared() -> None:
             {"x": [here], "y": [row("c", 0.1, k=7, test_digest="7"), there, row("d", 0.2, k=5, test_digest="7")]}
         )
     assert str(refused.value).endswith(
-        "nothing to compare: not the same images have labels; mean: (0.5,) (x), not recorded (y); "
-        "the test images are not the same"
+        "in common: the labelled images differ; mean: (0.5,) (x), not recorded (y); the test images differ"
     )
     with pytest.raises(UserError, match="y has no scores of linear"):
         comparable({"x": [{**old, "evaluation": "linear"}], "y": [other]}, "linear")
@@ -228,4 +236,4 @@ def test_compare_on_the_command_line(
     assert "k: 3 (" in err
     code, _, err = run(capsys, "eval", "compare", str(files[0]), str(tmp_path))
     assert code == 2
-    assert "neither a run folder nor a file that --json wrote" in err
+    assert "neither a run folder nor a file with the output of eval --json" in err

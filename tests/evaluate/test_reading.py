@@ -10,9 +10,10 @@ import torch
 
 from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.errors import UserError
-from sslkit.evaluate.features import readouts as reading_module
-from sslkit.evaluate.features.extraction import Encoder, extract_features, features_key, fingerprint
-from sslkit.evaluate.features.readouts import Reader, Reading, read_features
+from sslkit.evaluate.features import readouts as readouts_module
+from sslkit.evaluate.features.encoder import Encoder, fingerprint
+from sslkit.evaluate.features.extraction import extract_features
+from sslkit.evaluate.features.readouts import Readout, ReadoutModule, extract_readouts, features_key
 from sslkit.evaluate.features.store import FeatureStore
 
 SETTINGS: dict[str, Any] = {
@@ -29,7 +30,7 @@ def encoder_of(name: str, **model_args: Any) -> Encoder:
 def read(encoder: Encoder, images: torch.Tensor, *words: str) -> torch.Tensor:
     encoder.module.eval()
     with torch.inference_mode():
-        return Reader(encoder, [Reading.named(word) for word in words])(images)
+        return ReadoutModule(encoder, [Readout.from_name(word) for word in words])(images)
 
 
 def test_dinos_features_are_normed_tokens() -> None:
@@ -61,7 +62,7 @@ def test_dinos_features_are_normed_tokens() -> None:
 )
 def test_together_as_alone(name: str, args: dict[str, Any], words: list[str]) -> None:
     encoder, images = encoder_of(name, **args), torch.randn(3, 3, 32, 32)
-    together = Reader(encoder, [Reading.named(word) for word in words])
+    together = ReadoutModule(encoder, [Readout.from_name(word) for word in words])
     assert encoder.module.training
     encoder.module.eval()
     with torch.inference_mode():
@@ -86,34 +87,34 @@ def test_one_pass_fills_the_store_for_every_reading(
         passes.append(sum(images))
         return features
 
-    monkeypatch.setattr(reading_module, "extract_features", counted)
-    readings = [Reading(store=store), Reading(layer=-2, store=store), Reading(last_blocks=3, store=store)]
-    together = read_features(encoder, source, encoder.transform(), readings)
+    monkeypatch.setattr(readouts_module, "extract_features", counted)
+    readouts = [Readout(store=store), Readout(layer=-2, store=store), Readout(last_blocks=3, store=store)]
+    together = extract_readouts(encoder, source, encoder.transform(), readouts)
     assert passes == [len(source)], "every image went through the first layer once"
     assert fingerprint(encoder.module) == before
-    for reading, features in zip(readings, together, strict=True):
-        (alone,) = read_features(encoder, source, encoder.transform(), [reading])
+    for readout, features in zip(readouts, together, strict=True):
+        (alone,) = extract_readouts(encoder, source, encoder.transform(), [readout])
         assert torch.equal(alone, features)
-        assert (tmp_path / features_key(encoder, source, str(encoder.transform()), str(reading))).is_dir()
-    assert len(passes) == 1, "what the pass left is found by each reading alone"
-    (fresh,) = read_features(encoder, source, encoder.transform(), [Reading(layer=-2)])
+        assert (tmp_path / features_key(encoder, source, str(encoder.transform()), str(readout))).is_dir()
+    assert len(passes) == 1, "what the pass left is found by each readout alone"
+    (fresh,) = extract_readouts(encoder, source, encoder.transform(), [Readout(layer=-2)])
     torch.testing.assert_close(fresh, together[1], rtol=1e-6, atol=1e-6)
-    twice = read_features(encoder, source.subset(np.arange(3)), encoder.transform(), [Reading(), Reading()])
+    twice = extract_readouts(encoder, source.subset(np.arange(3)), encoder.transform(), [Readout(), Readout()])
     assert torch.equal(*twice)
-    with pytest.raises(ValueError, match="readings of one pass"):
-        read_features(encoder, source, encoder.transform(), [Reading(), Reading(crop_pct=0.5)])
+    with pytest.raises(ValueError, match="readouts of one pass"):
+        extract_readouts(encoder, source, encoder.transform(), [Readout(), Readout(crop_pct=0.5)])
 
 
 def test_what_cannot_be_read_is_said() -> None:
     vit, resnet = encoder_of("test_vit", img_size=32), encoder_of("test_resnet")
     assert read(resnet, torch.zeros(2, 3, 32, 32), "last2").shape == (2, 192 + 96)
     for encoder, word, sentence in (
-        (vit, "last99", "so that last 99 blocks cannot be read"),
-        (vit, "-99", "so that block -99 cannot be read"),
+        (vit, "last99", "so last 99 blocks cannot be read"),
+        (vit, "-99", "so block -99 cannot be read"),
         (resnet, "dino_vit_b", "test_resnet has no class token"),
-        (vit, "dino_vit", r"'dino_vit' is not out.*did you mean 'dino_vit"),
-        (vit, "last0", "'last0' is not out"),
-        (vit, "", "'' is not out"),
+        (vit, "dino_vit", r"unknown readout 'dino_vit'; must be out.*did you mean 'dino_vit"),
+        (vit, "last0", "unknown readout 'last0'; must be out"),
+        (vit, "", "unknown readout ''; must be out"),
     ):
         with pytest.raises(UserError, match=sentence):
             read(encoder, torch.zeros(1, 3, 32, 32), word)

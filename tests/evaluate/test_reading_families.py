@@ -9,8 +9,8 @@ import torch
 from timm.models.volo import VOLO
 
 from sslkit.errors import UserError
-from sslkit.evaluate.features.extraction import Encoder
-from sslkit.evaluate.features.readouts import Reader, Reading
+from sslkit.evaluate.features.encoder import Encoder
+from sslkit.evaluate.features.readouts import Readout, ReadoutModule
 
 SIZE = 32
 VIT: dict[str, Any] = {"img_size": SIZE, "embed_dim": 16, "depth": 3, "num_heads": 2}
@@ -55,7 +55,7 @@ def read(encoder: Encoder, *words: str) -> torch.Tensor:
     images = torch.randn(2, *encoder.preprocessing["input_size"], generator=torch.Generator().manual_seed(1))
     encoder.module.eval()
     with torch.inference_mode():
-        found: torch.Tensor = Reader(encoder, [Reading.named(word) for word in words])(images)
+        found: torch.Tensor = ReadoutModule(encoder, [Readout.from_name(word) for word in words])(images)
     return found
 
 

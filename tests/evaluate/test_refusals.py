@@ -14,7 +14,7 @@ from sslkit.cli import main
 from sslkit.data.sources.image_source import DataConfig
 from sslkit.errors import UserError
 from sslkit.evaluate import LinearProtocol, evaluate_linear, knn_accuracy, linear_accuracy
-from sslkit.evaluate.detection.detect import DetectProtocol
+from sslkit.evaluate.detection.detector_training import DetectProtocol
 from sslkit.evaluate.labelled_data import open_pair
 from sslkit.evaluate.probes.finetune import FinetuneProtocol
 from sslkit.evaluate.probes.knn import KnnProtocol
@@ -44,7 +44,7 @@ def test_an_encoder_whose_features_are_not_numbers(
         words = words if cache else [*words, "--no-cache"]
     command = ["eval", words[0], encoders["nan"], "--data", str(class_folders), *words[1:]]
     assert cli_error(command) == (
-        f"sslkit: {encoders['nan']}: its features are not finite, so there is nothing to judge"
+        f"sslkit: {encoders['nan']}: the features are not finite (NaN or infinity), so they cannot be evaluated"
     )
 
 
@@ -61,10 +61,12 @@ def test_features_that_are_not_numbers_given_from_python(value: float, side: str
     for score in (
         lambda: knn_accuracy(train, labels, test, truth, KnnProtocol(3)),
         lambda: linear_accuracy(train, labels, test, truth),
-        lambda: linear_accuracy(lambda _epoch: train, labels, test, truth, LinearProtocol.named("dino", is_vit=True)),
+        lambda: linear_accuracy(
+            lambda _epoch: train, labels, test, truth, LinearProtocol.from_name("dino", is_vit=True)
+        ),
         lambda: sweep({"out": train}, labels, {"out": test}, truth, SweepProtocol(epochs=1)),
     ):
-        with pytest.raises(UserError, match="its features are not finite"):
+        with pytest.raises(UserError, match="the features are not finite"):
             score()
 
 
@@ -78,7 +80,7 @@ def test_features_of_any_precision_score_as_in_float32(precision: torch.dtype) -
         assert knn_accuracy(train, labels, test, truth, protocol) == expected
         assert knn_accuracy(train, labels, test.double(), truth, protocol) == expected
     for name in ("logistic", "moco_v3"):
-        named = LinearProtocol.named(name, is_vit=True)
+        named = LinearProtocol.from_name(name, is_vit=True)
         assert linear_accuracy(train, labels, test, truth, named) == linear_accuracy(
             train.float(), labels, test.float(), truth, named
         )
@@ -90,9 +92,9 @@ def test_features_of_any_precision_score_as_in_float32(precision: torch.dtype) -
 
 def test_too_few_training_images() -> None:
     (train, labels), (test, truth) = blobs(40), blobs(20)
-    with pytest.raises(UserError, match="at least two training images, not 1"):
+    with pytest.raises(UserError, match="at least 2 training images, not 1"):
         linear_accuracy(train[:1], labels[:1], test, truth)
-    with pytest.raises(UserError, match="at least three training images, not 2"):
+    with pytest.raises(UserError, match="at least 3 training images, not 2"):
         sweep({"out": train[:2]}, labels[:2], {"out": test}, truth, SweepProtocol(epochs=1))
     assert 0 <= linear_accuracy(train[:2], labels[:2], test, truth).accuracy <= 1
     assert 0 <= sweep({"out": train[:3]}, labels[:3], {"out": test}, truth, SweepProtocol(epochs=1)).accuracy <= 1
@@ -108,19 +110,19 @@ def test_too_few_training_images() -> None:
         ("sweep", "--weight-decay -1", "--weight-decay: must be finite and 0 or more, not -1"),
         ("sweep", "--weight-decay nan", "--weight-decay: must be finite and 0 or more, not nan"),
         ("sweep", "--weight-decay inf", "--weight-decay: must be finite and 0 or more, not inf"),
-        ("sweep", "--seed 99999999999999999999", "--seed: a seed must lie within 0 and 9223372036854775806"),
-        ("sweep", "--seed -1", "--seed: a seed must lie within 0 and"),
-        ("diagnose", "--seed 99999999999999999999", "--seed: a seed must lie within 0 and"),
-        ("finetune", "--seed -1", "--seed: a seed must lie within 0 and"),
-        ("finetune", "--seed 99999999999999999999", "--seed: a seed must lie within 0 and"),
+        ("sweep", "--seed 99999999999999999999", "--seed: the seed must be between 0 and 9223372036854775806"),
+        ("sweep", "--seed -1", "--seed: the seed must be between 0 and"),
+        ("diagnose", "--seed 99999999999999999999", "--seed: the seed must be between 0 and"),
+        ("finetune", "--seed -1", "--seed: the seed must be between 0 and"),
+        ("finetune", "--seed 99999999999999999999", "--seed: the seed must be between 0 and"),
         ("finetune", "--lr nan", "Invalid value for '--lr'"),
         ("finetune", "--lr inf", "--lr and --layer-decay: must be finite and above 0, not inf"),
-        ("finetune", "--labels nan-shot", "--labels nan-shot: a whole number of images of each class"),
-        ("finetune", "--labels inf-shot", "--labels inf-shot: a whole number of images of each class"),
-        ("finetune", "--labels 0%", "--labels 0%: a share must lie above 0 %"),
-        ("finetune", "--labels nan%", "--labels nan%: a share must lie above 0 %"),
-        ("finetune", "--labels 101%", "--labels 101%: a share must lie above 0 % and not above 100 %"),
-        ("detect", "--seed -1", "--seed: a seed must lie within 0 and"),
+        ("finetune", "--labels nan-shot", "--labels nan-shot: must be a whole number of images per class"),
+        ("finetune", "--labels inf-shot", "--labels inf-shot: must be a whole number of images per class"),
+        ("finetune", "--labels 0%", "--labels 0%: the share must be above 0%"),
+        ("finetune", "--labels nan%", "--labels nan%: the share must be above 0%"),
+        ("finetune", "--labels 101%", "--labels 101%: the share must be above 0% and at most 100%"),
+        ("detect", "--seed -1", "--seed: the seed must be between 0 and"),
         ("detect", "--lr nan", "Invalid value for '--lr'"),
         ("detect", "--lr inf", "--lr: must be finite and 0 or more, not inf"),
     ],
@@ -134,7 +136,10 @@ def test_words_that_no_evaluation_can_use(
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [(b"caf\xe9.png\n", "is not a text file that can be read"), (b"\n \n", "names no image; write one name a line")],
+    [
+        (b"caf\xe9.png\n", "cannot be read as a text file"),
+        (b"\n \n", "the file is empty; write one image name per line"),
+    ],
 )
 def test_lists_of_labels_that_are_none(
     encoders: dict[str, str], class_folders: Path, tmp_path: Path, content: bytes, sentence: str
@@ -146,11 +151,11 @@ def test_lists_of_labels_that_are_none(
 
 def test_protocols_made_in_python_are_checked_too() -> None:
     for make in (LinearProtocol, SweepProtocol, lambda seed: FinetuneProtocol("x", 1, 8, 0.1, seed=seed)):
-        with pytest.raises(UserError, match="a seed must lie within 0"):
+        with pytest.raises(UserError, match="the seed must be between 0"):
             make(seed=-1)
     with pytest.raises(UserError, match="not -1"):
         DetectProtocol("x", 1, (), (64,), 0, base_lr=-1.0)
-    with pytest.raises(UserError, match="two images a batch"):
+    with pytest.raises(UserError, match="2 images per batch"):
         SweepProtocol(batch_size=1)
 
 
@@ -176,7 +181,7 @@ def test_a_damaged_cache_is_extracted_again(
 
 
 def test_a_split_is_not_scored_on_itself() -> None:
-    with pytest.raises(UserError, match="--test-split train is what is learned from too"):
+    with pytest.raises(UserError, match="--test-split train is also the training split"):
         open_pair(DataConfig(path="builtin:fashion_mnist"), "train", "train")
 
 
@@ -189,7 +194,7 @@ def test_a_split_without_labels_is_not_picked(tmp_path: Path) -> None:
             picture.save(tmp_path / name / f"{number}.png")
     pair = open_pair(DataConfig(path=str(tmp_path)))
     assert (len(pair.train), len(pair.test), pair.classes) == (8, 2, ["a", "b"])
-    assert pair.description.endswith("; left out, as without labels: test (--test-split names another)")
+    assert pair.description.endswith("; splits without labels: test (--test-split names another)")
     with pytest.raises(UserError, match="has no labels"):
         open_pair(DataConfig(path=str(tmp_path)), "train", "test")
     for name in "ab":
@@ -200,5 +205,5 @@ def test_a_split_without_labels_is_not_picked(tmp_path: Path) -> None:
 
 
 def test_logistic_regression_has_no_epochs() -> None:
-    with pytest.raises(UserError, match="logistic has none"):
+    with pytest.raises(UserError, match="logistic has no epochs"):
         evaluate_linear("test_resnet", DataConfig(path="builtin:fashion_mnist"), "logistic", epochs=5)

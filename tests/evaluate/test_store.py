@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,17 @@ from safetensors.torch import save_file
 from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.errors import UserError
 from sslkit.evaluate import evaluate_knn
-from sslkit.evaluate.features import readouts as reading_module
-from sslkit.evaluate.features.extraction import Encoder, features_key
-from sslkit.evaluate.features.readouts import Reading
+from sslkit.evaluate.features import readouts as readouts_module
+from sslkit.evaluate.features.encoder import Encoder
+from sslkit.evaluate.features.readouts import Readout, features_key
 from sslkit.evaluate.features.store import FeatureStore
 from sslkit.evaluate.probes.knn import KnnProtocol
 
 SIZE = {"input_size": (3, 32, 32), "mean": (0.3,) * 3, "std": (0.35,) * 3, "crop_pct": 1.0, "interpolation": "bilinear"}
+
+
+def features_of(store: FeatureStore, key: str, count: int, extract: Callable[[range], torch.Tensor]) -> torch.Tensor:
+    return store.load_or_extract([key], count, lambda _keys, rows: [extract(rows)])[0]
 
 
 def rows_of(rows: range) -> torch.Tensor:
@@ -37,7 +41,7 @@ def test_what_is_there_is_not_extracted_again(tmp_path: Path) -> None:
         return rows_of(rows)
 
     for _ in range(2):
-        torch.testing.assert_close(store.features("ab", 10, extract), rows_of(range(10)))
+        torch.testing.assert_close(features_of(store, "ab", 10, extract), rows_of(range(10)))
     assert sorted((rows.start, rows.stop) for rows in seen) == [(0, 4), (4, 8), (8, 10)]
     assert [file.name for file in (tmp_path / "ab").iterdir()] == ["features.safetensors"]
 
@@ -52,8 +56,8 @@ def test_a_stopped_extraction_goes_on(tmp_path: Path) -> None:
         return rows_of(rows)
 
     with pytest.raises(KeyboardInterrupt):
-        store.features("ab", 8, extract)
-    torch.testing.assert_close(store.features("ab", 8, extract), rows_of(range(8)))
+        features_of(store, "ab", 8, extract)
+    torch.testing.assert_close(features_of(store, "ab", 8, extract), rows_of(range(8)))
     assert len(seen) == 5
     assert len(set(seen[:2] + seen[3:])) == 4
 
@@ -67,7 +71,7 @@ def test_a_damaged_file_is_as_one_that_is_not_there(tmp_path: Path, name: str, d
         seen.append(rows.start)
         return rows_of(rows)
 
-    store.features("ab", 10, extract)
+    features_of(store, "ab", 10, extract)
     file = tmp_path / "ab" / name
     if name.startswith("part"):
         (tmp_path / "ab" / "features.safetensors").unlink()
@@ -80,16 +84,16 @@ def test_a_damaged_file_is_as_one_that_is_not_there(tmp_path: Path, name: str, d
         flipped = whole[:9] + bytes([whole[9] ^ 4]) + whole[10:]
         file.write_bytes({"empty": b"", "cut": whole[:-7], "flipped": flipped, "longer": whole + b"1234"}[damage])
     seen.clear()
-    torch.testing.assert_close(store.features("ab", 10, extract), rows_of(range(10)))
+    torch.testing.assert_close(features_of(store, "ab", 10, extract), rows_of(range(10)))
     assert 4 in seen
     assert [file.name for file in (tmp_path / "ab").iterdir()] == ["features.safetensors"]
     seen.clear()
-    torch.testing.assert_close(store.features("ab", 10, extract), rows_of(range(10)))
+    torch.testing.assert_close(features_of(store, "ab", 10, extract), rows_of(range(10)))
     assert not seen
 
 
 def fill(folder: Path) -> None:
-    FeatureStore(folder, shard=1).features("ab", 40, rows_of)
+    features_of(FeatureStore(folder, shard=1), "ab", 40, rows_of)
 
 
 def test_features_of_one_pass_are_kept_apart_and_only_what_lacks_is_extracted(tmp_path: Path) -> None:
@@ -99,12 +103,12 @@ def test_features_of_one_pass_are_kept_apart_and_only_what_lacks_is_extracted(tm
         seen.append((keys, rows.start))
         return [rows_of(rows)[:, : len(key)] for key in keys]
 
-    together = store.features_of_all(["a", "bb"], 6, extract)
+    together = store.load_or_extract(["a", "bb"], 6, extract)
     assert sorted(seen) == [(["a", "bb"], 0), (["a", "bb"], 4)]
     for key, features in zip(("a", "bb"), together, strict=True):
         torch.testing.assert_close(features, rows_of(range(6))[:, : len(key)])
     seen.clear()
-    again = store.features_of_all(["bb", "ccc", "a"], 6, extract)
+    again = store.load_or_extract(["bb", "ccc", "a"], 6, extract)
     assert sorted(seen) == [(["ccc"], 0), (["ccc"], 4)]
     assert [each.shape for each in again] == [(6, 2), (6, 3), (6, 1)]
 
@@ -117,20 +121,20 @@ def test_several_processes_fill_one_store(tmp_path: Path) -> None:
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    torch.testing.assert_close(FeatureStore(tmp_path).features("ab", 40, rows_of), rows_of(range(40)))
+    torch.testing.assert_close(features_of(FeatureStore(tmp_path), "ab", 40, rows_of), rows_of(range(40)))
     assert [file.name for file in (tmp_path / "ab").iterdir()] == ["features.safetensors"]
 
 
 def test_features_are_mapped_not_read(tmp_path: Path) -> None:
     count, width = 8192, 2048
     store = FeatureStore(tmp_path, shard=1024)
-    store.features("ab", count, lambda rows: torch.ones(len(rows), width))
+    features_of(store, "ab", count, lambda rows: torch.ones(len(rows), width))
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
     before = resident()
-    features = store.features("ab", count, rows_of)
+    features = features_of(store, "ab", count, rows_of)
     assert features.shape == (count, width)
     assert resident() - before < count * width  # a quarter of what they weigh
     assert float(features[-1].sum()) == width
@@ -139,17 +143,17 @@ def test_features_are_mapped_not_read(tmp_path: Path) -> None:
 def test_the_least_recently_used_make_room(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path, max_bytes=3000)
     for number, key in enumerate(("a", "b", "c")):
-        store.features(key, 100, rows_of)
+        features_of(store, key, 100, rows_of)
         os.utime(tmp_path / key, (number, number))
         if key == "b":
-            store.features("a", 100, rows_of)  # used again
+            features_of(store, "a", 100, rows_of)  # used again
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["a", "c"]
 
 
 def test_a_store_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "features").write_text("a file")
     with pytest.raises(UserError, match=r"feature store .*--no-cache"):
-        FeatureStore(tmp_path / "features").features("ab", 4, rows_of)
+        features_of(FeatureStore(tmp_path / "features"), "ab", 4, rows_of)
 
 
 def test_the_key_knows_weights_images_transform_and_layer(tmp_path: Path) -> None:
@@ -174,7 +178,7 @@ def test_judging_twice_extracts_once(class_folders: Path, tmp_path: Path, monkey
     timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=0), str(tmp_path), safe_serialization=True)
     arguments = (str(tmp_path), DataConfig(path=str(class_folders)), KnnProtocol(k=3))
     plain = evaluate_knn(*arguments)
-    reading = Reading(store=FeatureStore(tmp_path / "store"))
-    assert evaluate_knn(*arguments, reading) == plain
-    monkeypatch.setattr(reading_module, "extract_features", None)
-    assert evaluate_knn(*arguments, reading) == plain
+    readout = Readout(store=FeatureStore(tmp_path / "store"))
+    assert evaluate_knn(*arguments, readout) == plain
+    monkeypatch.setattr(readouts_module, "extract_features", None)
+    assert evaluate_knn(*arguments, readout) == plain

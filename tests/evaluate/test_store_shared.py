@@ -14,10 +14,14 @@ import pytest
 import torch
 from test_store import rows_of
 
-from sslkit.evaluate.features.extraction import store as store_module
+from sslkit.evaluate.features import store as store_module
 from sslkit.evaluate.features.store import MERGED, FeatureStore
 
 FORK = multiprocessing.get_context("fork")
+
+
+def features_of(store: FeatureStore, key: str, count: int, extract: Callable[[range], torch.Tensor]) -> torch.Tensor:
+    return store.load_or_extract([key], count, lambda _keys, rows: [extract(rows)])[0]
 
 
 def evaluate(folder: Path, seed: int) -> None:
@@ -25,7 +29,7 @@ def evaluate(folder: Path, seed: int) -> None:
     draws, store = random.Random(seed), FeatureStore(folder, max_bytes=1200, shard=8)
     for _ in range(40):
         key, count = draws.choice([("a", 40), ("b", 48), ("c", 56)])
-        assert torch.equal(store.features(key, count, rows_of), rows_of(range(count)))
+        assert torch.equal(features_of(store, key, count, rows_of), rows_of(range(count)))
 
 
 def test_evaluations_at_once_all_get_their_features(tmp_path: Path) -> None:
@@ -39,7 +43,7 @@ def test_evaluations_at_once_all_get_their_features(tmp_path: Path) -> None:
 
 def finish_first(store: FeatureStore) -> None:
     """What another process does that is faster: all shards, and one file of them."""
-    FeatureStore(store.folder, shard=store.shard).features("ab", 10, rows_of)
+    features_of(FeatureStore(store.folder, shard=store.shard), "ab", 10, rows_of)
 
 
 def remove(store: FeatureStore) -> None:
@@ -48,7 +52,7 @@ def remove(store: FeatureStore) -> None:
 
 
 @pytest.mark.parametrize("other", [finish_first, remove])
-@pytest.mark.parametrize("moment", ["_load", "_is_whole", "_write_rows", "_size", "_tidy", "_together", "_rows"])
+@pytest.mark.parametrize("moment", ["_load", "_is_whole", "_write_rows", "_size", "_tidy", "_merge", "_rows"])
 def test_at_whatever_moment_another_process_interferes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, other: Callable[[FeatureStore], None]
 ) -> None:
@@ -67,8 +71,8 @@ def test_at_whatever_moment_another_process_interferes(
 
         with monkeypatch.context() as patch:
             patch.setattr(owner, moment, interfered)
-            assert torch.equal(store.features("ab", 10, rows_of), rows_of(range(10)))
-        assert torch.equal(store.features("ab", 10, rows_of), rows_of(range(10)))
+            assert torch.equal(features_of(store, "ab", 10, rows_of), rows_of(range(10)))
+        assert torch.equal(features_of(store, "ab", 10, rows_of), rows_of(range(10)))
         if calls[0] < turn:
             break
     assert turn < 29
@@ -94,12 +98,12 @@ def test_a_full_disk_costs_the_keeping_and_not_the_features(
 
     with monkeypatch.context() as patch:
         patch.setattr(store_module, "_write_rows", full)
-        assert torch.equal(store.features("ab", 10, extract), rows_of(range(10)))
-        store.features("cd", 10, rows_of)  # is not kept either, and that has been said
+        assert torch.equal(features_of(store, "ab", 10, extract), rows_of(range(10)))
+        features_of(store, "cd", 10, rows_of)  # is not stored either, and that has been said
     said = capsys.readouterr().err
-    assert said.count("No space left on device; these features are not kept") == said.count("\n") == 1
+    assert said.count("No space left on device; features are not stored") == said.count("\n") == 1
     assert sorted(seen) == [0, 4, 8]
-    assert torch.equal(store.features("ab", 10, extract), rows_of(range(10)))
+    assert torch.equal(features_of(store, "ab", 10, extract), rows_of(range(10)))
     assert len(seen) == 6 - min(room, 3)
     assert [file.name for file in (tmp_path / "store/ab").iterdir()] == [MERGED]
     assert not capsys.readouterr().err
@@ -108,7 +112,7 @@ def test_a_full_disk_costs_the_keeping_and_not_the_features(
 def on_a_full_disk(folder: Path) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
-    assert torch.equal(FeatureStore(folder, shard=4).features("ab", 10, rows_of), rows_of(range(10)))
+    assert torch.equal(features_of(FeatureStore(folder, shard=4), "ab", 10, rows_of), rows_of(range(10)))
 
 
 def test_a_limit_of_the_systems(tmp_path: Path) -> None:
@@ -121,22 +125,22 @@ def test_a_limit_of_the_systems(tmp_path: Path) -> None:
 
 def test_a_read_only_store_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = FeatureStore(tmp_path)
-    store.features("ab", 10, rows_of)
+    features_of(store, "ab", 10, rows_of)
 
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(os, "utime", refuse)
-    assert torch.equal(store.features("ab", 10, lambda _: pytest.fail("extracted again")), rows_of(range(10)))
+    assert torch.equal(features_of(store, "ab", 10, lambda _: pytest.fail("extracted again")), rows_of(range(10)))
 
 
 def test_what_killed_processes_left_aside_goes_in_time(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path)
-    store.features("ab", 10, rows_of)
+    features_of(store, "ab", 10, rows_of)
     (tmp_path / "ab" / MERGED).unlink()
     for name, age in ((".old.1", 2 * store_module.ABANDONED), (".new.2", 0.0)):
         (tmp_path / "ab" / name).write_bytes(b"x")
         stamp = (tmp_path / "ab" / name).stat().st_mtime - age
         os.utime(tmp_path / "ab" / name, (stamp, stamp))
-    store.features("ab", 10, rows_of)
+    features_of(store, "ab", 10, rows_of)
     assert sorted(file.name for file in (tmp_path / "ab").iterdir()) == [".new.2", MERGED]

@@ -13,7 +13,8 @@ from timm.data import create_transform
 from torchvision.transforms import functional
 
 from sslkit.errors import UserError
-from sslkit.evaluate.detection.detect import DetectProtocol, evaluate_detect
+from sslkit.evaluate.detection.detect import evaluate_detect
+from sslkit.evaluate.detection.detector_training import DetectProtocol
 from sslkit.evaluate.features.transforms import LONGEST, ChannelTransform, evaluation_transform, training_transform
 from sslkit.report.gallery.thumbnails import data_uri, make_sprite
 
@@ -121,5 +122,7 @@ def test_a_strip_of_which_detection_leaves_nothing_is_refused(tmp_path: Path) ->
         image = {"id": 1, "file_name": "strip.png", "width": 5000, "height": 1}
         whole = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "thing"}]}
         (tmp_path / f"annotations/instances_{split}.json").write_text(json.dumps(whole))
-    with pytest.raises(UserError, match=r"strip.png: is 5000 x 1 pixels; with a longer side of 1333 nothing"):
-        evaluate_detect("resnet18", tmp_path, DetectProtocol.named("coco"))
+    with pytest.raises(
+        UserError, match=r"strip.png: is 5000 x 1 pixels; resized to a longer side of 1333, its shorter side"
+    ):
+        evaluate_detect("resnet18", tmp_path, DetectProtocol.from_name("coco"))

@@ -43,7 +43,7 @@ def test_a_published_list_names_its_images(folders: ImageSource, tmp_path: Path)
     windows = f"{by_file}\r\n{by_folder}\r\n".replace("/", "\\")
     (tmp_path / "names.txt").write_text(windows, encoding="utf-8-sig", newline="")
     assert choose_subset(folders, labels, str(tmp_path / "names.txt"), 0).tolist() == [3, 7]
-    with pytest.raises(UserError, match="not nothing"):
+    with pytest.raises(UserError, match="must not be empty"):
         choose_subset(folders, labels, "", 0)
     (tmp_path / "names.txt").write_text(f"{by_file}\nn01440764_10026.JPEG\n")
     with pytest.raises(UserError, match=r"1 of its 2 names are not in .*, the first is 'n01440764_10026.JPEG'"):
@@ -57,15 +57,15 @@ def test_names_that_could_be_several_images(tmp_path: Path) -> None:
         Image.fromarray(source.read(index)).save(tmp_path / "data" / folder / "0.png")
     folders = open_source(DataConfig(path=str(tmp_path / "data")))
     (tmp_path / "names.txt").write_text("0.png\n")
-    with pytest.raises(UserError, match=r"'0\.png' names 2 images; give their folders too"):
+    with pytest.raises(UserError, match=r"'0\.png' is the name of 2 images; add their folders"):
         choose_subset(folders, np.zeros(2, dtype=np.int64), str(tmp_path / "names.txt"), 0)
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("0%", "above 0 %"),
-        ("101%", "not above 100 %"),
+        ("0%", "above 0%"),
+        ("101%", "at most 100%"),
         ("many%", "'many' is not a number"),
         ("6-shot", "smallest class has 5 images"),
         ("1.5-shot", "whole number"),

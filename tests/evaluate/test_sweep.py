@@ -61,7 +61,7 @@ def test_every_head_is_torchs_own() -> None:
         held_out = torch.randperm(300, generator=torch.Generator().manual_seed(0))[:30]
         assert len(result.grid) == 16
         for head in result.grid:
-            arguments = (readings[head.reading], labels, tests[head.reading], head.lr, head.weight_decay, head.norm)
+            arguments = (readings[head.readout], labels, tests[head.readout], head.lr, head.weight_decay, head.norm)
             chosen_on, scored_on = one_head(*arguments, protocol)
             accuracy = (chosen_on.argmax(1) == labels[held_out]).double().mean()
             assert head.held_out == pytest.approx(float(accuracy), abs=1e-6), head
@@ -85,19 +85,19 @@ def test_sweep_on_the_command_line(capsys: pytest.CaptureFixture[str], class_fol
     words = ["eval", "sweep", str(tmp_path), "--data", str(class_folders), "--epochs", "2", "--lr", "0.1,1"]
     code, out, _ = run(capsys, *words, "--layers", "out,-2,last4,dino_vit_b", "--json")
     assert code == 0
-    judgement = json.loads(out)
-    assert len(judgement["grid"]) == 2 * 2 * 2 * 4
-    assert {head["reading"] for head in judgement["grid"]} == {
+    result = json.loads(out)
+    assert len(result["grid"]) == 2 * 2 * 2 * 4
+    assert {head["reading"] for head in result["grid"]} == {
         *("output", "block -2", "last 4 blocks", "last 1 blocks and patch mean")
     }
-    assert [score["encoder"] for score in judgement["scores"]] == [str(tmp_path), "random init", "raw pixels"]
+    assert [score["encoder"] for score in result["scores"]] == [str(tmp_path), "random init", "raw pixels"]
     code, out, _ = run(capsys, *words)
     assert code == 0
-    assert "every head, best first" in out
+    assert "all heads, the best" in out
     for wrong, sentence in (
-        (["--layer", "first"], "'first' is not out, dino_vit_s, dino_vit_b, a block's number"),
-        (["--norm", "maybe"], "--norm maybe: write no, yes"),
-        (["--lr", "high"], "--lr high: write a number"),
+        (["--layer", "first"], "unknown readout 'first'; must be out, dino_vit_s, dino_vit_b, the index of a block"),
+        (["--norm", "maybe"], "--norm maybe: must be no, yes"),
+        (["--lr", "high"], "--lr high: must be a number"),
     ):
         code, _, err = run(capsys, *words[:-2], *wrong)
         assert code == 2

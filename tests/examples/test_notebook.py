@@ -13,7 +13,7 @@ CELLS = [cell for cell in BOOK["cells"] if cell["cell_type"] == "code"]
 FACTS = """
 import json
 
-scores = [score.accuracy for score in judgement.scores]
+scores = [score.accuracy for score in result.scores]
 print(json.dumps({"folder": str(folder), "steps": run.step, "scores": scores, "shape": list(features.shape)}))
 """
 

@@ -88,7 +88,7 @@ def hostile_checkpoints() -> dict[str, tuple[bytes, str]]:
     typed = torch.storage.TypedStorage(wrap_storage=ONE.untyped_storage(), dtype=torch.float32, _internal=True)
     beyond = Call(BEYOND[0], typed, *BEYOND[2:])
     calls = {
-        "zeros": (Call(bytearray, GIGABYTES), "bytearray to be read"),
+        "zeros": (Call(bytearray, GIGABYTES), "bytearray, which is more than tensors"),
         "a tensor beyond its storage": (beyond, "claim to be larger"),
         "a tensor far off": (Call(BEYOND[0], typed, GIGABYTES // 4, (1,), (1,), *BEYOND[5:]), "claim to be larger"),
         "a copy of what is wide": (
@@ -96,7 +96,7 @@ def hostile_checkpoints() -> dict[str, tuple[bytes, str]]:
             "needs torch._utils._rebuild_device_tensor_from_cpu_tensor",
         ),
         "a storage": (Call(torch.UntypedStorage, GIGABYTES), "asks for a call of torch"),
-        "a set": (Call(set, [1, 2]), "set to be read"),
+        "a set": (Call(set, [1, 2]), "set, which is more than tensors"),
     }
     files = {
         f"{name}, {'old' if old else 'new'}": (saved({"state_dict": {"a": ONE}, "x": call}, old=old), words)
@@ -108,30 +108,30 @@ def hostile_checkpoints() -> dict[str, tuple[bytes, str]]:
         "longer, old": (longer(GIGABYTES // 4, old=True), "claim to be larger than the file"),
         "an object": (instructed(b"ccollections\nOrderedDict\n)\x81."), "needs an object of collections.OrderedDict"),
         "a tensor of nothing": (instructed(b"ctorch\nFloatTensor\nJ\0\0\0\x7f\x85R."), "needs torch.FloatTensor"),
-        "a word that doubles": (instructed(DOUBLED + b"."), "needs _codecs.encode to be read"),
-        "a key without end": (doubled_hash(), "a key that is neither a word nor a number"),
-        "an import by words": (instructed(b"X\5\0\0\0posixX\6\0\0\0system\x93."), "the instruction STACK_GLOBAL"),
+        "a word that doubles": (instructed(DOUBLED + b"."), "needs _codecs.encode, which"),
+        "a key without end": (doubled_hash(), "a key that is neither text nor a number"),
+        "an import by words": (instructed(b"X\5\0\0\0posixX\6\0\0\0system\x93."), "the opcode STACK_GLOBAL"),
         "packed": (
             zipped({"x/data.pkl": b"\x80\x02}.", "x/data/0": bytes(10**7)}, zipfile.ZIP_DEFLATED),
-            "packed or larger",
+            "compressed or larger",
         ),
-        "overlapping": (overlapping(), "packed or larger"),
-        "two lists of parts": (two_lists(), "read in two ways"),
+        "overlapping": (overlapping(), "compressed or larger"),
+        "two lists of parts": (two_lists(), "is ambiguous"),
         "two lists of tensors": (
             zipped({"x/data.pkl": b"\x80\x02}.", "y/Data.pkl": b"\x80\x02}."}),
-            "has not one list of tensors",
+            "exactly one data.pkl",
         ),
-        "one name twice": (zipped({"x/data.pkl": b"\x80\x02}.", "x/a": b"", "x/A": b""}), "read in two ways"),
-        "no list": (zipped({"x/version": b"3\n"}), "has not one list of tensors"),
-        "a long list": (instructed(b"}0" * 2**23 + b"."), "has not one list of tensors"),
-        "an empty archive": (zipped({}), "has not one list of tensors|not a checkpoint"),
+        "one name twice": (zipped({"x/data.pkl": b"\x80\x02}.", "x/a": b"", "x/A": b""}), "is ambiguous"),
+        "no list": (zipped({"x/version": b"3\n"}), "exactly one data.pkl"),
+        "a long list": (instructed(b"}0" * 2**23 + b"."), "exactly one data.pkl"),
+        "an empty archive": (zipped({}), "exactly one data.pkl|not a checkpoint"),
         "PK": (b"PK", "not a checkpoint"),
         "nothing": (b"", "not a checkpoint"),
-        "marks": (instructed(b"(" * 4_000_001), "more than 4000000 instructions"),
+        "marks": (instructed(b"(" * 4_000_001), "more than 4000000 opcodes"),
         "nothing to take": (instructed(b"\x85."), "not a checkpoint"),
         "nothing remembered": (instructed(b"h\7."), "not a checkpoint"),
-        "an entry of a number": (instructed(b"K\1K\2K\3s."), "an entry of what is no dictionary"),
-        "an item of a number": (instructed(b"K\1K\2a."), "an item of what is no list"),
+        "an entry of a number": (instructed(b"K\1K\2K\3s."), "an entry of something that is not a dictionary"),
+        "an item of a number": (instructed(b"K\1K\2a."), "an append to something that is not a list"),
         "a storage of a word": (instructed(b"X\1\0\0\0aQ."), "not a checkpoint"),
         "an endless word": (instructed(b"X\xff\xff\xff\xffabc"), "not a checkpoint"),
         "an endless number": (instructed(b"\x8b\xff\xff\xff\x7fabc"), "not a checkpoint"),

@@ -23,7 +23,7 @@ from sslkit.engine.checkpoint.format import Checkpoint, newest_checkpoint, read_
 from sslkit.engine.resilience.crash_dump import read_crash_dump
 from sslkit.errors import UserError
 from sslkit.hub.untrusted import tensor_shapes
-from sslkit.publish.importing.checkpoint_formats import guess_backbone, sort_out, vit_arguments
+from sslkit.publish.importing.checkpoint_formats import guess_backbone, match_tensors, vit_arguments
 from sslkit.publish.importing.convert import read_tensors
 from sslkit.recipe.resolve import build_recipe, load_recipe
 
@@ -117,9 +117,9 @@ def importer(content: bytes) -> None:
 
 
 def recognised(tensors: dict[str, torch.Tensor]) -> None:
-    layout, fates = sort_out({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    assert [fate.name for fate in fates] == list(tensors)
-    kept = {fate.kept_as: fate.shape for fate in fates if fate.kept_as}
+    layout, matches = match_tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    assert [match.name for match in matches] == list(tensors)
+    kept = {match.kept_as: match.shape for match in matches if match.kept_as}
     only_user_errors(lambda: guess_backbone(kept))
     vit_arguments(layout, kept, 0)
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import sslkit
 from sslkit.errors import UserError
 from sslkit.evaluate import load_encoder
-from sslkit.evaluate.features.extraction import Encoder
+from sslkit.evaluate.features.encoder import Encoder
 from sslkit.hub.untrusted import check_size
 from sslkit.parts.backbone import BackboneConfig, create_backbone
 
@@ -84,7 +84,7 @@ def test_what_is_built_is_bounded(tmp_path: Path) -> None:
     assert len(lines) == 2 * len(LARGE)
     for line in lines:
         megabytes, sentence = line.split(" ", 1)
-        assert "in the size of its weights: it " in sentence, line
+        assert "with its weights: it " in sentence, line
         assert int(megabytes) < 300, line
 
 
@@ -94,9 +94,9 @@ def test_a_runs_recipe_is_bounded_by_its_encoder(tmp_path: Path) -> None:
     file = tmp_path / "run/recipe.toml"
     file.write_text(file.read_text().replace("[backbone.args]\n", "[backbone.args]\ndepth = 90000\n"))
     assert "depth = 90000" in file.read_text()
-    assert "in the size of its weights" in cli_error(["export", str(tmp_path / "run"), str(tmp_path / "out")])
+    assert "with its weights" in cli_error(["export", str(tmp_path / "run"), str(tmp_path / "out")])
     finetune = ["eval", "finetune", str(tmp_path / "run"), "--data", "builtin:fashion_mnist", "--head-layers", "1"]
-    assert "in the size of its weights" in cli_error(finetune)
+    assert "with its weights" in cli_error(finetune)
 
 
 def test_where_a_model_is_built_is_not_for_a_folder_to_say(tmp_path: Path) -> None:
@@ -106,12 +106,12 @@ def test_where_a_model_is_built_is_not_for_a_folder_to_say(tmp_path: Path) -> No
         folder = folder_of(tmp_path / str(place), "swin_tiny_patch4_window7_224", SWIN, asked)
         spec = BackboneConfig(name="swin_tiny_patch4_window7_224", img_size=224, pretrained=f"local-dir:{folder}")
         for door in (lambda folder=folder: load_encoder(str(folder)), lambda spec=spec: create_backbone(spec)):
-            with pytest.raises(UserError, match="is not for a recipe or an encoder folder to set"):
+            with pytest.raises(UserError, match="cannot be set in a recipe or an encoder folder"):
                 door()
     nested = folder_of(tmp_path / "nested", "test_vit", {"img_size": 32}, {"block_fn": {"device": "cpu"}})
-    with pytest.raises(UserError, match="may not say device or dtype"):
+    with pytest.raises(UserError, match="may not set device or dtype"):
         load_encoder(str(nested))
-    with pytest.raises(UserError, match="'device' is not for a recipe"):
+    with pytest.raises(UserError, match="'device' cannot be set in a recipe"):
         create_backbone(BackboneConfig(name="test_vit", img_size=32, args={"device": "cpu"}))
 
 

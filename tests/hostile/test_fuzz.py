@@ -25,7 +25,13 @@ from sslkit.engine.resilience.guard import Guard
 from sslkit.engine.state import RecoveryState
 from sslkit.files.jsonl_writer import read_lines
 from sslkit.hub.untrusted import check_model, read_encoder_config, tensor_shapes
-from sslkit.publish.importing.checkpoint_formats import LAYOUTS, OUTSIDE, guess_backbone, sort_out, vit_arguments
+from sslkit.publish.importing.checkpoint_formats import (
+    CHECKPOINT_FORMATS,
+    OUTSIDE,
+    guess_backbone,
+    match_tensors,
+    vit_arguments,
+)
 from sslkit.publish.importing.convert import read_tensors
 from sslkit.recipe.resolve import build_recipe, load_recipe
 from sslkit.recipe.schema import TABLES, GuardConfig
@@ -171,7 +177,7 @@ tails = [
     "7.1.x",
 ]
 tails += ["patch_embed.proj.weight", "patch_embed.proj.0.weight", "pos_embed", "blocks.0.attn.qkv.weight"]
-tails += [mark for layout in LAYOUTS for mark in (*layout.marks, *layout.encoders)]
+tails += [mark for layout in CHECKPOINT_FORMATS for mark in (*layout.marks, *layout.encoders)]
 parts = st.sampled_from(tails + [beginning for beginning, _ in OUTSIDE])
 names = st.lists(parts | st.text(max_size=4), min_size=1, max_size=4).map("".join)
 shapes = st.lists(st.integers(0, 2**40) | st.sampled_from([64, 384, 16, 7]), max_size=5).map(tuple)
@@ -181,10 +187,10 @@ shapes = st.lists(st.integers(0, 2**40) | st.sampled_from([64, 384, 16, 7]), max
 @given(st.dictionaries(names, shapes, max_size=8), st.integers(0, 100))
 def test_the_importers_recogniser(found: dict[str, tuple[int, ...]], num_heads: int) -> None:
     def read() -> None:
-        layout, fates = sort_out(found)
-        assert [fate.name for fate in fates] == list(found)
-        assert all(bool(fate.kept_as) != bool(fate.why) for fate in fates)
-        kept = {fate.kept_as: fate.shape for fate in fates if fate.kept_as}
+        layout, matches = match_tensors(found)
+        assert [match.name for match in matches] == list(found)
+        assert all(bool(match.kept_as) != bool(match.why) for match in matches)
+        kept = {match.kept_as: match.shape for match in matches if match.kept_as}
         only_user_errors(lambda: guess_backbone(kept))
         vit_arguments(layout, kept, num_heads)
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from sslkit.errors import UserError
 from sslkit.publish.importing.convert import read_tensors
-from sslkit.publish.importing.pickle_opcodes import check_instructions
+from sslkit.publish.importing.pickle_opcodes import check_opcodes
 
 CASES = hostile_checkpoints()
 MEGABYTES = 400  # four million marks take most of them; each attack wants thousands
@@ -106,26 +106,26 @@ def test_what_a_training_program_saves_is_let_through(old: bool, tmp_path: Path)
     if old:
         del content["eight bits"]  # PyTorch's own reader cannot
     file.write_bytes(saved(content, old=old))
-    check_instructions(file)
+    check_opcodes(file)
     found = read_tensors(file)
     assert [*found] == [*trained()["state_dict"]]
 
 
 def test_what_python_2_saved_is_let_through(tmp_path: Path) -> None:
     """In this version an OrderedDict was pickled as a list of pairs."""
-    check_instructions(written(tmp_path, instructed(b"ccollections\nOrderedDict\n]](X\1\0\0\0aK\1ea\x85R.")))
-    with pytest.raises(UserError, match=r"OrderedDict of no pairs"):
-        check_instructions(written(tmp_path, instructed(b"ccollections\nOrderedDict\n]](K\1ea\x85R.")))
+    check_opcodes(written(tmp_path, instructed(b"ccollections\nOrderedDict\n]](X\1\0\0\0aK\1ea\x85R.")))
+    with pytest.raises(UserError, match=r"OrderedDict without pairs"):
+        check_opcodes(written(tmp_path, instructed(b"ccollections\nOrderedDict\n]](K\1ea\x85R.")))
 
 
 @pytest.mark.parametrize("old", [False, True])
 def test_one_byte_more_than_there_is(old: bool, tmp_path: Path) -> None:
     """The bound is exact: a tensor may use the last number of a storage, and none after it."""
     content = saved({"a": torch.zeros(1000)}, old=old)
-    check_instructions(written(tmp_path, content))
+    check_opcodes(written(tmp_path, content))
     shorter = patched(content, b"M\xe8\x03", b"M\xe7\x03", 1)  # the storage's length, which stands first
     with pytest.raises(UserError, match="claim to be larger"):
-        check_instructions(written(tmp_path, shorter))
+        check_opcodes(written(tmp_path, shorter))
 
 
 def written(folder: Path, content: bytes) -> Path:

@@ -278,9 +278,9 @@ def test_a_tag_that_is_none(run: Path, tmp_path: Path, tag: Any) -> None:
 def test_an_encoder_of_another_shape_is_not_exported(run: Path, tmp_path: Path) -> None:
     weights = load_file(run / "encoder" / "model.safetensors")
     save_file(weights | {"norm.weight": torch.zeros(3)}, run / "encoder" / "model.safetensors")
-    assert "such as in norm.weight" in cli_error(["export", str(run), str(tmp_path / "out")])
+    assert "such as norm.weight" in cli_error(["export", str(run), str(tmp_path / "out")])
     (run / "encoder" / "model.safetensors").write_bytes(b"torn")
-    assert "not a whole safetensors file" in cli_error(["export", str(run), str(tmp_path / "out")])
+    assert "not a complete safetensors file" in cli_error(["export", str(run), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 

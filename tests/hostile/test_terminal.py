@@ -27,7 +27,7 @@ from sslkit.data.formats.folder_listing import printable, to_text
 from sslkit.doctor.findings import Finding, Report
 from sslkit.engine.logging.logger import RunLogger
 from sslkit.errors import UserError
-from sslkit.evaluate.probes.scoring import Judgement, Score
+from sslkit.evaluate.evaluation_result import EvaluationResult, Score
 from sslkit.recipe.resolve import load_recipe
 from sslkit.terminal import (
     PlainTable,
@@ -209,10 +209,10 @@ def test_folders_that_are_written(
 def test_tables_and_the_journal(word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = [Score(word, 0.5, (0.4, 0.6), word), Score("other", 0.5)]
     print_and_store(
-        "absent", [Judgement(word, word, {"a": word}, scores, word, [{word: word, "x": 0.5}])], as_json=False
+        "absent", [EvaluationResult(word, word, {"a": word}, scores, word, [{word: word, "x": 0.5}])], as_json=False
     )
     measured = [Score(word, 0.5, None, "", {word: 0.5}, {word: (0.4, 0.6)})]
-    print_and_store("absent", [Judgement(word, word, {}, measured)], as_json=False)
+    print_and_store("absent", [EvaluationResult(word, word, {}, measured)], as_json=False)
     row = {"evaluation": word, "protocol_hash": word, "accuracy": 0.5, "interval": None, "measure": word}
     print_comparison([{word: row}], as_json=False)
     print_findings(Report([Finding(word, "fault", word), Finding(word, "not applicable", word)]), as_json=False)

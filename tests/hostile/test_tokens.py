@@ -238,12 +238,12 @@ def test_what_is_published_is_looked_through_once_more(run: Path, tmp_path: Path
         lambda: export_encoder(run, tmp_path / "out"),
         lambda: publish_run(run, "user/name", dry_run=True),
     ):
-        with pytest.raises(UserError, match=r"recipe\.toml would hold what looks like an access token, in line 1"):
+        with pytest.raises(UserError, match=r"recipe\.toml would contain what looks like an access token, in line 1"):
             publish()
     recipe.write_text(original)
     row = {"step": 1, "by": "eval", "evaluation": "knn", "accuracy": 0.5, "protocol_hash": "x"}
     results.write_text(json.dumps({**row, "data": "https://user:secret@host/x"}) + "\n")
-    with pytest.raises(UserError, match=r"README\.md would hold"):
+    with pytest.raises(UserError, match=r"README\.md would contain"):
         publish_run(run, "user/name", dry_run=True)
     assert not (tmp_path / "out").exists()
     assert not (run / "publish").exists()

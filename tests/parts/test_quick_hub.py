@@ -44,7 +44,7 @@ def test_it_is_asked_once_and_nobody_waits(asked: list[str], capsys: pytest.Capt
     unreachable = rf"; the Hub, {constants.ENDPOINT}, cannot be reached from here$"
     with pytest.raises(UserError, match=r"no folder of that name here, and as a dataset of the Hub: .*" + unreachable):
         open_source(DataConfig(path="bad/nosuch"))
-    with pytest.raises(UserError, match="its pretrained weights cannot be had: .*" + unreachable):
+    with pytest.raises(UserError, match="its pretrained weights cannot be loaded: .*" + unreachable):
         load_encoder("resnet18")
     with pytest.raises(UserError, match="pretrained: no weights for 'resnet18'"):
         create_backbone(BackboneConfig(name="resnet18", pretrained=True, img_size=32))
@@ -57,7 +57,7 @@ def test_it_is_asked_once_and_nobody_waits(asked: list[str], capsys: pytest.Capt
 
 def test_nobody_asks_when_told_not_to(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, so the Hub was not asked"):
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, so the Hub was not contacted"):
         load_encoder("resnet18")
     assert asked == []
 

@@ -11,14 +11,13 @@ from typing import Any
 CLIENT = """
 import contextlib, io, json, sys
 from sslkit.cli import main
-from sslkit.evaluate.features import extraction as features
-from sslkit.evaluate.probes import scoring as judge
-from sslkit.evaluate.features.extraction import fingerprint
+from sslkit.evaluate.features import compared_encoders
+from sslkit.evaluate.features.encoder import fingerprint
 from sslkit.parts.backbone import BackboneConfig, create_backbone
 
 loaded = []
-load = judge.load_encoder
-judge.load_encoder = lambda name: loaded.append(load(name)) or loaded[-1]
+load = compared_encoders.load_encoder
+compared_encoders.load_encoder = lambda name: loaded.append(load(name)) or loaded[-1]
 
 for line in sys.stdin:
     words = json.loads(line)
@@ -29,8 +28,8 @@ for line in sys.stdin:
                 built = fingerprint(create_backbone(BackboneConfig(name="test_vit", img_size=32, pretrained=words[1])))
                 code, loaded = 0, [type("Built", (), {"module": None})]
             elif words[0] == "silence":
-                from sslkit.publish import repository as hub
-                hub.SILENCE, code = float(words[1]), 0
+                from sslkit.publish import hub_upload
+                hub_upload.READ_TIMEOUT, code = float(words[1]), 0
             else:
                 main(words)
         except SystemExit as ended:

@@ -16,7 +16,7 @@ import sslkit
 from sslkit.cli import main
 from sslkit.errors import UserError
 from sslkit.publish import export_detectron2
-from sslkit.publish.detectron2 import _plain_twin, _prove, detectron2_weights
+from sslkit.publish.detectron2 import _plain_twin, _verify, detectron2_weights
 
 NORM = ("weight", "bias", "running_mean", "running_var")
 
@@ -56,16 +56,16 @@ def test_resnet_50_has_detectron2s_names_and_nothing_else() -> None:
 def test_plain_resnets_compute_what_torchvisions_do(name: str) -> None:
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=0)
-    _prove(model, _plain_twin(model, name), name)
+    _verify(model, _plain_twin(model, name), name)
 
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
         ("resnet18d", "plain 7 x 7 stem"),
-        ("seresnet50", "no plain ResNet"),
+        ("seresnet50", "not a plain ResNet"),
         ("test_resnet", "plain 7 x 7 stem"),
-        ("resnet50_gn", "no plain ResNet"),
+        ("resnet50_gn", "not a plain ResNet"),
     ],
 )
 def test_other_resnets_are_refused(name: str, sentence: str) -> None:
@@ -77,7 +77,7 @@ def test_the_same_tensors_with_another_computation_are_refused() -> None:
     torch.manual_seed(0)
     model = timm.create_model("resnet18", num_classes=0, act_layer="silu")
     with pytest.raises(UserError, match="computes other features"):
-        _prove(model, _plain_twin(model, "resnet18"), "resnet18")
+        _verify(model, _plain_twin(model, "resnet18"), "resnet18")
 
 
 class Wary(pickle.Unpickler):
@@ -122,9 +122,9 @@ def test_the_file_opens_with_arrays_only_and_says_how_to_use_it(resnet_run: Path
 def test_export_refuses_what_it_must(resnet_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(UserError, match="already holds something"):
+    with pytest.raises(UserError, match="already exists and is not empty"):
         export_detectron2(resnet_run, tmp_path / "full")
-    with pytest.raises(UserError, match="no run with an encoder"):
+    with pytest.raises(UserError, match="not a run folder with an encoder"):
         export_detectron2(tmp_path, tmp_path / "x")
     for backbone, sentence in (
         ({"name": "test_vit", "img_size": 32}, "ResNets only"),

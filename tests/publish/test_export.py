@@ -15,8 +15,7 @@ from transformers import AutoModel
 import sslkit
 from sslkit.errors import UserError
 from sslkit.evaluate import load_encoder
-from sslkit.publish import EncoderFolderError, export_encoder
-from sslkit.publish import export as export_module
+from sslkit.publish import EncoderFolderError, encoder_folder, export_encoder
 
 VIT = {"img_size": 32, "args": {"num_heads": 2}}
 
@@ -90,19 +89,19 @@ def test_another_number_of_classes_and_image_size_load(exported: Path) -> None:
 
 
 def test_export_refuses_what_it_must(run: Path, exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="already holds something"):
+    with pytest.raises(UserError, match="already exists and is not empty"):
         export_encoder(run, exported)
-    with pytest.raises(UserError, match="no run with an encoder"):
+    with pytest.raises(UserError, match="not a run folder with an encoder"):
         export_encoder(tmp_path, tmp_path / "x")
 
 
 def test_a_difference_after_reloading_is_caught(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = export_module.write_tensors
+    write = encoder_folder.write_tensors
 
     def tampered(file: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> dict[str, object]:
         return write(file, {name: value + 1e-3 for name, value in tensors.items()}, **metadata)
 
-    monkeypatch.setattr(export_module, "write_tensors", tampered)
+    monkeypatch.setattr(encoder_folder, "write_tensors", tampered)
     with pytest.raises(EncoderFolderError, match="features differ"):
         export_encoder(run, tmp_path / "x")
     assert not (tmp_path / "x").exists()

@@ -14,8 +14,8 @@ from safetensors.torch import save, save_file
 from torch import nn
 
 from sslkit.evaluate import load_encoder
-from sslkit.evaluate.features.extraction import fingerprint
-from sslkit.publish.export import timm_config
+from sslkit.evaluate.features.encoder import fingerprint
+from sslkit.publish.encoder_folder import timm_config
 
 REPO = "user/encoder"
 SIDE = 32
@@ -160,15 +160,18 @@ def hostile(good: Path) -> dict[str, tuple[dict[str, bytes], str]]:
         return of({"pretrained_cfg": config["pretrained_cfg"] | change})
 
     return {
-        "larger": (of({"model_args": {"depth": 90_000}}), "in the size of its weights"),
-        "elsewhere": (preprocessing(hf_hub_filename="evil.bin"), "would load other weights"),
-        "a-file": (preprocessing(file="/etc/passwd"), "would load other weights"),
-        "custom": (preprocessing(custom_load=True), "would load other weights"),
+        "larger": (of({"model_args": {"depth": 90_000}}), "with its weights"),
+        "elsewhere": (preprocessing(hf_hub_filename="evil.bin"), "would load weights from elsewhere"),
+        "a-file": (preprocessing(file="/etc/passwd"), "would load weights from elsewhere"),
+        "custom": (preprocessing(custom_load=True), "would load weights from elsewhere"),
         "another-model": (of({"architecture": "hf_hub:user/encoder"}), "must be a timm model"),
-        "only-code": ({"config.json": of({})["config.json"], "pytorch_model.bin": b"cos\nsystem\n"}, "cannot be had"),
-        "torn": ({**of({}), "model.safetensors": weights[:-7]}, "not a whole safetensors file"),
+        "only-code": (
+            {"config.json": of({})["config.json"], "pytorch_model.bin": b"cos\nsystem\n"},
+            "cannot be downloaded",
+        ),
+        "torn": ({**of({}), "model.safetensors": weights[:-7]}, "not a complete safetensors file"),
         "no-words": ({**of({}), "config.json": b"[" * 100_000}, "not readable as JSON"),
-        "empty": ({}, "cannot be had"),
+        "empty": ({}, "cannot be downloaded"),
     }
 
 

@@ -63,8 +63,8 @@ def small(name: str = "test_vit", **args: Any) -> nn.Module:
     return lived_in(timm.create_model(name, num_classes=0, **args))
 
 
-def fate_counts(imported: Imported) -> dict[str, int]:
-    whys = [fate.why for fate in imported.fates]
+def match_counts(imported: Imported) -> dict[str, int]:
+    whys = [match.why for match in imported.tensors]
     return {why: whys.count(why) for why in dict.fromkeys(whys)}
 
 
@@ -81,9 +81,9 @@ def test_moco_v2_at_full_size_gives_torchvisions_features(tmp_path: Path) -> Non
     content = {"epoch": 200, "arch": "resnet50", "state_dict": state, "optimizer": {"state": {}, "param_groups": []}}
     file = save(content, tmp_path / "checkpoint_0199.pth.tar", old_format=True)
     imported = import_checkpoint(file, tmp_path / "out", license_id="cc-by-nc-4.0")
-    assert (imported.layout, imported.backbone, imported.released) == ("MoCo v1 or v2", "resnet50", "")
-    assert sum(not fate.why for fate in imported.fates) == len(trunk(query)) == 318
-    assert len(imported.fates) == len(state)
+    assert (imported.checkpoint_format, imported.backbone, imported.released) == ("MoCo v1 or v2", "resnet50", "")
+    assert sum(not match.why for match in imported.tensors) == len(trunk(query)) == 318
+    assert len(imported.tensors) == len(state)
     query.fc = nn.Identity()
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=0)
     assert torch.equal(features(loaded, 96), features(query, 96))
@@ -105,7 +105,7 @@ def test_moco_v3_vit_small_has_twelve_heads(tmp_path: Path) -> None:
     imported = import_checkpoint(save({"state_dict": state}, tmp_path / "vit-s-300ep.pth.tar"), tmp_path / "out")
     assert imported.backbone == "vit_small_patch16_224"
     assert imported.model_args == {"img_size": 224, "num_heads": 12}
-    assert fate_counts(imported) == {
+    assert match_counts(imported) == {
         "": 150,
         "the projector or prototypes": 5,
         "the momentum encoder, which the papers do not evaluate": 6,
@@ -122,7 +122,7 @@ def test_moco_v3_vit_small_has_twelve_heads(tmp_path: Path) -> None:
     bare = save({"model": base.state_dict()}, tmp_path / "deit.pth")
     with pytest.raises(UserError, match="give --num-heads"):
         import_checkpoint(bare, tmp_path / "bare")
-    assert import_checkpoint(bare, tmp_path / "bare", num_heads=12).layout == "a bare encoder"
+    assert import_checkpoint(bare, tmp_path / "bare", num_heads=12).checkpoint_format == "a bare encoder"
 
 
 def resnet18_layouts() -> dict[str, tuple[Any, str]]:
@@ -184,17 +184,17 @@ def test_every_layout_gives_the_trained_encoder(name: str, tmp_path: Path) -> No
     model.fc = nn.Identity()
     imported = import_checkpoint(save(content, tmp_path / "file.ckpt"), tmp_path / "out")
     assert imported.backbone == "resnet18"
-    assert imported.layout == (layout or "a bare encoder")
-    kept = [fate for fate in imported.fates if fate.kept_as]
-    assert {fate.kept_as for fate in kept} == set(model.state_dict())
-    assert all(bool(fate.why) != bool(fate.kept_as) for fate in imported.fates)
-    assert not [fate for fate in imported.fates if fate.why == "not part of the encoder"]
+    assert imported.checkpoint_format == (layout or "a bare encoder")
+    kept = [match for match in imported.tensors if match.kept_as]
+    assert {match.kept_as for match in kept} == set(model.state_dict())
+    assert all(bool(match.why) != bool(match.kept_as) for match in imported.tensors)
+    assert not [match for match in imported.tensors if match.why == "not part of the encoder"]
     if name == "half precision":
         model.load_state_dict({key: value.half().to(value.dtype) for key, value in model.state_dict().items()})
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=0)
     assert torch.equal(features(loaded, 64), features(model, 64))
     written = json.loads((tmp_path / "out" / "import.json").read_text())
-    assert [fate["name"] for fate in written["fates"]] == [fate.name for fate in imported.fates]
+    assert [match["name"] for match in written["fates"]] == [match.name for match in imported.tensors]
     assert loaded.pretrained_cfg["std"][0] == (0.228 if name == "swav" else 0.229)
 
 
@@ -210,7 +210,7 @@ def test_openmmlabs_vit_is_renamed(tmp_path: Path) -> None:
     state |= under("momentum_encoder.module.0.", dict(state)) | {"neck.fc0.weight": torch.rand(3, 3)}
     file = save({"state_dict": state}, tmp_path / "epoch_300.pth")
     imported = import_checkpoint(file, tmp_path / "out", backbone="test_vit")
-    assert imported.layout == "mmselfsup's MoCo v3"
+    assert imported.checkpoint_format == "mmselfsup's MoCo v3"
     assert imported.model_args == {"img_size": 32}
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=0)
     assert torch.equal(features(loaded, 32), features(model, 32))
@@ -225,7 +225,7 @@ def test_a_difference_is_named_in_one_error(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         import_checkpoint(file, tmp_path / "out", backbone="resnet18")
     assert str(caught.value) == (
-        f"{file} (MoCo v1 or v2) does not fit timm's resnet18: 1 missing: layer3.1.bn2.bias; "
+        f"{file}: its encoder (MoCo v1 or v2) does not fit timm's resnet18: 1 missing: layer3.1.bn2.bias; "
         "1 unexpected: layer4.2.conv9.weight; 1 wrong shape: bn1.weight (32,) instead of (64,)"
     )
     with pytest.raises(UserError, match=r"missing: .* and \d+ more"):
@@ -238,14 +238,14 @@ def test_what_is_not_a_pretraining_checkpoint_is_told(tmp_path: Path) -> None:
     linear = trunk(resnet18()) | head(("fc.weight", (1000, 512)), ("fc.bias", (1000,)))
     cases = {
         "linear-r-50-100ep.pth.tar": ({"state_dict": under("module.", linear)}, r"classifier of 1000 .* linear-"),
-        "moco_v2_200ep_pretrain.pth.tar": (linear, "MD5 begins with 59fd9945"),
+        "moco_v2_200ep_pretrain.pth.tar": (linear, "MD5 starts with 59fd9945"),
         "mmpretrain.pth": (
             {"state_dict": under("backbone.", trunk(resnet18())) | head(("head.fc.weight", (1000, 512)))},
             "classifier of 1000 classes .* mmpretrain's",
         ),
         "quantised.pth": (
             under("module.encoder_q.", {name: tensor.to(torch.int8) for name, tensor in trunk(resnet18()).items()}),
-            r"quantised\.pth: .* is of torch\.int8: quantised",
+            r"quantised\.pth: .* is torch\.int8: the weights are quantised",
         ),
         "conv-stem.pth": (
             under("module.base_encoder.", {"patch_embed.proj.0.weight": torch.rand(4, 3, 3, 3)}),
@@ -262,9 +262,9 @@ def test_what_is_not_a_pretraining_checkpoint_is_told(tmp_path: Path) -> None:
         ),
         "strange.pth": (
             {"a": torch.rand(2), "b": torch.rand(2)},
-            r"no layout known here \(2 tensors, such as 'a', 'b'",
+            r"unknown checkpoint format \(2 tensors, such as 'a', 'b'",
         ),
-        "empty.pth": ({"epoch": 3}, "holds no tensors"),
+        "empty.pth": ({"epoch": 3}, "has no tensors"),
         "twice.pth": (
             under("backbone.", trunk(resnet18()) | {"0.weight": torch.rand(64, 3, 7, 7)}),
             "in the file twice",
@@ -277,11 +277,11 @@ def test_what_is_not_a_pretraining_checkpoint_is_told(tmp_path: Path) -> None:
         import_checkpoint(
             save(under("backbone.", {n: t * float("nan") for n, t in trunk(resnet18()).items()}), tmp_path / "nan"), out
         )
-    with pytest.raises(UserError, match="not there"):
+    with pytest.raises(UserError, match="does not exist"):
         import_checkpoint(tmp_path / "absent.pth", out)
     with pytest.raises(UserError, match="timm has no model"):
         import_checkpoint(tmp_path / "cifar.ckpt", out, backbone="resnet_18")
-    with pytest.raises(UserError, match="is no ViT"):
+    with pytest.raises(UserError, match="is not a ViT"):
         import_checkpoint(save(under("backbone.", trunk(resnet18())), tmp_path / "r.pth"), out, num_heads=3)
     assert not out.exists()
     assert cli_error(["import", str(tmp_path / "r.pth"), str(tmp_path)]).endswith("to a new or empty folder")
@@ -294,7 +294,7 @@ def test_a_byte_that_changed_on_the_way_is_noticed(tmp_path: Path) -> None:
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     torch.load(file, weights_only=True)
-    with pytest.raises(UserError, match=r"its part .*/data/\d+ is not what was written"):
+    with pytest.raises(UserError, match=r"its entry .*/data/\d+ is damaged or was altered"):
         import_checkpoint(file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

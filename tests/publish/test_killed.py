@@ -22,9 +22,9 @@ import sslkit
 from sslkit import report
 from sslkit.cli import main
 from sslkit.files import atomic as durable
-from sslkit.publish import detectron2, export, export_detectron2, export_encoder, import_checkpoint
+from sslkit.publish import detectron2, encoder_folder, export, export_detectron2, export_encoder, import_checkpoint
 from sslkit.publish import repository as hub
-from sslkit.publish.importing.convert import convert as importing
+from sslkit.publish.importing import convert as importing
 from sslkit.publish.repository import publish_run
 from sslkit.report import pictures
 
@@ -41,10 +41,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the proofs, which take most of the time, and let detectron2 have a ResNet that is none of its own."""
-    monkeypatch.setattr(export, "_prove", lambda *_: {"features": (2, 3), "loads_in_timm": True})
-    monkeypatch.setattr(importing, "_prove", lambda *_: None)
+    monkeypatch.setattr(export, "_verify", lambda *_: {"features": (2, 3), "loads_in_timm": True})
+    monkeypatch.setattr(importing, "check_reloaded", lambda *_, **__: None)
     monkeypatch.setattr(report, "draw_curves", lambda *_: None)
-    for name, value in (("_prove", None), ("_plain_twin", None), ("_page", "page"), ("family", "resnet")):
+    for name, value in (("_verify", None), ("_plain_twin", None), ("_readme", "page"), ("family", "resnet")):
         monkeypatch.setattr(detectron2, name, lambda *_, value=value: value)
     monkeypatch.setattr(detectron2, "detectron2_weights", lambda state: {"x": state["bn1.weight"].numpy()})
 
@@ -89,7 +89,7 @@ def write_to(command: str, run: Path, out: Path) -> None:
 @pytest.mark.parametrize("before", ["nothing", "an empty folder"])
 def test_a_new_folder_is_whole_or_not_there(tmp_path: Path, before: str) -> None:
     def fill(out: Path) -> None:
-        with export.new_folder(out) as aside:
+        with encoder_folder.new_folder(out) as aside:
             durable.write_text(aside / "one", "1")
             durable.write_text(aside / "two", "2")
 
@@ -101,7 +101,7 @@ def test_a_new_folder_is_whole_or_not_there(tmp_path: Path, before: str) -> None
         found = content(out) if out.exists() else {}
         assert found in ({}, {"one": b"1", "two": b"2"}), touch
         if not found:
-            export.check_empty(out, "export")  # the same command does not refuse it
+            encoder_folder.check_empty(out, "export")  # the same command does not refuse it
             fill(out)
         assert content(out) == {"one": b"1", "two": b"2"}
         if not killed:

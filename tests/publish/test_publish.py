@@ -221,7 +221,7 @@ def test_an_interrupted_publication_goes_on(run: Path, client: Client, hub: Hub)
         ("/repos/create", Fault(401), 2, "does not accept the token"),
         ("/preupload/", Fault(403), 2, "may not write there"),
         ("/preupload/", Fault(403, {"X-Error-Code": "GatedRepo"}), 2, "may not write there"),
-        ("/preupload/", Fault(404, {"X-Error-Code": "RepoNotFound"}), 2, "not there for this token"),
+        ("/preupload/", Fault(404, {"X-Error-Code": "RepoNotFound"}), 2, "does not exist, or this token cannot see it"),
         ("/repos/create", Fault(503, {"Retry-After": "0"}), 1, "busy (status 503)"),
         ("/preupload/", Fault(403, said={"error": "storage is full"}), 2, "(the Hub says: storage is full)"),
         ("/validate-yaml", Fault(400, said={"errors": [{"message": "no such licence"}]}), 2, "no such licence"),
@@ -235,7 +235,7 @@ def test_what_cannot_be_is_one_sentence(
     found, _, complaint, _ = client.ask("publish", str(run), "--repo-id", "user/refused")
     assert (found, complaint.count("\n")) == (code, 1), complaint
     assert words in complaint
-    assert "is ready, and the same command goes on" in complaint
+    assert "is ready, and the same command continues" in complaint
     assert TOKEN not in complaint
     assert (run / "publish" / "model.safetensors").is_file()
 
@@ -284,7 +284,7 @@ def test_what_was_changed_by_hand_is_not_thrown_away(run: Path, client: Client, 
         file.write_text(text)
         code, _, complaint, _ = client.ask("publish", str(run), "--repo-id", "user/hand")
         assert (code, file.read_text()) == (2, text)
-        assert f"{file}: was changed or added by hand" in complaint
+        assert f"{file}: was changed or added manually" in complaint
         card.write_text(made)
     assert not hub.asked
 
@@ -294,11 +294,11 @@ def test_what_was_changed_by_hand_is_not_thrown_away(run: Path, client: Client, 
     theirs = hub.commit("user/hand", hub.repos["user/hand"][-1][1] | {"README.md": mine.encode(), "LICENSE": b"MIT"})
     code, said, complaint, _ = client.ask("publish", str(run), "--repo-id", "user/hand")
     assert code == 0, complaint
-    assert f"commit {theirs} still has it" in said
+    assert f"it is still in commit {theirs}" in said
     assert hub.at("user/hand", theirs)[1]["README.md"] == mine.encode()  # type: ignore[index]
     assert hub.repos["user/hand"][-1][1]["LICENSE"] == b"MIT"
     code, said, _, _ = client.ask("publish", str(run), "--repo-id", "user/hand")
-    assert "nothing had changed" in said
+    assert "(unchanged)" in said
     assert "by hand" not in said
 
 

@@ -1,7 +1,5 @@
 """What is told to others, and what their answers mean, without a server."""
 
-import time
-from email.utils import formatdate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +7,9 @@ from typing import Any
 import pytest
 
 from sslkit.errors import UserError
-from sslkit.publish import repository as publishing
+from sslkit.publish import hub_upload
+from sslkit.publish.hub_upload import _retry_delay
 from sslkit.publish.redaction import public_name
-from sslkit.publish.repository import _asked_to_wait
 
 
 @pytest.mark.parametrize(
@@ -32,19 +30,14 @@ def test_public_names(name: str, public: str) -> None:
     [("7", 7.0), ("0.5", 0.5), ("900", 60.0), ("nan", 3.0), ("soon", 3.0), (None, 3.0), ("-5", 3.0)],
 )
 def test_the_hub_says_how_long(asked: str | None, seconds: float) -> None:
-    assert _asked_to_wait(answer_with(asked), 3.0) == seconds
-
-
-def test_the_hub_says_until_when() -> None:
-    assert 20 < _asked_to_wait(answer_with(formatdate(time.time() + 30, usegmt=True)), 3.0) <= 30
-    assert _asked_to_wait(answer_with(formatdate(0, usegmt=True)), 3.0) == 0.0
+    assert _retry_delay(answer_with(asked), 3.0) == seconds
 
 
 def test_what_can_be_no_token_is_not_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(publishing.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(publishing, "get_token", lambda: "hf_tokén")
-    with pytest.raises(UserError, match="signs that no token has"):
-        publishing._Sender("user/name", "main", tmp_path)
+    monkeypatch.setattr(hub_upload.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_upload, "get_token", lambda: "hf_tokén")
+    with pytest.raises(UserError, match="characters that no token has"):
+        hub_upload.HubUpload("user/name", "main", tmp_path)
 
 
 def answer_with(retry_after: str | None) -> Any:

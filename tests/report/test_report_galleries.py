@@ -20,7 +20,7 @@ from sklearn.decomposition import PCA
 from sslkit.data.augment.cpu import ViewPipeline
 from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.errors import UserError
-from sslkit.evaluate.features.extraction import Encoder, fingerprint
+from sslkit.evaluate.features.encoder import Encoder, fingerprint
 from sslkit.report.gallery import neighbours
 from sslkit.report.gallery.attention import draw_attention, last_attention
 from sslkit.report.gallery.gallery_images import GalleryImages, choose_images, extract

@@ -1,5 +1,6 @@
 """The ``[views]`` table of a recipe: how each view is made, for all views and by role."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -16,7 +17,15 @@ from pydantic import (
 
 from sslkit.data.augment.policies import IMAGENET_MEAN, IMAGENET_STD, POLICIES
 from sslkit.data.augment.user_pipeline import SUFFIXES, UserPipeline
-from sslkit.data.augment.view_layers import EARLIER_KEYS, LOCAL_DEFAULTS, ROLES, layer_views, with_present_keys
+from sslkit.data.augment.view_layers import (
+    EARLIER_KEYS,
+    LOCAL_DEFAULTS,
+    ROLES,
+    layer_views,
+    read_pipelines,
+    with_present_keys,
+)
+from sslkit.errors import near_miss
 
 NUM_GLOBAL_VIEWS = 2
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -316,6 +325,23 @@ class ViewsConfig(ViewPolicy):
         if self.device != "cpu":
             found.append("device: views of other than three channels are finished on the 'cpu'")
         return found
+
+
+def resolve_views(views: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any], list[str]]:
+    """Fill in a ``[views]`` table from its policy and read its pipeline files.
+
+    Args:
+        views: The table.
+        folder: That of the recipe; see `read_pipelines`.
+
+    Returns:
+        The table, and a sentence for everything that is wrong with it.
+    """
+    policy = views.get("policy")
+    if not isinstance(policy, str) or policy not in POLICIES:
+        near = near_miss(str(policy), POLICIES)
+        return views, [f"[views] policy: unknown policy {policy!r}{near}; there are {', '.join(POLICIES)}"]
+    return read_pipelines(fill_policy(views), folder)
 
 
 def fill_policy(views: dict[str, Any]) -> dict[str, Any]:

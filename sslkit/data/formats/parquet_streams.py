@@ -28,7 +28,7 @@ from sslkit.data.decode.rgb import UnreadableImage
 from sslkit.data.formats.folder_listing import printable
 from sslkit.data.formats.splits import ALL, choose, no_such_split, refuse_several
 from sslkit.errors import UserError
-from sslkit.hub.availability import quick_hub, why_not
+from sslkit.hub.availability import quiet_hub, unavailable_reason
 from sslkit.text import pluralize
 
 MAX_GROUP = 2**31  # bytes of the images of a row group, all of which are held in memory
@@ -292,7 +292,7 @@ def _opened(file: str) -> Iterator[Any]:
 
 def _hub_files(config: SourceConfig) -> list[str]:
     try:
-        with quick_hub():
+        with quiet_hub():
             builder = datasets.load_dataset_builder(
                 config.path, config.name, data_dir=config.data_dir, data_files=config.data_files
             )
@@ -300,7 +300,7 @@ def _hub_files(config: SourceConfig) -> list[str]:
     except Exception as error:  # an untrusted repository can make `datasets` raise anything
         raise UserError(
             f"[data] path: cannot stream {config.path!r}: no folder of that name here, and as a dataset of the Hub: "
-            f"{_brief(error)}{why_not()}"
+            f"{_brief(error)}{unavailable_reason()}"
         ) from error
     if builder.name != "parquet":
         raise UserError(

@@ -32,7 +32,7 @@ from sslkit.data.sources.dataset_layout import (
     names_near,
 )
 from sslkit.errors import UserError
-from sslkit.hub.availability import quick_hub, why_not
+from sslkit.hub.availability import quiet_hub, unavailable_reason
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _load(layout: DatasetLayout, config: SourceConfig) -> datasets.Dataset:
     except Exception as error:  # untrusted metadata can make `datasets` raise anything
         where = "no folder of that name here, and as a dataset of the Hub: " if layout.loader == HUB else ""
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        reason += why_not() if layout.loader == HUB else ""
+        reason += unavailable_reason() if layout.loader == HUB else ""
         if "corresponds to no data" in reason:
             reason = "no images in it"
         reason += _images_beside(config, layout)
@@ -176,7 +176,7 @@ def _load(layout: DatasetLayout, config: SourceConfig) -> datasets.Dataset:
 
 def _load_from_hub(config: SourceConfig) -> datasets.Dataset:
     keys: dict[str, Any] = {"name": config.name, "data_dir": config.data_dir, "data_files": config.data_files}
-    with quick_hub():
+    with quiet_hub():
         try:
             return datasets.load_dataset(config.path, split=config.split, **keys)
         except ValueError as error:

@@ -3,7 +3,6 @@
 Images stay encoded until a worker decodes them.
 """
 
-import hashlib
 import logging
 import os
 from dataclasses import dataclass, replace
@@ -163,47 +162,6 @@ class ImageSource:
     def paths(self) -> list[str]:
         """The file of every image, as `to_text` writes it; empty where it is unknown."""
         return self.table.paths()
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the images: of their bytes; of paths, sizes and times of files; of the row groups of a stream."""
-        if digest := self.table.digest():
-            return digest
-        sha = hashlib.sha256()
-        for cells in self.table.cells(256):
-            for cell in cells.to_pylist():
-                if cell["bytes"] is not None:
-                    sha.update(hashlib.sha256(cell["bytes"]).digest())
-                    continue
-                try:
-                    status = os.stat(to_path(cell["path"]))
-                except OSError as error:
-                    raise UnreadableImage(printable(cell["path"]), error.strerror or str(error)) from error
-                sha.update(f"{cell['path']}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-        return sha.hexdigest()
-
-    def names_digest(self) -> str:
-        """SHA-256 of the number of images and their names below their common folder.
-
-        No file is opened; images stored in the table count by their size. Takes about 1 second per million images.
-        """
-        if digest := self.table.digest():
-            return digest
-        root = self._common_folder()
-        sha = hashlib.sha256(str(len(self)).encode())
-        for images in self.table.cells(4096):
-            sizes = compute.binary_length(images.field("bytes")).to_pylist()
-            for path, size in zip(images.field("path").to_pylist(), sizes, strict=True):
-                sha.update(f"{(path or '')[root:]}\0{size}\0".encode())
-        return sha.hexdigest()
-
-    def _common_folder(self) -> int:
-        """Length of the folder path that all paths begin with."""
-        ends: list[str] = []
-        for images in self.table.cells(4096):
-            bounds = compute.min_max(images.field("path")).as_py()
-            ends = [end for end in (*ends, *bounds.values()) if end is not None]
-            ends = [min(ends), max(ends)] if ends else []
-        return os.path.commonprefix(ends).rfind("/") + 1  # noqa: RUF071 - cut at a slash
 
     def without_labels(self) -> "ImageSource":
         """The same images without all other columns, so that labels cannot reach pretraining."""

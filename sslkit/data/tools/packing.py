@@ -28,6 +28,7 @@ from sslkit.data.decode.rgb import Pixels, Size, UnreadableImage, decode_reduced
 from sslkit.data.formats.folder_listing import printable
 from sslkit.data.loading.loader import start_worker
 from sslkit.data.loading.shared_memory import prefetch_of
+from sslkit.data.sources.image_identity import names_digest
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.errors import RunError, UserError, check_path
 from sslkit.files.atomic import remove, replace_file, replace_text, sync, write_json
@@ -126,7 +127,7 @@ def pack(
 
 def _pack(source: ImageSource, folder: Path, packing: Packing, workers: int, progress: Callable[[int], None]) -> Packed:
     part = folder.with_name(f".{folder.name}.part")
-    _open_part(part, {**asdict(packing), "images": len(source), "names_sha256": source.names_digest()})
+    _open_part(part, {**asdict(packing), "images": len(source), "names_sha256": names_digest(source)})
     order = np.random.default_rng([packing.seed, DrawPurpose.PACKING, 0, 0, 0]).permutation(len(source))
     size = packing.shard_images
     names = [f"shard-{number:05d}" for number in range(math.ceil(len(order) / size))]

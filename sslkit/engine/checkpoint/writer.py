@@ -23,7 +23,7 @@ from sslkit.engine.checkpoint.retention import checkpoint_name, monitor_scores, 
 from sslkit.errors import RunError
 from sslkit.files.atomic import remove, replace_text, sync, whole_folder, write_file, write_json, write_tensors
 from sslkit.methods import find_method
-from sslkit.publish.export import encoder_config, write_encoder
+from sslkit.publish.encoder_folder import encoder_config, write_encoder
 from sslkit.recipe.resolve import Recipe
 
 LICENSE = "apache-2.0"

@@ -23,7 +23,7 @@ from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.distributed.collectives import broadcast_buffers, gather_rows, rank, world_size
 from sslkit.engine.monitor.alarms import Spike, SpikeDetector, collapse_alarm, spike_alarm
-from sslkit.evaluate.label_free.collapse_metrics import label_free
+from sslkit.evaluate.label_free.collapse_metrics import label_free_metrics
 from sslkit.files.jsonl_reader import number
 from sslkit.recipe.resolve import Recipe
 
@@ -108,11 +108,11 @@ class Diagnostics:
         alarms = data_alarms + spike_alarm(spikes)
         if not features.isfinite().all():
             return {"alarms": ["collapse: features are not finite; try a lower [optim] lr", *alarms]}
-        numbers = label_free(features)
+        numbers = label_free_metrics(features)
         self.highest_rank = max(self.highest_rank, numbers.effective_rank)
         spread = numbers.embedding_std, numbers.effective_rank, features.shape[2]
         alarms = collapse_alarm(*spread, self.highest_rank) + alarms
-        line = {name: value for name, value in numbers.known().items() if name not in NOT_WRITTEN}
+        line = {name: value for name, value in numbers.to_dict().items() if name not in NOT_WRITTEN}
         return {**line, "alarms": alarms}
 
     @torch.no_grad()

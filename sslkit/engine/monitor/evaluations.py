@@ -15,7 +15,8 @@ from sslkit.engine.monitor.image_variety import sample_variety
 from sslkit.engine.monitor.knn_monitor import KnnMonitor
 from sslkit.engine.state import TrainingState
 from sslkit.errors import UserError
-from sslkit.evaluate.protocol import bootstrap_interval, protocol_hash
+from sslkit.evaluate.evaluation_result import bootstrap_interval
+from sslkit.evaluate.protocol import protocol_hash
 from sslkit.files.jsonl_reader import rows_of
 from sslkit.methods import Method, Progress
 from sslkit.parts.batchnorm import has_batch_norm

@@ -16,11 +16,11 @@ from sslkit.distributed.collectives import broadcast_buffers, gather_rows, rank,
 from sslkit.engine.logging.sample_images import DrawImage, neighbours_image
 from sslkit.errors import UserError
 from sslkit.evaluate.features.extraction import batch_bytes, extract_features
-from sslkit.evaluate.features.readouts import Reading
+from sslkit.evaluate.features.readouts import Readout
 from sslkit.evaluate.features.transforms import Transform, evaluation_transform
 from sslkit.evaluate.labelled_data import LabelledPair, open_pair
 from sslkit.evaluate.probes.knn import KnnProtocol, knn_accuracy
-from sslkit.evaluate.protocol import data_settings, knn_settings, preprocessing_settings
+from sslkit.evaluate.protocol import data_settings, preprocessing_settings
 from sslkit.recipe.resolve import Recipe
 
 BATCH = 256  # images at a time
@@ -50,8 +50,8 @@ class KnnMonitor:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The protocol, as `sslkit eval knn` writes it for the same score."""
-        others = Reading().settings(), preprocessing_settings(preprocessing_of(self.views)), data_settings(self.pair)
-        return knn_settings(self.protocol, *others)
+        others = Readout().settings(), preprocessing_settings(preprocessing_of(self.views)), data_settings(self.pair)
+        return self.protocol.settings(*others)
 
     def __call__(self, backbone: nn.Module, show: Callable[[DrawImage], None] | None = None) -> float | None:
         """Share of the test images that are classified correctly; None if features are not finite.

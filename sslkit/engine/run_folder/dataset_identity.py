@@ -1,6 +1,5 @@
 """What a run knows of its images: that they are the same after a resume, and which of them cannot be read."""
 
-import hashlib
 import json
 import math
 import stat
@@ -11,8 +10,8 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from sslkit.data.batch import Batch
-from sslkit.data.decode.rgb import UnreadableImage
 from sslkit.data.formats.folder_listing import printable, table_of
+from sslkit.data.sources.image_identity import image_digest, names_digest, spread_sample
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.data.sources.image_table import MappedTable
 from sslkit.distributed.collectives import gather_objects
@@ -133,9 +132,9 @@ def same_images(folder: Path, source: ImageSource, max_share: float) -> tuple[Im
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: not readable, so this run cannot be continued: {str(error)[:200]}") from error
     said: list[str] = []
-    if images != len(source) or digest != source.names_digest():
+    if images != len(source) or digest != names_digest(source):
         found = _as_it_was(folder, source, max_share)
-        if found is None or len(found[0]) != images or found[0].names_digest() != digest:
+        if found is None or len(found[0]) != images or names_digest(found[0]) != digest:
             now = f"now {len(source)} are there" if images != len(source) else "now some have other names or sizes"
             raise _changed(folder, source, f"when this run began, with {images} images; {now}")
         source, said = found
@@ -154,13 +153,13 @@ def write_images(folder: Path, source: ImageSource) -> None:
         parquet.write_table(pa.table({"name": _names(source)}), stream, compression="zstd")
         replace_file(folder / IMAGES, [stream.getvalue().to_pybytes()])
     sampled = SAMPLED if source.table.random_access else FEW  # each takes a row group to read
-    chosen = sorted({index * len(source) // sampled for index in range(sampled)} & set(range(len(source))))
-    content = {str(index): total for index in chosen if (total := _content(source, index))}
-    fields = {"images": len(source), "names_sha256": source.names_digest(), "content": content}
+    digests = {str(index): image_digest(source, index) for index in spread_sample(len(source), sampled)}
+    content = {index: digest for index, digest in digests.items() if digest}
+    fields = {"images": len(source), "names_sha256": names_digest(source), "content": content}
     replace_text(folder / DATA, json.dumps(fields) + "\n")
 
 
-def images_digest(folder: Path) -> str:
+def recorded_names_digest(folder: Path) -> str:
     """The sum of the images' names that a run folder has written down; empty if it has none."""
     try:
         return str(json.loads((folder / DATA).read_text(encoding="utf-8"))["names_sha256"])
@@ -194,15 +193,8 @@ def _as_it_was(folder: Path, source: ImageSource, max_share: float) -> tuple[Ima
 def _check_content(folder: Path, source: ImageSource, sums: dict[int, str]) -> None:
     """See that a spread sample of the images still holds what it held; what cannot be read is another matter."""
     for index, before in sums.items():
-        if index < len(source) and (now := _content(source, index)) and now != before:
+        if index < len(source) and (now := image_digest(source, index)) and now != before:
             raise _changed(folder, source, f"since this run began: {source.name(index)} holds something else")
-
-
-def _content(source: ImageSource, index: int) -> str:
-    try:
-        return hashlib.sha256(source.encoded(index)[1]).hexdigest()
-    except UnreadableImage:
-        return ""
 
 
 def _names(source: ImageSource) -> pa.ChunkedArray:

@@ -14,7 +14,7 @@ from sslkit.data.formats.folder_listing import printable, to_text
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.engine.checkpoint.format import Checkpoint, newest_checkpoint, read_checkpoint
 from sslkit.engine.resilience.preemption import remove_marker
-from sslkit.engine.run_folder.dataset_identity import DATA, IMAGES, images_digest, same_images, write_images
+from sslkit.engine.run_folder.dataset_identity import DATA, IMAGES, recorded_names_digest, same_images, write_images
 from sslkit.engine.run_folder.lock import PROBE, prepare_folder
 from sslkit.errors import UserError, check_path
 from sslkit.files.atomic import refuse_links, replace_text
@@ -214,7 +214,7 @@ def check_own(checkpoint: Checkpoint, folder: Path, recipe: Recipe) -> None:
     if changed := _changed(checkpoint.state["recipe"], recipe):
         raise UserError(f"{checkpoint.folder}: was saved by a run of another recipe: {_in_short(changed)}; {cure}")
     images = checkpoint.state.get("images")
-    if images and (ours := images_digest(folder)) and images != ours:
+    if images and (ours := recorded_names_digest(folder)) and images != ours:
         raise UserError(f"{checkpoint.folder}: was saved by a run on other images; {cure}")
 
 

@@ -1,1 +1,1 @@
-"""Detection: annotated folders, detectors over an encoder, and average precision as COCO defines it."""
+"""Detection: annotated images, detectors on an encoder, and COCO's average precision. Read `detect` first."""

@@ -1,8 +1,8 @@
-"""A picture and the objects in it."""
+"""An image with annotated objects."""
 
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,42 +10,46 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sslkit.data.decode.background import WHITE
-from sslkit.data.decode.rgb import Header, UnreadableImage, decode_rgb, read_header
+from sslkit.data.decode.rgb import UnreadableImage, decode_rgb, read_header
 from sslkit.errors import UserError
 
-FARTHEST = 1e9  # pixels
-LARGEST = 1e10  # square pixels: COCO's code leaves out of the score what is larger, or smaller than nothing
-HEADER = 2**16  # bytes that mostly hold a header
+MAX_COORDINATE = 1e9  # pixels
+MAX_AREA = 1e10  # square pixels; COCO's code does not score larger objects
+HEADER_BYTES = 2**16  # enough for most headers
 
 
-def as_boxes(rows: Sequence[Any], picture: str) -> NDArray[np.float64]:
-    """Boxes (N, 4) of a picture as its annotation has them.
+def as_boxes(rows: Sequence[Any], image: str) -> NDArray[np.float64]:
+    """Convert an image's boxes from an annotation file to an array (N, 4).
 
     Raises:
-        ValueError: One is not four finite numbers.
+        ValueError: A box is not four finite numbers.
     """
     for row in rows:
         numbers = isinstance(row, list) and len(row) == 4 and {*map(type, row)} <= {int, float}
-        if not numbers or not all(abs(number) < FARTHEST for number in row):
-            raise ValueError(f"a box of {picture} is {reprlib.repr(row)}, not four finite numbers")
+        if not numbers or not all(abs(number) < MAX_COORDINATE for number in row):
+            raise ValueError(f"a box of {image} is {reprlib.repr(row)}, not four finite numbers")
     return np.array(rows, dtype=np.float64).reshape(-1, 4)
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture and the objects in it.
+class AnnotatedImage:
+    """An image with annotated objects.
 
     Attributes:
-        file: Where it is.
+        file: Image file.
         width: In pixels.
         height: In pixels.
-        boxes: (N, 4) float64: left, top, right, bottom in pixels from the top left corner of the picture.
-        labels: (N,) int64, class numbers from 1; 0 is the background.
-        ignored: (N,) bool: crowds (COCO) and difficult objects (VOC); finding them is neither right nor wrong.
-        crowds: (N,) bool: those that are no single object, which nothing is learned from.
-        areas: (N,) float64, in square pixels, for COCO's three classes of size.
-        segments: One a box, polygons or run lengths as COCO has them; empty where the format has none.
-        background: What transparent pixels are composited over; see `sslkit.data.DataConfig`.
+        boxes: (N, 4) float64: left, top, right, bottom in pixels from the top left corner of the image.
+        labels: (N,) int64 class numbers from 1; 0 is the background.
+        ignored: (N,) bool: crowds (COCO) and difficult objects (VOC). Detecting them counts neither as right nor as
+            wrong.
+        crowds: (N,) bool: annotations of several objects, which are not trained on.
+        areas: (N,) float64 in square pixels, for COCO's classes of size.
+        segments: A polygon list or run lengths per object, as in COCO; empty if the format has none.
+        background: Colour behind transparent pixels; see `sslkit.data.DataConfig`.
+
+    Raises:
+        ValueError: Sizes, boxes or areas are impossible.
     """
 
     file: Path
@@ -60,62 +64,52 @@ class Picture:
     background: str = WHITE
 
     def __post_init__(self) -> None:
-        """Refuse, by a ValueError, what no picture can have."""
         if self.width < 1 or self.height < 1:
-            raise ValueError(f"{self.file.name} is said to be {self.width} x {self.height} pixels")
-        # Boxes without an area do occur in COCO itself: nothing is learned from them.
+            raise ValueError(f"the size of {self.file.name} is {self.width} x {self.height} pixels")
+        # COCO itself has boxes without area; they are not trained on.
         if (self.boxes[:, 2:] < self.boxes[:, :2]).any():
-            raise ValueError(f"a box of {self.file.name} ends before it begins")
-        if not ((self.areas >= 0) & (self.areas <= LARGEST)).all():
-            raise ValueError(f"an area of {self.file.name} does not lie within 0 and {LARGEST:g} square pixels")
+            raise ValueError(f"a box of {self.file.name} has a negative width or height")
+        if not ((self.areas >= 0) & (self.areas <= MAX_AREA)).all():
+            raise ValueError(f"an area of {self.file.name} is not between 0 and {MAX_AREA:g} square pixels")
 
-    def usable(self) -> NDArray[np.bool_]:
-        """Which objects can be learned from: (N,) bool."""
-        solid = (self.boxes[:, 2:] > self.boxes[:, :2]).all(axis=1)
-        usable: NDArray[np.bool_] = solid & ~self.crowds
-        return usable
+    def trainable(self) -> NDArray[np.bool_]:
+        """Which objects can be trained on, (N,) bool: those with an area that are not crowds."""
+        trainable: NDArray[np.bool_] = (self.boxes[:, 2:] > self.boxes[:, :2]).all(axis=1) & ~self.crowds
+        return trainable
 
-    def counted(self) -> NDArray[np.bool_]:
-        """Which of these objects the score counts as found or missed: (N,) bool."""
-        counted: NDArray[np.bool_] = self.usable() & ~self.ignored
-        return counted
-
-    def relabelled(self, labels: NDArray[np.int64]) -> "Picture":
-        """The same with other class numbers."""
-        return replace(self, labels=labels)
+    def scored(self) -> NDArray[np.bool_]:
+        """Which objects count in the score, (N,) bool."""
+        scored: NDArray[np.bool_] = self.trainable() & ~self.ignored
+        return scored
 
     def pixels(self) -> NDArray[np.uint8]:
-        """The picture itself, (H, W, 3) RGB.
+        """Decode the image to (H, W, 3) RGB.
 
         Raises:
-            UserError: No such file, not a picture, or of another size than its annotation says.
+            UserError: The file is missing, is not an image, or has another size than annotated.
         """
         try:
             encoded = self.file.read_bytes()
         except OSError as error:
-            raise UserError(f"{self.file}: cannot be read, but its annotation names it ({error.strerror})") from error
+            raise UserError(f"{self.file}: annotated, but cannot be read ({error.strerror})") from error
         pixels = decode_rgb(encoded, str(self.file), self.background)
         if pixels.shape[:2] != (self.height, self.width):
-            found = f"{pixels.shape[1]} x {pixels.shape[0]}"
-            turned = pixels.shape[1::-1] == (self.height, self.width) and _is_turned(read_header(encoded, ""))
-            cause = ", probably made without its EXIF rotation: annotate it upright, or take the tag away" * turned
+            swapped = pixels.shape[1::-1] == (self.height, self.width) and read_header(encoded, "").orientation >= 5
+            cause = "; the annotation probably ignores its EXIF rotation: annotate the rotated image or remove the tag"
             raise UserError(
-                f"{self.file}: is {found} pixels, but its annotation says {self.width} x {self.height}{cause}"
+                f"{self.file}: is {pixels.shape[1]} x {pixels.shape[0]} pixels, but its annotation says {self.width} x "
+                f"{self.height}{cause * swapped}"
             )
         return pixels
 
     def check_size(self) -> None:
-        """Raise what `pixels` would, without decoding a picture whose header agrees with its annotation."""
-        for count in (HEADER, -1):
+        """Check the annotated size. Decodes the image only if its header does not agree. Raises as `pixels` does."""
+        for count in (HEADER_BYTES, -1):
             try:
                 with self.file.open("rb") as stream:
                     header = read_header(stream.read(count), "")
-            except (OSError, UnreadableImage):  # WebP and TIFF may need all of it
+            except (OSError, UnreadableImage):  # WebP and TIFF may need the whole file
                 continue
             if header.size == (self.height, self.width):
                 return
-        self.pixels()  # it has the last word: a PNG's tag may stand behind the pixels
-
-
-def _is_turned(header: Header) -> bool:
-    return header.orientation >= 5
+        self.pixels()  # the orientation tag of a PNG may follow its pixels

@@ -1,4 +1,4 @@
-"""Average precision as COCO defines it, by COCO's own code (pycocotools), and the masks that code can read."""
+"""COCO's average precision by its own code, pycocotools, with bootstrap intervals; and conversion of masks."""
 
 import contextlib
 import importlib
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sslkit.errors import UserError
-from sslkit.evaluate.detection.annotated_image import Picture
+from sslkit.evaluate.detection.annotated_image import AnnotatedImage
 
 MEASURES = ("AP", "AP50", "AP75")
 RECALLS = np.linspace(0, 1, 101)
@@ -20,13 +20,13 @@ RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a detector found in one picture.
+class Detections:
+    """The objects that a detector found in one image.
 
     Attributes:
         boxes: (M, 4): left, top, right, bottom in pixels.
         labels: (M,) class numbers from 1.
-        scores: (M,) the higher the surer.
+        scores: (M,) confidences.
         masks: M run lengths from `encode_mask`; empty for a detector of boxes.
     """
 
@@ -37,144 +37,148 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Precision:
-    """By name (see `MEASURES`), each in [0, 1]: the measures, and their bootstrap 95 % intervals over pictures."""
+class AveragePrecision:
+    """The `MEASURES` by name, in [0, 1], and their bootstrap 95 % intervals over images."""
 
     measures: dict[str, float]
     intervals: dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class Matched:
-    """What COCO's matching said of one class, the surest detection first.
+class ClassMatches:
+    """COCO's matches of the detections of one class, in the order of their scores, highest first.
 
     Attributes:
-        pictures: (D,) which picture each detection is in, from 0.
-        right: (10, D) at each IoU threshold, whether it found an object that counts.
-        wrong: (10, D) whether it found none; neither if what it found counts neither way.
-        objects: (P,) objects that count, in each picture.
+        images: (D,) image of each detection, from 0.
+        correct: (10, D) at each IoU threshold, whether it matches an object that is scored.
+        wrong: (10, D) whether it matches no object. Detections that match an ignored object are neither.
+        objects: (P,) number of scored objects in each image.
     """
 
-    pictures: NDArray[np.int64]
-    right: NDArray[np.bool_]
+    images: NDArray[np.int64]
+    correct: NDArray[np.bool_]
     wrong: NDArray[np.bool_]
     objects: NDArray[np.int64]
 
 
 def average_precision(
-    pictures: list[Picture], found: list[Found], classes: list[str], kind: Literal["bbox", "segm"] = "bbox"
-) -> Precision:
-    """AP over the IoU thresholds 0.50, 0.55 ... 0.95, AP50 and AP75, at most 100 detections a picture.
+    images: list[AnnotatedImage],
+    detections: list[Detections],
+    classes: list[str],
+    kind: Literal["bbox", "segm"] = "bbox",
+) -> AveragePrecision:
+    """AP over the IoU thresholds 0.50, 0.55 ... 0.95, AP50 and AP75, with at most 100 detections per image.
 
     Args:
-        pictures: The truth. At least one object of one picture must count.
-        found: One a picture.
-        classes: Names behind the class numbers.
-        kind: Whether boxes or masks overlap.
+        images: Ground truth, with at least one scored object.
+        detections: One per image.
+        classes: Names of the classes.
+        kind: Overlap of boxes or of masks.
     """
-    scored = _evaluated(pictures, found, classes, kind)
-    if scored is None:
-        return Precision(dict.fromkeys(MEASURES, 0.0), dict.fromkeys(MEASURES, (0.0, 0.0)))
-    measures = {name: float(value) for name, value in zip(MEASURES, scored.stats[:3], strict=True)}
-    return Precision(measures, bootstrap_precision(_matched(scored), len(pictures)))
+    evaluated = _evaluate(images, detections, classes, kind)
+    if evaluated is None:
+        return AveragePrecision(dict.fromkeys(MEASURES, 0.0), dict.fromkeys(MEASURES, (0.0, 0.0)))
+    measures = {name: float(value) for name, value in zip(MEASURES, evaluated.stats[:3], strict=True)}
+    return AveragePrecision(measures, bootstrap_precision(_matches(evaluated), len(images)))
 
 
-def _evaluated(pictures: list[Picture], found: list[Found], classes: list[str], kind: str) -> Any:
-    """COCO's own evaluation with its matches and figures; None where nothing was found."""
-    detections = [row for number, each in enumerate(found, 1) for row in _detected(each, number, kind)]
-    if not detections:
+def _evaluate(images: list[AnnotatedImage], detections: list[Detections], classes: list[str], kind: str) -> Any:
+    """COCO's evaluation object; None if nothing was detected."""
+    rows = [row for number, each in enumerate(detections, 1) for row in _detection_rows(each, number, kind)]
+    if not rows:
         return None
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = _part("coco").COCO()
-        truth.dataset = _truth(pictures, classes)
+        truth = _pycocotools("coco").COCO()
+        truth.dataset = _ground_truth(images, classes)
         truth.createIndex()
-        scored = _part("cocoeval").COCOeval(truth, truth.loadRes(detections), kind)
-        scored.computeIoU = partial(_overlaps, scored, scored.computeIoU)
-        scored.evaluate()
-        scored.accumulate()
-        scored.summarize()
-    return scored
+        evaluation = _pycocotools("cocoeval").COCOeval(truth, truth.loadRes(rows), kind)
+        evaluation.computeIoU = partial(_compute_iou, evaluation, evaluation.computeIoU)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
 
 
-def _overlaps(scored: Any, measure: Callable[[int, int], Any], image: int, category: int) -> Any:
-    """COCO's overlaps of one picture and class, difficult objects (VOC) measured as objects, not as crowds.
+def _compute_iou(evaluation: Any, compute_iou: Callable[[int, int], Any], image: int, category: int) -> Any:
+    """COCO's overlaps of one image and class, with the IoU of objects for VOC's difficult objects.
 
-    COCO has one flag for all that counts neither way, and of a crowd any part is enough. The flag stays up while
-    matches are sought, so that a difficult object excuses every detection that overlaps it as far as the threshold.
+    COCO has one flag, iscrowd, for all ignored objects, and any part of a crowd counts as an overlap. The flag is set
+    again for the matching, so a difficult object excuses all detections that overlap it by the threshold.
     """
-    objects = scored._gts[image, category]
+    objects = evaluation._gts[image, category]
     for each in objects:
         each["iscrowd"] = each["crowd"]
-    overlaps = measure(image, category)
+    overlaps = compute_iou(image, category)
     for each in objects:
         each["iscrowd"] = each["ignore"]
     return overlaps
 
 
-def bootstrap_precision(matched: list[Matched], pictures: int, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """The middle 95 % of each measure over `RESAMPLES` draws of as many pictures, with replacement.
+def bootstrap_precision(matches: list[ClassMatches], num_images: int, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """The 95 % interval of each measure over `RESAMPLES` resamples of the images.
 
-    Which detection found which object is a matter within a picture, so that it is not found out again: a picture
-    that is drawn twice counts twice.
+    Matches are within an image, so they are computed once; an image drawn twice counts twice.
     """
     rng = np.random.default_rng(seed)
-    even = np.full(pictures, 1 / pictures)
-    draws = [precision_of_draw(matched, rng.multinomial(pictures, even)) for _ in range(RESAMPLES)]
-    measures = np.array([each for each in draws if each is not None])
+    uniform = np.full(num_images, 1 / num_images)
+    resamples = [resampled_precision(matches, rng.multinomial(num_images, uniform)) for _ in range(RESAMPLES)]
+    measures = np.array([each for each in resamples if each is not None])
     low, high = np.quantile(measures, [0.025, 0.975], axis=0)
-    return {name: (float(low[place]), float(high[place])) for place, name in enumerate(MEASURES)}
+    return {name: (float(low[index]), float(high[index])) for index, name in enumerate(MEASURES)}
 
 
-def precision_of_draw(matched: list[Matched], times: NDArray[np.int64]) -> tuple[float, float, float] | None:
-    """`MEASURES` of the data set that holds every picture so many times; None if no object in it counts.
+def resampled_precision(matches: list[ClassMatches], counts: NDArray[np.int64]) -> tuple[float, float, float] | None:
+    """The `MEASURES` of a resample; None if it has no scored object.
 
     Args:
-        matched: By class.
-        times: (P,) how often each picture is there.
+        matches: By class.
+        counts: (P,) how often each image was drawn.
     """
-    by_class = [_precision_of_class(each, times) for each in matched if times @ each.objects]
+    by_class = [_class_precision(each, counts) for each in matches if counts @ each.objects]
     if not by_class:
         return None
-    of_threshold = np.mean(by_class, axis=0)
-    return float(of_threshold.mean()), float(of_threshold[0]), float(of_threshold[5])
+    by_threshold = np.mean(by_class, axis=0)
+    return float(by_threshold.mean()), float(by_threshold[0]), float(by_threshold[5])
 
 
-def _precision_of_class(matched: Matched, times: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(10,) means over 101 recalls of the best precision from there on, as COCO's `accumulate` has them."""
-    weights = times[matched.pictures]
-    right, wrong = np.cumsum(matched.right * weights, axis=1), np.cumsum(matched.wrong * weights, axis=1)
-    recalls = right / (times @ matched.objects)
-    precisions = right / np.maximum(right + wrong, 1)
+def _class_precision(matches: ClassMatches, counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(10,) interpolated precision, averaged over 101 recalls, as in COCO's ``accumulate``."""
+    weights = counts[matches.images]
+    correct, wrong = np.cumsum(matches.correct * weights, axis=1), np.cumsum(matches.wrong * weights, axis=1)
+    recalls = correct / (counts @ matches.objects)
+    precisions = correct / np.maximum(correct + wrong, 1)
     best = np.maximum.accumulate(precisions[:, ::-1], axis=1)[:, ::-1]
-    best = np.concatenate([best, np.zeros((len(best), 1))], axis=1)  # recalls that are not reached
+    best = np.concatenate([best, np.zeros((len(best), 1))], axis=1)  # 0 at recalls that are not reached
     return np.array([row[np.searchsorted(recall, RECALLS)].mean() for row, recall in zip(best, recalls, strict=True)])
 
 
-def _matched(scored: Any) -> list[Matched]:
-    """Of an evaluated COCOeval, whose rows are by class, then by range of areas (the first: all), then by picture."""
-    pictures = len(scored.params.imgIds)
-    step = len(scored.params.areaRng) * pictures
-    return [_matched_class(scored.evalImgs[start : start + pictures]) for start in range(0, len(scored.evalImgs), step)]
+def _matches(evaluated: Any) -> list[ClassMatches]:
+    """Matches from a COCOeval, whose rows are sorted by class, range of areas (the first is all) and image."""
+    num_images = len(evaluated.params.imgIds)
+    step = len(evaluated.params.areaRng) * num_images
+    rows = evaluated.evalImgs
+    return [_class_matches(rows[start : start + num_images]) for start in range(0, len(rows), step)]
 
 
-def _matched_class(rows: list[Any]) -> Matched:
-    """Rows are None for pictures with neither an object nor a detection of the class."""
-    seen = [(place, row) for place, row in enumerate(rows) if row is not None]
+def _class_matches(rows: list[Any]) -> ClassMatches:
+    """Rows are None for images with neither an object nor a detection of the class."""
+    present = [(image, row) for image, row in enumerate(rows) if row is not None]
     objects = np.zeros(len(rows), dtype=np.int64)
-    for place, row in seen:
-        objects[place] = len(row["gtIgnore"]) - np.count_nonzero(row["gtIgnore"])
+    for image, row in present:
+        objects[image] = len(row["gtIgnore"]) - np.count_nonzero(row["gtIgnore"])
     empty = np.zeros((10, 0), dtype=bool)
-    found = np.concatenate([empty, *(row["dtMatches"] > 0 for _, row in seen)], axis=1)
-    counts = ~np.concatenate([empty, *(row["dtIgnore"].astype(bool) for _, row in seen)], axis=1)
-    places = np.repeat([place for place, _ in seen], [len(row["dtScores"]) for _, row in seen]).astype(np.int64)
-    scores = np.concatenate([np.zeros(0), *(row["dtScores"] for _, row in seen)])
-    order = np.argsort(-scores, kind="mergesort")  # as COCO sorts
-    return Matched(places[order], (found & counts)[:, order], (~found & counts)[:, order], objects)
+    matched = np.concatenate([empty, *(row["dtMatches"] > 0 for _, row in present)], axis=1)
+    scored = ~np.concatenate([empty, *(row["dtIgnore"].astype(bool) for _, row in present)], axis=1)
+    numbers = [len(row["dtScores"]) for _, row in present]
+    images = np.repeat([image for image, _ in present], numbers).astype(np.int64)
+    scores = np.concatenate([np.zeros(0), *(row["dtScores"] for _, row in present)])
+    order = np.argsort(-scores, kind="mergesort")  # COCO's order
+    return ClassMatches(images[order], (matched & scored)[:, order], (~matched & scored)[:, order], objects)
 
 
 def decode_mask(segment: Any, height: int, width: int) -> NDArray[np.uint8]:
-    """A segment of a COCO file as (height, width) of zeros and ones."""
-    codec = _part("mask")
+    """Convert a segmentation of a COCO file to (height, width) of zeros and ones."""
+    codec = _pycocotools("mask")
     try:
         if isinstance(segment, list):
             segment = codec.merge(codec.frPyObjects(segment, height, width))
@@ -187,47 +191,48 @@ def decode_mask(segment: Any, height: int, width: int) -> NDArray[np.uint8]:
 
 
 def encode_mask(mask: NDArray[np.uint8]) -> Any:
-    """(H, W) of zeros and ones as COCO's compressed run lengths."""
-    return _part("mask").encode(np.asfortranarray(mask))
+    """Convert (H, W) of zeros and ones to COCO's compressed run lengths."""
+    return _pycocotools("mask").encode(np.asfortranarray(mask))
 
 
 def require_pycocotools() -> None:
-    """Raise `UserError` now, not after hours of training, if the extra is not installed."""
-    _part("coco")
+    """Raise `UserError` if pycocotools is not installed."""
+    _pycocotools("coco")
 
 
-def _part(name: str) -> Any:
+def _pycocotools(module: str) -> Any:
     try:
-        return importlib.import_module(f"pycocotools.{name}")
+        return importlib.import_module(f"pycocotools.{module}")
     except ImportError as error:
         raise UserError("detection needs pycocotools: pip install pycocotools") from error
 
 
-def _truth(pictures: list[Picture], classes: list[str]) -> dict[str, Any]:
-    images: list[dict[str, Any]] = []
+def _ground_truth(images: list[AnnotatedImage], classes: list[str]) -> dict[str, Any]:
+    image_rows: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for number, picture in enumerate(pictures, 1):
-        images.append({"id": number, "width": picture.width, "height": picture.height})
-        for index, (left, top, right, bottom) in enumerate(picture.boxes.tolist()):
+    for number, image in enumerate(images, 1):
+        image_rows.append({"id": number, "width": image.width, "height": image.height})
+        for index, (left, top, right, bottom) in enumerate(image.boxes.tolist()):
             row = {
-                # From 1: the reference code takes a match with object 0 for none.
+                # From 1: COCO's code takes a match with object 0 for no match.
                 "id": len(annotations) + 1,
                 "image_id": number,
-                "category_id": int(picture.labels[index]),
+                "category_id": int(image.labels[index]),
                 "bbox": [left, top, right - left, bottom - top],
-                "area": float(picture.areas[index]),
-                "iscrowd": int(picture.ignored[index]),
-                "crowd": int(picture.crowds[index]),  # not COCO's: see `_overlaps`
+                "area": float(image.areas[index]),
+                "iscrowd": int(image.ignored[index]),
+                "crowd": int(image.crowds[index]),  # not a key of COCO; see `_compute_iou`
             }
-            annotations.append(row | ({"segmentation": picture.segments[index]} if picture.segments else {}))
+            annotations.append(row | ({"segmentation": image.segments[index]} if image.segments else {}))
     categories = [{"id": number, "name": name} for number, name in enumerate(classes, 1)]
-    return {"images": images, "annotations": annotations, "categories": categories, "info": {}}
+    return {"images": image_rows, "annotations": annotations, "categories": categories, "info": {}}
 
 
-def _detected(found: Found, number: int, kind: str) -> list[dict[str, Any]]:
+def _detection_rows(detections: Detections, number: int, kind: str) -> list[dict[str, Any]]:
     rows = []
-    for index, (left, top, right, bottom) in enumerate(found.boxes.tolist()):
-        row = {"image_id": number, "category_id": int(found.labels[index]), "score": float(found.scores[index])}
+    for index, (left, top, right, bottom) in enumerate(detections.boxes.tolist()):
+        label, score = int(detections.labels[index]), float(detections.scores[index])
+        row = {"image_id": number, "category_id": label, "score": score}
         shape = {"bbox": [left, top, right - left, bottom - top]}
-        rows.append(row | (shape if kind == "bbox" else {"segmentation": found.masks[index]}))
+        rows.append(row | (shape if kind == "bbox" else {"segmentation": detections.masks[index]}))
     return rows

@@ -1,11 +1,11 @@
-"""torchvision's Faster and Mask R-CNN over a timm encoder, built as MoCo's detection transfer is.
+"""torchvision's Faster and Mask R-CNN on a timm encoder, built as in MoCo's transfer to detection.
 
-Two ways to put an encoder under a detector:
+Two architectures:
 
-- ``c4``, ResNets only: features after the third stage (stride 16); the last stage looks at each region, with an extra
-  BatchNorm after it (MoCo's Res5ROIHeadsExtraNorm). Masks share that stage.
-- ``fpn``: a feature pyramid over the maps of strides 4, 8, 16 and 32. A plain ViT has one map: ViTDet's simple
-  feature pyramid (arXiv:2203.16527) makes four of it.
+- ``c4``, ResNets only: regions are pooled from the output of the third stage (stride 16). The last stage and an extra
+  BatchNorm are the head (MoCo's Res5ROIHeadsExtraNorm), which masks share.
+- ``fpn``: a feature pyramid on the maps of strides 4, 8, 16 and 32. For plain ViTs, which have one map, ViTDet's simple
+  feature pyramid (arXiv:2203.16527).
 """
 
 import itertools
@@ -22,27 +22,27 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from sslkit.errors import UserError
-from sslkit.evaluate.features.extraction import Encoder, build
+from sslkit.errors import UserError, first_line
+from sslkit.evaluate.features.encoder import Encoder
 from sslkit.parts.backbone import family
 
 Arch = Literal["c4", "fpn"]
 
-RATIOS = (0.5, 1.0, 2.0)
+ASPECT_RATIOS = (0.5, 1.0, 2.0)
 PYRAMID_LEVELS = 4
 PYRAMID_WIDTH = 256
 HEAD_WIDTH = 1024
 MASK_WIDTH = 256
-# A region of 224 pixels, in an image whose anchors are 32 to 512, is read from the third level (arXiv:1612.03144).
+# With anchors of 32 to 512 pixels, a region of 224 pixels is pooled from the third level (arXiv:1612.03144).
 REGION_PER_MIDDLE_ANCHOR = 224 / 128
-# Proposals before suppression in training and in testing, and after it in training: detectron2's defaults, MoCo's
-# where it tests with C4. Those of FPN before suppression are of a level.
+# Proposals before NMS in training and in testing, and after NMS in training: detectron2's defaults, and MoCo's for
+# testing C4. For FPN, those before NMS are per level.
 PROPOSALS = {"c4": (12000, 6000, 2000), "fpn": (2000, 1000, 1000)}
-MOST_TESTED_REGIONS = 1000
+MAX_TEST_REGIONS = 1000
 
 
 def choose_arch(encoder: Encoder, name: str = "") -> Arch:
-    """The architecture of this name; without one ``c4`` for ResNets, as in the papers, else ``fpn``."""
+    """Check the name of an architecture. Default: ``c4`` for ResNets, as in the papers, else ``fpn``."""
     if name not in ("", *PROPOSALS):
         raise UserError(f"--arch: must be c4 or fpn, not {name!r}")
     if name == "c4" or (not name and family(encoder.architecture) == "resnet"):
@@ -61,25 +61,26 @@ def make_detector(
     anchor_sizes: tuple[float, ...],
     regions: int = 512,
 ) -> FasterRCNN:
-    """A detector over a copy of ``encoder``, everything trainable; the encoder itself stays as it is.
+    """Build a detector on a copy of the encoder. All parameters are trainable. The encoder itself does not change.
 
     Args:
-        encoder: Weights and mean and std of the pictures.
+        encoder: Initial weights, and mean and std of the images.
         num_classes: Without the background.
-        arch: How the encoder is put under it.
-        masks: Whether it finds masks too.
-        short_sides: Shorter sides in pixels, one drawn for each training picture; the last one in testing.
-        longest_side: Neither side becomes longer.
+        arch: Architecture; see `choose_arch`.
+        masks: Whether to predict masks too.
+        short_sides: Shorter sides in pixels, one drawn for each training image; the last one in testing.
+        longest_side: Maximum of the longer side in pixels.
         anchor_sizes: Five sides of square anchors in pixels, ascending.
-        regions: Of a picture that the head learns from; in testing it looks at twice as many, at most 1000.
+        regions: Regions per training image that the head is trained on. In testing twice as many, at most 1000.
 
     Raises:
-        UserError: An encoder that has no such maps.
+        UserError: The encoder has no suitable feature maps.
     """
-    model = _copy_for_any_size(encoder)
+    # The position embedding of a ViT is interpolated to each image's size.
+    model = encoder.copy(dynamic_img_size=True)
     body: C4Body | PyramidBody = _c4_body(encoder, model) if arch == "c4" else _pyramid_body(encoder, model)
-    padding = body.size_divisible
-    _check_runs(body, encoder, padding)
+    divisor = body.size_divisible
+    _check_any_size(body, encoder, divisor)
     pool = RegionPool(body.strides, 14 if arch == "c4" else 7, REGION_PER_MIDDLE_ANCHOR * anchor_sizes[2])
     head, width = _box_head(body)
     predictor = FastRCNNPredictor(width, num_classes + 1)
@@ -92,16 +93,16 @@ def make_detector(
         max_size=longest_side,
         image_mean=list(encoder.preprocessing["mean"]),
         image_std=list(encoder.preprocessing["std"]),
-        rpn_anchor_generator=AnchorGenerator(sizes, (RATIOS,) * len(sizes)),
+        rpn_anchor_generator=AnchorGenerator(sizes, (ASPECT_RATIOS,) * len(sizes)),
         rpn_pre_nms_top_n_train=before_train,
         rpn_pre_nms_top_n_test=before_test,
         rpn_post_nms_top_n_train=after_train,
-        rpn_post_nms_top_n_test=min(2 * regions, MOST_TESTED_REGIONS),
+        rpn_post_nms_top_n_test=min(2 * regions, MAX_TEST_REGIONS),
         box_batch_size_per_image=regions,
         box_roi_pool=pool,
         box_head=head,
         box_predictor=predictor,
-        size_divisible=padding,
+        size_divisible=divisor,
     )
     if masks:
         _add_masks(detector, body, pool, width, num_classes)
@@ -109,13 +110,13 @@ def make_detector(
 
 
 class C4Body(nn.Module):
-    """A ResNet up to its third stage; the fourth is kept aside for the regions."""
+    """A ResNet up to its third stage. The fourth stage is not part of it: it becomes the head."""
 
     def __init__(self, model: Any, stride: int) -> None:
         super().__init__()
         parts = ("conv1", "bn1", "act1", "maxpool", "layer1", "layer2", "layer3")
         self.stages = nn.Sequential(OrderedDict((name, getattr(model, name)) for name in parts))
-        # In a list, so that its parameters belong to the head alone.
+        # In a list, so that its parameters belong to the head only.
         self.last_stage = [model.layer4]
         self.out_channels: int = model.feature_info[-2]["num_chs"]
         self.last_width: int = model.num_features
@@ -123,12 +124,12 @@ class C4Body(nn.Module):
         self.size_divisible = 2 * stride
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) to the map ``"0"``, (B, C, H / stride, W / stride)."""
+        """(B, 3, H, W) to one map ``"0"``, (B, C, H / stride, W / stride)."""
         return {"0": self.stages(images)}
 
 
 class PyramidBody(nn.Module):
-    """An encoder's maps through a feature pyramid: levels "0" to "3" and a pooled one above for proposals."""
+    """An encoder with a feature pyramid: levels "0" to "3", and a pooled level above them for proposals."""
 
     out_channels = PYRAMID_WIDTH
 
@@ -136,18 +137,18 @@ class PyramidBody(nn.Module):
         super().__init__()
         self.model, self.layers, self.pyramid = model, layers, pyramid
         self.strides = strides
-        self.size_divisible = 2 * strides[-1]  # the pooled level's anchors, too, fall on whole cells
+        self.size_divisible = 2 * strides[-1]  # the pooled level also has whole cells
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) to five maps of `PYRAMID_WIDTH` channels."""
-        norm = len(self.layers) == 1  # a ViT's last map is read after its last norm, a convolutional net's before
+        norm = len(self.layers) == 1  # the last map of a ViT is read after the final norm, those of a CNN before it
         maps = self.model.forward_intermediates(images, indices=self.layers, intermediates_only=True, norm=norm)
         levels: dict[str, Tensor] = self.pyramid(OrderedDict((str(number), each) for number, each in enumerate(maps)))
         return levels
 
 
 class SimplePyramid(nn.Module):
-    """ViTDet's: one map of stride s to four of strides s / 4 to 2 s, by itself and not by sums with its neighbours."""
+    """ViTDet's simple feature pyramid: from one map of stride s, maps of strides s / 4 to 2 s, without sums."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -175,18 +176,18 @@ class SimplePyramid(nn.Module):
         )
 
     def forward(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The map ``"0"`` to four, and the coarsest one halved."""
-        made = {str(number): level(maps["0"]) for number, level in enumerate(self.levels)}
-        return made | {"pool": nn.functional.max_pool2d(made["3"], 1, stride=2)}
+        """The map ``"0"`` to four levels, and a pooled one above them."""
+        levels = {str(number): level(maps["0"]) for number, level in enumerate(self.levels)}
+        return levels | {"pool": nn.functional.max_pool2d(levels["3"], 1, stride=2)}
 
 
 class RegionPool(MultiScaleRoIAlign):  # type: ignore[misc]
-    """Regions off the maps, sampled as detectron2's ROIAlignV2 does (half a pixel right of torchvision's own pooling).
+    """Pooling of regions as detectron2's ROIAlignV2, which samples half a pixel right of torchvision's default.
 
     Args:
-        strides: Of the maps in image pixels.
-        side: Of the pooled square.
-        middle_region: Root of the area, in pixels, of a region that is read from the third of four maps.
+        strides: Strides of the maps in image pixels.
+        side: Side of the pooled square.
+        middle_region: Square root of the area, in pixels, of a region that is pooled from the third of four maps.
     """
 
     def __init__(self, strides: tuple[int, ...], side: int, middle_region: float) -> None:
@@ -196,63 +197,52 @@ class RegionPool(MultiScaleRoIAlign):  # type: ignore[misc]
     def forward(
         self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]] | None = None
     ) -> Tensor:
-        """Pool every box of every image: (boxes, C, side, side)."""
+        """Pool all boxes of all images: (boxes, C, side, side)."""
         regions = torch.cat(boxes)
-        owners = torch.cat([torch.full_like(each[:, :1], number) for number, each in enumerate(boxes)])
-        rows = torch.cat([owners, regions], dim=1)
+        images = torch.cat([torch.full_like(each[:, :1], number) for number, each in enumerate(boxes)])
+        rows = torch.cat([images, regions], dim=1)
         if len(self.strides) == 1:
-            return self._cut(x["0"], rows, 0)
+            return self._align(x["0"], rows, 0)
         level_of = self.levels_of(regions)
         features = x["0"]
         pooled = features.new_zeros(len(rows), features.shape[1], self.side, self.side)
         for level in range(len(self.strides)):
             chosen = (level_of == level).nonzero().flatten()
-            pooled[chosen] = self._cut(x[str(level)], rows[chosen], level)
+            pooled[chosen] = self._align(x[str(level)], rows[chosen], level)
         return pooled
 
-    def _cut(self, features: Tensor, rows: Tensor, level: int) -> Tensor:
+    def _align(self, features: Tensor, rows: Tensor, level: int) -> Tensor:
         scale = 1 / self.strides[level]
-        cut: Tensor = roi_align(features, rows, self.side, scale, sampling_ratio=0, aligned=True)
-        return cut
+        pooled: Tensor = roi_align(features, rows, self.side, scale, sampling_ratio=0, aligned=True)
+        return pooled
 
     def levels_of(self, regions: Tensor) -> Tensor:
-        """The map each region is read from, (N,): one level up for each doubling of its side (arXiv:1612.03144)."""
+        """The level of each region, (N,): one level up for each doubling of its side (arXiv:1612.03144)."""
         sides = ((regions[:, 2] - regions[:, 0]) * (regions[:, 3] - regions[:, 1])).clamp_min(1e-8).sqrt()
         levels = (2 + torch.log2(sides / self.middle_region) + 1e-6).floor()
         return levels.clamp(0, len(self.strides) - 1).long()
 
 
-def _copy_for_any_size(encoder: Encoder) -> nn.Module:
-    """The encoder again, with the position embedding of a ViT interpolated to each picture's size."""
-    try:
-        args = {**encoder.model_args, "dynamic_img_size": True}
-        model = build(encoder.architecture, args, encoder.small_stem)
-    except TypeError:  # an architecture that takes any size as it is
-        model = build(encoder.architecture, encoder.model_args, encoder.small_stem)
-    model.load_state_dict(encoder.module.state_dict())
-    return model
-
-
 def _strides(encoder: Encoder, model: Any) -> list[int]:
-    # A small stem saves a stride of 4, of which timm does not know.
+    # The stem for small images has a stride smaller by 4, which timm's feature_info does not know.
     return [max(each["reduction"] // (4 if encoder.small_stem else 1), 1) for each in model.feature_info]
 
 
 def _c4_body(encoder: Encoder, model: Any) -> C4Body:
     if family(encoder.architecture) != "resnet":
-        raise UserError(f"--arch c4: only for ResNets, whose last stage looks at regions; {encoder.architecture}: fpn")
+        raise UserError(f"--arch c4: supports ResNets only, not {encoder.architecture}; use --arch fpn")
     return C4Body(model, _strides(encoder, model)[-2])
 
 
 def _pyramid_body(encoder: Encoder, model: Any) -> PyramidBody:
     name = encoder.architecture
     if not hasattr(model, "forward_intermediates") or not getattr(model, "feature_info", None):
-        raise UserError(f"{name}: timm gives no inner feature maps of it, which a detector needs")
+        raise UserError(f"{name}: timm does not return its intermediate feature maps, which a detector needs")
     strides, widths = _strides(encoder, model), [each["num_chs"] for each in model.feature_info]
     if len(set(strides)) == 1:
         patch = strides[0]
         if patch % 4:
-            raise UserError(f"{name}: patches of {patch} pixels; a simple feature pyramid needs a multiple of 4")
+            raise UserError(f"{name}: has patches of {patch} pixels; a simple feature pyramid needs a multiple of 4")
         levels = (patch // 4, patch // 2, patch, 2 * patch)
         return PyramidBody(model, [len(strides) - 1], levels, SimplePyramid(widths[-1]))
     last_of = {stride: layer for layer, stride in enumerate(strides)}
@@ -260,22 +250,21 @@ def _pyramid_body(encoder: Encoder, model: Any) -> PyramidBody:
     if len(chosen) < PYRAMID_LEVELS or any(2 * low != high for low, high in itertools.pairwise(chosen)):
         raise UserError(f"{name}: its maps have strides {sorted(last_of)}; a feature pyramid needs four that double")
     layers = [last_of[stride] for stride in chosen]
-    # BatchNorm in the pyramid too: MoCo's way to calibrate new layers (arXiv:1911.05722, section 4.2).
+    # With BatchNorm, as in MoCo, to calibrate the new layers (arXiv:1911.05722, section 4.2).
     pyramid = FeaturePyramidNetwork(
         [widths[layer] for layer in layers], PYRAMID_WIDTH, LastLevelMaxPool(), nn.BatchNorm2d
     )
     return PyramidBody(model, layers, tuple(chosen), pyramid)
 
 
-def _check_runs(body: C4Body | PyramidBody, encoder: Encoder, padding: int) -> None:
-    """One blank picture that is not square, before hours of training."""
+def _check_any_size(body: C4Body | PyramidBody, encoder: Encoder, divisor: int) -> None:
+    """Run the body once on a blank image that is not square, before hours of training."""
     try:
         with torch.no_grad():
-            body.eval()(torch.zeros(1, 3, 2 * padding, 3 * padding))
+            body.eval()(torch.zeros(1, 3, 2 * divisor, 3 * divisor))
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
         raise UserError(
-            f"{encoder.architecture}: cannot take pictures of any size, as a detector must: {first}"
+            f"{encoder.architecture}: does not take images of any size, as a detector must: {first_line(error, 150)}"
         ) from error
     body.train()
 
@@ -299,7 +288,7 @@ def _add_masks(detector: Any, body: C4Body | PyramidBody, pool: RegionPool, widt
 
 
 def _initialise(predictor: FastRCNNPredictor) -> None:
-    """As detectron2 does: classes N(0, 0.01), corrections N(0, 0.001)."""
+    """As detectron2: class scores N(0, 0.01), box offsets N(0, 0.001)."""
     nn.init.normal_(predictor.cls_score.weight, std=0.01)
     nn.init.normal_(predictor.bbox_pred.weight, std=0.001)
     nn.init.zeros_(predictor.cls_score.bias)

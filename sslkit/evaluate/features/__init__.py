@@ -1,1 +1,4 @@
-"""Features of images: load an encoder, extract, read out, store. Read `extraction` first."""
+"""Features of images: load an encoder, extract its features, choose which layers to read, store the features.
+
+Read `encoder` first, then `extraction`.
+"""

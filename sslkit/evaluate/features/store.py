@@ -1,4 +1,4 @@
-"""Features kept on disk: extracted once for an encoder, images and a transform, then memory-mapped."""
+"""Features stored on disk, extracted once per encoder, images and transform, and memory-mapped afterwards."""
 
 import errno
 import json
@@ -22,28 +22,28 @@ from sslkit.terminal import print_message
 
 SHARD = 16384
 MERGED = "features.safetensors"
-NO_PLACE = (errno.ENOTDIR, errno.EEXIST)  # the store's folder cannot be one: a mistake, and nothing of the disk's
+NOT_A_FOLDER = (errno.ENOTDIR, errno.EEXIST)  # the user's mistake, not a full or failing disk
 
-_said: set[str] = set()  # what this process has said
-Extract = Callable[[range], Tensor]
-ExtractAll = Callable[[Sequence[str], range], Sequence[Tensor]]
+# Arguments: keys, and the range of images. Returns the rows of the images for each key.
+Extract = Callable[[Sequence[str], range], Sequence[Tensor]]
+
+_warnings: set[str] = set()  # given by this process
 
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """A folder of features, each in a folder named by what they are of.
+    """A folder of features, with one subfolder per key.
 
-    An extraction that stops half-way keeps its finished shards and goes on from them. Several processes may work on
-    the same features: each begins at another shard and leaves out what is there. A file that is damaged, or that
-    another process has just removed to make room, counts as one that is not there. What was not used for longest is
-    removed when the limit is passed.
-
-    What cannot be written, on a disk that is full or read-only, is held in memory for this once, and said.
+    - An interrupted extraction keeps its finished shards and continues from them.
+    - Several processes may extract the same features. Each starts at another shard and skips finished ones.
+    - A damaged file, or one that another process removed, counts as missing.
+    - When the folder exceeds its limit, the least recently used features are removed.
+    - Features that cannot be written, on a full or read-only disk, are kept in memory, with one warning.
 
     Attributes:
-        folder: Where to keep them.
-        max_bytes: Limit of the whole folder.
-        shard: Images of a shard.
+        folder: Location of the store.
+        max_bytes: Limit of the folder's size.
+        shard: Images per shard.
     """
 
     folder: Path
@@ -52,46 +52,36 @@ class FeatureStore:
 
     @staticmethod
     def default() -> "FeatureStore":
-        """In ``$SSLKIT_CACHE``, else in ``$XDG_CACHE_HOME/sslkit`` or ``~/.cache/sslkit``."""
+        """The store in ``$SSLKIT_CACHE``, ``$XDG_CACHE_HOME/sslkit`` or ``~/.cache/sslkit``."""
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         return FeatureStore(Path(os.environ.get("SSLKIT_CACHE") or Path(cache) / "sslkit") / "features")
 
-    def features(self, key: str, count: int, extract: Extract) -> Tensor:
-        """The (count, D) float32 features of ``key``, memory-mapped; extracted first if they are not there.
+    def load_or_extract(self, keys: Sequence[str], count: int, extract: Extract) -> list[Tensor]:
+        """Load the features of the keys; extract and store the missing ones in one pass over the images.
 
         Args:
-            key: Hexadecimal name of what they are of: encoder, images, transform, reading.
-            count: Images.
-            extract: Gives the rows of a range of images.
-        """
-        return self.features_of_all([key], count, lambda _keys, rows: [extract(rows)])[0]
+            keys: Distinct hexadecimal keys; see `sslkit.evaluate.features.readouts.features_key`.
+            count: Number of images.
+            extract: Extracts the features of a range of images for some of the keys.
 
-    def features_of_all(self, keys: Sequence[str], count: int, extract: ExtractAll) -> list[Tensor]:
-        """Features that one pass over the images can give together; see `features`.
-
-        Args:
-            keys: Different names.
-            count: Images.
-            extract: Gives the rows of a range of images for those of the keys that are still to be had.
+        Returns:
+            (count, D) float32 for each key, memory-mapped.
 
         Raises:
-            UserError: The store's folder is a file, or lies in one.
+            UserError: The store's folder is a file, or is inside a file.
         """
-        found = {key: features for key in keys if (features := _load(self._merged(key), count)) is not None}
+        found = {key: features for key in keys if (features := _load(self.folder / key / MERGED, count)) is not None}
         missing = [key for key in keys if key not in found]
         if missing:
             found |= _Extraction(self, missing, count, extract).run()
             self._make_room([self.folder / key for key in keys])
         for key in keys:
-            with suppress(OSError):  # removed meanwhile, or the disk is read-only
+            with suppress(OSError):  # another process removed it, or the disk is read-only
                 os.utime(self.folder / key)
         return [found[key] for key in keys]
 
-    def _merged(self, key: str) -> Path:
-        return self.folder / key / MERGED
-
     def _make_room(self, newest: list[Path]) -> None:
-        """Remove the entries that were not used for longest; others may do the same at the same time."""
+        """Remove the least recently used entries. Other processes may do the same at the same time."""
         entries = []
         with suppress(OSError):
             for entry in self.folder.iterdir():
@@ -107,131 +97,118 @@ class FeatureStore:
 
 
 class _Extraction:
-    """One pass over the images for the features that are not there.
+    """One pass over the images for the missing features; arguments as for `FeatureStore.load_or_extract`."""
 
-    Args:
-        store: Where to keep them.
-        keys: Of the features.
-        count: Images.
-        extract: As `FeatureStore.features_of_all` has it.
-    """
-
-    def __init__(self, store: FeatureStore, keys: list[str], count: int, extract: ExtractAll) -> None:
-        self.store, self.keys, self.count, self.extract = store, keys, count, extract
+    def __init__(self, store: FeatureStore, keys: list[str], count: int, extract: Extract) -> None:
+        self.folder, self.keys, self.count, self.extract = store.folder, keys, count, extract
         self.shards = [range(start, min(start + store.shard, count)) for start in range(0, count, store.shard)]
-        self.held: dict[tuple[str, int], Tensor] = {}
+        self.in_memory: dict[tuple[str, int], Tensor] = {}
 
     def run(self) -> dict[str, Tensor]:
-        """Extract, shard by shard, and put the shards together."""
-        self._open()
+        """Extract all shards and merge them."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self._warn(error)
         first = int(os.environ.get("RANK", os.getpid())) % len(self.shards)
         for number in [*range(first, len(self.shards)), *range(first)]:
-            self._see_to(number, self.keys)
-        return {key: self._together(key) for key in self.keys}
+            self._extract_shard(number, self.keys)
+        return {key: self._merge(key) for key in self.keys}
 
-    def _open(self) -> None:
-        """See that the store's folder is one, before anything is extracted."""
-        try:
-            self.store.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            self._complain(error)
-
-    def _see_to(self, number: int, keys: Iterable[str]) -> None:
-        """Have a shard of each of the features, on the disk or in memory."""
+    def _extract_shard(self, number: int, keys: Iterable[str]) -> None:
+        """Extract a shard of the features that do not have it, and write it or keep it in memory."""
         rows = self.shards[number]
-        absent = [
+        missing = [
             key
             for key in keys
-            if not _is_whole(self._part(key, number), len(rows)) and not _is_whole(self.store._merged(key), self.count)
+            if not _is_whole(self._shard_file(key, number), len(rows))
+            and not _is_whole(self.folder / key / MERGED, self.count)
         ]
-        if absent:
-            for key, found in zip(absent, self.extract(absent, rows), strict=True):
-                features = found.float().contiguous()
-                if not self._write(self._part(key, number), len(rows), [features]):
-                    self.held[key, number] = features
+        if missing:
+            for key, extracted in zip(missing, self.extract(missing, rows), strict=True):
+                features = extracted.float().contiguous()
+                if not self._write(self._shard_file(key, number), len(rows), [features]):
+                    self.in_memory[key, number] = features
 
-    def _together(self, key: str) -> Tensor:
-        """One file instead of the shards, mapped; in memory if it cannot be written."""
-        merged = self.store._merged(key)
+    def _merge(self, key: str) -> Tensor:
+        """Merge the shards into one memory-mapped file, or in memory if it cannot be written."""
+        merged = self.folder / key / MERGED
         features = _load(merged, self.count)
         if features is None:
-            parts = [self._rows(key, number) for number in range(len(self.shards))]
-            # Another process may have merged them by now, and removed the parts.
-            if _is_whole(merged, self.count) or self._write(merged, self.count, parts):
+            shards = [self._rows(key, number) for number in range(len(self.shards))]
+            # Another process may have merged and removed the shards by now.
+            if _is_whole(merged, self.count) or self._write(merged, self.count, shards):
                 features = _load(merged, self.count)
-            features = torch.cat(parts) if features is None else features
+            features = torch.cat(shards) if features is None else features
         self._tidy(merged.parent)
         return features
 
     def _rows(self, key: str, number: int) -> Tensor:
-        """A shard, mapped or held; taken out of the merged file, or extracted again, if another process removed it."""
+        """A shard; from the merged file, or extracted again, if another process removed its file."""
         rows = self.shards[number]
-        if (key, number) in self.held:
-            return self.held[key, number]
-        if (part := _load(self._part(key, number), len(rows))) is not None:
-            return part
-        if (merged := _load(self.store._merged(key), self.count)) is not None:
+        if (key, number) in self.in_memory:
+            return self.in_memory[key, number]
+        if (shard := _load(self._shard_file(key, number), len(rows))) is not None:
+            return shard
+        if (merged := _load(self.folder / key / MERGED, self.count)) is not None:
             return merged[rows.start : rows.stop]
         return self.extract([key], rows)[0].float().contiguous()
 
-    def _part(self, key: str, number: int) -> Path:
-        return self.store.folder / key / f"part-{number:05d}.safetensors"
+    def _shard_file(self, key: str, number: int) -> Path:
+        return self.folder / key / f"part-{number:05d}.safetensors"
 
     def _write(self, file: Path, rows: int, parts: Sequence[Tensor]) -> bool:
-        """Write whole or not at all, whoever else writes the same; False, and a word of it, if it cannot be written."""
-        aside = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+        """Write a file atomically; return False, with a warning, if it cannot be written."""
+        temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             try:
-                _write_rows(aside, rows, parts)
-                aside.replace(file)
+                _write_rows(temporary, rows, parts)
+                temporary.replace(file)
             finally:
-                aside.unlink(missing_ok=True)
-        except (FileNotFoundError, FileExistsError) as error:  # the entry was removed to make room, perhaps in `mkdir`
+                temporary.unlink(missing_ok=True)
+        except (FileNotFoundError, FileExistsError) as error:  # another process removed the entry, perhaps in `mkdir`
             if file.parent.is_file():
-                self._complain(error)
+                self._warn(error)
             return False
         except OSError as error:
-            self._complain(error)
+            self._warn(error)
             return False
         return True
 
-    def _complain(self, error: OSError) -> None:
-        """Say, once a process, that features cannot be kept; raise what is a mistake and not the disk's."""
-        if error.errno in NO_PLACE:
+    def _warn(self, error: OSError) -> None:
+        """Warn once per process that features cannot be stored; raise `UserError` if the folder is a file."""
+        if error.errno in NOT_A_FOLDER:
             raise UserError(
-                f"feature store {self.store.folder}: {error}; free it, or leave it out with --no-cache"
+                f"feature store {self.folder}: {error}; remove that file, or pass --no-cache to store no features"
             ) from error
-        sentence = (
-            f"feature store {self.store.folder}: {error.strerror or error}; these features are not kept, and the next"
-        )
+        warning = f"feature store {self.folder}: {error.strerror or error}; features are not stored, and the next"
         with suppress(OSError):  # standard error may be a file on the same disk
-            if sentence not in _said:
-                _said.add(sentence)
-                print_message(f"WARNING: {sentence} evaluation extracts them again")
+            if warning not in _warnings:
+                _warnings.add(warning)
+                print_message(f"WARNING: {warning} evaluation extracts them again")
 
     def _tidy(self, entry: Path) -> None:
-        """Remove the parts of a merged file, and what killed processes left aside."""
+        """Remove the shards of a merged file, and temporary files of killed processes."""
         if not _is_whole(entry / MERGED, self.count):
             return
-        for left in _files_of(entry):
-            if not left.name.startswith((".", "part-")):
+        for file in _files_of(entry):
+            if not file.name.startswith((".", "part-")):
                 continue
             with suppress(OSError):
-                if not left.name.startswith(".") or time.time() - left.stat().st_mtime > ABANDONED:
-                    left.unlink()
+                if not file.name.startswith(".") or time.time() - file.stat().st_mtime > ABANDONED:
+                    file.unlink()
 
 
 def _files_of(entry: Path) -> list[Path]:
-    """The files of an entry; none if another process has removed it meanwhile."""
     try:
         return sorted(entry.iterdir())
-    except FileNotFoundError:
+    except FileNotFoundError:  # another process removed it
         return []
 
 
 def _size(entry: Path) -> int:
-    """Bytes of an entry's files; a file that goes meanwhile counts nothing."""
+    """Size of an entry's files in bytes."""
     total = 0
     for file in _files_of(entry):
         with suppress(FileNotFoundError):
@@ -240,7 +217,7 @@ def _size(entry: Path) -> int:
 
 
 def _load(file: Path, rows: int) -> Tensor | None:
-    """A file's features, mapped; None if it is not there, not as long as its header says, or has not so many rows."""
+    """Memory-map a file's features; None if it is missing, incomplete, or has another number of rows."""
     try:
         with safe_open(file, "pt") as opened:
             features = opened.get_slice("features")
@@ -249,11 +226,7 @@ def _load(file: Path, rows: int) -> Tensor | None:
                 return None
             whole: Tensor = opened.get_tensor("features")
             return whole
-    except (
-        SafetensorError,
-        OSError,
-        RuntimeError,
-    ):  # PyTorch's own, if another process removes it between two openings
+    except (SafetensorError, OSError, RuntimeError):  # RuntimeError if it is removed after its header was read
         return None
 
 
@@ -262,7 +235,7 @@ def _is_whole(file: Path, rows: int) -> bool:
 
 
 def _write_rows(file: Path, rows: int, parts: Sequence[Tensor]) -> None:
-    """One safetensors file of all parts, of which never more than one need be in memory."""
+    """Write all parts as one tensor of a safetensors file. Only one part needs to be in memory at a time."""
     width = parts[0].shape[1]
     header = json.dumps({"features": {"dtype": "F32", "shape": [rows, width], "data_offsets": [0, 4 * rows * width]}})
     header += " " * (-len(header) % 8)

@@ -1,4 +1,4 @@
-"""From an image to an encoder's input: timm's transforms for RGB, the same steps on tensors for other channels."""
+"""Transforms from an image to an encoder's input: timm's for RGB, the same steps on tensors for other channels."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,27 +17,27 @@ from sslkit.data.sources.image_source import ImageSource
 
 Transform = Callable[[Any], Tensor]
 
-LONGEST = 8  # times the shorter side (and the input's aspect): what is longer is cropped before it is resized
+LONGEST = 8  # longest side kept, in units of the shorter side and of the input's aspect ratio
 
 
 class ShortenStrip:
-    """Bound what an elongated image is resized to, by cutting away what the centre crop would.
+    """Crop very elongated images before they are resized, to bound the memory.
 
-    A strip of 1 x 20000 pixels whose shorter side becomes 256 would be 5 million pixels long. Its middle is taken
-    instead, `LONGEST` times its shorter side; the centre crop takes the same part of it, within a pixel. Other images
-    stay as they are.
+    A 1 x 20000 image resized to a shorter side of 256 would have 5 million columns. Its middle part of `LONGEST`
+    times the shorter side is kept instead; the centre crop that follows takes the same pixels of it, up to one pixel.
+    Other images are not changed.
 
     Args:
         size: Height and width of the input.
-        whole: Whether the transform keeps the whole image, by borders: a strip that would be less than a pixel wide
-            is then resized to one pixel, instead of cut.
+        whole: Whether the transform keeps the whole image by padding. An image whose shorter side would become less
+            than a pixel is then resized to one pixel instead of cropped.
     """
 
     def __init__(self, size: Sequence[int], *, whole: bool) -> None:
         self.size, self.whole = tuple(size), whole
 
     def __call__(self, image: Any) -> Any:
-        """A Pillow image, or a tensor (C, H, W)."""
+        """Apply to a PIL image or a tensor (C, H, W)."""
         _, height, width = functional.get_dimensions(image)
         shorter, longer = sorted((height, width))
         aspect = max(self.size) / min(self.size)
@@ -49,22 +49,22 @@ class ShortenStrip:
         kept = math.ceil(LONGEST * aspect) * shorter
         if longer <= kept:
             return image
-        kept += (longer - kept) % 2  # so that the middle stays where it is
+        kept += (longer - kept) % 2  # keeps the centre where it is
         start = (longer - kept) // 2
         box = (start, 0, kept, width) if height > width else (0, start, height, kept)
         return functional.crop(image, *box)
 
     def __repr__(self) -> str:
-        """What it does, by which features are kept apart from those of another transform."""
+        """Part of the key of stored features."""
         return f"{type(self).__name__}({self.size}, whole={self.whole})"
 
 
 class ChannelTransform:
-    """Resize, crop and normalise a tensor (C, H, W) of values in [0, 1].
+    """Resize, crop and normalise a tensor (C, H, W) with values in [0, 1].
 
     Args:
         preprocessing: timm's data config.
-        is_training: Whether to cut and mirror at random, as the papers' linear protocols do, or to take the centre.
+        is_training: Whether to use random resized crops and flips, as the papers' linear protocols, or a centre crop.
     """
 
     def __init__(self, preprocessing: Mapping[str, Any], *, is_training: bool) -> None:
@@ -81,41 +81,41 @@ class ChannelTransform:
         self.transform = transforms.Compose([*steps, normalise])
 
     def __call__(self, image: Tensor) -> Tensor:
-        """(C, H, W) in [0, 1] to the encoder's input."""
-        changed: Tensor = self.transform(image)
-        return changed
+        """Transform (C, H, W) in [0, 1] to the encoder's input."""
+        transformed: Tensor = self.transform(image)
+        return transformed
 
     def __repr__(self) -> str:
-        """What it does, by which features are kept apart from those of another transform."""
+        """Part of the key of stored features."""
         return f"{self.channels} channels: {self.transform}"
 
 
 def evaluation_transform(preprocessing: Mapping[str, Any]) -> Transform:
-    """Resize, centre crop and normalise, as timm does for evaluation."""
+    """timm's transform for evaluation: resize, centre crop, normalise."""
     if preprocessing["input_size"][0] != 3:
         return ChannelTransform(preprocessing, is_training=False)
-    made = create_transform(**preprocessing, is_training=False)
+    timm_transform = create_transform(**preprocessing, is_training=False)
     mode = preprocessing.get("crop_mode")
-    if mode != "squash":  # which resizes to a fixed size
-        made.transforms.insert(0, ShortenStrip(preprocessing["input_size"][1:], whole=mode == "border"))
-    transform: Transform = made
+    if mode != "squash":  # squash resizes to a fixed size
+        timm_transform.transforms.insert(0, ShortenStrip(preprocessing["input_size"][1:], whole=mode == "border"))
+    transform: Transform = timm_transform
     return transform
 
 
 def training_transform(preprocessing: Mapping[str, Any]) -> Transform:
-    """Random resized crop (area 0.08 to 1) and mirror: the augmentation of the papers' linear protocols."""
+    """Random resized crop (area 0.08 to 1) and flip: the augmentation of the papers' linear protocols."""
     kept = {key: preprocessing[key] for key in ("input_size", "interpolation", "mean", "std")}
     if kept["input_size"][0] != 3:
         return ChannelTransform(kept, is_training=True)
-    made: Transform = create_transform(**kept, is_training=True, color_jitter=0.0)
-    return made
+    transform: Transform = create_transform(**kept, is_training=True, color_jitter=0.0)
+    return transform
 
 
-def read_for(transform: Transform, source: ImageSource, index: int) -> Any:
-    """Image ``index`` as a transform takes it: Pillow's RGB, or a tensor of as many channels as it is for.
+def read_input(transform: Transform, source: ImageSource, index: int) -> Any:
+    """Read an image as the transform takes it: a PIL RGB image, or a tensor with the transform's channels.
 
     Raises:
-        UnreadableImage: It cannot be read so.
+        UnreadableImage: The image cannot be decoded.
     """
     channels = transform.channels if isinstance(transform, ChannelTransform) else None
     pixels = source.read_as(index, channels)
@@ -124,8 +124,8 @@ def read_for(transform: Transform, source: ImageSource, index: int) -> Any:
     return torch.from_numpy(pixels.astype(np.float32) / FULL_SCALE).permute(2, 0, 1)
 
 
-def blank_for(transform: Transform, side: int) -> Any:
-    """A black square as a transform takes it."""
+def blank_input(transform: Transform, side: int) -> Any:
+    """A black square image as the transform takes it."""
     if isinstance(transform, ChannelTransform):
         return torch.zeros(transform.channels, side, side)
     return Image.new("RGB", (side, side))

@@ -1,1 +1,1 @@
-"""Evaluations without labels. Read `diagnose` first."""
+"""Evaluation without labels. Read `diagnose` first."""

@@ -1,9 +1,9 @@
-"""What embeddings tell without a label: whether they collapse, how many directions they use, how views agree.
+"""Metrics of embeddings that need no labels: collapse, effective dimensions, and agreement between views.
 
-Pure functions of embeddings; features of the backbone serve as well. All compute in float64 on the CPU: the matrices
-are small, and near a collapse float32 rounds away what is asked for.
+All functions also apply to the backbone's features. They compute in float64 on the CPU: the matrices are small, and
+close to a collapse the differences are below float32 precision.
 
-Shapes: N images, Q views of each, D width.
+Shapes: N images, Q views of each, D dimensions.
 """
 
 import math
@@ -13,26 +13,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-FIT_FIRST, FIT_LAST = 11, 100  # ranks of the eigenvalues that the exponent is fitted to
-FIT_FEWEST = 10
+FIT_FIRST, FIT_LAST = 11, 100  # ranks of the eigenvalues that `alpha_req` fits
+MIN_FITTED = 10
 HISTOGRAM_EDGES = tuple(round(-1.0 + 0.05 * step, 2) for step in range(41))
 
 
 @dataclass(frozen=True)
-class LabelFree:
-    """Every number of this file for N images in Q views, by the names of diagnostics.jsonl.
+class LabelFreeMetrics:
+    """All metrics of this module, under the keys of diagnostics.jsonl.
 
     Attributes:
-        embedding_std: See `embedding_std`, of the first two views together.
-        effective_rank: See `effective_rank`, of the first two views together.
-        alpha_req: See `alpha_req`, of the first two views together; None where the spectrum is too short.
-        lidar: See `lidar`, of all views; None for two views, which say too little about an image's scatter.
-        alignment: See `alignment`, between the first two views.
-        uniformity: See `uniformity`, mean of the first two views.
-        pretext_top1: See `pretext_top1`, between the first two views.
-        positive_histogram: Counts of cosine similarities between the first two views of an image.
-        negative_histogram: Counts between the first view of an image and the second of every other.
-        histogram_edges: Edges of their bins.
+        embedding_std: `embedding_std` of the first two views together.
+        effective_rank: `effective_rank` of the first two views together.
+        alpha_req: `alpha_req` of the first two views together; None if there are too few eigenvalues.
+        lidar: `lidar` of all views; None for two views, which are too few.
+        alignment: `alignment` of the first two views.
+        uniformity: `uniformity`, mean of the first two views.
+        pretext_top1: `pretext_top1` of the first two views.
+        positive_histogram: Histogram of cosine similarities between the first two views of an image.
+        negative_histogram: Histogram of cosine similarities between the first view of an image and the second view of
+            each other image.
+        histogram_edges: Edges of the bins.
     """
 
     embedding_std: float
@@ -46,23 +47,23 @@ class LabelFree:
     negative_histogram: list[int]
     histogram_edges: list[float]
 
-    def known(self) -> dict[str, float | list[int] | list[float]]:
-        """What applies, by name."""
+    def to_dict(self) -> dict[str, float | list[int] | list[float]]:
+        """The metrics that are not None."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
 
-def label_free(embeddings: Tensor) -> LabelFree:
-    """Every number of this file.
+def label_free_metrics(embeddings: Tensor) -> LabelFreeMetrics:
+    """Compute all metrics of this module.
 
     Args:
-        embeddings: (N, Q, D), Q >= 2, any norm.
+        embeddings: (N, Q, D), Q >= 2. They need not be normalised.
     """
     embeddings = embeddings.detach().to("cpu", torch.float64)
     first, second = embeddings[:, 0], embeddings[:, 1]
     both = torch.cat([first, second])
     positive, negative = similarity_histograms(first, second)
-    return LabelFree(
+    return LabelFreeMetrics(
         embedding_std=embedding_std(both),
         effective_rank=effective_rank(both),
         alpha_req=alpha_req(both),
@@ -79,7 +80,7 @@ def label_free(embeddings: Tensor) -> LabelFree:
 def embedding_std(embeddings: Tensor) -> float:
     """Standard deviation of L2-normalised embeddings, mean over dimensions (SimSiam, arXiv:2011.10566, section 4.1).
 
-    0 when all are one; 1 / sqrt(D) when they are spread evenly over the sphere.
+    0 if all embeddings are equal; 1 / sqrt(D) if they are uniform on the sphere.
 
     Args:
         embeddings: (N, D), N >= 2.
@@ -90,27 +91,27 @@ def embedding_std(embeddings: Tensor) -> float:
 def effective_rank(embeddings: Tensor, eps: float = 1e-7) -> float:
     """RankMe (Garrido et al., arXiv:2210.02885, eq. 1): exp of the entropy of the normalised singular values.
 
-    From 1, a single direction, to min(N, D). It grows with N, so only numbers from equally many rows compare.
+    Between 1 (one direction) and min(N, D). It grows with N: compare values of the same N only.
 
     Args:
         embeddings: (N, D), neither normalised nor centred.
-        eps: Added to each share (the paper's, for float32).
+        eps: Added to each normalised singular value (the paper's value for float32).
     """
     embeddings = embeddings.double()
     return _exp_entropy(_gram_eigenvalues(embeddings).sqrt(), min(embeddings.shape), eps)
 
 
 def lidar(embeddings: Tensor, delta: float = 1e-4, eps: float = 1e-7) -> float:
-    """LiDAR (Thilak et al., arXiv:2312.04000, section 4): rank of the LDA matrix in which every image is a class.
+    """LiDAR (Thilak et al., arXiv:2312.04000, section 4): effective rank of LDA with each image as a class.
 
-    With S_b the covariance of the images' means and S_w that of the views around them, plus ``delta`` times the
-    identity, it is exp of the entropy of the eigenvalues of S_w^(-1/2) S_b S_w^(-1/2): directions count that tell
-    images apart and not views. From 1 to min(N - 1, D).
+    S_b is the covariance of the images' means, S_w the covariance of the views around their mean, plus ``delta`` times
+    the identity. The result is exp of the entropy of the normalised eigenvalues of S_w^(-1/2) S_b S_w^(-1/2): the
+    number of directions that separate images but not views. Between 1 and min(N - 1, D).
 
     Args:
-        embeddings: (N, Q, D); the paper takes N = 1000 and Q = 50.
-        delta: Keeps S_w invertible; published code has 1e-6 to 1e-3.
-        eps: Added to each share.
+        embeddings: (N, Q, D); the paper uses N = 1000 and Q = 50.
+        delta: Keeps S_w invertible; published code uses 1e-6 to 1e-3.
+        eps: Added to each normalised eigenvalue.
     """
     embeddings = embeddings.double()
     images, views, width = embeddings.shape
@@ -118,33 +119,33 @@ def lidar(embeddings: Tensor, delta: float = 1e-4, eps: float = 1e-7) -> float:
     scatter = (embeddings - means[:, None]).flatten(0, 1)
     between = means - means.mean(dim=0)
     if width > images * views:
-        # Beyond the rows' span S_b is 0 and S_w the same in every direction: a basis of the span loses nothing.
+        # Outside the span of the rows, S_b is 0 and S_w is delta times the identity, so a basis of the span suffices.
         basis = torch.linalg.qr(torch.cat([scatter, between]).T).Q
         scatter, between = scatter @ basis, between @ basis
     within = scatter.T @ scatter / (images * views)
     within.diagonal().add_(delta)
-    # S_w = L L^T: the eigenvalues of L^(-1) S_b L^(-T) are those of the symmetric form.
+    # With S_w = L L^T, L^(-1) S_b L^(-T) has the same eigenvalues as the symmetric form.
     whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(within), between.T, upper=False)
     return _exp_entropy(_gram_eigenvalues(whitened.T), width, eps)
 
 
 def alpha_req(embeddings: Tensor) -> float | None:
-    """alpha-ReQ (Agrawal et al., NeurIPS 2022): exponent of the power law that the covariance's eigenvalues follow.
+    """alpha-ReQ (Agrawal et al., NeurIPS 2022): exponent of the power law of the covariance's eigenvalues.
 
-    The i-th eigenvalue is about i^(-alpha); the paper finds the best features near alpha = 1. Fitted as its authors'
-    code does: log-log, the i-th eigenvalue weighing 1 / i, from the 11th to the 100th.
+    The i-th eigenvalue is about i^(-alpha). In the paper, the best features have alpha close to 1. Fitted as in the
+    official code: log-log, from the 11th to the 100th eigenvalue, with weights 1 / i.
 
     Args:
         embeddings: (N, D).
 
     Returns:
-        None if fewer than ten eigenvalues of that range are positive.
+        None if fewer than 10 eigenvalues in that range are positive.
     """
     embeddings = embeddings.double()
     eigenvalues = _gram_eigenvalues(embeddings - embeddings.mean(dim=0))
     positive = int((eigenvalues > 1e-12 * eigenvalues[0].clamp(min=1e-30)).sum())
     last = min(FIT_LAST, positive, len(embeddings) - 1)
-    if last - FIT_FIRST + 1 < FIT_FEWEST:
+    if last - FIT_FIRST + 1 < MIN_FITTED:
         return None
     ranks = torch.arange(FIT_FIRST, last + 1, dtype=torch.float64)
     x, y, weights = ranks.log(), eigenvalues[FIT_FIRST - 1 : last].log(), 1 / ranks
@@ -153,13 +154,13 @@ def alpha_req(embeddings: Tensor) -> float | None:
 
 
 def alignment(first: Tensor, second: Tensor) -> float:
-    """Mean squared distance of an image's two views on the unit sphere (Wang & Isola, arXiv:2005.10242, alpha = 2).
+    """Mean squared distance between two views on the unit sphere (Wang & Isola, arXiv:2005.10242, alpha = 2).
 
-    0 when views agree, 2 when they have nothing to do with each other.
+    0 if the views agree, 2 if they are unrelated.
 
     Args:
-        first: (N, D).
-        second: (N, D), row by row of the same images.
+        first: (N, D), the first views.
+        second: (N, D), the second views of the same images.
     """
     return float((_unit(first) - _unit(second)).square().sum(dim=1).mean())
 
@@ -167,7 +168,7 @@ def alignment(first: Tensor, second: Tensor) -> float:
 def uniformity(embeddings: Tensor) -> float:
     """Log of the mean Gaussian potential of all pairs on the unit sphere (Wang & Isola, arXiv:2005.10242, t = 2).
 
-    0 when all are one point; about -4 (D large) when spread evenly.
+    0 if all embeddings are equal; about -4 if they are uniform on the sphere and D is large.
 
     Args:
         embeddings: (N, D), N >= 2.
@@ -176,14 +177,14 @@ def uniformity(embeddings: Tensor) -> float:
 
 
 def similarity_histograms(first: Tensor, second: Tensor) -> tuple[list[int], list[int]]:
-    """Counts of cosine similarities of positives and of negatives in the bins of `HISTOGRAM_EDGES`.
+    """Histograms of the cosine similarities of positives and negatives, with the bins of `HISTOGRAM_EDGES`.
 
     Args:
-        first: (N, D), one view of each image.
-        second: (N, D), another.
+        first: (N, D), the first views.
+        second: (N, D), the second views of the same images.
 
     Returns:
-        N counts of an image's own two views; N (N - 1) of one image's first and another's second.
+        Counts of the N positive pairs, and of the N (N - 1) negative pairs.
     """
     similarity = _similarities(first, second)
     own = torch.eye(len(similarity), dtype=torch.bool)
@@ -191,13 +192,13 @@ def similarity_histograms(first: Tensor, second: Tensor) -> tuple[list[int], lis
 
 
 def pretext_top1(first: Tensor, second: Tensor) -> float:
-    """Share of images whose second view is, by cosine, nearer to the first than every other image's second view.
+    """Share of images whose first view is more similar to their own second view than to any other second view.
 
-    A tie counts as wrong, so that a collapse scores 0.
+    Ties count as wrong, so a collapse scores 0.
 
     Args:
-        first: (N, D).
-        second: (N, D), row by row of the same images.
+        first: (N, D), the first views.
+        second: (N, D), the second views of the same images.
     """
     similarity = _similarities(first, second)
     others = similarity.masked_fill(torch.eye(len(similarity), dtype=torch.bool), -math.inf)
@@ -218,16 +219,16 @@ def _histogram(similarities: Tensor) -> list[int]:
 
 
 def _gram_eigenvalues(rows: Tensor) -> Tensor:
-    """Squared singular values of (N, D), largest first, min(N, D) of them: those of the smaller Gram matrix."""
+    """Squared singular values of (N, D), largest first, from the smaller of the two Gram matrices."""
     smaller = rows @ rows.T if rows.shape[0] <= rows.shape[1] else rows.T @ rows
     eigenvalues: Tensor = torch.linalg.eigvalsh(smaller)
     return eigenvalues.clamp(min=0).flip(0)
 
 
 def _exp_entropy(values: Tensor, count: int, eps: float) -> float:
-    """exp of the entropy of ``count`` shares; values that are not given are 0."""
+    """exp of the entropy of the normalised values, padded with zeros to ``count``."""
     total = float(values.sum())
     if not total > 0:
-        return 1.0  # all is one point: as a single direction
+        return 1.0  # all embeddings are equal: as for one direction
     shares = torch.cat([values, values.new_zeros(max(count - len(values), 0))]) / total + eps
     return float((-(shares * shares.log()).sum()).exp())

@@ -1,4 +1,4 @@
-"""A frozen encoder and any images in, the label-free numbers out, beside those of the same architecture untrained."""
+"""Label-free metrics of a frozen encoder, compared with those of the same architecture with random weights."""
 
 from dataclasses import dataclass
 
@@ -6,86 +6,88 @@ import torch
 
 from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.errors import UserError
-from sslkit.evaluate.features.extraction import load_encoder
-from sslkit.evaluate.features.readouts import Reading, read_features
+from sslkit.evaluate.features.encoder import load_encoder
+from sslkit.evaluate.features.readouts import Readout, extract_readouts
 from sslkit.evaluate.input_checks import check_seed
-from sslkit.evaluate.label_free.collapse_metrics import LabelFree, label_free
+from sslkit.evaluate.label_free.collapse_metrics import LabelFreeMetrics, label_free_metrics
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """An encoder and its numbers.
+class EncoderDiagnosis:
+    """The metrics of one encoder.
 
     Attributes:
-        encoder: Its name.
-        dim: Width of its features.
-        numbers: What they tell.
-        encoder_revision: Commit on the Hugging Face Hub that was looked at; empty for what does not come from there.
+        encoder: Name of the encoder.
+        dim: Number of feature dimensions.
+        numbers: Its metrics.
+        encoder_revision: Commit on the Hugging Face Hub; empty for encoders from elsewhere.
     """
 
     encoder: str
     dim: int
-    numbers: LabelFree
+    numbers: LabelFreeMetrics
     encoder_revision: str = ""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Label-free numbers of an encoder and of its random twin, in this order.
+    """Metrics of an encoder and of its random twin.
 
     Attributes:
-        data: Which images.
-        images: How many of them.
-        views: Random crops and mirrors of each.
-        contestants: The encoder, then the same architecture with random weights.
+        data: Description of the images.
+        images: Number of images.
+        views: Number of random crops of each image.
+        encoders: The encoder, then the same architecture with random weights.
     """
 
     data: str
     images: int
     views: int
-    contestants: list[Contestant]
+    encoders: list[EncoderDiagnosis]
 
 
 def diagnose_encoder(
     model: str,
     data: DataConfig,
-    reading: Reading | None = None,
+    readout: Readout | None = None,
     *,
     images: int = 1000,
     views: int = 8,
     seed: int = 0,
 ) -> Diagnosis:
-    """Compute the numbers of `collapse_metrics` on views of images, whose labels are not looked at.
+    """Compute the metrics of `collapse_metrics` on random views of images. Labels are not read.
 
-    Views are the crops (area 0.08 to 1) and mirrors of the papers' linear protocols, the same for every encoder.
+    The views are the random crops (area 0.08 to 1) and flips of the papers' linear protocols, the same for all
+    encoders.
 
     Args:
-        model: As `load_encoder` takes it.
+        model: As for `load_encoder`.
         data: Any images.
-        reading: Which layer, how many workers; its centre crop is not used.
-        images: At most so many, the first of a seeded order (LiDAR's paper: 1000).
-        views: Of each image, 2 or more (LiDAR's paper: 50).
-        seed: Of order and views.
+        readout: Layer, pooling and workers; its crop is not used. Default: the model's output.
+        images: Maximum number of images, drawn by the seed (LiDAR's paper: 1000).
+        views: Number of views of each image, at least 2 (LiDAR's paper: 50).
+        seed: Of the images, the views and the random twin.
 
     Raises:
-        UserError: Fewer than two images or views, or features that are not finite.
+        UserError: There are fewer than two images or views, or features are not finite.
     """
-    reading = reading or Reading()
+    readout = readout or Readout()
     check_seed(seed, "diagnose, --seed")
     source = open_source(data).without_labels()
     count = min(images, len(source))
     if count < 2:
-        raise UserError(
-            f"--images: {count} of {source.description}; diagnosing compares images, so it needs two or more"
-        )
+        raise UserError(f"--images: needs at least 2 images to compare, but takes {count} of {source.description}")
     if views < 2:
-        raise UserError(f"--views: {views}; diagnosing compares views of an image, so it needs two or more")
+        raise UserError(f"--views: needs at least 2 views of each image to compare, not {views}")
     source = source.subset(source.sample(count, seed))
     encoder = load_encoder(model)
-    contestants = []
+    diagnoses = []
     for each in (encoder, encoder.random_twin(seed)):
         transform = each.training_transform()
-        features = [read_features(each, source, transform, [reading], seed * views + view)[0] for view in range(views)]
+        features = [
+            extract_readouts(each, source, transform, [readout], seed * views + view)[0] for view in range(views)
+        ]
         stacked = torch.stack(features, dim=1)
-        contestants.append(Contestant(each.description, stacked.shape[2], label_free(stacked), each.revision))
-    return Diagnosis(source.description, count, views, contestants)
+        metrics = label_free_metrics(stacked)
+        diagnoses.append(EncoderDiagnosis(each.description, stacked.shape[2], metrics, each.revision))
+    return Diagnosis(source.description, count, views, diagnoses)

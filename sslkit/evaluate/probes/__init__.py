@@ -1,1 +1,1 @@
-"""Evaluations with labels: kNN, linear, sweep, fine-tuning. Read `scoring` first."""
+"""Evaluations with labels: kNN, linear probes, a sweep of linear probes, and fine-tuning. Read `scoring` first."""

@@ -1,4 +1,4 @@
-"""Linear classification of frozen features, by the papers' protocols or by regularised logistic regression."""
+"""Linear classification of frozen features, by regularised logistic regression or by the papers' protocols."""
 
 import math
 from collections.abc import Callable
@@ -14,39 +14,43 @@ from sslkit.evaluate.input_checks import as_features, check_seed
 
 C_GRID = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 HELD_OUT = 0.1
-HELD_OUT_CHOOSES = "by a tenth of the training images, held out by the seed"
+# Part of the protocol hash.
+SELECTED_ON_HELD_OUT = "by a tenth of the training images, held out by the seed"
+
+EpochFeatures = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
 class LinearProtocol:
     """How the classifier is trained.
 
-    ``logistic`` standardises the features and minimises the full-batch loss with an L2 penalty 1 / (2 C n) by L-BFGS;
-    C is chosen from `C_GRID` by the log loss of a seeded tenth of the training set, never on the test set: accuracies
-    on so few images differ by chance alone. The others are the papers': SGD with momentum 0.9 on raw features.
+    ``logistic`` standardises the features and minimises the cross-entropy with an L2 penalty 1 / (2 C n) by L-BFGS on
+    the full batch. C is chosen from `C_GRID` by the loss on a held-out tenth of the training set, never on the test
+    set. The loss is used because accuracies on so few images are noisy.
 
-    ``moco_v1``, ``moco_v3``, ``swav`` and ``dino`` set the rate per epoch, use every image in every epoch and report
-    the best epoch on the test set, as their code does. ``simclr`` and ``byol`` set it per step, drop what is left of an
-    epoch after its last whole batch, and score the final classifier. (Their loaders let a batch run over the end of an
-    epoch instead of dropping the rest.) BYOL's paper chooses among five rates on held-out images; its code has one, and
-    so has ``byol``.
+    The other protocols are the papers': SGD with momentum 0.9 on raw features.
+
+    - ``moco_v1``, ``moco_v3``, ``swav`` and ``dino`` set the learning rate per epoch, use every image in every epoch
+      and report the best epoch on the test set, as the official code does.
+    - ``simclr`` and ``byol`` set the learning rate per step, drop the incomplete last batch and report the last epoch.
+      The official loaders let the last batch continue into the next epoch instead. BYOL's paper chooses among five
+      learning rates on held-out images; its code uses one, and so does ``byol``.
 
     Attributes:
-        name: Which protocol.
-        epochs: Passes of the SGD protocols (moco_v1, swav and dino 100, moco_v3 and simclr 90, byol 80).
-        batch_size: Of the SGD protocols (moco_v1 and swav 256, moco_v3 and dino 1024, simclr and byol 4096).
-        lr: Peak rate (moco_v1 30, swav 0.3; times batch / 256: moco_v3 0.1 for ResNet, 3 for ViT, simclr 0.1, byol 0.2,
-            dino 0.001).
-        decay: ``steps`` times 0.1 at 60 % and 80 %, or ``cosine``.
-        seed: Of held-out draw, initialisation and order.
-        weight_decay: L2 penalty (simclr and swav 1e-6, else none).
-        nesterov: Whether the momentum looks ahead (simclr, byol).
-        init_std: Of the first weights: 0.01, but simclr begins at zero. -1: cut at two deviations of 1 / sqrt(D), as
-            Haiku's Linear (byol).
-        per: Whether the rate moves with every ``step`` or ``epoch``.
-        drop_last: Whether what is left of an epoch after its last whole batch is left out. Fewer images than a batch
-            are one batch.
-        scored: Whether the ``best`` epoch on the test set is reported or the ``last``.
+        name: Name of the protocol.
+        epochs: SGD only (moco_v1, swav and dino 100, moco_v3 and simclr 90, byol 80).
+        batch_size: SGD only (moco_v1 and swav 256, moco_v3 and dino 1024, simclr and byol 4096).
+        lr: Peak learning rate (moco_v1 30, swav 0.3; scaled with batch / 256: moco_v3 0.1 for ResNets and 3 for ViTs,
+            simclr 0.1, byol 0.2, dino 0.001).
+        decay: ``steps``, times 0.1 at 60 % and 80 %, or ``cosine``.
+        seed: Of held-out images, initialisation and order.
+        weight_decay: L2 penalty (simclr and swav 1e-6, others 0).
+        nesterov: Whether to use Nesterov momentum (simclr, byol).
+        init_std: Standard deviation of the initial weights; simclr 0, others 0.01. -1 truncates a standard deviation
+            of 1 / sqrt(D) at two deviations, as Haiku's Linear (byol).
+        per: Whether the learning rate changes every ``step`` or every ``epoch``.
+        drop_last: Whether to drop the incomplete last batch. With fewer images than a batch, all are one batch.
+        scored: Whether to report the ``best`` epoch on the test set or the ``last`` one.
     """
 
     name: Literal["logistic", "moco_v1", "moco_v3", "simclr", "byol", "swav", "dino"] = "logistic"
@@ -64,50 +68,45 @@ class LinearProtocol:
 
     @property
     def selection(self) -> str:
-        """On which images something is chosen."""
+        """Which images select a hyperparameter or an epoch; part of the protocol hash."""
         if self.name == "logistic":
-            return HELD_OUT_CHOOSES
+            return SELECTED_ON_HELD_OUT
         return "the best epoch, by the test images" if self.scored == "best" else "none, the last epoch"
 
     def settings(self) -> dict[str, Any]:
-        """What a score's protocol says of it; keys that came later are named only where they differ from before."""
-        later = {"per": "epoch", "drop_last": False, "scored": "best"}
-        return {name: value for name, value in vars(self).items() if name not in later or value != later[name]}
+        """The settings for the protocol hash. Newer ones are left out at their defaults, so that hashes stay equal."""
+        newer = {"per": "epoch", "drop_last": False, "scored": "best"}
+        return {name: value for name, value in vars(self).items() if name not in newer or value != newer[name]}
 
     def __post_init__(self) -> None:
         check_seed(self.seed, "linear")
 
     @staticmethod
-    def named(name: str, *, is_vit: bool, seed: int = 0) -> "LinearProtocol":
-        """The protocol of this name with the paper's numbers for a ViT or a ResNet."""
-        if name == "moco_v1":
-            return LinearProtocol("moco_v1", 100, 256, 30.0, "steps", seed)
-        if name == "moco_v3":
-            return LinearProtocol("moco_v3", 90, 1024, (3.0 if is_vit else 0.1) * 1024 / 256, "cosine", seed)
-        final: dict[str, Any] = {"nesterov": True, "per": "step", "drop_last": True, "scored": "last"}
-        if name == "simclr":
-            return LinearProtocol("simclr", 90, 4096, 0.1 * 4096 / 256, "cosine", seed, 1e-6, init_std=0.0, **final)
-        if name == "byol":
-            return LinearProtocol("byol", 80, 4096, 0.2 * 4096 / 256, "cosine", seed, init_std=-1.0, **final)
-        if name == "swav":
-            return LinearProtocol("swav", 100, 256, 0.3, "cosine", seed, 1e-6)
-        if name == "dino":
-            return LinearProtocol("dino", 100, 1024, 0.001 * 1024 / 256, "cosine", seed)
-        if name != "logistic":
-            known = ("logistic", "moco_v1", "moco_v3", "simclr", "byol", "swav", "dino")
-            raise UserError(f"linear: unknown protocol {name!r}{near_miss(name, known)}; there are {', '.join(known)}")
-        return LinearProtocol("logistic", seed=seed)
+    def from_name(name: str, *, is_vit: bool, seed: int = 0) -> "LinearProtocol":
+        """The protocol of this name, with the paper's numbers for a ViT or a ResNet."""
+        last: dict[str, Any] = {"nesterov": True, "per": "step", "drop_last": True, "scored": "last"}
+        moco_v3_lr = 3.0 if is_vit else 0.1
+        protocols = {
+            "logistic": LinearProtocol("logistic", seed=seed),
+            "moco_v1": LinearProtocol("moco_v1", 100, 256, 30.0, "steps", seed),
+            "moco_v3": LinearProtocol("moco_v3", 90, 1024, moco_v3_lr * 1024 / 256, "cosine", seed),
+            "simclr": LinearProtocol("simclr", 90, 4096, 0.1 * 4096 / 256, "cosine", seed, 1e-6, init_std=0.0, **last),
+            "byol": LinearProtocol("byol", 80, 4096, 0.2 * 4096 / 256, "cosine", seed, init_std=-1.0, **last),
+            "swav": LinearProtocol("swav", 100, 256, 0.3, "cosine", seed, 1e-6),
+            "dino": LinearProtocol("dino", 100, 1024, 0.001 * 1024 / 256, "cosine", seed),
+        }
+        if name not in protocols:
+            hint = near_miss(name, protocols)
+            raise UserError(f"linear: unknown protocol {name!r}{hint}; must be one of {', '.join(protocols)}")
+        return protocols[name]
 
 
 @dataclass(frozen=True)
 class LinearScore:
-    """Accuracy on the test set, and what was chosen on the way (C of ``logistic``, best epoch of SGD)."""
+    """Accuracy on the test set, and what was selected: C of ``logistic``, the epoch of SGD."""
 
     accuracy: float
     chosen: str
-
-
-EpochFeatures = Callable[[int], Tensor]
 
 
 def linear_accuracy(
@@ -117,24 +116,22 @@ def linear_accuracy(
     truth: Tensor,
     protocol: LinearProtocol | None = None,
 ) -> LinearScore:
-    """Train a linear classifier on frozen features and score it.
+    """Train a linear classifier on frozen features and test it. Computes in float32.
 
     Args:
-        train: (N, D) features; or, for the SGD protocols, a function from the epoch to (N, D) features of that
-            epoch's augmented images.
+        train: (N, D) features; for the SGD protocols also a function from the epoch to the features of that epoch's
+            augmented images.
         labels: (N,) int64.
         test: (Q, D) features.
         truth: (Q,) int64.
-        protocol: Defaults to ``logistic``.
-
-    Features may be of any precision; everything is computed in float32.
+        protocol: Default: ``logistic``.
 
     Raises:
         UserError: Features are not finite, or there are fewer than two training images.
     """
     protocol = protocol or LinearProtocol()
     if len(labels) < 2:
-        raise UserError(f"linear: a classifier needs at least two training images, not {len(labels)}")
+        raise UserError(f"linear: needs at least 2 training images, not {len(labels)}")
     test = as_features(test, "linear, test")
     num_classes = int(max(labels.max(), truth.max())) + 1
     epoch_features = _checked(train)
@@ -150,12 +147,19 @@ def _checked(train: Tensor | EpochFeatures) -> EpochFeatures:
     return lambda _epoch: features
 
 
+def hold_out(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Split ``count`` positions at random into a tenth, at least one, for selection and the rest for training."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held_out = max(round(count * HELD_OUT), 1)
+    return order[:held_out], order[held_out:]
+
+
 def fit_logistic(
     features: Tensor, labels: Tensor, num_classes: int, c: float, start: nn.Linear | None = None
 ) -> nn.Linear:
-    """Multinomial logistic regression, mean cross-entropy + ||W||^2 / (2 C n), to convergence by L-BFGS.
+    """Fit multinomial logistic regression, mean cross-entropy + ||W||^2 / (2 C n), to convergence by L-BFGS.
 
-    The loss is convex: ``start``, the solution for another C, only shortens the way.
+    The loss is convex, so ``start``, the solution for another C, only saves iterations.
     """
     with torch.random.fork_rng(devices=[]):
         classifier = nn.Linear(features.shape[1], num_classes).to(features)
@@ -182,21 +186,19 @@ def _logistic(
 ) -> LinearScore:
     mean, scale = train.mean(dim=0), train.std(dim=0).clamp_min(1e-6)
     train, test = (train - mean) / scale, (test - mean) / scale
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(protocol.seed))
-    held_out = max(round(len(train) * HELD_OUT), 1)
-    choose, fit = order[:held_out], order[held_out:]
+    held_out, fit = hold_out(len(train), protocol.seed)
 
-    best, lowest = 0.0, math.inf
-    chosen: nn.Linear | None = None
+    best_c, best_loss = 0.0, math.inf
+    best: nn.Linear | None = None
     for c in C_GRID:
-        classifier = fit_logistic(train[fit], labels[fit], num_classes, c, chosen)
+        classifier = fit_logistic(train[fit], labels[fit], num_classes, c, best)
         with torch.no_grad():
-            loss = float(cross_entropy(classifier(train[choose]), labels[choose]))
-        if loss >= lowest:
+            loss = float(cross_entropy(classifier(train[held_out]), labels[held_out]))
+        if loss >= best_loss:
             break  # weaker penalties only overfit more
-        best, lowest, chosen = c, loss, classifier
-    classifier = fit_logistic(train, labels, num_classes, best, chosen)
-    return LinearScore(_accuracy(classifier, test, truth), f"C = {best:g}")
+        best_c, best_loss, best = c, loss, classifier
+    classifier = fit_logistic(train, labels, num_classes, best_c, best)
+    return LinearScore(_accuracy(classifier, test, truth), f"C = {best_c:g}")
 
 
 def _sgd(
@@ -208,7 +210,7 @@ def _sgd(
     protocol: LinearProtocol,
 ) -> LinearScore:
     generator = torch.Generator().manual_seed(protocol.seed)
-    classifier = _first_classifier(test.shape[1], num_classes, protocol, generator)
+    classifier = _initial_classifier(test.shape[1], num_classes, protocol, generator)
     batch_size = min(protocol.batch_size, len(labels))
     images = len(labels) - (len(labels) % batch_size if protocol.drop_last else 0)
     steps = -(-images // batch_size)
@@ -231,19 +233,22 @@ def _sgd(
             optimizer.step()
         if not all(bool(param.isfinite().all()) for param in classifier.parameters()):
             raise UserError(
-                f"linear, {protocol.name}: the classifier is not finite after epoch {epoch + 1}; features as large as "
-                f"{float(test.abs().max()):.2g} are too large for its rate of {protocol.lr:g}: take --protocol logistic"
+                f"linear, {protocol.name}: the classifier's weights are not finite after epoch {epoch + 1}; features "
+                f"up to {float(test.abs().max()):.2g} are too large for a learning rate of {protocol.lr:g}; use "
+                "--protocol logistic"
             )
         accuracy = _accuracy(classifier, test, truth)
         if accuracy > best:
             best, best_epoch = accuracy, epoch + 1
     if protocol.scored == "last":
-        return LinearScore(accuracy, f"after the last of {protocol.epochs} epochs, as the paper reports")
-    return LinearScore(best, f"best of {protocol.epochs} epochs, at {best_epoch}, as the paper reports")
+        return LinearScore(accuracy, f"last of {protocol.epochs} epochs, as in the paper")
+    return LinearScore(best, f"best of {protocol.epochs} epochs: {best_epoch}, as in the paper")
 
 
 @torch.no_grad()
-def _first_classifier(width: int, num_classes: int, protocol: LinearProtocol, generator: torch.Generator) -> nn.Linear:
+def _initial_classifier(
+    width: int, num_classes: int, protocol: LinearProtocol, generator: torch.Generator
+) -> nn.Linear:
     with torch.random.fork_rng(devices=[]):
         classifier = nn.Linear(width, num_classes)
     if protocol.init_std < 0.0:

@@ -1,13 +1,15 @@
-"""Many linear heads trained in one pass over frozen features: a grid of rates, weight decays and norms.
+"""A sweep of linear probes: learning rates, weight decays and norms, trained at the same time on frozen features.
 
-A probe's score depends on its rate more than on anything else, and the best rate on the scale of the features. So all
-are trained at once, on the same batches, and one is chosen on images held out of the training set.
+The accuracy of a linear probe depends on its learning rate more than on any other hyperparameter, and the best one
+depends on the scale of the features. All heads are trained on the same batches, and held-out training images select
+one.
 """
 
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,23 +17,23 @@ from torch.nn.functional import batch_norm
 
 from sslkit.errors import UserError
 from sslkit.evaluate.input_checks import as_features, check_rates, check_seed
+from sslkit.evaluate.probes.linear import hold_out
 
-HELD_OUT = 0.1
-SCORED_AT_ONCE = 1024
+TEST_BATCH = 1024
 MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
 class SweepProtocol:
-    """The grid, and how its heads are trained: SGD with momentum 0.9, cosine to 0 by step, weights from N(0, 0.01).
+    """The grid of heads. They are trained by SGD with momentum 0.9 and a cosine decay to 0, from weights N(0, 0.01).
 
     Attributes:
-        lrs: Peak rates at a batch of 256; they grow with the batch.
+        lrs: Peak learning rates at a batch size of 256, scaled with the batch size.
         weight_decays: L2 penalties.
-        norms: Whether a BatchNorm without parameters stands before the head (MAE, arXiv:2111.06377, appendix A.1).
+        norms: Whether a BatchNorm without parameters precedes the head (MAE, arXiv:2111.06377, appendix A.1).
         epochs: Passes over the features.
-        batch_size: Features of an update.
-        seed: Of held-out draw, initialisation and order.
+        batch_size: Images per update.
+        seed: Of held-out images, initialisation and order.
     """
 
     lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -47,24 +49,29 @@ class SweepProtocol:
         check_seed(self.seed, "linear sweep, --seed")
         if self.epochs < 1 or self.batch_size < 2:
             raise UserError(
-                f"linear sweep: needs an epoch and two images a batch, not {self.epochs} and {self.batch_size}"
+                f"linear sweep: needs at least 1 epoch and 2 images per batch, not {self.epochs} and {self.batch_size}"
             )
 
 
 @dataclass(frozen=True)
 class Head:
-    """One point of the grid and its score on the held-out images."""
+    """One head of the grid, and its accuracy on the held-out images."""
 
-    reading: str
+    readout: str
     lr: float
     weight_decay: float
     norm: bool
     held_out: float
 
+    def row(self) -> dict[str, Any]:
+        """The head as a row of the printed grid. Scripts read the readout as ``reading``."""
+        settings = vars(self).copy()
+        return {"reading": settings.pop("readout"), **settings}
+
 
 @dataclass(frozen=True)
 class SweepScore:
-    """Test accuracy of the head that was best on the held-out images; and the whole grid, best first."""
+    """Test accuracy of the head that is best on the held-out images, that head, and the whole grid, best first."""
 
     accuracy: float
     chosen: Head
@@ -72,10 +79,10 @@ class SweepScore:
 
 
 class _Heads:
-    """All heads of one kind of features and one choice of norm, their weights side by side: (D, classes x heads).
+    """The heads of one readout and one choice of norm, with their weights side by side: (D, classes x heads).
 
-    On a CPU two matrix products are nearly all of an update, so the rest takes few passes over the weights: SGD's
-    velocities are kept times their rates, and a product adds itself to them.
+    On a CPU, nearly all of an update's time is two matrix products, so the rest makes few passes over the weights:
+    the momentum buffers include the learning rates, and each product is accumulated into them.
     """
 
     def __init__(
@@ -88,51 +95,51 @@ class _Heads:
         device: torch.device,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        one = torch.empty(width, classes).normal_(0.0, 0.01, generator=generator)
+        weight = torch.empty(width, classes).normal_(0.0, 0.01, generator=generator)
         self.classes, self.norm, self.settings = classes, norm, settings
-        self.weight = one.to(device).repeat_interleave(len(settings), dim=1)
+        self.weight = weight.to(device).repeat_interleave(len(settings), dim=1)
         self.bias = torch.zeros(classes * len(settings), device=device)
-        self.moving = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        self.buffers = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
         self.lr, decay = torch.tensor(settings, device=device).repeat(classes, 1).T
-        self.shrinking = self.lr * decay if decay.any() else None
+        self.lr_times_decay = self.lr * decay if decay.any() else None
         self.mean, self.variance = torch.zeros(width, device=device), torch.ones(width, device=device)
 
     def logits(self, features: Tensor, training: bool = False) -> tuple[Tensor, Tensor]:
-        """Inputs (B, D) as the heads see them, and logits (B, classes, heads)."""
+        """Inputs of the heads (B, D), after the norm, and logits (B, classes, heads)."""
         if self.norm:
             features = batch_norm(features, self.mean, self.variance, training=training)
         outputs = torch.addmm(self.bias, features, self.weight)
         return features, outputs.view(len(features), self.classes, -1)
 
     def update(self, features: Tensor, labels: Tensor, factor: float) -> None:
-        """One step of SGD for every head; the gradient of a softmax regression is short enough to write down."""
+        """One step of SGD for every head, with the gradient of the cross-entropy in closed form."""
         inputs, logits = self.logits(features, training=True)
-        # CPUs are ten times slower on numbers as small as a saturated softmax has.
+        # CPUs are 10 times slower on subnormal numbers, which a saturated softmax returns.
         error = torch.threshold_(logits.softmax(dim=1), 1e-20, 0.0)
         error[torch.arange(len(labels), device=labels.device), labels] -= 1.0
         error = error.flatten(1).mul_(self.lr / len(labels))
-        of_weight, of_bias = self.moving
-        of_weight.addmm_(inputs.T, error, beta=MOMENTUM)
-        of_bias.mul_(MOMENTUM).add_(error.sum(dim=0))
-        for param, moving in zip((self.weight, self.bias), self.moving, strict=True):
-            if self.shrinking is not None:
-                moving.addcmul_(param, self.shrinking)
-            param.sub_(moving, alpha=factor)
+        weight_buffer, bias_buffer = self.buffers
+        weight_buffer.addmm_(inputs.T, error, beta=MOMENTUM)
+        bias_buffer.mul_(MOMENTUM).add_(error.sum(dim=0))
+        for param, buffer in zip((self.weight, self.bias), self.buffers, strict=True):
+            if self.lr_times_decay is not None:
+                buffer.addcmul_(param, self.lr_times_decay)
+            param.sub_(buffer, alpha=factor)
 
     def scores(self, features: Tensor, labels: Tensor) -> list[tuple[float, float]]:
-        """Accuracy and, to tell equals apart, minus the loss of each head."""
-        right, losses = [], []
-        for rows, truth in zip(features.split(SCORED_AT_ONCE), labels.split(SCORED_AT_ONCE), strict=True):
+        """Accuracy of each head, and minus its loss to break ties."""
+        correct, losses = [], []
+        for rows, truth in zip(features.split(TEST_BATCH), labels.split(TEST_BATCH), strict=True):
             truth = truth.to(self.weight.device)
             logits = self.logits(rows.to(self.weight.device))[1]
-            right.append((logits.argmax(dim=1) == truth[:, None]).sum(dim=0))
-            likelihoods = logits.log_softmax(dim=1)[torch.arange(len(truth), device=truth.device), truth]
-            losses.append(-likelihoods.double().sum(dim=0))
-        shares = torch.stack(right).sum(dim=0) / len(labels)
+            correct.append((logits.argmax(dim=1) == truth[:, None]).sum(dim=0))
+            log_likelihoods = logits.log_softmax(dim=1)[torch.arange(len(truth), device=truth.device), truth]
+            losses.append(-log_likelihoods.double().sum(dim=0))
+        accuracies = torch.stack(correct).sum(dim=0) / len(labels)
         means = torch.stack(losses).sum(dim=0) / len(labels)
         return [
-            (share, -loss if math.isfinite(loss) else -math.inf)
-            for share, loss in zip(shares.tolist(), means.tolist(), strict=True)
+            (accuracy, -loss if math.isfinite(loss) else -math.inf)
+            for accuracy, loss in zip(accuracies.tolist(), means.tolist(), strict=True)
         ]
 
 
@@ -140,45 +147,45 @@ class _Heads:
 def sweep(
     train: dict[str, Tensor], labels: Tensor, test: dict[str, Tensor], truth: Tensor, protocol: SweepProtocol
 ) -> SweepScore:
-    """Train the whole grid, choose on held-out images, score the chosen head on the test set.
+    """Train all heads of the grid, select one on held-out images, and test it.
+
+    Trains on a GPU if there is one. Only the current batch of features is moved to it.
 
     Args:
-        train: By reading (layer, pooling), (N, D) features.
+        train: (N, D) features of each readout.
         labels: (N,) int64.
-        test: (Q, D) features for each reading.
+        test: (Q, D) features of each readout.
         truth: (Q,) int64.
-        protocol: The grid, trained on a GPU if there is one; features stay where they are but for a batch.
+        protocol: The grid.
 
     Raises:
-        UserError: An empty grid, features that are not finite, or fewer than three training images.
+        UserError: The grid is empty, features are not finite, or there are fewer than three training images.
     """
     if not (protocol.lrs and protocol.weight_decays and protocol.norms and train):
-        raise UserError("linear sweep: the grid is empty; give at least one rate, weight decay and reading")
+        raise UserError("linear sweep: the grid is empty; give at least one learning rate, weight decay and layer")
     if len(labels) < 3:
-        raise UserError(f"linear sweep: needs at least three training images, not {len(labels)}")
-    train = {reading: as_features(features, f"linear sweep, train, {reading}") for reading, features in train.items()}
-    test = {reading: as_features(features, f"linear sweep, test, {reading}") for reading, features in test.items()}
+        raise UserError(f"linear sweep: needs at least 3 training images, not {len(labels)}")
+    train = {readout: as_features(features, f"linear sweep, train, {readout}") for readout, features in train.items()}
+    test = {readout: as_features(features, f"linear sweep, test, {readout}") for readout, features in test.items()}
     classes = int(max(labels.max(), truth.max())) + 1
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(protocol.seed))
-    held_out = max(round(len(labels) * HELD_OUT), 1)
-    choose, fit = order[:held_out], order[held_out:]
+    held_out, fit = hold_out(len(labels), protocol.seed)
     scale = protocol.batch_size / 256
     settings = [(lr * scale, decay) for lr, decay in itertools.product(protocol.lrs, protocol.weight_decays)]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     heads = {
-        (reading, norm): _Heads(features.shape[1], classes, settings, norm, protocol.seed, device)
-        for reading, features in train.items()
+        (readout, norm): _Heads(features.shape[1], classes, settings, norm, protocol.seed, device)
+        for readout, features in train.items()
         for norm in protocol.norms
     }
-    _train(heads, train, labels, fit, protocol, device)
+    _train(heads, train, labels, fit, protocol)
     ranked: list[tuple[tuple[float, float], Head, int]] = []
-    for (reading, norm), group in heads.items():
-        for place, score in enumerate(group.scores(train[reading][choose], labels[choose])):
-            lr, decay = settings[place]
-            ranked.append((score, Head(reading, lr / scale, decay, norm, score[0]), place))
+    for (readout, norm), group in heads.items():
+        for index, score in enumerate(group.scores(train[readout][held_out], labels[held_out])):
+            lr, decay = settings[index]
+            ranked.append((score, Head(readout, lr / scale, decay, norm, score[0]), index))
     ranked.sort(key=lambda item: item[0], reverse=True)
-    _, best, place = ranked[0]
-    accuracy = heads[best.reading, best.norm].scores(test[best.reading], truth)[place][0]
+    _, best, index = ranked[0]
+    accuracy = heads[best.readout, best.norm].scores(test[best.readout], truth)[index][0]
     return SweepScore(accuracy, best, [head for _, head, _ in ranked])
 
 
@@ -188,19 +195,17 @@ def _train(
     labels: Tensor,
     fit: Tensor,
     protocol: SweepProtocol,
-    device: torch.device,
 ) -> None:
+    device = next(iter(heads.values())).weight.device
     generator = torch.Generator().manual_seed(protocol.seed + 1)
     steps, step = protocol.epochs * -(-len(fit) // protocol.batch_size), 0
     for _ in range(protocol.epochs):
         for rows in fit[torch.randperm(len(fit), generator=generator)].split(protocol.batch_size):
             factor = 0.5 * (1.0 + math.cos(math.pi * step / steps))
             step += 1
-            if len(rows) == 1:  # no batch statistics of one
+            if len(rows) == 1:  # BatchNorm needs two
                 continue
-            batches, truth = (
-                {name: features[rows].to(device) for name, features in train.items()},
-                labels[rows].to(device),
-            )
-            for (reading, _), group in heads.items():
-                group.update(batches[reading], truth, factor)
+            truth = labels[rows].to(device)
+            batches = {name: features[rows].to(device) for name, features in train.items()}
+            for (readout, _), group in heads.items():
+                group.update(batches[readout], truth, factor)

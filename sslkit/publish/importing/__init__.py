@@ -1,1 +1,1 @@
-"""Import checkpoints of other projects as timm folders. Read `convert` first."""
+"""Import of other projects' checkpoints as timm folders. Read `convert` first."""

@@ -1,7 +1,7 @@
-"""Whose checkpoint is it, which of its tensors are the encoder, and what does timm call them: names and shapes only.
+"""Checkpoint formats of other projects: which tensors are the encoder, and their names in timm. Uses shapes only.
 
-Facts from the code that writes the files: facebookresearch/moco, moco-v3, swav and vissl, lightly-ai/lightly
-(its benchmarks: MoCo's ``backbone`` is the teacher there), vturrisi/solo-learn, open-mmlab/mmselfsup.
+The formats are those of the code that writes the files: facebookresearch/moco, moco-v3, swav and vissl;
+lightly-ai/lightly (benchmarks, where MoCo's ``backbone`` is the teacher); vturrisi/solo-learn; open-mmlab/mmselfsup.
 """
 
 import math
@@ -17,17 +17,17 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How one project names what it saves, without the ``module.`` that DistributedDataParallel puts before all.
+class CheckpointFormat:
+    """Names of a project's tensors, without the prefix ``module.`` of DistributedDataParallel.
 
     Attributes:
-        name: What a report calls it.
-        tag: timm's tag for weights of this kind.
-        marks: It is this layout if a name begins with one of these.
-        encoders: Where the trained (not the averaged) encoder lies: the first of these that any name begins with.
-        heads: What in the encoder is not backbone, by the beginning of its name there.
-        std: Of the pixels the weights were trained on.
-        twelve_heads: Whether a ViT of width 384 has MoCo v3's 12 heads; else the file does not say.
+        name: Name in messages.
+        tag: timm's pretrained tag for such weights.
+        marks: The format applies if a name starts with one of these.
+        encoders: Prefix of the trained encoder (not its moving average): the first of these that a name starts with.
+        heads: Prefixes, within the encoder, of tensors that are not part of the backbone.
+        std: Standard deviation of the training images' normalisation.
+        twelve_heads: Whether a ViT of width 384 has 12 heads as in MoCo v3; if not, the number is unknown.
     """
 
     name: str
@@ -39,43 +39,45 @@ class Layout:
     twelve_heads: bool = False
 
 
-# The first that fits.
-LAYOUTS = (
-    Layout("MoCo v3", "moco_v3", ("base_encoder.",), ("base_encoder.",), ("fc.", "head."), twelve_heads=True),
-    Layout("mmselfsup", "mmselfsup", ("encoder_q.0.conv1.", "encoder_q.0.patch_embed."), ("encoder_q.0.",)),
-    Layout("MoCo v1 or v2", "moco", ("encoder_q.",), ("encoder_q.",), ("fc.",)),
-    Layout("VISSL", "vissl", ("trunk.",), ("trunk._feature_blocks.", "trunk.")),
-    Layout(
+# The first match applies.
+CHECKPOINT_FORMATS = (
+    CheckpointFormat("MoCo v3", "moco_v3", ("base_encoder.",), ("base_encoder.",), ("fc.", "head."), twelve_heads=True),
+    CheckpointFormat("mmselfsup", "mmselfsup", ("encoder_q.0.conv1.", "encoder_q.0.patch_embed."), ("encoder_q.0.",)),
+    CheckpointFormat("MoCo v1 or v2", "moco", ("encoder_q.",), ("encoder_q.",), ("fc.",)),
+    CheckpointFormat("VISSL", "vissl", ("trunk.",), ("trunk._feature_blocks.", "trunk.")),
+    CheckpointFormat(
         "mmselfsup's MoCo v3",
         "moco_v3",
         ("momentum_encoder.module.0.",),
         ("backbone.",),
         twelve_heads=True,
     ),
-    Layout(
+    CheckpointFormat(
         "lightly",
         "lightly",
         ("query_backbone.", "student_backbone.", "projection_head.", "student_projection_head.", "online_classifier."),
         ("query_backbone.", "student_backbone.", "backbone."),
         ("fc.",),
     ),
-    Layout(
+    CheckpointFormat(
         "solo-learn",
         "solo_learn",
         ("projector.", "momentum_backbone.", "momentum_projector.", "classifier.", "momentum_encoder."),
         ("backbone.", "encoder."),
         ("fc.",),
     ),
-    Layout("mmselfsup", "mmselfsup", ("neck.", "data_preprocessor.", "backbone.layers.0.ln1."), ("backbone.",)),
-    Layout("an encoder under backbone.", "imported", ("backbone.",), ("backbone.",), ("fc.", "head.")),
+    CheckpointFormat(
+        "mmselfsup", "mmselfsup", ("neck.", "data_preprocessor.", "backbone.layers.0.ln1."), ("backbone.",)
+    ),
+    CheckpointFormat("an encoder under backbone.", "imported", ("backbone.",), ("backbone.",), ("fc.", "head.")),
 )
-SWAV = Layout(
+SWAV = CheckpointFormat(
     "SwAV", "swav", (), ("",), ("projection_head.", "prototypes."), std=(0.228, IMAGENET_STD[1], IMAGENET_STD[2])
 )
-BARE = Layout("a bare encoder", "imported", (), ("",))
+BARE = CheckpointFormat("a bare encoder", "imported", (), ("",))
 BACKBONE_MARKS = ("conv1.weight", "patch_embed.proj.weight")
 
-# What the tensors outside the encoder are, by the beginning of their names.
+# What tensors outside the encoder are, by prefix.
 OUTSIDE = (
     ("encoder_k.", "the momentum encoder, which the papers do not evaluate"),
     ("momentum_", "the momentum encoder, which the papers do not evaluate"),
@@ -85,8 +87,8 @@ OUTSIDE = (
     ("criterion.", "state of the loss, such as a queue of keys"),
     ("predictor.", "the predictor"),
     ("prediction_head.", "the predictor"),
-    ("online_classifier.", "a classifier trained beside the encoder"),
-    ("classifier.", "a classifier trained beside the encoder"),
+    ("online_classifier.", "a classifier trained with the encoder"),
+    ("classifier.", "a classifier trained with the encoder"),
     ("heads.", "the heads of pretraining or evaluation"),
     ("head.", "the head of pretraining"),
     ("neck.", "the projector"),
@@ -98,11 +100,11 @@ OUTSIDE = (
     ("data_preprocessor.", "pixel means and deviations"),
 )
 
-# Other projects' names of a backbone's tensors, and timm's.
+# Names of a backbone's tensors in other projects and in timm.
 RENAMES = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
-        # torchvision's ResNet as a Sequential of its children (lightly's examples)
+        # torchvision's ResNet as a Sequential (lightly's examples)
         (r"^0\.(weight)$", r"conv1.\1"),
         (r"^1\.(weight|bias|running_mean|running_var|num_batches_tracked)$", r"bn1.\1"),
         (r"^4\.(\d+\.)", r"layer1.\1"),
@@ -119,7 +121,7 @@ RENAMES = tuple(
     )
 )
 
-# ResNets by stem's width, blocks, convolutions of a block, and the shape of the first 3 x 3 (its width and groups).
+# ResNets by width of the stem, blocks, convolutions per block, and output and input channels of the first 3 x 3.
 RESNETS: dict[tuple[int, tuple[int, ...], int, tuple[int, ...]], str] = {
     (64, (2, 2, 2, 2), 2, (64, 64)): "resnet18",
     (64, (3, 4, 6, 3), 2, (64, 64)): "resnet34",
@@ -130,7 +132,7 @@ RESNETS: dict[tuple[int, tuple[int, ...], int, tuple[int, ...]], str] = {
     (64, (3, 4, 23, 3), 3, (128, 128)): "wide_resnet101_2",
     (64, (3, 4, 6, 3), 3, (128, 4)): "resnext50_32x4d",
 }
-# ViTs by width, blocks and side of a patch.
+# ViTs by width, blocks and patch size.
 VITS = {
     (192, 12, 16): "vit_tiny_patch16_224",
     (384, 12, 16): "vit_small_patch16_224",
@@ -140,10 +142,10 @@ VITS = {
     (1024, 24, 16): "vit_large_patch16_224",
     (1280, 32, 14): "vit_huge_patch14_224",
 }
-DOUBTFUL_WIDTH = 384  # 6 heads in timm, DeiT and DINO, 12 in MoCo v3; every shape is the same
+AMBIGUOUS_WIDTH = 384  # 6 heads in timm, DeiT and DINO, 12 in MoCo v3, with the same shapes
 MOCO_V3_HEADS = 12
 
-# What the authors published of their files (README of facebookresearch/moco): first characters of the MD5.
+# First characters of the MD5 of the authors' files (README of facebookresearch/moco).
 RELEASED = {
     "moco_v1_200ep_pretrain.pth.tar": "b251726a",
     "moco_v2_200ep_pretrain.pth.tar": "59fd9945",
@@ -152,13 +154,13 @@ RELEASED = {
 
 
 @dataclass(frozen=True)
-class Fate:
-    """What becomes of one tensor of the file.
+class TensorMatch:
+    """What happens to a tensor of the file.
 
     Attributes:
-        name: In the file.
+        name: Name in the file.
         shape: Its shape.
-        kept_as: timm's name for it; empty if it is left out.
+        kept_as: timm's name; empty if it is left out.
         why: Why it is left out; empty if it is kept.
     """
 
@@ -168,64 +170,66 @@ class Fate:
     why: str
 
 
-def sort_out(shapes: Shapes) -> tuple[Layout, list[Fate]]:
-    """Say whose layout it is and what becomes of every tensor.
+def match_tensors(shapes: Shapes) -> tuple[CheckpointFormat, list[TensorMatch]]:
+    """Detect the format of a checkpoint and find timm's name of every tensor of the encoder.
 
     Raises:
-        UserError: No known layout, a trained classifier, or two tensors that would get the same name.
+        UserError: The format is unknown, it is a trained classifier, or two tensors have the same name in timm.
     """
-    bare = {name.replace("_orig_mod.", ""): name for name in shapes}  # as torch.compile wraps whatever it compiled
+    bare = {name.replace("_orig_mod.", ""): name for name in shapes}  # torch.compile's prefix
     if len(bare) < len(shapes):
-        raise UserError("a tensor is in the file twice, compiled and not")
+        raise UserError("a tensor is in the file twice, with and without torch.compile's prefix _orig_mod")
     if all(name.startswith("module.") for name in bare):
         bare = {name.removeprefix("module."): own for name, own in bare.items()}
-    layout = find_layout({name: shapes[own] for name, own in bare.items()})
-    encoder = next(prefix for prefix in layout.encoders if any(name.startswith(prefix) for name in bare))
-    fates = []
+    source = detect_format({name: shapes[own] for name, own in bare.items()})
+    encoder = next(prefix for prefix in source.encoders if any(name.startswith(prefix) for name in bare))
+    matches = []
     for name, own in bare.items():
-        inside = name.removeprefix(encoder) if name.startswith(encoder) and name != encoder else None
-        why = _outside(name) if inside is None else _head(layout, inside)
-        fates.append(Fate(own, tuple(shapes[own]), "" if why or inside is None else timm_name(inside), why))
-    kept = [fate.kept_as for fate in fates if fate.kept_as]
-    doubled = sorted(name for name in set(kept) if kept.count(name) > 1)
-    if doubled:
-        raise UserError(f"{doubled[0]!r} is in the file twice, under names that mean the same")
-    return layout, fates
+        if name.startswith(encoder) and name != encoder:
+            inside = name.removeprefix(encoder)
+            why = "the projector or prototypes" if inside.startswith(source.heads or ("\0",)) else ""
+            matches.append(TensorMatch(own, tuple(shapes[own]), "" if why else timm_name(inside), why))
+        else:
+            why = next((what for prefix, what in OUTSIDE if name.startswith(prefix)), "not part of the encoder")
+            matches.append(TensorMatch(own, tuple(shapes[own]), "", why))
+    kept = [match.kept_as for match in matches if match.kept_as]
+    if duplicates := sorted(name for name in set(kept) if kept.count(name) > 1):
+        raise UserError(f"{duplicates[0]!r} is in the file twice, under equivalent names")
+    return source, matches
 
 
-def find_layout(shapes: Shapes) -> Layout:
-    """Whose layout these names are, the ``module.`` before them already gone.
+def detect_format(shapes: Shapes) -> CheckpointFormat:
+    """Detect the format of tensors by their names, without the prefix ``module.``.
 
     Raises:
-        UserError: Nobody's known here, or a trained classifier.
+        UserError: The format is unknown, or it is a trained classifier.
     """
     for classifier in ("head.fc.weight", "head.layers.head.weight"):
-        if len(shapes.get(classifier, ())) == 2 and not _any_begins(shapes, ("neck.",)):
+        if len(shapes.get(classifier, ())) == 2 and not _any_starts(shapes, ("neck.",)):
             raise UserError(
-                f"a trained classifier of {shapes[classifier][0]} classes ({classifier}), as mmpretrain's supervised "
-                "and linear files are; take the file of the pretraining itself"
+                f"a trained classifier of {shapes[classifier][0]} classes ({classifier}), such as mmpretrain's "
+                "supervised and linear files; take the checkpoint of the pretraining"
             )
-    for layout in LAYOUTS:
-        if _any_begins(shapes, layout.marks) and _any_begins(shapes, layout.encoders):
-            return layout
-    if _any_begins(shapes, BACKBONE_MARKS):
-        if _any_begins(shapes, ("prototypes.",)):
+    for candidate in CHECKPOINT_FORMATS:
+        if _any_starts(shapes, candidate.marks) and _any_starts(shapes, candidate.encoders):
+            return candidate
+    if _any_starts(shapes, BACKBONE_MARKS):
+        if _any_starts(shapes, ("prototypes.",)):
             return SWAV
         for head in ("fc", "head"):
             if len(shapes.get(f"{head}.weight", ())) == 2:
                 raise UserError(
-                    f"a trained classifier of {shapes[f'{head}.weight'][0]} classes ({head}.weight), as MoCo's "
-                    "linear-*.pth.tar files and supervised weights are; take the file of the pretraining itself"
+                    f"a trained classifier of {shapes[f'{head}.weight'][0]} classes ({head}.weight), such as MoCo's "
+                    "linear-*.pth.tar files and supervised weights; take the checkpoint of the pretraining"
                 )
         return BARE
-    raise UserError(
-        f"no layout known here ({len(shapes)} tensors, such as {', '.join(repr(name) for name in list(shapes)[:3])}); "
-        f"known are {', '.join(dict.fromkeys(layout.name for layout in (*LAYOUTS, SWAV, BARE)))}"
-    )
+    examples = ", ".join(repr(name) for name in list(shapes)[:3])
+    known = ", ".join(dict.fromkeys(each.name for each in (*CHECKPOINT_FORMATS, SWAV, BARE)))
+    raise UserError(f"unknown checkpoint format ({len(shapes)} tensors, such as {examples}); supported are {known}")
 
 
 def timm_name(name: str) -> str:
-    """timm's name of a backbone's tensor; most projects use torchvision's, which for ResNets is the same."""
+    """timm's name of a backbone's tensor. Most projects use torchvision's names, which are the same for ResNets."""
     for pattern, replacement in RENAMES:
         name, found = pattern.subn(replacement, name)
         if found:
@@ -234,10 +238,10 @@ def timm_name(name: str) -> str:
 
 
 def guess_backbone(shapes: Shapes) -> str:
-    """The timm model whose tensors these are, by timm's names.
+    """Find the timm model with tensors of these names and shapes.
 
     Raises:
-        UserError: None known here.
+        UserError: There is none among the ResNets and ViTs known here.
     """
     stem, patches = shapes.get("conv1.weight", ()), shapes.get("patch_embed.proj.weight", ())
     found: str | None = None
@@ -248,60 +252,51 @@ def guess_backbone(shapes: Shapes) -> str:
         found = RESNETS.get((stem[0], blocks, deep, first[:2]))
         if found and stem[2:] != (7, 7):
             raise UserError(
-                f"a {found} with a first convolution of {stem[2]} x {stem[3]}, for small images: stride and padding "
-                "of it differ between projects and are not in the file, so it cannot be rebuilt"
+                f"a {found} with a first convolution of {stem[2]} x {stem[3]} for small images cannot be rebuilt: its "
+                "stride and padding differ between projects and are not in the file"
             )
     elif len(patches) == 4:
         found = VITS.get((patches[0], _count(shapes, "blocks"), patches[2]))
     elif any(name.startswith("patch_embed.proj.0.") for name in shapes):
-        raise UserError("a ViT with a convolutional stem (MoCo v3's vit_conv_*), which timm has not")
+        raise UserError("a ViT with a convolutional stem (MoCo v3's vit_conv_*), which timm does not have")
     if found is None:
-        raise UserError("the encoder is none of the ResNets and ViTs known here; name its timm model with --backbone")
+        raise UserError("cannot tell the encoder from its shapes; name its timm model with --backbone")
     return found
 
 
-def vit_arguments(layout: Layout, shapes: Shapes, num_heads: int) -> dict[str, int]:
-    """timm's arguments for a ViT that its file or layout says: image size and heads; none for a ResNet.
+def vit_arguments(source: CheckpointFormat, shapes: Shapes, num_heads: int) -> dict[str, int]:
+    """timm's arguments for a ViT: image size and number of heads. Empty for a ResNet.
 
     Args:
-        layout: Whose it is.
-        shapes: Of the encoder's tensors by timm's names.
-        num_heads: What the user says; 0 for nothing.
+        source: Format of the checkpoint.
+        shapes: Shapes of the encoder's tensors by timm's names.
+        num_heads: Given by the user; 0 if not given.
 
     Raises:
-        UserError: The number of heads is in doubt: the shapes are the same for any.
+        UserError: The number of heads is unknown. It does not change the shapes.
     """
     positions, patches = shapes.get("pos_embed", ()), shapes.get("patch_embed.proj.weight", ())
     if len(positions) != 3 or len(patches) != 4:
         if num_heads:
-            raise UserError("--num-heads: the encoder is no ViT; leave it out")
+            raise UserError("--num-heads: the encoder is not a ViT; leave it out")
         return {}
     arguments = {"img_size": math.isqrt(max(positions[1] - 1, 0)) * patches[2]}
     if num_heads:
         return {**arguments, "num_heads": num_heads}
-    if patches[0] == DOUBTFUL_WIDTH:
-        if not layout.twelve_heads:
+    if patches[0] == AMBIGUOUS_WIDTH:
+        if not source.twelve_heads:
             raise UserError(
-                "a ViT of width 384 has 6 heads (timm's, DeiT's, DINO's) or 12 (MoCo v3's), and the file does not say; "
-                "give --num-heads, for a wrong number loads without an error and ruins the features"
+                "a ViT of width 384 has 6 heads (timm, DeiT, DINO) or 12 (MoCo v3), and the file does not tell; give "
+                "--num-heads: a wrong number loads without an error and gives wrong features"
             )
         arguments["num_heads"] = MOCO_V3_HEADS
     return arguments
 
 
-def _any_begins(shapes: Shapes, beginnings: tuple[str, ...]) -> bool:
-    return any(name.startswith(beginnings) for name in shapes)
-
-
-def _outside(name: str) -> str:
-    return next((what for beginning, what in OUTSIDE if name.startswith(beginning)), "not part of the encoder")
-
-
-def _head(layout: Layout, name: str) -> str:
-    return "the projector or prototypes" if name.startswith(layout.heads or ("\0",)) else ""
+def _any_starts(shapes: Shapes, prefixes: tuple[str, ...]) -> bool:
+    return any(name.startswith(prefixes) for name in shapes)
 
 
 def _count(shapes: Shapes, stem: str) -> int:
-    """How many different numbers follow ``stem.`` in the names."""
-    numbers = {name.split(".")[1] for name in shapes if name.startswith(f"{stem}.")}
-    return len(numbers)
+    """Number of modules ``stem.0``, ``stem.1``, ..."""
+    return len({name.split(".")[1] for name in shapes if name.startswith(f"{stem}.")})

@@ -1,9 +1,8 @@
-"""What a checkpoint of PyTorch asks its reader to do, found out by looking at its instructions without following one.
+"""Check the pickle opcodes of a PyTorch checkpoint without executing any.
 
-PyTorch's reader of weights runs no code, but does what it knows at a file's word: four hundred bytes may ask for
-gigabytes of zeros, or for the hash of a tuple that holds itself forty times over. So every instruction is looked at
-first, and only what a state dict needs is let through: plain data, and tensors that lie within storages that lie within
-the file.
+PyTorch's weights-only unpickler runs no code, but a file of 400 bytes can still make it allocate gigabytes of zeros, or
+hash a tuple that nests itself 40 times. So all opcodes are checked first. Only those that a state dict needs are
+allowed: plain data, and tensors within storages that are within the file.
 """
 
 import io
@@ -19,11 +18,11 @@ import torch
 
 from sslkit.errors import UserError
 
-MAX_BYTES = 2**24  # of instructions; those of a large ViT with its optimizer are some hundred thousand bytes
+MAX_BYTES = 2**24  # of opcodes; a large ViT with its optimizer has some 100 000
 MAX_COUNT = 4_000_000
-MAX_AXES = 64
-LEGACY_PARTS = 5  # magic number, version, machine, content, names of storages
-ZIP_END = 22  # bytes of a zip's last record, where nothing is appended to it
+MAX_DIMS = 64
+LEGACY_PARTS = 5  # pickles in the legacy format: magic number, version, machine, content, storage keys
+ZIP_END_BYTES = 22  # of a zip file's last record, if it has no comment
 
 ITEM_BYTES = {
     **dict.fromkeys(("DoubleStorage", "LongStorage", "ComplexFloatStorage"), 8),
@@ -34,119 +33,122 @@ ITEM_BYTES = {
 }
 STORAGES = {f"torch.{name}": size for name, size in ITEM_BYTES.items()} | {"torch.storage.UntypedStorage": 1}
 DTYPES = {str(value): value.itemsize for value in vars(torch).values() if isinstance(value, torch.dtype)}
-TABLES = ("collections.OrderedDict", "collections.Counter")
-REBUILT = tuple(f"torch._utils._rebuild_{name}" for name in ("tensor", "tensor_v2", "tensor_v3", "parameter"))
-WORDS = ("torch.Size", "torch.device", "torch.serialization._get_layout")
-KNOWN = {*STORAGES, *DTYPES, *TABLES, *REBUILT, *WORDS}
+DICTS = ("collections.OrderedDict", "collections.Counter")
+REBUILDS = tuple(f"torch._utils._rebuild_{name}" for name in ("tensor", "tensor_v2", "tensor_v3", "parameter"))
+PLAIN_CALLS = ("torch.Size", "torch.device", "torch.serialization._get_layout")
+ALLOWED = {*STORAGES, *DTYPES, *DICTS, *REBUILDS, *PLAIN_CALLS}
 
 
-class Table:
-    """A dictionary; what is in it does not matter."""
+class Dict:
+    """Stands for a dictionary; its content does not matter."""
 
 
-class Whole:
-    """A tensor or parameter that lies within its storage, or another value that is done with."""
+class Opaque:
+    """Stands for a checked tensor or parameter, or another value whose content does not matter."""
 
 
 @dataclass(frozen=True)
-class Named:
+class Global:
     """A class or function by name."""
 
     name: str
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A storage: its bytes, and those of an item."""
+class Storage:
+    """Size of a storage and of its items in bytes."""
 
     num_bytes: int
     item_bytes: int
 
 
-def check_instructions(file: Path) -> None:
-    """See that reading a checkpoint takes no more than its own size, and builds nothing but tensors and plain data.
+def check_opcodes(file: Path) -> None:
+    """Check that loading a checkpoint needs no more memory than its size and builds only tensors and plain data.
 
     Raises:
-        UserError: It would, or it is torn; the sentence names what, not the file.
+        UserError: It does not, or the file is incomplete. The message does not name the file.
     """
     try:
         with file.open("rb") as stream:
             if stream.read(2) == b"PK":
-                _Reader(file.stat().st_size).go_through(io.BytesIO(_zipped_instructions(file)))
+                _OpcodeChecker(file.stat().st_size).check(io.BytesIO(_zipped_opcodes(file)))
                 return
             stream.seek(0)
-            reader, start = _Reader(file.stat().st_size), io.BytesIO(stream.read(MAX_BYTES))
+            checker, start = _OpcodeChecker(file.stat().st_size), io.BytesIO(stream.read(MAX_BYTES))
             for _ in range(LEGACY_PARTS):
-                reader.go_through(start)
+                checker.check(start)
     except UserError:
         raise
     except (OSError, ValueError, LookupError, TypeError, RecursionError, zipfile.BadZipFile, NotImplementedError) as e:
-        raise UserError(f"not a checkpoint that can be read as weights, or torn ({str(e)[:150]})") from e
+        reason = str(e)[:150]
+        raise UserError(f"is not a checkpoint that can be read as weights, or is incomplete ({reason})") from e
 
 
-def _zipped_instructions(file: Path) -> bytes:
-    """PyTorch stores, it never packs: an archive that would unfold to more than its own size is an attack."""
+def _zipped_opcodes(file: Path) -> bytes:
+    """The opcodes in a zip file. PyTorch does not compress, so a file that expands beyond its size is an attack."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         size = sum(entry.file_size for entry in entries)
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or size > file.stat().st_size:
-            raise UserError("its parts are packed or larger than the file, as PyTorch never writes them")
-        # PyTorch's reader finds the list of parts by its offset, Python's by its length, and names in any case.
+            raise UserError("its zip entries are compressed or larger than the file, which PyTorch never writes")
+        # PyTorch finds the central directory by its offset, Python by its length; PyTorch ignores case.
         with file.open("rb") as stream:
-            stream.seek(-ZIP_END, io.SEEK_END)
+            stream.seek(-ZIP_END_BYTES, io.SEEK_END)
             end = stream.read()
         offset = int.from_bytes(end[16:20], "little")
         names = [entry.filename.lower() for entry in entries]
-        lists = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
+        pickles = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
         if end[:4] != b"PK\5\6" or offset not in (archive.start_dir, 2**32 - 1) or len({*names}) < len(names):
-            raise UserError("its list of parts can be read in two ways, as PyTorch never writes it")
-        if len(lists) != 1 or lists[0].file_size > MAX_BYTES:
-            raise UserError(f"has not one list of tensors of at most {MAX_BYTES} bytes, as a checkpoint has")
-        # PyTorch's reader does not look at the sums that its writer puts beside every part.
-        if torn := archive.testzip():
-            raise UserError(f"its part {torn:.100} is not what was written (CRC-32): torn or altered; get it again")
-        return archive.read(lists[0])
+            raise UserError("its zip directory is ambiguous, which PyTorch never writes")
+        if len(pickles) != 1 or pickles[0].file_size > MAX_BYTES:
+            raise UserError(f"does not have exactly one data.pkl of at most {MAX_BYTES} bytes, as checkpoints have")
+        # PyTorch writes the CRC-32 of every entry but does not check it.
+        if damaged := archive.testzip():
+            raise UserError(f"its entry {damaged:.100} is damaged or was altered (CRC-32): download the file again")
+        return archive.read(pickles[0])
 
 
 @dataclass
-class _Reader:
-    """Goes through instructions with a stack of what they would make.
+class _OpcodeChecker:
+    """Follows the opcodes with a stack of placeholders for the values.
 
     Attributes:
-        limit: Bytes that all storages may have together.
-        storages: Bytes of each by its key.
-        count: Instructions so far.
+        limit: Maximum size of all storages together in bytes.
+        storages: Size in bytes of each storage by its key.
+        count: Number of opcodes so far.
+        stack: Placeholders above the last mark.
+        outer_stacks: Those below each mark.
+        memo: Memoised placeholders.
     """
 
     limit: int
     storages: dict[str, int] = field(default_factory=dict)
     count: int = 0
     stack: list[Any] = field(default_factory=list)
-    below: list[list[Any]] = field(default_factory=list)
+    outer_stacks: list[list[Any]] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
 
-    def go_through(self, stream: io.BytesIO) -> None:
-        """One list of instructions, up to its end."""
-        self.stack, self.below, self.memo = [], [], {}
+    def check(self, stream: io.BytesIO) -> None:
+        """Check the opcodes up to the end of one pickle."""
+        self.stack, self.outer_stacks, self.memo = [], [], {}
         for opcode, argument, _ in pickletools.genops(stream):
             self.count += 1
-            follow = _FOLLOW.get(opcode.name)
-            if follow is None:
-                raise UserError(f"holds the instruction {opcode.name}, which no state dict needs, so it was not read")
+            handler = _HANDLERS.get(opcode.name)
+            if handler is None:
+                raise UserError(f"has the opcode {opcode.name}, which no state dict needs, so it was not loaded")
             if self.count > MAX_COUNT:
-                raise UserError(f"holds more than {MAX_COUNT} instructions, which no state dict needs")
-            follow(self, argument)
+                raise UserError(f"has more than {MAX_COUNT} opcodes, which no state dict needs")
+            handler(self, argument)
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
 
     def mark(self, _argument: Any) -> None:
-        self.below.append(self.stack)
+        self.outer_stacks.append(self.stack)
         self.stack = []
 
-    def items(self) -> list[Any]:
-        """What lies above the mark."""
-        items, self.stack = self.stack, self.below.pop()
+    def pop_to_mark(self) -> list[Any]:
+        items, self.stack = self.stack, self.outer_stacks.pop()
         return items
 
     def pop(self, count: int) -> list[Any]:
@@ -156,82 +158,88 @@ class _Reader:
         del self.stack[-count:]
         return items
 
-    def name(self, argument: str) -> None:
+    def memoise(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+    def push_global(self, argument: str) -> None:
         name = ".".join(argument.split(" ", 1))
-        if name not in KNOWN:
+        if name not in ALLOWED:
             raise _more_than_tensors(name)
-        self.push(Named(name))
+        self.push(Global(name))
 
     def append(self, items: list[Any]) -> None:
-        _expect(isinstance(self.stack[-1], list), "an item of what is no list")
+        _require(isinstance(self.stack[-1], list), "an append to something that is not a list")
         self.stack[-1].extend(items)
 
     def set_items(self, items: list[Any]) -> None:
-        _expect(isinstance(self.stack[-1], Table), "an entry of what is no dictionary")
+        _require(isinstance(self.stack[-1], Dict), "an entry of something that is not a dictionary")
         _check_keys(items[::2])
 
     def build(self, _argument: Any) -> None:
         [state] = self.pop(1)
-        _expect(isinstance(self.stack[-1], Table) and isinstance(state, Table), "attributes of what has none")
+        _require(isinstance(self.stack[-1], Dict) and isinstance(state, Dict), "attributes of a value that has none")
 
     def reduce(self, _argument: Any) -> None:
         function, arguments = self.pop(2)
-        _expect(isinstance(function, Named) and isinstance(arguments, tuple), "a call of what is no function")
-        self.push(_called(function.name, arguments))
+        _require(isinstance(function, Global) and isinstance(arguments, tuple), "a call of a value, not of a function")
+        self.push(_checked_call(function.name, arguments))
+
+    def new_object(self, _argument: Any) -> None:
+        kind = self.pop(2)[0]
+        raise _more_than_tensors(f"an object of {kind.name}" if isinstance(kind, Global) else "an object")
 
     def storage(self, _argument: Any) -> None:
-        [(word, kind, key, _place, count, *view)] = self.pop(1)
-        _expect(word == "storage" and isinstance(kind, Named) and kind.name in STORAGES, "a storage of no known type")
-        _expect(isinstance(key, str) and _is_count(count), "a storage without name and length")
+        [(word, kind, key, _location, count, *view)] = self.pop(1)
+        known = word == "storage" and isinstance(kind, Global) and kind.name in STORAGES
+        _require(known, "a storage of unknown type")
+        _require(isinstance(key, str) and _is_count(count), "a storage without key and length")
         item_bytes = STORAGES[kind.name]
         if self.storages.setdefault(key, count * item_bytes) != count * item_bytes:
             raise UserError(f"storage {key:.50} has two lengths")
         if sum(self.storages.values()) > self.limit:
             raise UserError("its tensors claim to be larger than the file")
         if view and view[0] is not None:
-            _name, start, part = view[0]
-            _expect(_is_count(start) and _is_count(part) and start + part <= count, "a part beyond its storage")
-            count = part
-        self.push(Stored(count * item_bytes, item_bytes))
+            _name, start, length = view[0]
+            _require(_is_count(start) and _is_count(length) and start + length <= count, "a view beyond its storage")
+            count = length
+        self.push(Storage(count * item_bytes, item_bytes))
 
 
-def _called(name: str, arguments: tuple[Any, ...]) -> Any:
-    """What a call would make, where it is harmless."""
-    if name in TABLES:
-        given = arguments[0] if len(arguments) == 1 else Table()
-        _expect(len(arguments) <= 1 and isinstance(given, Table | list), f"a {name} of something else")
-        # As Python 2 wrote it: a list of keys and values.
-        pairs = given if isinstance(given, list) and name == TABLES[0] else []
-        _expect(isinstance(given, Table) or given is pairs, f"a {name} of something else")
-        _expect(all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs), f"a {name} of no pairs")
+def _checked_call(name: str, arguments: tuple[Any, ...]) -> Any:
+    """The placeholder for the result of an allowed call."""
+    if name in DICTS:
+        given = arguments[0] if len(arguments) == 1 else Dict()
+        _require(len(arguments) <= 1 and isinstance(given, Dict | list), f"a {name} of other arguments")
+        # Python 2 wrote a list of keys and values.
+        pairs = given if isinstance(given, list) and name == DICTS[0] else []
+        _require(isinstance(given, Dict) or given is pairs, f"a {name} of other arguments")
+        _require(all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs), f"a {name} without pairs")
         _check_keys(pair[0] for pair in pairs)
-        return Table()
+        return Dict()
     if name == "torch._utils._rebuild_parameter":
-        _expect(len(arguments) == 3 and isinstance(arguments[0], Whole), "a parameter of no tensor")
-        return Whole()
-    if name in REBUILT:
+        _require(len(arguments) == 3 and isinstance(arguments[0], Opaque), "a parameter without a tensor")
+        return Opaque()
+    if name in REBUILDS:
         _check_tensor(name, arguments)
-        return Whole()
+        return Opaque()
     if name == "torch.Size":
-        _expect(len(arguments) == 1 and _are_counts(arguments[0]), "a size that is none")
+        _require(len(arguments) == 1 and _are_counts(arguments[0]), "a size that is not a tuple of lengths")
         return arguments[0]
-    _expect(name in WORDS and all(isinstance(each, str | int) for each in arguments), f"a call of {name}")
-    return Whole()
+    _require(name in PLAIN_CALLS and all(isinstance(each, str | int) for each in arguments), f"a call of {name}")
+    return Opaque()
 
 
 def _check_tensor(name: str, arguments: tuple[Any, ...]) -> None:
-    """A tensor must lie within its storage: PyTorch would let the storage grow."""
-    _expect(len(arguments) >= 4, "a tensor of too little")
+    """Check that a tensor is within its storage, which PyTorch would enlarge otherwise."""
+    _require(len(arguments) >= 4, "a tensor with too few arguments")
     storage, offset, size, stride = arguments[:4]
-    _expect(isinstance(storage, Stored), "a tensor without storage")
-    _expect(_is_count(offset) and _are_counts(size) and _are_counts(stride), "a tensor without sizes")
-    _expect(len(size) == len(stride) <= MAX_AXES, "a tensor of too many axes")
+    _require(isinstance(storage, Storage), "a tensor without storage")
+    _require(_is_count(offset) and _are_counts(size) and _are_counts(stride), "a tensor without sizes")
+    _require(len(size) == len(stride) <= MAX_DIMS, "a tensor with too many dimensions")
     item_bytes = storage.item_bytes
     if name.endswith("_v3"):
-        _expect(
-            len(arguments) >= 7 and isinstance(arguments[6], Named) and arguments[6].name in DTYPES,
-            "a type of no numbers",
-        )
+        is_dtype = len(arguments) >= 7 and isinstance(arguments[6], Global) and arguments[6].name in DTYPES
+        _require(is_dtype, "an unknown dtype")
         item_bytes = DTYPES[arguments[6].name]
     if not math.prod(size):
         return
@@ -249,63 +257,54 @@ def _are_counts(value: Any) -> bool:
 
 
 def _check_keys(keys: Iterable[Any]) -> None:
-    """A key is hashed: of a tuple of tuples that may take for ever."""
+    """Check keys, which are hashed: nested tuples could take forever."""
     for key in keys:
-        flat = key if isinstance(key, tuple) else (key,)
-        plain = all(isinstance(each, str | bytes | int | float | None) for each in flat)
-        _expect(plain, "a key that is neither a word nor a number")
+        parts = key if isinstance(key, tuple) else (key,)
+        plain = all(isinstance(each, str | bytes | int | float | None) for each in parts)
+        _require(plain, "a key that is neither text nor a number")
 
 
-def _expect(is_so: bool, otherwise: str) -> None:
-    if not is_so:
-        raise UserError(f"asks for {otherwise}, which no state dict needs, so it was not read")
+def _require(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise UserError(f"asks for {otherwise}, which no state dict needs, so it was not loaded")
 
 
 def _more_than_tensors(name: str) -> UserError:
     return UserError(
-        f"needs {name:.100} to be read, which is more than tensors, so it was not read; where you trust it, save its "
-        "state dict alone and import that"
+        f"needs {name:.100}, which is more than tensors, so it was not loaded; if you trust the file, save its state "
+        "dict alone and import that"
     )
 
 
-def _refuse_objects(reader: _Reader, _argument: Any) -> None:
-    kind = reader.pop(2)[0]
-    raise _more_than_tensors(f"an object of {kind.name}" if isinstance(kind, Named) else "an object")
-
-
-def _remember(reader: _Reader, place: int) -> None:
-    reader.memo[place] = reader.stack[-1]
-
-
-_Follow = Callable[[_Reader, Any], None]
-_FOLLOW: dict[str, _Follow] = {
-    **dict.fromkeys(("PROTO", "STOP"), lambda reader, argument: None),
+_Handler = Callable[[_OpcodeChecker, Any], None]
+_HANDLERS: dict[str, _Handler] = {
+    **dict.fromkeys(("PROTO", "STOP"), lambda checker, argument: None),
     **dict.fromkeys(
-        ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"), _Reader.push
+        ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"), _OpcodeChecker.push
     ),
-    "NONE": lambda reader, _: reader.push(None),
-    "NEWTRUE": lambda reader, _: reader.push(True),
-    "NEWFALSE": lambda reader, _: reader.push(False),
-    "EMPTY_TUPLE": lambda reader, _: reader.push(()),
-    "EMPTY_LIST": lambda reader, _: reader.push([]),
-    "EMPTY_DICT": lambda reader, _: reader.push(Table()),
-    "EMPTY_SET": lambda reader, _: reader.push(Whole()),
-    "MARK": _Reader.mark,
-    "TUPLE": lambda reader, _: reader.push(tuple(reader.items())),
-    "TUPLE1": lambda reader, _: reader.push(tuple(reader.pop(1))),
-    "TUPLE2": lambda reader, _: reader.push(tuple(reader.pop(2))),
-    "TUPLE3": lambda reader, _: reader.push(tuple(reader.pop(3))),
-    "APPEND": lambda reader, _: reader.append(reader.pop(1)),
-    "APPENDS": lambda reader, _: reader.append(reader.items()),
-    "SETITEM": lambda reader, _: reader.set_items(reader.pop(2)),
-    "SETITEMS": lambda reader, _: reader.set_items(reader.items()),
-    "BINGET": lambda reader, place: reader.push(reader.memo[place]),
-    "LONG_BINGET": lambda reader, place: reader.push(reader.memo[place]),
-    "BINPUT": _remember,
-    "LONG_BINPUT": _remember,
-    "GLOBAL": _Reader.name,
-    "REDUCE": _Reader.reduce,
-    "BUILD": _Reader.build,
-    "BINPERSID": _Reader.storage,
-    "NEWOBJ": _refuse_objects,
+    "NONE": lambda checker, _: checker.push(None),
+    "NEWTRUE": lambda checker, _: checker.push(True),
+    "NEWFALSE": lambda checker, _: checker.push(False),
+    "EMPTY_TUPLE": lambda checker, _: checker.push(()),
+    "EMPTY_LIST": lambda checker, _: checker.push([]),
+    "EMPTY_DICT": lambda checker, _: checker.push(Dict()),
+    "EMPTY_SET": lambda checker, _: checker.push(Opaque()),
+    "MARK": _OpcodeChecker.mark,
+    "TUPLE": lambda checker, _: checker.push(tuple(checker.pop_to_mark())),
+    "TUPLE1": lambda checker, _: checker.push(tuple(checker.pop(1))),
+    "TUPLE2": lambda checker, _: checker.push(tuple(checker.pop(2))),
+    "TUPLE3": lambda checker, _: checker.push(tuple(checker.pop(3))),
+    "APPEND": lambda checker, _: checker.append(checker.pop(1)),
+    "APPENDS": lambda checker, _: checker.append(checker.pop_to_mark()),
+    "SETITEM": lambda checker, _: checker.set_items(checker.pop(2)),
+    "SETITEMS": lambda checker, _: checker.set_items(checker.pop_to_mark()),
+    "BINGET": lambda checker, index: checker.push(checker.memo[index]),
+    "LONG_BINGET": lambda checker, index: checker.push(checker.memo[index]),
+    "BINPUT": _OpcodeChecker.memoise,
+    "LONG_BINPUT": _OpcodeChecker.memoise,
+    "GLOBAL": _OpcodeChecker.push_global,
+    "REDUCE": _OpcodeChecker.reduce,
+    "BUILD": _OpcodeChecker.build,
+    "BINPERSID": _OpcodeChecker.storage,
+    "NEWOBJ": _OpcodeChecker.new_object,
 }

@@ -12,7 +12,7 @@ from timm.utils import AttentionExtract
 from torch import Tensor, nn
 
 from sslkit.errors import UserError
-from sslkit.evaluate.features.extraction import Encoder
+from sslkit.evaluate.features.encoder import Encoder
 from sslkit.report.gallery.gallery_images import GalleryImages
 from sslkit.report.gallery.thumbnails import data_uri
 

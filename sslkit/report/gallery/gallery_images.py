@@ -10,7 +10,8 @@ from torch import Tensor
 from sslkit.data.decode.rgb import UnreadableImage
 from sslkit.data.sources.image_source import DataConfig, ImageSource, open_source
 from sslkit.errors import UserError
-from sslkit.evaluate.features.extraction import Encoder, extract_features
+from sslkit.evaluate.features.encoder import Encoder
+from sslkit.evaluate.features.extraction import extract_features
 from sslkit.evaluate.labelled_data import LabelledPair, open_pair
 from sslkit.recipe.resolve import Recipe
 

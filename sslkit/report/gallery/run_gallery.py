@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from sslkit.errors import UserError
-from sslkit.evaluate.features.extraction import Encoder, load_encoder
+from sslkit.evaluate.features.encoder import Encoder, load_encoder
 from sslkit.report.gallery.attention import AttentionRow, draw_attention
 from sslkit.report.gallery.gallery_images import GalleryImages, choose_images, extract
 from sslkit.report.gallery.neighbours import Map, NeighbourRow, draw_map, find_neighbours

@@ -1,0 +1,69 @@
+"""The result of an evaluation: the scores of an encoder and of its baselines under one protocol."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sslkit.evaluate.protocol import protocol_hash
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Score:
+    """The score of one encoder.
+
+    Attributes:
+        encoder: Name of the encoder.
+        accuracy: Value of the result's `EvaluationResult.measure`, in [0, 1].
+        interval: Bootstrap 95 % interval of the accuracy, if computed.
+        note: Hyperparameters that were selected.
+        measures: All measures by name, in [0, 1], if there is more than one.
+        intervals: Bootstrap 95 % interval of each measure.
+        encoder_revision: Commit on the Hugging Face Hub; empty for encoders from elsewhere.
+    """
+
+    encoder: str
+    accuracy: float
+    interval: tuple[float, float] | None = None
+    note: str = ""
+    measures: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    encoder_revision: str = ""
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Scores of an encoder and its baselines under one protocol.
+
+    Attributes:
+        evaluation: Name of the evaluation, such as ``knn k=20 temperature=0.07``.
+        data: Description of the images.
+        protocol: All settings that the scores depend on, except the encoder.
+        scores: The encoder's score first, then the baselines'.
+        measure: What ``accuracy`` of the scores measures.
+        grid: For a sweep, every combination tried on the encoder, best first on the held-out images.
+    """
+
+    evaluation: str
+    data: str
+    protocol: dict[str, Any]
+    scores: list[Score]
+    measure: str = "top-1 accuracy"
+    grid: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def protocol_hash(self) -> str:
+        """Hash of the protocol; only scores with equal hashes are comparable."""
+        return protocol_hash(self.protocol)
+
+
+def bootstrap_interval(accuracy: float, count: int, seed: int = 0) -> tuple[float, float]:
+    """Bootstrap 95 % interval of an accuracy on ``count`` images, from `RESAMPLES` resamples.
+
+    The number of correct images in a resample is binomial, so it is drawn directly.
+    """
+    correct = np.random.default_rng(seed).binomial(count, accuracy, size=RESAMPLES)
+    low, high = np.quantile(correct / count, [0.025, 0.975])
+    return float(low), float(high)

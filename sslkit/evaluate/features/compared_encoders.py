@@ -1,0 +1,66 @@
+"""The encoders that an evaluation compares: the model, the same architecture with random weights, and baselines."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from sslkit.errors import UserError
+from sslkit.evaluate.features.encoder import Encoder, load_encoder
+from sslkit.evaluate.features.readouts import Readout
+
+
+@dataclass(frozen=True)
+class TransferOptions:
+    """Options of evaluations that train the whole encoder.
+
+    Attributes:
+        scratch: Whether to train the architecture from random weights too.
+        baselines: timm models to train too.
+        workers: Processes that decode and augment.
+        log_message: Called with the progress, such as the loss of each epoch.
+    """
+
+    scratch: bool = True
+    baselines: Sequence[str] = ()
+    workers: int = 0
+    log_message: Callable[[str], None] = lambda _message: None
+
+
+def frozen_encoders(model: str, baselines: Sequence[str], readout: Readout) -> Iterator[Encoder | None]:
+    """Yield the encoder, its random twin, None for raw pixels (RGB encoders only), and the baselines."""
+    encoder = _with_crop(load_encoder(model), readout)
+    others = [_with_crop(load_encoder(name), readout) for name in baselines]
+    yield encoder
+    yield encoder.random_twin()
+    if encoder.channels == 3:
+        yield None
+    yield from others
+
+
+def trained_encoders(model: str, task: str, options: TransferOptions, seed: int) -> list[Encoder]:
+    """The encoder, its random twin if asked for, and the baselines.
+
+    Args:
+        model: As for `load_encoder`.
+        task: What they are trained for; opens the sentence of an error.
+        options: Which encoders.
+        seed: Of the random twin's weights.
+
+    Raises:
+        UserError: The encoder does not take RGB images.
+    """
+    encoder = load_encoder(model)
+    if encoder.channels != 3:
+        raise UserError(
+            f"{model}: {task} supports RGB encoders only, and this one takes {encoder.channels} channels; use kNN or "
+            "linear evaluation"
+        )
+    twins = [replace(encoder.random_twin(seed), description="from scratch")] if options.scratch else []
+    return [encoder, *twins, *map(load_encoder, options.baselines)]
+
+
+def _with_crop(encoder: Encoder, readout: Readout) -> Encoder:
+    if not readout.crop_pct:
+        return encoder
+    if not 0.1 <= readout.crop_pct <= 1.0:
+        raise UserError(f"--crop-pct: must be between 0.1 and 1, not {readout.crop_pct:g}")
+    return replace(encoder, preprocessing={**encoder.preprocessing, "crop_pct": readout.crop_pct})
