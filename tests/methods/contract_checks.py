@@ -75,7 +75,7 @@ def make_case(name: str, model: str, /, **options: object) -> MethodCase:
     torch.manual_seed(0)
     method = build_method(recipe, NUM_SAMPLES).train()
     images = torch.randn(BATCH, 3, SIZE, SIZE)
-    num_views = 2 + recipe.views.small_crops
+    num_views = len(recipe.views.view_policies())
     views = [images + 0.1 * torch.randn_like(images) for _ in range(num_views)]
     case = MethodCase(recipe, method, views, [], [])
     case.student_features = queries_of(case, views)
