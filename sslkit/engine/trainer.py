@@ -43,7 +43,7 @@ from sslkit.engine.run_folder.layout import (
     open_folder,
 )
 from sslkit.engine.run_folder.lock import hold_folder
-from sslkit.engine.setup import build_method, restore_scaler, set_up_training
+from sslkit.engine.setup import build_method, make_train_loader, restore_scaler, set_up_training
 from sslkit.engine.state import RecoveryState, TrainingState
 from sslkit.files.run_reader import STOP_MARKER
 from sslkit.recipe.resolve import Recipe, changes
@@ -95,7 +95,9 @@ def _prepare(
     if knn is not None and checkpoint is None:
         check_neighbours(knn, recipe.monitor.k)
     recovery = recovery_state_of(checkpoint, folder)
-    return set_up_training(recipe, source, accelerator, checkpoint=checkpoint, recovery=recovery), knn
+    state = set_up_training(recipe, source, accelerator, checkpoint=checkpoint, recovery=recovery)
+    make_train_loader(state)  # raises if shared memory is too small or read-only; starts no workers
+    return state, knn
 
 
 def _shared_facts(recipe: Recipe, source: ImageSource, checkpoint: Checkpoint | None) -> dict[str, Any]:
