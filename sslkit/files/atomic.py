@@ -1,7 +1,7 @@
-"""Files and folders that are whole or not there, also when the process is killed or the power goes.
+"""Write files and folders atomically: after a kill or a power failure they are complete or absent.
 
-What is written lies aside, under a hidden name that ends in ``.tmp``, until it is on the disk; then it is renamed, and
-the folder that holds the name is synced. What a killed process left aside is swept at the next start.
+Data is written under a hidden name that ends in ``.tmp`` and synced to the disk. Then it is renamed, and its parent
+folder is synced. Temporary files of killed processes are removed at the next start.
 """
 
 import ctypes
@@ -26,9 +26,9 @@ from torch import Tensor
 from sslkit.errors import UserError
 
 CHUNK = 16 * 2**20  # bytes
-ABANDONED = 86400.0  # seconds after which what lies aside is of a process that was killed
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
-# What safetensors calls them; its header names no others that a module or an optimizer has.
+STALE_SECONDS = 86400.0  # temporary files older than this belong to killed processes
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # constants of Linux
+# Names of dtypes in the header of safetensors files.
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -47,45 +47,45 @@ DTYPES = {
 
 
 @contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
-    """Give an empty folder to fill; on leaving, it takes the place of ``final``. After an error nothing has changed.
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; it replaces ``final`` on exit. If an exception is raised, ``final`` is unchanged.
 
-    Files in it must be written by this module's functions, which sync them.
+    Files in it must be written by the functions of this module, which sync them.
     """
-    aside = _aside(final)
-    remove(aside)
-    aside.mkdir()
+    temporary = _temporary(final)
+    remove(temporary)
+    temporary.mkdir()
     try:
-        yield aside
-        sync(aside)
-        _swap(aside, final)
+        yield temporary
+        sync(temporary)
+        _move(temporary, final)
         sync(final.parent)
     finally:
-        remove(aside)
+        remove(temporary)
 
 
 def write_file(file: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Write a file, sync it, and read it back to see that the disk holds what was meant.
+    """Write a file, sync it, and read it back to verify its content.
 
-    Nothing here holds the GIL for long, so that another thread may train meanwhile.
+    The GIL is never held for long, so that another thread can train meanwhile.
 
     Returns:
-        The manifest's entry, ``{"bytes": size, "sha256": of what was handed over}``.
+        The entry of a manifest: ``{"bytes": size, "sha256": digest of chunks}``.
 
     Raises:
-        OSError: It could not be written (disk full, quota, ...) or reads back differently; names the file.
+        OSError: The file could not be written (disk full, quota, ...) or reads back differently; names the file.
     """
     digest, size = hashlib.sha256(), 0
     try:
         if file.is_symlink() or not file.is_dir():
-            file.unlink(missing_ok=True)  # a stranger's pipe of that name would be waited for, a link followed
+            file.unlink(missing_ok=True)  # opening a pipe would block, a link would be followed
         with file.open("xb") as stream:
             for chunk in chunks:
                 digest.update(chunk)
                 size += stream.write(chunk)
             stream.flush()
             os.fsync(stream.fileno())
-            if sys.platform == "linux":  # out of the page cache, else reading would show the cache and not the disk
+            if sys.platform == "linux":  # drop the page cache, so that the check reads the disk
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         with file.open("rb") as stream:
             if hashlib.file_digest(stream, "sha256").digest() != digest.digest():
@@ -101,15 +101,15 @@ def write_json(file: Path, value: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_text(file: Path, text: str) -> dict[str, Any]:
-    """Write a text; see `write_file`."""
+    """Write text as UTF-8; see `write_file`."""
     return write_file(file, [text.encode("utf-8", errors="replace")])
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], **metadata: str) -> dict[str, Any]:
-    """Write contiguous tensors in host memory as safetensors, straight from where they lie; see `write_file`."""
+    """Write contiguous CPU tensors as safetensors without copying them; see `write_file`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
-    # The format wants the data in order of alignment.
+    # The format requires the data to be ordered by alignment.
     ordered = dict(sorted(tensors.items(), key=lambda named: (-named[1].element_size(), named[0])))
     for name, tensor in ordered.items():
         start, end = end, end + tensor.nbytes
@@ -120,68 +120,68 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], **metadata: str) -> di
 
 
 def sha256_of(file: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """SHA-256 of the content of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a small text file in the place of an older one, whole at every instant."""
+    """Replace a text file atomically; see `replace_file`."""
     replace_file(file, [text.encode()])
 
 
 def replace_file(file: Path, chunks: Iterable[bytes | memoryview], *, shared: bool = False) -> None:
-    """Write a file in the place of an older one, whole at every instant.
+    """Replace a file atomically.
 
     Args:
-        file: What to write.
+        file: The file to write; it may exist.
         chunks: Its content.
-        shared: Whether other processes may write the same file at the time; the last one's stays.
+        shared: Whether other processes may write the same file at the same time; the last one wins.
 
     Raises:
-        OSError: It could not be written; the older one is as it was.
+        OSError: The file could not be written; an existing one is unchanged.
     """
-    aside = _own_aside(file) if shared else _aside(file)
+    temporary = _process_temporary(file) if shared else _temporary(file)
     try:
-        write_file(aside, chunks)
-        os.replace(aside, file)
+        write_file(temporary, chunks)
+        os.replace(temporary, file)
     except OSError:
-        remove(aside)
+        remove(temporary)
         raise
     sync(file.parent)
 
 
 def write_output(file: Path, text: str) -> None:
-    """Write a text file that a user named, whole at every instant; a pipe or a device of that name is written into.
+    """Write a text file that the user named, atomically. Pipes and devices are written to.
 
-    A link stays, and what it leads to is replaced. It is not synced: whoever named the file can have it made again.
+    A link is kept and its target replaced. The file is not synced, since it can be generated again.
 
     Raises:
-        OSError: It could not be written; an older one is as it was.
+        OSError: The file could not be written; an existing one is unchanged.
     """
     content, target = text.encode("utf-8", errors="replace"), Path(os.path.realpath(file))
     if file.exists() and not file.is_file():
         file.write_bytes(content)
         return
-    aside = _own_aside(target)
+    temporary = _process_temporary(target)
     try:
-        aside.write_bytes(content)
-        os.replace(aside, target)
-    except PermissionError:  # a file in a folder to which nothing may be added
+        temporary.write_bytes(content)
+        os.replace(temporary, target)
+    except PermissionError:  # an existing file in a folder that is not writable
         if not file.is_file():
             raise
         file.write_bytes(content)
     except OSError:
-        remove(aside)
+        remove(temporary)
         raise
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there; a folder goes out of sight first, so that no one finds half of it."""
+    """Remove a file or folder if it exists. A folder is renamed first, so that no one sees it half removed."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.is_dir():
-        hidden = path if path.name.endswith(".tmp") else _aside(path)
+        hidden = path if path.name.endswith(".tmp") else _temporary(path)
         if hidden != path:
             remove(hidden)
             os.rename(path, hidden)
@@ -189,35 +189,30 @@ def remove(path: Path) -> None:
 
 
 def refuse_links(run: Path) -> None:
-    """See that nothing in a run folder is a link, which could have us write anywhere, or a pipe, which never ends.
+    """Check that a run folder has no links, which would redirect writes, and no pipes, which would block reads.
 
     Raises:
-        UserError: Something is; names it.
+        UserError: It has one; names it.
     """
     for folder in (run, run / "pictures", run / "checkpoints", run / "encoder"):
         for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
             if entry.is_symlink():
-                if folder.name in (
-                    "checkpoints",
-                    "encoder",
-                ):  # what is written there takes a link's place, and what is read is checked
+                if folder.name in ("checkpoints", "encoder"):  # writing replaces a link, and reading checks the content
                     continue
-                raise UserError(
-                    f"{entry}: is a link; a run's files must lie in its folder (a link to the whole is fine)"
-                )
+                raise UserError(f"{entry}: is a link; files of a run must lie in its folder (the folder may be a link)")
             if not (entry.is_file() or entry.is_dir()) and os.path.lexists(entry):  # it may just have been removed
-                raise UserError(f"{entry}: is a pipe, a socket or a device; a run has files and folders only")
+                raise UserError(f"{entry}: is a pipe, socket or device; a run folder holds only files and folders")
 
 
-def sweep(folder: Path, names: Iterable[str] = ("*",)) -> None:
-    """Remove what a killed process left aside in ``folder``, of all files or of those named."""
+def remove_temporary(folder: Path, names: Iterable[str] = ("*",)) -> None:
+    """Remove the temporary files of killed processes in ``folder``, for all names or the given ones."""
     for name in names:
-        for left in folder.glob(f".{name}.tmp"):
-            remove(left)
+        for path in folder.glob(f".{name}.tmp"):
+            remove(path)
 
 
 def sync(path: Path) -> None:
-    """Put a file's content, or a folder's names, on the disk."""
+    """Flush the content of a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -225,25 +220,24 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _aside(path: Path) -> Path:
+def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def _own_aside(path: Path) -> Path:
-    """As `_aside`, but of this process alone. What killed processes left aside for the same file is removed."""
-    here = f"{zlib.crc32(platform.node().encode()):08x}"
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*-*.tmp"):
-        host, _, process = left.name.removesuffix(".tmp").rpartition(".")[2].partition("-")
+def _process_temporary(path: Path) -> Path:
+    """A temporary path of this process only. Those of killed processes for the same path are removed."""
+    host = f"{zlib.crc32(platform.node().encode()):08x}"
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*-*.tmp"):
+        its_host, _, pid = other.name.removesuffix(".tmp").rpartition(".")[2].partition("-")
         with suppress(OSError):  # another process has removed it
-            if (host == here and _is_gone(process)) or time.time() - left.stat().st_mtime > ABANDONED:
-                remove(left)
-    return path.with_name(f".{path.name}.{here}-{os.getpid()}.tmp")
+            if (its_host == host and _has_ended(pid)) or time.time() - other.stat().st_mtime > STALE_SECONDS:
+                remove(other)
+    return path.with_name(f".{path.name}.{host}-{os.getpid()}.tmp")
 
 
-def _is_gone(process: str) -> bool:
-    """Whether no process of this machine has this number."""
+def _has_ended(pid: str) -> bool:
     try:
-        os.kill(int(process), 0)
+        os.kill(int(pid), 0)
     except ProcessLookupError:
         return True
     except (OSError, OverflowError, ValueError):
@@ -254,24 +248,24 @@ def _is_gone(process: str) -> bool:
 def _chunks(tensors: Iterable[Tensor]) -> Iterator[memoryview]:
     for tensor in tensors:
         if tensor.nbytes:
-            whole = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
-            yield from (whole[start : start + CHUNK] for start in range(0, tensor.nbytes, CHUNK))
+            data = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+            yield from (data[start : start + CHUNK] for start in range(0, tensor.nbytes, CHUNK))
 
 
-def _swap(aside: Path, final: Path) -> None:
-    """Rename ``aside`` to ``final``; what stood there is then aside."""
+def _move(temporary: Path, final: Path) -> None:
+    """Rename ``temporary`` to ``final``; an existing ``final`` becomes ``temporary`` or is removed."""
     if not final.exists():
-        os.rename(aside, final)
-    elif not _exchange(aside, final):
-        # Where the file system cannot exchange two names (NFS, macOS), there is an instant with neither.
-        old = _aside(final.with_name(f"{final.name}.old"))
+        os.rename(temporary, final)
+    elif not _exchange(temporary, final):
+        # Where the file system cannot exchange two names (NFS, macOS), neither exists for an instant.
+        old = _temporary(final.with_name(f"{final.name}.old"))
         remove(old)
         os.rename(final, old)
-        os.rename(aside, final)
+        os.rename(temporary, final)
         remove(old)
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one operation, if the system can."""
+    """Exchange two names in one operation; False if the system cannot."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     return rename is not None and not rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)

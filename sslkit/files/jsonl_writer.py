@@ -1,9 +1,9 @@
-"""Files of JSON lines that grow while a run trains, written: by several processes, and on a disk that may be full.
+"""Write the JSONL files of a run, from several processes and on disks that may be full.
 
-Nobody's line is lost. Writers append under a lock on the file itself; whoever takes lines out reads, writes and renames
-under the same lock, and a writer that waited for it looks whether the file still has its name. Where a file system has
-no locks, ``results.jsonl``, the one file with several writers, is only ever appended to, and
-`sslkit.files.jsonl_reader` passes over what a run has made again.
+Writers append under a lock on the file itself. Rows are removed by reading, writing and renaming under the same lock;
+a writer that waited for the lock checks that the file was not replaced. On a file system without locks,
+``results.jsonl``, the only file with several writers, is only appended to, and `sslkit.files.jsonl_reader` skips rows
+that a run has written again.
 """
 
 import errno
@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -21,110 +21,105 @@ from sslkit.files.atomic import replace_file
 from sslkit.files.jsonl_reader import Row, parse_row, read_lines, step_of
 from sslkit.text import pluralize
 
-__all__ = ["Lines", "append_text", "keep_until", "read_lines", "settle_all", "step_of"]
-
-OWED = 100_000  # lines that wait for room at the most; older ones are given up first
-PATIENCE = 10.0  # seconds to wait for another writer; one that is frozen must not stop a run
-PAUSE = 0.002  # seconds between two looks at a lock
+MAX_PENDING = 100_000  # lines kept in memory while the disk is full; the oldest are dropped first
+LOCK_TIMEOUT = 10.0  # seconds to wait for another writer; a frozen one must not stop a run
+LOCK_INTERVAL = 0.002  # seconds between attempts to lock
 
 
-class Lines:
-    """Appends lines to one file. A line that finds no room waits in memory and is written before the next one.
+class JsonlWriter:
+    """Appends rows to a file. Rows that cannot be written stay in memory and are written before the next one.
 
     Args:
-        file: Created by the first line.
-        say: Told in a sentence, whenever writing fails.
+        file: Created by the first row.
+        log_message: Called with a sentence whenever writing fails.
     """
 
-    def __init__(self, file: Path, say: Callable[[str], None]) -> None:
-        self.file, self.say = file, say
-        self.owed: list[str] = []
+    def __init__(self, file: Path, log_message: Callable[[str], None]) -> None:
+        self.file, self.log_message = file, log_message
+        self.pending: list[str] = []
 
     def append(self, fields: dict[str, Any]) -> None:
-        """Write a line, after those that are owed."""
-        self.owed = [*self.owed[-OWED + 1 :], json.dumps(fields) + "\n"]
-        self.settle()
+        """Write a row, after the pending ones."""
+        self.pending = [*self.pending[-MAX_PENDING + 1 :], json.dumps(fields) + "\n"]
+        self.flush()
 
-    def settle(self) -> None:
-        """Try to write what is owed."""
-        if not self.owed:
+    def flush(self) -> None:
+        """Try to write the pending rows."""
+        if not self.pending:
             return
         try:
-            append_text(self.file, "".join(self.owed))
-            self.owed = []
+            append_text(self.file, "".join(self.pending))
+            self.pending = []
         except OSError as error:
-            waiting = f"{pluralize(len(self.owed), 'line')} {'waits' if len(self.owed) == 1 else 'wait'} for room"
-            self.say(f"WARNING: {self.file}: {error.strerror or error}; {waiting}")
+            lines = pluralize(len(self.pending), "line")
+            self.log_message(f"WARNING: {self.file}: {error.strerror or error}; {lines} will be written later")
 
-    def go_back(self, step: int, only_by: str | None = None) -> float:
-        """Take out the lines of later steps, on the disk and of those that are owed; see `keep_until`."""
-        self.settle()
-        self.owed = [line for line in self.owed if not _is_later(line.encode(), step, only_by)]
+    def remove_after(self, step: int, only_by: str | None = None) -> float:
+        """Remove the rows of later steps, on the disk and pending; see `remove_after`."""
+        self.flush()
+        self.pending = [line for line in self.pending if not _is_later(line.encode(), step, only_by)]
         try:
-            return keep_until(self.file, step, only_by)
+            return remove_after(self.file, step, only_by)
         except OSError as error:
-            self.say(
-                f"WARNING: {self.file}: the lines after step {step} cannot be taken out: {error.strerror or error}; "
-                "they are passed over once these steps are made again"
+            self.log_message(
+                f"WARNING: {self.file}: cannot remove the lines after step {step}: {error.strerror or error}; "
+                "they are ignored once these steps are computed again"
             )
-            return max((step_of(row) for row in read_lines(self.file) if _is_by(row, only_by)), default=0)
+            return _latest_step(read_lines(self.file), only_by)
 
 
 def append_text(file: Path, text: str) -> None:
-    """Append whole lines or nothing; a line that a crash left half-written before them is ended first.
+    """Append complete lines or nothing. An incomplete last line, left by a crash, is ended first.
 
     Raises:
-        OSError: They could not be written; the file is as it was.
+        OSError: The lines could not be written; the file is unchanged.
     """
-    with _opened(file) as (stream, alone):
+    with _open_locked(file) as (stream, locked):
         size = stream.seek(0, os.SEEK_END)
         if size and os.pread(stream.fileno(), 1, size - 1) != b"\n":
             text = "\n" + text
-        left = memoryview(text.encode())
+        data = memoryview(text.encode())
         written = 0
         try:
-            while written < len(left):
-                written += stream.write(left[written:])
+            while written < len(data):
+                written += stream.write(data[written:])
         except OSError:
-            if alone or os.fstat(stream.fileno()).st_size == size + written:
+            if locked or os.fstat(stream.fileno()).st_size == size + written:
                 os.ftruncate(stream.fileno(), size)
             raise
 
 
-def keep_until(file: Path, step: int, only_by: str | None = None) -> float:
-    """Take out lines of steps after ``step``, so that a resumed run repeats none. Nothing else in the file is touched.
+def remove_after(file: Path, step: int, only_by: str | None = None) -> float:
+    """Remove the rows of steps after ``step``, so that a resumed run repeats none. Other lines are unchanged.
 
     Args:
-        file: JSONL; it need not be there.
-        step: The last that stays.
-        only_by: Leave lines alone whose ``by`` is another, and torn ones, which may be somebody's half-written line;
-            None where the run is the only writer.
+        file: JSONL; may be missing.
+        step: The last step to keep.
+        only_by: Keep rows whose ``by`` differs, and incomplete lines, which another process may be writing. None if
+            the run is the only writer.
 
     Returns:
-        The latest step of the lines that this is about, before any was taken out; 0 if there is none.
+        The latest step of the rows concerned, before any was removed; 0 if there are none.
 
     Raises:
-        OSError: The file could not be written; it is as it was.
+        OSError: The file could not be written; it is unchanged.
     """
     if not file.is_file():
         return 0
-    with _opened(file) as (stream, alone):
-        content = _content(stream)
+    with _open_locked(file) as (stream, locked):
+        content = _read_all(stream)
         lines = [line for line in content.split(b"\n") if line.strip()]
         kept = [line for line in lines if not _is_later(line, step, only_by)]
-        if len(kept) < len(lines) and (alone or only_by is None):
+        if len(kept) < len(lines) and (locked or only_by is None):
             replace_file(file, [line + b"\n" for line in kept])
-            # A writer that knows of no locks may have added to what was the file until now.
-            if late := _content(stream)[len(content) :]:
+            # A writer that does not use locks may have appended to the old file meanwhile.
+            if late := _read_all(stream)[len(content) :]:
                 append_text(file, late.decode(errors="replace"))
-    rows = (row for line in lines if (row := parse_row(line)) is not None)
+    return _latest_step([row for line in lines if (row := parse_row(line)) is not None], only_by)
+
+
+def _latest_step(rows: list[Row], only_by: str | None) -> float:
     return max((step_of(row) for row in rows if _is_by(row, only_by)), default=0)
-
-
-def settle_all(files: Iterable[Lines]) -> None:
-    """A last try to write what is owed, at the end of a run."""
-    for file in files:
-        file.settle()
 
 
 def _is_by(row: Row, only_by: str | None) -> bool:
@@ -138,28 +133,28 @@ def _is_later(line: bytes, step: int, only_by: str | None) -> bool:
     return _is_by(row, only_by) and step_of(row) > step
 
 
-def _content(stream: FileIO) -> bytes:
+def _read_all(stream: FileIO) -> bytes:
     stream.seek(0)
     return stream.read()
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[tuple[FileIO, bool]]:
-    """The file that bears the name, to read and to append to, and whether it is locked against other writers."""
-    deadline = time.monotonic() + PATIENCE
+def _open_locked(file: Path) -> Iterator[tuple[FileIO, bool]]:
+    """Open a file to read and append; yields it and whether it is locked against other writers."""
+    deadline = time.monotonic() + LOCK_TIMEOUT
     while True:
         with file.open("a+b", buffering=0) as stream:
-            alone = _lock(stream, deadline)
-            if not alone or _bears(stream, file):
-                yield stream, alone
+            locked = _lock(stream, deadline)
+            if not locked or _is_current(stream, file):
+                yield stream, locked
                 return
 
 
 def _lock(stream: FileIO, deadline: float) -> bool:
-    """Lock an open file; False where there are no locks, or another holds it for too long.
+    """Lock an open file; False if the file system has no locks, or another process holds it for too long.
 
-    It is the open file that is locked and not the process, so that another thread that opens and closes it, as one
-    that saves does, takes nothing away.
+    The lock belongs to the open file, not to the process (``flock``, not ``lockf``): it survives when another thread,
+    such as the one that saves, opens and closes the same file.
     """
     while True:
         try:
@@ -168,11 +163,11 @@ def _lock(stream: FileIO, deadline: float) -> bool:
         except OSError as error:
             if error.errno != errno.EWOULDBLOCK or time.monotonic() > deadline:
                 return False
-        time.sleep(PAUSE)
+        time.sleep(LOCK_INTERVAL)
 
 
-def _bears(stream: FileIO, file: Path) -> bool:
-    """Whether an open file still has its name; it may have been replaced, or removed, since it was opened."""
+def _is_current(stream: FileIO, file: Path) -> bool:
+    """Whether an open file was neither replaced nor removed since it was opened."""
     try:
         return os.path.samestat(os.fstat(stream.fileno()), file.stat())
     except FileNotFoundError:

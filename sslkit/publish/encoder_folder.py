@@ -18,7 +18,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from sslkit.errors import RunError, UserError
-from sslkit.files.atomic import whole_folder, write_json, write_tensors
+from sslkit.files.atomic import atomic_folder, write_json, write_tensors
 from sslkit.parts.backbone import create_backbone
 from sslkit.recipe.resolve import Recipe
 
@@ -99,7 +99,7 @@ def write_encoder(config: dict[str, Any], tag: str, state: dict[str, Tensor], fo
     Raises:
         OSError: It could not be written; the previous folder is unchanged.
     """
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         write_encoder_files(config, tag, state, temporary, **metadata)
 
 
@@ -165,7 +165,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with whole_folder(Path(os.path.abspath(folder))) as temporary:
+        with atomic_folder(Path(os.path.abspath(folder))) as temporary:
             yield temporary
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from sslkit.errors import UserError, check_path
-from sslkit.files.atomic import refuse_links, sha256_of, whole_folder, write_file, write_text
+from sslkit.files.atomic import atomic_folder, refuse_links, sha256_of, write_file, write_text
 from sslkit.publish.card import CURVES, model_card
 from sslkit.publish.export import export_encoder
 from sslkit.publish.hub_upload import CARD, CHECKSUMS, PULL_REQUEST, HubUpload, parse_checksums
@@ -140,7 +140,7 @@ def _refuse_changes(folder: Path, repo_id: str) -> None:
 def _write_folder(run: Path, folder: Path, source: str, license_id: str) -> bool:
     """Write the folder atomically; returns whether timm can load the encoder."""
     try:
-        with whole_folder(folder) as temporary:
+        with atomic_folder(folder) as temporary:
             exported = export_encoder(run, temporary, license_id)
             curves = run / "pictures" / CURVES
             if curves.is_file():

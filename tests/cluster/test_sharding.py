@@ -11,7 +11,7 @@ from conftest import small_recipe
 
 from sslkit.errors import UserError
 from sslkit.evaluate import load_encoder
-from sslkit.files.jsonl_writer import read_lines
+from sslkit.files.jsonl_reader import read_lines
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 from launching import finish, pretrain, start, tensors, write_recipe

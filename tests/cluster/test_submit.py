@@ -19,7 +19,7 @@ from sslkit.cluster.job import Pretraining
 from sslkit.cluster.submission import batch_file, minutes
 from sslkit.data.loading.loader import cores_of_a_process
 from sslkit.errors import UserError
-from sslkit.files.jsonl_writer import read_lines
+from sslkit.files.jsonl_reader import read_lines
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 from launching import finish, pretrain, start, tensors, write_recipe

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sslkit.files.jsonl_writer import read_lines
+from sslkit.files.jsonl_reader import read_lines
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 from launching import finish, pretrain, start, tensors, wait_for_lines, write_recipe

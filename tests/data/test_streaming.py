@@ -22,7 +22,7 @@ from sslkit.data.formats import parquet_streams as streaming
 from sslkit.data.sources.image_identity import names_digest
 from sslkit.data.sources.image_source import ImageSource, open_source
 from sslkit.errors import UserError
-from sslkit.files.jsonl_writer import read_lines
+from sslkit.files.jsonl_reader import read_lines
 from sslkit.recipe.resolve import Recipe, build_recipe
 
 COUNT = 150

@@ -12,7 +12,7 @@ from conftest import small_recipe
 from safetensors.torch import load_file
 
 import sslkit
-from sslkit.files.jsonl_writer import read_lines
+from sslkit.files.jsonl_reader import read_lines
 
 HERE = Path(__file__).parent
 CHECKS = (

@@ -22,7 +22,7 @@ from sslkit.engine.monitor.alarms import (
     teacher_alarm,
 )
 from sslkit.engine.monitor.diagnostics import Diagnostics
-from sslkit.files.jsonl_writer import read_lines
+from sslkit.files.jsonl_reader import read_lines
 
 Row = dict[str, float]
 

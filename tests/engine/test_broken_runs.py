@@ -7,7 +7,7 @@ import pytest
 from conftest import small_recipe
 
 import sslkit
-from sslkit.files.jsonl_writer import read_lines
+from sslkit.files.jsonl_reader import read_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

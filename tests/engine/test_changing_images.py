@@ -12,7 +12,7 @@ from PIL import Image
 
 import sslkit
 from sslkit.errors import UserError
-from sslkit.files.jsonl_writer import read_lines
+from sslkit.files.jsonl_reader import read_lines
 
 SHARE = 0.3
 

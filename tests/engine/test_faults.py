@@ -13,7 +13,7 @@ from sslkit.engine import setup as run_module
 from sslkit.engine.resilience.guard import BadStepError
 from sslkit.engine.rng import shuffle_order
 from sslkit.errors import UserError
-from sslkit.files.jsonl_writer import read_lines
+from sslkit.files.jsonl_reader import read_lines
 from sslkit.methods.base import Step
 from sslkit.random_draws import DrawPurpose, draw_seed
 

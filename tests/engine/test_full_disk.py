@@ -14,7 +14,8 @@ import pytest
 from launching import finish, pretrain, start, tensors, wait_for_lines, write_recipe
 
 from sslkit.engine.checkpoint.format import newest_checkpoint
-from sslkit.files.jsonl_writer import Lines, append_text, read_lines
+from sslkit.files.jsonl_reader import read_lines
+from sslkit.files.jsonl_writer import JsonlWriter, append_text
 
 
 @pytest.fixture
@@ -103,11 +104,11 @@ def test_a_half_line_of_a_crash_does_not_swallow_the_next(tmp_path: Path) -> Non
 
 def test_lines_wait_for_a_folder_that_comes_back(tmp_path: Path) -> None:
     said: list[str] = []
-    lines = Lines(tmp_path / "gone/metrics.jsonl", said.append)
+    lines = JsonlWriter(tmp_path / "gone/metrics.jsonl", said.append)
     lines.append({"step": 1})
     lines.append({"step": 2})
     assert len(said) == 2
-    assert "2 lines wait for room" in said[1]
+    assert "2 lines will be written later" in said[1]
     (tmp_path / "gone").mkdir()
     lines.append({"step": 3})
     assert [row["step"] for row in read_lines(tmp_path / "gone/metrics.jsonl")] == [1, 2, 3]

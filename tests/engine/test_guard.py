@@ -22,7 +22,7 @@ from sslkit.engine.replay import replay_step
 from sslkit.engine.resilience.guard import BadStepError, Guard, RewindError
 from sslkit.engine.state import RecoveryState
 from sslkit.errors import UserError
-from sslkit.files.jsonl_writer import read_lines
+from sslkit.files.jsonl_reader import read_lines
 from sslkit.methods import METHODS
 from sslkit.methods.base import Step
 from sslkit.parts.batchnorm import GlobalBatchNorm

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from launching import HERE, finish, pretrain, start, tensors, wait_for_lines, write_recipe
 
-from sslkit.files.jsonl_writer import read_lines
+from sslkit.files.jsonl_reader import read_lines
 
 sys.path.insert(0, str(HERE.parent / "data"))
 from hostile import bad_images, good_images, write_hostile_things

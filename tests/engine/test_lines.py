@@ -18,9 +18,9 @@ from sslkit.cli.output import print_and_store
 from sslkit.engine.logging.logger import RunLogger, append_result
 from sslkit.errors import UserError
 from sslkit.evaluate.evaluation_result import EvaluationResult, Score
-from sslkit.files import jsonl_writer as lines_module
+from sslkit.files import jsonl_writer
 from sslkit.files.jsonl_reader import read_log, rows_of
-from sslkit.files.jsonl_writer import Lines, append_text, keep_until
+from sslkit.files.jsonl_writer import JsonlWriter, append_text, remove_after
 
 FORK = multiprocessing.get_context("fork")
 ROW = {"by": "eval", "evaluation": "knn", "data": "x", "accuracy": 0.5}
@@ -51,7 +51,7 @@ def hammer(folder: Path, evaluators: int, count: int) -> None:
         process.join()
         assert process.exitcode == 0
     assert step > 5
-    keep_until(folder / "results.jsonl", step, "monitor")
+    remove_after(folder / "results.jsonl", step, "monitor")
 
 
 def written(folder: Path) -> tuple[list[tuple[str, int]], list[int]]:
@@ -119,17 +119,17 @@ def test_a_writer_that_waited_writes_to_the_file_that_took_the_place(tmp_path: P
     """Held just between the opening and the lock, while another takes lines out."""
     file = tmp_path / "results.jsonl"
     append_text(file, '{"by": "monitor", "step": 9, "accuracy": 0.1}\n')
-    lock, waited = lines_module._lock, []
+    lock, waited = jsonl_writer._lock, []
 
     def late(stream: Any, deadline: float) -> bool:
         if not waited:
             waited.append(True)
-            keep_until(file, 3, "monitor")
+            remove_after(file, 3, "monitor")
             assert file.read_text() == ""
         return lock(stream, deadline)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lines_module, "_lock", late)
+        patch.setattr(jsonl_writer, "_lock", late)
         append_text(file, '{"step": 3, "accuracy": 0.5}\n')
     assert [row["step"] for row in rows_of(file)] == [3]
 
@@ -137,7 +137,7 @@ def test_a_writer_that_waited_writes_to_the_file_that_took_the_place(tmp_path: P
 def test_what_a_writer_without_locks_adds_meanwhile_is_taken_along(tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
     append_text(file, '{"by": "monitor", "step": 9, "accuracy": 0.1}\n')
-    replace = lines_module.replace_file
+    replace = jsonl_writer.replace_file
 
     def replaced(*arguments: Any) -> None:
         with file.open("a") as older:
@@ -145,8 +145,8 @@ def test_what_a_writer_without_locks_adds_meanwhile_is_taken_along(tmp_path: Pat
             older.write('{"step": 4, "accuracy": 0.5}\n')
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lines_module, "replace_file", replaced)
-        keep_until(file, 3, "monitor")
+        patch.setattr(jsonl_writer, "replace_file", replaced)
+        remove_after(file, 3, "monitor")
     assert [row["step"] for row in rows_of(file)] == [4]
 
 
@@ -155,20 +155,20 @@ def test_taking_lines_out_touches_no_others(tmp_path: Path) -> None:
     others = b'{"by": "eval", "step": 99, "accuracy": 0.5,   "x": NaN}\n{"by": "eval", "st\n[1]\n{"by": "monitor"}\n'
     file = tmp_path / "results.jsonl"
     file.write_bytes(others + b'{"by": "monitor", "step": 5}\n')
-    assert keep_until(file, 4, "monitor") == 5
+    assert remove_after(file, 4, "monitor") == 5
     assert file.read_bytes() == others
     before = file.stat().st_ino
-    assert keep_until(file, 4, "monitor") == 0
+    assert remove_after(file, 4, "monitor") == 0
     assert file.stat().st_ino == before
 
 
 def test_a_frozen_writer_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines_module, "PATIENCE", 0.05)
+    monkeypatch.setattr(jsonl_writer, "LOCK_TIMEOUT", 0.05)
     file = tmp_path / "results.jsonl"
     with file.open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         append_text(file, '{"by": "monitor", "step": 9, "accuracy": 0.5}\n')
-        assert keep_until(file, 3, "monitor") == 9
+        assert remove_after(file, 3, "monitor") == 9
         append_text(file, '{"by": "monitor", "step": 4, "accuracy": 0.5}\n')
     assert [row["step"] for row in rows_of(file)] == [4]
 
@@ -180,15 +180,15 @@ def test_lines_that_cannot_be_taken_out_are_passed_over(tmp_path: Path, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     said: list[str] = []
-    lines = Lines(tmp_path / "metrics.jsonl", said.append)
+    lines = JsonlWriter(tmp_path / "metrics.jsonl", said.append)
     for step in (1, 2, 3):
         lines.append({"step": step, "epoch": 1.0, "loss": step})
     with monkeypatch.context() as patch:
         for name in ("replace_file", "append_text"):
-            patch.setattr(lines_module, name, full)
+            patch.setattr(jsonl_writer, name, full)
         lines.append({"step": 4, "epoch": 1.0})
-        assert lines.go_back(1) == 3
-    assert "lines after step 1 cannot be taken out: No space left on device" in said[-1]
+        assert lines.remove_after(1) == 3
+    assert "cannot remove the lines after step 1: No space left on device" in said[-1]
     lines.append({"step": 2, "epoch": 1.0, "loss": 7.0})
     assert [(row["step"], row["loss"]) for row in rows_of(lines.file)] == [(1, 1), (2, 7.0)]
 

@@ -122,7 +122,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, _folder: Path) -> None:
         (partial(vanish, stays=2), "cannot be measured: [monitor] data: 36 images of", 0),
         (not_a_number, "cannot be measured, the features are not finite", 0),
         (one_class, "kNN 100.00%", 1),
-        (full_disk, "No space left on device; 1 line waits for room", 0),
+        (full_disk, "No space left on device; 1 line will be written later", 0),
     ],
     ids=["no image can be read", "fewer than k can", "features are no numbers", "one class", "full disk"],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from launching import finish, pretrain, saboteur, start, write_recipe
 
-from sslkit.files.jsonl_writer import read_lines
+from sslkit.files.jsonl_reader import read_lines
 
 GUARD = {"timeout_seconds": 6.0, "compare_every": 2}
 

@@ -14,7 +14,7 @@ from launching import finish, pretrain, start
 
 import sslkit
 from sslkit.engine.checkpoint.format import newest_checkpoint
-from sslkit.files.jsonl_writer import read_lines
+from sslkit.files.jsonl_reader import read_lines
 from sslkit.methods import METHODS
 
 KILLS = 5  # per method and number of processes

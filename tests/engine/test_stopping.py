@@ -12,7 +12,7 @@ from conftest import small_recipe
 from launching import finish, pretrain, saboteur, start, tensors, wait_for_lines, write_recipe
 
 import sslkit
-from sslkit.files.jsonl_writer import read_lines
+from sslkit.files.jsonl_reader import read_lines
 
 LONG = {"max_steps": 0, "epochs": 40}
 

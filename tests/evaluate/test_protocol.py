@@ -35,7 +35,7 @@ from sslkit.evaluate.labelled_data import open_pair
 from sslkit.evaluate.probes.scoring import evaluate_sweep
 from sslkit.evaluate.probes.sweep import SweepProtocol
 from sslkit.evaluate.protocol import protocol_hash
-from sslkit.files.jsonl_writer import read_lines
+from sslkit.files.jsonl_reader import read_lines
 
 
 @pytest.fixture(scope="module")

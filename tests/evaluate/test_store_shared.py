@@ -138,7 +138,7 @@ def test_what_killed_processes_left_aside_goes_in_time(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path)
     features_of(store, "ab", 10, rows_of)
     (tmp_path / "ab" / MERGED).unlink()
-    for name, age in ((".old.1", 2 * store_module.ABANDONED), (".new.2", 0.0)):
+    for name, age in ((".old.1", 2 * store_module.STALE_SECONDS), (".new.2", 0.0)):
         (tmp_path / "ab" / name).write_bytes(b"x")
         stamp = (tmp_path / "ab" / name).stat().st_mtime - age
         os.utime(tmp_path / "ab" / name, (stamp, stamp))

@@ -23,7 +23,7 @@ from sslkit.engine.checkpoint.format import newest_checkpoint, read_checkpoint
 from sslkit.engine.checkpoint.validation import SCALER
 from sslkit.engine.resilience.guard import Guard
 from sslkit.engine.state import RecoveryState
-from sslkit.files.jsonl_writer import read_lines
+from sslkit.files.jsonl_reader import read_lines
 from sslkit.hub.untrusted import check_model, read_encoder_config, tensor_shapes
 from sslkit.publish.importing.checkpoint_formats import (
     CHECKPOINT_FORMATS,

@@ -15,7 +15,7 @@ import sslkit
 from sslkit.cli import main
 from sslkit.engine.logging.logger import append_result
 from sslkit.errors import UserError
-from sslkit.files.jsonl_writer import read_lines
+from sslkit.files.jsonl_reader import read_lines
 from sslkit.report import read_run, read_runs, summarise, write_report, write_views
 
 PANELS = {

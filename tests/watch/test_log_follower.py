@@ -11,7 +11,7 @@ import pytest
 from sslkit.errors import UserError
 from sslkit.files import jsonl_reader
 from sslkit.files.jsonl_reader import LogFollower
-from sslkit.files.jsonl_writer import append_text, keep_until
+from sslkit.files.jsonl_writer import append_text, remove_after
 from sslkit.watch.terminal_curve import ASCII_BARS, MAX_POINTS, Curve, sparkline
 
 
@@ -57,7 +57,7 @@ def test_a_run_that_goes_back_is_read_again(tmp_path: Path) -> None:
     append_text(file, "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 9)))
     reader = LogFollower(file)
     assert drain(reader) == [1, 2, 3, 4, 5, 6, 7, 8]
-    keep_until(file, 5)
+    remove_after(file, 5)
     append_text(file, "".join(json.dumps({"step": step, "loss": 2.0}) + "\n" for step in range(6, 9)))
     news = reader.read()  # of the very same length as before
     assert news.restarted

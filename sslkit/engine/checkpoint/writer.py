@@ -21,7 +21,7 @@ from sslkit.distributed.sharding import full_tensor
 from sslkit.engine.checkpoint.format import FORMAT, flatten_optimizer, without_state
 from sslkit.engine.checkpoint.retention import checkpoint_name, monitor_scores, reasons_to_keep, saved_steps
 from sslkit.errors import RunError
-from sslkit.files.atomic import remove, replace_text, sync, whole_folder, write_file, write_json, write_tensors
+from sslkit.files.atomic import atomic_folder, remove, replace_text, sync, write_file, write_json, write_tensors
 from sslkit.methods import find_method
 from sslkit.publish.encoder_folder import encoder_config, write_encoder
 from sslkit.recipe.resolve import Recipe
@@ -229,7 +229,7 @@ class Saver:
                 sync(self.folder / name)
         self.checkpoints.mkdir(exist_ok=True)
         name = checkpoint_name(snapshot.step)
-        with whole_folder(self.checkpoints / name) as aside:
+        with atomic_folder(self.checkpoints / name) as aside:
             files = {
                 "model.safetensors": write_tensors(aside / "model.safetensors", snapshot.model),
                 "optimizer.safetensors": write_tensors(aside / "optimizer.safetensors", snapshot.optimizer),

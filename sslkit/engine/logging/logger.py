@@ -17,7 +17,7 @@ from sslkit.engine.logging.trackers import Trackers
 from sslkit.errors import UserError
 from sslkit.files.atomic import refuse_links
 from sslkit.files.jsonl_reader import rows_of
-from sslkit.files.jsonl_writer import Lines, append_text, settle_all
+from sslkit.files.jsonl_writer import JsonlWriter, append_text
 from sslkit.terminal import print_line, sanitize
 
 FILES = ("metrics", "results", "diagnostics")
@@ -41,7 +41,7 @@ class RunLogger:
         self.folder, self.active = folder, active
         self.console = console or Console(stderr=False)
         self.metrics, self.results, self.diagnostics = (
-            Lines(folder / f"{name}.jsonl", self.log_message) for name in FILES
+            JsonlWriter(folder / f"{name}.jsonl", self.log_message) for name in FILES
         )
         self.live: Live | None = None
         self.last_plain = 0.0
@@ -59,18 +59,19 @@ class RunLogger:
     def __exit__(self, *_exc: object) -> None:
         if self.live is not None:
             self.live.stop()
-        settle_all((self.metrics, self.results, self.diagnostics))
+        for writer in (self.metrics, self.results, self.diagnostics):
+            writer.flush()
 
     def rewind(self, step: int) -> None:
         """Drop the lines of steps after ``step``, which will be made again."""
         if not self.active:
             return
-        for name, lines, only_by in (
+        for name, writer, only_by in (
             ("metrics", self.metrics, None),
             ("results", self.results, "monitor"),
             ("diagnostics", self.diagnostics, None),
         ):
-            self.tracked_up_to[name] = max(self.tracked_up_to[name], lines.go_back(step, only_by))
+            self.tracked_up_to[name] = max(self.tracked_up_to[name], writer.remove_after(step, only_by))
         rows = rows_of(self.diagnostics.file, self.log_message)
         self.alarms_raised = {kind_of(str(alarm)) for row in rows for alarm in row.get("alarms", [])}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sslkit.engine.state import TrainingState
 from sslkit.errors import UserError
-from sslkit.files.atomic import sha256_of, whole_folder, write_json, write_tensors
+from sslkit.files.atomic import atomic_folder, sha256_of, write_json, write_tensors
 
 FORMAT = 1
 MAX_COUNT = 2**53
@@ -63,7 +63,7 @@ def try_to_write_crash_dump(
     }
     try:
         folder.parent.mkdir(exist_ok=True)
-        with whole_folder(folder) as aside:
+        with atomic_folder(folder) as aside:
             tensors, own = state.method.state_dict(), torch.contiguous_format
             weights = {name: tensor.detach().cpu().clone(memory_format=own) for name, tensor in tensors.items()}
             written = write_tensors(aside / "model.safetensors", weights)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sslkit.errors import UserError
-from sslkit.files.atomic import ABANDONED
+from sslkit.files.atomic import STALE_SECONDS
 from sslkit.terminal import print_message
 
 SHARD = 16384
@@ -196,7 +196,7 @@ class _Extraction:
             if not file.name.startswith((".", "part-")):
                 continue
             with suppress(OSError):
-                if not file.name.startswith(".") or time.time() - file.stat().st_mtime > ABANDONED:
+                if not file.name.startswith(".") or time.time() - file.stat().st_mtime > STALE_SECONDS:
                     file.unlink()
 
 
