@@ -1,4 +1,4 @@
-"""Runs on a cluster: submitted through submitit, and queued again until they are done."""
+"""Submit runs to a Slurm cluster with submitit; jobs are requeued until the run is finished."""
 
 from sslkit.cluster.submission import Resources, Submission, submit
 

@@ -1,7 +1,7 @@
-"""What each task of a submitted job does: join the others, train, and say by its exit code how that ended.
+"""The task of a submitted job: join the process group, train, and report the result as exit code.
 
-Heavy imports wait until signals are listened to. submitit stores `Pretraining` by its place and fields, so that a job
-that waited for days in the queue runs the recipe as it was when it was submitted.
+Heavy imports come after the signal handlers are set. submitit pickles `Pretraining` by module and fields, so a job that
+waited in the queue for days runs the recipe as it was when it was submitted.
 """
 
 import os
@@ -13,19 +13,19 @@ from dataclasses import dataclass
 from sslkit.errors import RunError, UserError
 from sslkit.terminal import error_messages, print_message, print_traceback
 
-RESUMABLE = 75  # exit code: asked to stop, goes on when started again
-CANCELLED = 128 + signal.SIGTERM  # exit code: asked to end, by scancel or by a preemption that Slurm itself undoes
-FIRST_PORT, PORTS = 20000, 12000  # below those that Linux gives to whoever asks for any
+RESUMABLE = 75  # exit code: asked to stop, can be resumed
+CANCELLED = 128 + signal.SIGTERM  # exit code: ended by scancel, or by a preemption after which Slurm requeues the job
+FIRST_PORT, PORTS = 20000, 12000  # below the ephemeral ports of Linux
 
 
 @dataclass(frozen=True)
 class Pretraining:
-    """One run, as one task of its job does it.
+    """One task of a job that trains a run.
 
     Attributes:
-        recipe: Its resolved recipe, as TOML.
+        recipe: The resolved recipe, as TOML.
         output: Run folder.
-        resumable: Exit code of a run that should be queued again; submitit's local cluster has its own.
+        resumable: Exit code of a run that should be requeued; submitit's local cluster has its own.
     """
 
     recipe: str
@@ -33,10 +33,11 @@ class Pretraining:
     resumable: int = RESUMABLE
 
     def __call__(self) -> str:
-        """Train; returns the run folder once the run is done.
+        """Train; returns the run folder when the run is finished.
 
         Raises:
-            SystemExit: It is not: `resumable`, `CANCELLED`, 2 for bad input, 1 for a run that cannot go on.
+            SystemExit: The run is not finished. The code is `resumable`, `CANCELLED`, 2 for invalid input, or 1 for a
+                run that cannot continue.
         """
         signal.signal(signal.SIGUSR1, lambda *_: os._exit(self.resumable))
         signal.signal(signal.SIGTERM, lambda *_: os._exit(CANCELLED))
@@ -47,10 +48,10 @@ class Pretraining:
 
             run = train(build_recipe(tomllib.loads(self.recipe), name="the submitted recipe"), self.output)
         except (UserError, RunError) as error:
-            for sentence in error_messages(error):
-                print_message(sentence)
+            for message in error_messages(error):
+                print_message(message)
             sys.exit(2 if isinstance(error, UserError) else 1)
-        except Exception as error:  # submitit would print it, and store it, with whatever tokens it holds
+        except Exception as error:  # submitit would print and store it, including any access tokens
             print_traceback(error)
             sys.exit(1)
         if run.stopped:
@@ -59,10 +60,10 @@ class Pretraining:
 
 
 def join_tasks() -> None:
-    """Tell PyTorch which of the job's tasks this is, and where the first one is met.
+    """Set the environment variables of torch.distributed: rank, world size, and address of the first task.
 
-    All GPUs of the node stay visible; Accelerate takes the one of the local rank. Each restart has another port, as
-    something may sit on the last one's.
+    All GPUs of the node stay visible; Accelerate selects the one of the local rank. Each restart uses another port,
+    because the last one may still be in use.
     """
     from submitit import JobEnvironment
     from submitit.helpers import TorchDistributedEnvironment
@@ -72,4 +73,4 @@ def join_tasks() -> None:
     os.environ["MASTER_PORT"] = str(FIRST_PORT + (int(job.raw_job_id) + 997 * restarts) % PORTS)
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     if job.cluster == "local":
-        os.environ["MASTER_ADDR"] = "127.0.0.1"  # a machine need not know its own name
+        os.environ["MASTER_ADDR"] = "127.0.0.1"  # the host name may not resolve

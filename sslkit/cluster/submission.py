@@ -1,13 +1,13 @@
-"""Jobs: one task per GPU, warned before their time is over, queued again until the run is done.
+"""Submit jobs with one task per GPU, which get a signal before their time limit and are requeued until finished.
 
-A task per GPU, and not torchrun on each node: Slurm's warning then reaches every process itself, there is no launcher
-that dies of it or hides an exit code, and srun tells the batch script how the run ended. That script decides:
+Each GPU has a task of its own instead of torchrun on each node. So the signal reaches every process, no launcher ends
+because of it or hides exit codes, and srun returns the exit code of the run to the batch script, which decides:
 
-    0      done
-    2      bad input: queueing it again would not help
-    143    ended by scancel, or preempted: Slurm itself queues preempted jobs again (``--requeue``)
-    else   stopped before its time was over (75), or crashed: queued again, unless several starts in a row
-           have brought no new checkpoint
+    0      finished
+    2      invalid input: another start would not help
+    143    ended by scancel, or preempted: Slurm requeues preempted jobs itself (``--requeue``)
+    else   stopped before the time limit (75), or crashed: requeued, unless several consecutive starts
+           have saved no new checkpoint
 """
 
 import os
@@ -34,8 +34,8 @@ TIME = re.compile(
 )
 MEMORY = re.compile(r"\d+[KMGT]?")
 OPTION = re.compile(r"[a-z][a-z0-9-]*")
-OURS = ("signal", "requeue", "no-requeue", "array", "output", "error", "open-mode", "job-name", "wckey")
-WITH_WORDS = {  # options of sbatch, and the word here that the checks know of
+RESERVED = ("signal", "requeue", "no-requeue", "array", "output", "error", "open-mode", "job-name", "wckey")
+OWN_OPTIONS = {  # options of sbatch, and the options of sslkit to use instead
     **{name: f"--{name}" for name in ("nodes", "gpus-per-node", "time", "mem", "cpus-per-task")},
     **{name: f"--{name}" for name in ("partition", "account", "constraint")},
     **dict.fromkeys(("ntasks", "ntasks-per-node", "gpus", "gpus-per-task"), "--gpus-per-node or --tasks-per-node"),
@@ -44,22 +44,22 @@ WITH_WORDS = {  # options of sbatch, and the word here that the checks know of
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job asks for; empty words and zeros leave it to the cluster.
+    """The resources of a job. Empty strings and zeros use the defaults of the cluster.
 
     Attributes:
-        nodes: Machines.
-        gpus_per_node: GPUs of each, and so many tasks.
-        tasks_per_node: Processes of each, where that is not the number of GPUs (0: it is; one on CPUs).
-        time: Limit of one start, in Slurm's words: minutes, ``H:M:S``, ``D-H``, ``D-H:M``.
-        mem: Of a node, such as ``64G``.
-        cpus_per_task: Cores of each process: itself and its data workers.
-        partition: Slurm's queue.
-        account: Who pays.
-        constraint: Features the nodes must have.
-        sbatch: Any other option of sbatch, by its long name; True for one that takes no value.
-        setup: Lines of shell before the run, such as ``module load cuda``.
-        signal_seconds: How long before its end a start is told to save.
-        retries: Starts in a row without a new checkpoint after which it is not queued again.
+        nodes: Number of nodes.
+        gpus_per_node: GPUs per node; each has one task.
+        tasks_per_node: Processes per node; 0: one per GPU, or one without GPUs.
+        time: Time limit of one start in Slurm's formats: minutes, ``H:M:S``, ``D-H``, ``D-H:M``.
+        mem: Memory per node, such as ``64G``.
+        cpus_per_task: CPU cores per process, including its data workers.
+        partition: Slurm partition.
+        account: Slurm account.
+        constraint: Required features of the nodes.
+        sbatch: Any other options of sbatch, by long name; True for an option without a value.
+        setup: Shell lines to run before training, such as ``module load cuda``.
+        signal_seconds: Seconds before the time limit at which the run is told to save.
+        retries: The job is not requeued after this many consecutive starts without a new checkpoint.
     """
 
     nodes: int = 1
@@ -78,22 +78,22 @@ class Resources:
 
     @property
     def tasks(self) -> int:
-        """On each node."""
+        """Number of tasks per node."""
         return self.tasks_per_node or max(self.gpus_per_node, 1)
 
     @property
     def processes(self) -> int:
-        """On all nodes."""
+        """Number of processes on all nodes."""
         return self.nodes * self.tasks
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A job that waits or runs.
+    """A submitted job.
 
     Attributes:
-        job_id: The cluster's number of it.
-        log: File that the first process writes to.
+        job_id: Its ID on the cluster.
+        log: Log file of the first process.
     """
 
     job_id: str
@@ -101,44 +101,44 @@ class Submission:
 
 
 def submit(recipe: Recipe, output: str | Path, resources: Resources, cluster: str = "slurm") -> Submission:
-    """Submit a run; it goes on in ``output`` if that holds one.
+    """Submit a run; if ``output`` holds a run, it is resumed.
 
-    submitit keeps job files and logs in the folder ``OUTPUT.jobs``, which all nodes must see as they must see output
-    and data.
+    submitit keeps job files and logs in the folder ``OUTPUT.jobs``. All nodes must share it, the run folder and the
+    data.
 
     Args:
-        recipe: What to train.
+        recipe: The recipe to train.
         output: Run folder.
-        resources: What to ask for.
-        cluster: ``slurm``, or ``local``: processes on this machine, started again as Slurm would.
+        resources: Resources to request.
+        cluster: ``slurm``, or ``local``: processes on this machine, restarted as Slurm would.
 
     Raises:
-        UserError: The cluster refuses, or something asked for does not fit; nothing has been submitted then.
+        UserError: The cluster refuses the job, or recipe and resources do not fit. Nothing has been submitted then.
     """
     check(recipe, resources)
     output = _run_folder(output)
     if cluster not in ("slurm", "local"):
         raise UserError(f"--cluster: must be slurm or local, not {cluster!r}")
-    from sslkit.engine.run_folder.layout import as_begun, check_folder
+    from sslkit.engine.run_folder.layout import check_folder, keep_background
 
-    recipe, _ = as_begun(output, recipe)  # the job's recipe names every key
-    check_folder(output, recipe, "auto")  # as the job itself would, hours later
+    recipe, _ = keep_background(output, recipe)  # the recipe of the job states every key
+    check_folder(output, recipe, "auto")  # instead of hours later, when the job starts
     if cluster == "local":
         return _submit_here(recipe, output, resources)
     if absent := next((name for name in ("sbatch", "srun") if shutil.which(name) is None), ""):
         raise UserError(
-            f"submit: there is no {absent} here; submit from a login node of a Slurm cluster, print the file with "
-            "--dry-run, or take --cluster local"
+            f"submit: {absent} is not installed here; submit from a login node of a Slurm cluster, print the "
+            "batch file with --dry-run, or use --cluster local"
         )
     executor = _slurm_executor(output, resources)
     return _submitted(executor, Pretraining(recipe.to_toml(), str(output)), _jobs_folder(output))
 
 
 def batch_file(recipe: Recipe, output: str | Path, resources: Resources) -> str:
-    """The file that `submit` would give to sbatch.
+    """The batch file that `submit` would pass to sbatch.
 
     Raises:
-        UserError: Something asked for does not fit.
+        UserError: Recipe and resources do not fit.
     """
     check(recipe, resources)
     executor = _slurm_executor(_run_folder(output), resources)
@@ -147,57 +147,57 @@ def batch_file(recipe: Recipe, output: str | Path, resources: Resources) -> str:
 
 
 def check(recipe: Recipe, resources: Resources) -> None:
-    """See that recipe and resources fit, which is better known before hours in a queue.
+    """Check that recipe and resources fit, before the job waits in a queue.
 
     Raises:
-        UserError: They do not.
+        UserError: They do not fit.
     """
     processes, asked, batch = resources.processes, recipe.train.processes, recipe.train.batch_size
     if asked and asked != processes:
         raise UserError(f"[train] processes = {asked}, but --nodes and --gpus-per-node make {processes}")
     if batch % processes:
-        raise UserError(f"[train] batch_size: {batch} images do not divide among {processes} processes")
+        raise UserError(f"[train] batch_size: {batch} images cannot be split evenly over {processes} processes")
     if resources.mem and not MEMORY.fullmatch(resources.mem):
         raise UserError(f"--mem {resources.mem}: write a number and K, M, G or T, such as 64G")
     if 60 * minutes(resources.time) <= resources.signal_seconds:
         raise UserError(
-            f"--time {resources.time}: leaves nothing to train in, as the run is told to save "
-            f"{resources.signal_seconds} s before its end (--signal-seconds)"
+            f"--time {resources.time}: leaves no time to train, because the run is told to save "
+            f"{resources.signal_seconds} s before the limit (--signal-seconds)"
         )
-    _check_words(resources)
+    _check_options(resources)
 
 
-def _check_words(resources: Resources) -> None:
-    """See that each word is one line of the batch file, that nothing is said twice, and that no token is among them."""
-    words = {f"--{option}": getattr(resources, option) for option in ("partition", "account", "constraint")}
-    words |= {f"--sbatch {option}": str(value) for option, value in resources.sbatch.items()}
-    words |= {f"--setup (line {line})": text for line, text in enumerate(resources.setup, start=1)}
-    for option, word in words.items():
-        if without_tokens(word) != word:
+def _check_options(resources: Resources) -> None:
+    """Check that options are single lines, do not repeat options of sslkit, and contain no access token."""
+    texts = {f"--{option}": getattr(resources, option) for option in ("partition", "account", "constraint")}
+    texts |= {f"--sbatch {option}": str(value) for option, value in resources.sbatch.items()}
+    texts |= {f"--setup (line {line})": text for line, text in enumerate(resources.setup, start=1)}
+    for option, text in texts.items():
+        if without_tokens(text) != text:
             raise UserError(
-                f"{option}: holds what looks like an access token, and the job's file is kept and others can read it; "
-                "write it into a file that only you can read, and give --setup '. ~/tokens.sh'"
+                f"{option}: contains what looks like an access token, but the batch file is kept and others can read "
+                "it; put the token into a file that only you can read, and use --setup '. ~/tokens.sh'"
             )
     for option in ("partition", "account", "constraint"):
-        if not (word := getattr(resources, option)).isprintable():
-            raise UserError(f"--{option} {word!r}: write one line without control characters")
+        if not (text := getattr(resources, option)).isprintable():
+            raise UserError(f"--{option} {text!r}: write one line without control characters")
     for option, value in resources.sbatch.items():
         name = option.replace("_", "-")
         if not OPTION.fullmatch(name):
             raise UserError(f"--sbatch {option!r}: write the long name of an option of sbatch, such as qos=high")
-        if name in OURS:
-            raise UserError(f"--sbatch {option}: is set by sslkit, which needs it as it is")
-        if name in WITH_WORDS:
-            raise UserError(f"--sbatch {option}: use {WITH_WORDS[name]}, which is checked against the recipe")
+        if name in RESERVED:
+            raise UserError(f"--sbatch {option}: is set by sslkit and cannot be changed")
+        if name in OWN_OPTIONS:
+            raise UserError(f"--sbatch {option}: use {OWN_OPTIONS[name]}, which is checked against the recipe")
         if not str(value).isprintable():
             raise UserError(f"--sbatch {option}: write one line without control characters, not {value!r}")
 
 
 def minutes(time: str) -> int:
-    """Slurm's words for a time limit, in whole minutes.
+    """A time limit in one of Slurm's formats, in whole minutes.
 
     Raises:
-        UserError: They are none.
+        UserError: The format is invalid.
     """
     found = TIME.fullmatch(time)
     if not found:
@@ -208,25 +208,24 @@ def minutes(time: str) -> int:
 
 
 def _run_folder(output: str | Path) -> Path:
-    """A run folder's full name, without ``..``.
+    """The absolute path of a run folder, without ``..``.
 
     Raises:
-        UserError: Slurm could not write logs beside it.
+        UserError: Slurm could not write logs next to it.
     """
     check_path(output, "--output")
     folder = Path(os.path.abspath(output))
     if not folder.name:
-        raise UserError(f"--output {output}: logs lie beside the run folder, so it must lie in another folder")
+        raise UserError(f"--output {output}: logs are written next to the run folder, so it cannot be the root folder")
     if "%" in str(folder) or "\\" in str(folder) or not str(folder).isprintable():
         raise UserError(
-            f"--output {str(folder)!r}: Slurm reads % and \\ in the names of logs in its own way; choose a folder "
-            "without these and without control characters"
+            f"--output {str(folder)!r}: Slurm interprets % and \\ in paths of logs; choose a path without them and "
+            "without control characters"
         )
     return folder
 
 
 def _jobs_folder(output: Path) -> Path:
-    """Beside the run and not in it: what submitit keeps is no part of a run."""
     return output.with_name(f"{output.name}.jobs")
 
 
@@ -240,9 +239,9 @@ def _submitit() -> Any:
 
 def _slurm_executor(output: Path, resources: Resources) -> "SlurmExecutor":
     base = _submitit().SlurmExecutor
-    # The file can be looked at where there is no Slurm; `submit` has looked for it.
-    anywhere = type("SlurmExecutor", (base,), {"affinity": classmethod(lambda _cls: 1)})
-    executor: SlurmExecutor = anywhere(_jobs_folder(output))
+    # Without this, the batch file could only be shown where Slurm is installed. `submit` has checked for sbatch.
+    without_slurm = type("SlurmExecutor", (base,), {"affinity": classmethod(lambda _cls: 1)})
+    executor: SlurmExecutor = without_slurm(_jobs_folder(output))
     needed = {"requeue": True, "signal": f"{SIGNAL}@{resources.signal_seconds}"}
     own_cores = [f"--cpus-per-task={resources.cpus_per_task}"] if resources.cpus_per_task else []
     executor.update_parameters(
@@ -258,7 +257,7 @@ def _slurm_executor(output: Path, resources: Resources) -> "SlurmExecutor":
         constraint=resources.constraint or None,
         wckey=None,
         stderr_to_stdout=True,
-        # Since 22.05 srun does not take the cores from sbatch. It must not end tasks that are saving.
+        # srun does not inherit --cpus-per-task since Slurm 22.05, and must not kill tasks that are saving.
         srun_args=["--kill-on-bad-exit=0", *own_cores],
         setup=[*resources.setup, *_before(output)],
         teardown=_afterwards(output, resources.retries),
@@ -268,7 +267,7 @@ def _slurm_executor(output: Path, resources: Resources) -> "SlurmExecutor":
 
 
 def _newest(output: Path) -> str:
-    """Shell for the name of a run's newest checkpoint."""
+    """Shell command that prints the name of the newest checkpoint."""
     return f"cat {shlex.quote(str(output / 'checkpoints' / 'latest'))} 2>/dev/null"
 
 
@@ -277,7 +276,7 @@ def _before(output: Path) -> list[str]:
 
 
 def _afterwards(output: Path, retries: int) -> list[str]:
-    """Shell that queues the job again if that is of use, and else exits as the run did."""
+    """Shell lines that requeue the job if another start can help, and else exit with the code of the run."""
     fruitless = shlex.quote(str(_jobs_folder(output))) + '/"$SLURM_JOB_ID".fruitless'
     return [
         "code=$?",
@@ -285,7 +284,7 @@ def _afterwards(output: Path, retries: int) -> list[str]:
         f'if [ "$({_newest(output)})" = "$before" ]; then echo "exit code $code" >> {fruitless}; '
         f"else rm -f {fruitless}; fi",
         f"if [ -e {fruitless} ] && [ $(wc -l < {fruitless}) -ge {retries} ]; then "
-        f'echo "sslkit: not queued again: {retries} starts in a row made no checkpoint" >&2; exit "$code"; fi',
+        f'echo "sslkit: not requeued: {retries} consecutive starts saved no checkpoint" >&2; exit "$code"; fi',
         'scontrol requeue "$SLURM_JOB_ID"',
     ]
 
@@ -293,7 +292,7 @@ def _afterwards(output: Path, retries: int) -> list[str]:
 def _submit_here(recipe: Recipe, output: Path, resources: Resources) -> Submission:
     submitit = _submitit()
     if resources.nodes > 1:
-        raise UserError(f"--nodes {resources.nodes}: --cluster local has this machine only")
+        raise UserError(f"--nodes {resources.nodes}: --cluster local runs on this machine only")
     from submitit.core.utils import environment_variables
     from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
@@ -316,10 +315,10 @@ def _submitted(executor: "SlurmExecutor | LocalExecutor", task: Pretraining, fol
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with redirect_stderr(StringIO()):  # submitit prints sbatch's words there, and raises them
+        with redirect_stderr(StringIO()):  # submitit prints the error of sbatch, and also raises it
             job = executor.submit(task)
     except (FailedJobError, FailedSubmissionError) as error:
-        raise UserError(f"submit: the cluster refuses: {' '.join(str(error).split())[:500]}") from error
+        raise UserError(f"submit: the cluster refuses the job: {' '.join(str(error).split())[:500]}") from error
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to: {error.strerror or error}") from error
     return Submission(job.job_id, job.paths.stdout)

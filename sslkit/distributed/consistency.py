@@ -1,4 +1,4 @@
-"""Do all processes train the same thing? Compared at the start and now and then, so that a drift is found by name."""
+"""Check that all processes train the same model: at the start of a run, and every few steps."""
 
 import hashlib
 import json
@@ -14,24 +14,24 @@ from sslkit.errors import RunError, UserError
 
 Result = TypeVar("Result")
 
-CHUNK = 1 << 22  # words summed at a time, so that a memory bank needs no copy of its size
+CHUNK = 1 << 22  # 32-bit words summed at a time, to bound the memory for large memory banks
 
 
 def all_or_none(work: Callable[[], Result]) -> Result:
-    """Do something on every process; what one of them refuses, all refuse, and none waits for it in vain.
+    """Call ``work`` on every process. If one raises a UserError, all do, so that none waits for it.
 
     Raises:
-        UserError: Of the first process that had one.
+        UserError: The error of the lowest rank that had one.
     """
     result: Result
-    refusal = None
+    problem = None
     try:
         result = work()
     except UserError as error:
-        refusal = str(error)
-    for sentence in gather_objects(refusal):
-        if sentence is not None:
-            raise UserError(sentence)
+        problem = str(error)
+    for message in gather_objects(problem):
+        if message is not None:
+            raise UserError(message)
     return result
 
 
@@ -39,26 +39,27 @@ def compare_facts(facts: dict[str, Any], device: torch.device) -> None:
     """Stop if the processes were started with different recipes, data, checkpoints or versions.
 
     Args:
-        facts: JSON-able, by the words a sentence would use.
-        device: Where collectives take their tensors.
+        facts: JSON values, by the names that the message uses.
+        device: Device of the collectives.
 
     Raises:
-        RunError: Names what differs, and on which processes.
+        RunError: A fact differs; names it and the processes.
     """
-    table = _gathered([_hash_text(json.dumps(value, sort_keys=True)) for value in facts.values()], device)
+    digests = [_hash_text(json.dumps(value, sort_keys=True)) for value in facts.values()]
+    table = gather_rows(torch.tensor([digests], dtype=torch.int64, device=device)).cpu()
     for name, column in zip(facts, table.T, strict=True):
-        if odd := _odd_ones(column):
-            raise RunError(f"the processes do not agree: {_processes(odd)} another {name} than process 0")
+        if ranks := _differing(column):
+            raise RunError(f"the processes do not agree: {_processes(ranks)} another {name} than process 0")
 
 
 def compare_weights(method: nn.Module, step: int, device: torch.device) -> None:
-    """Stop if weights, teacher or queue are not the same on all processes.
+    """Stop if the state dict of the method is not the same on all processes.
 
-    Left out are BatchNorm's running statistics, as every process has those of its own images, and weights in parts,
-    which nobody else has.
+    Running statistics of BatchNorm are not compared, because each process has those of its own images. Sharded weights
+    are not compared either.
 
     Raises:
-        RunError: Names the step, the processes and the first tensor that differs.
+        RunError: A tensor differs; names it, the step and the processes.
     """
     if world_size() == 1:
         return
@@ -70,10 +71,10 @@ def compare_weights(method: nn.Module, step: int, device: torch.device) -> None:
     sums = [_checksum(tensor).to(device) for tensor in named.values()]
     table = gather_rows(torch.stack([torch.tensor(step, device=device), *sums])[None])
     for name, column in zip(["number of steps", *named], table.T, strict=True):
-        if odd := _odd_ones(column):
+        if ranks := _differing(column):
             raise RunError(
-                f"step {step}: the processes have drifted apart: {_processes(odd)} another {name} than process 0. "
-                "The last checkpoint may already hold it; look for code that changes weights on one process only"
+                f"step {step}: the processes have drifted apart: {_processes(ranks)} another {name} than process 0. "
+                "The last checkpoint may already differ; look for code that changes weights on one process only"
             )
 
 
@@ -82,13 +83,13 @@ def _is_running(name: str) -> bool:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """() int64: the bits of a tensor, each word weighted by its place, modulo 2^64."""
+    """() int64: sum of the 32-bit words of a tensor, weighted by position, modulo 2^64."""
     raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
     raw = nn.functional.pad(raw, (0, -raw.numel() % 4))
     total = torch.zeros((), dtype=torch.int64, device=raw.device)
     for index, words in enumerate(raw.view(torch.int32).split(CHUNK)):
-        places = torch.arange(index * CHUNK, index * CHUNK + len(words), device=raw.device)
-        total += (words * (places * 2 + 1)).sum()
+        positions = torch.arange(index * CHUNK, index * CHUNK + len(words), device=raw.device)
+        total += (words * (positions * 2 + 1)).sum()
     return total
 
 
@@ -96,16 +97,11 @@ def _hash_text(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
 
 
-def _gathered(numbers: list[int], device: torch.device) -> Tensor:
-    """(world size, len(numbers)) int64."""
-    return gather_rows(torch.tensor([numbers], dtype=torch.int64, device=device)).cpu()
-
-
-def _odd_ones(column: Tensor) -> list[int]:
-    """The processes whose number is not the first one's."""
+def _differing(column: Tensor) -> list[int]:
+    """The ranks whose value differs from that of rank 0."""
     return torch.nonzero(column != column[0]).flatten().tolist()
 
 
-def _processes(odd: list[int]) -> str:
-    named = ", ".join(map(str, odd[:8])) + (" and more" if len(odd) > 8 else "")
-    return f"process {named} has" if len(odd) == 1 else f"processes {named} have"
+def _processes(ranks: list[int]) -> str:
+    named = ", ".join(map(str, ranks[:8])) + (" and more" if len(ranks) > 8 else "")
+    return f"process {named} has" if len(ranks) == 1 else f"processes {named} have"

@@ -1,8 +1,8 @@
-"""Who is dead, who hangs: every process tells the others once a second that it lives, and what it is doing.
+"""Heartbeats that find the process that has died or hangs.
 
-A collective that fails says only that some connection closed or some time was up. Beats say whose. They go through
-the launcher's key-value store, on a thread and a connection of their own, so that a stuck process still beats and a
-dead or frozen one does not.
+The error of a failed collective does not say which process caused it. So every process writes once a second what it is
+doing to the key-value store of the launcher. It uses a thread and a connection of its own: a stuck process still sends
+heartbeats, a dead or frozen one does not.
 """
 
 import faulthandler
@@ -20,27 +20,27 @@ from sslkit.errors import RunError
 from sslkit.terminal import print_message
 
 INTERVAL = 1.0
-WAITING, IN_VAIN = "in the collective ", "waiting for others in vain"
-PATIENT = ("starting", "evaluating", "saving")  # what may take longer than any timeout
+WAITING, TIMED_OUT = "in the collective ", "timed out waiting for others"
+NO_TIMEOUT = ("starting", "evaluating", "saving")  # activities that may take any time
 
 
 class Heartbeat:
-    """Beats while it is entered; on one process it only keeps the time.
+    """A context manager that sends heartbeats. On a single process it sends none.
 
     Args:
-        timeout: Seconds in which a step must make progress.
+        timeout: Seconds within which a step must make progress.
     """
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
         self.step, self.doing, self.since = 0, "starting", time.monotonic()
         self.ended = threading.Event()
-        self.count, self.in_vain = 0, False
+        self.count, self.timed_out = 0, False
         self.store: Any = None
         self.thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def at(self, step: int, doing: str) -> None:
-        """Say what this process does from now on."""
+        """Set what this process is doing from now on."""
         self.step, self.doing, self.since = step, doing, time.monotonic()
 
     def __enter__(self) -> "Heartbeat":
@@ -53,60 +53,59 @@ class Heartbeat:
         if self.store is None:
             return
         if error is not None and not is_others_fault(error):
-            self._tell(f"stopped by {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])
+            self._send(f"stopped by {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])
         self.ended.set()
         self.thread.join(timeout=5.0)
 
     def blame(self, error: BaseException | None = None) -> RunError:
-        """Find out whose fault a failed or endless collective is; takes a few beats.
+        """Find the process that made a collective fail or hang; takes a few heartbeats.
 
         Args:
-            error: What the collective raised, if it did.
+            error: Error of the collective, if it raised one.
         """
         where = self._doing()
         reason = f" ({str(error).splitlines()[0][-160:]})" if error else ""
-        opening = f"process {rank()} cannot go on at step {self.step}, {where}"
-        self.in_vain = True
+        opening = f"process {rank()} cannot continue at step {self.step}, {where}"
+        self.timed_out = True
         try:
-            before = self._beats()
+            before = self._read_beats()
             time.sleep(2.5 * INTERVAL)
-            after = self._beats()
+            after = self._read_beats()
         except (RuntimeError, OSError):
-            return RunError(f"{opening}: the launcher's store is gone, and with it process 0 or its machine{reason}")
-        sentences = [
-            sentence
-            for other in range(world_size())
-            if other != rank() and (sentence := _suspicion(other, before[other], after[other], self.step))
-        ]
-        said = "; ".join(sentences[:8]) or f"no process is dead or behind{reason}"
-        return RunError(f"{opening}: {said}. The same command continues from the last checkpoint")
+            return RunError(
+                f"{opening}: the store of the launcher does not answer; process 0 or its machine has ended{reason}"
+            )
+        found = [_find_problem(other, before[other], after[other], self.step) for other in range(world_size())]
+        problems = [problem for other, problem in enumerate(found) if problem and other != rank()]
+        text = "; ".join(problems[:8]) or f"no process is dead or behind{reason}"
+        return RunError(f"{opening}: {text}. The same command continues from the last checkpoint")
 
-    def _beats(self) -> list[dict[str, Any]]:
+    def _read_beats(self) -> list[dict[str, Any]]:
         keys = [f"beat/{other}" for other in range(world_size())]
         return [json.loads(self.store.get(key)) if self.store.check([key]) else {} for key in keys]
 
     def _doing(self) -> str:
-        if self.in_vain:
-            return IN_VAIN
+        if self.timed_out:
+            return TIMED_OUT
         return f"{WAITING}{running_collective()}" if running_collective() else self.doing
 
-    def _tell(self, doing: str) -> None:
+    def _send(self, doing: str) -> None:
         self.count += 1
         beat = {"count": self.count, "step": self.step, "doing": doing}
         try:
             self.store.set(f"beat/{rank()}", json.dumps(beat))
         except (RuntimeError, OSError):
-            self.ended.set()  # no store, no launcher: the collectives will fail too
+            self.ended.set()  # the launcher has ended: the collectives will fail too
 
     def _beat(self) -> None:
-        self._tell(self.doing)
+        self._send(self.doing)
         while not self.ended.wait(INTERVAL):
-            self._tell(self._doing())
-            if self.doing not in PATIENT and time.monotonic() - self.since > self.timeout + 5 * INTERVAL:
-                self._give_up()
+            self._send(self._doing())
+            if self.doing not in NO_TIMEOUT and time.monotonic() - self.since > self.timeout + 5 * INTERVAL:
+                self._abort()
 
-    def _give_up(self) -> None:
-        """The main thread neither goes on nor fails: end this process from here."""
+    def _abort(self) -> None:
+        """End the process from this thread, because the main thread hangs."""
         print_message(self.blame())
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         sys.stderr.flush()
@@ -114,19 +113,20 @@ class Heartbeat:
 
 
 def is_others_fault(error: BaseException) -> bool:
-    """Whether an exception is a collective's that could not be finished: gloo raises plain RuntimeErrors."""
+    """Whether an exception comes from a collective that failed because of another process."""
+    # gloo raises plain RuntimeErrors
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def _suspicion(other: int, before: dict[str, Any], after: dict[str, Any], step: int) -> str:
-    """What is suspicious about a process; empty if nothing is."""
+def _find_problem(other: int, before: dict[str, Any], after: dict[str, Any], step: int) -> str:
+    """What is wrong with another process, by two of its heartbeats; empty if nothing is."""
     if not after:
-        return f"process {other} was never heard of"
+        return f"process {other} has sent no heartbeat"
     doing = after["doing"]
     if doing.startswith("stopped by"):
         return f"process {other} {doing} at step {after['step']}"
     if before and after["count"] == before["count"]:
-        return f"process {other} is dead or frozen; last heard of at step {after['step']}, {doing}"
-    if after["step"] < step or not doing.startswith((WAITING, IN_VAIN)):
-        return f"process {other} lives and is at step {after['step']}, {doing}"
+        return f"process {other} is dead or frozen; its last heartbeat was at step {after['step']}, {doing}"
+    if after["step"] < step or not doing.startswith((WAITING, TIMED_OUT)):
+        return f"process {other} is alive at step {after['step']}, {doing}"
     return ""

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from sslkit.data.loading.loader import resolve_workers
-from sslkit.distributed.rendezvous import meeting_place
+from sslkit.distributed.rendezvous import rendezvous_url
 from sslkit.errors import UserError
 from sslkit.recipe.resolve import Recipe
 
@@ -47,7 +47,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             InitProcessGroupKwargs(
-                init_method=meeting_place(), timeout=timedelta(seconds=recipe.guard.timeout_seconds)
+                init_method=rendezvous_url(), timeout=timedelta(seconds=recipe.guard.timeout_seconds)
             ),
         ],
     )

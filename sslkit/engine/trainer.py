@@ -34,12 +34,12 @@ from sslkit.engine.resilience.rewind import recovery_state_of, reset_training, r
 from sslkit.engine.run_folder.dataset_identity import BadSamples
 from sslkit.engine.run_folder.layout import (
     FREE_KEYS,
-    Found,
+    FolderContents,
     Run,
-    as_begun,
     check_folder,
-    check_own,
-    look_into,
+    check_saved_by_run,
+    inspect_folder,
+    keep_background,
     open_folder,
 )
 from sslkit.engine.run_folder.lock import hold_folder
@@ -63,7 +63,7 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
         UserError: Recipe, data or folder cannot be used as they are. Nothing has been written then.
     """
     folder = Path(output)
-    recipe, messages = as_begun(folder, recipe)
+    recipe, messages = keep_background(folder, recipe)
     check_folder(folder, recipe, resume)  # to refuse early; it is checked again once the folder is locked
     check_trackers(recipe)
     source = open_source(recipe.data).without_labels()
@@ -73,8 +73,8 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
         with StopRequest(recipe.train.max_hours) as stop, ExitStack() as stack:
             lock = hold_folder(folder, active=accelerator.is_main_process)
             messages += all_or_none(lambda: stack.enter_context(lock))
-            found = all_or_none(lambda: look_into(folder, recipe, resume, source))
-            messages += found.remarks
+            found = all_or_none(lambda: inspect_folder(folder, recipe, resume, source))
+            messages += found.messages
             state, knn = _prepare(recipe, folder, found, accelerator)
             return _run(state, folder, knn, found.checkpoint, stop, messages)
     finally:
@@ -84,7 +84,7 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
 
 
 def _prepare(
-    recipe: Recipe, folder: Path, found: Found, accelerator: Accelerator
+    recipe: Recipe, folder: Path, found: FolderContents, accelerator: Accelerator
 ) -> tuple[TrainingState, KnnMonitor | None]:
     """Set up training and its kNN monitor. Mistakes in recipe and data are raised here, before anything is written."""
     source, checkpoint = found.source, found.checkpoint
@@ -177,7 +177,7 @@ def _rewind(state: TrainingState, run: RunServices, reason: str) -> None:
         raise BadStepError(f"{reason}; the run was rewound {times} before, [guard] max_rewinds allows no more")
     checkpoint = rewind_checkpoint(run.folder, recovery)
     if checkpoint is not None:
-        check_own(checkpoint, run.folder, recipe)
+        check_saved_by_run(checkpoint, run.folder, recipe)
         restore(checkpoint, state.method, state.optimizer.optimizer)
         restore_scaler(state.accelerator, checkpoint)
         step, before = checkpoint.step, recovery_state_of(checkpoint, run.folder)
@@ -192,7 +192,7 @@ def _rewind(state: TrainingState, run: RunServices, reason: str) -> None:
     state.step, state.recovery = step, replace(before, rewinds=recovery.rewinds + 1, lr_factor=lr_factor)
     run.logger.rewind(step)
     run.logger.log_message(f"{reason}; back to step {step}, with another order of the images from there")
-    run.saver.go_back(step)
+    run.saver.rewind(step)
 
 
 def _close(state: TrainingState, run: RunServices, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""Which of a paper's numbers fill in what a recipe leaves out, and whether they are of a run like this one."""
+"""Fill in missing keys of a recipe from its paper, and report values of a paper run of another length or batch size."""
 
 import json
 from collections.abc import Mapping
@@ -11,28 +11,31 @@ from sslkit.parts.backbone import family
 
 
 def paper_defaults(method: type[Method], tables: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The paper's recipe, with the numbers of its run of this length or batch size if it has one."""
+    """The defaults of the paper, with the values of its run of this length or batch size if there is one."""
     kind = family(tables["backbone"]["name"])
     defaults = method.paper_defaults(kind)
     train = {**defaults.get("train", {}), **tables.get("train", {})}
     for run in method.paper_runs(kind):
         if run.train.items() <= train.items():
-            laid = {table: {**defaults.get(table, {}), **keys} for table, keys in run.tables.items()}
-            known = method.Options.model_fields  # a method that builds on another may have fewer options
-            laid["method"] = {key: value for key, value in laid.get("method", {}).items() if key in known}
-            return {**defaults, **laid}
+            merged = {table: {**defaults.get(table, {}), **keys} for table, keys in run.tables.items()}
+            known = method.Options.model_fields  # a derived method may have fewer options
+            merged["method"] = {key: value for key, value in merged.get("method", {}).items() if key in known}
+            return {**defaults, **merged}
     return defaults
 
 
-def numbers_of_another_run(method: type[Method], tables: Mapping[str, Any], parsed: Mapping[str, Any]) -> list[str]:
-    """Say which of the numbers that were filled in belong to a run of the paper of another length or batch size."""
+def values_of_another_run(method: type[Method], tables: Mapping[str, Any], parsed: Mapping[str, Any]) -> list[str]:
+    """Messages about filled-in values that the paper used for a run of another length or batch size."""
     kind = family(tables["backbone"]["name"])
     defaults, runs = method.paper_defaults(kind), method.paper_runs(kind)
     asked = parsed["train"].model_dump()
     usual = [run for run in runs if run.train.items() <= defaults.get("train", {}).items()]
     if not usual or any(run.train.items() <= asked.items() for run in runs):
         return []
-    kinds = {"optim": "name", "schedule": "decay"}  # numbers of another optimizer or decay are not the paper's
+    kinds = {
+        "optim": "name",
+        "schedule": "decay",
+    }  # with another one, values are not the paper's
     filled = [
         f"[{table}] {key} = {value}"
         for table, keys in usual[0].tables.items()
@@ -45,17 +48,20 @@ def numbers_of_another_run(method: type[Method], tables: Mapping[str, Any], pars
     (key,) = usual[0].train
     lengths = ", ".join(str(run.train[key]) for run in runs)
     return [
-        f"[train] {key} = {asked[key]}: the paper's numbers are for {lengths}; {', '.join(filled)} "
-        f"{'is' if len(filled) == 1 else 'are'} what it has for {usual[0].train[key]}. State them to choose others"
+        f"[train] {key} = {asked[key]}: the paper has values for {lengths} only; {', '.join(filled)} "
+        f"{'is' if len(filled) == 1 else 'are'} the paper's for {usual[0].train[key]}. Set other values in the recipe"
     ]
 
 
 def origin_of_views(given: dict[str, Any], views: ViewsConfig) -> str:
-    """Say which views are made where a recipe is as it was before `LATER_KEYS`, or keeps the views of then; else empty.
+    """A message about which views are made if a recipe is older than `LATER_KEYS`, or keeps the earlier views.
 
     Args:
-        given: The ``[views]`` table that the recipe states.
-        views: What became of it.
+        given: The ``[views]`` table as stated.
+        views: The resolved table.
+
+    Returns:
+        The message; empty if there is nothing to report.
     """
     policy = {key: POLICIES[views.policy].get(key, ViewsConfig.model_fields[key].default) for key in LATER_KEYS}
     earlier = {key: ViewsConfig.model_fields[key].default for key in LATER_KEYS}
@@ -64,17 +70,17 @@ def origin_of_views(given: dict[str, Any], views: ViewsConfig) -> str:
         return ""
     if made == earlier:
         return (
-            f"[views] policy = {views.policy!r}: views are made by torchvision's rules, as before sslkit followed the "
-            f"paper's code; a new run gets the paper's with {_stated(policy, earlier)}"
+            f"[views] policy = {views.policy!r}: views follow torchvision, as in earlier versions; a new run "
+            f"follows the paper's code with {_stated(policy, earlier)}"
         )
     if not given.keys().isdisjoint(LATER_KEYS):
         return ""
     return (
-        f"[views] policy = {views.policy!r}: views are made by the rules of the paper's code, which the recipe does "
-        f"not state; for torchvision's, as earlier versions made them, give {_stated(earlier, policy)}"
+        f"[views] policy = {views.policy!r}: views follow the paper's code, which the recipe does not state; to follow "
+        f"torchvision, as earlier versions did, set {_stated(earlier, policy)}"
     )
 
 
 def _stated(values: dict[str, Any], others: dict[str, Any]) -> str:
-    """The keys in which values differ from others, as a recipe states them."""
+    """The keys that differ from ``others``, in the syntax of a recipe."""
     return ", ".join(f"{key} = {json.dumps(value)}" for key, value in values.items() if value != others[key])

@@ -22,7 +22,7 @@ from sslkit.errors import UserError, check_path, near_miss
 from sslkit.methods import MethodOptions, canonical_name, find_method
 from sslkit.parts.backbone import BackboneConfig, check_name
 from sslkit.recipe.cross_checks import contradictions
-from sslkit.recipe.paper_defaults import numbers_of_another_run, origin_of_views, paper_defaults
+from sslkit.recipe.paper_defaults import origin_of_views, paper_defaults, values_of_another_run
 from sslkit.recipe.schema import (
     MAX_RECIPE_BYTES,
     TABLES,
@@ -193,7 +193,7 @@ def build_recipe(
         raise _refusal(name, mistakes)
     of_batch = method.remark_on_batch(parsed["method"], parsed["train"].batch_size)
     others = [of_batch, origin_of_views(tables.get("views", {}), parsed["views"])]
-    remarks = (*numbers_of_another_run(method, tables, parsed), *filter(None, others))
+    remarks = (*values_of_another_run(method, tables, parsed), *filter(None, others))
     recipe = Recipe(method_name=method_name, **parsed, reference=tables.get("reference", {}), remarks=remarks)
     if mistakes := contradictions(recipe):
         raise _refusal(name, mistakes)

@@ -1,4 +1,4 @@
-"""The tables of a recipe: which keys there are, of what type and within what bounds, and their defaults."""
+"""The tables of a recipe: their keys with types, bounds and defaults."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,40 +10,40 @@ from sslkit.errors import UserError, check_path, without_tokens
 from sslkit.parts.backbone import BackboneConfig
 
 MAX_RECIPE_BYTES = 1_000_000
-MAX_DEPTH = 8  # of tables and lists in each other
-MAX_WHOLE = 2**63  # TOML's own bound, which Python's reader does not keep
+MAX_DEPTH = 8  # of nested tables and lists
+MAX_INTEGER = 2**63  # the bound of TOML, which tomllib does not check
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 def check_plain(tables: dict[str, Any], name: str) -> None:
-    """See that a recipe is plain data, of a depth and of numbers that recipes have, and holds no access token.
+    """Check that a recipe is plain data of bounded depth, and contains no access token.
 
-    Its words are copied to run folders, logs and model cards.
+    Its text is copied to run folders, logs and model cards.
 
     Raises:
-        UserError: It is not; ``name`` opens the sentence, which does not repeat what it is about.
+        UserError: It is not; the message starts with ``name``.
     """
     pending: list[tuple[str, Any, int]] = [("", tables, 0)]
     while pending:
         where, value, depth = pending.pop()
         if isinstance(value, dict | list | tuple):  # tuples come from Python
             if depth > MAX_DEPTH:
-                raise UserError(f"{name} {where}: tables and lists lie more than {MAX_DEPTH} deep in each other")
+                raise UserError(f"{name} {where}: tables and lists are nested more than {MAX_DEPTH} deep")
             inner = value.items() if isinstance(value, dict) else enumerate(value)
-            pending += [(f"{where}.{key}".lstrip(".")[:100], each, depth + 1) for key, each in inner]
-            words = [str(key) for key in value] if isinstance(value, dict) else []
+            pending += [(f"{where}.{key}".lstrip(".")[:100], item, depth + 1) for key, item in inner]
+            texts = [str(key) for key in value] if isinstance(value, dict) else []
         else:
-            words = [value, f"{where}: {value}"] if isinstance(value, str) else []
-            if isinstance(value, int) and not -MAX_WHOLE <= value < MAX_WHOLE:
-                raise UserError(f"{name} {where}: a whole number of more than 64 bits")
+            texts = [value, f"{where}: {value}"] if isinstance(value, str) else []
+            if isinstance(value, int) and not -MAX_INTEGER <= value < MAX_INTEGER:
+                raise UserError(f"{name} {where}: an integer of more than 64 bits")
             if not isinstance(value, bool | int | float | str):
-                raise UserError(f"{name} {where}: must be a number, a word, a list or a table, not a date or time")
-        for word in words[:1] if isinstance(value, str) else words:
-            check_path(word, f"{name} {where}".strip(), lines=True)
-        if any(without_tokens(word) != word for word in words):
+                raise UserError(f"{name} {where}: must be a number, a string, a list or a table, not a date or time")
+        for text in texts[:1] if isinstance(value, str) else texts:
+            check_path(text, f"{name} {where}".strip(), lines=True)
+        if any(without_tokens(text) != text for text in texts):
             raise UserError(
-                f"{name} {without_tokens(where)}: holds what looks like an access token; give it in the environment "
-                "(HF_TOKEN), for recipes are copied to runs, logs and model cards"
+                f"{name} {without_tokens(where)}: contains what looks like an access token; set it in the environment "
+                "(HF_TOKEN), because recipes are copied to run folders, logs and model cards"
             )
 
 
@@ -55,15 +55,15 @@ class OptimConfig(_Table):
     """``[optim]``.
 
     Attributes:
-        name: ``sgd``, ``lars`` (MoCo v3's and BYOL's), ``lars_simclr`` and ``larc`` (SwAV's) have momentum without
-            Nesterov; ``adamw`` and ``lamb`` have betas.
-        lr: The paper's base rate, for a batch of 256.
-        lr_rule: How the peak rate follows from it: ``linear`` times batch / 256, ``sqrt`` times its root, ``none``.
+        name: ``sgd``, ``lars`` (of MoCo v3 and BYOL), ``lars_simclr`` and ``larc`` (of SwAV) use momentum without
+            Nesterov; ``adamw`` and ``lamb`` use betas.
+        lr: Base learning rate of the paper, for a batch size of 256.
+        lr_rule: Scaling of the peak learning rate: ``linear`` by batch size / 256, ``sqrt`` by its root, or ``none``.
         weight_decay: Added to the gradient (sgd, lars) or decoupled (adamw, lamb).
-        momentum: Of sgd, lars and larc.
-        betas: Of adamw and lamb.
-        exclude_from_decay: ``norm_and_bias`` frees tensors of at most one axis from weight decay; the papers decay
-            everything, except that lars always frees them.
+        momentum: Momentum of sgd, lars and larc.
+        betas: Betas of adamw and lamb.
+        exclude_from_decay: ``norm_and_bias`` exempts tensors with at most one dimension from weight decay. The papers
+            decay all tensors, except that lars always exempts these.
     """
 
     name: Literal["sgd", "lars", "lars_simclr", "larc", "adamw", "lamb"]
@@ -76,17 +76,18 @@ class OptimConfig(_Table):
 
 
 class ScheduleConfig(_Table):
-    """``[schedule]`` of the learning rate.
+    """``[schedule]`` of the learning rate (lr).
 
     Attributes:
-        decay: How it falls from its peak.
-        warmup_epochs: Linear rise before that, with every step.
-        warmup_start: Rate at the start of the warm-up, as a share of the peak.
-        final: Rate at the end of the cosine, as a share of the peak.
-        milestones: Epochs at which ``steps`` multiplies the rate by ``factor``.
-        per: Whether the decay moves every ``step`` or once per ``epoch``, as the paper does.
-        weight_decay_end: Weight decay at the end of training; it follows half a cosine from ``[optim] weight_decay``
-            (DINO: 0.04 to 0.4). None: it stays.
+        decay: Shape of the decay from the peak lr.
+        warmup_epochs: Epochs of linear warm-up before the decay.
+        warmup_start: lr at the start of the warm-up, as a fraction of the peak.
+        final: lr at the end of the cosine, as a fraction of the peak.
+        milestones: Epochs at which ``steps`` multiplies the lr by ``factor``.
+        factor: See ``milestones``.
+        per: Whether the lr decays at every ``step`` or once per ``epoch``, as in the paper.
+        weight_decay_end: Weight decay at the end of training, reached from ``[optim] weight_decay`` by half a cosine
+            (DINO: 0.04 to 0.4). None: constant.
     """
 
     decay: Literal["cosine", "steps", "constant"]
@@ -103,25 +104,26 @@ class TrainConfig(_Table):
     """``[train]``.
 
     Attributes:
-        epochs: Passes over the data; the schedules span them.
-        max_steps: Stop after so many updates (0: never); the schedules still span ``epochs``.
-        batch_size: Global batch, over all processes.
-        micro_batch: Images of a process in the backbone at a time, loss and gradient as ever (0: all at once).
-        precision: Of autocast; ``no`` is float32.
-        seed: Key of the sample order and of every random draw.
-        tf32: Let an Ampere GPU or later round the inputs of float32 matrix products to 10 bits, which PyTorch no longer
-            does by itself: much faster, and far more exact than ``bf16``.
-        compile: Compile the backbones by ``torch.compile``: minutes at the start, faster steps after that; numbers are
-            equal within rounding.
-        activation_checkpointing: Keep fewer activations of the student's backbone and compute them again in the
-            backward pass (timm's switch): about a third more arithmetic, the same numbers.
-        shard: Keep on each process only its part of weights, gradients and optimizer state (FSDP2): for encoders too
-            large for one GPU. The numbers are those of whole copies within rounding, and checkpoints are the same.
-        clip_norm: Largest norm of the gradient; 0 leaves it alone, as the papers do.
-        head_warmup_epochs: Epochs at the start in which only the heads learn: for a backbone that is continued.
-        processes: How many processes this run must have; 0 takes what the launcher starts.
-        log_every: Steps between lines of metrics.jsonl.
-        max_hours: Hours after which to save and stop, as a signal would; the same command continues. 0: no limit.
+        epochs: Passes over the data; the schedules span all epochs.
+        max_steps: Stop after this many updates (0: no limit); the schedules still span ``epochs``.
+        batch_size: Global batch size, over all processes.
+        micro_batch: Images per process that pass through the backbone at a time (0: all). Loss and gradient are those
+            of the whole batch.
+        precision: Autocast dtype; ``no`` is float32.
+        seed: Seed of the sample order and of every random draw.
+        tf32: Use TF32 for float32 matrix products on Ampere and later GPUs: inputs are rounded to 10 bits of mantissa.
+            Much faster than float32, and more precise than ``bf16``. PyTorch's default is off.
+        compile: Compile the backbones with ``torch.compile``: slower start (minutes), faster steps, results equal
+            within rounding.
+        activation_checkpointing: Recompute activations of the student's backbone in the backward pass to save memory:
+            about a third more computation, same results.
+        shard: Shard weights, gradients and optimizer state over the processes (FSDP2), for encoders too large for one
+            GPU. Results are equal within rounding, and checkpoints have the same format.
+        clip_norm: Maximum gradient norm; 0 does not clip, as in the papers.
+        head_warmup_epochs: Epochs at the start in which only the heads are trained, for pretrained backbones.
+        processes: Required number of processes; 0 accepts any.
+        log_every: Steps between rows of metrics.jsonl.
+        max_hours: Hours after which the run saves and stops; the same command continues. 0: no limit.
     """
 
     epochs: int = Field(strict=True, ge=1, le=1_000_000)
@@ -142,20 +144,21 @@ class TrainConfig(_Table):
 
 
 class MonitorConfig(_Table):
-    """``[monitor]``: kNN on a labelled set of its own, every so many epochs (0: never), and what needs no labels.
+    """``[monitor]``: kNN evaluation on labelled images during training, and diagnostics without labels.
 
     Attributes:
-        every_epochs: How often, and once at the end.
-        data: A labelled source, in the words of ``[data] path``.
-        name: Its configuration, if it has several.
-        train_split: The split that is the bank; ``"all"``: everything, of which a fifth is scored. Default: train.
-        image_column: Of ``data``, as in ``[data]``.
-        label_column: Of ``data``, as in ``[data]``.
-        k: Neighbours.
-        temperature: Of the neighbours' weights, exp(similarity / temperature).
-        max_train: At most so many bank images, the first of a seeded order (0: all).
-        layer_gradients: Log the gradient norm of every layer of the backbone: where instability begins (MoCo v3).
-        diagnose_every: Steps between lines of diagnostics.jsonl (0: none); each costs two small forward passes.
+        every_epochs: Epochs between kNN evaluations (0: none); another follows at the end of the run.
+        data: A labelled source, as in ``[data] path``.
+        name: Configuration of ``data``, if it has several.
+        train_split: Split of the training images; ``"all"`` uses all images and scores a fifth of them. Default: train.
+        image_column: Image column of ``data``.
+        label_column: Label column of ``data``.
+        k: Number of neighbours.
+        temperature: Temperature of the weights of neighbours, exp(similarity / temperature).
+        max_train: Maximum number of training images, taken in a seeded random order (0: all).
+        layer_gradients: Log the gradient norm of every layer of the backbone, which shows where instability begins
+            (MoCo v3).
+        diagnose_every: Steps between rows of diagnostics.jsonl (0: none). Each costs two small forward passes.
     """
 
     every_epochs: int = Field(strict=True, default=0, ge=0)
@@ -188,17 +191,17 @@ class MonitorConfig(_Table):
 
 
 class CheckpointConfig(_Table):
-    """``[checkpoint]``: when the run is saved, and which of its checkpoints stay.
+    """``[checkpoint]``: when checkpoints are saved, and which are kept.
 
-    With ``[guard] policy = "skip"``, checkpoints of ``every_steps`` (of every 1000 steps where it is 0), of
-    ``keep_every_epochs`` and of ``keep_best`` are rewind points: the run can go back to them. The newest stays.
+    With ``[guard] policy = "skip"``, checkpoints of ``every_steps`` (every 1000 steps if it is 0), of
+    ``keep_every_epochs`` and of ``keep_best`` are rewind points: the run can go back to them. The newest is kept.
 
     Attributes:
-        every_steps: Save every so many steps (0: never); the end of the run is always saved.
-        every_minutes: Save every so many minutes (0: never).
-        keep: The newest so many stay.
-        keep_every_epochs: Save at the end of every so many epochs too, and keep these for good (0: none).
-        keep_best: ``"knn"``: save whenever ``[monitor]`` measures kNN too, and keep the best of these. Empty: none.
+        every_steps: Steps between checkpoints (0: none); the end of the run is always saved.
+        every_minutes: Minutes between checkpoints (0: none).
+        keep: Number of newest checkpoints to keep.
+        keep_every_epochs: Also save after every this many epochs, and keep these checkpoints (0: none).
+        keep_best: ``"knn"``: also save after each kNN evaluation of ``[monitor]``, and keep the best. Empty: none.
     """
 
     every_steps: int = Field(strict=True, default=0, ge=0)
@@ -209,18 +212,18 @@ class CheckpointConfig(_Table):
 
 
 class GuardConfig(_Table):
-    """``[guard]``: what is done when numbers or processes go wrong.
+    """``[guard]``: what to do about bad steps and failing processes.
 
     Attributes:
-        policy: For a step whose loss or gradient is not finite, or whose loss is a spike: ``stop`` the run, or
-            ``skip`` the step. Either way it never reaches weights, teacher or queue.
-        loss_spike: A loss above so many times the median of the last 50 is a spike; 0: none is.
-        max_skips: Steps in a row that may be skipped; then the run goes back to its newest rewind point (see
-            `CheckpointConfig`) and takes the images in another order from there.
-        max_rewinds: How often it may go back before it stops after all.
-        rewind_lr: Factor on the learning rate each time it goes back.
-        compare_every: Steps between comparisons of the processes' weights; 0: never.
-        timeout_seconds: How long a process may keep the others waiting before the run is ended.
+        policy: ``stop`` the run at a bad step or ``skip`` the step. A step is bad if its loss or gradient is not finite
+            or its loss is a spike; it never changes weights, teacher or queue.
+        loss_spike: A loss above this many times the median of the last 50 losses is a spike; 0: no check.
+        max_skips: Maximum number of consecutive skipped steps. Then the run goes back to its newest rewind point (see
+            `CheckpointConfig`) and continues with another order of the images.
+        max_rewinds: Maximum number of rewinds; then the run stops.
+        rewind_lr: Factor on the learning rate at each rewind.
+        compare_every: Steps between comparisons of the weights of all processes; 0: none.
+        timeout_seconds: Seconds that processes wait for another one before the run ends.
     """
 
     policy: Literal["stop", "skip"] = "stop"
@@ -233,13 +236,13 @@ class GuardConfig(_Table):
 
 
 class TrackConfig(_Table):
-    """``[track]``: who else is told of a run; the files in its folder are always written.
+    """``[track]``: experiment trackers. The files in the run folder are always written.
 
     Attributes:
-        trackers: ``with`` in a recipe: any of ``tensorboard``, ``wandb``, ``trackio`` and ``mlflow``, through
+        trackers: The key ``with`` in a recipe: any of ``tensorboard``, ``wandb``, ``trackio`` and ``mlflow``, through
             Accelerate.
-        project: What they file the run under; TensorBoard has its files in the run folder.
-        images: Show them views, once, and nearest neighbours at every kNN of ``[monitor]``.
+        project: Project name in the trackers. TensorBoard writes to the run folder instead.
+        images: Log sample views at the start, and nearest neighbours at every kNN evaluation.
     """
 
     trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(default_factory=list, alias="with")

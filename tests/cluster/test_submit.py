@@ -236,10 +236,10 @@ def test_an_unknown_time() -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--nodes", "3"], "batch_size: 32 images do not divide among 3 processes"),
+        (["--nodes", "3"], "batch_size: 32 images cannot be split evenly over 3 processes"),
         (["--set", "train.processes=4"], "processes = 4, but --nodes and --gpus-per-node make 1"),
         (["--mem", "much"], "--mem much: write a number"),
-        (["--time", "2"], "--time 2: leaves nothing to train in"),
+        (["--time", "2"], "--time 2: leaves no time to train"),
         (["--sbatch", "qos="], "--sbatch qos=: write name=value"),
         (["--sbatch", "q s=1"], "--sbatch 'q s': write the long name"),
         (["--sbatch", "ntasks_per_node=3"], "--sbatch ntasks_per_node: use --gpus-per-node or --tasks-per-node"),
@@ -251,8 +251,11 @@ def test_an_unknown_time() -> None:
         (["--cluster", "local", "--dry-run"], "--dry-run: prints a file for sbatch"),
         (["--sbatch", "signal=TERM"], "--sbatch signal: is set by sslkit"),
         (["--cluster", "pbs"], "--cluster: must be slurm or local, not 'pbs'"),
-        (["--cluster", "local", "--nodes", "2"], "--cluster local has this machine only"),
-        (["--partition", "nowhere"], "the cluster refuses: sbatch: error: invalid partition specified: nowhere"),
+        (["--cluster", "local", "--nodes", "2"], "--cluster local runs on this machine only"),
+        (
+            ["--partition", "nowhere"],
+            "the cluster refuses the job: sbatch: error: invalid partition specified",
+        ),
     ],
 )
 def test_what_cannot_be_submitted(words: list[str], sentence: str, tmp_path: Path, slurm: Path) -> None:
@@ -284,7 +287,7 @@ def test_the_folder_is_named_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_no_slurm_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    assert "there is no sbatch here" in cli_error(["submit", str(write_recipe(tmp_path))])
+    assert "sbatch is not installed here" in cli_error(["submit", str(write_recipe(tmp_path))])
 
 
 def test_no_submitit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

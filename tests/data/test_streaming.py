@@ -80,7 +80,7 @@ def test_a_stream_that_is_another_is_refused(files: Path, tmp_path: Path) -> Non
     here = shutil.copytree(files, tmp_path / "photos")
     sslkit.train(recipe_of(here, 2), tmp_path / "run")
     (here / "train-2.parquet").unlink()
-    with pytest.raises(UserError, match="is not what it was when this run began, with 150 images; now 100 are there"):
+    with pytest.raises(UserError, match="has changed since this run started: it had 150 images, there are 100 now"):
         sslkit.train(recipe_of(here), tmp_path / "run")
 
 

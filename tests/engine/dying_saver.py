@@ -30,7 +30,7 @@ def save(folder: Path, start: int, step: int) -> None:
     method = build_method(RECIPE)
     optimizer = torch.optim.SGD([param for param in method.parameters() if param.requires_grad], lr=0.1)
     state: dict[str, Any] = {"scaler": {}, "course": {}, "recipe": RECIPE.as_tables()}
-    with hold_folder(folder), Saver(folder, RECIPE, 62, start, say=print) as saver:
+    with hold_folder(folder), Saver(folder, RECIPE, 62, start, log_message=print) as saver:
         prepare_folder(folder)
         saver.save(step, method, optimizer, state)
         if failure := saver.wait():

@@ -47,8 +47,8 @@ def test_files_that_vanish_count_as_unreadable_and_the_run_goes_on(class_folders
     again = start(pretrain(recipe, tmp_path / "run"))
     said = finish(again)
     assert again.returncode == 0, said
-    assert "6 images are gone since this run began and count as unreadable, such as " in said
-    assert "1 images are new since this run began and are left out" in said
+    assert "6 images of this run are missing and count as unreadable, such as " in said
+    assert "1 image was added after this run started and is ignored" in said
     assert [row["step"] for row in read_lines(tmp_path / "run/metrics.jsonl")] == list(range(1, 31))
     bad = {Path(row["name"]).name for row in read_lines(tmp_path / "run/bad_samples.jsonl")}
     assert bad == {file.name for file in gone}
@@ -82,21 +82,21 @@ def test_too_many_gone_others_changed_and_a_forged_list(class_folders: Path, tmp
     more = sslkit.load_recipe(recipe_of(tmp_path, images, 4, workers=0))
     for file in sorted(images.rglob("*.png"))[:15]:
         file.rename(file.with_suffix(".gone"))
-    with pytest.raises(UserError, match=r"15 of 40 images are gone, such as .*; put the images back"):
+    with pytest.raises(UserError, match=r"15 of 40 images are missing, such as .*; restore the images"):
         sslkit.train(more, run)
     for file in images.rglob("*.gone"):
         file.rename(file.with_suffix(".png"))
     kept = {file: file.read_bytes() for file in images.rglob("*.png")}
     for file in kept:
         Image.new("RGB", (28, 28), "red").save(file)
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="has other content"):
         sslkit.train(more, run)
     for file, content in kept.items():
         file.write_bytes(content)
     next(images.rglob("*.png")).unlink()
     listing = (run / "images.parquet").read_bytes()
     (run / "images.parquet").write_bytes(b"PAR1" + os.urandom(200) + b"PAR1")
-    with pytest.raises(UserError, match="now 39 are there"):
+    with pytest.raises(UserError, match="it had 40 images, there are 39 now"):
         sslkit.train(more, run)
     (run / "images.parquet").write_bytes(listing)
     assert sslkit.train(more, run).step == 4

@@ -14,9 +14,9 @@ GUARD = {"timeout_seconds": 6.0, "compare_every": 2}
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("kill", r"process 1 is dead or frozen; last heard of at step [0-3], "),
-        ("freeze", r"process 1 is dead or frozen; last heard of at step [0-3], "),
-        ("sleep", r"process 1 lives and is at step 3, in forward and backward"),
+        ("kill", r"process 1 is dead or frozen; its last heartbeat was at step [0-3], "),
+        ("freeze", r"process 1 is dead or frozen; its last heartbeat was at step [0-3], "),
+        ("sleep", r"process 1 is alive at step 3, in forward and backward"),
         ("raise", r"process 1 stopped by ValueError: out of luck"),
         ("mismatch", r"process 1 "),
     ],
@@ -27,7 +27,7 @@ def test_the_other_process_names_it(what: str, words: str, tmp_path: Path) -> No
     said = finish(process, timeout=120)
     assert process.returncode not in (0, None)
     assert re.search(words, said), said
-    assert "process 0 cannot go on at step 3" in said
+    assert "process 0 cannot continue at step 3" in said
     assert (tmp_path / "run/checkpoints/step-00000002/manifest.json").is_file()
 
 

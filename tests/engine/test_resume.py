@@ -122,7 +122,7 @@ def test_torn_checkpoints_are_passed_over_by_name(tmp_path: Path) -> None:
     assert checkpoint.step == 2
     assert str(model) in complaints[0]
     (folder / "step-00000002" / "optimizer.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="no whole checkpoint left"):
+    with pytest.raises(UserError, match="no intact checkpoint left"):
         newest_checkpoint(folder)
 
 

@@ -133,7 +133,7 @@ def test_which_checkpoints_stay(tmp_path: Path) -> None:
         ("{}", "without a readable manifest"),
         ('{"files": 3}', "without a readable manifest"),
         ('{"files": {}}', "does not name model.safetensors"),
-        ('{"files": {"../../recipe.toml": {"bytes": 1, "sha256": ""}}}', "which is no file of this folder"),
+        ('{"files": {"../../recipe.toml": {"bytes": 1, "sha256": ""}}}', "which is not a file of this folder"),
         ("\xff\xfe", "without a readable manifest"),
         ("[" * 100_000, "without a readable manifest"),
     ],

@@ -230,15 +230,15 @@ def without(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 UNFIT: dict[str, tuple[str, Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
     "half precision": ("model", lambda now: {key: value.half() if value.is_floating_point() else value
-                                             for key, value in now.items()}, "is float16 .*, not float32 "),
-    "one in bfloat16": ("model", lambda now: now | {NORM: now[NORM].bfloat16()}, f"{NORM} is bfloat16 .*, not float32"),
-    "another shape": ("model", lambda now: now | {NORM: now[NORM][:3]}, rf"{NORM} is float32 \(3,\), not float32 "),
-    "one is missing": ("model", lambda now: without(now, NORM), f"{NORM} .* is missing"),
+                                             for key, value in now.items()}, "is float16 .*, must be float32 "),
+    "one in bfloat16": ("model", lambda now: now | {NORM: now[NORM].bfloat16()}, f"{NORM} is bfloat16 .*, must be"),
+    "another shape": ("model", lambda now: now | {NORM: now[NORM][:3]}, rf"{NORM} is float32 \(3,\), must be float32 "),
+    "one is missing": ("model", lambda now: without(now, NORM), f"{NORM} is missing, must be float32"),
     "one too many": ("model", lambda now: now | {"evil": torch.zeros(3)}, "which has no evil"),
     "no momenta": ("optimizer", lambda _now: {}, "has no .* of '"),
     "one momentum is missing": ("optimizer", lambda now: without(now, f"{NORM}/"), f"has no .* of '{NORM}'"),
     "a momentum in half precision": ("optimizer", lambda now: {key: value.half() for key, value in now.items()},
-                                     "is of torch.float16"),
+                                     "is torch.float16, must be"),
 }  # fmt: skip
 
 
@@ -272,7 +272,7 @@ def test_steps_that_lamb_counts_by_group_are_not_missed(images: Path, tmp_path: 
     recipe = changed(small_run(images), optim={"name": "lamb", "weight_decay": 0.1})
     sslkit.train(recipe, tmp_path / "run")
     edit(tmp_path / "run" / STEP, optimizer=lambda now: without(now, "param_groups.0/"))
-    assert "has no count of steps of param_groups.0" in continued(recipe, tmp_path / "run")
+    assert "has no step count of param_groups.0" in continued(recipe, tmp_path / "run")
 
 
 def test_a_backbone_that_rests_has_no_momenta_to_miss(images: Path, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_safetensors_that_lie(run: Path, lie: str, tmp_path: Path) -> None:
     resign(checkpoint)
     with pytest.raises(UserError, match="safetensors"):
         load_encoder(str(run))
-    with pytest.raises(UserError, match="not what a checkpoint has"):
+    with pytest.raises(UserError, match="not a valid checkpoint file"):
         read_checkpoint(checkpoint)
     with pytest.raises(UserError, match="not a complete safetensors file"):
         import_checkpoint(tmp_path / "x.safetensors", tmp_path / "out")
@@ -204,7 +204,7 @@ def test_manifests_name_no_file_elsewhere(run: Path, name: str) -> None:
     entry = {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
     (run / "secret").write_bytes(b"abc")
     rewrite(checkpoint / "manifest.json", lambda said: {**said, "files": said["files"] | {name: entry}})
-    with pytest.raises(UserError, match="no file of this folder"):
+    with pytest.raises(UserError, match="not a file of this folder"):
         read_checkpoint(checkpoint)
 
 
@@ -220,7 +220,7 @@ def test_only_plain_files_are_of_a_checkpoint(run: Path, file: str, kind: str) -
         path.mkdir()
     elif kind != "absent":
         path.symlink_to(copy if kind == "link to a copy" else "/dev/zero")
-    with pytest.raises(UserError, match="torn or altered"):
+    with pytest.raises(UserError, match="damaged or changed since it was saved"):
         read_checkpoint(path.parent)
 
 
@@ -241,9 +241,9 @@ def test_states_that_are_none(run: Path, case: str) -> None:
     checkpoint = run / "checkpoints" / "step-00000002"
     (checkpoint / "state.json").write_text(STATES[case], encoding="latin-1")
     resign(checkpoint)
-    with pytest.raises(UserError, match=r"not what a checkpoint has|has no step"):
+    with pytest.raises(UserError, match=r"not a valid checkpoint file|has no step"):
         read_checkpoint(checkpoint)
-    with pytest.raises(UserError, match="no whole checkpoint left"):
+    with pytest.raises(UserError, match="no intact checkpoint left"):
         newest_checkpoint(run / "checkpoints")
 
 

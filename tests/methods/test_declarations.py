@@ -143,10 +143,18 @@ def test_swavs_run_at_batch_256() -> None:
 
 
 REMARKS: list[tuple[str, Tables, list[str]]] = [
-    ("moco_v3", {"train": {"epochs": 50}}, ["[optim] lr = 0.6", "momentum = 0.99", "100, 300, 1000", "has for 100"]),
+    (
+        "moco_v3",
+        {"train": {"epochs": 50}},
+        ["[optim] lr = 0.6", "momentum = 0.99", "100, 300, 1000", "the paper's for 100"],
+    ),
     ("moco_v3", {"train": {"epochs": 50}, "optim": {"lr": 0.5, "weight_decay": 0}}, ["[method] momentum = 0.99 is"]),
-    ("byol", {"train": {"epochs": 200}}, ["[train] epochs = 200", "lr = 0.2", "momentum = 0.996", "has for 1000"]),
-    ("swav", {"train": {"batch_size": 512}}, ["[train] batch_size = 512", "lr = 4.8", "has for 4096"]),
+    (
+        "byol",
+        {"train": {"epochs": 200}},
+        ["[train] epochs = 200", "lr = 0.2", "momentum = 0.996", "the paper's for 1000"],
+    ),
+    ("swav", {"train": {"batch_size": 512}}, ["[train] batch_size = 512", "lr = 4.8", "the paper's for 4096"]),
     ("moco_v1", {"train": {"epochs": 100}}, ["[schedule] milestones = [120, 160]"]),
     ("instdisc", {"train": {"epochs": 100}}, ["[schedule] milestones = [120, 160]"]),
     ("swav", {"method": {"queue_size": 5000}}, ["5000 is not a multiple", "batch_size = 4096", "4096 rows are used"]),

@@ -1,9 +1,9 @@
-"""Checkpoints: safetensors and JSON in a folder that is whole or not there. No pickle.
+"""Read checkpoints: folders of safetensors and JSON that are written atomically. No pickle.
 
     checkpoints/step-00001234/   model.safetensors  optimizer.safetensors  state.json  manifest.json
-    checkpoints/latest           the newest one's name
+    checkpoints/latest           name of the newest
 
-Reading them, and what an optimizer's state is called in them; `sslkit.engine.checkpoint.writer` writes them.
+This module also maps optimizer state to names; `sslkit.engine.checkpoint.writer` writes checkpoints.
 """
 
 import hashlib
@@ -37,11 +37,11 @@ class Checkpoint:
     """A checkpoint that was read.
 
     Attributes:
-        step: Updates made when it was saved.
-        model: The method's state dict.
-        optimizer: Tensors by ``parameter name/key``.
-        state: What else the run needs: optimizer scalars, loss scale, and the recipe it was trained by.
-        folder: Where it lies; None: nowhere.
+        step: Number of updates.
+        model: State dict of the method.
+        optimizer: Tensors by ``parameter name/slot``.
+        state: Content of ``state.json``: optimizer scalars, loss scale, recipe, recovery state.
+        folder: Its path; None if it was not read from the disk.
     """
 
     step: int
@@ -52,35 +52,35 @@ class Checkpoint:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Read the newest whole checkpoint in ``folder``.
+    """Read the newest intact checkpoint in ``folder``.
 
     Returns:
-        The checkpoint, or None where there is none at all, and a sentence for each broken one passed over.
+        The checkpoint, or None if there is none, and a message for each damaged one that was skipped.
 
     Raises:
-        UserError: There are checkpoints and all are broken.
+        UserError: There are checkpoints, but all are damaged.
     """
-    complaints: list[str] = []
+    problems: list[str] = []
     candidates = by_step(folder.glob("step-*"))[::-1]
     for candidate in candidates:
         try:
-            return read_checkpoint(candidate), complaints
+            return read_checkpoint(candidate), problems
         except UserError as error:
-            complaints.append(str(error))
+            problems.append(str(error))
     if candidates:
-        raise UserError("no whole checkpoint left: " + "; ".join(complaints))
-    return None, complaints
+        raise UserError("no intact checkpoint left: " + "; ".join(problems))
+    return None, problems
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read one checkpoint and check it against its manifest.
 
     Raises:
-        UserError: A file is missing, torn, altered or not what a checkpoint has; names it.
+        UserError: A file is missing, damaged or invalid; names it.
     """
     for name, entry in _manifest(folder).items():
-        if not _as_saved(folder / name, entry):
-            raise UserError(f"{folder / name}: torn or altered since it was saved")
+        if not _matches(folder / name, entry):
+            raise UserError(f"{folder / name}: damaged or changed since it was saved")
     file = folder / "state.json"
     try:
         if file.stat().st_size > MAX_STATE_BYTES:
@@ -89,38 +89,38 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         model = load_file(file := folder / "model.safetensors")
         optimizer = load_file(file := folder / "optimizer.safetensors")
     except (OSError, ValueError, RuntimeError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{file}: not what a checkpoint has ({str(error)[:200]})") from error
+        raise UserError(f"{file}: not a valid checkpoint file ({str(error)[:200]})") from error
     try:
         check_state(state)
     except UserError as error:
         raise UserError(f"{folder / 'state.json'}: {error}") from error
     named = NAME.fullmatch(folder.name)
     if named and int(named[1]) != state["step"]:
-        raise UserError(f"{folder}: is of step {state['step']}, as its state.json says, and not of the one in its name")
+        raise UserError(f"{folder}: its state.json is of step {state['step']}, but its name is of another step")
     return Checkpoint(state["step"], model, optimizer, state, folder)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """The entries of a manifest, which name all files of a checkpoint and none elsewhere."""
+    """Read the entries of a manifest; they must name all files of a checkpoint, and no file outside its folder."""
     file = folder / "manifest.json"
     try:
         if file.stat().st_size > MAX_MANIFEST_BYTES:
-            raise ValueError("far larger than one")
+            raise ValueError(f"more than {MAX_MANIFEST_BYTES} bytes")
         files = json.loads(file.read_text(encoding="utf-8"))["files"]
         if not isinstance(files, dict):
-            raise ValueError("its 'files' are no object")
+            raise ValueError("'files' is not an object")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder}: checkpoint without a readable manifest ({str(error)[:200]})") from error
+        raise UserError(f"{folder}: checkpoint without a readable manifest.json ({str(error)[:200]})") from error
     for name in files:
         if name in ("", ".", "..") or re.search(r"[/\\\0]", name):
-            raise UserError(f"{file}: names {name!r:.100}, which is no file of this folder")
+            raise UserError(f"{file}: names {name!r:.100}, which is not a file of this folder")
     if absent := [name for name in FILES if name not in files]:
-        raise UserError(f"{file}: does not name {absent[0]}, without which there is no checkpoint")
+        raise UserError(f"{file}: does not name {absent[0]}, which every checkpoint has")
     return files
 
 
-def _as_saved(file: Path, entry: Any) -> bool:
-    """Whether a plain file (no link, no pipe) has the manifest's size and sum; read only if it has the size."""
+def _matches(file: Path, entry: Any) -> bool:
+    """Whether a regular file has the size and SHA-256 of its manifest entry; it is read only if the size is right."""
     try:
         status = file.lstat()
         if not stat.S_ISREG(status.st_mode) or not isinstance(entry, dict) or entry.get("bytes") != status.st_size:
@@ -132,10 +132,10 @@ def _as_saved(file: Path, entry: Any) -> bool:
 
 
 def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> None:
-    """Put a checkpoint's tensors into a method and an optimizer built from the same recipe.
+    """Load the tensors of a checkpoint into a method and an optimizer built from the same recipe.
 
     Raises:
-        UserError: They were built from another recipe, or no run saved this.
+        UserError: The tensors do not fit; names the first one.
     """
     held = method.state_dict()
     scalars = checkpoint.state["optimizer"]
@@ -144,16 +144,16 @@ def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> 
         check_optimizer(checkpoint.optimizer, checkpoint.state, method, optimizer)
     except UserError as error:
         where = f"{checkpoint.folder}: " if checkpoint.folder else ""
-        raise UserError(f"{where}{error}; move the checkpoint away to continue from the one before it") from error
+        raise UserError(f"{where}{error}; move the checkpoint away to resume from an earlier one") from error
     method.load_state_dict({name: shard_like(held[name], value) for name, value in checkpoint.model.items()})
     fused = bool(optimizer.defaults.get("fused"))
     tensors: dict[str, dict[str, Any]] = {}
     for key, tensor in checkpoint.optimizer.items():
         name, _, slot = key.rpartition("/")
         tensors.setdefault(name, {})[slot] = tensor
-    optimizer.state.clear()  # of a course that is left, where the run goes back
+    optimizer.state.clear()  # a run that is rewound has state
     for name, param in method.named_parameters():
-        slots = {slot: _beside(param, value, fused=fused) for slot, value in tensors.get(name, {}).items()}
+        slots = {slot: _place_slot(param, value, fused=fused) for slot, value in tensors.get(name, {}).items()}
         if slots or name in scalars:
             optimizer.state[param] = {**slots, **scalars.get(name, {})}
     init_momentum_buffers(optimizer)
@@ -161,10 +161,10 @@ def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> 
         group.update(tensors.get(f"{GROUP}{index}", {}))
 
 
-def _beside(param: Tensor, value: Tensor, *, fused: bool) -> Tensor:
-    """A slot of the optimizer's as it keeps it: in the parameter's own order in memory, which fused updates rely on.
+def _place_slot(param: Tensor, value: Tensor, *, fused: bool) -> Tensor:
+    """Copy an optimizer slot to the device and memory format of its parameter, which fused updates require.
 
-    Counts of steps stay on the host, but for those of a fused optimizer.
+    Step counts stay on the CPU, except those of a fused optimizer.
     """
     if value.shape != param.shape or not value.ndim:
         return value.to(param.device) if value.ndim or fused else value
@@ -172,9 +172,9 @@ def _beside(param: Tensor, value: Tensor, *, fused: bool) -> Tensor:
 
 
 def flatten_optimizer(method: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by ``parameter/slot`` or ``group/slot`` (timm's LAMB counts steps there), and plain numbers.
+    """Tensors by ``parameter/slot`` or ``group/slot`` (timm's LAMB counts steps per group), and plain numbers.
 
-    The tensors are the optimizer's own, not copies, and in parts where parameters are.
+    The tensors are not copied, and are sharded like their parameters.
     """
     names: dict[Tensor, str] = {param: name for name, param in method.named_parameters()}
     tensors: dict[str, Tensor] = {}
@@ -190,8 +190,8 @@ def flatten_optimizer(method: nn.Module, optimizer: Optimizer) -> tuple[dict[str
     return tensors, scalars
 
 
-def without_state(method: nn.Module, optimizer: Optimizer) -> list[str]:
-    """The trained parameters of which the optimizer remembers nothing, as they have had no gradient yet."""
+def params_without_state(method: nn.Module, optimizer: Optimizer) -> list[str]:
+    """The trained parameters without optimizer state, because they have had no gradient yet."""
     held = {param for group in optimizer.param_groups for param in group["params"]}
     known = {param for param, slots in optimizer.state.items() if any(value is not None for value in slots.values())}
     return [name for name, param in method.named_parameters() if param in held - known]

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest few, one every so many epochs, the best. All of it is read from the disk."""
+"""Decide which checkpoints are kept: the newest few, one every few epochs, and the best."""
 
 import re
 from collections.abc import Iterable
@@ -11,12 +11,12 @@ NAME = re.compile(r"step-(\d{8,})")
 
 
 def checkpoint_name(step: int) -> str:
-    """What the checkpoint of ``step`` is called."""
+    """The folder name of the checkpoint of ``step``."""
     return f"step-{step:08d}"
 
 
 def by_step(folders: Iterable[Path]) -> list[Path]:
-    """Checkpoints in the order of their steps, which names of nine digits are not in; other names come first."""
+    """Sort checkpoints by step, not by name, which fails from nine digits on; other names come first."""
 
     def key(folder: Path) -> tuple[int, str]:
         found = NAME.fullmatch(folder.name)
@@ -26,16 +26,16 @@ def by_step(folders: Iterable[Path]) -> list[Path]:
 
 
 def saved_steps(checkpoints: Path) -> set[int]:
-    """The steps that a ``checkpoints`` folder has a checkpoint of."""
-    return {int(found[1]) for each in checkpoints.glob("step-*") if (found := NAME.fullmatch(each.name))}
+    """The steps of the checkpoints in a ``checkpoints`` folder."""
+    return {int(found[1]) for path in checkpoints.glob("step-*") if (found := NAME.fullmatch(path.name))}
 
 
 def monitor_scores(results: Path, evaluation: str) -> dict[int, float]:
-    """Accuracy by step, as far as the run's own monitor measured it.
+    """Accuracy by step, as measured by the monitor of the run.
 
     Args:
-        results: The run's ``results.jsonl``.
-        evaluation: First word of the protocol, such as ``"knn"``.
+        results: ``results.jsonl`` of the run.
+        evaluation: First word of the evaluation, such as ``"knn"``.
     """
     return {
         row["step"]: float(row["accuracy"])
@@ -47,13 +47,13 @@ def monitor_scores(results: Path, evaluation: str) -> dict[int, float]:
 def reasons_to_keep(
     steps: set[int], rules: CheckpointConfig, steps_per_epoch: int, scores: dict[int, float]
 ) -> dict[int, str]:
-    """Say for each checkpoint that stays why it does.
+    """The steps whose checkpoints are kept, and why.
 
     Args:
-        steps: Those there are, all of one course of training.
-        rules: The recipe's ``[checkpoint]``.
-        steps_per_epoch: Whole global batches in the data.
-        scores: What ``keep_best`` goes by, by step; the earlier of two equal ones is the better.
+        steps: The steps of all checkpoints.
+        rules: The recipe's ``[checkpoint]`` table.
+        steps_per_epoch: Number of global batches per epoch.
+        scores: Accuracy by step for ``keep_best``; of equal scores, the earliest is the best.
     """
     reasons: dict[int, list[str]] = {}
     for step in sorted(steps, reverse=True)[: rules.keep]:

@@ -1,4 +1,4 @@
-"""What a checkpoint says beside its weights, held against what a run can have said; strangers write checkpoints too."""
+"""Check the content of a checkpoint before it is loaded, because it may come from an untrusted source."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +12,8 @@ from sslkit.errors import UserError
 from sslkit.files.jsonl_reader import number
 
 GROUP = "param_groups."
-MAX_WHOLE = 2**53
-# What each optimizer remembers of a parameter; of ``step`` one number, of all else as many as the parameter has.
+MAX_COUNT = 2**53
+# State slots of each optimizer. ``step`` is a scalar, the others have the shape of the parameter.
 SLOTS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("SGD", "Lars", "Larc"), ("momentum_buffer",)),
     "AdamW": ("step", "exp_avg", "exp_avg_sq"),
@@ -23,57 +23,56 @@ SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growt
 
 
 def check_state(state: Any) -> None:
-    """See that ``state.json`` has step, recipe, optimizer, scaler and course of a run.
+    """Check the fields of ``state.json``: step, recipe, optimizer, scaler and recovery state (``course``).
 
     Raises:
-        UserError: It has not; the sentence goes on from the file's name.
+        UserError: A field is missing or invalid. The message continues the file name.
     """
     if not (
         isinstance(state, dict)
-        and _is_whole(state.get("step"))
+        and _is_count(state.get("step"))
         and isinstance(state.get("recipe"), dict)
         and isinstance(state.get("optimizer"), dict)
         and all(isinstance(scalars, dict) for scalars in state["optimizer"].values())
     ):
-        raise UserError("has no step, recipe and optimizer, as a checkpoint must")
+        raise UserError("has no step, recipe and optimizer, which every checkpoint has")
     for name, scalars in state["optimizer"].items():
         for slot, value in scalars.items():
             if slot != "step" or number(value) is None or value < 0:
                 raise UserError(f"optimizer {slot:.50} of {name:.100} cannot be {value!r:.50}")
     without = state.get("without_state", [])
     if not isinstance(without, list) or not all(isinstance(name, str) for name in without):
-        raise UserError(f"without_state must be a list of parameters, not {without!r:.50}")
+        raise UserError(f"without_state must be a list of parameter names, not {without!r:.50}")
     if not isinstance(state.get("images", ""), str):
-        raise UserError(f"images must be a sum of their names, not {state['images']!r:.50}")
+        raise UserError(f"images must be a digest of their names, not {state['images']!r:.50}")
     _check_scaler(state.get("scaler", {}))
     RecoveryState.from_json(state.get("course", {}))
 
 
 def check_weights(model: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
-    """See that weights have the names, shapes and dtypes of a recipe's, and that whole numbers are counts.
+    """Check that weights have the names, shapes and dtypes of a state dict, and that integers are counts.
 
     Args:
-        model: Of a checkpoint.
-        held: The state dict that they are for.
+        model: Weights of a checkpoint.
+        held: The state dict to load them into.
 
     Raises:
-        UserError: They are not; names the tensor, what it is and what it should be.
+        UserError: A tensor does not fit; names it, what it is and what it should be.
     """
-    for name, ours in held.items():
-        if name not in model:
-            raise UserError(f"the checkpoint's weights do not fit this recipe: {name} ({_kind(ours)}) is missing")
-        if _kind(model[name]) != _kind(ours):
+    for name, tensor in held.items():
+        expected, found = _kind(tensor), _kind(model[name]) if name in model else "missing"
+        if found != expected:
             raise UserError(
-                f"the checkpoint's weights do not fit this recipe: {name} is {_kind(model[name])}, not {_kind(ours)}"
+                f"the weights of the checkpoint do not fit this recipe: {name} is {found}, must be {expected}"
             )
     for name, tensor in model.items():
         if name not in held:
-            raise UserError(f"the checkpoint's weights do not fit this recipe, which has no {name:.100}")
+            raise UserError(f"the weights of the checkpoint do not fit this recipe, which has no {name:.100}")
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             continue
         numbers = tensor.double()
-        if not ((numbers >= 0) & (numbers < MAX_WHOLE)).all():
-            raise UserError(f"the checkpoint's {name:.100} has numbers that count nothing")
+        if not ((numbers >= 0) & (numbers < MAX_COUNT)).all():
+            raise UserError(f"{name:.100} of the checkpoint must be counts, from 0 to 2^53")
 
 
 def _kind(tensor: Tensor) -> str:
@@ -84,21 +83,21 @@ def _kind(tensor: Tensor) -> str:
 def check_optimizer(
     tensors: Mapping[str, Tensor], state: Mapping[str, Any], method: nn.Module, optimizer: Optimizer
 ) -> None:
-    """See that an optimizer's state is of this optimizer and of these parameters, and that none of it is missing.
+    """Check that optimizer state fits an optimizer and its parameters, and that none is missing.
 
     Args:
         tensors: By ``parameter/slot`` or ``group/slot``.
-        state: Of ``state.json``: plain numbers by parameter, then slot, and which parameters had no state.
-        method: Whose parameters they are.
-        optimizer: Which takes them.
+        state: Content of ``state.json``: scalars by parameter, then slot, and parameters without state.
+        method: Has the parameters.
+        optimizer: The optimizer to load the state into.
 
     Raises:
-        UserError: Something is of neither, missing, or of another shape; names it.
+        UserError: A slot is missing, unknown or of another shape; names it.
     """
     held = {param for group in optimizer.param_groups for param in group["params"]}
     params = {name: param for name, param in method.named_parameters() if param in held}
     slots = SLOTS[type(optimizer).__name__]
-    found: dict[str, set[str]] = {name: set(of_it) for name, of_it in state["optimizer"].items()}
+    found: dict[str, set[str]] = {name: set(scalars) for name, scalars in state["optimizer"].items()}
     for key, tensor in tensors.items():
         name, _, slot = key.rpartition("/")
         if name.startswith(GROUP):
@@ -107,16 +106,16 @@ def check_optimizer(
         found.setdefault(name, set()).add(slot)
         if name in params and slot in slots:
             _check_slot(name, slot, tensor, params[name])
-    for name, its_slots in found.items():
-        if name not in params or its_slots != set(slots):
+    for name, saved in found.items():
+        if name not in params or saved != set(slots):
             raise UserError(
-                f"the checkpoint's optimizer has {', '.join(sorted(its_slots)):.100} of {name!r:.100}; this recipe's "
-                f"has {', '.join(slots)} of each parameter that is trained"
+                f"the optimizer state of the checkpoint has {', '.join(sorted(saved)):.100} of {name!r:.100}; this "
+                f"recipe needs {', '.join(slots)} of each trained parameter"
             )
-    _check_nothing_is_missing(set(found), tensors, state, params, optimizer)
+    _check_complete(set(found), tensors, state, params, optimizer)
 
 
-def _check_nothing_is_missing(
+def _check_complete(
     found: set[str],
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
@@ -126,18 +125,18 @@ def _check_nothing_is_missing(
     slots = ", ".join(SLOTS[type(optimizer).__name__])
     for name in params:
         if name not in found and not _may_be_missing(name, state, optimizer, nothing=not found):
-            raise UserError(f"the checkpoint's optimizer has no {slots} of {name!r:.100}, which it needs")
+            raise UserError(f"the optimizer state of the checkpoint has no {slots} of {name!r:.100}")
     if type(optimizer).__name__ == "Lamb":
         ids = {id(params[name]) for name in found}
         for index, group in enumerate(optimizer.param_groups):
             if f"{GROUP}{index}/step" not in tensors and not ids.isdisjoint(map(id, group["params"])):
-                raise UserError(f"the checkpoint's optimizer has no count of steps of {GROUP}{index}, which it needs")
+                raise UserError(f"the optimizer state of the checkpoint has no step count of {GROUP}{index}")
 
 
 def _may_be_missing(name: str, state: Mapping[str, Any], optimizer: Optimizer, *, nothing: bool) -> bool:
-    """Whether a parameter need not have a state: it had no gradient yet when the checkpoint was saved.
+    """Whether a parameter may have no state, because it had no gradient yet when the checkpoint was saved.
 
-    Earlier versions did not write down which; of their checkpoints only one without any state is incomplete.
+    Earlier versions did not record which; for their checkpoints, only the lack of all state is an error.
     """
     if "without_state" in state:
         return name in state["without_state"]
@@ -145,25 +144,25 @@ def _may_be_missing(name: str, state: Mapping[str, Any], optimizer: Optimizer, *
     return not nothing or untouched or not any(group.get("momentum", 1.0) for group in optimizer.param_groups)
 
 
-def _is_whole(value: Any) -> bool:
-    return type(value) is int and 0 <= value < MAX_WHOLE
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MAX_COUNT
 
 
 def _check_scaler(scaler: Any) -> None:
-    """Empty, or all of what PyTorch's gradient scaler has."""
+    """The state of PyTorch's gradient scaler; empty without one."""
     if not isinstance(scaler, dict) or (scaler and scaler.keys() != {*SCALER}):
         raise UserError(f"scaler must be empty or have {', '.join(SCALER)}")
     for name in SCALER[: 3 * bool(scaler)]:
         if number(scaler[name]) is None or not 0 < scaler[name] < 2.0**120:
             raise UserError(f"scaler {name} cannot be {scaler[name]!r:.50}")
     for name in SCALER[3:] if scaler else ():
-        if not _is_whole(scaler[name]) or (name == "growth_interval" and not scaler[name]):
+        if not _is_count(scaler[name]) or (name == "growth_interval" and not scaler[name]):
             raise UserError(f"scaler {name} cannot be {scaler[name]!r:.50}")
 
 
 def _check_group(name: str, slot: str, tensor: Tensor, count: int) -> None:
     if name.removeprefix(GROUP) not in map(str, range(count)) or slot != "step":
-        raise UserError(f"the checkpoint's optimizer has {name:.50}/{slot:.50}, which no group of this recipe's has")
+        raise UserError(f"the optimizer state of the checkpoint has {name:.50}/{slot:.50}, which this recipe does not")
     _check_step(name, tensor)
 
 
@@ -173,9 +172,9 @@ def _check_slot(name: str, slot: str, tensor: Tensor, param: Tensor) -> None:
     elif tensor.shape != param.shape:
         raise UserError(f"the checkpoint's {slot} of {name} has another shape than {name} in this recipe")
     elif tensor.dtype != param.dtype:
-        raise UserError(f"the checkpoint's {slot} of {name} is of {tensor.dtype}, and {name} of {param.dtype}")
+        raise UserError(f"the checkpoint's {slot} of {name} is {tensor.dtype}, must be {param.dtype}")
 
 
 def _check_step(name: str, tensor: Tensor) -> None:
-    if tensor.ndim or tensor.dtype not in (torch.float32, torch.int64) or not 0 <= float(tensor) < MAX_WHOLE:
-        raise UserError(f"the checkpoint's count of steps of {name:.100} is no count")
+    if tensor.ndim or tensor.dtype not in (torch.float32, torch.int64) or not 0 <= float(tensor) < MAX_COUNT:
+        raise UserError(f"the checkpoint's step count of {name:.100} must be a number from 0 to 2^53")

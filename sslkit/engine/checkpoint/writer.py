@@ -1,7 +1,7 @@
-"""Saving while training goes on: a copy in host memory at a step's end, written by one thread in the background.
+"""Save checkpoints while training continues: copy the state to host memory, then write it in a background thread.
 
-The order of a save: files aside, each synced and read back; manifest; folder synced; renamed; ``checkpoints`` synced;
-``latest`` moved; only then are older checkpoints removed, and the encoder is written in the same way.
+Order of a save: files in a temporary folder, each synced and read back; manifest; sync the folder; rename it; sync
+``checkpoints``; replace ``latest``; remove old checkpoints; write the encoder in the same way.
 """
 
 import json
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sslkit.distributed.sharding import full_tensor
-from sslkit.engine.checkpoint.format import FORMAT, flatten_optimizer, without_state
+from sslkit.engine.checkpoint.format import FORMAT, flatten_optimizer, params_without_state
 from sslkit.engine.checkpoint.retention import checkpoint_name, monitor_scores, reasons_to_keep, saved_steps
 from sslkit.errors import RunError
 from sslkit.files.atomic import atomic_folder, remove, replace_text, sync, write_file, write_json, write_tensors
@@ -27,24 +27,24 @@ from sslkit.publish.encoder_folder import encoder_config, write_encoder
 from sslkit.recipe.resolve import Recipe
 
 LICENSE = "apache-2.0"
-JOURNALS = ("metrics.jsonl", "results.jsonl", "diagnostics.jsonl")
-SLOW_SECONDS = 20.0  # launchers give about 30 between asking a run to stop and ending it
+LOGS = ("metrics.jsonl", "results.jsonl", "diagnostics.jsonl")
+SLOW_SECONDS = 20.0  # launchers wait about 30 s after SIGTERM before they kill a run
 
 
 class SaveError(RunError):
-    """What had to be on the disk is not: the last state of a run, or the one it was asked to stop at."""
+    """The state at the end of a run, or where it was asked to stop, could not be saved."""
 
 
 class HostCopy:
-    """Tensors in host memory, filled anew by each save so that memory stays flat; pinned where they come from a GPU."""
+    """Tensors in host memory, reused by every save; pinned if they are copied from a GPU."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
 
     def fill(self, source: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy ``source``; from a GPU the copy is on its way, in the order of the current stream, when this returns.
+        """Copy ``source``. A copy from a GPU is asynchronous, ordered by the current stream.
 
-        What is in parts is made whole, one tensor at a time; the other processes do their share by `whole`.
+        Sharded tensors are gathered, one at a time; the other processes must call `full_tensor` in the same order.
         """
         for name in self.tensors.keys() - source.keys():
             del self.tensors[name]
@@ -59,16 +59,16 @@ class HostCopy:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The run as it was at the end of a step, in host memory.
+    """The state of a run at the end of a step, in host memory.
 
     Attributes:
-        step: Updates made.
-        model: The method's state dict.
+        step: Number of updates.
+        model: State dict of the method.
         optimizer: Tensors by ``parameter name/slot``.
-        state: What else the run needs, as JSON.
+        state: Content of ``state.json``.
         trained: Names in ``model`` that must be finite: parameters, not buffers.
-        rewind_point: Whether the run may go back to it.
-        arrived: Waits until the copies from a GPU have.
+        rewind_point: Whether the run can be rewound to it.
+        synchronize: Waits for the copies from a GPU.
     """
 
     step: int
@@ -77,7 +77,7 @@ class Snapshot:
     state: str
     trained: list[str]
     rewind_point: bool
-    arrived: Callable[[], None]
+    synchronize: Callable[[], None]
 
     def not_finite(self) -> str:
         """The first parameter or optimizer tensor that is not finite, or an empty string."""
@@ -86,20 +86,20 @@ class Snapshot:
 
 
 class Saver:
-    """Writes a run's checkpoints and its encoder, one save at a time.
+    """Writes the checkpoints of a run and its encoder, one save at a time.
 
-    A save that fails (disk full, quota, folder gone) is said, each time, and changes nothing on the disk; training goes
-    on. As a context manager it waits for the save in progress on leaving.
+    A save that fails (disk full, quota, folder removed) logs a message and changes nothing on the disk; training
+    continues. On exit, the context manager waits for the save in progress.
 
     Args:
-        folder: Run folder, held by `hold_folder`.
-        recipe: Says what stays and what the encoder is.
-        steps_per_epoch: Whole global batches in the data.
-        start_step: Updates made before; checkpoints of later ones, broken or of a course that was left, go with the
-            first save.
-        say: Told each sentence, from the writing thread.
-        back_to: The checkpoint that the run may go back to, if it has one; see `sslkit.engine.resilience.rewind`.
-        active: False on all processes but the first: then nothing is copied or written.
+        folder: Run folder, locked by `hold_folder`.
+        recipe: Says which checkpoints are kept and what the encoder is.
+        steps_per_epoch: Number of global batches per epoch.
+        start_step: Number of updates so far. Checkpoints of later steps are removed by the first save: they are damaged
+            or were discarded by a rewind.
+        log_message: Called with each message, from the writing thread.
+        back_to: Step of the current rewind point, if there is one; see `sslkit.engine.resilience.rewind`.
+        active: False on all processes but the first, which copy and write nothing.
     """
 
     def __init__(
@@ -108,12 +108,12 @@ class Saver:
         recipe: Recipe,
         steps_per_epoch: int,
         start_step: int,
-        say: Callable[[str], None],
+        log_message: Callable[[str], None],
         *,
         back_to: int | None = None,
         active: bool = True,
     ) -> None:
-        self.folder, self.recipe, self.say, self.active = folder, recipe, say, active
+        self.folder, self.recipe, self.log_message, self.active = folder, recipe, log_message, active
         self.checkpoints = folder / "checkpoints"
         self.steps_per_epoch = steps_per_epoch
         self.model, self.optimizer = HostCopy(), HostCopy()
@@ -121,8 +121,8 @@ class Saver:
         self.writing: Future[str] | None = None
         self.failure = ""
         self.config = encoder_config(recipe, LICENSE) if active else {}
-        self.course = {step for step in saved_steps(self.checkpoints) if step <= start_step}
-        self.rewind_points = {step for step in self.course if step == back_to}
+        self.steps_on_disk = {step for step in saved_steps(self.checkpoints) if step <= start_step}
+        self.rewind_points = {step for step in self.steps_on_disk if step == back_to}
 
     def __enter__(self) -> "Saver":
         return self
@@ -134,50 +134,46 @@ class Saver:
             self.thread.shutdown()
 
     def save(self, step: int, method: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        """Copy the run's state and start to write it; waits while an earlier save is still being written.
+        """Copy the state and start to write it. Waits first if an earlier save is still being written.
 
         Args:
-            step: Updates made.
-            method: Unwrapped method: student, teacher, queue.
+            step: Number of updates.
+            method: The unwrapped method.
             optimizer: Its optimizer.
-            state: Plain data for ``state.json``: what a resumed run needs beside tensors.
+            state: More fields for ``state.json``, as plain data.
         """
         tensors, scalars = flatten_optimizer(method, optimizer)
         if not self.active:
             for tensor in (*method.state_dict().values(), *tensors.values()):
-                full_tensor(tensor.detach())  # in the order of the two copies below
+                full_tensor(tensor.detach())  # in the same order as the two copies below
             return
         self.wait()
-        missing = without_state(method, optimizer)
+        missing = params_without_state(method, optimizer)
         text = json.dumps({"step": step, "optimizer": scalars, "without_state": missing, **state}, indent=1)
         model = self.model.fill(method.state_dict())
         moments = self.optimizer.fill(tensors)
         trained = [name for name, _ in method.named_parameters() if name in model]
         rewind_point = state.get("course", {}).get("back_to") == step
-        arrived = _mark(next(method.parameters()).device)
-        snapshot = Snapshot(step, model, moments, text, trained, rewind_point, arrived)
+        synchronize = _record_event(next(method.parameters()).device)
+        snapshot = Snapshot(step, model, moments, text, trained, rewind_point, synchronize)
         self.writing = self.thread.submit(self._write, snapshot)
 
     def wait(self) -> str:
-        """Wait until nothing is being written.
-
-        Returns:
-            Why the last save failed; empty if it did not.
-        """
+        """Wait for the save in progress; returns why the last save failed, or an empty string."""
         if self.writing is not None:
             self.failure = self.writing.result()
             self.writing = None
         return self.failure
 
     def complete(self, step: int, model: dict[str, Tensor]) -> None:
-        """Write the encoder of a finished run, if it was killed between its last checkpoint and that.
+        """Write the encoder of a finished run that was killed after its last checkpoint, before the encoder.
 
         Args:
-            step: Updates made.
-            model: The method's state dict, of that checkpoint.
+            step: Number of updates.
+            model: State dict of the method, from the checkpoint.
 
         Raises:
-            SaveError: It cannot be written.
+            SaveError: The encoder cannot be written.
         """
         if not self.active or _encoder_step(self.folder / "encoder") == str(step):
             return
@@ -187,65 +183,66 @@ class Saver:
             raise SaveError(f"the encoder could not be written: {_reason(error)}") from error
 
     def kept(self) -> dict[int, str]:
-        """The checkpoints that stay, and why."""
+        """The steps whose checkpoints are kept, and why."""
         rules = self.recipe.checkpoint
         scores = monitor_scores(self.folder / "results.jsonl", rules.keep_best) if rules.keep_best else {}
-        reasons = reasons_to_keep(self.course, rules, self.steps_per_epoch, scores)
-        if self.recipe.guard.policy == "skip" and (points := self.rewind_points & self.course):
+        reasons = reasons_to_keep(self.steps_on_disk, rules, self.steps_per_epoch, scores)
+        if self.recipe.guard.policy == "skip" and (points := self.rewind_points & self.steps_on_disk):
             newest = max(points)
-            reasons[newest] = ", ".join(filter(None, [reasons.get(newest, ""), "to go back to"]))
+            reasons[newest] = ", ".join(filter(None, [reasons.get(newest, ""), "rewind point"]))
         return dict(sorted(reasons.items()))
 
-    def go_back(self, step: int) -> None:
-        """Count later checkpoints as of a course that was left: they go with the next save."""
-        self.course = {each for each in self.course if each <= step}
+    def rewind(self, step: int) -> None:
+        """Discard checkpoints after ``step``; the next save removes them."""
+        self.steps_on_disk = {saved for saved in self.steps_on_disk if saved <= step}
 
     def _write(self, snapshot: Snapshot) -> str:
-        """Write a snapshot, in the saver's thread; returns why it could not be, if so."""
+        """Write a snapshot, in the background thread; returns why it failed, or an empty string."""
         started = time.monotonic()
         try:
-            snapshot.arrived()
+            snapshot.synchronize()
             if name := snapshot.not_finite():
-                raise SaveError(f"{name} is not finite")  # never on the disk, where it would be taken for a good state
+                raise SaveError(f"{name} is not finite")  # a resumed run would continue from it
             self._write_checkpoint(snapshot)
             self._prune()
             self._write_encoder(snapshot.step, snapshot.model)
         except (OSError, SaveError) as error:
             failure = f"step {snapshot.step} could not be saved: {_reason(error)}"
-            there = saved_steps(self.checkpoints)
-            newest = f"{checkpoint_name(max(there))} is the newest checkpoint" if there else "there is no checkpoint"
-            self.say(f"WARNING: {failure}; {newest}")
+            saved = saved_steps(self.checkpoints)
+            newest = f"{checkpoint_name(max(saved))} is the newest checkpoint" if saved else "there is no checkpoint"
+            self.log_message(f"WARNING: {failure}; {newest}")
             return failure
         seconds = time.monotonic() - started
         if seconds > SLOW_SECONDS:
-            self.say(
-                f"WARNING: saving step {snapshot.step} took {seconds:.0f} s; a run that is asked to stop often has 30 s"
+            self.log_message(
+                f"WARNING: saving step {snapshot.step} took {seconds:.0f} s; launchers often kill a run 30 s after "
+                "they ask it to stop"
             )
         return ""
 
     def _write_checkpoint(self, snapshot: Snapshot) -> None:
-        for name in JOURNALS:  # a checkpoint never outlives the lines that lead to it
+        for name in LOGS:  # first, so that no checkpoint is newer than the logs on the disk
             if (self.folder / name).is_file():
                 sync(self.folder / name)
         self.checkpoints.mkdir(exist_ok=True)
         name = checkpoint_name(snapshot.step)
-        with atomic_folder(self.checkpoints / name) as aside:
+        with atomic_folder(self.checkpoints / name) as temporary:
             files = {
-                "model.safetensors": write_tensors(aside / "model.safetensors", snapshot.model),
-                "optimizer.safetensors": write_tensors(aside / "optimizer.safetensors", snapshot.optimizer),
-                "state.json": write_file(aside / "state.json", [snapshot.state.encode()]),
+                "model.safetensors": write_tensors(temporary / "model.safetensors", snapshot.model),
+                "optimizer.safetensors": write_tensors(temporary / "optimizer.safetensors", snapshot.optimizer),
+                "state.json": write_file(temporary / "state.json", [snapshot.state.encode()]),
             }
-            write_json(aside / "manifest.json", {"format": FORMAT, "files": files})
-        self.course.add(snapshot.step)
+            write_json(temporary / "manifest.json", {"format": FORMAT, "files": files})
+        self.steps_on_disk.add(snapshot.step)
         if snapshot.rewind_point:
             self.rewind_points.add(snapshot.step)
         replace_text(self.checkpoints / "latest", name + "\n")
 
     def _prune(self) -> None:
-        stay = self.kept()
-        for step in saved_steps(self.checkpoints) - stay.keys():
+        kept = self.kept()
+        for step in saved_steps(self.checkpoints) - kept.keys():
             remove(self.checkpoints / checkpoint_name(step))
-        self.course &= stay.keys()
+        self.steps_on_disk &= kept.keys()
 
     def _write_encoder(self, step: int, model: dict[str, Tensor]) -> None:
         prefix = f"{find_method(self.recipe.method_name).encoder_name}."
@@ -254,8 +251,8 @@ class Saver:
         write_encoder(self.config, tag, state, self.folder / "encoder", step=str(step))
 
 
-def _mark(device: torch.device) -> Callable[[], None]:
-    """A mark in the device's order of work, as a function that waits for it."""
+def _record_event(device: torch.device) -> Callable[[], None]:
+    """Record an event on the current stream; returns a function that waits for it."""
     if device.type != "cuda":
         return lambda: None
     event = torch.cuda.Event()
@@ -264,7 +261,7 @@ def _mark(device: torch.device) -> Callable[[], None]:
 
 
 def _encoder_step(folder: Path) -> str:
-    """Which step's encoder lies there, as written in the header of its weights."""
+    """The step of the encoder in a folder, from the header of its weights; empty if there is none."""
     try:
         with safe_open(folder / "model.safetensors", "pt") as file:
             return str((file.metadata() or {}).get("step"))

@@ -120,7 +120,7 @@ class RunMonitor:
         without = f", without {self.knn.left_out} images that cannot be read" if left_out else ""
         seconds = format_duration(time.monotonic() - started)
         logger.log_message(f"epoch {epoch:g}: kNN {accuracy:.2%}{without} ({seconds})")
-        return not logger.results.owed
+        return not logger.results.pending
 
     def _log_diagnostics(self, fields: dict[str, object], *, knn_measured: bool) -> None:
         """Write a line of diagnostics.jsonl, with the alarms of the kNN curve if a kNN of this step is in it."""

@@ -1,4 +1,4 @@
-"""What a run knows of its images: that they are the same after a resume, and which of them cannot be read."""
+"""The images of a run: check that they are the same when it is resumed, and record which cannot be read."""
 
 import json
 import math
@@ -18,103 +18,98 @@ from sslkit.distributed.collectives import gather_objects
 from sslkit.errors import UserError
 from sslkit.files.atomic import remove, replace_file, replace_text
 from sslkit.files.jsonl_reader import rows_of, step_of
-from sslkit.files.jsonl_writer import Lines
+from sslkit.files.jsonl_writer import JsonlWriter
 from sslkit.terminal import print_message
+from sslkit.text import pluralize
 
-DATA = "data.json"  # in the run folder: how many images it is of, and sums of them
-IMAGES = "images.parquet"  # in the run folder: the names of its images, in order
-SAMPLED = 64  # images whose content is remembered
-FEW = 4  # of a stream
+DATA = "data.json"  # in the run folder: number of images and digests
+IMAGES = "images.parquet"  # in the run folder: names of the images, in order
+NUM_DIGESTS = 64  # images whose content is recorded
+NUM_DIGESTS_STREAMED = 4
 MAX_BYTES = 100_000  # of data.json
-NAMED = 5  # images that a sentence names
+MAX_NAMED = 5  # images that a message names
 
 
 class BadSamples:
-    """The images that proved unreadable, each a line of bad_samples.jsonl: index, name, reason, epoch, step.
+    """The unreadable images of a run, one row of bad_samples.jsonl each: index, name, reason, epoch, step.
 
-    Every process knows the same ones; the first writes them. All must be made, and called, by all processes alike.
+    All processes know the same images; the first writes them. Every process must create an instance and make the same
+    calls.
 
     Args:
         folder: Run folder.
         source: Images of the run.
-        max_share: Share of them, rounded up to whole images, that may be bad.
-        start_step: Lines of later steps, left by a run that was killed, do not count.
+        max_share: Largest share of bad images, rounded up to whole images.
+        start_step: Rows of later steps, left by a killed run, do not count.
         active: Whether this process writes.
 
     Raises:
-        UserError: More are known to be bad than may be.
+        UserError: Too many images are bad.
     """
 
     def __init__(self, folder: Path, source: ImageSource, max_share: float, start_step: int, *, active: bool) -> None:
         self.file, self.source, self.active = folder / "bad_samples.jsonl", source, active
-        self.lines = Lines(self.file, print_message)
+        self.writer = JsonlWriter(self.file, print_message)
         self.max_share, self.allowed = max_share, math.ceil(max_share * len(source))
-        written = [
-            line
-            for line in rows_of(self.file)
-            if isinstance(line.get("index"), int)
-            and isinstance(line.get("name"), str)
-            and isinstance(line.get("reason"), str)
-            and step_of(line) <= start_step
-        ]
-        # The folder may be on the first process's machine only.
-        self.known = {line["index"]: line for lines in gather_objects(written) for line in lines}
+        recorded = [row for row in rows_of(self.file) if step_of(row) <= start_step]
+        # Only the machine of the first process may have the folder.
+        self.known = {row["index"]: row for rows in gather_objects(recorded) for row in rows}
         self._check()
 
     def drop_later(self, step: int) -> None:
-        """Remove the lines of steps after ``step`` from the file; they are not among the known ones."""
+        """Remove the rows of steps after ``step`` from the file."""
         if self.active:
-            self.lines.go_back(step)
+            self.writer.remove_after(step)
 
     def new_in(self, batch: Batch) -> int:
-        """How many of this process's bad images are not known yet."""
-        return len({each.index for each in batch.bad} - self.known.keys())
+        """Number of bad images of this process's batch that are not known yet."""
+        return len({image.index for image in batch.bad} - self.known.keys())
 
     def collect(self, batch: Batch, epoch: int, done: int) -> None:
-        """Gather all processes' new bad images of a step and write them down.
+        """Gather the new bad images of a step from all processes and record them.
 
         Args:
             batch: This process's part of the global batch.
-            epoch: The step's.
-            done: Updates made with it.
+            epoch: Epoch of the step.
+            done: Number of updates, including this step's.
 
         Raises:
-            UserError: Now there are more than may be.
+            UserError: Too many images are bad.
         """
-        here = {each.index: asdict(each) for each in batch.bad}
+        here = {image.index: asdict(image) for image in batch.bad}
         everywhere = {index: fields for part in gather_objects(here) for index, fields in part.items()}
         new = [everywhere[index] | {"epoch": epoch, "step": done} for index in sorted(everywhere.keys() - self.known)]
-        self.known |= {line["index"]: line for line in new}
-        for line in new if self.active else []:
-            self.lines.append(line)
+        self.known |= {row["index"]: row for row in new}
+        for row in new if self.active else []:
+            self.writer.append(row)
         self._check()
 
     def _check(self) -> None:
         if len(self.known) <= self.allowed:
             return
-        named = "; ".join(f"{line['name']} ({line['reason']})" for line in [*self.known.values()][:NAMED])
+        named = "; ".join(f"{row['name']} ({row['reason']})" for row in [*self.known.values()][:MAX_NAMED])
         raise UserError(
             f"{len(self.known)} of the {len(self.source)} images of {self.source.description} cannot be read, more "
-            f"than [data] max_bad_share = {self.max_share:g} allows ({self.allowed}), such as {named}; all are in "
-            f"{self.file}, and sslkit data check finds them beforehand"
+            f"than [data] max_bad_share = {self.max_share:g} allows ({self.allowed}), such as {named}; {self.file} "
+            "lists all, and sslkit data check finds them before training"
         )
 
 
-def same_images(folder: Path, source: ImageSource, max_share: float) -> tuple[ImageSource, list[str]]:
-    """The images that a run began with, for one that is continued.
+def restore_images(folder: Path, source: ImageSource, max_share: float) -> tuple[ImageSource, list[str]]:
+    """The images that a run started with, for a run that is resumed.
 
-    Files that are gone count as unreadable, and new ones are left out, so that the order of samples stays what it was.
+    Missing files count as unreadable and new files are ignored, so that the order of samples does not change.
 
     Args:
         folder: Run folder.
-        source: The images that are there now.
-        max_share: Share of them that may be gone; see `BadSamples`.
+        source: The images that exist now.
+        max_share: Largest share of missing images; see `BadSamples`.
 
     Returns:
-        The source to train on, and what the user should know of it.
+        The source to train on, and messages to log.
 
     Raises:
-        UserError: They are others, or too many are gone.
+        UserError: The images have changed, or too many are missing.
     """
     file = folder / DATA
     if not file.is_file() or not (folder / "recipe.toml").is_file():  # the recipe is written last
@@ -123,52 +118,55 @@ def same_images(folder: Path, source: ImageSource, max_share: float) -> tuple[Im
         if file.stat().st_size > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES} bytes")
         before = json.loads(file.read_text(encoding="utf-8"))
-        images, digest, sums = before["images"], before["names_sha256"], before.get("content", {})
-        if type(images) is not int or not isinstance(digest, str):
-            raise ValueError("no number of images or no sum of their names")
-        sums = {int(index): str(total) for index, total in sums.items()}
-        if any(index < 0 for index in sums):
-            raise ValueError("an image before the first")
+        count, digest, content = before["images"], before["names_sha256"], before.get("content", {})
+        if type(count) is not int or not isinstance(digest, str):
+            raise ValueError("images must be a number and names_sha256 a string")
+        content = {int(index): str(image) for index, image in content.items()}
+        if any(index < 0 for index in content):
+            raise ValueError("content has a negative index")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: not readable, so this run cannot be continued: {str(error)[:200]}") from error
-    said: list[str] = []
-    if images != len(source) or digest != names_digest(source):
-        found = _as_it_was(folder, source, max_share)
-        if found is None or len(found[0]) != images or names_digest(found[0]) != digest:
-            now = f"now {len(source)} are there" if images != len(source) else "now some have other names or sizes"
-            raise _changed(folder, source, f"when this run began, with {images} images; {now}")
-        source, said = found
-    _check_content(folder, source, sums)
-    return source, said
+    messages: list[str] = []
+    if count != len(source) or digest != names_digest(source):
+        found = _with_recorded_names(folder, source, max_share)
+        if found is None or len(found[0]) != count or names_digest(found[0]) != digest:
+            now = f"there are {len(source)} now" if count != len(source) else "some have other names or sizes now"
+            raise _changed(folder, source, f"it had {count} images, {now}")
+        source, messages = found
+    # Compare the content of a few images; one that cannot be read has no digest and is not compared.
+    for index, before in content.items():
+        if index < len(source) and (now := image_digest(source, index)) and now != before:
+            raise _changed(folder, source, f"{source.name(index)} has other content")
+    return source, messages
 
 
 def write_images(folder: Path, source: ImageSource) -> None:
-    """Write down which images a run begins with, for `same_images`: their names, and what some of them hold."""
+    """Record the names of the images that a run starts with, and digests of a few, for `restore_images`."""
     if (folder / DATA).is_file() and (folder / "recipe.toml").is_file():
         return
-    for left in (DATA, IMAGES):  # by a start that ended before it was a run
-        remove(folder / left)
+    for name in (DATA, IMAGES):  # left by a start that was killed before it wrote the recipe
+        remove(folder / name)
     if source.root:
         stream = pa.BufferOutputStream()
         parquet.write_table(pa.table({"name": _names(source)}), stream, compression="zstd")
         replace_file(folder / IMAGES, [stream.getvalue().to_pybytes()])
-    sampled = SAMPLED if source.table.random_access else FEW  # each takes a row group to read
-    digests = {str(index): image_digest(source, index) for index in spread_sample(len(source), sampled)}
+    num_digests = NUM_DIGESTS if source.table.random_access else NUM_DIGESTS_STREAMED  # each reads a row group
+    digests = {str(index): image_digest(source, index) for index in spread_sample(len(source), num_digests)}
     content = {index: digest for index, digest in digests.items() if digest}
     fields = {"images": len(source), "names_sha256": names_digest(source), "content": content}
     replace_text(folder / DATA, json.dumps(fields) + "\n")
 
 
 def recorded_names_digest(folder: Path) -> str:
-    """The sum of the images' names that a run folder has written down; empty if it has none."""
+    """The digest of the image names that a run folder has recorded; empty if there is none."""
     try:
         return str(json.loads((folder / DATA).read_text(encoding="utf-8"))["names_sha256"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 
-def _as_it_was(folder: Path, source: ImageSource, max_share: float) -> tuple[ImageSource, list[str]] | None:
-    """The source by the names that were written down, if they were and all lie below a folder."""
+def _with_recorded_names(folder: Path, source: ImageSource, max_share: float) -> tuple[ImageSource, list[str]] | None:
+    """The source with the recorded names; None if there are none, or the images are not files below one folder."""
     try:
         if not source.root or not stat.S_ISREG((folder / IMAGES).lstat().st_mode):
             return None
@@ -180,21 +178,15 @@ def _as_it_was(folder: Path, source: ImageSource, max_share: float) -> tuple[Ima
         return None
     gone, new = sorted(before - now), len(now - before)
     if len(gone) > math.ceil(max_share * len(before)):
-        how = f"{len(gone)} of {len(before)} images are gone, {_few(gone)}"
-        raise _changed(folder, source, f"since this run began: {how}")
-    said = []
+        raise _changed(folder, source, f"{len(gone)} of {len(before)} images are missing, {_examples(gone)}")
+    messages = []
     if gone:
-        said.append(f"{len(gone)} images are gone since this run began and count as unreadable, {_few(gone)}")
+        verb = "is missing and counts" if len(gone) == 1 else "are missing and count"
+        messages.append(f"{pluralize(len(gone), 'image')} of this run {verb} as unreadable, {_examples(gone)}")
     if new:
-        said.append(f"{new} images are new since this run began and are left out")
-    return replace(source, table=MappedTable(table_of(names, source.root))), said
-
-
-def _check_content(folder: Path, source: ImageSource, sums: dict[int, str]) -> None:
-    """See that a spread sample of the images still holds what it held; what cannot be read is another matter."""
-    for index, before in sums.items():
-        if index < len(source) and (now := image_digest(source, index)) and now != before:
-            raise _changed(folder, source, f"since this run began: {source.name(index)} holds something else")
+        verb = "was added after this run started and is" if new == 1 else "were added after this run started and are"
+        messages.append(f"{pluralize(new, 'image')} {verb} ignored")
+    return replace(source, table=MappedTable(table_of(names, source.root))), messages
 
 
 def _names(source: ImageSource) -> pa.ChunkedArray:
@@ -202,12 +194,12 @@ def _names(source: ImageSource) -> pa.ChunkedArray:
     return pa.chunked_array([pa.array(paths, pa.string())])
 
 
-def _few(names: list[str]) -> str:
-    return "such as " + ", ".join(map(printable, names[:NAMED]))
+def _examples(names: list[str]) -> str:
+    return "such as " + ", ".join(map(printable, names[:MAX_NAMED]))
 
 
-def _changed(folder: Path, source: ImageSource, how: str) -> UserError:
+def _changed(folder: Path, source: ImageSource, change: str) -> UserError:
     return UserError(
-        f"[data] path: {source.description} is not what it was {how}; put the images back, or go on in another folder "
-        f"with --resume {folder}"
+        f"[data] path: {source.description} has changed since this run started: {change}; restore the images, or "
+        f"continue in another folder with --resume {folder}"
     )

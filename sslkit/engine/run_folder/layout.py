@@ -1,4 +1,4 @@
-"""The run folder: whether it may be written to, what it holds to continue from, and what is read from it."""
+"""Check a run folder before it is written to, find the checkpoint to resume from, and write the recipe into it."""
 
 import importlib.metadata
 import os
@@ -14,7 +14,7 @@ from sslkit.data.formats.folder_listing import printable, to_text
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.engine.checkpoint.format import Checkpoint, newest_checkpoint, read_checkpoint
 from sslkit.engine.resilience.preemption import remove_marker
-from sslkit.engine.run_folder.dataset_identity import DATA, IMAGES, recorded_names_digest, same_images, write_images
+from sslkit.engine.run_folder.dataset_identity import DATA, IMAGES, recorded_names_digest, restore_images, write_images
 from sslkit.engine.run_folder.lock import PROBE, prepare_folder
 from sslkit.errors import UserError, check_path
 from sslkit.files.atomic import refuse_links, replace_text
@@ -23,14 +23,14 @@ from sslkit.files.run_reader import LOCK
 from sslkit.recipe.resolve import Recipe, as_saved, build_recipe, changes, read_tables
 from sslkit.recipe.schema import check_plain
 
-# What a first start writes before the recipe: whole, and aside; an earlier version wrote the recipe as .recipe.tmp.
+# Files that a start writes before the recipe, and their temporary names. An earlier version used .recipe.tmp.
 FIRST_FILES = (
     *(LOCK, PROBE, ".recipe.tmp"),
     *(DATA, IMAGES),
     *(f".{name}.tmp" for name in (DATA, IMAGES, "recipe.toml")),
 )
-NAMED = 20  # differences that a sentence names
-# Keys that do not change what is learned; a run may be continued with others.
+MAX_LISTED = 20  # changed keys that a message lists
+# Keys that do not change what is learned; a run may be resumed with other values.
 FREE_KEYS = (
     *("data.workers", "data.worker_timeout", "data.max_bad_share"),
     *("train.max_steps", "train.processes", "train.shard", "train.log_every"),
@@ -43,9 +43,9 @@ class Run:
     """A run folder.
 
     Attributes:
-        folder: Where it lies.
-        step: Updates made.
-        stopped: Why it stopped before its end, though it could go on; empty if it did not.
+        folder: Its path.
+        step: Number of updates.
+        stopped: Why the run stopped before its end and can be resumed; empty if it is finished.
     """
 
     folder: Path
@@ -53,18 +53,22 @@ class Run:
     stopped: str = ""
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
+        """The rows of metrics.jsonl."""
         return rows_of(self.folder / "metrics.jsonl")
 
     def results(self) -> list[dict[str, Any]]:
-        """The lines of results.jsonl."""
+        """The rows of results.jsonl."""
         return rows_of(self.folder / "results.jsonl")
 
 
 def check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
-    """Refuse a folder that is not ours to write to, before anything is written.
+    """Refuse a folder that cannot be used for this recipe, before anything is written.
 
-    A run begins with its ``recipe.toml``. A folder that holds only what a start writes before it counts as empty.
+    A folder is a run once it has ``recipe.toml``. One with only the files that a start writes before it counts as
+    empty.
+
+    Raises:
+        UserError: The folder cannot be written to, is not a run, or holds a run of another recipe.
     """
     check_path(folder, "--output")
     check_path(resume, "--resume")
@@ -78,8 +82,8 @@ def check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
     if not filled:
         return
     refuse_links(folder)
-    saved, others = folder / "recipe.toml", _not_of_a_first_start(folder)
-    if not saved.is_file():  # asked last, as another start may be writing it
+    saved, others = folder / "recipe.toml", _foreign_entries(folder)
+    if not saved.is_file():  # checked last, because another start may be writing it
         if others:
             raise UserError(
                 f"--output {folder}: holds something that is not a run, such as {printable(to_text(others[0]))}; "
@@ -91,16 +95,16 @@ def check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
     try:
         before = read_tables(saved)
     except UserError as error:
-        raise UserError(f"{error}, so this run cannot be continued") from error
+        raise UserError(f"{error}; without it this run cannot be resumed") from error
     if changed := _changed(before, recipe):
         raise UserError(
-            f"--output {folder}: holds a run of another recipe; choose another folder, continue the run by its own "
-            f"recipe ({folder / 'recipe.toml'}), or undo: {_in_short(changed)}"
+            f"--output {folder}: holds a run of another recipe; choose another folder, resume with its own recipe "
+            f"({folder / 'recipe.toml'}), or undo: {_list_changes(changed)}"
         )
 
 
-def _not_of_a_first_start(folder: Path) -> list[str]:
-    """What lies in a folder without a recipe beside what a first start writes, which may have been killed at it."""
+def _foreign_entries(folder: Path) -> list[str]:
+    """The entries of a folder without a recipe that no start, even one that was killed, has written."""
     checkpoints = folder / "checkpoints"
     others = [entry for entry in folder.iterdir() if not (entry.is_file() and entry.name in FIRST_FILES)]
     if checkpoints in others and checkpoints.is_dir():
@@ -110,36 +114,40 @@ def _not_of_a_first_start(folder: Path) -> list[str]:
 
 
 def _changed(before: dict[str, Any], recipe: Recipe) -> list[str]:
-    """The keys in which a recipe differs from that of an earlier start, but for those that are free to change."""
+    """The keys in which a recipe differs from the saved one, except `FREE_KEYS`."""
     return [line for line in changes(with_defaults(before), recipe.as_tables()) if not line.startswith(FREE_KEYS)]
 
 
-def as_begun(folder: Path, recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """The recipe as a run in ``folder`` began with it, where its keys are older than the recipe's, and what to say."""
+def keep_background(folder: Path, recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """Set ``[data] background`` to "keep" for a run that started before the key existed, unless the recipe states it.
+
+    Returns:
+        The recipe, and messages to log.
+    """
     saved = folder / "recipe.toml"
     if "background" in recipe.data.model_fields_set or not saved.is_file():
         return recipe, []
     try:
         before = read_tables(saved).get("data")
-    except UserError:  # which `check_folder` reports
+    except UserError:  # `check_folder` reports it
         return recipe, []
-    # An earlier continuation has written the key down, so that it is there and the recipe still does not name it.
+    # The key is in the saved recipe if the run was resumed before.
     if not isinstance(before, dict) or before.get("background", KEEP) != KEEP:
         return recipe, []
     recipe = replace(recipe, data=recipe.data.model_copy(update={"background": KEEP}))
     return recipe, [
-        f'{folder} began with [data] background = "keep", as every run did before that key existed: it goes on as it '
-        "began; another background needs a new folder"
+        f'{folder}: this run started with [data] background = "keep", the only behaviour before the key existed, and '
+        "keeps it; another background needs a new folder"
     ]
 
 
-def _in_short(lines: list[str]) -> str:
-    more = f"; and {len(lines) - NAMED} more" if len(lines) > NAMED else ""
-    return "; ".join(line[:200] for line in lines[:NAMED]) + more
+def _list_changes(lines: list[str]) -> str:
+    more = f"; and {len(lines) - MAX_LISTED} more" if len(lines) > MAX_LISTED else ""
+    return "; ".join(line[:200] for line in lines[:MAX_LISTED]) + more
 
 
 def with_defaults(tables: dict[str, Any]) -> dict[str, Any]:
-    """A recipe of an earlier version with the keys that it did not have yet; as it is, if it no longer is one."""
+    """The tables of a saved recipe with defaults for newer keys; unchanged if the recipe is no longer valid."""
     try:
         return build_recipe(as_saved(tables)).as_tables()
     except UserError:
@@ -147,82 +155,86 @@ def with_defaults(tables: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a start found in its folder.
+class FolderContents:
+    """What a run folder determines about a start.
 
     Attributes:
-        source: The images to train on: those the run began with, if there is one.
-        checkpoint: What to continue from; None: from the start.
-        remarks: What the user should know of it.
+        source: The images to train on: those that the run started with, if there is one.
+        checkpoint: The checkpoint to resume from; None starts from scratch.
+        messages: Messages to log.
     """
 
     source: ImageSource
     checkpoint: Checkpoint | None
-    remarks: list[str]
+    messages: list[str]
 
 
-def look_into(folder: Path, recipe: Recipe, resume: str, source: ImageSource) -> Found:
-    """Look at all in a folder that decides how a start goes on; it must be held, so that no other run changes it.
+def inspect_folder(folder: Path, recipe: Recipe, resume: str, source: ImageSource) -> FolderContents:
+    """Check a locked run folder and find its images and the checkpoint to resume from.
 
     Args:
         folder: Run folder.
-        recipe: What to train.
-        resume: See `sslkit.engine.setup.train`.
-        source: The images that are there now.
+        recipe: The recipe to train.
+        resume: See `sslkit.engine.trainer.train`.
+        source: The images that exist now.
 
     Raises:
-        UserError: The folder is not ours to write to, or what it holds cannot be continued so.
+        UserError: The folder cannot be used, or its run cannot be resumed with this recipe and these images.
     """
     check_folder(folder, recipe, resume)
-    source, remarks = same_images(folder, source, recipe.data.max_bad_share)
-    checkpoint, complaints = find_checkpoint(folder, recipe, resume)
-    return Found(source, checkpoint, [*remarks, *complaints])
+    source, messages = restore_images(folder, source, recipe.data.max_bad_share)
+    checkpoint, problems = find_checkpoint(folder, recipe, resume)
+    return FolderContents(source, checkpoint, [*messages, *problems])
 
 
 def find_checkpoint(folder: Path, recipe: Recipe, resume: str) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint to continue from, if any, and a sentence for each broken one passed over."""
+    """The checkpoint to resume from, if any, and a message for each damaged one that was skipped."""
     if resume in ("auto", "never"):
         newest, broken = newest_checkpoint(folder / "checkpoints")
         if newest is not None:
-            check_own(newest, folder, recipe)
+            check_saved_by_run(newest, folder, recipe)
         return newest, broken
     path = Path(resume)
-    complaints: list[str] = []
+    problems: list[str] = []
     if (path / "manifest.json").is_file():
         checkpoint = read_checkpoint(path)
     else:
-        found, complaints = newest_checkpoint(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+        found, problems = newest_checkpoint(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
         if found is None:
-            raise UserError(f"--resume {resume}: no checkpoint there; give a run or checkpoint folder, auto or never")
+            raise UserError(f"--resume {resume}: has no checkpoint; give a run or checkpoint folder, auto or never")
         checkpoint = found
     check_plain(checkpoint.state["recipe"], f"--resume {resume}: its recipe:")
     differing = changes(with_defaults(checkpoint.state["recipe"]), recipe.as_tables())
     unfit = [line for line in differing if line.startswith(("method.", "backbone.", "optim.name", "optim.exclude"))]
     if unfit:
-        raise UserError(f"--resume {resume}: was trained by another recipe, which must agree in: {_in_short(unfit)}")
-    return checkpoint, complaints
+        raise UserError(
+            f"--resume {resume}: was trained by another recipe; these keys must be the same: {_list_changes(unfit)}"
+        )
+    return checkpoint, problems
 
 
-def check_own(checkpoint: Checkpoint, folder: Path, recipe: Recipe) -> None:
-    """See that a checkpoint in a run folder was saved by this run, and not by another from which it was copied.
+def check_saved_by_run(checkpoint: Checkpoint, folder: Path, recipe: Recipe) -> None:
+    """Check that a checkpoint in a run folder was saved by this run, not copied from another.
 
     Raises:
-        UserError: It was not; names the keys of the recipe that differ.
+        UserError: It was saved by another run; names the keys that differ.
     """
     check_plain(checkpoint.state["recipe"], f"{checkpoint.folder}: its recipe:")
-    cure = "move it away to continue from the one before it, or train from it in another folder by --resume"
+    remedy = "move it away to resume from an earlier checkpoint, or train from it in another folder with --resume"
     if changed := _changed(checkpoint.state["recipe"], recipe):
-        raise UserError(f"{checkpoint.folder}: was saved by a run of another recipe: {_in_short(changed)}; {cure}")
+        raise UserError(
+            f"{checkpoint.folder}: was saved by a run of another recipe: {_list_changes(changed)}; {remedy}"
+        )
     images = checkpoint.state.get("images")
     if images and (ours := recorded_names_digest(folder)) and images != ours:
-        raise UserError(f"{checkpoint.folder}: was saved by a run on other images; {cure}")
+        raise UserError(f"{checkpoint.folder}: was saved by a run on other images; {remedy}")
 
 
 def open_folder(folder: Path, recipe: Recipe, accelerator: Accelerator, source: ImageSource) -> None:
-    """Make a held folder the recipe's run, or see that it still is; the first process does.
+    """Write the recipe and the names of the images into a locked run folder; the first process does.
 
     Raises:
-        UserError: It cannot be written to.
+        UserError: The folder cannot be written to.
     """
     if not accelerator.is_main_process:
         return
@@ -233,7 +245,7 @@ def open_folder(folder: Path, recipe: Recipe, accelerator: Accelerator, source: 
     header += f"# processes {accelerator.num_processes}, {accelerator.device.type}\n"
     try:
         write_images(folder, source)
-        replace_text(folder / "recipe.toml", f"{header}\n{recipe.to_toml()}")  # last: with it the folder is a run
+        replace_text(folder / "recipe.toml", f"{header}\n{recipe.to_toml()}")  # last: it makes the folder a run
         remove_marker(folder)
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be written to: {error}") from error

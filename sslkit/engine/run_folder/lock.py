@@ -1,4 +1,4 @@
-"""One run at a time in a folder: a lock that names who holds it, and that a killed process cannot leave behind."""
+"""The lock of a run folder, which only one run may use at a time. A killed process does not leave it behind."""
 
 import errno
 import fcntl
@@ -11,13 +11,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sslkit.errors import UserError
-from sslkit.files.atomic import sweep, write_file
+from sslkit.files.atomic import remove_temporary, write_file
 from sslkit.files.run_reader import LOCK
 
 PROBE = ".probe.tmp"
-ATTEMPTS = 100  # at opening the lock while others remove the folder
-# What a run writes in its folder. Other commands write there too, maybe now: what they have aside is theirs.
-WRITTEN = (
+MAX_ATTEMPTS = 100  # to open the lock while other processes remove the folder
+# Files that a run writes. Temporary files of other commands, which may be running, are left alone.
+RUN_FILES = (
     *("probe", "recipe", "recipe.toml", "data.json", "images.parquet", "track.json", "PREEMPTED"),
     *("metrics.jsonl", "results.jsonl", "diagnostics.jsonl", "bad_samples.jsonl", "encoder", "encoder.old"),
 )
@@ -26,48 +26,48 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @contextmanager
 def hold_folder(folder: Path, *, active: bool = True) -> Iterator[list[str]]:
-    """Create a run folder and hold its lock. Folders that were made for it and are still empty go on leaving.
+    """Create a run folder and lock it. Folders that were created and are still empty are removed on exit.
 
-    The lock is the kernel's, on ``.lock``: it goes with the process, however that ends, and is not inherited by data
-    workers. Process and host stand in the file for whoever finds it taken. Over NFS it holds between hosts.
+    The kernel holds the lock, on the file ``.lock``. It ends with the process, data workers do not inherit it, and over
+    NFS it works between hosts. The file names the process and host that hold it.
 
     Args:
         folder: Run folder.
-        active: False on all processes but the first, for which this does nothing.
+        active: False on all processes but the first; nothing is done then.
 
     Yields:
-        A sentence if the folder was taken over from a process that is gone.
+        Messages: whose lock was taken over, or that there are no locks.
 
     Raises:
-        UserError: Another process trains there, or it cannot be written to.
+        UserError: Another process trains in the folder, or it cannot be written to.
     """
     if not active:
         yield []
         return
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     descriptor = None
     try:
-        descriptor, said = _take(folder)
-        yield said
+        descriptor, messages = _take(folder)
+        yield messages
     finally:
         with suppress(OSError):
             if descriptor is not None:
-                (folder / LOCK).unlink()  # before it is released, else it could be another's
+                (folder / LOCK).unlink()  # before the lock is released, or it could be another run's file
         with suppress(OSError):
-            for each in missing:
-                each.rmdir()
+            for path in missing:
+                path.rmdir()
         if descriptor is not None:
             os.close(descriptor)
 
 
 def _take(folder: Path) -> tuple[int, list[str]]:
     try:
-        descriptor, said = _open_locked(folder)
+        descriptor, messages = _open_locked(folder)
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be written to: {error.strerror}") from error
     try:
-        if left := _holder(descriptor):
-            said.append(f"{folder}: taken over from {left}, which is gone")
+        if previous := _holder(descriptor):
+            messages.append(f"{folder}: taken over from {previous}, which has ended")
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode(), 0)
     except OSError as error:
@@ -75,31 +75,26 @@ def _take(folder: Path) -> tuple[int, list[str]]:
             (folder / LOCK).unlink()
         os.close(descriptor)
         raise UserError(f"--output {folder}: cannot be written to: {error.strerror}") from error
-    return descriptor, said
+    return descriptor, messages
 
 
 def _open_locked(folder: Path) -> tuple[int, list[str]]:
-    """Lock the file that bears the name. Whoever held it last may have removed the one that was opened, or the folder.
-
-    Raises:
-        OSError: It cannot be created.
-        UserError: It is locked.
-    """
+    """Open and lock the lock file. Tries again if the last holder removed the file or the folder meanwhile."""
     file = folder / LOCK
     for attempt in itertools.count(1):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except FileNotFoundError:
-            if attempt == ATTEMPTS:
+            if attempt == MAX_ATTEMPTS:
                 raise
             continue
-        said = _lock(descriptor, folder)
+        messages = _lock(descriptor, folder)
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), file.stat()):
                 break
         os.close(descriptor)
-    return descriptor, said
+    return descriptor, messages
 
 
 def _lock(descriptor: int, folder: Path) -> list[str]:
@@ -108,7 +103,7 @@ def _lock(descriptor: int, folder: Path) -> list[str]:
     except OSError as error:
         holder = _holder(descriptor) or "another process"
         if error.errno in NO_LOCKS:
-            return [f"{folder}: this file system has no locks; see to it that no second run uses the folder"]
+            return [f"{folder}: this file system has no locks; do not start a second run in this folder"]
         os.close(descriptor)
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             raise
@@ -119,7 +114,7 @@ def _lock(descriptor: int, folder: Path) -> list[str]:
 
 
 def _holder(descriptor: int) -> str:
-    """Who wrote the lock file, in words; empty if nobody did."""
+    """The process that the lock file names; empty if there is none."""
     try:
         entry = json.loads(os.pread(descriptor, 4096, 0))
         return f"process {int(entry['pid'])} on {entry['host']}"
@@ -128,7 +123,7 @@ def _holder(descriptor: int) -> str:
 
 
 def prepare_folder(folder: Path) -> None:
-    """See that a folder that is held takes a checkpoint, and sweep what a killed run left aside.
+    """Check that a locked run folder can be written to, and remove temporary files of a killed run.
 
     Raises:
         UserError: It cannot be written to.
@@ -136,10 +131,10 @@ def prepare_folder(folder: Path) -> None:
     try:
         checkpoints = folder / "checkpoints"
         checkpoints.mkdir(exist_ok=True)
-        for place in (folder, checkpoints):
+        for parent in (folder, checkpoints):
             try:
-                write_file(place / PROBE, [bytes(4096)])
+                write_file(parent / PROBE, [bytes(4096)])
             finally:
-                sweep(place, WRITTEN if place == folder else ("*",))
+                remove_temporary(parent, RUN_FILES if parent == folder else ("*",))
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be written to: {error.strerror}") from error
