@@ -1,6 +1,6 @@
 """The task of a submitted job: join the process group, train, and report the result as exit code.
 
-Heavy imports come after the signal handlers are set. submitit pickles `Pretraining` by module and fields, so a job that
+Heavy imports come after the signal handlers are set. submitit stores `Pretraining` by module and fields, so a job that
 waited in the queue for days runs the recipe as it was when it was submitted.
 """
 

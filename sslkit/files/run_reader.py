@@ -92,9 +92,7 @@ class RunReader:
         holder = "a process"
         try:
             with open_regular(self.folder / LOCK) as descriptor:
-                with suppress(ValueError, KeyError, TypeError, RecursionError):
-                    entry = json.loads(os.pread(descriptor, MAX_TEXT, 0))
-                    holder = f"process {int(entry['pid'])} on {sanitize(str(entry['host'])[:100])}"
+                holder = lock_holder(descriptor) or holder
                 return _is_locked(descriptor), holder
         except FileNotFoundError:
             return False, ""
@@ -117,6 +115,14 @@ def read_regular(file: Path, max_bytes: int) -> bytes:
     """
     with open_regular(file) as descriptor:
         return os.pread(descriptor, max_bytes, 0)
+
+
+def lock_holder(descriptor: int) -> str:
+    """The text "process PID on HOST" from a lock file; empty if it names no process."""
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        entry = json.loads(os.pread(descriptor, MAX_TEXT, 0))
+        return f"process {int(entry['pid'])} on {sanitize(str(entry['host'])[:100])}"
+    return ""
 
 
 def _is_locked(descriptor: int) -> bool:

@@ -271,7 +271,7 @@ def test_a_run_says_it_and_an_older_one_goes_on_as_it_began(
     del tables["data"]["background"]
     assert sslkit.train(build_recipe(tables), run).step == 2
     said = capsys.readouterr()
-    assert 'began with [data] background = "keep"' in said.out + said.err
+    assert 'this run started with [data] background = "keep"' in said.out + said.err
     assert read_tables(run / "recipe.toml")["data"]["background"] == "keep"
     sslkit.train(tiny(folder), run)  # again, now that the key is written down
     assert read_tables(run / "recipe.toml")["data"]["background"] == "keep"

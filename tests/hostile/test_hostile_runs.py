@@ -128,7 +128,7 @@ def test_the_door_says_it_in_one_sentence(run: Path, case: str) -> None:
     save_file(tensors, run / STEP / "optimizer.safetensors")
     resign(run / STEP)
     error = refused(run)
-    assert "step-00000002" in error or "the checkpoint's optimizer has" in error
+    assert "step-00000002" in error or "the checkpoint's optimizer state has" in error
 
 
 def test_the_next_older_checkpoint_is_taken_for_one_that_lies(run: Path) -> None:

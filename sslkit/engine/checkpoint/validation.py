@@ -62,17 +62,15 @@ def check_weights(model: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> No
     for name, tensor in held.items():
         expected, found = _kind(tensor), _kind(model[name]) if name in model else "missing"
         if found != expected:
-            raise UserError(
-                f"the weights of the checkpoint do not fit this recipe: {name} is {found}, must be {expected}"
-            )
+            raise UserError(f"the checkpoint's weights do not fit this recipe: {name} is {found}, must be {expected}")
     for name, tensor in model.items():
         if name not in held:
-            raise UserError(f"the weights of the checkpoint do not fit this recipe, which has no {name:.100}")
+            raise UserError(f"the checkpoint's weights do not fit this recipe, which has no {name:.100}")
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             continue
         numbers = tensor.double()
         if not ((numbers >= 0) & (numbers < MAX_COUNT)).all():
-            raise UserError(f"{name:.100} of the checkpoint must be counts, from 0 to 2^53")
+            raise UserError(f"the checkpoint's {name:.100} must be counts, from 0 to 2^53")
 
 
 def _kind(tensor: Tensor) -> str:
@@ -109,7 +107,7 @@ def check_optimizer(
     for name, saved in found.items():
         if name not in params or saved != set(slots):
             raise UserError(
-                f"the optimizer state of the checkpoint has {', '.join(sorted(saved)):.100} of {name!r:.100}; this "
+                f"the checkpoint's optimizer state has {', '.join(sorted(saved)):.100} of {name!r:.100}; this "
                 f"recipe needs {', '.join(slots)} of each trained parameter"
             )
     _check_complete(set(found), tensors, state, params, optimizer)
@@ -125,12 +123,12 @@ def _check_complete(
     slots = ", ".join(SLOTS[type(optimizer).__name__])
     for name in params:
         if name not in found and not _may_be_missing(name, state, optimizer, nothing=not found):
-            raise UserError(f"the optimizer state of the checkpoint has no {slots} of {name!r:.100}")
+            raise UserError(f"the checkpoint's optimizer state has no {slots} of {name!r:.100}")
     if type(optimizer).__name__ == "Lamb":
         ids = {id(params[name]) for name in found}
         for index, group in enumerate(optimizer.param_groups):
             if f"{GROUP}{index}/step" not in tensors and not ids.isdisjoint(map(id, group["params"])):
-                raise UserError(f"the optimizer state of the checkpoint has no step count of {GROUP}{index}")
+                raise UserError(f"the checkpoint's optimizer state has no step count of {GROUP}{index}")
 
 
 def _may_be_missing(name: str, state: Mapping[str, Any], optimizer: Optimizer, *, nothing: bool) -> bool:
@@ -162,7 +160,7 @@ def _check_scaler(scaler: Any) -> None:
 
 def _check_group(name: str, slot: str, tensor: Tensor, count: int) -> None:
     if name.removeprefix(GROUP) not in map(str, range(count)) or slot != "step":
-        raise UserError(f"the optimizer state of the checkpoint has {name:.50}/{slot:.50}, which this recipe does not")
+        raise UserError(f"the checkpoint's optimizer state has {name:.50}/{slot:.50}, which this recipe does not")
     _check_step(name, tensor)
 
 

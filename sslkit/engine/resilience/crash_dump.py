@@ -35,8 +35,8 @@ def try_to_write_crash_dump(
         run_folder: Where ``capsules/`` is.
         step: Number of the step, from 0.
         problem: Why it was refused.
-        loss: Of the step.
-        grad_norm: Of the step.
+        loss: Loss of the step.
+        grad_norm: Gradient norm of the step.
 
     Returns:
         The folder of the dump, on every process. Empty if there is none: the previous step was bad too, there are

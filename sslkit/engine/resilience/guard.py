@@ -53,8 +53,8 @@ class Guard:
         """Say what is wrong with a step; empty if nothing is.
 
         Args:
-            loss: Of the global batch.
-            grad_norm: Over all parameters; None under a gradient scaler, which expects overflows and skips them itself.
+            loss: Loss of the global batch.
+            grad_norm: Gradient norm of all parameters; None under a gradient scaler, which skips overflows itself.
         """
         if not math.isfinite(loss):
             return f"the loss is {loss}"

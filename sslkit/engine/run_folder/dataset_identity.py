@@ -125,7 +125,7 @@ def restore_images(folder: Path, source: ImageSource, max_share: float) -> tuple
         if any(index < 0 for index in content):
             raise ValueError("content has a negative index")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file}: not readable, so this run cannot be continued: {str(error)[:200]}") from error
+        raise UserError(f"{file}: not readable, so this run cannot be resumed: {str(error)[:200]}") from error
     messages: list[str] = []
     if count != len(source) or digest != names_digest(source):
         found = _with_recorded_names(folder, source, max_share)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sslkit.errors import UserError
 from sslkit.files.atomic import remove_temporary, write_file
-from sslkit.files.run_reader import LOCK
+from sslkit.files.run_reader import LOCK, lock_holder
 
 PROBE = ".probe.tmp"
 MAX_ATTEMPTS = 100  # to open the lock while other processes remove the folder
@@ -66,7 +66,7 @@ def _take(folder: Path) -> tuple[int, list[str]]:
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be written to: {error.strerror}") from error
     try:
-        if previous := _holder(descriptor):
+        if previous := lock_holder(descriptor):
             messages.append(f"{folder}: taken over from {previous}, which has ended")
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode(), 0)
@@ -101,7 +101,7 @@ def _lock(descriptor: int, folder: Path) -> list[str]:
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        holder = _holder(descriptor) or "another process"
+        holder = lock_holder(descriptor) or "another process"
         if error.errno in NO_LOCKS:
             return [f"{folder}: this file system has no locks; do not start a second run in this folder"]
         os.close(descriptor)
@@ -111,15 +111,6 @@ def _lock(descriptor: int, folder: Path) -> list[str]:
             f"--output {folder}: {holder} is training there; wait for it, stop it, or choose another folder"
         ) from None
     return []
-
-
-def _holder(descriptor: int) -> str:
-    """The process that the lock file names; empty if there is none."""
-    try:
-        entry = json.loads(os.pread(descriptor, 4096, 0))
-        return f"process {int(entry['pid'])} on {entry['host']}"
-    except (ValueError, KeyError, TypeError):
-        return ""
 
 
 def prepare_folder(folder: Path) -> None:
