@@ -58,7 +58,7 @@ ONLY_READ = {
     "--node_rank 0": "waits for a second machine; tests/cluster has two",
     "--machine_rank 0": "waits for a second machine; tests/cluster reads its file",
     "mocov3_continue": "downloads weights",
-    "bench mocov3_vits": "a ViT-S's work on 224 pixels; tests/bench runs it small",
+    "bench mocov3_vits": "a ViT-S's work on 224 pixels; tests/profiling runs it small",
     "doctor mocov3_vits": "a ViT-S's work on 224 pixels; tests/doctor runs it small",
     "eval detect": "minutes to hours; tests/evaluate runs it small",
     "--format detectron2": "needs a ResNet's run; tests/publish has it",

@@ -143,3 +143,14 @@ def test_files_and_functions_stay_short() -> None:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < 60, f"{file}: {node.name}"
+
+
+def test_no_function_has_more_than_eight_parameters() -> None:
+    many = []
+    for file in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                names = [each.arg for each in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]]
+                if len(set(names) - {"self", "cls"}) > 8:
+                    many.append(f"{file.relative_to(ROOT)}: {node.name}")
+    assert not many, many

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,7 +32,13 @@ from sslkit.files.run_reader import RunReader
 from sslkit.terminal import print_message
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sslkit.data.sources.image_source import DataConfig
+    from sslkit.evaluate import KnnProtocol, TransferOptions
     from sslkit.evaluate.compare_scores import Row
+    from sslkit.evaluate.detection.detector_training import DetectProtocol
+    from sslkit.evaluate.probes.sweep import SweepProtocol
 
 eval_app = typer.Typer(
     help="Evaluate an encoder, with or without labels.",
@@ -41,37 +47,45 @@ eval_app = typer.Typer(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class KnnSettings:
+    """Neighbours and their weights."""
+
+    k: Annotated[str, typer.Option(help="Number of neighbours, or several such as 10,20,200 at no extra cost.")] = "20"
+    temperature: Annotated[
+        str, typer.Option(help="Neighbours are weighted by exp(similarity / temperature); one number or several.")
+    ] = "0.07"
+    protocol: Annotated[str, typer.Option(help="dino or instdisc: sets k and temperature.")] = ""
+    centre: Annotated[bool, typer.Option("--centre", help="Subtract the bank's mean first (in no paper).")] = False
+
+    def protocols(self) -> "list[KnnProtocol]":
+        """One protocol for each pair of k and temperature."""
+        from sslkit.evaluate import KnnProtocol
+
+        if self.protocol:
+            return [dataclasses.replace(each, centre=self.centre) for each in KnnProtocol.from_name(self.protocol)]
+        neighbours = parse_numbers("--k", self.k, int)
+        temperatures = parse_numbers("--temperature", self.temperature, float)
+        return [KnnProtocol(k, each, self.centre) for k, each in itertools.product(neighbours, temperatures)]
+
+
 @eval_app.command(epilog="Example: sslkit eval knn runs/quickstart --data builtin:fashion_mnist")
 @expand_options
 def knn(
     model: Model,
     labelled: Labelled,
     frozen: Frozen,
-    k: Annotated[str, typer.Option(help="Number of neighbours, or several such as 10,20,200 at no extra cost.")] = "20",
-    temperature: Annotated[
-        str, typer.Option(help="Neighbours are weighted by exp(similarity / temperature); one number or several.")
-    ] = "0.07",
-    protocol: Annotated[str, typer.Option(help="dino or instdisc: sets k and temperature.")] = "",
-    centre: Annotated[bool, typer.Option("--centre", help="Subtract the bank's mean first (in no paper).")] = False,
+    settings: KnnSettings,
     layer: Layer = "out",
     as_json: AsJson = False,
 ) -> None:
     """Weighted k-nearest neighbours on frozen features, compared with raw pixels and random initialisation."""
     with fast_imports():
-        from sslkit.evaluate import KnnProtocol, evaluate_knn_grid
+        from sslkit.evaluate import evaluate_knn_grid
 
-    if protocol:
-        protocols = [dataclasses.replace(each, centre=centre) for each in KnnProtocol.from_name(protocol)]
-    else:
-        grid = itertools.product(parse_numbers("--k", k, int), parse_numbers("--temperature", temperature, float))
-        protocols = [KnnProtocol(neighbours, each, centre) for neighbours, each in grid]
-    results = evaluate_knn_grid(
-        model,
-        labelled.config(model),
-        protocols,
-        frozen.readout(layer),
-        **labelled.comparison(),
-    )
+    protocols = settings.protocols()
+    config = labelled.config(model)
+    results = evaluate_knn_grid(model, config, protocols, frozen.readout(layer), **labelled.comparison())
     print_and_store(model, results, as_json)
 
 
@@ -107,43 +121,87 @@ def linear(
     print_and_store(model, [result], as_json)
 
 
+@dataclasses.dataclass(frozen=True)
+class SweepSettings:
+    """The heads of a sweep and their training."""
+
+    lr: Annotated[str, typer.Option(help="Learning rates at batch size 256.")] = "0.003,0.01,0.03,0.1,0.3,1,3,10"
+    weight_decay: Annotated[str, typer.Option(help="Weight decays.")] = "0,1e-5"
+    norm: Annotated[str, typer.Option(help="BatchNorm without parameters before each head: no, yes or no,yes.")] = (
+        "no,yes"
+    )
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs over the features.")] = 50
+    batch_size: Annotated[int, typer.Option(min=2, help="Batch size.")] = 256
+    seed: Annotated[int, typer.Option(help="Random seed of the held-out images, initialisation and order.")] = 0
+
+    def protocol(self) -> "SweepProtocol":
+        """The protocol of these settings."""
+        from sslkit.evaluate.probes.sweep import SweepProtocol
+
+        rates, decays = parse_numbers("--lr", self.lr, float), parse_numbers("--weight-decay", self.weight_decay, float)
+        choices = self.norm.split(",")
+        if not set(choices) <= {"no", "yes"}:
+            raise UserError(f"--norm {self.norm}: must be no, yes or no,yes")
+        norms = tuple(choice == "yes" for choice in choices)
+        return SweepProtocol(tuple(rates), tuple(decays), norms, self.epochs, self.batch_size, self.seed)
+
+
 @eval_app.command(epilog="Example: sslkit eval sweep runs/photos --data flowers --layer out,-2")
 @expand_options
 def sweep(
     model: Model,
     labelled: Labelled,
     frozen: Frozen,
-    lr: Annotated[str, typer.Option(help="Learning rates at batch size 256.")] = "0.003,0.01,0.03,0.1,0.3,1,3,10",
-    weight_decay: Annotated[str, typer.Option(help="Weight decays.")] = "0,1e-5",
-    norm: Annotated[
-        str, typer.Option(help="BatchNorm without parameters before each head: no, yes or no,yes.")
-    ] = "no,yes",
+    settings: SweepSettings,
     layer: Annotated[
         str, typer.Option("--layer", "--layers", help="Layers as in eval linear, separated by commas.")
     ] = "out",
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs over the features.")] = 50,
-    batch_size: Annotated[int, typer.Option(min=2, help="Batch size.")] = 256,
-    seed: Annotated[int, typer.Option(help="Random seed of the held-out images, initialisation and order.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Train many linear heads on frozen features at once; the best on held-out images is tested."""
     with fast_imports():
         from sslkit.evaluate.probes.scoring import evaluate_sweep
-        from sslkit.evaluate.probes.sweep import SweepProtocol
 
-    rates, decays = parse_numbers("--lr", lr, float), parse_numbers("--weight-decay", weight_decay, float)
-    choices = norm.split(",")
-    if not set(choices) <= {"no", "yes"}:
-        raise UserError(f"--norm {norm}: must be no, yes or no,yes")
-    norms = tuple(choice == "yes" for choice in choices)
-    result = evaluate_sweep(
-        model,
-        labelled.config(model),
-        SweepProtocol(tuple(rates), tuple(decays), norms, epochs, batch_size, seed),
-        [frozen.readout(each) for each in layer.split(",")],
-        **labelled.comparison(),
-    )
+    protocol = settings.protocol()
+    readouts = [frozen.readout(each) for each in layer.split(",")]
+    result = evaluate_sweep(model, labelled.config(model), protocol, readouts, **labelled.comparison())
     print_and_store(model, [result], as_json)
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """How encoders are trained further."""
+
+    scratch: Scratch = True
+    workers: Workers = 0
+
+    def options(self, baseline: "Sequence[str] | None") -> "TransferOptions":
+        """The options of an evaluation that trains the encoder."""
+        from sslkit.evaluate import TransferOptions
+
+        return TransferOptions(self.scratch, baseline or (), self.workers, print_message)
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneSettings:
+    """The protocol and what differs from it."""
+
+    protocol: Annotated[str, typer.Option(help="deit, moco_v3 (transfer), simclr or swav (few labels).")] = "deit"
+    epochs: Annotated[int, typer.Option(min=0, help="0: as in the protocol.")] = 0
+    batch_size: Annotated[int, typer.Option(min=0, help="0: as in the protocol.")] = 0
+    lr: Annotated[
+        float, typer.Option(min=0, help="Learning rate at the reference batch size; 0: as in the protocol.")
+    ] = 0.0
+    layer_decay: Annotated[
+        float, typer.Option(min=0.1, max=1, help="Factor of the learning rate from each block to the one before it.")
+    ] = 1.0
+    seed: Annotated[int, typer.Option(help="Random seed of the choice of labels and of training.")] = 0
+
+    def changes(self) -> dict[str, Any]:
+        """The values that differ from the protocol."""
+        given = {"epochs": self.epochs, "batch_size": self.batch_size, "base_lr": self.lr}
+        given |= {"layer_decay": self.layer_decay, "seed": self.seed}
+        return {name: value for name, value in given.items() if value}
 
 
 @eval_app.command(epilog="Example: sslkit eval finetune runs/photos --data flowers --labels 10% --protocol swav")
@@ -151,29 +209,18 @@ def sweep(
 def finetune(
     model: Model,
     labelled: Labelled,
-    protocol: Annotated[str, typer.Option(help="deit, moco_v3 (transfer), simclr or swav (few labels).")] = "deit",
+    settings: FinetuneSettings,
+    transfer: Transfer,
     labels: Annotated[str, typer.Option(help="all, 10%, 5-shot, or a file with one image name per line.")] = "all",
-    epochs: Annotated[int, typer.Option(min=0, help="0: as in the protocol.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=0, help="0: as in the protocol.")] = 0,
-    lr: Annotated[
-        float, typer.Option(min=0, help="Learning rate at the reference batch size; 0: as in the protocol.")
-    ] = 0.0,
-    layer_decay: Annotated[
-        float, typer.Option(min=0.1, max=1, help="Factor of the learning rate from each block to the one before it.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Random seed of the choice of labels and of training.")] = 0,
     head_layers: Annotated[
         int, typer.Option(min=0, help="Keep this many layers of the run's projector; SimCLR v2 keeps 1.")
     ] = 0,
-    scratch: Scratch = True,
-    workers: Workers = 0,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune the encoder on all or a few of the labels, compared with training from random weights."""
     with fast_imports():
-        from sslkit.evaluate import TransferOptions, evaluate_finetune
+        from sslkit.evaluate import evaluate_finetune
 
-    given = {"epochs": epochs, "batch_size": batch_size, "base_lr": lr, "layer_decay": layer_decay, "seed": seed}
     neck = None
     if head_layers:
         from sslkit.engine.projector import first_projector_layers
@@ -182,12 +229,12 @@ def finetune(
     result = evaluate_finetune(
         model,
         labelled.config(model),
-        protocol,
-        changes={name: value for name, value in given.items() if value},
+        settings.protocol,
+        changes=settings.changes(),
         labels=labels,
         neck=neck,
         splits=labelled.splits(),
-        options=TransferOptions(scratch, labelled.baseline or (), workers, print_message),
+        options=transfer.options(labelled.baseline),
     )
     print_and_store(model, [result], as_json)
 
@@ -230,64 +277,98 @@ def _is_score(row: "Row") -> bool:
     )
 
 
-@eval_app.command(epilog="Example: sslkit eval detect runs/photos --data VOCdevkit --batch-size 4 --steps 6000")
-def detect(
-    model: Model,
-    data: Annotated[str, typer.Option("--data", help="Folder in VOC or COCO format.")],
-    protocol: Annotated[str, typer.Option(help="voc or coco, with the settings of MoCo.")] = "voc",
-    arch: Annotated[str, typer.Option(help="c4 (only ResNets) or fpn. Default: c4 for ResNets, else fpn.")] = "",
-    masks: Annotated[bool, typer.Option("--masks", help="Mask R-CNN: predict and evaluate masks too.")] = False,
-    steps: Annotated[int, typer.Option(min=0, help="Training steps; 0: as in the protocol.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=0, help="Batch size; 0: as in the protocol.")] = 0,
-    lr: Annotated[float, typer.Option(min=0, help="Learning rate at batch size 16; 0: as in the protocol.")] = 0.0,
-    short_side: Annotated[int, typer.Option(min=0, help="Shorter side in the test, in pixels; 0: as in protocol.")] = 0,
+@dataclasses.dataclass(frozen=True)
+class DetectSettings:
+    """The protocol and what differs from it."""
+
+    protocol: Annotated[str, typer.Option(help="voc or coco, with the settings of MoCo.")] = "voc"
+    steps: Annotated[int, typer.Option(min=0, help="Training steps; 0: as in the protocol.")] = 0
+    batch_size: Annotated[int, typer.Option(min=0, help="Batch size; 0: as in the protocol.")] = 0
+    lr: Annotated[float, typer.Option(min=0, help="Learning rate at batch size 16; 0: as in the protocol.")] = 0.0
+    short_side: Annotated[int, typer.Option(min=0, help="Shorter side in the test, in pixels; 0: as in protocol.")] = 0
     regions: Annotated[
         int,
         typer.Option(min=0, help="Regions per image to train on; fewer are faster. 0: as in the protocol (512)."),
-    ] = 0,
-    seed: Annotated[int, typer.Option(help="Random seed of new layers, order and augmentation.")] = 0,
-    scratch: Scratch = True,
-    train_split: Annotated[str, typer.Option(help="Split to train on. Default: trainval or train.")] = "",
-    test_split: Annotated[str, typer.Option(help="Split to test on. Default: test, else val.")] = "",
-    baseline: Baseline = None,
-    background: Background = "",
-    workers: Workers = 0,
+    ] = 0
+    seed: Annotated[int, typer.Option(help="Random seed of new layers, order and augmentation.")] = 0
+
+    def changed_protocol(self) -> "DetectProtocol":
+        """The protocol with these changes."""
+        from sslkit.evaluate.detection.detector_training import DetectProtocol
+
+        own = DetectProtocol.from_name(self.protocol)
+        own = own.at_short_side(self.short_side) if self.short_side else own
+        given = {"steps": self.steps, "batch_size": self.batch_size, "base_lr": self.lr}
+        changed: DetectProtocol = replace_nonzero(own, **given, regions=self.regions, seed=self.seed)
+        return changed
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectionImages:
+    """Images with boxes, and baselines to compare with."""
+
+    data: Annotated[str, typer.Option("--data", help="Folder in VOC or COCO format.")]
+    train_split: Annotated[str, typer.Option(help="Split to train on. Default: trainval or train.")] = ""
+    test_split: Annotated[str, typer.Option(help="Split to test on. Default: test, else val.")] = ""
+    baseline: Baseline = None
+    background: Background = ""
+
+
+@eval_app.command(epilog="Example: sslkit eval detect runs/photos --data VOCdevkit --batch-size 4 --steps 6000")
+@expand_options
+def detect(
+    model: Model,
+    images: DetectionImages,
+    settings: DetectSettings,
+    transfer: Transfer,
+    arch: Annotated[str, typer.Option(help="c4 (only ResNets) or fpn. Default: c4 for ResNets, else fpn.")] = "",
+    masks: Annotated[bool, typer.Option("--masks", help="Mask R-CNN: predict and evaluate masks too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a Faster or Mask R-CNN on the encoder, compared with random weights. Reports AP as defined by COCO."""
     with fast_imports():
-        from sslkit.evaluate import Splits, TransferOptions
+        from sslkit.evaluate import Splits
         from sslkit.evaluate.detection.detect import evaluate_detect
-        from sslkit.evaluate.detection.detector_training import DetectProtocol
 
-    own = DetectProtocol.from_name(protocol)
-    own = own.at_short_side(short_side) if short_side else own
-    own = replace_nonzero(own, steps=steps, batch_size=batch_size, base_lr=lr, regions=regions, seed=seed)
     result = evaluate_detect(
         model,
-        data,
-        own,
+        images.data,
+        settings.changed_protocol(),
         arch=arch,
         masks=masks,
-        splits=Splits(train_split, test_split),
-        background=find_background(background, model),
-        options=TransferOptions(scratch, baseline or (), workers, print_message),
+        splits=Splits(images.train_split, images.test_split),
+        background=find_background(images.background, model),
+        options=transfer.options(images.baseline),
     )
     print_and_store(model, [result], as_json)
 
 
+@dataclasses.dataclass(frozen=True)
+class UnlabelledImages:
+    """Images without labels, and which of them are used."""
+
+    data: Annotated[str, typer.Option("--data", help="Images: folder, datasets id, or builtin:NAME.")]
+    images: Annotated[int, typer.Option(min=2, help="Maximum number of images; chosen at random by --seed.")] = 1000
+    views: Annotated[int, typer.Option(min=2, help="Random crops and flips of each image.")] = 8
+    split: Annotated[str, typer.Option(help="Split of the images.")] = "train"
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the images, the views and the random encoder.")] = 0
+    data_name: DataName = ""
+    image_column: ImageColumn = ""
+    background: Background = ""
+
+    def config(self, model: str) -> "DataConfig":
+        """The images, as an encoder needs them."""
+        background = find_background(self.background, model)
+        config = data_config(self.data, self.data_name, image_column=self.image_column, background=background)
+        return config.model_copy(update={"split": self.split})
+
+
 @eval_app.command(epilog="Example: sslkit eval diagnose runs/quickstart --data builtin:fashion_mnist")
+@expand_options
 def diagnose(
     model: Model,
-    data: Annotated[str, typer.Option("--data", help="Images: folder, datasets id, or builtin:NAME.")],
-    images: Annotated[int, typer.Option(min=2, help="Maximum number of images; chosen at random by --seed.")] = 1000,
-    views: Annotated[int, typer.Option(min=2, help="Random crops and flips of each image.")] = 8,
-    split: Annotated[str, typer.Option(help="Split of the images.")] = "train",
-    seed: Annotated[int, typer.Option(min=0, help="Random seed of the images, the views and the random encoder.")] = 0,
+    sample: UnlabelledImages,
     layer: Layer = "out",
-    data_name: DataName = "",
-    image_column: ImageColumn = "",
-    background: Background = "",
     workers: Workers = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -295,7 +376,7 @@ def diagnose(
     with fast_imports():
         from sslkit.evaluate.label_free.diagnose import diagnose_encoder
 
-    config = data_config(data, data_name, image_column=image_column, background=find_background(background, model))
-    source = config.model_copy(update={"split": split})
+    config = sample.config(model)
     readout = Frozen(cache=False, workers=workers).readout(layer)
-    print_diagnosis(diagnose_encoder(model, source, readout, images=images, views=views, seed=seed), as_json)
+    counts = {"images": sample.images, "views": sample.views, "seed": sample.seed}
+    print_diagnosis(diagnose_encoder(model, config, readout, **counts), as_json)

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from logging import ERROR
 from pathlib import Path
 from typing import TypeVar
@@ -196,12 +197,14 @@ def parse_checksums(text: str) -> dict[str, str]:
 
 
 def _retry_delay(error: HfHubHTTPError, default: float) -> float:
-    """Seconds to wait, from the Retry-After header, at most `MAX_RETRY_DELAY`."""
+    """Seconds to wait, from the Retry-After header (seconds or a date), at most `MAX_RETRY_DELAY`."""
+    value = error.response.headers.get("Retry-After", "")
     try:
-        seconds = float(error.response.headers.get("Retry-After", ""))
-    except ValueError:
+        is_number = re.match(r"\s*[\d.]", value)
+        seconds = float(value) if is_number else parsedate_to_datetime(value).timestamp() - time.time()
+    except (ValueError, OverflowError):
         return default
-    return min(seconds, MAX_RETRY_DELAY) if 0 <= seconds < math.inf else default
+    return min(max(seconds, 0.0), MAX_RETRY_DELAY) if math.isfinite(seconds) else default
 
 
 def _server_message(error: HfHubHTTPError) -> str:

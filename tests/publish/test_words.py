@@ -1,5 +1,7 @@
 """What is told to others, and what their answers mean, without a server."""
 
+import time
+from email.utils import formatdate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +33,11 @@ def test_public_names(name: str, public: str) -> None:
 )
 def test_the_hub_says_how_long(asked: str | None, seconds: float) -> None:
     assert _retry_delay(answer_with(asked), 3.0) == seconds
+
+
+def test_the_hub_says_until_when() -> None:
+    assert 20 < _retry_delay(answer_with(formatdate(time.time() + 30, usegmt=True)), 3.0) <= 30
+    assert _retry_delay(answer_with(formatdate(0, usegmt=True)), 3.0) == 0.0
 
 
 def test_what_can_be_no_token_is_not_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
