@@ -53,14 +53,16 @@ def test_the_command_line_says_it_in_one_sentence() -> None:
 
 
 def test_a_method_of_another_package_is_told_what_to_declare(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sslkit.recipe.resolve.find_method", lambda name: Silent)
+    for module in ("resolve", "cross_checks"):
+        monkeypatch.setattr(f"sslkit.recipe.{module}.find_method", lambda name: Silent)
     with pytest.raises(UserError) as caught:
         resolve("simclr", views={"small_crops": 6})
     start, _, advice = str(caught.value).partition("declare views = ")
     assert start.endswith("takes no local views; set it to 0. If it takes them, ")
     views, _, name = advice.partition(" in ")
     assert name == "Silent"
-    monkeypatch.setattr("sslkit.recipe.resolve.find_method", lambda name: declaring(ast.literal_eval(views)))
+    for module in ("resolve", "cross_checks"):
+        monkeypatch.setattr(f"sslkit.recipe.{module}.find_method", lambda name: declaring(ast.literal_eval(views)))
     assert resolve("simclr", views={"small_crops": 6}).views.local.count == 6
 
 
