@@ -42,6 +42,7 @@ def test_pretrain_from_words_alone(capsys: pytest.CaptureFixture[str], class_fol
     assert (tmp_path / "run" / "encoder" / "model.safetensors").is_file()
 
 
+@pytest.mark.full
 def test_knn_and_linear_print_baselines(
     capsys: pytest.CaptureFixture[str], trained: Path, class_folders: Path, tmp_path: Path
 ) -> None:
@@ -78,6 +79,7 @@ def test_finetune_says_what_it_does_and_judges(
     assert "--labels a few: no such file; write 10%, 5-shot, all, or a text file" in err
 
 
+@pytest.mark.full
 def test_export_report_and_lists(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
     code, out, _ = run(capsys, "export", str(trained), str(tmp_path / "out"))
     assert code == 0
@@ -107,7 +109,7 @@ def test_export_report_and_lists(capsys: pytest.CaptureFixture[str], trained: Pa
         (["eval", "knn", "x", "--data", "y", "--k", "many"], "--k many: must be a number, or several"),
         (["eval", "knn", "x", "--data", ""], "--data: is empty; give a folder"),
         (["eval", "knn", "x", "--data", "y", "--temperature", "nan"], "temperature must be a positive number"),
-        (["pretrain", "quickstart", "--set", "data.path.x=1"], "--set data.path.x=1: path is no table"),
+        (["pretrain", "quickstart", "--set", "data.path.x=1"], "--set data.path.x=1: path is not a table"),
         (["pretrain", "quickstart", "--set", "backbone.name=resnet18.bogus"], "timm has no weights 'resnet18.bogus'"),
         (["pretrain", "quickstart", "--set", "backbone.args.num_classes=10"], "'num_classes' is sslkit's to set"),
         (["pretrain", "quickstart", "--set", "train.epochs=true"], "[train] epochs"),

@@ -56,14 +56,15 @@ def assert_close(one: Path, other: Path, *, exact: bool = False) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     said = train(folder, "whole", 2)
-    assert "in parts" not in said
+    assert "sharded" not in said
     said = train(folder, "parts", 2, shard=True)
-    found = re.search(r"in parts: (\d+) of (\d+) on this process", said)
+    found = re.search(r"sharded: (\d+) of (\d+) on this process", said)
     assert found, said
     assert 0.49 < int(found[1]) / int(found[2]) < 0.53
     return folder
 
 
+@pytest.mark.full
 def test_it_trains_as_whole_copies_do(runs: Path) -> None:
     assert_close(runs / "whole", runs / "parts")
     rows = [read_lines(runs / run / "metrics.jsonl") for run in ("whole", "parts")]
@@ -140,5 +141,5 @@ def test_what_it_does_not_go_with(tables: dict[str, dict[str, Any]], sentence: s
 
 
 def test_another_method_is_refused() -> None:
-    with pytest.raises(UserError, match="'moco_v2'; take moco_v3, byol, simclr"):
+    with pytest.raises(UserError, match="'moco_v2'; take moco_v3, simclr, byol"):
         small_recipe("moco_v2", "test_vit", train={"shard": True})

@@ -207,6 +207,7 @@ print([row["loss"] for row in run.metrics()])
 """
 
 
+@pytest.mark.full
 def test_from_the_hub_nothing_is_copied_and_the_run_is_that_on_files(files: Path, tmp_path: Path) -> None:
     """The real client asks for pieces, is told to wait now and then, and the losses are those of files here."""
     with serve("me/photos", {f"data/{file.name}": file for file in sorted(files.iterdir())}) as hub:

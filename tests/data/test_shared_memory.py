@@ -118,6 +118,7 @@ def test_a_read_only_one_is_a_sentence_where_images_are_read_by_workers(
         assert not ended.value.code
 
 
+@pytest.mark.full
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
 def test_a_run_with_a_read_only_one(classes: Path, tmp_path: Path) -> None:
     """With workers it is refused in a sentence and writes nothing; without, it trains."""

@@ -144,6 +144,7 @@ def test_simclrs_crops_are_distributed_as_tensorflows(size: str) -> None:
     assert abs((share == 1).mean() - expected["whole"]) < 0.005
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("size", [(375, 500), (500, 375), (50, 1000), (224, 224)])
 def test_byols_crops_are_clamped(size: tuple[int, int]) -> None:
     """Their mean share and sides beside an integral over a grid of areas and ratios."""

@@ -44,6 +44,7 @@ def differences() -> dict[str, float]:
     return json.loads(line.removeprefix("RESULT "))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("check", CHECKS)
 def test_part_equals_the_whole_batch(differences: dict[str, float], check: str) -> None:
     assert differences[check] < 1e-11
@@ -54,6 +55,7 @@ def test_a_classic_mistake_of_distributed_code_is_seen(differences: dict[str, fl
     assert differences[f"mistake: {mistake}"] > 1e-4
 
 
+@pytest.mark.full
 def test_a_group_of_batch_norm_spans_processes() -> None:
     """SwAV's official runs synchronise within 8 of 64 GPUs: here within 2 of 4 processes, as one with 2 groups."""
     command = [word if word != "2" else "4" for word in TORCHRUN]
@@ -64,6 +66,7 @@ def test_a_group_of_batch_norm_spans_processes() -> None:
 
 
 # With BatchNorm float32 rounding grows from step to step; there the float64 checks above speak (1e-12).
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "model", "tolerance"),
     [
@@ -111,6 +114,7 @@ def test_training_on_two_processes_equals_one(name: str, model: str, tolerance: 
     )
 
 
+@pytest.mark.full
 def test_accelerate_that_starts_too_few_is_refused(tmp_path: Path) -> None:
     """`accelerate launch --cpu --num_processes 2` starts one process without a word; sslkit does not."""
     recipe_file = tmp_path / "recipe.toml"

@@ -51,6 +51,7 @@ def found() -> dict[str, list[str]]:
     return answer
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["moco_v2", "moco_v3", "memory_bank"])
 def test_sound_methods_agree(found: dict[str, list[str]], name: str) -> None:
     assert found[name][0] == "ok"

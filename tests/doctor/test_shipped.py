@@ -32,6 +32,7 @@ def stand_in(name: str) -> Recipe:
     return build_recipe(tables, name=name)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_no_fault(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_checks, "forecast_time", lambda *_: ok("data loading", "not timed here"))

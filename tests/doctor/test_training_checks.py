@@ -47,6 +47,7 @@ def problems(findings: list[Finding]) -> dict[str, str]:
     return {finding.check: finding.verdict for finding in findings if finding.verdict in ("fault", "warning")}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", names_of("doctor"))
 def test_an_error_is_found_by_its_check_only(name: str, source: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant = MUTANTS[name]

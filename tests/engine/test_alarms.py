@@ -224,6 +224,7 @@ def test_a_backbone_without_batch_norm_is_not_told_about_it() -> None:
     assert "bn_groups" in leak_alarm(leaking, 50_000)[0]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("collapsed", [True, False])
 def test_a_leak_is_not_told_while_features_collapse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, collapsed: bool

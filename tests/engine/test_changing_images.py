@@ -27,6 +27,7 @@ def doomed(images: Path) -> list[Path]:
     return sorted(images.rglob("*.png"))[5:35:5]
 
 
+@pytest.mark.full
 def test_files_that_vanish_count_as_unreadable_and_the_run_goes_on(class_folders: Path, tmp_path: Path) -> None:
     """Gone between two starts, and then a kill: the order of samples stays what it was."""
     images = shutil.copytree(class_folders, tmp_path / "images")
@@ -54,6 +55,7 @@ def test_files_that_vanish_count_as_unreadable_and_the_run_goes_on(class_folders
     assert bad == {file.name for file in gone}
 
 
+@pytest.mark.full
 def test_kills_with_bad_images_change_no_bit(class_folders: Path, tmp_path: Path) -> None:
     images = shutil.copytree(class_folders, tmp_path / "images")
     for file in doomed(images)[:4]:

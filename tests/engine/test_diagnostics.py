@@ -46,6 +46,7 @@ def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_them_and_no_bit_changes(name: str, monitored: dict[str, Any], tmp_path: Path) -> None:
     """BatchNorm, dropped paths, queues, banks and draws of noise: all as without diagnostics."""
@@ -155,6 +156,7 @@ def train_by_adamw(folder: Path, lr: float, momentum: float, steps: int = 20) ->
     return lines(folder)
 
 
+@pytest.mark.full
 def test_a_teacher_without_momentum_collapses_and_one_with_does_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,6 +175,7 @@ def test_a_teacher_without_momentum_collapses_and_one_with_does_not(
     assert "ALARM at step 30: collapse" not in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_a_rate_far_too_high_is_seen(tmp_path: Path) -> None:
     for lr, expected in ((1e-3, set()), (1.0, {"collapse"})):
         recipe = small_recipe(

@@ -51,6 +51,7 @@ def read_until(words: str, process: subprocess.Popen[str], seconds: float = 100.
     return said
 
 
+@pytest.mark.full
 def test_a_full_disk_stops_nothing_and_loses_nothing(small_disk: Path, tmp_path: Path) -> None:
     tables = {"train": {"max_steps": 120, "epochs": 2}, "checkpoint": {"every_steps": 10, "keep": 1}}
     monitor = {"diagnose_every": 5}
@@ -78,6 +79,7 @@ def test_a_full_disk_stops_nothing_and_loses_nothing(small_disk: Path, tmp_path:
     assert all(one[name].equal(other[name]) for name in one)
 
 
+@pytest.mark.full
 def test_a_disk_that_stays_full_ends_in_one_sentence_with_the_last_checkpoint(small_disk: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, train={"max_steps": 0, "epochs": 40}, checkpoint={"every_steps": 4, "keep": 1})
     run = small_disk / "run"

@@ -58,6 +58,7 @@ def state(run: Path) -> dict[str, torch.Tensor]:
     return checkpoint.model
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_a_skipped_step_leaves_no_trace(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Skipping the last step leaves weights, teacher, queue and running statistics as they were without it."""
@@ -112,6 +113,7 @@ def test_too_many_in_a_row_go_back_and_take_another_order(
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_going_back_forgets_what_the_optimizer_learned_since(
     optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -170,6 +172,7 @@ def test_a_spike_is_told_by_the_median_of_good_steps() -> None:
     assert restored.losses.maxlen == 50
 
 
+@pytest.mark.full
 def test_one_process_has_a_bad_loss_and_all_skip_it(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, train={"max_steps": 6}, guard={"policy": "skip", "compare_every": 1})
     process = start(saboteur("nan", 3, 1, recipe, tmp_path / "run"), processes=2)
@@ -213,6 +216,7 @@ def test_a_capsule_computes_the_step_again_and_names_the_culprit(
     assert "first output that is not finite: backbone.blocks.2.mlp.fc1" in capsys.readouterr().out
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_a_spike_is_computed_again_to_the_last_bit(name: str, tmp_path: Path) -> None:
     """A factor so low that the first step that may be called a spike is one; with drop path, queue and teacher."""

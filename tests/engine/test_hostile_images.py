@@ -6,6 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from launching import HERE, finish, pretrain, start, tensors, wait_for_lines, write_recipe
 
@@ -46,6 +47,7 @@ def write_folder(root: Path) -> tuple[int, set[str]]:
     return count, {*bad, "private.png", *things}
 
 
+@pytest.mark.full
 def test_a_run_over_hostile_images_lists_them_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
     count, unreadable = write_folder(tmp_path / "images")
     batch, epochs = 20, 2

@@ -101,6 +101,7 @@ def test_one_that_alone_has_the_fault_says_it(
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.full
 def test_two_processes_say_a_bad_recipe_once(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text('[method]\nname = "simclrr"\n[backbone]\nname = "x"\n[data]\npath = "x"\n')
     process = start(pretrain(tmp_path / "recipe.toml", tmp_path / "run"), processes=2)

@@ -25,6 +25,7 @@ def assert_continues_to_the_same_bits(recipe: Path, whole: Path, stopped: Path, 
     assert [(row["step"], row["loss"]) for row in rows[0]] == [(row["step"], row["loss"]) for row in rows[1]]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_to_the_whole_group_saves_and_exits_with_75(name: str, tmp_path: Path) -> None:
     """Data workers get it too, as from a terminal or a scheduler."""
@@ -65,6 +66,7 @@ def test_the_second_signal_stops_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run/PREEMPTED").exists()
 
 
+@pytest.mark.full
 def test_one_process_hears_it_and_both_stop_at_the_same_step(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, train=LONG)
     process = start(pretrain(recipe, tmp_path / "run"), processes=2)
@@ -90,6 +92,7 @@ def test_a_signal_while_it_starts_exits_with_75_too(seconds: float, tmp_path: Pa
     assert "Traceback" not in said
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
 def test_processes_whose_launcher_dies_save_and_end(number: signal.Signals, tmp_path: Path) -> None:
     """torchrun dies of SIGUSR1, Slurm's warning, unless it is told to handle it; its processes live on."""
@@ -123,6 +126,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.full
 def test_a_signal_while_it_saves_or_measures(tmp_path: Path) -> None:
     """Four signals, each to a run that saves with every step and measures with every second one."""
     tables = {"train": {"max_steps": 40, "batch_size": 500, "epochs": 10}, "checkpoint": {"every_steps": 1, "keep": 1}}
@@ -163,6 +167,7 @@ def test_a_restart_by_accelerate_continues(tmp_path: Path) -> None:
     assert len(read_lines(tmp_path / "run/metrics.jsonl")) == 12
 
 
+@pytest.mark.full
 def test_a_restart_by_the_launcher_continues(tmp_path: Path) -> None:
     """torchrun --max_restarts after one process died: the same command, and nothing is lost."""
     recipe = write_recipe(tmp_path, train={"max_steps": 12}, checkpoint={"every_steps": 4})
@@ -188,6 +193,7 @@ def test_the_budget_of_hours(tmp_path: Path) -> None:
     assert sslkit.train(unlimited, tmp_path / "run").stopped == ""
 
 
+@pytest.mark.full
 def test_a_knn_that_was_owed_is_measured_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal in the last step of an epoch leaves no time for kNN; the next start measures it, of the same weights."""
     tables = {

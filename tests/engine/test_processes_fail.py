@@ -11,6 +11,7 @@ from sslkit.files.jsonl_reader import read_lines
 GUARD = {"timeout_seconds": 6.0, "compare_every": 2}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("what", "words"),
     [
@@ -31,6 +32,7 @@ def test_the_other_process_names_it(what: str, words: str, tmp_path: Path) -> No
     assert (tmp_path / "run/checkpoints/step-00000002/manifest.json").is_file()
 
 
+@pytest.mark.full
 def test_weights_that_drift_apart_are_found_by_name(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, train={"max_steps": 0, "epochs": 40}, guard=GUARD)
     process = start(saboteur("drift", 3, 1, recipe, tmp_path / "run"), processes=2)
@@ -40,6 +42,7 @@ def test_weights_that_drift_apart_are_found_by_name(tmp_path: Path) -> None:
     assert len(read_lines(tmp_path / "run/metrics.jsonl")) <= 4
 
 
+@pytest.mark.full
 def test_processes_with_different_recipes_do_not_start(tmp_path: Path) -> None:
     """Each rank reads the recipe of its own node; one was not updated."""
     for rank, seed in ((0, 1), (1, 2)):
@@ -58,6 +61,7 @@ def test_processes_with_different_recipes_do_not_start(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.full
 def test_a_healthy_pair_is_left_alone(tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path, "swav", "test_resnet", train={"max_steps": 5}, guard={"timeout_seconds": 60.0, "compare_every": 1}

@@ -43,6 +43,7 @@ def recipe_of(name: str, steps: int, optimizer: str) -> Recipe:
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "optimizer"), [(name, "sgd") for name in METHODS] + [("moco_v3", "lamb"), ("moco_v3", "adamw")]
 )
@@ -89,6 +90,7 @@ def test_killed_in_mid_flight(tmp_path: Path) -> None:
     assert "nothing to do" in third.stdout
 
 
+@pytest.mark.full
 def test_another_number_of_processes_sees_the_same_batches(tmp_path: Path) -> None:
     """One process, then two, then one again, against one all the way: the same samples, losses but for rounding."""
     words = {"checkpoint": {"every_steps": 2}, "guard": {"compare_every": 1}}

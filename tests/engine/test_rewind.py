@@ -127,6 +127,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, set[
     return of
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", CASES)
 def test_a_stopped_run_goes_back_as_an_undisturbed_one(
     case: str, tmp_path: Path, undisturbed: Callable[[int, set[int]], Ended]

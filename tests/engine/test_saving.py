@@ -23,6 +23,7 @@ from sslkit.errors import UserError
 LONG = {"max_steps": 0, "epochs": 40}
 
 
+@pytest.mark.full
 def test_killed_at_every_touch_of_the_disk(tmp_path: Path) -> None:
     """With keep = 1, so that the old checkpoint must go at the right moment and not before."""
     env = {**os.environ, "PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
@@ -61,6 +62,7 @@ def saved(run: Path) -> list[str]:
     return sorted(each.name for each in (run / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.full
 def test_no_room_left_and_then_room_again(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, train={"max_steps": 100, "epochs": 2}, checkpoint={"every_steps": 5, "keep": 1})
     run = tmp_path / "run"
@@ -80,6 +82,7 @@ def test_no_room_left_and_then_room_again(tmp_path: Path) -> None:
     assert not list(run.rglob("*.tmp"))
 
 
+@pytest.mark.full
 def test_no_room_at_the_end_is_an_error_and_nothing_is_lost(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, train={"max_steps": 40}, checkpoint={"every_steps": 3, "keep": 1})
     process = start(pretrain(recipe, tmp_path / "run"))
@@ -110,6 +113,7 @@ def test_a_folder_has_one_run_and_a_dead_one_does_not_block(tmp_path: Path) -> N
     assert not (tmp_path / "run/.lock").exists()
 
 
+@pytest.mark.full
 def test_which_checkpoints_stay(tmp_path: Path) -> None:
     """Four steps an epoch: every second epoch's, the best by kNN, and the newest."""
     recipe = small_recipe(

@@ -63,6 +63,7 @@ def test_a_recipes_remarks_are_said(images: Path, run: Path, capsys: pytest.Capt
     assert "these numbers are of another run\n" in capsys.readouterr().out
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("how", ["kill", "full"])
 def test_a_first_start_that_ends_at_any_write_is_continued_by_the_same_command(how: str, tmp_path: Path) -> None:
     path = f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}"
@@ -250,6 +251,7 @@ def adam(images: Path) -> tuple[Recipe, Path]:
     return recipe, images.parent / "adam"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", UNFIT)
 def test_what_is_missing_or_of_another_kind_is_named(case: str, adam: tuple[Recipe, Path], tmp_path: Path) -> None:
     """By ``auto``, by the checkpoint's path, and where a run goes back."""

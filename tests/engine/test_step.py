@@ -66,6 +66,7 @@ def assert_same(ours: Step, expected: Step, one: Method, other: Method) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=name)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("micro_batch", [1, 4, 6, 12])
 @pytest.mark.parametrize("name", METHODS)
 def test_slices_of_a_vit_are_exact(name: str, micro_batch: int) -> None:

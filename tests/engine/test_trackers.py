@@ -132,6 +132,7 @@ def hang(_count: int) -> None:
     threading.Event().wait(60)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("trouble", "warning"),
     [

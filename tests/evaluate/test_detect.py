@@ -233,6 +233,7 @@ def test_a_rate_too_high_is_said(rendered: Callable[[str], Path]) -> None:
         train_detector(tiny_encoder(), pair, replace(QUICK, steps=12, base_lr=1e20), arch="c4")
 
 
+@pytest.mark.full
 def test_the_command_tabulates_and_records(
     rendered: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,6 +162,7 @@ def test_a_batch_that_is_odd(two_classes: tuple[ImageSource, torch.Tensor], batc
         finetune(encoder_of("test_resnet"), chosen, labels[:20], 2, protocol)
 
 
+@pytest.mark.full
 def test_it_learns_repeats_and_leaves_the_encoder_alone(two_classes: tuple[ImageSource, torch.Tensor]) -> None:
     source, labels = two_classes
     train, test = np.arange(128), np.arange(128, 192)

@@ -185,6 +185,7 @@ def test_extraction_leaves_the_encoder_as_it_was() -> None:
     torch.testing.assert_close(features[:7], encoder.eval()(torch.stack([transform(source.read(i)) for i in range(7)])))
 
 
+@pytest.mark.full
 def test_raw_pixels_reach_their_known_score() -> None:
     """Fashion-MNIST, 10 000 / 2 000, mean subtracted, cosine, k = 20: 83 % by the literature's common protocol."""
     train = open_source(DataConfig(path="builtin:fashion_mnist"))

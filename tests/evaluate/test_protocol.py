@@ -86,6 +86,7 @@ def hash_of(encoder: str, data: Path, **options: Any) -> str:
     return evaluate_knn(encoder, DataConfig(path=str(data)), KnnProtocol(k=3), **options).protocol_hash
 
 
+@pytest.mark.full
 def test_copies_of_encoder_and_data_have_one_hash(encoders: list[str], class_folders: Path, tmp_path: Path) -> None:
     twin = shutil.copytree(encoders[0], tmp_path / "encoder")
     data = DataConfig(path=str(class_folders)), DataConfig(path=str(copied(class_folders, tmp_path / "deep" / "data")))

@@ -118,7 +118,7 @@ def test_names_of_before_are_translated(tmp_path: Path) -> None:
     ("change", "sentence"),
     [
         (lambda state: {key: value for key, value in state.items() if "norm." not in key}, "weights lack"),
-        (lambda state: state | {"decoder.weight": torch.zeros(3)}, "no test_vit's: decoder.weight"),
+        (lambda state: state | {"decoder.weight": torch.zeros(3)}, "not part of a test_vit: decoder.weight"),
         (lambda state: state | {"blocks.0.norm1.weight": torch.zeros(3)}, "blocks.0.norm1.weight"),
     ],
 )
@@ -135,7 +135,7 @@ def test_pytorchs_own_format_is_not_read_and_the_way_out_is_named(tmp_path: Path
     model = timm.create_model("test_resnet", num_classes=7)
     save_for_hf(model, str(tmp_path / "m"), safe_serialization=False)
     error = cli_error(["eval", "knn", str(tmp_path / "m"), "--data", "builtin:fashion_mnist"])
-    assert "pytorch_model.bin beside it" in error
+    assert "pytorch_model.bin in the same folder" in error
     assert "safe_serialization=True" in error
     save_for_hf(model, str(tmp_path / "m"), safe_serialization=True)
     load_encoder(str(tmp_path / "m"))

@@ -74,6 +74,7 @@ def test_without_a_learning_rate_it_does_not(own_loop: ModuleType) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
 
 
+@pytest.mark.full
 def test_parts_data_and_methods_stand_without_the_engine() -> None:
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -26,6 +26,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return install(build_wheel(project, folder / "dist"), folder / "site")
 
 
+@pytest.mark.full
 def test_the_plugin_pretrains_by_name(installed: Path, tmp_path: Path) -> None:
     assert "simsiam" not in METHODS
     with_plugin = os.pathsep.join([str(installed), str(ROOT)])

@@ -73,6 +73,7 @@ for folder in sys.argv[2:]:
 """
 
 
+@pytest.mark.full
 def test_what_is_built_is_bounded(tmp_path: Path) -> None:
     honest = folder_of(tmp_path / "honest", "test_vit", {}, {})
     folders = [str(folder_of(tmp_path / str(place), *case)) for place, case in enumerate(LARGE.values())]

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, find, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 from targets import SEEDS, STATE, TARGETS, capsule, checkpoint_of, only_user_errors, state, written
+from torch import nn
 
 from sslkit.data.order.epoch_order import epoch_order
 from sslkit.data.sources.idx import read_idx
@@ -267,11 +268,11 @@ def test_what_a_state_says_of_troubles_scale_and_optimizer(course: Any, scaler: 
         state(b"1" + said)
         checkpoint = only_user_errors(lambda said=said: read_checkpoint(checkpoint_of(state=said)))
         if checkpoint is not None and key == "course":
-            guard = Guard(GuardConfig(policy="skip", loss_spike=2.0), RecoveryState.from_json(course))
-            guard.complaint(1.0, 1.0)
+            guard = Guard(GuardConfig(policy="skip", loss_spike=2.0), RecoveryState.from_json(course), nn.Module())
+            guard.problem(1.0, 1.0)
             guard.accept(1.0)
-            assert 0 < guard.course.lr_factor <= 1
-            epoch_order(0, 2**32 - 1, 3, guard.course.rewinds)
+            assert 0 < guard.recovery.lr_factor <= 1
+            epoch_order(0, 2**32 - 1, 3, guard.recovery.rewinds)
         elif checkpoint is not None and key == "scaler" and scaler:
             torch.amp.GradScaler("cpu").load_state_dict(scaler)
 

@@ -56,6 +56,7 @@ def answers() -> dict[str, list[Any]]:
     return dict(zip(CASES, lines, strict=True))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", CASES)
 def test_a_checkpoint_that_asks_for_more_is_refused(case: str, answers: dict[str, list[Any]]) -> None:
     said, megabytes, seconds = answers[case]

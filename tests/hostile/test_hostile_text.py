@@ -145,6 +145,7 @@ def test_names_and_labels_are_text_on_the_page(logged: Path) -> None:
     assert "<script>alert(3)</script>" in page.words()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("file", ["metrics.jsonl", "results.jsonl", "diagnostics.jsonl"])
 def test_logs_of_garbage_never_break_the_report(logged: Path, file: str, tmp_path: Path) -> None:
     """The page is written, or one sentence names the line."""

@@ -146,6 +146,7 @@ runpy.run_module({module!r}, run_name="__main__")
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("module", "words"), [("sslkit", ["pretrain"]), ("sslkit.pretrain", [])])
 def test_tracebacks_hold_none(module: str, words: list[str]) -> None:
     secrets = {"password": "correct-horse-battery", "token": SECRETS["Hugging Face"]}

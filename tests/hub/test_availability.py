@@ -62,6 +62,7 @@ def test_nobody_asks_when_told_not_to(asked: list[str], monkeypatch: pytest.Monk
     assert asked == []
 
 
+@pytest.mark.full
 def test_the_command_says_one_sentence_and_nothing_of_retries(tmp_path: Path) -> None:
     """A whole process, against an address where nobody listens."""
     timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=0), str(tmp_path), safe_serialization=True)

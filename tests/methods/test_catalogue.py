@@ -37,6 +37,7 @@ def make(name: str, model: str, /, **tables: dict[str, object]) -> tuple[Method,
     return method, make_optimizer(recipe, method), shuffle_order(recipe, 0) if method.shuffle_keys else None
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("backbone", "size"), BACKBONES)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_on_any_backbone(name: str, backbone: str, size: int) -> None:

@@ -17,6 +17,7 @@ def case_of(name: str, model: str) -> MethodCase:
     return CASES[name, model]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("model", ["test_resnet", "test_vit"])
 @pytest.mark.parametrize("name", all_methods())

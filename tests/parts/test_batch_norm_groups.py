@@ -46,6 +46,7 @@ def assert_equal(net: nn.Module, expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(buffer.double(), expected[name], rtol=1e-11, atol=1e-11, msg=name)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("groups", [2, 3, 6])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_student_and_teacher_of_moco(groups: int, symmetric: bool) -> None:
@@ -81,6 +82,7 @@ def test_eight_groups_move_the_mean_by_a_tenth_of_the_way() -> None:
     assert norm.num_batches_tracked.item() == 1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["moco_v3", "byol", "simclr", "swav", "instdisc", "memory_bank", "end_to_end"])
 def test_slices_of_a_micro_batch(name: str) -> None:
     """Three slices are three virtual GPUs; the second pass, with a graph, leaves no trace."""

@@ -41,6 +41,7 @@ def training_of(recipe: Recipe) -> TrainingState:
     return training
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "model"), [("moco_v2", "test_resnet"), ("moco_v3", "test_vit"), ("swav", "test_vit")])
 @pytest.mark.parametrize("micro_batch", [0, 16])
 def test_its_steps_are_those_of_a_run(name: str, model: str, micro_batch: int, tmp_path: Path) -> None:
@@ -145,6 +146,7 @@ def test_the_command_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert {"what", "gain"} >= {key for change in printed["changes"] for key in change}
 
 
+@pytest.mark.full
 def test_two_processes_speak_once_and_count_collectives(tmp_path: Path) -> None:
     file = tmp_path / "recipe.toml"
     file.write_text(small_recipe("moco_v2", "test_resnet").to_toml())

@@ -59,6 +59,7 @@ def test_config_carries_this_runs_facts_and_no_one_elses(exported: Path) -> None
     assert not {"url", "origin_url", "hf_hub_id", "paper_ids", "test_input_size"} & pretrained.keys()
 
 
+@pytest.mark.full
 def test_timm_alone_gives_the_same_features(exported: Path, run: Path) -> None:
     """A clean process that never imports sslkit."""
     program = (
@@ -107,6 +108,7 @@ def test_a_difference_after_reloading_is_caught(run: Path, tmp_path: Path, monke
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.full
 def test_small_stem_is_rebuilt_by_sslkit(tmp_path: Path) -> None:
     recipe = small_recipe(
         "moco_v1", "resnet18", train={"max_steps": 1}, backbone={"name": "resnet18", "small_stem": True}

@@ -68,6 +68,7 @@ def score(client: Client, data: Path, name: str, *more: str) -> tuple[list[dict[
     return json.loads(said)["scores"], weights
 
 
+@pytest.mark.full
 def test_the_row_names_the_commit_that_was_scored(
     hub: Hub, client: Client, home: Path, versions: list[Path], class_folders: Path
 ) -> None:

@@ -86,6 +86,7 @@ def write_to(command: str, run: Path, out: Path) -> None:
         publish_run(out, "user/name", dry_run=True)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("before", ["nothing", "an empty folder"])
 def test_a_new_folder_is_whole_or_not_there(tmp_path: Path, before: str) -> None:
     def fill(out: Path) -> None:
@@ -110,6 +111,7 @@ def test_a_new_folder_is_whole_or_not_there(tmp_path: Path, before: str) -> None
     assert [each.name for each in out.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("command", ["export", "detectron2", "import", "publish"])
 def test_killed_and_given_again(command: str, run: Path, tmp_path: Path) -> None:
@@ -156,7 +158,7 @@ def official() -> dict[str, torch.Tensor]:
 def test_a_page_and_a_picture_are_the_old_or_the_new(what: str, tmp_path: Path) -> None:
     def write(folder: Path) -> None:
         if what == "picture":
-            pictures._save(plt.figure(figsize=(1, 1)), folder / "pictures/curves.png")
+            pictures._write(folder / "pictures/curves.png", pictures._to_png(plt.figure(figsize=(1, 1))))
         else:
             durable.write_output(folder / "report.html", "new" * 10**6)
 
@@ -186,6 +188,7 @@ def words_of(command: str, run: Path, out: Path) -> list[str]:
     }[command]
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("command", ["export", "detectron2", "import", "publish", "report"])
 def test_a_full_disk_is_one_sentence_and_nothing_is_left(

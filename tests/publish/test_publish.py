@@ -108,6 +108,7 @@ def as_a_stranger(examples: list[str], hub: Hub, home: Path) -> list[Tensor]:
     return [torch.tensor(row, dtype=torch.float64).float() for row in rows]
 
 
+@pytest.mark.full
 def test_what_is_published_is_what_was_trained_and_loads_without_sslkit(
     run: Path, hub: Hub, client: Client, tmp_path: Path
 ) -> None:
@@ -164,6 +165,7 @@ def test_publishing_again_adds_a_commit_and_sends_only_what_changed(run: Path, c
     assert puts(hub) == 1
 
 
+@pytest.mark.full
 def test_a_branch_is_made_and_main_stays(run: Path, client: Client, hub: Hub, tmp_path: Path) -> None:
     branch = "feature/v2"
     code, said, complaint, _ = client.ask("publish", str(run), "--repo-id", "user/forked", "--revision", branch)
@@ -175,6 +177,7 @@ def test_a_branch_is_made_and_main_stays(run: Path, client: Client, hub: Hub, tm
     assert [torch.equal(each, features(run)) for each in found] == [True, True]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "part", "fault"),
     [
@@ -215,6 +218,7 @@ def test_an_interrupted_publication_goes_on(run: Path, client: Client, hub: Hub)
     assert "model.safetensors" in hub.repos["user/broken"][-1][1]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("part", "fault", "code", "words"),
     [
@@ -276,6 +280,7 @@ def test_a_silent_hub_is_a_broken_line(run: Path, client: Client, hub: Hub) -> N
     assert sum("/preupload/" in path for _, path in hub.asked) == 2
 
 
+@pytest.mark.full
 def test_what_was_changed_by_hand_is_not_thrown_away(run: Path, client: Client, hub: Hub) -> None:
     assert client.ask("publish", str(run), "--repo-id", "user/hand", "--dry-run")[0] == 0
     card = run / "publish" / "README.md"
@@ -325,6 +330,7 @@ def test_nobody_learns_where_it_lay(run: Path, client: Client) -> None:
     assert (found.dataset_type, found.dataset_name) == ("val", "val: 10 / 10")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("repo", ["name", "a/b/c", "../x/y", "user/na me", "user/a--b", "user/x.git", ""])
 def test_impossible_names(trained: Path, client: Client, hub: Hub, repo: str) -> None:
     code, _, complaint, _ = client.ask("publish", str(trained), "--repo-id", repo)
@@ -339,6 +345,7 @@ def test_no_run(tmp_path: Path, client: Client, hub: Hub) -> None:
     assert "not a run folder" in complaint
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -279,7 +279,7 @@ def test_views_page_is_small_and_whole(capsys: pytest.CaptureFixture[str], tmp_p
     page = Page(file)
     assert all(address.startswith(("data:", "#")) for address in page.addresses())
     assert len(page.source) < 1e6
-    assert "the images are grey: saturation, hue, gray_prob change nothing" in page.words()
+    assert "the images are greyscale, so saturation, hue, gray_prob cost time without effect" in page.words()
     # 8 images: each as it is, and three draws of two views
     assert sum(tag == "img" for tag, _ in page.elements) == 8 * (1 + 3 * 2)
 

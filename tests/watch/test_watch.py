@@ -254,6 +254,7 @@ class Terminal:
         return words in self.text
 
 
+@pytest.mark.full
 def test_opened_before_the_run_and_closed_at_any_time(tmp_path: Path) -> None:
     """One watcher leaves by Ctrl-C while the run goes on, another stays until it is done; both exit with 0."""
     folder = tmp_path / "run"
