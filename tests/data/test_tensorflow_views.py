@@ -225,7 +225,7 @@ def test_a_recipe_of_a_users_own_has_the_papers_views(name: str, tmp_path: Path)
     recipe = load_recipe(file)
     assert kinds_of(recipe.views) == NOW
     [said] = recipe.remarks
-    stated = tomllib.loads(said.partition(" give ")[2].replace(", ", "\n"))
+    stated = tomllib.loads(said.partition(", set ")[2].replace(", ", "\n"))
     assert kinds_of(build_recipe({**TABLES, "views": {**RESOLVED, **stated}}).views) == EARLIER
     assert not build_recipe(recipe.as_tables()).remarks
 
