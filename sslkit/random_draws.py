@@ -18,6 +18,7 @@ class DrawPurpose(IntEnum):
     PACKING = 4
     MIXTURE = 5
     STREAM_ORDER = 6
+    USER_PIPELINE = 7
     FINETUNE_DROPOUT = 0xD409
     LABEL_SUBSET = 0x5B5E7
 

@@ -16,10 +16,8 @@ import numpy as np
 from sslkit.data.augment.user_pipeline import UserPipeline
 from sslkit.data.decode.rgb import Pixels
 from sslkit.errors import UserError, near_miss
+from sslkit.random_draws import DrawPurpose
 
-PIPELINE = (
-    7  # the purpose of these random numbers, second in their key; `VIEWS` in `parameters` is that of the policies
-)
 TRIALS = 4  # times that a new pipeline is run on noise
 
 
@@ -98,7 +96,7 @@ class UserTransforms:
             UserError: A transform fails, or the result is not a square uint8 RGB image.
         """
         seed, *rest = key
-        generator = np.random.default_rng([seed, PIPELINE, *rest])
+        generator = np.random.default_rng([seed, DrawPurpose.USER_PIPELINE, *rest])
         self._compose.set_random_state(generator, random.Random(int(generator.integers(2**63))))
         cv2.setRNGSeed(int(generator.integers(2**31)))  # a few transforms draw from OpenCV's own generator
         try:
