@@ -46,7 +46,7 @@ class AnnotatedImage:
         crowds: (N,) bool: annotations of several objects, which are not trained on.
         areas: (N,) float64 in square pixels, for COCO's classes of size.
         segments: A polygon list or run lengths per object, as in COCO; empty if the format has none.
-        background: Colour behind transparent pixels; see `sslkit.data.DataConfig`.
+        background: Colour behind transparent pixels; see `sslkit.data.config.DataConfig`.
 
     Raises:
         ValueError: Sizes, boxes or areas are impossible.
