@@ -18,6 +18,7 @@ from sslkit.cli.encoder_commands import export, import_, publish
 from sslkit.cli.eval_commands import eval_app
 from sslkit.cli.launcher_exit import is_printed_by_first, leave_for_launcher, wait_for_others
 from sslkit.cli.list_commands import methods, recipes_app
+from sslkit.cli.options import command
 from sslkit.cli.output import print_data_messages
 from sslkit.cli.report_commands import report, views, watch
 from sslkit.cli.run_commands import pretrain, replay, submit
@@ -28,7 +29,7 @@ BAD_INPUT = 2
 INTERRUPTED = 130  # Typer's exit code for Ctrl-C
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command, example in (
+for function, example in (
     (pretrain, "sslkit pretrain mocov3_vits --set data.path=photos --output runs/photos"),
     (submit, "sslkit submit mocov3_vits --nodes 2 --gpus-per-node 8 --time 1-0"),
     (replay, "sslkit replay runs/photos/capsules/step-00012345"),
@@ -43,7 +44,7 @@ for command, example in (
     (bench, "sslkit bench mocov3_vits --data photos"),
     (methods, "sslkit methods"),
 ):
-    app.command(command.__name__.removesuffix("_"), epilog=f"Example: {example}")(command)
+    command(app, example, function.__name__.removesuffix("_"))(function)
 app.add_typer(eval_app, name="eval")
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")

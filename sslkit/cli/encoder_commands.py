@@ -50,7 +50,7 @@ def publish(
     run: Run,
     repo_id: Annotated[str, typer.Option("--repo-id", help="user/name on the Hub; created if it does not exist.")],
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
-    revision: Annotated[str, typer.Option(help="Branch; created if it does not exist.")] = "main",
+    revision: Annotated[str, "Branch; created if it does not exist."] = "main",
     license_id: License = "apache-2.0",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the folder RUN/publish; send nothing.")] = False,
     as_json: AsJson = False,
@@ -91,7 +91,7 @@ def publish(
 def import_(
     file: Annotated[str, typer.Argument(help="Checkpoint: .pth, .pth.tar, .ckpt or .safetensors.")],
     folder: NewFolder,
-    backbone: Annotated[str, typer.Option(help="timm name, if the shapes of the tensors do not determine it.")] = "",
+    backbone: Annotated[str, "timm name, if the shapes of the tensors do not determine it."] = "",
     num_heads: Annotated[
         int, typer.Option(min=0, help="Attention heads of a ViT, if the checkpoint does not determine them.")
     ] = 0,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sslkit.recipe.resolve import Recipe
 
 Number = TypeVar("Number", int, float)
+Command = TypeVar("Command", bound=Callable[..., None])
 
 RecipeName = Annotated[str, typer.Argument(help="TOML file, or the name of a recipe; see sslkit recipes.")]
 Overrides = Annotated[
@@ -28,30 +29,20 @@ Overrides = Annotated[
 Model = Annotated[str, typer.Argument(help="Run folder, exported folder, hf_hub:user/repo, or timm name.")]
 Layer = Annotated[
     str,
-    typer.Option(
-        help="out (the encoder's output); a block number such as -2 (mean of its patch tokens); last4 (class tokens of "
-        "the last 4 blocks); dino_vit_s (= last4); dino_vit_b (class token and mean of patch tokens of the last block)."
-    ),
+    "out (the encoder's output); a block number such as -2 (mean of its patch tokens); last4 (class tokens of "
+    "the last 4 blocks); dino_vit_s (= last4); dino_vit_b (class token and mean of patch tokens of the last block).",
 ]
 Baseline = Annotated[
     list[str] | None, typer.Option("--baseline", help="Another timm model to evaluate for comparison; repeatable.")
 ]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: none, decode in this one.")]
-ImageColumn = Annotated[
-    str, typer.Option(help="Column of the images, if several hold images; for tar files their suffix, such as jpg.")
-]
-LabelColumn = Annotated[
-    str, typer.Option(help="Column of the labels, if it cannot be found by its type; for tar files their suffix.")
-]
+ImageColumn = Annotated[str, "Column of the images, if several hold images; for tar files their suffix, such as jpg."]
+LabelColumn = Annotated[str, "Column of the labels, if it cannot be found by its type; for tar files their suffix."]
 Background = Annotated[
     str,
-    typer.Option(
-        help="Colour behind transparent pixels, or keep, which ignores alpha. Default: as in MODEL's recipe.toml, "
-        "else white."
-    ),
+    "Colour behind transparent pixels, or keep, which ignores alpha. Default: as in MODEL's recipe.toml, else white.",
 ]
-DataName = Annotated[str, typer.Option(help="Configuration of the dataset, if it has several.")]
-Scratch = Annotated[bool, typer.Option(help="Also train the architecture from random weights.")]
+DataName = Annotated[str, "Configuration of the dataset, if it has several."]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +51,12 @@ class RecipeOptions:
 
     recipe: RecipeName = ""
     overrides: Overrides = None
-    method: Annotated[str, typer.Option(help="Method, such as moco_v2; see sslkit methods.")] = ""
-    backbone: Annotated[str, typer.Option(help="timm name, such as resnet18.")] = ""
-    data: Annotated[str, typer.Option(help="Folder of images, datasets id, or builtin:NAME.")] = ""
+    method: Annotated[str, "Method, such as moco_v2; see sslkit methods."] = ""
+    backbone: Annotated[str, "timm name, such as resnet18."] = ""
+    data: Annotated[str, "Folder of images, datasets id, or builtin:NAME."] = ""
 
     def load(self) -> "Recipe":
-        """Load the recipe.
-
-        Raises:
-            UserError: No complete recipe is given, or it is not valid.
-        """
+        """Load the recipe; a UserError if it is not complete or not valid."""
         from sslkit.recipe.resolve import build_recipe, load_recipe
 
         given = {"method.name": self.method, "backbone.name": self.backbone, "data.path": self.data}
@@ -96,12 +83,8 @@ class Labelled:
     data_name: DataName = ""
     image_column: ImageColumn = ""
     label_column: LabelColumn = ""
-    train_split: Annotated[
-        str, typer.Option(help="Split to train on; all: everything, with a fifth held out for the test.")
-    ] = "train"
-    test_split: Annotated[
-        str, typer.Option(help="Split to test on. Default: test or val, else a fifth is held out.")
-    ] = ""
+    train_split: Annotated[str, "Split to train on; all: everything, with a fifth held out for the test."] = "train"
+    test_split: Annotated[str, "Split to test on. Default: test or val, else a fifth is held out."] = ""
     baseline: Baseline = None
     background: Background = ""
 
@@ -128,7 +111,7 @@ class Frozen:
     crop_pct: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the shorter side that the crop keeps; 0: the model's default.")
     ] = 0.0
-    cache: Annotated[bool, typer.Option(help="Store features on disk for later evaluations.")] = True
+    cache: Annotated[bool, "Store features on disk for later evaluations."] = True
     workers: Workers = 0
 
     def readout(self, layer: str) -> "Readout":
@@ -140,30 +123,48 @@ class Frozen:
         return dataclasses.replace(Readout.from_name(layer), crop_pct=self.crop_pct, workers=self.workers, store=store)
 
 
-def expand_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace the parameters of a command that are dataclasses by their fields, so that Typer makes options of them."""
-    hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+def command(app: typer.Typer, example: str, name: str | None = None) -> Callable[[Command], Command]:
+    """Register a function as a command. Each field of a parameter that is a dataclass becomes an option."""
 
-    @wraps(command)
+    def register(function: Command) -> Command:
+        app.command(name, epilog=f"Example: {example}")(_expand(function))
+        return function
+
+    return register
+
+
+def _expand(function: Callable[..., None]) -> Callable[..., None]:
+    """The function with the annotated fields of dataclasses as parameters, and texts of annotations as their help."""
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    listed: dict[str, list[inspect.Parameter]] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        owner = groups.get(name)
+        fields = get_type_hints(owner, include_extras=True) if owner else {name: hints[name]}
+        parameters = inspect.signature(owner).parameters.values() if owner else [parameter]
+        listed[name] = [
+            each.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=_with_help(fields[each.name]))
+            for each in parameters
+            if get_origin(fields[each.name]) is Annotated
+        ]
+
+    @wraps(function)
     def with_fields(**given: Any) -> None:
         for name, kind in groups.items():
-            given[name] = kind(**{each.name: given.pop(each.name) for each in dataclasses.fields(kind)})
-        command(**given)
+            given[name] = kind(**{each.name: given.pop(each.name) for each in listed[name]})
+        function(**given)
 
-    listed: list[inspect.Parameter] = []
-    for name, parameter in inspect.signature(command).parameters.items():
-        if name in groups:
-            fields = get_type_hints(groups[name], include_extras=True)
-            own = inspect.signature(groups[name]).parameters
-            listed += [each.replace(annotation=fields[each.name]) for each in own.values()]
-        else:
-            listed.append(parameter.replace(annotation=hints[name]))
-    listed = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in listed]
     del with_fields.__wrapped__
-    with_fields.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
-    with_fields.__annotations__ = {each.name: each.annotation for each in listed}
+    flat = [each for parameters in listed.values() for each in parameters]
+    with_fields.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
+    with_fields.__annotations__ = {each.name: each.annotation for each in flat}
     return with_fields
+
+
+def _with_help(annotation: Any) -> Any:
+    """``Annotated[kind, "text"]`` as an option with this help."""
+    kind, note = get_args(annotation)
+    return Annotated.__class_getitem__((kind, typer.Option(help=note))) if isinstance(note, str) else annotation
 
 
 def find_background(given: str, model: str = "") -> str:
@@ -211,6 +212,6 @@ def parse_numbers(option: str, text: str, kind: Callable[[str], Number]) -> list
         raise UserError(f"{option} {text}: must be a number, or several separated by commas") from None
 
 
-def replace_nonzero(protocol: Any, **given: Any) -> Any:
-    """A copy of a dataclass with the given values. A value of 0 keeps the protocol's own."""
-    return dataclasses.replace(protocol, **{name: value for name, value in given.items() if value})
+def nonzero(settings: Any, *names: str) -> dict[str, Any]:
+    """The named settings that are not 0; 0 stands for the protocol's own value."""
+    return {name: value for name in names if (value := getattr(settings, name))}

@@ -78,13 +78,8 @@ class DoctorSetup:
     def run_step(self, views: Views | None = None, *, backward: bool = False) -> StepRecord:
         """Make the forward pass of `Method.forward`, with the same random draws each time."""
         method, started = self.method, time.perf_counter()
-        groups = local_bn_groups(method.bn_groups)
-        inputs = (
-            self.views if views is None else views,
-            groups,
-            spread_order(self.batch_size, method.bn_groups) if method.shuffle_keys else None,
-            self.prepare,
-        )
+        order = spread_order(self.batch_size, method.bn_groups) if method.shuffle_keys else None
+        inputs = (self.views if views is None else views, local_bn_groups(method.bn_groups), order, self.prepare)
         with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(backward), saved_bytes(method) as saved:
             torch.manual_seed(self.recipe.train.seed)
             student, teacher = method.student_in_slices(*inputs), method.teacher_in_slices(*inputs)
@@ -99,11 +94,12 @@ class DoctorSetup:
 
 
 def set_up_checks(recipe: Recipe, source: ImageSource, method: Method, log_message: LogMessage) -> DoctorSetup:
-    """Load the first images of the run for a method that `build_method` has built."""
+    """Load the first images of the run for a method that `build_method` has built: at least two in each BN group."""
     method.train()
-    method.bn_groups = min(method.bn_groups, MAX_BN_GROUPS)
+    method.bn_groups = groups = min(method.bn_groups, MAX_BN_GROUPS)
     is_large = sum(param.numel() for param in method.parameters()) > LARGE_MODEL
-    batch_size = small_batch_size(recipe, method.bn_groups, is_large=is_large)
+    wanted = max(LARGE_MODEL_BATCH if is_large else BATCH, 2 * groups)
+    batch_size = min(wanted, recipe.train.batch_size) // groups * groups
     log_message(
         f"running one step of {recipe.method_name} on {recipe.backbone.name} with {batch_size} images, on the CPU"
         + (" (a large model: this takes a while)" if is_large else "")
@@ -116,21 +112,18 @@ def set_up_checks(recipe: Recipe, source: ImageSource, method: Method, log_messa
     return DoctorSetup(recipe, method, batch.views, batch.sample_ids, time.perf_counter() - started)
 
 
+def launched_processes() -> int:
+    """Number of processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def num_processes(recipe: Recipe) -> int:
     """Number of processes of the run, from the recipe or the launcher; 1 if neither says."""
-    return recipe.train.processes or int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def small_batch_size(recipe: Recipe, bn_groups: int, *, is_large: bool) -> int:
-    """A few images, with at least two in each BN group."""
-    wanted = max(LARGE_MODEL_BATCH if is_large else BATCH, 2 * bn_groups)
-    return min(wanted, recipe.train.batch_size) // bn_groups * bn_groups
+    return recipe.train.processes or launched_processes()
 
 
 def spread_order(batch_size: int, bn_groups: int) -> Permutation:
     """The permutation that distributes each contiguous BN group over all of them."""
-    if batch_size % bn_groups:
-        return np.arange(batch_size)
     return np.arange(batch_size).reshape(bn_groups, -1).T.reshape(-1)
 
 

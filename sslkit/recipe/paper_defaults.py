@@ -32,10 +32,7 @@ def values_of_another_run(method: type[Method], tables: Mapping[str, Any], parse
     usual = [run for run in runs if run.train.items() <= defaults.get("train", {}).items()]
     if not usual or any(run.train.items() <= asked.items() for run in runs):
         return []
-    kinds = {
-        "optim": "name",
-        "schedule": "decay",
-    }  # with another one, values are not the paper's
+    kinds = {"optim": "name", "schedule": "decay"}  # with another one, values are not the paper's
     filled = [
         f"[{table}] {key} = {value}"
         for table, keys in usual[0].tables.items()
