@@ -6,7 +6,6 @@ stopped on request, the same command continues it.
 
 import sys
 import threading
-from types import TracebackType
 from typing import Annotated, NoReturn
 
 import typer
@@ -66,11 +65,7 @@ def sslkit_command(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command and exit. Bad input is reported in one sentence, without a traceback.
-
-    Args:
-        arguments: Command-line arguments; those of the process by default.
-    """
+    """Run a command, by default that of this process, and exit. Bad input is reported in one sentence."""
     sanitize_other_libraries()
     if threading.excepthook is threading.__excepthook__:  # a test runner has its own
         threading.excepthook = _print_thread_traceback
@@ -88,17 +83,13 @@ def main(arguments: list[str] | None = None) -> None:
         # Usage errors are of click or of Typer's own copy of it, depending on its version.
         if not hasattr(error, "format_message"):
             leave_for_launcher(f"sslkit: {type(error).__name__}: {' '.join(error_messages(error))}")
-            sys.excepthook = _print_traceback  # Typer has set its own
+            sys.excepthook = lambda _kind, error, _traceback: print_traceback(error)  # Typer has set its own
             raise
         _fail([sanitize(error.format_message())], BAD_INPUT)
     else:
         if code == INTERRUPTED:
             print_message("interrupted; the same command continues from the last checkpoint, if there is one")
         sys.exit(code or 0)
-
-
-def _print_traceback(_kind: type[BaseException], error: BaseException, _traceback: TracebackType | None) -> None:
-    print_traceback(error)
 
 
 def _print_thread_traceback(failed: threading.ExceptHookArgs) -> None:

@@ -52,9 +52,7 @@ def data_command() -> None:
 def check(
     data: DataOptions,
     split: Annotated[str, "Split to read; all: all images, whatever the names of the folders."] = "train",
-    channels: Annotated[
-        int, typer.Option(help="Channels of images that are not RGB, as backbone.in_chans.", min=1, max=512)
-    ] = 3,
+    channels: Annotated[int, typer.Option(min=1, max=512, help="Channels of the images, as backbone.in_chans.")] = 3,
     workers: Workers = -1,
     strict: Annotated[bool, "Exit with code 2 if an image is unreadable or a duplicate."] = False,
     as_json: AsJson = False,
@@ -86,8 +84,7 @@ def prepare(
     output: Annotated[str, typer.Argument(help="Folder to write, with one folder of shards per split.")],
     split: Annotated[list[str] | None, "Split to pack; repeatable. Default: all."] = None,
     side: Annotated[
-        int,
-        typer.Option(min=16, max=8192, help="Shorter side of shrunk images. 504 keeps all pixels of MoCo v2's crops."),
+        int, typer.Option(min=16, max=8192, help="Shorter side of shrunk images. 504 keeps all of MoCo v2's crops.")
     ] = 504,
     quality: Annotated[int, typer.Option(min=50, max=100, help="JPEG quality of shrunk images.")] = 95,
     workers: Workers = -1,

@@ -40,10 +40,14 @@ def export(
         return
     proof = export_encoder(run, folder, license_id)
     print_line(f"{folder}: features {proof['features']} equal bit for bit after reloading")
-    if proof["loads_in_timm"]:
-        print_line(f'load it with timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0)')
+    _print_how_to_load(f"local-dir:{folder}" if proof["loads_in_timm"] else folder, proof["loads_in_timm"])
+
+
+def _print_how_to_load(name: str, in_timm: bool) -> None:
+    if in_timm:
+        print_line(f'load it with timm.create_model("{name}", pretrained=True, num_classes=0)')
     else:
-        print_line("timm cannot build its stem for small images: load it with sslkit.evaluate.load_encoder")
+        print_line(f'timm cannot build its stem for small images: load it with sslkit.evaluate.load_encoder("{name}")')
 
 
 def publish(
@@ -80,21 +84,14 @@ def publish(
     if published.replaced_card:
         print_line(f"replaced a README.md that was written by hand; it is still in commit {published.replaced_card}")
     name = repo_id if revision == "main" else f"{repo_id}@{revision}"
-    how = (
-        f'timm.create_model("hf_hub:{name}", pretrained=True, num_classes=0)'
-        if published.loads_in_timm
-        else f'sslkit.evaluate.load_encoder("hf_hub:{name}")'
-    )
-    print_line(f"load it with {how}")
+    _print_how_to_load(f"hf_hub:{name}", published.loads_in_timm)
 
 
 def import_(
     file: Annotated[str, typer.Argument(help="Checkpoint: .pth, .pth.tar, .ckpt or .safetensors.")],
     folder: NewFolder,
     backbone: Annotated[str, "timm name, if the shapes of the tensors do not determine it."] = "",
-    num_heads: Annotated[
-        int, typer.Option(min=0, help="Attention heads of a ViT, if the checkpoint does not determine them.")
-    ] = 0,
+    num_heads: Annotated[int, typer.Option(min=0, help="Attention heads of a ViT, if not in the checkpoint.")] = 0,
     license_id: License = "unknown",
     as_json: AsJson = False,
 ) -> None:
@@ -126,4 +123,4 @@ def _print_import(imported: "Imported", folder: str) -> None:
         table.add_row(str(count), f"left out: {why}" if why else "kept", f"{example.name}{arrow}")
     console.print(table)
     print_line(f"{folder}: features equal bit for bit after reloading; import.json lists every tensor")
-    print_line(f'load it with timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0)')
+    _print_how_to_load(f"local-dir:{folder}", in_timm=True)

@@ -12,11 +12,11 @@ from sslkit.cli.options import (
     Background,
     Baseline,
     DataName,
-    Frozen,
     ImageColumn,
     Labelled,
     Layer,
     Model,
+    Probe,
     Workers,
     command,
     data_config,
@@ -54,14 +54,7 @@ class KnnSettings:
 
 
 @command(eval_app, "sslkit eval knn runs/quickstart --data builtin:fashion_mnist")
-def knn(
-    model: Model,
-    labelled: Labelled,
-    frozen: Frozen,
-    settings: KnnSettings,
-    layer: Layer = "out",
-    as_json: AsJson = False,
-) -> None:
+def knn(model: Model, probe: Probe, settings: KnnSettings, as_json: AsJson = False) -> None:
     """Weighted k-nearest neighbours on frozen features, compared with raw pixels and random initialisation."""
     with fast_imports():
         from sslkit.evaluate import KnnProtocol, evaluate_knn_grid
@@ -71,28 +64,25 @@ def knn(
     grid = [KnnProtocol(k, temperature) for k, temperature in itertools.product(neighbours, temperatures)]
     chosen = KnnProtocol.from_name(settings.protocol) if settings.protocol else grid
     protocols = [dataclasses.replace(each, centre=settings.centre) for each in chosen]
-    config, others = labelled.config(model), labelled.comparison()
-    print_and_store(model, evaluate_knn_grid(model, config, protocols, frozen.readout(layer), **others), as_json)
+    results = evaluate_knn_grid(model, probe.config(model), protocols, probe.readout(), **probe.comparison())
+    print_and_store(model, results, as_json)
 
 
 @command(eval_app, "sslkit eval linear runs/quickstart --data builtin:fashion_mnist")
 def linear(
     model: Model,
-    labelled: Labelled,
-    frozen: Frozen,
+    probe: Probe,
     protocol: Annotated[str, "logistic, moco_v1 (for v1 and v2), moco_v3, simclr, byol, swav or dino."] = "logistic",
     augment: Annotated[bool, "Random crops and flips in the SGD protocols, as in the papers."] = True,
     epochs: Annotated[int, typer.Option(min=0, help="Epochs of the SGD protocols; 0: as in the paper.")] = 0,
-    layer: Layer = "out",
     as_json: AsJson = False,
 ) -> None:
     """A linear classifier on frozen features, compared with raw pixels and random initialisation."""
     with fast_imports():
         from sslkit.evaluate import evaluate_linear
 
-    config, others = labelled.config(model), labelled.comparison()
-    readout = frozen.readout(layer)
-    result = evaluate_linear(model, config, protocol, readout, augment=augment, epochs=epochs, **others)
+    options = {"augment": augment, "epochs": epochs, **probe.comparison()}
+    result = evaluate_linear(model, probe.config(model), protocol, probe.readout(), **options)
     print_and_store(model, [result], as_json)
 
 
@@ -109,16 +99,7 @@ class SweepSettings:
 
 
 @command(eval_app, "sslkit eval sweep runs/photos --data flowers --layer out,-2")
-def sweep(
-    model: Model,
-    labelled: Labelled,
-    frozen: Frozen,
-    settings: SweepSettings,
-    layer: Annotated[
-        str, typer.Option("--layer", "--layers", help="Layers as in eval linear, separated by commas.")
-    ] = "out",
-    as_json: AsJson = False,
-) -> None:
+def sweep(model: Model, probe: Probe, settings: SweepSettings, as_json: AsJson = False) -> None:
     """Train many linear heads on frozen features at once; the best on held-out images is tested."""
     with fast_imports():
         from sslkit.evaluate.probes.scoring import evaluate_sweep
@@ -130,8 +111,8 @@ def sweep(
     if not set(settings.norm.split(",")) <= {"no", "yes"}:
         raise UserError(f"--norm {settings.norm}: must be no, yes or no,yes")
     protocol = SweepProtocol(rates, decays, norms, settings.epochs, settings.batch_size, settings.seed)
-    readouts = [frozen.readout(each) for each in layer.split(",")]
-    result = evaluate_sweep(model, labelled.config(model), protocol, readouts, **labelled.comparison())
+    readouts = [probe.readout(layer) for layer in probe.layer.split(",")]
+    result = evaluate_sweep(model, probe.config(model), protocol, readouts, **probe.comparison())
     print_and_store(model, [result], as_json)
 
 
@@ -156,11 +137,9 @@ class FinetuneSettings:
     protocol: Annotated[str, "deit, moco_v3 (transfer), simclr or swav (few labels)."] = "deit"
     epochs: Annotated[int, typer.Option(min=0, help="0: as in the protocol.")] = 0
     batch_size: Annotated[int, typer.Option(min=0, help="0: as in the protocol.")] = 0
-    base_lr: Annotated[
-        float, typer.Option("--lr", min=0, help="Learning rate at the reference batch size; 0: as in the protocol.")
-    ] = 0.0
+    base_lr: Annotated[float, typer.Option("--lr", min=0, help="Base learning rate; 0: as in the protocol.")] = 0.0
     layer_decay: Annotated[
-        float, typer.Option(min=0.1, max=1, help="Factor of the learning rate from each block to the one before it.")
+        float, typer.Option(min=0.1, max=1, help="Ratio of learning rates of successive blocks.")
     ] = 1.0
     seed: Annotated[int, "Random seed of the choice of labels and of training."] = 0
 
@@ -172,9 +151,7 @@ def finetune(
     settings: FinetuneSettings,
     transfer: Transfer,
     labels: Annotated[str, "all, 10%, 5-shot, or a file with one image name per line."] = "all",
-    head_layers: Annotated[
-        int, typer.Option(min=0, help="Keep this many layers of the run's projector; SimCLR v2 keeps 1.")
-    ] = 0,
+    head_layers: Annotated[int, typer.Option(min=0, help="Layers of the projector to keep; SimCLR v2: 1.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune the encoder on all or a few of the labels, compared with training from random weights."""
@@ -244,13 +221,9 @@ class DetectSettings:
     protocol: Annotated[str, "voc or coco, with the settings of MoCo."] = "voc"
     steps: Annotated[int, typer.Option(min=0, help="Training steps; 0: as in the protocol.")] = 0
     batch_size: Annotated[int, typer.Option(min=0, help="Batch size; 0: as in the protocol.")] = 0
-    base_lr: Annotated[
-        float, typer.Option("--lr", min=0, help="Learning rate at batch size 16; 0: as in the protocol.")
-    ] = 0.0
+    base_lr: Annotated[float, typer.Option("--lr", min=0, help="Learning rate for 16 images; 0: the protocol's.")] = 0.0
     short_side: Annotated[int, typer.Option(min=0, help="Shorter side in the test, in pixels; 0: as in protocol.")] = 0
-    regions: Annotated[
-        int, typer.Option(min=0, help="Regions per image to train on; fewer are faster. 0: as in the protocol (512).")
-    ] = 0
+    regions: Annotated[int, typer.Option(min=0, help="Regions per image to train on; 0: as in the protocol (512).")] = 0
     seed: Annotated[int, "Random seed of new layers, order and augmentation."] = 0
 
 
@@ -316,11 +289,12 @@ def diagnose(
 ) -> None:
     """Measure features without labels: collapse, number of directions used, and agreement between views."""
     with fast_imports():
+        from sslkit.evaluate.features.readouts import Readout
         from sslkit.evaluate.label_free.diagnose import diagnose_encoder
 
     background = find_background(sample.background, model)
     config = data_config(sample.data, sample.data_name, image_column=sample.image_column, background=background)
     config = config.model_copy(update={"split": sample.split})
-    readout = Frozen(cache=False, workers=workers).readout(layer)
+    readout = dataclasses.replace(Readout.from_name(layer), workers=workers)
     counts = {"images": sample.images, "views": sample.views, "seed": sample.seed}
     print_diagnosis(diagnose_encoder(model, config, readout, **counts), as_json)

@@ -27,20 +27,18 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a recipe value; repeatable.")
 ]
 Model = Annotated[str, typer.Argument(help="Run folder, exported folder, hf_hub:user/repo, or timm name.")]
-Layer = Annotated[
-    str,
-    "out (the encoder's output); a block number such as -2 (mean of its patch tokens); last4 (class tokens of "
-    "the last 4 blocks); dino_vit_s (= last4); dino_vit_b (class token and mean of patch tokens of the last block).",
-]
-Baseline = Annotated[
-    list[str] | None, typer.Option("--baseline", help="Another timm model to evaluate for comparison; repeatable.")
-]
+LAYERS = (
+    "out (the encoder's output); a block number such as -2 (mean of its patch tokens); last4 (class tokens of the last "
+    "4 blocks); dino_vit_s (= last4); dino_vit_b (class token and mean of patch tokens of the last block). eval sweep "
+    "takes several, separated by commas."
+)
+Layer = Annotated[str, typer.Option("--layer", "--layers", help=LAYERS)]
+Baseline = Annotated[list[str] | None, typer.Option("--baseline", help="timm model to compare with; repeatable.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: none, decode in this one.")]
 ImageColumn = Annotated[str, "Column of the images, if several hold images; for tar files their suffix, such as jpg."]
 LabelColumn = Annotated[str, "Column of the labels, if it cannot be found by its type; for tar files their suffix."]
 Background = Annotated[
-    str,
-    "Colour behind transparent pixels, or keep, which ignores alpha. Default: as in MODEL's recipe.toml, else white.",
+    str, "Colour behind transparent pixels, or keep. Default: as in MODEL's recipe.toml, else white."
 ]
 DataName = Annotated[str, "Configuration of the dataset, if it has several."]
 
@@ -60,15 +58,13 @@ class RecipeOptions:
         from sslkit.recipe.resolve import build_recipe, load_recipe
 
         given = {"method.name": self.method, "backbone.name": self.backbone, "data.path": self.data}
-        overrides = self.overrides or []
+        overrides = [f"{key}={json.dumps(value)}" for key, value in given.items() if value] + (self.overrides or [])
         if self.recipe:
-            options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value]
-            return load_recipe(self.recipe, options + overrides)
+            return load_recipe(self.recipe, overrides)
         if missing := [f"--{key.partition('.')[0]}" for key, value in given.items() if not value]:
             what = "a recipe, such as quickstart, or all of --method, --backbone and --data"
             raise UserError(f"give {what}; missing: {', '.join(missing)}")
-        tables = {"method": {"name": self.method}, "backbone": {"name": self.backbone}, "data": {"path": self.data}}
-        return build_recipe(tables, overrides, name="command line")
+        return build_recipe({}, overrides, name="command line")
 
     def name(self, loaded: "Recipe") -> str:
         """Default name of a run or page: that of the recipe file, or of method and backbone."""
@@ -99,28 +95,28 @@ class Labelled:
 
         return Splits(self.train_split, self.test_split)
 
-    def comparison(self) -> dict[str, Any]:
-        """Baselines and splits, as arguments of the evaluations of frozen features."""
-        return {"baselines": self.baseline or (), "splits": self.splits()}
-
 
 @dataclasses.dataclass(frozen=True)
-class Frozen:
-    """How features of a frozen encoder are extracted."""
+class Probe(Labelled):
+    """Labelled images, and how features of a frozen encoder are extracted from them."""
 
-    crop_pct: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the shorter side that the crop keeps; 0: the model's default.")
-    ] = 0.0
+    crop_pct: Annotated[float, typer.Option(min=0, max=1, help="Crop relative to the image; 0: the model's.")] = 0.0
     cache: Annotated[bool, "Store features on disk for later evaluations."] = True
     workers: Workers = 0
+    layer: Layer = "out"
 
-    def readout(self, layer: str) -> "Readout":
-        """The features of ``layer``, with these options."""
+    def readout(self, layer: str = "") -> "Readout":
+        """The features of a layer, by default of ``--layer``."""
         from sslkit.evaluate.features.readouts import Readout
         from sslkit.evaluate.features.store import FeatureStore
 
         store = FeatureStore.default() if self.cache else None
-        return dataclasses.replace(Readout.from_name(layer), crop_pct=self.crop_pct, workers=self.workers, store=store)
+        chosen = Readout.from_name(layer or self.layer)
+        return dataclasses.replace(chosen, crop_pct=self.crop_pct, workers=self.workers, store=store)
+
+    def comparison(self) -> dict[str, Any]:
+        """Baselines and splits, as arguments of the evaluations of frozen features."""
+        return {"baselines": self.baseline or (), "splits": self.splits()}
 
 
 def command(app: typer.Typer, example: str, name: str | None = None) -> Callable[[Command], Command]:
@@ -168,11 +164,7 @@ def _with_help(annotation: Any) -> Any:
 
 
 def find_background(given: str, model: str = "") -> str:
-    """The value of ``--background``, else of the recipe in the model's folder, else white.
-
-    Raises:
-        UserError: The value is not a colour.
-    """
+    """The value of ``--background`` (a UserError if it is not a colour), else of the model's recipe, else white."""
     from sslkit.data.decode.background import WHITE, check_background
     from sslkit.recipe.resolve import load_saved
 
@@ -195,13 +187,8 @@ def data_config(
 
     if not path:
         raise UserError("--data: is empty; give a folder, a datasets id or builtin:fashion_mnist")
-    return DataConfig(
-        path=path,
-        name=name or None,
-        label_column=label_column or None,
-        image_column=image_column or None,
-        background=background,
-    )
+    names = {"name": name or None, "label_column": label_column or None, "image_column": image_column or None}
+    return DataConfig(path=path, background=background, **names)
 
 
 def parse_numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:

@@ -52,9 +52,7 @@ class Resources:
 
     nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1
     gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs per node; one process per GPU.")] = 0
-    tasks_per_node: Annotated[
-        int, typer.Option(min=0, help="Processes per node. Default: one per GPU, or one without GPUs.")
-    ] = 0
+    tasks_per_node: Annotated[int, typer.Option(min=0, help="Processes per node; 0: one per GPU, at least 1.")] = 0
     time: Annotated[str, "Time limit of each job: minutes, HH:MM:SS, D-HH or D-HH:MM."] = "60"
     mem: Annotated[str, "Memory per node, such as 64G."] = ""
     cpus_per_task: Annotated[int, typer.Option(min=0, help="CPU cores per process, including its workers.")] = 0
@@ -63,12 +61,8 @@ class Resources:
     constraint: Annotated[str, "Required node features."] = ""
     sbatch: dict[str, str | bool] = field(default_factory=dict)
     setup: list[str] = field(default_factory=list)
-    signal_seconds: Annotated[
-        int, typer.Option(min=10, help="Seconds before the time limit at which a checkpoint is saved.")
-    ] = 120
-    retries: Annotated[
-        int, typer.Option(min=1, help="Give up after this many jobs in a row without a new checkpoint.")
-    ] = 3
+    signal_seconds: Annotated[int, typer.Option(min=10, help="Save this many seconds before the time limit.")] = 120
+    retries: Annotated[int, typer.Option(min=1, help="Give up after this many jobs without a new checkpoint.")] = 3
 
     @property
     def tasks(self) -> int:
@@ -93,13 +87,7 @@ def submit(recipe: "Recipe", output: str | Path, resources: Resources, cluster: 
     """Submit a run; if ``output`` holds a run, it is resumed.
 
     submitit keeps job files and logs in the folder ``OUTPUT.jobs``. All nodes must share it, the run folder and the
-    data.
-
-    Args:
-        recipe: The recipe to train.
-        output: Run folder.
-        resources: Resources to request.
-        cluster: ``slurm``, or ``local``: processes on this machine, restarted as Slurm would.
+    data. ``cluster`` is ``slurm``, or ``local`` for processes on this machine, restarted as Slurm would.
 
     Raises:
         UserError: The cluster refuses the job, or recipe and resources do not fit. Nothing has been submitted then.

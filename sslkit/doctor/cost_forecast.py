@@ -6,11 +6,9 @@ import time
 
 import torch
 
-from sslkit.data.augment.cpu import ViewPipeline
-from sslkit.data.loading.loader import cores_of_a_process, make_loader, resolve_workers
-from sslkit.data.order.sampler import GlobalBatchSampler
+from sslkit.data.loading.loader import cores_of_a_process, resolve_workers
 from sslkit.data.sources.image_source import ImageSource
-from sslkit.doctor.doctor_setup import DoctorSetup, StepRecord, num_processes
+from sslkit.doctor.doctor_setup import DoctorSetup, StepRecord, load_batches, num_processes
 from sslkit.doctor.findings import Check, Finding
 from sslkit.doctor.machine_checks import GIB, has_bf16, memory_of_device, training_device
 from sslkit.engine.accelerator import processes_here
@@ -67,15 +65,11 @@ def forecast_time(setup: DoctorSetup, source: ImageSource, record: StepRecord) -
         computing, loading = record.seconds / setup.batch_size, setup.loading_seconds / setup.batch_size
         return compare_speeds(recipe, computing, loading, len(source))
     moved = on_device(setup, device)
-    pipeline = ViewPipeline(recipe.views, recipe.train.seed)
-    batches = GlobalBatchSampler(
-        len(source), setup.batch_size, recipe.train.seed, total_steps=REPEATS, plan=source.plan
-    )
-    loader = iter(make_loader(source, pipeline, batches, workers=0, pin_memory=False))
+    batches = load_batches(recipe, source, setup.batch_size, steps=REPEATS)
     computing_times, loading_times = [], []
     for _ in range(REPEATS):
         started = time.perf_counter()
-        next(loader)
+        next(batches)
         loading_times.append((time.perf_counter() - started) / setup.batch_size)
         computing_times.append(moved.run_step(backward=True).seconds / moved.batch_size)
     computing, loading = statistics.median(computing_times), statistics.median(loading_times)
@@ -93,11 +87,7 @@ def on_device(setup: DoctorSetup, device: torch.device) -> DoctorSetup:
 def compare_speeds(recipe: Recipe, computing: float, loading: float, num_images: int) -> Finding:
     """Compare the time to load a batch with the time to compute it, and forecast the time of the run.
 
-    Args:
-        recipe: Batch size, epochs and workers.
-        computing: Seconds of a step for each of its images.
-        loading: Seconds to read an image and make its views on one core.
-        num_images: Images in the data.
+    ``computing`` and ``loading`` are seconds for an image, loading on one core; ``num_images`` are those of the data.
     """
     train, processes, on_cpu = recipe.train, num_processes(recipe), training_device().type == "cpu"
     workers = resolve_workers(recipe.data.workers, on_accelerator=not on_cpu, processes_here=processes)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sslkit.data.augment.cpu import ViewPipeline, normalise
 from sslkit.data.augment.gpu import finish_on
+from sslkit.data.batch import Batch
 from sslkit.data.loading.loader import make_loader
 from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import ImageSource
@@ -30,40 +31,24 @@ MAX_BN_GROUPS = 4
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One forward pass of a method, with or without its backward pass.
+    """One forward pass of a method, with or without its backward pass."""
 
-    Attributes:
-        loss: () tensor.
-        student_features: Features given to the objective; after a backward pass their ``grad`` is set.
-        teacher_features: The teacher's features.
-        activation_bytes: What autograd saved for the backward pass, without the parameters.
-        seconds: Time of the passes.
-    """
-
-    loss: Tensor
-    student_features: Features
+    loss: Tensor  # ()
+    student_features: Features  # after a backward pass their ``grad`` is set
     teacher_features: Features
-    activation_bytes: int
+    activation_bytes: int  # saved by autograd for the backward pass, without the parameters
     seconds: float
 
 
 @dataclass
 class DoctorSetup:
-    """A method in training mode and a small batch, on the CPU in float32.
-
-    Attributes:
-        recipe: The recipe it was built from.
-        method: Built as in a run, but with at most `MAX_BN_GROUPS` BN groups, so that a small batch fills them.
-        views: uint8 images, each (B, H, W, 3).
-        sample_ids: (B,) int64.
-        loading_seconds: Time to read the batch and make its views in this process.
-    """
+    """A method in training mode and a small batch, on the CPU in float32."""
 
     recipe: Recipe
-    method: Method
-    views: Views
-    sample_ids: Tensor
-    loading_seconds: float
+    method: Method  # with at most `MAX_BN_GROUPS` BN groups, so that a small batch fills them
+    views: Views  # uint8, each (B, H, W, 3)
+    sample_ids: Tensor  # (B,) int64
+    loading_seconds: float  # time to read the batch and make its views in this process
 
     @property
     def batch_size(self) -> int:
@@ -105,11 +90,15 @@ def set_up_checks(recipe: Recipe, source: ImageSource, method: Method, log_messa
         + (" (a large model: this takes a while)" if is_large else "")
     )
     started = time.perf_counter()
-    batches = GlobalBatchSampler(len(source), batch_size, recipe.train.seed, total_steps=1, plan=source.plan)
-    pipeline = ViewPipeline(recipe.views, recipe.train.seed)
-    loaded = next(iter(make_loader(source, pipeline, batches, workers=0, pin_memory=False)))
-    batch = finish_on(torch.device("cpu"), loaded, recipe.views)
+    batch = finish_on(torch.device("cpu"), next(load_batches(recipe, source, batch_size, steps=1)), recipe.views)
     return DoctorSetup(recipe, method, batch.views, batch.sample_ids, time.perf_counter() - started)
+
+
+def load_batches(recipe: Recipe, source: ImageSource, batch_size: int, steps: int) -> Iterator[Batch]:
+    """The first batches of the run at this batch size, loaded in this process."""
+    batches = GlobalBatchSampler(len(source), batch_size, recipe.train.seed, total_steps=steps, plan=source.plan)
+    pipeline = ViewPipeline(recipe.views, recipe.train.seed)
+    return iter(make_loader(source, pipeline, batches, workers=0, pin_memory=False))
 
 
 def launched_processes() -> int:

@@ -23,26 +23,13 @@ SMALLEST_CROP = 8.0  # pixels: the CIFAR-10 recipes, which work, go down to 9
 
 @dataclass(frozen=True)
 class ImageSummary:
-    """Summary of an image source, from a sample of its images.
+    """Summary of an image source, from a sample of its images."""
 
-    Attributes:
-        count: Number of images in the source.
-        height: Median height in pixels.
-        width: Median width in pixels.
-        grey: Whether all sampled images are greyscale.
-        variety: How many of the sampled images differ; None if not known.
-    """
-
-    count: int
-    height: int
-    width: int
-    grey: bool
-    variety: Variety | None = None
-
-    @property
-    def short_side(self) -> int:
-        """The shorter of height and width."""
-        return min(self.height, self.width)
+    count: int  # images in the source
+    height: int  # median, in pixels
+    width: int  # median, in pixels
+    grey: bool  # all sampled images are greyscale
+    variety: Variety | None = None  # how many of the sampled images differ; None if not known
 
 
 def summarise_images(source: ImageSource) -> ImageSummary:
@@ -115,11 +102,11 @@ def _crops(views: ViewsConfig, images: ImageSummary) -> Finding:
 
 
 def _size(views: ViewsConfig, images: ImageSummary) -> Finding:
-    size = f"{images.width} x {images.height}"
-    if views.size > 2 * images.short_side:
+    size, short_side = f"{images.width} x {images.height}", min(images.height, images.width)
+    if views.size > 2 * short_side:
         return SIZE.warning(
             f"images of {size} pixels are enlarged to views of {views.size}, which costs time and adds nothing: set "
-            f"views.size = {-(-images.short_side // 32) * 32}"
+            f"views.size = {-(-short_side // 32) * 32}"
         )
     return SIZE.ok(f"{views.size} pixels, from images of {size} pixels")
 

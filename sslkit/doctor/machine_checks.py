@@ -23,7 +23,7 @@ def check_machine() -> list[Finding]:
         "albumentations": _albumentations,
         "cores": _cores,
         "threads": _threads,
-        "memory": _memory,
+        "memory": lambda check: check.ok(f"{memory_of_machine() / GIB:.1f} GiB"),
         "shared memory": _shared_memory,
         "GPU": _gpu,
         "precision": _precision,
@@ -110,10 +110,6 @@ def _threads(check: Check) -> Finding:
         return check.warning("waiting threads take cores from data workers: set OMP_WAIT_POLICY=PASSIVE")
     origin = f", from OMP_NUM_THREADS={variable}" if variable else ""
     return check.ok(f"torch uses {torch.get_num_threads()}{origin}")
-
-
-def _memory(check: Check) -> Finding:
-    return check.ok(f"{memory_of_machine() / GIB:.1f} GiB")
 
 
 def _shared_memory(check: Check) -> Finding:

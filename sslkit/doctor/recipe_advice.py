@@ -122,7 +122,7 @@ def _batch_size(recipe: Recipe, method: Method) -> Finding:
     if batch_size < smallest:
         return BATCH.warning(
             f"{batch_size} is small for {recipe.method_name}, whose paper goes down to {smallest}: set "
-            f"train.batch_size = {smallest} (and train.micro_batch if memory is short), or use a method with a queue, such as moco_v2"
+            f"train.batch_size = {smallest} (with train.micro_batch if memory is short), or use a queue, as in moco_v2"
         )
     if batch_size < MIN_BATCH:
         return BATCH.warning(f"{batch_size} is small for any method: set train.batch_size = {MIN_BATCH} or more")

@@ -19,21 +19,12 @@ from sslkit.errors import UserError
 from sslkit.recipe.resolve import Recipe
 
 
-def _ignore(_message: str) -> None:
-    """Show no progress."""
-
-
-def check_recipe(recipe: Recipe, log_message: LogMessage = _ignore) -> Report:
+def check_recipe(recipe: Recipe, log_message: LogMessage = lambda _message: None) -> Report:
     """Build the recipe's method, make a step on a few images of its data, and check the settings.
 
     Under a launcher all processes take part in the check ``processes agree``; the first one makes the others.
 
-    Args:
-        recipe: What `load_recipe` returned.
-        log_message: Called with a line of text before each stage.
-
-    Returns:
-        All findings; none on processes other than the first.
+    Processes other than the first return no findings. ``log_message`` is called with a line of text before each stage.
 
     Raises:
         UserError: The recipe, the data or the machine cannot be used at all.
@@ -41,7 +32,7 @@ def check_recipe(recipe: Recipe, log_message: LogMessage = _ignore) -> Report:
     source = open_source(recipe.data).without_labels()
     steps_per_epoch(recipe, source)
     agreement = check_processes(recipe, source) if launched_processes() > 1 else NOT_LAUNCHED
-    if launched_processes() > 1 and os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0":
         return Report([])
     log_message(f"checking {len(source)} images of {source.description} and their views")
     images = summarise_images(source)
@@ -51,13 +42,9 @@ def check_recipe(recipe: Recipe, log_message: LogMessage = _ignore) -> Report:
 
 
 def check_method(
-    recipe: Recipe, source: ImageSource, images: ImageSummary, log_message: LogMessage = _ignore
+    recipe: Recipe, source: ImageSource, images: ImageSummary, log_message: LogMessage = lambda _message: None
 ) -> list[Finding]:
-    """All checks that need the method.
-
-    Raises:
-        UserError: The batch does not fit the method's BN groups or the number of processes.
-    """
+    """All checks that need the method; a UserError if the batch does not fit its BN groups or the processes."""
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.train.seed)

@@ -154,8 +154,8 @@ def check_contract(setup: DoctorSetup, record: StepRecord) -> Finding:
         return CONTRACT.fault(f"the method stops between two steps: {describe_error(error)}")
     if moved := [name for name in before if before[name] != computed[name]]:
         return CONTRACT.fault(
-            f"{' and '.join(moved)}: changed in the forward pass, so keys can be their own negatives: move teachers, and "
-            "push new keys, in after_update"
+            f"{' and '.join(moved)}: changed in the forward pass, so keys can be their own negatives: move teachers "
+            "and push new keys in after_update"
         )
     updated = _sums(method)
     standing = [name for name in method.dictionaries() if updated[name] == before[name]]

@@ -15,15 +15,10 @@ ASPECT_RATIO = 4 / 3  # of a photograph
 
 @dataclass(frozen=True)
 class Change:
-    """A change and its estimated effect.
+    """A change and its estimated effect."""
 
-    Attributes:
-        what: The key to set, or the command to run.
-        gain: How many times faster a step would be, computed from the measurements.
-    """
-
-    what: str
-    gain: float
+    what: str  # the key to set, or the command to run
+    gain: float  # how many times faster a step would be, computed from the measurements
 
 
 def changes_that_help(measured: Profile, recipe: Recipe) -> list[Change]:
