@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command, by default that of this process, and exit. Bad input is reported in one sentence."""
     sanitize_other_libraries()
     if threading.excepthook is threading.__excepthook__:  # a test runner has its own
-        threading.excepthook = _print_thread_traceback
+        threading.excepthook = lambda failed: print_traceback(failed.exc_value or failed.exc_type())
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         for argument in arguments:
@@ -90,11 +90,6 @@ def main(arguments: list[str] | None = None) -> None:
         if code == INTERRUPTED:
             print_message("interrupted; the same command continues from the last checkpoint, if there is one")
         sys.exit(code or 0)
-
-
-def _print_thread_traceback(failed: threading.ExceptHookArgs) -> None:
-    if failed.exc_value is not None:
-        print_traceback(failed.exc_value)
 
 
 def _fail(messages: list[str], code: int) -> NoReturn:

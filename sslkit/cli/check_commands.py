@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from sslkit.cli.options import RecipeOptions
+from sslkit.cli.options import RecipeOptions, fast_imports
 from sslkit.cli.output import AsJson, console
-from sslkit.cli.startup import fast_imports
 from sslkit.terminal import PlainTable, print_json, print_line, print_message
 from sslkit.text import pluralize
 

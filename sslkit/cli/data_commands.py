@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from sslkit.cli.options import DataName, ImageColumn, LabelColumn, command, data_config, find_background
+from sslkit.cli.options import DataName, ImageColumn, LabelColumn, command, data_config
 from sslkit.cli.output import AsJson, console
 from sslkit.errors import UserError, check_path
 from sslkit.terminal import PlainTable, print_json, print_line
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 BAD_IMAGES = 2  # exit code of --strict
 MAX_PRINTED = 10  # entries of a list
 
-data_app = typer.Typer(no_args_is_help=True, epilog="Example: sslkit data check photos")
+data_app = typer.Typer(
+    help="Inspect images before training on them.", no_args_is_help=True, epilog="Example: sslkit data check photos"
+)
 
 Workers = Annotated[int, typer.Option(help="Processes that read images; -1: one per core.", min=-1)]
 
@@ -39,13 +41,7 @@ class DataOptions:
 
     def config(self) -> "DataConfig":
         """The same for `sslkit.data`."""
-        background = find_background(self.background)
-        return data_config(self.path, self.name, self.label_column, self.image_column, background)
-
-
-@data_app.callback()
-def data_command() -> None:
-    """Inspect images before training on them."""
+        return data_config(self.path, self.name, self.label_column, self.image_column, self.background)
 
 
 @command(data_app, "sslkit data check photos --strict")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sslkit.cli.options import fast_imports
 from sslkit.cli.output import AsJson, console
-from sslkit.cli.startup import fast_imports
 from sslkit.errors import UserError
 from sslkit.terminal import PlainTable, print_json, print_line
 

@@ -20,12 +20,12 @@ from sslkit.cli.options import (
     Workers,
     command,
     data_config,
+    fast_imports,
     find_background,
     nonzero,
     parse_numbers,
 )
 from sslkit.cli.output import AsJson, print_and_store, print_comparison, print_diagnosis
-from sslkit.cli.startup import fast_imports
 from sslkit.errors import UserError, check_path
 from sslkit.files.run_reader import RunReader
 from sslkit.terminal import print_message
@@ -292,8 +292,7 @@ def diagnose(
         from sslkit.evaluate.features.readouts import Readout
         from sslkit.evaluate.label_free.diagnose import diagnose_encoder
 
-    background = find_background(sample.background, model)
-    config = data_config(sample.data, sample.data_name, image_column=sample.image_column, background=background)
+    config = data_config(sample.data, sample.data_name, "", sample.image_column, sample.background, model)
     config = config.model_copy(update={"split": sample.split})
     readout = dataclasses.replace(Readout.from_name(layer), workers=workers)
     counts = {"images": sample.images, "views": sample.views, "seed": sample.seed}

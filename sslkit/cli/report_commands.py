@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sslkit.cli.options import RecipeOptions
+from sslkit.cli.options import RecipeOptions, fast_imports
 from sslkit.cli.output import console
-from sslkit.cli.startup import fast_imports
 from sslkit.errors import UserError
 from sslkit.terminal import PlainTable, print_line, print_message
 

@@ -9,9 +9,8 @@ from typing import Annotated
 import typer
 
 from sslkit.cli.launcher_exit import leave_for_launcher
-from sslkit.cli.options import Overrides, RecipeName, RecipeOptions
+from sslkit.cli.options import Overrides, RecipeName, RecipeOptions, fast_imports
 from sslkit.cli.output import AsJson, console
-from sslkit.cli.startup import fast_imports
 from sslkit.cluster.job import RESUMABLE
 from sslkit.cluster.submission import Resources, batch_file
 from sslkit.cluster.submission import submit as submit_run

@@ -19,7 +19,7 @@ from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.doctor.findings import LogMessage
 from sslkit.methods import BatchInfo, Method, Progress
-from sslkit.methods.base import Features, Permutation, Prepare, Views
+from sslkit.methods.base import Features, Permutation, Views
 from sslkit.parts.batch_slices import local_bn_groups
 from sslkit.recipe.resolve import Recipe
 
@@ -55,16 +55,12 @@ class DoctorSetup:
         """Number of images B."""
         return len(self.sample_ids)
 
-    @property
-    def prepare(self) -> Prepare:
-        """Normalises a view as the training step does."""
-        return partial(normalise, mean=self.recipe.views.mean, std=self.recipe.views.std)
-
     def run_step(self, views: Views | None = None, *, backward: bool = False) -> StepRecord:
         """Make the forward pass of `Method.forward`, with the same random draws each time."""
         method, started = self.method, time.perf_counter()
         order = spread_order(self.batch_size, method.bn_groups) if method.shuffle_keys else None
-        inputs = (self.views if views is None else views, local_bn_groups(method.bn_groups), order, self.prepare)
+        prepare = partial(normalise, mean=self.recipe.views.mean, std=self.recipe.views.std)
+        inputs = (self.views if views is None else views, local_bn_groups(method.bn_groups), order, prepare)
         with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(backward), saved_bytes(method) as saved:
             torch.manual_seed(self.recipe.train.seed)
             student, teacher = method.student_in_slices(*inputs), method.teacher_in_slices(*inputs)

@@ -4,6 +4,7 @@ import os
 
 import torch
 
+from sslkit.data.augment.cpu import normalise
 from sslkit.data.sources.image_source import ImageSource, open_source
 from sslkit.doctor.cost_forecast import LOADING, MEMORY, check_precision, check_threads, forecast_memory, forecast_time
 from sslkit.doctor.doctor_setup import launched_processes, num_processes, set_up_checks
@@ -65,7 +66,7 @@ def check_method(
         *of_step,
         check_batch_norm_leak(method),
         *check_settings(recipe, method, images),
-        check_pixels(setup.prepare(setup.views[0])),
+        check_pixels(normalise(setup.views[0], recipe.views.mean, recipe.views.std)),
         MEMORY.attempt(lambda _: forecast_memory(setup, record)),
         LOADING.attempt(lambda _: forecast_time(setup, source, record)),
     ]

@@ -37,15 +37,17 @@ def check_views(recipe: Recipe, source: ImageSource) -> list[Finding]:
         )
         return [same, *[check.not_applicable(f"see {VIEWS}") for check in (EPOCHS, SAMPLES, WORKERS)]]
     difference = float(np.mean([np.abs(a.astype(int) - b).mean() for a, b in zip(first, second, strict=True)]))
+    by = f"by {difference:.0f} of {np.iinfo(first[0].dtype).max} on average"
+    compared = (
+        (VIEWS, pairs, "the two views of an image are equal", f"the two views of an image differ {by}"),
+        (EPOCHS, epochs, "an image has the same views in every epoch", "an image has new views in every epoch"),
+        (SAMPLES, others, "all images get the same transforms", "every image gets its own transforms"),
+    )
     findings = [
-        _compare(
-            VIEWS,
-            pairs,
-            "the two views of an image are equal",
-            f"the two views of an image differ by {difference:.0f} of {np.iinfo(first[0].dtype).max} on average",
-        ),
-        _compare(EPOCHS, epochs, "an image has the same views in every epoch", "an image has new views in every epoch"),
-        _compare(SAMPLES, others, "all images get the same transforms", "every image gets its own transforms"),
+        check.fault(f"{problem} ({equal:.0%} of {NUM_IMAGES} images): the random draws repeat")
+        if equal > 0.5
+        else check.ok(otherwise)
+        for check, equal, problem, otherwise in compared
     ]
     if any(finding.verdict == "fault" for finding in findings):
         return [*findings, WORKERS.not_applicable("see the other checks of views")]
@@ -75,9 +77,3 @@ def check_workers(recipe: Recipe, source: ImageSource, sample: int) -> Finding:
 def equal_share(ones: Sequence[Pixels], others: Sequence[Pixels]) -> float:
     """Share of pairs that are equal in every pixel."""
     return float(np.mean([np.array_equal(a, b) for a, b in zip(ones, others, strict=True)]))
-
-
-def _compare(check: Check, equal: float, problem: str, otherwise: str) -> Finding:
-    if equal > 0.5:
-        return check.fault(f"{problem} ({equal:.0%} of {NUM_IMAGES} images): the random draws repeat")
-    return check.ok(otherwise)
