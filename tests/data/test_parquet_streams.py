@@ -180,7 +180,7 @@ def test_an_address_is_read_in_place_and_a_loss_of_it_is_a_sentence(
     monkeypatch.setattr(streaming, "WAITS", (0.0,))
     with pytest.raises(UserError, match=r"memory://.*train-0.parquet can no longer be read: .* the same command"):
         source.read(0)
-    with pytest.raises(UserError, match="no parquet file matches memory://gone"):
+    with pytest.raises(UserError, match="no file matches memory://gone"):
         streamed("parquet", data_files="memory://gone/*.parquet")
     with pytest.raises(UserError, match="cannot look for nosuch://photos"):
         streamed("parquet", data_files="nosuch://photos/*.parquet")

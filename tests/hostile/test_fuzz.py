@@ -19,7 +19,7 @@ from targets import SEEDS, STATE, TARGETS, capsule, checkpoint_of, only_user_err
 from torch import nn
 
 from sslkit.data.order.epoch_order import epoch_order
-from sslkit.data.sources.idx import read_idx
+from sslkit.data.sources.bundled import read_idx
 from sslkit.engine.checkpoint.format import newest_checkpoint, read_checkpoint
 from sslkit.engine.checkpoint.validation import SCALER
 from sslkit.engine.resilience.guard import Guard

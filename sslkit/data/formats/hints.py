@@ -54,12 +54,7 @@ def advice_for(skipped: Counter[str]) -> str:
 
 
 def no_images(skipped: Counter[str], example: str) -> str:
-    """The predicate of a sentence about a folder without images: what its files are, and what to do.
-
-    Args:
-        skipped: Number of files of each suffix.
-        example: Path of the first file.
-    """
+    """The predicate of a sentence about a folder without images, from the count of each suffix and the first file."""
     try:
         with open(example, "rb") as stream:
             found = image_suffix(stream.read(16))
@@ -67,11 +62,9 @@ def no_images(skipped: Counter[str], example: str) -> str:
         found = ""
     files = f"holds no images, judging by file names: {count_suffixes(skipped)}"
     if found:
-        suffix = next(iter(skipped.most_common(1)))[0]
-        old = "*" if suffix == "no suffix" else f"*{suffix}"
-        new = '"$f"' if suffix == "no suffix" else f'"${{f%{suffix}}}"'
+        suffix = skipped.most_common(1)[0][0].replace("no suffix", "")
         return (
             f"{files}; the first looks like {found}, but images are recognised by their suffix: rename them, "
-            f'for example by: for f in {old}; do mv "$f" {new}{found}; done'
+            f'for example by: for f in *{suffix}; do mv "$f" "${{f%{suffix}}}"{found}; done'
         )
     return f"{files}; {advice_for(skipped) or 'give the folder that holds the images themselves'}"

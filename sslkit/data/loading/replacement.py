@@ -49,7 +49,7 @@ def read_or_replace(
     for attempt in range(ATTEMPTS):
         index = sample if attempt == 0 else replacement(seed, epoch, sample, attempt, len(source))
         try:
-            return LoadedImage(*source.read_reduced(index, reduction), index, tuple(bad))
+            return LoadedImage(*source.decode(*source.encoded(index), reduction), index, tuple(bad))
         except UnreadableImage as error:
             bad.append(BadSample(index, source.name(index), error.reason))
     examples = "; ".join(f"{each.name} ({each.reason})" for each in bad[:3])

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -118,7 +119,7 @@ def read_input(transform: Transform, source: ImageSource, index: int) -> Any:
         UnreadableImage: The image cannot be decoded.
     """
     channels = transform.channels if isinstance(transform, ChannelTransform) else None
-    pixels = source.read_as(index, channels)
+    pixels = replace(source, channels=channels).read(index)
     if channels is None:
         return Image.fromarray(pixels)
     return torch.from_numpy(pixels.astype(np.float32) / FULL_SCALE).permute(2, 0, 1)
