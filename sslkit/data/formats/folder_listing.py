@@ -32,21 +32,12 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 @dataclass(frozen=True)
-class WalkedFolder:
-    """A folder and its files."""
-
-    path: str  # through links
-    files: list[str]  # names, sorted
-    links: frozenset[str]  # names of the files that are links
-
-
-@dataclass(frozen=True)
 class ImageFolder:
     """A folder that directly contains images."""
 
     path: str  # through links
     images: pa.Array  # paths of its images, as `to_text` writes them
-    links: frozenset[str]  # names of the files that are links
+    links: list[str]  # names of the files that are links
 
 
 @dataclass(frozen=True)
@@ -74,17 +65,17 @@ def list_images(root: Path, inside: Sequence[Path] = ()) -> Listing:
     folders: list[ImageFolder] = []
     skipped: Counter[str] = Counter()
     example = ""
-    for walked in chain.from_iterable(walk_folders(str(folder)) for folder in inside or [root]):
+    for folder, files, links in chain.from_iterable(walk_folders(str(each)) for each in inside or [root]):
         images: list[str] = []
         others: list[str] = []
-        for name in walked.files:
+        for name in files:
             (images if is_image(name) else others).append(name)
         if others:
             skipped.update(to_text(_suffix(name)) or "no suffix" for name in others)
-            example = example or f"{walked.path}/{others[0]}"
+            example = example or f"{folder}/{others[0]}"
         if images:
-            paths = pa.array([to_text(f"{walked.path}/{name}") for name in images], pa.string())
-            folders.append(ImageFolder(walked.path, paths, walked.links))
+            paths = pa.array([to_text(f"{folder}/{name}") for name in images], pa.string())
+            folders.append(ImageFolder(folder, paths, links))
     return Listing(str(root), folders, skipped, example)
 
 
@@ -133,8 +124,8 @@ def display_path(path: str | bytes | Path) -> str:
     return printable(to_text(os.fsdecode(path)))
 
 
-def walk_folders(root: str) -> Iterator[WalkedFolder]:
-    """Walk through a folder and everything below it, sorted.
+def walk_folders(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield a folder and all folders below it, sorted: the path, the names of its files, and those that are links.
 
     Links to folders are followed, except to a folder above. Names that begin with a dot are skipped, and folders that
     begin with two underscores, as `datasets` does. A folder that cannot be listed, or links that form too many ways to
@@ -160,8 +151,8 @@ def walk_folders(root: str) -> Iterator[WalkedFolder]:
                 f"[data] path: links form more than {MAX_WAYS} ways to one folder, such as {display_path(folder)}; "
                 "remove links between folders"
             )
-        links = frozenset(name for name, is_dir, is_link in found if is_link and not is_dir)
-        yield WalkedFolder(folder, [name for name, is_dir, _ in found if not is_dir], links)
+        links = [name for name, is_dir, is_link in found if is_link and not is_dir]
+        yield folder, [name for name, is_dir, _ in found if not is_dir], links
         inner = [os.path.join(folder, name) for name, is_dir, _ in found if is_dir and not name.startswith("__")]
         pending += [(path, (*above, identity)) for path in reversed(inner)]
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-import datasets
 import pyarrow as pa
 
 from sslkit.data.formats.folder_listing import (
@@ -20,7 +19,6 @@ from sslkit.data.formats.folder_listing import (
     folders_in,
     is_image,
     list_images,
-    table_of_folders,
     walk_folders,
 )
 from sslkit.data.formats.hints import no_images
@@ -60,10 +58,6 @@ class ImageFiles:
     skipped: Counter[str]  # number of files that are not images, by suffix
     notes: list[str] = field(default_factory=list)  # sentences on what else is not read
 
-    def table(self) -> datasets.Dataset:
-        """A row per image; see `table_of_folders`."""
-        return table_of_folders(self.folders, self.classes)
-
 
 def find_images(folder: Path, split: str) -> ImageFiles:
     """Find the image files of a split below a folder.
@@ -74,7 +68,7 @@ def find_images(folder: Path, split: str) -> ImageFiles:
     if split != ALL and (top_level := _top_level_splits(folder)):  # folders of other splits are not searched
         own, others = _divide({folder / path: name for path, name in top_level.items()}, folder, split)
         listing, notes = _without_masks(folder, list_images(folder, own))
-        beside = sum(map(is_image, next(walk_folders(str(folder))).files))
+        beside = sum(map(is_image, next(walk_folders(str(folder)))[1]))
     else:
         listing, notes = list_images(folder), []
         if not listing.folders:
@@ -118,7 +112,7 @@ def image_splits(folder: Path) -> list[str]:
     """The split names of folders with images; empty if no folder has one."""
     if top_level := _top_level_splits(folder):
         return in_order(top_level.values())
-    paths = [each.path for each in walk_folders(str(folder)) if any(map(is_image, each.files))]
+    paths = [path for path, files, _ in walk_folders(str(folder)) if any(map(is_image, files))]
     masks = _mask_folders(folder, paths)
     return in_order(name for name, _ in _split_folders_of(folder, [p for p in paths if p not in masks]).values())
 
@@ -142,12 +136,7 @@ def folders_of_split(names: Sequence[str], split: str, where: str) -> tuple[set[
     """Divide folders in tar files into those of a split and those left out: of other splits, or of masks.
 
     If all folders are of one split, none is left out for its split. If some are of splits and others are not, or none
-    is of the requested split, raise `UserError`.
-
-    Args:
-        names: Their paths in the tar files; an empty path for files in no folder.
-        split: The requested split.
-        where: The tar files, as messages name them.
+    is of the requested split, raise `UserError`. ``where`` is how messages name the tar files.
     """
     root = Path("/")
     paths = {f"/{name}": name for name in names}

@@ -21,12 +21,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from sslkit.data.config import SourceConfig
 from sslkit.data.decode.rgb import UnreadableImage
 from sslkit.data.formats.folder_listing import printable
-from sslkit.data.formats.splits import ALL, choose, no_such_split
 from sslkit.errors import UserError, first_line
-from sslkit.hub.availability import quiet_hub, unavailable_reason
 from sslkit.text import pluralize
 
 MAX_GROUP = 2**31  # bytes of the images of a row group, all of which are held in memory
@@ -239,30 +236,6 @@ def _open(file: str) -> Any:
         return open(file, "rb")
     system, path = fsspec.core.url_to_fs(file)
     return system.open(path, "rb", cache_type="none")
-
-
-def hub_files(config: SourceConfig) -> list[str]:
-    """Addresses of the parquet files of a split of a Hub dataset. If there are none, raise `UserError`."""
-    try:
-        with quiet_hub():
-            builder = datasets.load_dataset_builder(
-                config.path, config.name, data_dir=config.data_dir, data_files=config.data_files
-            )
-        files = builder.config.data_files or {}
-    except Exception as error:  # an untrusted repository can make `datasets` raise anything
-        raise UserError(
-            f"[data] path: cannot stream {config.path!r}: no folder of that name here, and as a dataset of the Hub: "
-            f"{first_line(error)}{unavailable_reason()}"
-        ) from error
-    if builder.name != "parquet":
-        raise UserError(
-            f"[data] streaming: {config.path!r} does not consist of parquet files; leave streaming out to download it"
-        )
-    available = {str(name): [str(file) for file in each] for name, each in files.items()}
-    names = list(available) if config.split == ALL else choose(available, config.split)
-    if not names:
-        raise no_such_split(config.path, "the splits", available, config.split)
-    return [file for name in names for file in available[name]]
 
 
 def features_of(file: str, footer: parquet.FileMetaData) -> datasets.Features:

@@ -221,27 +221,26 @@ def is_missing(value: Any) -> bool:
     return value is None or value != value or (isinstance(value, str | bytes) and not value.strip())
 
 
-def label_text(value: Any, names: list[str], row: int) -> str:
+def label_text(value: Any, names: list[str]) -> str:
     """A label that is not missing as text: the name of its class, or its number if classes have no names.
 
     A label of no class (such as -1, which marks images without a label), several labels and a measurement raise
-    `UserError`.
+    ValueError, with what is wrong and what to do.
     """
-    where = f"[data] label_column: row {row} has the label"
     if names:
         if type(value) is int and 0 <= value < len(names):
             return str(names[value])
-        raise UserError(f"{where} {value!r:.50}, which is of no class; leave unlabelled rows out")
+        raise ValueError("which is of no class; leave unlabelled rows out")
     if isinstance(value, float):
-        if not value.is_integer():
-            raise UserError(
-                f"{where} {value!r}, a number with a fraction; evaluation needs classes: name another column "
-                "(--label-column), or write class names"
-            )
-        return str(int(value))
+        if value.is_integer():
+            return str(int(value))
+        raise ValueError(
+            "a number with a fraction; evaluation needs classes: name another column (--label-column), or write class "
+            "names"
+        )
     if isinstance(value, list | dict):
-        raise UserError(
-            f"{where} {value!r:.50}, {'several classes' if isinstance(value, list) else 'a structure'}; "
-            "evaluation needs one class a row: name another column (--label-column), or write one class name a row"
+        raise ValueError(
+            f"{'several classes' if isinstance(value, list) else 'a structure'}; evaluation needs one class a row: "
+            "name another column (--label-column), or write one class name a row"
         )
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

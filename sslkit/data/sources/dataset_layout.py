@@ -134,7 +134,7 @@ def kind_of_folder(folder: Path) -> str:
     """The loader for a folder, from the file names in it and its subfolders, or else in the first deeper folder."""
     if (folder / SAVED_STATE).is_file() or (folder / SAVED_SPLITS).is_file():
         return "arrow"
-    deeper = (walked.files for walked in walk_folders(str(folder)))
+    deeper = (files for _, files, _ in walk_folders(str(folder)))
     return next(filter(None, map(_kind_of, chain([names_near(folder)], deeper))), "imagefolder")
 
 

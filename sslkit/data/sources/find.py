@@ -12,11 +12,11 @@ import datasets
 
 from sslkit.data.config import SourceConfig
 from sslkit.data.formats.columns import Columns, choose_columns
-from sslkit.data.formats.folder_listing import display_path, to_text, walk_folders
+from sslkit.data.formats.folder_listing import display_path, table_of_folders, to_text, walk_folders
 from sslkit.data.formats.hints import count_suffixes
-from sslkit.data.formats.image_folders import ImageFiles, find_images, image_splits, refuse_several_folders
+from sslkit.data.formats.image_folders import find_images, image_splits, refuse_several_folders
 from sslkit.data.formats.metadata_tables import metadata_files, table_by_metadata
-from sslkit.data.formats.parquet_streams import hub_files, match_files
+from sslkit.data.formats.parquet_streams import match_files
 from sslkit.data.formats.splits import ALL, choose, files_by_split, in_order, no_such_split, refuse_several
 from sslkit.data.formats.tables import SAVED_STATE, load_parquet, map_arrow, saved_splits, without_caches
 from sslkit.data.formats.tar_samples import index_shards
@@ -35,6 +35,8 @@ from sslkit.data.sources.dataset_layout import (
 )
 from sslkit.errors import UserError, first_line
 from sslkit.hub.availability import quiet_hub, unavailable_reason
+
+HUB_KEYS = {"name", "data_dir", "data_files"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def files_to_stream(config: SourceConfig) -> list[str] | None:
     """Paths or addresses of a source's parquet files, in order; None if the source has files of another kind."""
     layout = detect_layout(config)
     if layout.loader == HUB:
-        return hub_files(config)
+        return _hub_files(config)
     if layout.loader != "parquet":
         return None
     if layout.folder is not None:
@@ -111,21 +113,16 @@ def _read_folder(folder: Path, config: SourceConfig) -> FoundData:
             f"[data] path: {display_path(folder)} holds {tars:,} tar files beside {count:,} images; move "
             'the images elsewhere to read the tar files, or give split = "all" to read only the images'
         )
-    if files := metadata_files(images):
-        rows = table_by_metadata(images, files)
-        columns = choose_columns(rows.features, config)
-        others = images.skipped - Counter(file.suffix for file in files)
-        return FoundData(rows, columns, columns.summary(), skipped=others, notes=images.notes)
-    rows = images.table()
+    files = metadata_files(images)
+    rows = table_by_metadata(images, files) if files else table_of_folders(images.folders, images.classes)
     columns = choose_columns(rows.features, config)
-    root = to_text(str(images.root))
-    return FoundData(rows, columns, _summary(images), root, skipped=images.skipped, notes=images.notes)
-
-
-def _summary(images: ImageFiles) -> str:
-    skipped = f" (other files, not read: {count_suffixes(images.skipped)})" if images.skipped else ""
+    skipped = images.skipped - Counter(file.suffix for file in files)
+    if files:
+        return FoundData(rows, columns, columns.summary(), skipped=skipped, notes=images.notes)
+    others = f" (other files, not read: {count_suffixes(skipped)})" if skipped else ""
     labels = f"{len(set(images.classes))} folders as classes" if images.classes else "no labels"
-    return f"image files{skipped}, {labels}"
+    summary = f"image files{others}, {labels}"
+    return FoundData(rows, columns, summary, to_text(str(images.root)), skipped=skipped, notes=images.notes)
 
 
 def _load(layout: DatasetLayout, config: SourceConfig) -> datasets.Dataset:
@@ -148,17 +145,16 @@ def _load(layout: DatasetLayout, config: SourceConfig) -> datasets.Dataset:
     except UserError:
         raise
     except Exception as error:  # untrusted metadata can make `datasets` raise anything
-        on_hub = layout.loader == HUB
-        where = "no folder of that name here, and as a dataset of the Hub: " if on_hub else ""
-        reason = first_line(error) + (unavailable_reason() if on_hub else "")
-        if "corresponds to no data" in reason:
-            reason = "no images in it"
-        reason += _images_beside(config, layout)
-        raise UserError(f"[data] path: cannot load {describe(config)!r}: {where}{reason}") from error
+        if layout.loader == HUB:
+            raise _hub_error(config, error) from error
+        reason = "no images in it" if "corresponds to no data" in str(error) else first_line(error)
+        raise UserError(
+            f"[data] path: cannot load {describe(config)!r}: {reason}{_images_beside(config, layout)}"
+        ) from error
 
 
 def _load_from_hub(config: SourceConfig) -> datasets.Dataset:
-    keys: dict[str, Any] = {"name": config.name, "data_dir": config.data_dir, "data_files": config.data_files}
+    keys: dict[str, Any] = config.model_dump(include=HUB_KEYS)
     with quiet_hub():
         try:
             return datasets.load_dataset(config.path, split=config.split, **keys)
@@ -170,6 +166,32 @@ def _load_from_hub(config: SourceConfig) -> datasets.Dataset:
             if len(found := choose(available, config.split)) != 1:
                 raise no_such_split(config.path, "the splits", available, config.split) from error
             return datasets.load_dataset(config.path, split=found[0], **keys)
+
+
+def _hub_files(config: SourceConfig) -> list[str]:
+    """Addresses of the parquet files of a split of a Hub dataset."""
+    try:
+        with quiet_hub():
+            builder = datasets.load_dataset_builder(config.path, **config.model_dump(include=HUB_KEYS))
+        files = builder.config.data_files or {}
+    except Exception as error:  # an untrusted repository can make `datasets` raise anything
+        raise _hub_error(config, error) from error
+    if builder.name != "parquet":
+        raise UserError(
+            f"[data] streaming: {config.path!r} does not consist of parquet files; leave streaming out to download it"
+        )
+    available = {str(name): [str(file) for file in each] for name, each in files.items()}
+    names = list(available) if config.split == ALL else choose(available, config.split)
+    if not names:
+        raise no_such_split(config.path, "the splits", available, config.split)
+    return [file for name in names for file in available[name]]
+
+
+def _hub_error(config: SourceConfig, error: Exception) -> UserError:
+    return UserError(
+        f"[data] path: cannot load {config.path!r}: no folder of that name here, and as a dataset of the Hub: "
+        f"{first_line(error)}{unavailable_reason()}"
+    )
 
 
 def _matching(patterns: Sequence[str], split: str) -> list[str]:
@@ -235,12 +257,11 @@ def _by_split(folder: Path, loader: str, split: str = "") -> dict[str, list[Path
     if loader == "arrow" and (saved := saved_splits(folder)) is not None:
         return saved
     files: list[Path] = []
-    for walked in walk_folders(str(folder)):
-        path = Path(walked.path)
-        if loader == "arrow" and SAVED_STATE in walked.files:
-            files += (saved_splits(path) or {}).get("", [])
+    for path, names, _ in walk_folders(str(folder)):
+        if loader == "arrow" and SAVED_STATE in names:
+            files += (saved_splits(Path(path)) or {}).get("", [])
         else:
-            found = [path / name for name in walked.files if KINDS[loader](name)]
+            found = [Path(path, name) for name in names if KINDS[loader](name)]
             files += without_caches(found) if loader == "arrow" else found
     files.sort()
     return (files_by_split(files, folder) if files and split != ALL else {}) or {"": files}

@@ -130,9 +130,11 @@ class ImageSource:
         labels = []
         for index, value in enumerate(values):
             try:
-                labels.append(label_text(value, names, index))
-            except UserError as error:
-                raise UserError(f"{error} ({self.name(index)})") from error
+                labels.append(label_text(value, names))
+            except ValueError as error:
+                raise UserError(
+                    f"[data] label_column: row {index} has the label {value!r:.50}, {error} ({self.name(index)})"
+                ) from error
         return labels
 
     def class_names(self) -> list[str]:
