@@ -89,6 +89,7 @@ def _label_column(features: datasets.Features, config: SourceConfig, image: str)
     untyped = [name for name in _ranked(features, UNTYPED_LABELS) if not isinstance(features[name], datasets.Image)]
     candidates = [name for name in dict.fromkeys(typed + untyped) if name != image]
     usual = _ranked(typed, LABELS)
+    chosen, problem = None, ""
     if config.label_column is not None:
         chosen = _named_column(features, "label_column", config.label_column)
     elif usual or len(typed) == 1 or (untyped and not typed):
@@ -98,12 +99,10 @@ def _label_column(features: datasets.Features, config: SourceConfig, image: str)
             f"several columns hold classes, {typed[:12]}, and none has a usual name; name one, such as "
             f'--label-column {typed[0]} or [data] label_column = "{typed[0]}"'
         )
-        return None, candidates, problem
     else:
         listed = list(features)[:12]
         problem = f"no column of classes found among {listed}; name it by --label-column or [data] label_column"
-        return None, candidates, problem
-    return chosen, [name for name in candidates if name != chosen], ""
+    return chosen, [name for name in candidates if name != chosen], problem
 
 
 def _ranked(names: Iterable[str], usual: tuple[str, ...]) -> list[str]:

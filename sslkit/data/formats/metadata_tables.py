@@ -151,10 +151,12 @@ def _read_csv(file: Path) -> dict[str, list[Any]]:
     if first.lower().startswith("sep="):  # a line that Excel adds
         text = text.lstrip("\r\n").partition("\n")[2]
         first = text.partition("\n")[0]
-    headers = {each: next(csv.reader([first], delimiter=each), []) for each in SEPARATORS}
-    fits = [each for each, names in headers.items() if FILE in (name.strip() for name in names)]
-    separator = fits[0] if fits else max(headers, key=lambda each: len(headers[each]))
-    reader = csv.reader(io.StringIO(text), delimiter=separator)
+
+    def fit(separator: str) -> tuple[bool, int]:
+        names = [name.strip() for name in next(csv.reader([first], delimiter=separator), [])]
+        return FILE in names, len(names)
+
+    reader = csv.reader(io.StringIO(text), delimiter=max(SEPARATORS, key=fit))
     header = [name.strip() for name in next(reader, [])]
     rows = []
     for cells in reader:

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, ClassVar, Self
 
 import datasets
@@ -149,7 +148,7 @@ class StreamedTable:
         """SHA-256 of the files' names, and of the number of rows and bytes of each row group."""
         digest = hashlib.sha256(str(len(self)).encode())
         for group in self.groups:
-            name = PurePosixPath(self.files[group.file]).name
+            name = self.files[group.file].rpartition("/")[2]
             digest.update(f"{name}\0{group.rows}\0{group.bytes}\0".encode())
         if self.picked is not None:
             digest.update(self.picked.astype(np.int64).tobytes())

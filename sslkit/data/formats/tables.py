@@ -2,18 +2,18 @@
 
 import base64
 import glob
+import json
 import logging
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
 import datasets
 import pyarrow as pa
 from pyarrow import parquet
-from pydantic import BaseModel, Field
 
 from sslkit.data.formats.hints import image_suffix
 from sslkit.errors import UserError, first_line
@@ -21,6 +21,7 @@ from sslkit.errors import UserError, first_line
 TEXT_OR_BYTES = ("string", "large_string", "string_view", "binary", "large_binary")
 SAVED_STATE, SAVED_SPLITS = "state.json", "dataset_dict.json"  # of Dataset.save_to_disk and DatasetDict.save_to_disk
 CACHE = re.compile(r"cache-[0-9a-f]{16}.*\.arrow", re.IGNORECASE)  # written by `map` and `filter`
+PLAIN_NAME = re.compile(r"(?!\.{0,2}$)[^/\0]+")  # of a file or folder in the same folder
 
 
 def map_arrow(files: list[str]) -> datasets.Dataset:
@@ -57,24 +58,6 @@ def _named_in_errors(file: str) -> Iterator[None]:
         ) from error
 
 
-PlainName = Annotated[str, Field(pattern=r"^[^/\x00]*[^/\x00.][^/\x00]*$")]  # of a file or folder in this folder
-
-
-class _SavedFile(BaseModel):
-    filename: PlainName
-
-
-class _SavedState(BaseModel):
-    files: list[_SavedFile] = Field(alias="_data_files", min_length=1)
-
-
-class _SavedSplits(BaseModel):
-    splits: list[PlainName] = Field(min_length=1)
-
-
-Saved = TypeVar("Saved", _SavedState, _SavedSplits)
-
-
 def saved_splits(folder: Path) -> dict[str, list[Path]] | None:
     """The files of a folder that `save_to_disk` wrote, by split; None for another folder.
 
@@ -82,22 +65,29 @@ def saved_splits(folder: Path) -> dict[str, list[Path]] | None:
     exist, raises `UserError`.
     """
     if (folder / SAVED_SPLITS).is_file():
-        return {name: _saved_files(folder / name) for name in _read(folder / SAVED_SPLITS, _SavedSplits).splits}
+        names = _names(folder / SAVED_SPLITS, lambda content: content["splits"])
+        return {name: _saved_files(folder / name) for name in names}
     return {"": _saved_files(folder)} if (folder / SAVED_STATE).is_file() else None
 
 
 def _saved_files(folder: Path) -> list[Path]:
     state = folder / SAVED_STATE
-    files = [folder / each.filename for each in _read(state, _SavedState).files]
+    files = [
+        folder / name for name in _names(state, lambda content: [each["filename"] for each in content["_data_files"]])
+    ]
     if missing := [file.name for file in files if not file.is_file()]:
         raise UserError(f"[data] path: {state} names {missing[0]!r}, which does not exist; save the data set again")
     return files
 
 
-def _read(file: Path, kind: type[Saved]) -> Saved:
+def _names(file: Path, select: Callable[[Any], list[str]]) -> list[str]:
+    """The names of files or folders beside ``file`` that it lists; at least one, and none of another folder."""
     try:
-        return kind.model_validate_json(file.read_bytes())
-    except (OSError, ValueError) as error:
+        names = select(json.loads(file.read_text(encoding="utf-8")))
+        if names and all(map(PLAIN_NAME.fullmatch, names)):
+            return names
+        raise ValueError("no names, or names of other folders")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"[data] path: {file} is not a list as datasets' save_to_disk writes it; save the data set again"
         ) from error

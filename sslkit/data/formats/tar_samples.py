@@ -45,7 +45,7 @@ class _Label:
     """A label of a sample: the name of its file, and the label or what is wrong with it."""
 
     name: bytes
-    text: str
+    text: str = ""
     problem: str = ""
 
 
@@ -242,8 +242,7 @@ def _read_label(stream: BinaryIO, file: Path, member: Member, suffix: str, label
         return None
     where = f"{display_path(member.name)} of {display_path(file)}"
     if not 0 <= member.size <= MAX_NAME:
-        problem = f"{where} is a label of {member.size} bytes, but at most {MAX_NAME} are allowed"
-        return _Label(member.name, "", problem)
+        return _Label(member.name, problem=f"{where} is a label of {member.size} bytes, more than {MAX_NAME}")
     stream.seek(member.offset)
     text = stream.read(member.size).decode("utf-8", "replace").strip()
     if suffix == label:
@@ -251,14 +250,14 @@ def _read_label(stream: BinaryIO, file: Path, member: Member, suffix: str, label
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        return _Label(member.name, "", f"{where} is not valid JSON")
+        return _Label(member.name, problem=f"{where} is not valid JSON")
     found = value.get(label) if isinstance(value, dict) else None
     if found is None:
         return None
     if isinstance(found, str | int):
         return _Label(member.name, str(found))
     problem = f"{where} has {found!r:.50} for {label!r}; evaluation needs one class, a word or a number"
-    return _Label(member.name, "", problem)
+    return _Label(member.name, problem=problem)
 
 
 def _summary(index: _Index, label: str | None) -> str:
@@ -301,15 +300,13 @@ def _without_images(files: list[Path], index: _Index, image: str | None) -> User
         with open_shard(file) as stream:
             stream.seek(member.offset)
             found = image_suffix(stream.read(min(16, max(member.size, 0))))
+    pack = f"pack them again with names that end in {found}"
     if index.others[".tar"]:
         advice = f'{_unpack(where)}, then path = "shards"'
     elif found and suffix:
-        advice = (
-            f'.{suffix} looks like {found}: give image_column = "{suffix}" (--image-column {suffix}), or pack them '
-            f"again with names that end in {found}"
-        )
+        advice = f'.{suffix} looks like {found}: give image_column = "{suffix}" (--image-column {suffix}), or {pack}'
     elif found:
-        advice = f"they look like {found}: pack them again with names that end in {found}"
+        advice = f"they look like {found}: {pack}"
     else:
         advice = advice_for(index.others) or "pack images with names that end in .jpg, .png or the like"
     found_files = suffixes or "it is empty"
