@@ -79,9 +79,7 @@ def _image_column(features: datasets.Features, config: SourceConfig, hint: str) 
 def _holds_image(feature: object) -> bool:
     """Whether the elements of a list are images."""
     inner = getattr(feature, "feature", None)
-    if isinstance(feature, list):
-        inner = feature[0]
-    return isinstance(inner, datasets.Image) or (inner is not None and inner is not feature and _holds_image(inner))
+    return isinstance(inner, datasets.Image) or (inner is not None and _holds_image(inner))
 
 
 def _label_column(features: datasets.Features, config: SourceConfig, image: str) -> tuple[str | None, list[str], str]:

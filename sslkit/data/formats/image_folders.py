@@ -72,7 +72,7 @@ def find_images(folder: Path, split: str) -> ImageFiles:
     else:
         listing, notes = list_images(folder), []
         if not listing.folders:
-            raise _without_images(folder, listing)
+            raise no_images(display_path(folder), listing.skipped, listing.example)
         if split != ALL:
             listing, notes = _without_masks(folder, listing)
         assigned = {} if split == ALL else _split_folders_of(folder, [each.path for each in listing.folders])
@@ -263,7 +263,7 @@ def _of_split_folders(
     """The images of the folders of a split. Class folders lie in the split's folder or contain it."""
     own, others = divided
     if not listing.folders:
-        raise _without_images(own[0], listing)
+        raise no_images(display_path(own[0]), listing.skipped, listing.example)
     if choose(["train"], split):
         _refuse_links(listing.folders, [*others, *(each for path in own for each in _other_splits_beside(path))])
     classes, has_classes, known = [], False, set(own)
@@ -281,13 +281,6 @@ def _of_split_folders(
 def _meaningful(classes: list[str] | None) -> list[str] | None:
     """None instead of the single class ``images`` of layouts that store their labels elsewhere."""
     return None if classes and set(map(str.lower, classes)) <= NO_CLASSES else classes
-
-
-def _without_images(folder: Path, listing: Listing) -> UserError:
-    name = display_path(folder)
-    if not listing.skipped:
-        return UserError(f"[data] path: the folder {name!r} is empty; give a folder of images")
-    return UserError(f"[data] path: {name!r} {no_images(listing.skipped, listing.example)}")
 
 
 def _other_splits_beside(folder: Path) -> list[Path]:
