@@ -97,11 +97,7 @@ def files_to_stream(config: SourceConfig) -> list[str] | None:
         return None
     if layout.folder is not None:
         return list(map(str, _files(layout, config.split)))
-    found = [file for pattern in layout.patterns for file in match_files(pattern)]
-    refuse_several(found, layout.patterns, config.split)
-    if not found:
-        raise UserError(f"[data] data_files: no file matches {', '.join(layout.patterns)}")
-    return found
+    return _matching(layout.patterns, config.split)
 
 
 def _read_folder(folder: Path, config: SourceConfig) -> FoundData:
@@ -135,10 +131,13 @@ def _load(layout: DatasetLayout, config: SourceConfig) -> datasets.Dataset:
         if layout.loader == "parquet":
             return load_parquet(_patterns(layout, config.split))
         if layout.loader == "arrow":
-            files = _files(layout, config.split) if layout.folder else sorted(_matching(layout.patterns, config.split))
-            return map_arrow(list(map(str, files)))
+            if layout.folder is None:
+                return map_arrow(sorted(_matching(layout.patterns, config.split)))
+            files = list(map(str, _files(layout, config.split)))
+            return map_arrow(sorted(files) if saved_splits(layout.folder) is None else files)
         patterns = list(layout.patterns)
-        refuse_several_folders(_matching(patterns, ALL), config.split)
+        if local := [pattern for pattern in patterns if "://" not in pattern]:
+            refuse_several_folders(_matching(local, ALL), config.split)
         # By default, `datasets` drops the labels of a split that holds only one class. "/**/" matches folders.
         drop = not any(glob.glob(f"{pattern}/") for pattern in patterns if pattern.endswith("/**"))
         return datasets.load_dataset("imagefolder", data_files={"split": patterns}, split="split", drop_labels=drop)
@@ -195,12 +194,11 @@ def _hub_error(config: SourceConfig, error: Exception) -> UserError:
 
 
 def _matching(patterns: Sequence[str], split: str) -> list[str]:
-    """The local files that patterns match. If there are none, or they are of several splits, raise `UserError`."""
-    local = [pattern for pattern in patterns if "://" not in pattern]
-    found = [file for pattern in local for file in match_files(pattern)]
-    if not found and len(local) == len(patterns):
-        raise UserError(f"[data] data_files: no file matches {', '.join(local)}")
-    refuse_several(found, local, split)
+    """The files that patterns match. If there are none, or they are of several splits, raise `UserError`."""
+    found = [file for pattern in patterns for file in match_files(pattern)]
+    if not found:
+        raise UserError(f"[data] data_files: no file matches {', '.join(patterns)}")
+    refuse_several(found, patterns, split)
     return found
 
 
@@ -208,7 +206,8 @@ def _patterns(layout: DatasetLayout, split: str) -> list[str]:
     """Patterns of the tables of a split, or the given patterns."""
     if layout.folder is not None:
         return [glob.escape(str(file)) for file in _files(layout, split)]
-    _matching(layout.patterns, split)
+    if local := [pattern for pattern in layout.patterns if "://" not in pattern]:
+        _matching(local, split)
     return list(layout.patterns)
 
 

@@ -107,12 +107,9 @@ def spread_sample(count: int, size: int) -> list[int]:
 
 def _root_length(source: ImageSource, *, skip_empty: bool) -> int:
     """Length of the folder path with which all paths begin."""
-    ends: list[str] = []
+    bounds: list[str | None] = []
     for images in source.table.cells(4096):
         paths = images.field("path")
-        if skip_empty:
-            paths = paths.filter(compute.not_equal(paths, ""))
-        bounds = compute.min_max(paths).as_py()
-        ends = [end for end in (*ends, *bounds.values()) if end is not None]
-        ends = [min(ends), max(ends)] if ends else []
-    return os.path.commonprefix(ends).rfind("/") + 1  # noqa: RUF071 - cut at a slash
+        bounds += compute.min_max(paths.filter(compute.not_equal(paths, "")) if skip_empty else paths).as_py().values()
+    known = [bound for bound in bounds if bound is not None]
+    return os.path.commonprefix(known).rfind("/") + 1  # noqa: RUF071 - cut at a slash
