@@ -288,10 +288,7 @@ def _other_splits_beside(folder: Path) -> list[Path]:
     path = Path(os.path.abspath(folder))
     if not is_plain(path.name) or [SPLIT_OF[name] for name in split_names(path.name)] != ["train"]:
         return []
-    try:
-        siblings = folders_in(path.parent)
-    except OSError:
-        return []
+    siblings = folders_in(path.parent) if os.access(path.parent, os.R_OK) else []
     splits = {sibling: [SPLIT_OF[name] for name in split_names(sibling)] for sibling in siblings}
     return [path.parent / sibling for sibling, found in splits.items() if found and "train" not in found]
 
