@@ -175,8 +175,8 @@ def refuse_links(run: Path) -> None:
                 raise UserError(f"{entry}: is a pipe, socket or device; a run folder holds only files and folders")
 
 
-def remove_temporary(folder: Path, names: Iterable[str] = ("*",)) -> None:
-    """Remove the temporary files of killed processes in ``folder``, for all names or the given ones."""
+def remove_temporary(folder: Path, names: Iterable[str]) -> None:
+    """Remove the temporary files that killed processes left in ``folder`` for files of these names or patterns."""
     for name in names:
         for path in folder.glob(f".{name}.tmp"):
             remove(path)

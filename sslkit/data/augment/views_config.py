@@ -137,7 +137,7 @@ class ViewPolicy(BaseModel):
                 f"{self.min_object_covered:g}; a smaller crop is never taken"
             )
         if self.crop_sampler == "none" and self.pipeline is None:
-            return "crop_sampler: 'none' is for [views] transforms = 'my_pipeline.yaml' that crops; take 'torchvision'"
+            return "crop_sampler: 'none' is for a pipeline file that crops ([views] transforms); take 'torchvision'"
         if self.pipeline and self.crop_sampler != "none" and (crops := self.pipeline.crops()):
             return (
                 f"transforms: the pipeline crops ({crops[0]}) after sslkit has cropped; set [views] crop_sampler = "
@@ -181,16 +181,14 @@ class ViewsConfig(ViewPolicy):
 
     Attributes:
         policy: Which of `POLICIES` fills in what is not given.
-        global1: In what the first global view differs.
-        global2: In what the second one differs.
-        local: Number of small crops, and in what they differ.
-        mean: Per-channel mean that views are normalised by on the device, for values in [0, 1]; as many numbers as the
-            images have channels.
-        std: Per-channel standard deviation, likewise.
+        global1: What replaces ``[views]`` for the first global view.
+        global2: The same for the second one.
+        local: The number of small crops, and what replaces ``[views]`` for them.
+        mean: Mean of each channel that views are normalised by on the device, for values in [0, 1].
+        std: Standard deviation of each channel, likewise.
         crop_pct: In evaluation, the share of the shorter side that the centre crop keeps (224 of 256 = 0.875).
-        device: Where the steps after the crop are done: on the ``cpu`` by the data workers, or on the ``accelerator``
-            that the model computes on, a batch at a time. The random parameters are the same; pixels differ by
-            rounding.
+        device: Where the steps after the crop are done: on the ``cpu`` by the data workers, or on the ``accelerator`` a
+            batch at a time. The random parameters are the same; pixels differ by rounding.
     """
 
     policy: str

@@ -116,10 +116,10 @@ def _collate(items: list[Item]) -> Batch:
 
 
 def start_worker(_worker: int) -> None:
-    """Initialise a data worker: one thread, and no reaction to signals that are sent to the whole process group.
+    """Initialise a data worker: one thread, and no reaction to signals.
 
-    Schedulers and terminals signal the whole group, but the training process needs one more batch to stop cleanly. A
-    worker whose parent process has ended exits by itself.
+    Schedulers and terminals signal the whole process group, but the training process needs one more batch to stop
+    cleanly. A worker whose parent process has ended exits by itself.
     """
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
