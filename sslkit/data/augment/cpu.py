@@ -93,8 +93,7 @@ class ViewPipeline:
     def finish(self, crop: Pixels, params: ViewParams, key: ViewKey) -> Pixels:
         """Do all that follows the crop."""
         policy, role = self.policies[key[3]], self._roles[key[3]]
-        user = self._user[role]
-        if user is not None:
+        if user := self._user[role]:
             return resize(user(crop, key), policy.size, policy.interpolation, policy.resize)
         if crop.dtype != np.uint8:
             return finish_channels(crop, params, policy)

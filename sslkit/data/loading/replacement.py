@@ -1,6 +1,6 @@
 """Replacements of unreadable images. A replacement depends on the seed, the epoch, the sample and the attempt only."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,7 +13,8 @@ from sslkit.random_draws import DrawPurpose
 ATTEMPTS = 16
 
 
-class LoadedImage(NamedTuple):
+@dataclass(frozen=True)
+class LoadedImage:
     """A decoded image."""
 
     pixels: Pixels  # (H, W, 3) uint8 RGB, reduced if requested, or (H, W, channels) uint16

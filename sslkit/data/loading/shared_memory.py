@@ -67,7 +67,7 @@ def explain_death(batch_bytes: int = 0) -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        reason = f"{first_line(error)}{shortage(batch_bytes)}"
+        reason = first_line(error) + shortage(batch_bytes)
         raise RunError(f"a data worker died: {reason}; fewer --workers need less") from error
 
 

@@ -102,7 +102,8 @@ class _WorkerPool:
         try:
             while True:
                 try:
-                    return next(self.batches)
+                    batch: Batch = next(self.batches)
+                    return batch
                 except (RuntimeError, OSError, EOFError) as error:
                     self._check_workers(error, time.monotonic() - begun)
         finally:
