@@ -7,16 +7,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BadSample:
-    """An image that could not be read.
+    """An image that could not be read."""
 
-    Attributes:
-        index: Its position in the source.
-        name: A printable name for it.
-        reason: Why it could not be read.
-    """
-
-    index: int
-    name: str
+    index: int  # position in the source
+    name: str  # printable
     reason: str
 
 
@@ -26,11 +20,10 @@ class Batch:
 
     Attributes:
         views: One (B, size, size, 3) uint8 tensor per view.
-        sample_ids: (B,) int64, positions in the source of the images that the views show. If an image could not be
-            read, this is the position of its replacement.
+        sample_ids: (B,) int64, positions in the source of the images (or replacements) that the views show.
         bad: The images that could not be read.
-        view_params: One (B, 18) float32 tensor per view, the parameters of the steps that are still to be done on the
-            accelerator; empty if the views are finished. See `ViewParams.as_row`.
+        view_params: One (B, 18) float32 tensor per view, rows of `ViewParams.as_row`, for the steps that the
+            accelerator still has to do; empty if the views are finished.
     """
 
     views: list[Tensor]
