@@ -167,7 +167,7 @@ def test_a_spike_is_told_by_the_median_of_good_steps() -> None:
     assert guard.problem(1.0, None) == ""
     few = Guard(GuardConfig(loss_spike=4.0), RecoveryState(losses=deque([1.0] * 19, maxlen=50)), torch.nn.Module())
     assert few.problem(1e9, 1.0) == ""
-    restored = RecoveryState.from_json(json.loads(json.dumps(course.as_json())))
+    restored = RecoveryState(**json.loads(json.dumps(course.model_dump(mode="json"))))
     assert restored == course
     assert restored.losses.maxlen == 50
 
