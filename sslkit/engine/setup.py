@@ -59,16 +59,12 @@ def set_up_training(
         shard(method, method.backbones(), accelerator.device)
     optimizer = make_optimizer(recipe, method)
     if checkpoint is not None:
-        restore(checkpoint, method, optimizer)
+        restore(checkpoint, method, optimizer, accelerator.scaler)
     # A sharded method reduces its gradients itself; Accelerate then adds mixed precision but no DDP.
     wrapped = accelerator.prepare_model(method, evaluation_mode=recipe.train.shard)
     prepared = accelerator.prepare_optimizer(optimizer)
-    if checkpoint is not None:
-        restore_scaler(accelerator, checkpoint)
-    step = checkpoint.step if checkpoint else 0
-    return TrainingState(
-        recipe, accelerator, source, method, wrapped, prepared, epoch_steps, step, recovery or RecoveryState()
-    )
+    step, recovery = checkpoint.step if checkpoint else 0, recovery or RecoveryState()
+    return TrainingState(recipe, accelerator, source, method, wrapped, prepared, epoch_steps, step, recovery)
 
 
 def build_method(recipe: Recipe, num_samples: int = 0) -> Method:
@@ -144,9 +140,3 @@ def make_train_loader(state: TrainingState, total_steps: int | None = None) -> T
         pin_memory=accelerator.device.type == "cuda",
         timeout=recipe.data.worker_timeout,
     )
-
-
-def restore_scaler(accelerator: Accelerator, checkpoint: Checkpoint) -> None:
-    """Restore the loss scale, if the run has one now and had one when it was saved."""
-    if accelerator.scaler is not None and (saved := checkpoint.state.get("scaler")):
-        accelerator.scaler.load_state_dict(saved)

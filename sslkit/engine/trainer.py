@@ -43,7 +43,6 @@ from sslkit.engine.run_folder.lock import hold_folder
 from sslkit.engine.setup import (
     build_method,
     make_train_loader,
-    restore_scaler,
     set_up_training,
     steps_per_epoch,
 )
@@ -214,8 +213,7 @@ def _rewind(state: TrainingState, run: RunServices, reason: str) -> None:
     checkpoint = rewind_checkpoint(run.folder, recovery)
     if checkpoint is not None:
         check_saved_by_run(checkpoint, run.folder, recipe)
-        restore(checkpoint, state.method, state.optimizer.optimizer)
-        restore_scaler(state.accelerator, checkpoint)
+        restore(checkpoint, state.method, state.optimizer.optimizer, state.accelerator.scaler)
         step, before = checkpoint.step, recovery_state_of(checkpoint, run.folder)
     elif recovery.back_to == 0:
         with torch.random.fork_rng(devices=[]):

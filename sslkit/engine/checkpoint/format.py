@@ -117,8 +117,13 @@ def _matches(file: Path, entry: ManifestEntry) -> bool:
         return False
 
 
-def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> None:
-    """Load a checkpoint into a method and an optimizer; raise a UserError that names a tensor that does not fit."""
+def restore(
+    checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler | None = None
+) -> None:
+    """Load a checkpoint into what training changes; raise a UserError that names a tensor that does not fit.
+
+    The loss scale is restored if the run has one now and had one when it was saved.
+    """
     held = method.state_dict()
     scalars = checkpoint.state["optimizer"]
     try:
@@ -141,6 +146,8 @@ def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> 
     init_momentum_buffers(optimizer)
     for index, group in enumerate(optimizer.param_groups):
         group.update(tensors.get(f"{GROUP}{index}", {}))
+    if scaler is not None and (saved := checkpoint.state.get("scaler")):
+        scaler.load_state_dict(saved)
 
 
 def _place_slot(param: Tensor, value: Tensor, *, fused: bool) -> Tensor:

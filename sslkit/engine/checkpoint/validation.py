@@ -8,12 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sslkit.engine.state import RecoveryState
+from sslkit.engine.state import MAX_STEP, RecoveryState
 from sslkit.errors import UserError
 from sslkit.files.json_reader import StrictModel
 
 GROUP = "param_groups."
-MAX_COUNT = 2**53
 # State slots of each optimizer. ``step`` is a scalar, the others have the shape of the parameter.
 SLOTS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("SGD", "Lars", "Larc"), ("momentum_buffer",)),
@@ -30,8 +29,8 @@ class SavedScaler(StrictModel):
     scale: Scale = 1.0
     growth_factor: Scale = 1.0
     backoff_factor: Scale = 1.0
-    growth_interval: int = Field(1, ge=1, lt=MAX_COUNT)
-    growth_tracker: int = Field(0, ge=0, lt=MAX_COUNT, alias="_growth_tracker")
+    growth_interval: int = Field(1, ge=1, lt=MAX_STEP)
+    growth_tracker: int = Field(0, ge=0, lt=MAX_STEP, alias="_growth_tracker")
 
     @model_validator(mode="after")
     def _empty_or_complete(self) -> "SavedScaler":
@@ -45,7 +44,7 @@ class SavedState(BaseModel):
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
-    step: int = Field(ge=0, lt=MAX_COUNT)
+    step: int = Field(ge=0, lt=MAX_STEP)
     recipe: dict[str, Any]
     optimizer: dict[str, dict[Literal["step"], Annotated[float, Field(ge=0)]]]  # scalars by parameter
     without_state: list[str] = []  # trained parameters that had no gradient yet
@@ -66,7 +65,7 @@ def check_weights(model: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> No
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             continue
         numbers = tensor.double()
-        if not ((numbers >= 0) & (numbers < MAX_COUNT)).all():
+        if not ((numbers >= 0) & (numbers < MAX_STEP)).all():
             raise UserError(f"the checkpoint's {name:.100} must be counts, from 0 to 2^53")
 
 
@@ -144,5 +143,5 @@ def _check_slot(name: str, slot: str, tensor: Tensor, param: Tensor) -> None:
 
 
 def _check_step(name: str, tensor: Tensor) -> None:
-    if tensor.ndim or tensor.dtype not in (torch.float32, torch.int64) or not 0 <= float(tensor) < MAX_COUNT:
+    if tensor.ndim or tensor.dtype not in (torch.float32, torch.int64) or not 0 <= float(tensor) < MAX_STEP:
         raise UserError(f"the checkpoint's step count of {name:.100} must be a number from 0 to 2^53")

@@ -14,7 +14,6 @@ import time
 from types import FrameType
 from typing import Any
 
-RESUMABLE = 75  # exit code of a run that was stopped and can be continued: EX_TEMPFAIL of sysexits.h
 SAME_SECONDS = 0.5  # signals within this time count as one: the terminal and the launcher may both send it
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
