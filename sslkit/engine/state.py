@@ -24,11 +24,11 @@ class RecoveryState(StrictModel):
     A checkpoint of an older version lacks some fields; they get their defaults.
     """
 
-    skipped: int = Field(0, ge=0, le=MAX_COUNT)  # consecutive bad steps up to now
-    rewinds: int = Field(0, ge=0, le=MAX_COUNT)  # each takes the images in another order
-    lr_factor: float = Field(1.0, gt=0, le=1)  # what the rewinds multiplied the learning rate by
+    skipped: int = Field(default=0, ge=0, le=MAX_COUNT)  # consecutive bad steps up to now
+    rewinds: int = Field(default=0, ge=0, le=MAX_COUNT)  # each takes the images in another order
+    lr_factor: float = Field(default=1.0, gt=0, le=1)  # what the rewinds multiplied the learning rate by
     # Step of the checkpoint that a rewind would go back to; 0 is the start of the run, None means that there is none.
-    back_to: int | None = Field(0, ge=0, lt=MAX_STEP)
+    back_to: int | None = Field(default=0, ge=0, lt=MAX_STEP)
     losses: deque[float] = Field(default_factory=deque, validate_default=True, strict=False)  # of good steps
 
     @field_validator("losses", mode="after")

@@ -124,8 +124,7 @@ def prepare_gradients(state: TrainingState) -> None:
     """Let the method change its gradients; during ``[train] head_warmup_epochs`` drop those of the backbone."""
     state.method.before_update(state.progress)
     if state.step < state.recipe.train.head_warmup_epochs * state.steps_per_epoch:
-        for param in state.method.backbone.parameters():
-            param.grad = None  # optimizers leave a parameter without gradient alone, weight decay included
+        state.method.backbone.zero_grad()  # an optimizer leaves a parameter without gradient alone, decay included
 
 
 def clip_gradients(state: TrainingState) -> float:

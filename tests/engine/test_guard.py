@@ -121,8 +121,8 @@ def test_going_back_forgets_what_the_optimizer_learned_since(
     """The backbone rests for four steps: the checkpoint of step 3 has no moments of it, and step 5 is bad."""
     seen = []
 
-    def restore(checkpoint: Checkpoint, method: torch.nn.Module, given: torch.optim.Optimizer) -> None:
-        whole(checkpoint, method, given)
+    def restore(checkpoint: Checkpoint, method: torch.nn.Module, given: torch.optim.Optimizer, scaler: Any) -> None:
+        whole(checkpoint, method, given, scaler)
         moments = [given.state[param] for param in method.backbone.parameters() if param in given.state]
         seen.append([float(value.abs().max()) for slots in moments for value in slots.values()])
 

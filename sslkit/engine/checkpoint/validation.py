@@ -29,8 +29,8 @@ class SavedScaler(StrictModel):
     scale: Scale = 1.0
     growth_factor: Scale = 1.0
     backoff_factor: Scale = 1.0
-    growth_interval: int = Field(1, ge=1, lt=MAX_STEP)
-    growth_tracker: int = Field(0, ge=0, lt=MAX_STEP, alias="_growth_tracker")
+    growth_interval: int = Field(default=1, ge=1, lt=MAX_STEP)
+    growth_tracker: int = Field(default=0, ge=0, lt=MAX_STEP, alias="_growth_tracker")
 
     @model_validator(mode="after")
     def _empty_or_complete(self) -> "SavedScaler":

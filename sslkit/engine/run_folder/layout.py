@@ -161,11 +161,9 @@ def find_checkpoint(folder: Path, recipe: Recipe, resume: str) -> tuple[Checkpoi
             check_saved_by_run(newest, folder, recipe)
         return newest, broken
     path = Path(resume)
-    checkpoint: Checkpoint | None
-    if (path / "manifest.json").is_file():
-        checkpoint, problems = read_checkpoint(path), []
-    else:
-        checkpoint, problems = newest_checkpoint(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    of_run = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    is_one = (path / "manifest.json").is_file()
+    checkpoint, problems = (read_checkpoint(path), list[str]()) if is_one else newest_checkpoint(of_run)
     if checkpoint is None:
         raise UserError(f"--resume {resume}: has no checkpoint; give a run or checkpoint folder, auto or never")
     check_plain(checkpoint.state["recipe"], f"--resume {resume}: its recipe:")
