@@ -41,7 +41,7 @@ class RunServices:
 
 
 def run_loop(state: TrainingState, run: RunServices) -> str:
-    """Train from ``state.step`` to the last step; returns why training stopped before, if it was asked to.
+    """Train from ``state.step`` to the last step; returns why training stopped before it, or an empty string.
 
     Raises:
         BadStepError: The loss or the gradient of a step was bad, and ``[guard]`` says to stop.

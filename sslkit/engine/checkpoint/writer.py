@@ -116,7 +116,7 @@ class Saver:
         return self.failure
 
     def complete(self, checkpoint: Checkpoint) -> None:
-        """Write the encoder, or raise a SaveError, if a run was killed after its last checkpoint and before that."""
+        """Write the encoder of a finished run that was killed just before; raise a SaveError if that fails."""
         if not self.active or _encoder_step(self.folder / "encoder") == str(checkpoint.step):
             return
         try:

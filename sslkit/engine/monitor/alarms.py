@@ -49,7 +49,7 @@ class SpikeDetector:
         self.jumps: deque[list[float]] = deque(maxlen=LAG + 1)
 
     def update(self, step: int, grad_norm: float, layers: Mapping[str, float]) -> Spike | None:
-        """Add the gradient norm of a step, over all parameters and by layer in forward order; returns it if a spike."""
+        """Add a step's gradient norm, over all parameters and by layer in forward order; returns a spike or None."""
         row = [grad_norm, *(layers[name] for name in first_and_last(list(layers)))]
         if not all(map(math.isfinite, row)):  # an overflow of fp16, whose step is skipped
             return None
