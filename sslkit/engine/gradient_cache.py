@@ -56,11 +56,7 @@ def restored_buffers(module: nn.Module) -> Iterator[None]:
 
 
 def sliced_step(
-    accelerator: Accelerator,
-    method: Method,
-    batch: GlobalBatch,
-    micro_batch: int,
-    seed_slice: Callable[[int], None],
+    accelerator: Accelerator, method: Method, batch: GlobalBatch, micro_batch: int, seed_slice: Callable[[int], None]
 ) -> Step:
     """The same loss and gradients, ``micro_batch`` images of each view at a time.
 

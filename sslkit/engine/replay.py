@@ -40,11 +40,7 @@ class Replay:
 
 
 def replay_step(folder: str | Path) -> Replay:
-    """Compute the step of a crash dump again, on the CPU and in one process.
-
-    Raises:
-        UserError: The folder is no crash dump, it is damaged, or its images have changed.
-    """
+    """Compute the step of a crash dump again, on the CPU; raise a UserError if dump or images are not as they were."""
     check_path(folder, "CAPSULE")
     facts, weights = read_crash_dump(Path(folder))
     recipe = build_recipe(as_saved(facts.recipe), name=f"{folder}/capsule.json")

@@ -40,12 +40,7 @@ from sslkit.engine.run_folder.layout import (
     open_folder,
 )
 from sslkit.engine.run_folder.lock import hold_folder
-from sslkit.engine.setup import (
-    build_method,
-    make_train_loader,
-    set_up_training,
-    steps_per_epoch,
-)
+from sslkit.engine.setup import build_method, make_train_loader, set_up_training, steps_per_epoch
 from sslkit.engine.state import RecoveryState, TrainingState
 from sslkit.files.atomic import replace_text
 from sslkit.files.run_reader import STOP_MARKER

@@ -52,10 +52,7 @@ class KnnMonitor:
 
         Images that cannot be read, such as deleted files, are left out of bank and test and counted in ``left_out``;
         ``scored`` counts the test images that remain. ``show`` gets a function that draws some of them beside their
-        nearest neighbours.
-
-        Raises:
-            UserError: Fewer than k images of the bank, or none of the test, can be read; or features are not finite.
+        nearest neighbours. Raises a UserError if too few images can be read, or features are not finite.
         """
         broadcast_buffers(backbone)
         bank, kept = self._features(backbone, self.pair.train)

@@ -57,10 +57,8 @@ class Run:
 def check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
     """Refuse a folder that cannot be used for this recipe, before anything is written.
 
-    It is a run once it has ``recipe.toml``; with only the files that a start writes before that, it counts as empty.
-
-    Raises:
-        UserError: The folder cannot be written to, is not a run, or holds a run of another recipe.
+    A UserError is raised if it cannot be written to, is not a run, or holds a run of another recipe. It is a run once it
+    has ``recipe.toml``; with only the files that a start writes before that, it counts as empty.
     """
     check_path(folder, "--output")
     check_path(resume, "--resume")
@@ -109,10 +107,7 @@ def _changed(before: dict[str, Any], recipe: Recipe) -> list[str]:
 
 
 def keep_background(folder: Path, recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """Set ``[data] background`` to "keep" for a run that started before the key existed, unless the recipe states it.
-
-    Returns the recipe, and messages to log.
-    """
+    """Set ``[data] background`` to "keep" for a run older than the key, unless the recipe states it; with messages."""
     saved = folder / "recipe.toml"
     if "background" in recipe.data.model_fields_set or not saved.is_file():
         return recipe, []

@@ -38,10 +38,8 @@ def hold_folder(folder: Path, *, active: bool = True) -> Iterator[list[str]]:
     """Create a run folder and lock it, if ``active``; yields messages. New folders that stay empty are removed on exit.
 
     The kernel holds the lock, on the file ``.lock``. It ends with the process, data workers do not inherit it, and over
-    NFS it works between hosts. The file names the process and host that hold it.
-
-    Raises:
-        UserError: Another process trains in the folder, or it cannot be written to.
+    NFS it works between hosts. The file names the process and host that hold it. A UserError is raised if another
+    process trains in the folder, or it cannot be written to.
     """
     if not active:
         yield []
