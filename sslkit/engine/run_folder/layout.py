@@ -57,8 +57,8 @@ class Run:
 def check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
     """Refuse a folder that cannot be used for this recipe, before anything is written.
 
-    A UserError is raised if it cannot be written to, is not a run, or holds a run of another recipe. It is a run once it
-    has ``recipe.toml``; with only the files that a start writes before that, it counts as empty.
+    A UserError is raised if it cannot be written to, is not a run, or holds a run of another recipe. It is a run once
+    it has ``recipe.toml``; with only the files that a start writes before that, it counts as empty.
     """
     check_path(folder, "--output")
     check_path(resume, "--resume")
