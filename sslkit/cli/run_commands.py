@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sslkit.cluster.submission import Resources
     from sslkit.engine.replay import Replay
 
-RESUMABLE = 75  # as sslkit.engine.resilience.preemption, which is slow to import
+RESUMABLE = 75  # exit code of a run that was stopped and can be continued: EX_TEMPFAIL of sysexits.h
 MAX_LISTED = 8
 
 

@@ -268,7 +268,7 @@ def test_what_a_state_says_of_troubles_scale_and_optimizer(course: Any, scaler: 
         state(b"1" + said)
         checkpoint = only_user_errors(lambda said=said: read_checkpoint(checkpoint_of(state=said)))
         if checkpoint is not None and key == "course":
-            guard = Guard(GuardConfig(policy="skip", loss_spike=2.0), RecoveryState.from_json(course), nn.Module())
+            guard = Guard(GuardConfig(policy="skip", loss_spike=2.0), RecoveryState(**course), nn.Module())
             guard.problem(1.0, 1.0)
             guard.accept(1.0)
             assert 0 < guard.recovery.lr_factor <= 1
