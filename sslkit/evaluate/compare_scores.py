@@ -18,18 +18,11 @@ DIGESTS = {
 
 
 def comparable(rows: Mapping[str, Sequence[Row]], evaluation: str = "") -> list[dict[str, Row]]:
-    """Group the newest scores of all models by protocol. Protocols that a model lacks are left out.
+    """Group the newest scores of all models by protocol: for each protocol, one row per model.
 
-    Args:
-        rows: Evaluations of each model, oldest first, with the keys ``evaluation``, ``protocol``, ``protocol_hash``,
-            ``accuracy`` and ``interval``.
-        evaluation: Take only evaluations whose name starts with this, such as ``knn``.
-
-    Returns:
-        For each protocol, one row per model.
-
-    Raises:
-        UserError: Fewer than two models, a model without scores, or no common protocol; lists the differences.
+    ``rows`` are the evaluations of each model, oldest first, with the keys ``evaluation``, ``protocol`` and
+    ``protocol_hash``. Only those whose name starts with ``evaluation`` are taken. Protocols that a model lacks are left
+    out. Raises `UserError` for fewer than two models, a model without scores, or no common protocol.
     """
     if len(rows) < 2:
         raise UserError("eval compare: name two or more models")

@@ -15,12 +15,10 @@ class Score:
     """The score of one encoder.
 
     Attributes:
-        encoder: Name of the encoder.
         accuracy: Value of the result's `EvaluationResult.measure`, in [0, 1].
         interval: Bootstrap 95 % interval of the accuracy, if computed.
         note: Hyperparameters that were selected.
-        measures: All measures by name, in [0, 1], if there is more than one.
-        intervals: Bootstrap 95 % interval of each measure.
+        measures: All measures by name, in [0, 1], if there is more than one; ``intervals`` are theirs.
         encoder_revision: Commit on the Hugging Face Hub; empty for encoders from elsewhere.
     """
 

@@ -43,10 +43,6 @@ def data_settings(pair: LabelledPair) -> dict[str, Any]:
 
 
 def preprocessing_settings(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of crop and normalisation.
-
-    Args:
-        preprocessing: A complete data config of timm.
-    """
+    """The settings of crop and normalisation from a complete data config of timm."""
     settings = {name: preprocessing.get(name, "center" if name == "crop_mode" else None) for name in PREPROCESSING_KEYS}
     return {name: list(value) if isinstance(value, list | tuple) else value for name, value in settings.items()}

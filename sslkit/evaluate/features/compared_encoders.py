@@ -37,16 +37,9 @@ def frozen_encoders(model: str, baselines: Sequence[str], readout: Readout) -> I
 
 
 def trained_encoders(model: str, task: str, options: TransferOptions, seed: int) -> list[Encoder]:
-    """The encoder, its random twin if asked for, and the baselines.
+    """The encoder, its random twin with weights from ``seed`` if asked for, and the baselines.
 
-    Args:
-        model: As for `load_encoder`.
-        task: What they are trained for; opens the sentence of an error.
-        options: Which encoders.
-        seed: Of the random twin's weights.
-
-    Raises:
-        UserError: The encoder does not take RGB images.
+    Raises `UserError`, which names the ``task``, if the encoder does not take RGB images.
     """
     encoder = load_encoder(model)
     if encoder.channels != 3:

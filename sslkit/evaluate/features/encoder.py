@@ -32,8 +32,7 @@ class Encoder:
         module: (B, C, H, W) -> (B, D), with C from ``preprocessing``.
         preprocessing: timm's data config: input_size, interpolation, mean, std, crop_pct, crop_mode.
         description: Name in tables and messages.
-        architecture: Name of the timm model.
-        model_args: Arguments of the timm model.
+        architecture: Name of the timm model; ``model_args`` are its arguments.
         small_stem: Whether the stem was replaced by `replace_stem_for_small_images`.
         revision: Commit on the Hugging Face Hub that the weights were loaded from; empty if from elsewhere.
     """
@@ -82,16 +81,11 @@ class Encoder:
 
 
 def load_encoder(name: str) -> Encoder:
-    """Load an encoder.
-
-    Names on the Hugging Face Hub are resolved to a commit first, and the files of that commit are loaded.
+    """Load an encoder. Raises `UserError` if there is no such encoder, or its weights do not fit.
 
     Args:
         name: A run folder, an exported folder, ``local-dir:PATH``, ``hf_hub:user/repo`` (newest commit),
             ``hf_hub:user/repo@revision``, or a timm name (with its pretrained weights).
-
-    Raises:
-        UserError: There is no such encoder, or its weights do not fit.
     """
     check_path(name, "MODEL")
     folder = _find_encoder_folder(name)
@@ -162,6 +156,5 @@ def _load_from_timm(name: str) -> Encoder:
         raise UserError(f"{name}: its pretrained weights cannot be loaded: {reason}") from error
     config: Any = module.pretrained_cfg
     model_args = {key: value for key, value in getattr(module, "_model_args", {}).items() if key != "num_classes"}
-    return Encoder(
-        module, resolve_data_config(model=module), name, config["architecture"], model_args, revision=revision
-    )
+    preprocessing = resolve_data_config(model=module)
+    return Encoder(module, preprocessing, name, config["architecture"], model_args, revision=revision)
