@@ -15,13 +15,10 @@ HELD_OUT = 0.2
 
 @dataclass(frozen=True)
 class Splits:
-    """Names of the splits to evaluate with.
+    """Names of the splits to train on (for kNN, the bank of neighbours; empty takes ``train``) and to test on.
 
-    Attributes:
-        train: Split to train on; for kNN, the bank of neighbours. Empty takes ``train``.
-        test: Split to test on. Empty takes the first of test, validation and held-out splits, under any of their
-            names, that has labels and is not trained on. If there is none, or ``train`` is ``"all"``, a fifth of the
-            training images is held out.
+    An empty ``test`` takes the first of test, validation and held-out splits, under any of their names, that has labels
+    and is not trained on. If there is none, or ``train`` is ``"all"``, a fifth of the training images is held out.
     """
 
     train: str = ""

@@ -16,8 +16,7 @@ PREPROCESSING_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", 
 
 def protocol_hash(settings: dict[str, Any]) -> str:
     """First 12 hexadecimal digits of a SHA-256 of the settings. The order of the keys does not matter."""
-    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
-    return digest_of(canonical.encode())
+    return digest_of(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode())
 
 
 def digest_of(*parts: "bytes | np.ndarray[Any, Any]") -> str:

@@ -65,19 +65,10 @@ def extract_features(
     seed: int | None = None,
     unreadable: list[int] | None = None,
 ) -> Tensor:
-    """Extract the features of all images in order: (len(source), D) float32 on the CPU.
+    """Extract the features of all images in order: (len(source), D) float32 on the CPU. Labels are not read.
 
-    The module, (B, C, H, W) -> (B, D), runs in eval mode. Its mode and its weights are the same afterwards.
-
-    Args:
-        module: The model, without a classifier.
-        source: Images; labels are not read.
-        transform: From an image to the module's input.
-        device: Device of the computation.
-        batch_size: Images per batch.
-        workers: Processes that decode and transform.
-        seed: Seed of a random transform; None for a deterministic one.
-        unreadable: Receives the positions of unreadable images, whose features are meaningless.
+    The module, (B, C, H, W) -> (B, D), runs in eval mode. Its mode and its weights are the same afterwards. ``seed`` is
+    for a random transform. ``unreadable`` receives the positions of unreadable images, whose features are meaningless.
 
     Raises:
         UnreadableImage: An image cannot be read and ``unreadable`` is None.

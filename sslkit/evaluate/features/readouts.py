@@ -1,7 +1,4 @@
-"""Readouts: which layers of an encoder are the features, and how they are pooled.
-
-Several readouts are extracted in one pass over the images.
-"""
+"""Readouts: which layers of an encoder are the features, and how they are pooled. One pass extracts several."""
 
 import hashlib
 import inspect

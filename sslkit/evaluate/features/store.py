@@ -7,7 +7,7 @@ import shutil
 import struct
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,15 +97,15 @@ class _Extraction:
             self._warn(error)
         first = int(os.environ.get("RANK", os.getpid())) % len(self.shards)
         for number in [*range(first, len(self.shards)), *range(first)]:
-            self._extract_shard(number, self.keys)
+            self._extract_shard(number)
         return {key: self._merge(key) for key in self.keys}
 
-    def _extract_shard(self, number: int, keys: Iterable[str]) -> None:
+    def _extract_shard(self, number: int) -> None:
         """Extract a shard of the features that do not have it, and write it or keep it in memory."""
         rows = self.shards[number]
         missing = [
             key
-            for key in keys
+            for key in self.keys
             if not _is_whole(self._shard_file(key, number), len(rows))
             and not _is_whole(self.folder / key / MERGED, self.count)
         ]
@@ -152,12 +152,10 @@ class _Extraction:
                 temporary.replace(file)
             finally:
                 temporary.unlink(missing_ok=True)
-        except (FileNotFoundError, FileExistsError) as error:  # another process removed the entry, perhaps in `mkdir`
-            if file.parent.is_file():
-                self._warn(error)
-            return False
         except OSError as error:
-            self._warn(error)
+            # In the first two cases another process removed the entry, perhaps during `mkdir`.
+            if not isinstance(error, FileNotFoundError | FileExistsError) or file.parent.is_file():
+                self._warn(error)
             return False
         return True
 

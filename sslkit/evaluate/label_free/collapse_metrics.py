@@ -1,7 +1,6 @@
-"""Metrics of embeddings that need no labels: collapse, effective dimensions, and agreement between views.
+"""Metrics of embeddings or features that need no labels: collapse, effective dimensions, and agreement between views.
 
-All functions also apply to the backbone's features. Shapes: N images, Q views of each, D dimensions. They compute in
-float64: close to a collapse the differences are below float32 precision.
+Shapes: N images, Q views of each, D dimensions. Computed in float64: near a collapse, float32 is too coarse.
 """
 
 import math

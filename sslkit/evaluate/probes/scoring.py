@@ -68,22 +68,21 @@ def evaluate_knn_grid(
     pair = _open_splits(data, splits)
     check_neighbours(protocols, len(pair.train))
     scores: list[list[Score]] = [[] for _ in protocols]
-    crop: dict[str, Any] = {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for encoder in frozen_encoders(model, baselines, readout):
-        crop = crop or preprocessing_settings(encoder.preprocessing if encoder else {})
+    own, encoders = frozen_encoders(model, baselines, readout)
+    for encoder in encoders:
         # Raw pixels are always centred: the mean brightness hides the differences between images.
         used = [protocol if encoder else replace(protocol, centre=True) for protocol in protocols]
         bank, queries = (_features(encoder, source, pair, [readout])[0] for source in (pair.train, pair.test))
         predictions = predict(queries.to(device), bank, pair.train_labels, len(pair.classes), used)
         for found, predicted in zip(scores, predictions, strict=True):
             found.append(_score(encoder, share_correct(predicted, pair.test_labels), pair))
-    images = data_settings(pair)
-    results = []
-    for protocol, found in zip(protocols, scores, strict=True):
-        settings = protocol.settings(readout.settings(), crop, images)
-        results.append(EvaluationResult(f"{protocol}{_readout_suffix(readout)}", pair.description, settings, found))
-    return results
+    others = readout.settings(), preprocessing_settings(own.preprocessing), data_settings(pair)
+    names = [f"{protocol}{_readout_suffix(readout)}" for protocol in protocols]
+    return [
+        EvaluationResult(name, pair.description, protocol.settings(*others), found)
+        for name, protocol, found in zip(names, protocols, scores, strict=True)
+    ]
 
 
 def evaluate_linear(
@@ -106,14 +105,13 @@ def evaluate_linear(
         epochs: Epochs of the SGD protocols; 0 for the paper's.
     """
     if epochs and protocol == "logistic":
-        raise UserError(
-            "--epochs: logistic has no epochs, it runs to convergence; leave it out or use another protocol"
-        )
+        raise UserError("--epochs: logistic has no epochs, it runs to convergence; omit it or use another protocol")
     readout = readout or Readout()
     pair = _open_splits(data, splits)
+    own, encoders = frozen_encoders(model, baselines, readout)
     scores = []
     settings: dict[str, Any] = {}
-    for encoder in frozen_encoders(model, baselines, readout):
+    for encoder in encoders:
         is_vit = encoder is not None and family(encoder.architecture) == "vit"
         used = LinearProtocol.from_name(protocol, is_vit=is_vit)
         used = replace(used, epochs=epochs or used.epochs)
@@ -125,10 +123,9 @@ def evaluate_linear(
             train = _features(encoder, pair.train, pair, [readout])[0]
         score = linear_accuracy(train, pair.train_labels, test, pair.test_labels, used)
         scores.append(_score(encoder, score.accuracy, pair, score.chosen))
-        if encoder and not settings:
+        if encoder is own:
             settings = {"kind": "linear", **used.settings(), "augment": callable(train), "selection": used.selection}
-            settings |= preprocessing_settings(encoder.preprocessing)
-    settings |= {**readout.settings(), **data_settings(pair)}
+    settings |= {**preprocessing_settings(own.preprocessing), **readout.settings(), **data_settings(pair)}
     return EvaluationResult(f"linear {protocol}{_readout_suffix(readout)}", pair.description, settings, scores)
 
 
@@ -152,8 +149,8 @@ def evaluate_sweep(
     pair = _open_splits(data, splits)
     scores: list[Score] = []
     grid: list[dict[str, Any]] = []
-    crop: dict[str, Any] = {}
-    for encoder in frozen_encoders(model, baselines, readouts[0]):
+    own, encoders = frozen_encoders(model, baselines, readouts[0])
+    for encoder in encoders:
         train, test = (
             dict(zip(map(str, readouts), _features(encoder, source, pair, readouts), strict=False))
             for source in (pair.train, pair.test)
@@ -163,9 +160,8 @@ def evaluate_sweep(
         note = f"{best.readout}, lr {best.lr:g}, decay {best.weight_decay:g}" + (", normed" if best.norm else "")
         scores.append(_score(encoder, result.accuracy, pair, note))
         grid = grid or [head.row() for head in result.grid]
-        crop = crop or preprocessing_settings(encoder.preprocessing if encoder else {})
-    settings = {"kind": "linear sweep", **vars(protocol), "selection": SELECTED_ON_HELD_OUT, **crop}
-    settings["layers"] = [str(readout) for readout in readouts]
+    settings = {"kind": "linear sweep", **vars(protocol), "selection": SELECTED_ON_HELD_OUT}
+    settings |= {**preprocessing_settings(own.preprocessing), "layers": [str(readout) for readout in readouts]}
     name = f"linear sweep of {len(grid)} heads{_readout_suffix(*readouts)}"
     return EvaluationResult(name, pair.description, {**settings, **data_settings(pair)}, scores, grid=grid)
 
@@ -184,13 +180,11 @@ def evaluate_finetune(
     """Fine-tune the encoder and test the last epoch; the baseline is the same training from random weights.
 
     Args:
-        model: As for `load_encoder`.
-        data: Labelled images.
+        model: As for `load_encoder`; ``data`` and ``splits`` as for `evaluate_knn_grid`.
         protocol: Hyperparameters, or the name of a protocol; see `FinetuneProtocol.from_name`.
         changes: Attributes of the protocol to replace.
         labels: Which labelled images to use; see `choose_subset`.
         neck: First layers of the model's projector, fine-tuned with the encoder. Baselines have none.
-        splits: Training and test split.
         options: Baselines, workers and progress messages.
     """
     options = options or TransferOptions()

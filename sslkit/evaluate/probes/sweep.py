@@ -1,8 +1,7 @@
 """A sweep of linear probes: learning rates, weight decays and norms, trained at the same time on frozen features.
 
-The accuracy of a linear probe depends on its learning rate more than on any other hyperparameter, and the best one
-depends on the scale of the features. All heads are trained on the same batches, and held-out training images select
-one.
+The best learning rate depends on the scale of the features. All heads are trained on the same batches, and held-out
+training images select one.
 """
 
 import itertools
@@ -28,21 +27,14 @@ Settings = Sequence[tuple[float, float]]  # learning rate and weight decay of ea
 
 @dataclass(frozen=True)
 class SweepProtocol:
-    """The grid of heads. They are trained by SGD with momentum 0.9 and a cosine decay to 0, from weights N(0, 0.01).
+    """The grid of heads. They are trained by SGD with momentum 0.9 and a cosine decay to 0, from weights N(0, 0.01)."""
 
-    Attributes:
-        lrs: Peak learning rates at a batch size of 256, scaled with the batch size.
-        weight_decays: L2 penalties.
-        norms: Whether a BatchNorm without parameters precedes the head (MAE, arXiv:2111.06377, appendix A.1).
-        seed: Of held-out images, initialisation and order.
-    """
-
-    lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-    weight_decays: tuple[float, ...] = (0.0, 1e-5)
-    norms: tuple[bool, ...] = (False, True)
+    lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # peak, at batch size 256; scaled with it
+    weight_decays: tuple[float, ...] = (0.0, 1e-5)  # L2 penalties
+    norms: tuple[bool, ...] = (False, True)  # a BatchNorm without parameters before the head (MAE, arXiv:2111.06377)
     epochs: int = 50
     batch_size: int = 256
-    seed: int = 0
+    seed: int = 0  # of held-out images, initialisation and order
 
     def __post_init__(self) -> None:
         check_rates(self.lrs, "linear sweep, --lr")
