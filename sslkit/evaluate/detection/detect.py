@@ -22,7 +22,7 @@ from sslkit.evaluate.detection.average_precision import (
     require_pycocotools,
 )
 from sslkit.evaluate.detection.detector import choose_arch
-from sslkit.evaluate.detection.detector_training import DetectProtocol, is_vit, train_detector
+from sslkit.evaluate.detection.detector_training import DetectProtocol, train_detector
 from sslkit.evaluate.detection.masks import check_masks
 from sslkit.evaluate.evaluation_result import EvaluationResult, Score
 from sslkit.evaluate.features.compared_encoders import TransferOptions, trained_encoders
@@ -63,7 +63,7 @@ def evaluate_detect(
         ap = found.measures["AP"], found.intervals["AP"]
         scores.append(Score(encoder.description, *ap, "", found.measures, found.intervals, encoder.revision))
     settings = {"kind": "detect", **vars(protocol), "arch": chosen, "masks": masks}
-    settings |= {"peak_lr": protocol.peak_lr(is_vit(encoders[0])), "selection": "none, the last update"}
+    settings |= {"peak_lr": protocol.peak_lr(encoders[0].is_vit), "selection": "none, the last update"}
     settings |= {name: list(encoders[0].preprocessing[name]) for name in ("mean", "std")} | pair.settings()
     name = f"detect {protocol.name} {chosen}{masks * ' masks'}, {protocol.steps} steps of {protocol.batch_size}"
     return EvaluationResult(name, pair.description, settings, scores, measure="box AP")

@@ -22,7 +22,6 @@ from sslkit.evaluate.detection.detector import Arch, make_detector
 from sslkit.evaluate.features.encoder import Encoder
 from sslkit.evaluate.features.extraction import seed_from
 from sslkit.evaluate.input_checks import check_rates, check_seed, choose_protocol
-from sslkit.parts.backbone import family
 from sslkit.parts.schedules import warmup_then_steps
 
 Target = dict[str, Tensor]
@@ -115,7 +114,7 @@ def train_detector(
     mode. Raises `UserError` if the loss is not finite.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vit = is_vit(encoder)
+    vit = encoder.is_vit  # trained with AdamW
     bn_steps = min(protocol.precise_bn_steps, max(protocol.steps // 10, 1))
     with torch.random.fork_rng():
         torch.manual_seed(protocol.seed)
@@ -140,11 +139,6 @@ def train_detector(
                 total = 0.0
         _compute_batchnorm_statistics(detector, batches, device, protocol.seed)
     return detector.eval()
-
-
-def is_vit(encoder: Encoder) -> bool:
-    """Whether the encoder is a plain ViT, which is trained with AdamW."""
-    return family(encoder.architecture) == "vit"
 
 
 class _TrainingImages(Dataset[tuple[Tensor, Target]]):

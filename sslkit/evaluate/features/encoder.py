@@ -18,7 +18,7 @@ from sslkit.evaluate.features.transforms import Transform, evaluation_transform,
 from sslkit.hub.availability import quiet_hub, unavailable_reason
 from sslkit.hub.revisions import is_hub_name, resolve_hub_encoder, resolve_timm_weights
 from sslkit.hub.untrusted import check_model, encoder_state, list_names, read_encoder_config, tensor_shapes
-from sslkit.parts.backbone import BackboneConfig, replace_stem_for_small_images
+from sslkit.parts.backbone import BackboneConfig, family, replace_stem_for_small_images
 from sslkit.terminal import print_message
 
 MAX_BATCH_ELEMENTS = 256 * 3 * 512**2
@@ -48,6 +48,11 @@ class Encoder:
     def channels(self) -> int:
         """Number of input channels."""
         return int(self.preprocessing["input_size"][0])
+
+    @property
+    def is_vit(self) -> bool:
+        """Whether the architecture is a plain ViT."""
+        return family(self.architecture) == "vit"
 
     def batch_size(self, requested: int) -> int:
         """The requested batch size, or less where the images are so large that a batch could fill the memory."""

@@ -26,7 +26,6 @@ from sslkit.evaluate.probes.knn import KnnProtocol, check_neighbours, predict, s
 from sslkit.evaluate.probes.linear import SELECTED_ON_HELD_OUT, EpochFeatures, LinearProtocol, linear_accuracy
 from sslkit.evaluate.probes.sweep import SweepProtocol, sweep
 from sslkit.evaluate.protocol import data_settings, digest_of, preprocessing_settings
-from sslkit.parts.backbone import family
 
 RAW_PIXELS = "raw pixels"
 
@@ -112,8 +111,7 @@ def evaluate_linear(
     scores = []
     settings: dict[str, Any] = {}
     for encoder in encoders:
-        is_vit = encoder is not None and family(encoder.architecture) == "vit"
-        used = LinearProtocol.from_name(protocol, is_vit=is_vit)
+        used = LinearProtocol.from_name(protocol, is_vit=encoder is not None and encoder.is_vit)
         used = replace(used, epochs=epochs or used.epochs)
         test = _features(encoder, pair.test, pair, [readout])[0]
         train: Tensor | EpochFeatures
