@@ -209,4 +209,5 @@ def _detection_rows(detections: Detections, number: int, kind: Kind) -> list[dic
 
 def _to_widths(boxes: NDArray[np.float64]) -> list[list[float]]:
     """From left, top, right, bottom to left, top, width, height."""
-    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()
+    rows: list[list[float]] = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()
+    return rows

@@ -101,11 +101,11 @@ _VIT_UPDATES: dict[str, Any] = {"batch_size": 1024, "base_batch": 512, "lr_rule"
 _VIT_SCHEDULE = {"warmup_start": 1e-6, "decay": "epoch_cosine", "final_lr": 1e-5}
 _VIT_REGULARIZATION = {"drop_path": 0.1, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
 _VIT = _VIT_UPDATES | _VIT_SCHEDULE | _VIT_REGULARIZATION
-_DEIT = {"base_lr": 5e-4, "weight_decay": 0.05, "warmup_epochs": 5, "auto_augment": "rand-m9-mstd0.5-inc1"}
-_MOCO_V3 = {"base_lr": 3e-4, "weight_decay": 0.1, "warmup_epochs": 3, "smallest_crop": 0.05}
+_DEIT: dict[str, Any] = {"base_lr": 5e-4, "weight_decay": 0.05, "warmup_epochs": 5, "erase": 0.25}
+_MOCO_V3: dict[str, Any] = {"base_lr": 3e-4, "weight_decay": 0.1, "warmup_epochs": 3, "smallest_crop": 0.05}
 _SIMCLR: dict[str, Any] = {"base_lr": 0.005, "base_batch": 1, "lr_rule": "sqrt", "optimizer": "lars"}
 _PROTOCOLS = {
-    "deit": FinetuneProtocol("deit", epochs=150, erase=0.25, **_VIT, **_DEIT),
+    "deit": FinetuneProtocol("deit", epochs=150, auto_augment="rand-m9-mstd0.5-inc1", **_VIT, **_DEIT),
     "moco_v3": FinetuneProtocol("moco_v3", epochs=100, **_VIT, **_MOCO_V3),
     "simclr": FinetuneProtocol("simclr", 60, 1024, **_SIMCLR, head_std=0.0, adapt_head=False),
     "swav": FinetuneProtocol("swav", epochs=20, batch_size=256, base_lr=0.01, head_lr=20.0, decay="steps"),
