@@ -18,7 +18,7 @@ from sslkit.evaluate.features.transforms import Transform, evaluation_transform,
 from sslkit.hub.availability import quiet_hub, unavailable_reason
 from sslkit.hub.revisions import is_hub_name, resolve_hub_encoder, resolve_timm_weights
 from sslkit.hub.untrusted import check_model, encoder_state, list_names, read_encoder_config, tensor_shapes
-from sslkit.parts.backbone import BackboneConfig, replace_stem_for_small_images
+from sslkit.parts.backbone import BackboneConfig, family, replace_stem_for_small_images
 from sslkit.terminal import print_message
 
 MAX_BATCH_ELEMENTS = 256 * 3 * 512**2
@@ -26,25 +26,15 @@ MAX_BATCH_ELEMENTS = 256 * 3 * 512**2
 
 @dataclass(frozen=True)
 class Encoder:
-    """A backbone without a classifier, and the preprocessing of its inputs.
-
-    Attributes:
-        module: (B, C, H, W) -> (B, D), with C from ``preprocessing``.
-        preprocessing: timm's data config: input_size, interpolation, mean, std, crop_pct, crop_mode.
-        description: Name in tables and messages.
-        architecture: Name of the timm model.
-        model_args: Arguments of the timm model.
-        small_stem: Whether the stem was replaced by `replace_stem_for_small_images`.
-        revision: Commit on the Hugging Face Hub that the weights were loaded from; empty if from elsewhere.
-    """
+    """A backbone without a classifier, (B, C, H, W) -> (B, D), and the preprocessing of its inputs."""
 
     module: nn.Module
-    preprocessing: dict[str, Any]
-    description: str
-    architecture: str
-    model_args: dict[str, Any] = field(default_factory=dict)
-    small_stem: bool = False
-    revision: str = ""
+    preprocessing: dict[str, Any]  # timm's data config: input_size, interpolation, mean, std, crop_pct, crop_mode
+    description: str  # name in tables and messages
+    architecture: str  # name of the timm model
+    model_args: dict[str, Any] = field(default_factory=dict)  # arguments of the timm model
+    small_stem: bool = False  # whether the stem was replaced by `replace_stem_for_small_images`
+    revision: str = ""  # commit on the Hugging Face Hub that the weights are from; empty if from elsewhere
 
     def transform(self) -> Transform:
         """timm's transform for evaluation: resize, centre crop, normalise."""
@@ -58,6 +48,11 @@ class Encoder:
     def channels(self) -> int:
         """Number of input channels."""
         return int(self.preprocessing["input_size"][0])
+
+    @property
+    def is_vit(self) -> bool:
+        """Whether the architecture is a plain ViT."""
+        return family(self.architecture) == "vit"
 
     def batch_size(self, requested: int) -> int:
         """The requested batch size, or less where the images are so large that a batch could fill the memory."""
@@ -82,16 +77,11 @@ class Encoder:
 
 
 def load_encoder(name: str) -> Encoder:
-    """Load an encoder.
-
-    Names on the Hugging Face Hub are resolved to a commit first, and the files of that commit are loaded.
+    """Load an encoder. Raises `UserError` if there is no such encoder, or its weights do not fit.
 
     Args:
         name: A run folder, an exported folder, ``local-dir:PATH``, ``hf_hub:user/repo`` (newest commit),
             ``hf_hub:user/repo@revision``, or a timm name (with its pretrained weights).
-
-    Raises:
-        UserError: There is no such encoder, or its weights do not fit.
     """
     check_path(name, "MODEL")
     folder = _find_encoder_folder(name)
@@ -162,6 +152,5 @@ def _load_from_timm(name: str) -> Encoder:
         raise UserError(f"{name}: its pretrained weights cannot be loaded: {reason}") from error
     config: Any = module.pretrained_cfg
     model_args = {key: value for key, value in getattr(module, "_model_args", {}).items() if key != "num_classes"}
-    return Encoder(
-        module, resolve_data_config(model=module), name, config["architecture"], model_args, revision=revision
-    )
+    preprocessing = resolve_data_config(model=module)
+    return Encoder(module, preprocessing, name, config["architecture"], model_args, revision=revision)
