@@ -25,17 +25,10 @@ OTHER_WEIGHTS = ("hf_hub_filename", "custom_load", "file", "url", "state_dict", 
 
 @dataclass(frozen=True)
 class HubEncoder:
-    """An encoder on the Hub at a commit.
-
-    Attributes:
-        source: timm's name for it.
-        revision: Commit, 40 hexadecimal digits.
-        description: Name in tables.
-        folder: Downloaded files.
-    """
+    """An encoder on the Hub at a commit: timm's name for it, the commit, its name in tables and its files."""
 
     source: str
-    revision: str
+    revision: str  # 40 hexadecimal digits
     description: str
     folder: Path
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from sslkit.errors import UserError, check_path
 from sslkit.evaluate.features.encoder import load_encoder
 from sslkit.files.atomic import write_text
+from sslkit.hub.meta_build import shapes_of
 from sslkit.hub.untrusted import read_encoder_config, tensor_shapes
 from sslkit.parts.backbone import check_backbone_size
 from sslkit.publish.card import model_card
@@ -60,14 +61,7 @@ def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apach
 
 
 def check_export(run: str | Path, folder: str | Path) -> tuple[Path, Path, Path]:
-    """Check the arguments of an export.
-
-    Returns:
-        Run folder, folder to write, and file of the encoder's weights.
-
-    Raises:
-        UserError: There is no such run, or the folder is not empty.
-    """
+    """The run folder, the folder to write, and the encoder's weights; raises as `export_encoder`."""
     check_path(run, "RUN")
     check_path(folder, "FOLDER")
     run, folder = Path(run), Path(folder)
@@ -85,7 +79,7 @@ def _read_encoder(source: Path, recipe: Recipe) -> tuple[dict[str, Tensor], str]
         raise UserError(f"{source / 'config.json'}: 'pretrained_cfg' tag cannot be {tag!r:.100}")
     shapes = tensor_shapes(source / "model.safetensors")
     check_backbone_size(recipe.backbone_config(), shapes, f"{source.parent / 'recipe.toml'} [backbone]")
-    expected = {name: tuple(tensor.shape) for name, tensor in create_untrained(recipe).state_dict().items()}
+    expected = shapes_of(create_untrained(recipe).state_dict())
     if shapes != expected:
         wrong = sorted(name for name in shapes.keys() | expected if shapes.get(name) != expected.get(name))
         raise UserError(f"{source / 'model.safetensors'}: does not fit the run's recipe, such as {wrong[0]:.100}")

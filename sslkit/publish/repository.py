@@ -24,25 +24,19 @@ REVISION = re.compile(r"(?=.{1,200}$)[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)*"
 
 @dataclass(frozen=True)
 class Published:
-    """A published encoder.
+    """A published encoder: its folder, the files with their sizes in bytes, and where it is on the Hub.
 
-    Attributes:
-        folder: The files that were sent.
-        files: Their names and sizes in bytes.
-        commit: Commit on the Hub; empty after a dry run.
-        url: Address of the repository; empty after a dry run.
-        is_new: Whether the commit is new; False if the Hub already had all files.
-        replaced_card: Last commit with a manually written card that was replaced; else empty.
-        loads_in_timm: Whether ``timm.create_model`` can load the encoder.
+    ``commit`` and ``url`` are empty after a dry run. The commit is not new if the Hub already had all files.
+    ``replaced_card`` is the last commit with a manually written card that was replaced, or empty.
     """
 
     folder: str
     files: dict[str, int]
-    commit: str
-    url: str
-    is_new: bool
-    replaced_card: str
     loads_in_timm: bool
+    commit: str = ""
+    url: str = ""
+    is_new: bool = False
+    replaced_card: str = ""
 
 
 def publish_run(
@@ -56,10 +50,7 @@ def publish_run(
 ) -> Published:
     """Publish a run's newest encoder with a model card, as one commit.
 
-    The folder ``RUN/publish`` is written again each time, and has exactly the files that are sent: configuration,
-    weights, resolved recipe, card, curves if there is ``RUN/pictures/curves.png``, and checksums. If its files were
-    changed manually, it is not touched and an error is raised. If the run folder is read-only, a temporary folder is
-    used.
+    The files that are sent are written to ``RUN/publish``, or to a temporary folder if the run folder is read-only.
 
     Args:
         run: Run folder.
@@ -82,15 +73,15 @@ def publish_run(
     by_timm = _write_folder(run, folder, source, license_id)
     files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     if dry_run:
-        return Published(str(folder), files, "", "", False, "", by_timm)
+        return Published(str(folder), files, by_timm)
     upload = HubUpload(repo_id, revision, folder)
     upload.prepare(private=private)
     before = upload.newest_commit()
-    replaces_card = upload.has_manual_card(before)
+    replaced = before if upload.has_manual_card(before) else ""
     commit = upload.send(sorted(files)).oid
     upload.verify(commit)
-    is_new, replaced = commit != before, before if replaces_card else ""
-    return Published(str(folder), files, commit, f"{constants.ENDPOINT}/{repo_id}", is_new, replaced, by_timm)
+    url = f"{constants.ENDPOINT}/{repo_id}"
+    return Published(str(folder), files, by_timm, commit, url, commit != before, replaced)
 
 
 def _check_arguments(run: str | Path, repo_id: str, revision: str) -> Path:
@@ -121,18 +112,15 @@ def _refuse_changes(folder: Path, repo_id: str) -> None:
     if not folder.is_dir():
         return
     try:
-        text = (folder / CHECKSUMS).read_text(encoding="utf-8") if (folder / CHECKSUMS).is_file() else ""
-        checksums = parse_checksums(text)
-        changed = [
-            entry.name
-            for entry in sorted(folder.iterdir())
-            if entry.name != CHECKSUMS and (not entry.is_file() or checksums.get(entry.name) != sha256_of(entry))
-        ]
+        file = folder / CHECKSUMS
+        checksums = parse_checksums(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        others = (entry for entry in sorted(folder.iterdir()) if entry != file)
+        changed = [each for each in others if not each.is_file() or checksums.get(each.name) != sha256_of(each)]
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: cannot be read: {error}") from error
     if changed:
         raise UserError(
-            f"{folder / changed[0]}: was changed or added manually, and publishing replaces the folder; move it away, "
+            f"{changed[0]}: was changed or added manually, and publishing replaces the folder; move it away, "
             f"or send the folder as it is with `hf upload {repo_id} {folder}`"
         )
 

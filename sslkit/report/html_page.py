@@ -22,13 +22,7 @@ from sslkit.report.run_record import RunRecord
 from sslkit.report.summary import Summary, differences, facts
 from sslkit.report.training_figures import training_panels
 
-SECTIONS = (
-    ("accuracy", "Accuracy"),
-    ("training", "Training"),
-    ("health", "Health"),
-    ("galleries", "Galleries"),
-    ("facts", "Facts"),
-)
+SECTIONS = ("Accuracy", "Training", "Health", "Galleries", "Facts")
 
 
 def write_report(
@@ -40,20 +34,15 @@ def write_report(
     data: str = "",
     split: str = "train",
 ) -> None:
-    """Write the report of one or several runs as one HTML file.
+    """Write the report of runs and their `summarise` as one HTML file.
 
-    Args:
-        runs: From `read_runs`.
-        summaries: `summarise` of each run.
-        file: HTML file to write.
-        galleries: Whether to show images, which needs the encoders and data of the runs.
-        data: Images to find neighbours in. Default: those of the monitor, or the training images.
-        split: Split of ``data``.
+    ``galleries`` are images, and need the encoders and the data of the runs. Neighbours are searched in a split of
+    ``data``, by default in the images of the monitor, or the training images.
 
     Raises:
         UserError: ``data`` cannot be read, or ``file`` cannot be written.
     """
-    check_output(file)
+    _check_output(file)
     scores = score_rows(runs)
     titles = ["Gradients by layer" if len(runs) == 1 else f"Gradients by layer, {run.name}" for run in runs]
     _write(
@@ -77,26 +66,17 @@ def write_report(
 
 
 def write_views(recipe: Recipe, name: str, file: Path) -> None:
-    """Write augmented views of a recipe's images as one HTML file.
-
-    Args:
-        recipe: Gives the images and the augmentations.
-        name: Name of the recipe on the page.
-        file: HTML file to write.
+    """Write augmented views of a recipe's images as one HTML file; the page shows ``name``.
 
     Raises:
         UserError: The data cannot be read, or ``file`` cannot be written.
     """
-    check_output(file)
+    _check_output(file)
     _write(file, "views.html", title=f"Views of {name}", gallery=draw_views(recipe))
 
 
-def check_output(file: Path) -> None:
-    """Check that a page can be written to ``file``, before any work is done.
-
-    Raises:
-        UserError: It is a folder, or its folder does not exist.
-    """
+def _check_output(file: Path) -> None:
+    """Refuse a file that cannot be written, before any work is done."""
     check_path(file, "--output")
     if file.is_dir():
         raise UserError(f"--output {file}: is a folder; give a file, such as {file / 'report.html'}")
@@ -114,8 +94,10 @@ def _write(file: Path, template: str, **values: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = _percent
-    environment.globals |= {"number": _number, "percent": _percent}
+    environment.filters |= {
+        "number": lambda value: "-" if value is None else f"{value:.4g}",
+        "percent": lambda value: "-" if value is None else f"{value:.1%}",
+    }
     text = environment.get_template(template).render(
         version=sslkit.__version__,
         written=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -127,11 +109,3 @@ def _write(file: Path, template: str, **values: Any) -> None:
         write_output(file, text)
     except OSError as error:
         raise UserError(f"--output {file}: cannot be written: {error.strerror}") from error
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"

@@ -15,23 +15,16 @@ from sslkit.recipe.resolve import Recipe, load_saved
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The content of a run folder.
+    """The content of a run folder: its recipe and the rows of its logs. The name is unique among the runs of a report.
 
-    Attributes:
-        folder: The run folder.
-        name: Name of the run in the report, unique among its runs.
-        recipe: Its recipe.
-        versions: Versions, platform and number of processes, from the comments at the top of its recipe.
-        metrics: Rows of metrics.jsonl, at least one.
-        results: Rows of results.jsonl.
-        diagnostics: Rows of diagnostics.jsonl.
+    ``versions`` are versions, platform and number of processes, from the comments at the top of the recipe.
     """
 
     folder: Path
     name: str
     recipe: Recipe
     versions: dict[str, str]
-    metrics: list[Row]
+    metrics: list[Row]  # at least one
     results: list[Row]
     diagnostics: list[Row]
 
@@ -59,11 +52,7 @@ class RunRecord:
 
 
 def read_run(folder: Path, name: str = "") -> RunRecord:
-    """Read a run folder.
-
-    Args:
-        folder: The run folder.
-        name: Name of the run in the report; the name of the folder if empty.
+    """Read a run folder. The run has the name of the folder unless ``name`` is given.
 
     Raises:
         UserError: The folder is not a run, or the run has not logged anything yet.

@@ -1,18 +1,19 @@
-"""Check the pickle opcodes of a PyTorch checkpoint without executing any.
+"""Check the pickle opcodes of a PyTorch checkpoint before PyTorch reads it.
 
 PyTorch's weights-only unpickler runs no code, but a file of 400 bytes can still make it allocate gigabytes of zeros, or
-hash a tuple that nests itself 40 times. So all opcodes are checked first. Only those that a state dict needs are
-allowed: plain data, and tensors within storages that are within the file.
+hash a tuple that nests itself 40 times. Only what a state dict needs is allowed: plain data, and tensors in storages
+that are in the file.
 """
 
 import io
 import math
+import pickle
 import pickletools
 import zipfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -37,51 +38,36 @@ DICTS = ("collections.OrderedDict", "collections.Counter")
 REBUILDS = tuple(f"torch._utils._rebuild_{name}" for name in ("tensor", "tensor_v2", "tensor_v3", "parameter"))
 PLAIN_CALLS = ("torch.Size", "torch.device", "torch.serialization._get_layout")
 ALLOWED = {*STORAGES, *DTYPES, *DICTS, *REBUILDS, *PLAIN_CALLS}
-
-
-class Dict:
-    """Stands for a dictionary; its content does not matter."""
-
-
-class Opaque:
-    """Stands for a checked tensor or parameter, or another value whose content does not matter."""
-
-
-@dataclass(frozen=True)
-class Global:
-    """A class or function by name."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Storage:
-    """Size of a storage and of its items in bytes."""
-
-    num_bytes: int
-    item_bytes: int
+OPCODES = {
+    *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID"),
+    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"),
+    *("NONE", "NEWTRUE", "NEWFALSE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+    *("EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "APPEND", "APPENDS", "SETITEM", "SETITEMS"),
+    *("BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT"),
+}
 
 
 def check_opcodes(file: Path) -> None:
     """Check that loading a checkpoint needs no more memory than its size and builds only tensors and plain data.
 
     Raises:
-        UserError: It does not, or the file is incomplete. The message does not name the file.
+        UserError: It does not. The message does not name the file.
+        Exception: The file is no checkpoint or is incomplete; of many types.
     """
-    try:
-        with file.open("rb") as stream:
-            if stream.read(2) == b"PK":
-                _OpcodeChecker(file.stat().st_size).check(io.BytesIO(_zipped_opcodes(file)))
-                return
-            stream.seek(0)
-            checker, start = _OpcodeChecker(file.stat().st_size), io.BytesIO(stream.read(MAX_BYTES))
-            for _ in range(LEGACY_PARTS):
-                checker.check(start)
-    except UserError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, RecursionError, zipfile.BadZipFile, NotImplementedError) as e:
-        reason = str(e)[:150]
-        raise UserError(f"is not a checkpoint that can be read as weights, or is incomplete ({reason})") from e
+    storages: dict[str, int] = {}
+    with file.open("rb") as stream:
+        is_zip = stream.read(2) == b"PK"
+        stream.seek(0)
+        opcodes = io.BytesIO(_zipped_opcodes(file) if is_zip else stream.read(MAX_BYTES))
+    for _ in range(1 if is_zip else LEGACY_PARTS):
+        start = opcodes.tell()
+        for count, (opcode, _argument, _position) in enumerate(pickletools.genops(opcodes)):
+            if opcode.name not in OPCODES:
+                raise UserError(f"has the opcode {opcode.name}, which no state dict needs, so it was not loaded")
+            if count >= MAX_COUNT:
+                raise UserError(f"has more than {MAX_COUNT} opcodes, which no state dict needs")
+        opcodes.seek(start)
+        _PlaceholderUnpickler(opcodes, storages, file.stat().st_size).load()
 
 
 def _zipped_opcodes(file: Path) -> bytes:
@@ -108,89 +94,58 @@ def _zipped_opcodes(file: Path) -> bytes:
         return archive.read(pickles[0])
 
 
-@dataclass
-class _OpcodeChecker:
-    """Follows the opcodes with a stack of placeholders for the values.
+class _Dict:
+    """Stands for a dictionary. Its keys are checked, and its content is dropped."""
 
-    Attributes:
-        limit: Maximum size of all storages together in bytes.
-        storages: Size in bytes of each storage by its key.
-        count: Number of opcodes so far.
-        stack: Placeholders above the last mark.
-        outer_stacks: Those below each mark.
-        memo: Memoised placeholders.
+    def __setitem__(self, key: Any, _value: Any) -> None:
+        _check_key(key)
+
+
+class _Opaque:
+    """Stands for a checked tensor or parameter, or another value whose content does not matter."""
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """Stands for a storage: its size and that of its items in bytes."""
+
+    num_bytes: int
+    item_bytes: int
+
+
+@dataclass(frozen=True)
+class _Global:
+    """Stands for an allowed class or function. A call checks the arguments and returns a placeholder."""
+
+    name: str
+
+    def __call__(self, *arguments: Any) -> Any:
+        return _checked_call(self.name, arguments)
+
+
+class _PlaceholderUnpickler(pickle._Unpickler):
+    """Python's unpickler, for a stream of `OPCODES`, with placeholders for all but plain data.
+
+    ``storages`` has the size in bytes of each storage of the file by its key; together at most ``limit`` bytes.
     """
 
-    limit: int
-    storages: dict[str, int] = field(default_factory=dict)
-    count: int = 0
-    stack: list[Any] = field(default_factory=list)
-    outer_stacks: list[list[Any]] = field(default_factory=list)
-    memo: dict[int, Any] = field(default_factory=dict)
+    stack: list[Any]
 
-    def check(self, stream: io.BytesIO) -> None:
-        """Check the opcodes up to the end of one pickle."""
-        self.stack, self.outer_stacks, self.memo = [], [], {}
-        for opcode, argument, _ in pickletools.genops(stream):
-            self.count += 1
-            handler = _HANDLERS.get(opcode.name)
-            if handler is None:
-                raise UserError(f"has the opcode {opcode.name}, which no state dict needs, so it was not loaded")
-            if self.count > MAX_COUNT:
-                raise UserError(f"has more than {MAX_COUNT} opcodes, which no state dict needs")
-            handler(self, argument)
+    def __init__(self, stream: io.BytesIO, storages: dict[str, int], limit: int) -> None:
+        super().__init__(stream, encoding="utf-8")  # PyTorch's encoding of Python 2's strings
+        self.storages, self.limit = storages, limit
 
-    def push(self, value: Any) -> None:
-        self.stack.append(value)
+    def find_class(self, module: str, name: str) -> _Global:
+        if f"{module}.{name}" not in ALLOWED:
+            raise UserError(
+                f"needs {f'{module}.{name}':.100}, which is more than tensors, so it was not loaded; if you trust the "
+                "file, save its state dict alone and import that"
+            )
+        return _Global(f"{module}.{name}")
 
-    def mark(self, _argument: Any) -> None:
-        self.outer_stacks.append(self.stack)
-        self.stack = []
-
-    def pop_to_mark(self) -> list[Any]:
-        items, self.stack = self.stack, self.outer_stacks.pop()
-        return items
-
-    def pop(self, count: int) -> list[Any]:
-        if len(self.stack) < count:
-            raise ValueError("the stack is empty")
-        items = self.stack[-count:]
-        del self.stack[-count:]
-        return items
-
-    def memoise(self, index: int) -> None:
-        self.memo[index] = self.stack[-1]
-
-    def push_global(self, argument: str) -> None:
-        name = ".".join(argument.split(" ", 1))
-        if name not in ALLOWED:
-            raise _more_than_tensors(name)
-        self.push(Global(name))
-
-    def append(self, items: list[Any]) -> None:
-        _require(isinstance(self.stack[-1], list), "an append to something that is not a list")
-        self.stack[-1].extend(items)
-
-    def set_items(self, items: list[Any]) -> None:
-        _require(isinstance(self.stack[-1], Dict), "an entry of something that is not a dictionary")
-        _check_keys(items[::2])
-
-    def build(self, _argument: Any) -> None:
-        [state] = self.pop(1)
-        _require(isinstance(self.stack[-1], Dict) and isinstance(state, Dict), "attributes of a value that has none")
-
-    def reduce(self, _argument: Any) -> None:
-        function, arguments = self.pop(2)
-        _require(isinstance(function, Global) and isinstance(arguments, tuple), "a call of a value, not of a function")
-        self.push(_checked_call(function.name, arguments))
-
-    def new_object(self, _argument: Any) -> None:
-        kind = self.pop(2)[0]
-        raise _more_than_tensors(f"an object of {kind.name}" if isinstance(kind, Global) else "an object")
-
-    def storage(self, _argument: Any) -> None:
-        [(word, kind, key, _location, count, *view)] = self.pop(1)
-        known = word == "storage" and isinstance(kind, Global) and kind.name in STORAGES
+    def persistent_load(self, pid: Any) -> _Storage:
+        word, kind, key, _location, count, *view = pid
+        known = word == "storage" and isinstance(kind, _Global) and kind.name in STORAGES
         _require(known, "a storage of unknown type")
         _require(isinstance(key, str) and _is_count(count), "a storage without key and length")
         item_bytes = STORAGES[kind.name]
@@ -202,43 +157,56 @@ class _OpcodeChecker:
             _name, start, length = view[0]
             _require(_is_count(start) and _is_count(length) and start + length <= count, "a view beyond its storage")
             count = length
-        self.push(Storage(count * item_bytes, item_bytes))
+        return _Storage(count * item_bytes, item_bytes)
+
+    def _push_dict(self) -> None:
+        self.stack.append(_Dict())
+
+    def _build(self) -> None:
+        state = self.stack.pop()
+        _require(isinstance(self.stack[-1], _Dict) and isinstance(state, _Dict), "attributes of a value that has none")
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.EMPTY_DICT[0]: _push_dict,
+        pickle.BUILD[0]: _build,
+    }
 
 
 def _checked_call(name: str, arguments: tuple[Any, ...]) -> Any:
     """The placeholder for the result of an allowed call."""
     if name in DICTS:
-        given = arguments[0] if len(arguments) == 1 else Dict()
-        _require(len(arguments) <= 1 and isinstance(given, Dict | list), f"a {name} of other arguments")
+        [given] = arguments or (_Dict(),)
         # Python 2 wrote a list of keys and values.
         pairs = given if isinstance(given, list) and name == DICTS[0] else []
-        _require(isinstance(given, Dict) or given is pairs, f"a {name} of other arguments")
-        _require(all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs), f"a {name} without pairs")
-        _check_keys(pair[0] for pair in pairs)
-        return Dict()
+        _require(isinstance(given, _Dict) or given is pairs, f"a {name} of other arguments")
+        for pair in pairs:
+            _require(isinstance(pair, list | tuple) and len(pair) == 2, f"a {name} without pairs")
+            _check_key(pair[0])
+        return _Dict()
     if name == "torch._utils._rebuild_parameter":
-        _require(len(arguments) == 3 and isinstance(arguments[0], Opaque), "a parameter without a tensor")
-        return Opaque()
+        _require(len(arguments) == 3 and isinstance(arguments[0], _Opaque), "a parameter without a tensor")
+        return _Opaque()
     if name in REBUILDS:
         _check_tensor(name, arguments)
-        return Opaque()
+        return _Opaque()
     if name == "torch.Size":
         _require(len(arguments) == 1 and _are_counts(arguments[0]), "a size that is not a tuple of lengths")
         return arguments[0]
     _require(name in PLAIN_CALLS and all(isinstance(each, str | int) for each in arguments), f"a call of {name}")
-    return Opaque()
+    return _Opaque()
 
 
 def _check_tensor(name: str, arguments: tuple[Any, ...]) -> None:
     """Check that a tensor is within its storage, which PyTorch would enlarge otherwise."""
     _require(len(arguments) >= 4, "a tensor with too few arguments")
     storage, offset, size, stride = arguments[:4]
-    _require(isinstance(storage, Storage), "a tensor without storage")
+    _require(isinstance(storage, _Storage), "a tensor without storage")
     _require(_is_count(offset) and _are_counts(size) and _are_counts(stride), "a tensor without sizes")
     _require(len(size) == len(stride) <= MAX_DIMS, "a tensor with too many dimensions")
     item_bytes = storage.item_bytes
     if name.endswith("_v3"):
-        is_dtype = len(arguments) >= 7 and isinstance(arguments[6], Global) and arguments[6].name in DTYPES
+        is_dtype = len(arguments) >= 7 and isinstance(arguments[6], _Global) and arguments[6].name in DTYPES
         _require(is_dtype, "an unknown dtype")
         item_bytes = DTYPES[arguments[6].name]
     if not math.prod(size):
@@ -256,55 +224,13 @@ def _are_counts(value: Any) -> bool:
     return isinstance(value, tuple) and all(map(_is_count, value))
 
 
-def _check_keys(keys: Iterable[Any]) -> None:
-    """Check keys, which are hashed: nested tuples could take forever."""
-    for key in keys:
-        parts = key if isinstance(key, tuple) else (key,)
-        plain = all(isinstance(each, str | bytes | int | float | None) for each in parts)
-        _require(plain, "a key that is neither text nor a number")
+def _check_key(key: Any) -> None:
+    """Check a key, which is hashed: nested tuples could take forever."""
+    parts = key if isinstance(key, tuple) else (key,)
+    plain = all(isinstance(each, str | bytes | int | float | None) for each in parts)
+    _require(plain, "a key that is neither text nor a number")
 
 
 def _require(condition: bool, otherwise: str) -> None:
     if not condition:
         raise UserError(f"asks for {otherwise}, which no state dict needs, so it was not loaded")
-
-
-def _more_than_tensors(name: str) -> UserError:
-    return UserError(
-        f"needs {name:.100}, which is more than tensors, so it was not loaded; if you trust the file, save its state "
-        "dict alone and import that"
-    )
-
-
-_Handler = Callable[[_OpcodeChecker, Any], None]
-_HANDLERS: dict[str, _Handler] = {
-    **dict.fromkeys(("PROTO", "STOP"), lambda checker, argument: None),
-    **dict.fromkeys(
-        ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"), _OpcodeChecker.push
-    ),
-    "NONE": lambda checker, _: checker.push(None),
-    "NEWTRUE": lambda checker, _: checker.push(True),
-    "NEWFALSE": lambda checker, _: checker.push(False),
-    "EMPTY_TUPLE": lambda checker, _: checker.push(()),
-    "EMPTY_LIST": lambda checker, _: checker.push([]),
-    "EMPTY_DICT": lambda checker, _: checker.push(Dict()),
-    "EMPTY_SET": lambda checker, _: checker.push(Opaque()),
-    "MARK": _OpcodeChecker.mark,
-    "TUPLE": lambda checker, _: checker.push(tuple(checker.pop_to_mark())),
-    "TUPLE1": lambda checker, _: checker.push(tuple(checker.pop(1))),
-    "TUPLE2": lambda checker, _: checker.push(tuple(checker.pop(2))),
-    "TUPLE3": lambda checker, _: checker.push(tuple(checker.pop(3))),
-    "APPEND": lambda checker, _: checker.append(checker.pop(1)),
-    "APPENDS": lambda checker, _: checker.append(checker.pop_to_mark()),
-    "SETITEM": lambda checker, _: checker.set_items(checker.pop(2)),
-    "SETITEMS": lambda checker, _: checker.set_items(checker.pop_to_mark()),
-    "BINGET": lambda checker, index: checker.push(checker.memo[index]),
-    "LONG_BINGET": lambda checker, index: checker.push(checker.memo[index]),
-    "BINPUT": _OpcodeChecker.memoise,
-    "LONG_BINPUT": _OpcodeChecker.memoise,
-    "GLOBAL": _OpcodeChecker.push_global,
-    "REDUCE": _OpcodeChecker.reduce,
-    "BUILD": _OpcodeChecker.build,
-    "BINPERSID": _OpcodeChecker.storage,
-    "NEWOBJ": _OpcodeChecker.new_object,
-}
