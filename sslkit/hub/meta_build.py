@@ -94,13 +94,9 @@ def _bounded_modules(bounds: Bounds) -> Iterator[None]:
             add("tensors", 1)
             add(kind, tensor.numel())
 
-    handles = [
+    with (
         register_module_parameter_registration_hook(lambda _module, _name, tensor: add_tensor("parameters", tensor)),
         register_module_buffer_registration_hook(lambda _module, _name, tensor: add_tensor("buffers", tensor)),
         register_module_module_registration_hook(lambda _module, _name, _child: add("modules", 1)),
-    ]
-    try:
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -41,11 +41,8 @@ def is_hub_name(name: str) -> bool:
 def resolve_hub_encoder(name: str) -> HubEncoder:
     """Resolve ``hf_hub:user/repo`` or ``hf_hub:user/repo@revision`` to a commit, download it and check it.
 
-    Offline, the newest commit is the one that was cached last.
-
-    Raises:
-        UserError: There is no such repository or no connection, or its encoder fails the checks of
-            `sslkit.hub.untrusted`.
+    Offline, the newest commit is the one that was cached last. Raises `UserError` if there is no such repository or no
+    connection, or if the encoder fails the checks of `sslkit.hub.untrusted`.
     """
     match = NAME.fullmatch(name.removeprefix(PREFIXES[0]).removeprefix(PREFIXES[1]))
     if match is None:

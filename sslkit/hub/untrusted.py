@@ -1,7 +1,6 @@
 """Checks of encoder folders (``config.json`` and ``model.safetensors``) of unknown origin, before they are built.
 
-timm passes the arguments of a configuration to the model unchanged. Here they must be plain, small values, and the
-model is first built on the meta device: it may not be larger than its weights.
+Arguments for timm must be plain, small values. A model is built on the meta device first: no larger than its weights.
 """
 
 import json
@@ -119,11 +118,7 @@ def tensor_shapes(file: Path) -> Shapes:
 
 
 def check_model(config: EncoderConfig, shapes: Shapes, where: str) -> None:
-    """Check that the model of a configuration is not larger than its weights, and that they are complete.
-
-    Raises:
-        UserError: It is larger, tensors are missing, or timm cannot build it; ``where`` opens the message.
-    """
+    """Raise `UserError`, starting with ``where``, if the model is larger than its weights or they are incomplete."""
     model = check_size(config.architecture, config.model_args, shapes, f"{where}: its config.json")
     expected = model.state_dict().keys()
     missing = missing_names(expected, shapes)
@@ -136,10 +131,9 @@ def check_model(config: EncoderConfig, shapes: Shapes, where: str) -> None:
 
 
 def check_size(architecture: str, model_args: Mapping[str, Any], shapes: Shapes, where: str) -> nn.Module:
-    """Check that a model is not larger than weights of these shapes; returns it on the meta device, no classifier.
+    """Return a model without classifier on the meta device.
 
-    Raises:
-        UserError: It is larger, or timm cannot build it; ``where`` opens the message.
+    If it is larger than weights of these shapes, or timm cannot build it, raises `UserError` starting with ``where``.
     """
     try:
         return build_on_meta(architecture, {**model_args, "num_classes": 0}, Bounds.of_weights(shapes))
@@ -169,11 +163,8 @@ def encoder_state(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Select the encoder's tensors of a file and translate timm's older names.
 
-    ``own`` is the state dict of the encoder as built. Also returns the names of the classifier's tensors.
-
-    Raises:
-        UserError: Tensors are missing, or belong to another model.
-        Exception: As raised by timm if it cannot translate them.
+    ``own`` is the state dict of the encoder as built. Also returns the names of the classifier's tensors. Raises
+    `UserError` if tensors are missing or belong to another model, and timm's own errors if it cannot translate them.
     """
     known = set(own)
     if state.keys() - known:

@@ -16,15 +16,10 @@ DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def model_card(recipe: Recipe, run: Path, source: str, tag: str, license_id: str, *, curves: bool = False) -> str:
-    """The text of a run's model card.
+    """The text of the model card of a run, from its `public_recipe` and its scores; `CURVES` are in it if ``curves``.
 
-    Args:
-        recipe: The run's resolved recipe, from `public_recipe`.
-        run: Run folder with the scores.
-        source: Name to load it by: ``local-dir:NAME``, ``hf_hub:user/name`` or ``hf_hub:user/name@branch``.
-        tag: timm's pretrained tag.
-        license_id: SPDX id of the licence.
-        curves: Whether `CURVES` is in the card's folder.
+    ``source`` loads the encoder: ``local-dir:NAME``, ``hf_hub:user/name`` or ``hf_hub:user/name@branch``. ``tag`` is
+    timm's pretrained tag, and the licence an SPDX id.
     """
     scores = newest_scores(run)
     scores = scores and [public_score(score) for score in scores]

@@ -1,8 +1,7 @@
 """Export of a ResNet as a checkpoint file for detectron2.
 
-The file is a pickle, the only one that sslkit writes: detectron2's ``DetectionCheckpointer`` reads weights with
-converted names from a ``.pkl`` only. It has text, a bool and float32 arrays, and ``numpy.ndarray`` as its only
-callable, so a reader can refuse all others. sslkit never reads it.
+The file is a pickle, the only one that sslkit writes, because detectron2 reads weights with converted names from a
+``.pkl`` only. Its only callable is ``numpy.ndarray``, so a reader can refuse all others. sslkit never reads it.
 """
 
 import io
@@ -79,7 +78,7 @@ def export_detectron2(run: str | Path, folder: str | Path) -> dict[str, Any]:
     Raises:
         UserError: There is no such run, the folder is not empty, or the encoder is not a plain ResNet.
     """
-    run, folder, _ = check_export(run, folder)
+    run, folder = check_export(run, folder)
     recipe = load_recipe(run / "recipe.toml")
     name = recipe.backbone.name
     if family(name) != "resnet":

@@ -1,8 +1,4 @@
-"""Folders with ``config.json`` and ``model.safetensors`` in timm's format, as checkpoints and exports have them.
-
-``config.json`` describes this run's preprocessing and has nothing of the pretrained weights that timm knows under the
-architecture's name. There is no pickle.
-"""
+"""Folders with ``config.json`` and ``model.safetensors`` in timm's format, as checkpoints and exports have them."""
 
 import json
 import os
@@ -87,14 +83,10 @@ def write_encoder(config: dict[str, Any], tag: str, state: dict[str, Tensor], fo
 def write_encoder_files(
     config: dict[str, Any], tag: str, state: dict[str, Tensor], folder: Path, **metadata: str
 ) -> None:
-    """Write ``config.json`` and ``model.safetensors``.
+    """Write ``config.json`` and ``model.safetensors`` to an existing folder.
 
-    Args:
-        config: From `encoder_config`.
-        tag: timm's pretrained tag, such as ``moco_v3_e300``.
-        state: State dict of the backbone with timm's names, contiguous and on the CPU.
-        folder: An existing folder.
-        **metadata: Metadata for the header of the weights.
+    ``config`` is an `encoder_config`, ``tag`` is timm's pretrained tag such as ``moco_v3_e300``, and ``state`` is the
+    backbone's state dict, contiguous and on the CPU. The header of the weights has the metadata.
     """
     tagged = {**config, "pretrained_cfg": {**config["pretrained_cfg"], "tag": tag}}
     write_json(folder / "config.json", tagged)

@@ -2,7 +2,6 @@
 
 import datetime
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +84,8 @@ def _check_output(file: Path) -> None:
 
 
 def _write(file: Path, template: str, **values: Any) -> None:
-    folder = resources.files("sslkit.report") / "templates"
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
+        loader=jinja2.PackageLoader("sslkit.report"),
         autoescape=True,
         finalize=lambda value: without_tokens(value) if type(value) is str else value,
         undefined=jinja2.StrictUndefined,
@@ -101,8 +99,6 @@ def _write(file: Path, template: str, **values: Any) -> None:
     text = environment.get_template(template).render(
         version=sslkit.__version__,
         written=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        css=Markup((folder / "page.css").read_text(encoding="utf-8")),
-        js=Markup((folder / "page.js").read_text(encoding="utf-8")),
         **values,
     )
     try:

@@ -36,11 +36,7 @@ def draw_run(folder: Path) -> list[Path]:
 
 
 def draw_curves(folder: Path) -> Path:
-    """Write ``pictures/curves.png``: loss, pretext accuracy, learning rate and kNN accuracy over epochs.
-
-    Raises:
-        UserError: As `draw_run`.
-    """
+    """Write ``curves.png``: loss, pretext accuracy, learning rate and kNN over epochs. Raises as `draw_run`."""
     run = read_run(folder)
     epochs = [float(row["epoch"]) for row in run.metrics]
     monitored = [row for row in run.results if row.get("by") == "monitor"]

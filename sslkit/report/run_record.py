@@ -52,11 +52,7 @@ class RunRecord:
 
 
 def read_run(folder: Path, name: str = "") -> RunRecord:
-    """Read a run folder. The run has the name of the folder unless ``name`` is given.
-
-    Raises:
-        UserError: The folder is not a run, or the run has not logged anything yet.
-    """
+    """Read a run folder, named by ``name`` or else by itself; raises `UserError` if it is no run or has no metrics."""
     reader = RunReader(folder)
     reader.check()
     refuse_links(folder)  # reports and pictures are written into it

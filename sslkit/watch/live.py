@@ -16,12 +16,7 @@ REFRESH_SECONDS = 1.0
 def watch(folder: Path, console: Console, *, once: bool = False) -> None:
     """Show the page of a run and refresh it every second until the run is done. Ctrl-C closes it; the run goes on.
 
-    Prints the page once if ``once`` is set or ``console`` is not a terminal.
-
-    Args:
-        folder: Run folder; on a terminal it may not exist yet.
-        console: Where to print.
-        once: Do not wait for more.
+    Prints the page once if ``once`` is set or ``console`` is not a terminal. Else the run may not exist yet.
 
     Raises:
         UserError: There is no run, or the folder holds something else or has vanished.

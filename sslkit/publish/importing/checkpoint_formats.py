@@ -18,25 +18,18 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class CheckpointFormat:
-    """Names of a project's tensors, without the prefix ``module.`` of DistributedDataParallel.
+    """Prefixes of the names of a project's tensors, after ``module.`` of DistributedDataParallel.
 
-    Attributes:
-        name: Name in messages.
-        tag: timm's pretrained tag for such weights.
-        marks: The format applies if a name starts with one of these.
-        encoders: Prefix of the trained encoder (not its moving average): the first of these that a name starts with.
-        heads: Prefixes, within the encoder, of tensors that are not part of the backbone.
-        std: Standard deviation of the training images' normalisation.
-        twelve_heads: Whether a ViT of width 384 has 12 heads as in MoCo v3; if not, the number is unknown.
+    The trained encoder, not its moving average, has the first prefix of ``encoders`` that is in the file.
     """
 
     name: str
-    tag: str
-    marks: tuple[str, ...]
+    tag: str  # timm's pretrained tag
+    marks: tuple[str, ...]  # one of these is in the file
     encoders: tuple[str, ...]
-    heads: tuple[str, ...] = ()
-    std: tuple[float, float, float] = IMAGENET_STD
-    twelve_heads: bool = False
+    heads: tuple[str, ...] = ()  # in the encoder, but not part of the backbone
+    std: tuple[float, float, float] = IMAGENET_STD  # of the normalisation of the images
+    twelve_heads: bool = False  # of a ViT of width 384, as in MoCo v3; else their number is unknown
 
 
 # The first match applies.

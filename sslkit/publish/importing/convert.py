@@ -1,6 +1,6 @@
 """Convert other projects' checkpoints to timm folders, with a record of every tensor.
 
-The only module of sslkit that reads PyTorch's own format, and only as weights: a file that needs code is refused.
+Only this module reads PyTorch's own format, and only as weights: a file that needs code is refused.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN
 from torch import Tensor, nn
 
 from sslkit.errors import UserError, check_path, first_line
@@ -36,7 +37,6 @@ from sslkit.publish.importing.checkpoint_formats import (
 )
 from sslkit.publish.importing.pickle_opcodes import check_opcodes
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGE_SIZE = 224  # training resolution of the ResNets
 # Keys of the state dict in a checkpoint.
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "classy_state_dict", "base_model", "model")
@@ -68,12 +68,8 @@ def import_checkpoint(
 ) -> Imported:
     """Write the encoder of a checkpoint as a folder that timm loads, with ``import.json``, and check that it does.
 
-    Args:
-        file: PyTorch's ``.pth``, ``.pth.tar``, ``.ckpt`` ..., or ``.safetensors``.
-        folder: Folder to write; must not exist or must be empty.
-        backbone: timm model, if the shapes do not tell.
-        num_heads: Number of heads of a ViT, if the format does not tell.
-        license_id: SPDX id of the licence of the weights.
+    The file is PyTorch's (``.pth``, ``.pth.tar``, ``.ckpt`` ...) or ``.safetensors``; the folder must be new or empty.
+    ``backbone`` and the number of heads of a ViT are needed if the file does not tell them.
 
     Raises:
         UserError: The file cannot be read as weights, its format is unknown, or it does not fit the backbone.
@@ -105,7 +101,7 @@ def import_checkpoint(
     data_config = {
         "input_size": (3, size, size),
         "interpolation": "bilinear",
-        "mean": IMAGENET_MEAN,
+        "mean": IMAGENET_DEFAULT_MEAN,
         "std": source.std,
         "crop_pct": 0.875,
         "crop_mode": "center",
