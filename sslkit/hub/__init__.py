@@ -1,1 +1,1 @@
-"""Encoders of unknown origin, in folders and on the Hugging Face Hub, checked before they are built: `untrusted`."""
+"""Checks of encoders of unknown origin, in folders and on the Hugging Face Hub. Read `untrusted` first."""

@@ -1,6 +1,7 @@
 """Checks of encoder folders (``config.json`` and ``model.safetensors``) of unknown origin, before they are built.
 
-Arguments for timm must be plain, small values. A model is built on the meta device first: no larger than its weights.
+Arguments for timm must be plain, small values, and a model may not be larger than its weights. To check this, it is
+first built on the meta device.
 """
 
 import json
@@ -131,7 +132,7 @@ def check_model(config: EncoderConfig, shapes: Shapes, where: str) -> None:
 
 
 def check_size(architecture: str, model_args: Mapping[str, Any], shapes: Shapes, where: str) -> nn.Module:
-    """Return a model without classifier on the meta device.
+    """Build a model without a classifier on the meta device.
 
     If it is larger than weights of these shapes, or timm cannot build it, raises `UserError` starting with ``where``.
     """

@@ -31,7 +31,7 @@ from sslkit.recipe.resolve import Recipe, load_recipe
 def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apache-2.0") -> dict[str, Any]:
     """Export a run's encoder with a model card, and check that it loads.
 
-    The new or empty folder is written under a temporary name beside it and appears when it is complete and checked.
+    The folder must be new or empty. It is written under a temporary name and appears when it is complete and checked.
 
     Returns:
         ``{"features": (N, D) shape, "loads_in_timm": bool}``.

@@ -68,10 +68,9 @@ def publish_run(
         exported = write_export(run, temporary, folder, source, license_id, curves=curves.is_file())
         checksums = "".join(f"{sha256_of(file)}  {file.name}\n" for file in sorted(temporary.iterdir()))
         write_text(temporary / CHECKSUMS, checksums)
-    by_timm = bool(exported["loads_in_timm"])
     files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     if dry_run:
-        return Published(str(folder), files, by_timm)
+        return Published(str(folder), files, exported["loads_in_timm"])
     upload = HubUpload(repo_id, revision, folder)
     upload.prepare(private=private)
     before = upload.newest_commit()
@@ -79,7 +78,7 @@ def publish_run(
     commit = upload.send(sorted(files)).oid
     upload.verify(commit)
     url = f"{constants.ENDPOINT}/{repo_id}"
-    return Published(str(folder), files, by_timm, commit, url, commit != before, replaced)
+    return Published(str(folder), files, exported["loads_in_timm"], commit, url, commit != before, replaced)
 
 
 def _check_arguments(run: str | Path, repo_id: str, revision: str) -> Path:

@@ -65,11 +65,7 @@ def write_report(
 
 
 def write_views(recipe: Recipe, name: str, file: Path) -> None:
-    """Write augmented views of a recipe's images as one HTML file; the page shows ``name``.
-
-    Raises:
-        UserError: The data cannot be read, or ``file`` cannot be written.
-    """
+    """Write augmented views of a recipe's images as one HTML file that shows ``name``. Raises as `write_report`."""
     _check_output(file)
     _write(file, "views.html", title=f"Views of {name}", gallery=draw_views(recipe))
 

@@ -17,9 +17,7 @@ from sslkit.report.run_record import RECIPE, read_run
 
 
 def draw_run(folder: Path) -> list[Path]:
-    """Write ``pictures/curves.png`` and ``pictures/views.png`` in a run folder and return their paths.
-
-    Only the curves are drawn if the data of the run cannot be read.
+    """Write ``curves.png``, and ``views.png`` if the data can be read, to the run's ``pictures``; return the paths.
 
     Raises:
         UserError: The folder is not a run, the run has not logged anything yet, or the folder is not writable.

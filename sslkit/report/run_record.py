@@ -75,8 +75,7 @@ def read_run(folder: Path, name: str = "") -> RunRecord:
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     """Read several runs. Folders of the same name are named by as much of their paths as makes them differ.
 
-    Raises:
-        UserError: As `read_run`, or a run is given twice.
+    Raises as `read_run`, and if a run is given twice.
     """
     for folder in folders:
         check_path(folder, "RUN")

@@ -16,10 +16,8 @@ REFRESH_SECONDS = 1.0
 def watch(folder: Path, console: Console, *, once: bool = False) -> None:
     """Show the page of a run and refresh it every second until the run is done. Ctrl-C closes it; the run goes on.
 
-    Prints the page once if ``once`` is set or ``console`` is not a terminal. Else the run may not exist yet.
-
-    Raises:
-        UserError: There is no run, or the folder holds something else or has vanished.
+    Prints the page once if ``once`` is set or ``console`` is not a terminal. Else the run may not exist yet. Raises
+    `UserError` if there is no run, or if the folder holds something else or has vanished.
     """
     run = WatchedRun(folder)
     try:

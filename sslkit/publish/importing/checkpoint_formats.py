@@ -231,7 +231,7 @@ def vit_arguments(source: CheckpointFormat, shapes: Shapes, num_heads: int) -> d
     """timm's arguments for a ViT with these tensors: image size and number of heads. Empty for a ResNet.
 
     Raises:
-        UserError: The user did not give ``num_heads`` (0), and it is unknown. It does not change the shapes.
+        UserError: ``num_heads`` is 0 and cannot be known from the shapes, or is given for a ResNet.
     """
     positions, patches = shapes.get("pos_embed", ()), shapes.get("patch_embed.proj.weight", ())
     if len(positions) != 3 or len(patches) != 4:

@@ -36,10 +36,8 @@ class GalleryImages:
 def choose_images(recipe: Recipe, data: str = "", split: str = "train") -> GalleryImages:
     """Choose random images, with a fixed seed: of ``data``, or the monitor's labelled data, or the training data.
 
-    Data without labels, or with one class only, gives images without labels.
-
-    Raises:
-        UserError: The data cannot be read, or has fewer than three images.
+    Data without labels, or with one class only, gives images without labels. Raises `UserError` if the data cannot be
+    read or has fewer than three images.
     """
     read_as = {"channels": recipe.data.channels, "background": recipe.data.background}
     if data:
