@@ -12,8 +12,9 @@ from sslkit.engine.logging.sample_images import views_image
 from sslkit.errors import UserError
 from sslkit.files.atomic import replace_file
 from sslkit.files.jsonl_reader import number
+from sslkit.files.run_reader import RECIPE
 from sslkit.recipe.resolve import load_saved
-from sslkit.report.run_record import RECIPE, read_run
+from sslkit.report.run_record import read_run
 
 
 def draw_run(folder: Path) -> list[Path]:

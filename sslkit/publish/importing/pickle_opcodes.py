@@ -1,4 +1,4 @@
-"""Check the pickle opcodes of a PyTorch checkpoint before PyTorch reads it.
+"""Check the pickle opcodes of a PyTorch checkpoint without executing any, before PyTorch reads it.
 
 PyTorch's weights-only unpickler runs no code, but a file of 400 bytes can still make it allocate gigabytes of zeros, or
 hash a tuple that nests itself 40 times. Only what a state dict needs is allowed: plain data, and tensors in storages
@@ -7,13 +7,12 @@ that are in the file.
 
 import io
 import math
-import pickle
 import pickletools
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -38,13 +37,8 @@ DICTS = ("collections.OrderedDict", "collections.Counter")
 REBUILDS = tuple(f"torch._utils._rebuild_{name}" for name in ("tensor", "tensor_v2", "tensor_v3", "parameter"))
 PLAIN_CALLS = ("torch.Size", "torch.device", "torch.serialization._get_layout")
 ALLOWED = {*STORAGES, *DTYPES, *DICTS, *REBUILDS, *PLAIN_CALLS}
-OPCODES = {
-    *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID"),
-    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"),
-    *("NONE", "NEWTRUE", "NEWFALSE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
-    *("EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "APPEND", "APPENDS", "SETITEM", "SETITEMS"),
-    *("BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT"),
-}
+# Opcodes that push their argument.
+VALUES = ("NONE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING")
 
 
 def check_opcodes(file: Path) -> None:
@@ -54,20 +48,15 @@ def check_opcodes(file: Path) -> None:
         UserError: It does not. The message does not name the file.
         Exception: The file is no checkpoint or is incomplete; of many types.
     """
-    storages: dict[str, int] = {}
+    checker = _OpcodeChecker(file.stat().st_size)
     with file.open("rb") as stream:
-        is_zip = stream.read(2) == b"PK"
+        if stream.read(2) == b"PK":
+            checker.check(io.BytesIO(_zipped_opcodes(file)))
+            return
         stream.seek(0)
-        opcodes = io.BytesIO(_zipped_opcodes(file) if is_zip else stream.read(MAX_BYTES))
-    for _ in range(1 if is_zip else LEGACY_PARTS):
-        start = opcodes.tell()
-        for count, (opcode, _argument, _position) in enumerate(pickletools.genops(opcodes)):
-            if opcode.name not in OPCODES:
-                raise UserError(f"has the opcode {opcode.name}, which no state dict needs, so it was not loaded")
-            if count >= MAX_COUNT:
-                raise UserError(f"has more than {MAX_COUNT} opcodes, which no state dict needs")
-        opcodes.seek(start)
-        _PlaceholderUnpickler(opcodes, storages, file.stat().st_size).load()
+        start = io.BytesIO(stream.read(MAX_BYTES))
+    for _ in range(LEGACY_PARTS):
+        checker.check(start)
 
 
 def _zipped_opcodes(file: Path) -> bytes:
@@ -95,14 +84,18 @@ def _zipped_opcodes(file: Path) -> bytes:
 
 
 class _Dict:
-    """Stands for a dictionary. Its keys are checked, and its content is dropped."""
-
-    def __setitem__(self, key: Any, _value: Any) -> None:
-        _check_key(key)
+    """Stands for a dictionary; its content does not matter."""
 
 
 class _Opaque:
     """Stands for a checked tensor or parameter, or another value whose content does not matter."""
+
+
+@dataclass(frozen=True)
+class _Global:
+    """Stands for an allowed class or function."""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -113,38 +106,43 @@ class _Storage:
     item_bytes: int
 
 
-@dataclass(frozen=True)
-class _Global:
-    """Stands for an allowed class or function. A call checks the arguments and returns a placeholder."""
+class _OpcodeChecker:
+    """Follows the opcodes of a file with a stack of placeholders. All storages together have at most ``limit`` bytes."""
 
-    name: str
+    def __init__(self, limit: int) -> None:
+        self.limit, self.count = limit, 0
+        self.storages: dict[str, int] = {}  # size in bytes by key
+        self.handlers: dict[str, _Handler] = {**_HANDLERS, "BINPERSID": self.storage}
 
-    def __call__(self, *arguments: Any) -> Any:
-        return _checked_call(self.name, arguments)
+    def check(self, stream: io.BytesIO) -> None:
+        """Check the opcodes up to the end of one pickle."""
+        stack, outer_stacks, memo = list[Any](), list[list[Any]](), dict[int, Any]()
+        for opcode, argument, _position in pickletools.genops(stream):
+            self.count += 1
+            if self.count > MAX_COUNT:
+                raise UserError(f"has more than {MAX_COUNT} opcodes, which no state dict needs")
+            if opcode.name == "MARK":
+                outer_stacks.append(stack)
+                stack = []
+            elif opcode.name in ("BINPUT", "LONG_BINPUT"):
+                memo[argument] = stack[-1]
+            elif opcode.name in ("BINGET", "LONG_BINGET"):
+                stack.append(memo[argument])
+            elif opcode.name in VALUES:
+                stack.append(argument)
+            elif opcode.name in self.handlers:
+                items, taken = list[Any](), opcode.stack_before
+                if pickletools.markobject in taken:
+                    items, stack = stack, outer_stacks.pop()
+                    taken = taken[: taken.index(pickletools.markobject)]
+                items = _pop(stack, len(taken)) + items
+                stack.append(self.handlers[opcode.name](items, argument))
+            elif opcode.name not in ("PROTO", "STOP"):
+                raise UserError(f"has the opcode {opcode.name}, which no state dict needs, so it was not loaded")
 
-
-class _PlaceholderUnpickler(pickle._Unpickler):
-    """Python's unpickler, for a stream of `OPCODES`, with placeholders for all but plain data.
-
-    ``storages`` has the size in bytes of each storage of the file by its key; together at most ``limit`` bytes.
-    """
-
-    stack: list[Any]
-
-    def __init__(self, stream: io.BytesIO, storages: dict[str, int], limit: int) -> None:
-        super().__init__(stream, encoding="utf-8")  # PyTorch's encoding of Python 2's strings
-        self.storages, self.limit = storages, limit
-
-    def find_class(self, module: str, name: str) -> _Global:
-        if f"{module}.{name}" not in ALLOWED:
-            raise UserError(
-                f"needs {f'{module}.{name}':.100}, which is more than tensors, so it was not loaded; if you trust the "
-                "file, save its state dict alone and import that"
-            )
-        return _Global(f"{module}.{name}")
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        word, kind, key, _location, count, *view = pid
+    def storage(self, items: list[Any], _argument: Any) -> _Storage:
+        """The placeholder of a storage, after a check of its size."""
+        [(word, kind, key, _location, count, *view)] = items
         known = word == "storage" and isinstance(kind, _Global) and kind.name in STORAGES
         _require(known, "a storage of unknown type")
         _require(isinstance(key, str) and _is_count(count), "a storage without key and length")
@@ -159,18 +157,51 @@ class _PlaceholderUnpickler(pickle._Unpickler):
             count = length
         return _Storage(count * item_bytes, item_bytes)
 
-    def _push_dict(self) -> None:
-        self.stack.append(_Dict())
 
-    def _build(self) -> None:
-        state = self.stack.pop()
-        _require(isinstance(self.stack[-1], _Dict) and isinstance(state, _Dict), "attributes of a value that has none")
+def _pop(stack: list[Any], count: int) -> list[Any]:
+    if len(stack) < count:
+        raise ValueError("the stack is empty")
+    start = len(stack) - count
+    items = stack[start:]
+    del stack[start:]
+    return items
 
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        **pickle._Unpickler.dispatch,
-        pickle.EMPTY_DICT[0]: _push_dict,
-        pickle.BUILD[0]: _build,
-    }
+
+def _global(_items: list[Any], argument: str) -> _Global:
+    name = ".".join(argument.split(" ", 1))
+    if name not in ALLOWED:
+        raise UserError(
+            f"needs {name:.100}, which is more than tensors, so it was not loaded; if you trust the file, save its "
+            "state dict alone and import that"
+        )
+    return _Global(name)
+
+
+def _append(items: list[Any], _argument: Any) -> Any:
+    target, *values = items
+    _require(isinstance(target, list), "an append to something that is not a list")
+    target.extend(values)
+    return target
+
+
+def _set_items(items: list[Any], _argument: Any) -> Any:
+    target, *pairs = items
+    _require(isinstance(target, _Dict), "an entry of something that is not a dictionary")
+    for key in pairs[::2]:
+        _check_key(key)
+    return target
+
+
+def _build(items: list[Any], _argument: Any) -> Any:
+    target, state = items
+    _require(isinstance(target, _Dict) and isinstance(state, _Dict), "attributes of a value that has none")
+    return target
+
+
+def _reduce(items: list[Any], _argument: Any) -> Any:
+    function, arguments = items
+    _require(isinstance(function, _Global) and isinstance(arguments, tuple), "a call of a value, not of a function")
+    return _checked_call(function.name, arguments)
 
 
 def _checked_call(name: str, arguments: tuple[Any, ...]) -> Any:
@@ -234,3 +265,20 @@ def _check_key(key: Any) -> None:
 def _require(condition: bool, otherwise: str) -> None:
     if not condition:
         raise UserError(f"asks for {otherwise}, which no state dict needs, so it was not loaded")
+
+
+_Handler = Callable[[list[Any], Any], Any]
+# What an opcode pushes, from the values that it takes from the stack and its argument.
+_HANDLERS: dict[str, _Handler] = {
+    **dict.fromkeys(("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"), lambda items, _: tuple(items)),
+    **dict.fromkeys(("APPEND", "APPENDS"), _append),
+    **dict.fromkeys(("SETITEM", "SETITEMS"), _set_items),
+    "NEWTRUE": lambda *_: True,
+    "NEWFALSE": lambda *_: False,
+    "EMPTY_LIST": lambda *_: [],
+    "EMPTY_DICT": lambda *_: _Dict(),
+    "EMPTY_SET": lambda *_: _Opaque(),
+    "GLOBAL": _global,
+    "REDUCE": _reduce,
+    "BUILD": _build,
+}
