@@ -132,10 +132,7 @@ def check_model(config: EncoderConfig, shapes: Shapes, where: str) -> None:
 
 
 def check_size(architecture: str, model_args: Mapping[str, Any], shapes: Shapes, where: str) -> nn.Module:
-    """Build a model without a classifier on the meta device.
-
-    If it is larger than weights of these shapes, or timm cannot build it, raises `UserError` starting with ``where``.
-    """
+    """Build a model without a classifier on the meta device; raises `UserError` if it is larger than these weights."""
     try:
         return build_on_meta(architecture, {**model_args, "num_classes": 0}, Bounds.of_weights(shapes))
     except Exception as error:  # timm models raise many types for unknown arguments

@@ -53,10 +53,9 @@ def detectron2_name(name: str) -> str:
 
 
 def detectron2_weights(state: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
-    """Convert the tensors of a ResNet without a classifier. BatchNorm's counters are left out: detectron2 has none.
+    """Convert the tensors of a ResNet without a classifier; raises `UserError` for a tensor of another model.
 
-    Raises:
-        UserError: A tensor is not part of a plain ResNet.
+    BatchNorm's counters are left out, since detectron2 has none.
     """
     weights = {}
     for name, tensor in state.items():
@@ -72,11 +71,8 @@ def detectron2_weights(state: Mapping[str, Tensor]) -> dict[str, NDArray[np.floa
 def export_detectron2(run: str | Path, folder: str | Path) -> dict[str, Any]:
     """Export the ResNet of a run's newest checkpoint to a new or empty folder, with the configuration that it needs.
 
-    Returns:
-        ``{"file": path, "tensors": number, "convolutions": number}``.
-
-    Raises:
-        UserError: There is no such run, the folder is not empty, or the encoder is not a plain ResNet.
+    Returns ``{"file": path, "tensors": number, "convolutions": number}``. Raises `UserError` if there is no such run, the
+    folder is not empty, or the encoder is not a plain ResNet.
     """
     run, folder = check_export(run, folder)
     recipe = load_recipe(run / "recipe.toml")

@@ -102,12 +102,7 @@ def check_reloaded(
 ) -> tuple[int, ...]:
     """Check that a reloaded encoder returns the same features on noise images of ``input_size`` (C, H, W), bit for bit.
 
-    Returns:
-        Shape of the features.
-
-    Raises:
-        EncoderFolderError: The features differ.
-        not_finite: They are not finite.
+    Returns their shape. Raises `EncoderFolderError` if they differ, and ``not_finite`` if they are not finite.
     """
     expected, found = features_on_noise(model, reloaded, input_size)
     if not torch.isfinite(expected).all():

@@ -1,7 +1,4 @@
-"""Upload of a folder to a repository of the Hugging Face Hub, with retries and one-sentence errors.
-
-After an interrupted upload, the same command continues: the Hub keeps the large files that have arrived.
-"""
+"""Upload of a folder to the Hugging Face Hub, with retries. The same command continues an interrupted upload."""
 
 import hashlib
 import json

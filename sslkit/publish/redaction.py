@@ -53,8 +53,7 @@ def _public(value: Any) -> Any:
 def refuse_tokens(folder: Path, source: str) -> None:
     """Check the text files of a folder, and the names and metadata in its weights, for access tokens.
 
-    Raises:
-        UserError: A line looks like it has one. The message names ``source``, where the user may have written it.
+    Raises `UserError` if a line looks like it has one. The message names ``source``, where the user may have put it.
     """
     for file in sorted(folder.iterdir()):
         if file.suffix in TEXT_SUFFIXES:

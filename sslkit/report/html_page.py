@@ -12,13 +12,13 @@ from plotly.offline import get_plotlyjs
 import sslkit
 from sslkit.errors import UserError, check_path, without_tokens
 from sslkit.files.atomic import write_output
-from sslkit.recipe.resolve import Recipe
+from sslkit.recipe.resolve import Recipe, changes
 from sslkit.report.accuracy_figures import accuracy_panel, score_rows
 from sslkit.report.gallery.run_gallery import draw_gallery
 from sslkit.report.gallery.view_gallery import draw_views
 from sslkit.report.health_figures import collapse_panels, gradient_panel
 from sslkit.report.run_record import RunRecord
-from sslkit.report.summary import Summary, differences, facts
+from sslkit.report.summary import Summary, facts
 from sslkit.report.training_figures import training_panels
 
 SECTIONS = ("Accuracy", "Training", "Health", "Galleries", "Facts")
@@ -36,10 +36,8 @@ def write_report(
     """Write the report of runs and their `summarise` as one HTML file.
 
     ``galleries`` are images, and need the encoders and the data of the runs. Neighbours are searched in a split of
-    ``data``, by default in the images of the monitor, or the training images.
-
-    Raises:
-        UserError: ``data`` cannot be read, or ``file`` cannot be written.
+    ``data``, by default in the images of the monitor, or the training images. Raises `UserError` if ``data`` cannot be
+    read or ``file`` cannot be written.
     """
     _check_output(file)
     scores = score_rows(runs)
@@ -59,7 +57,7 @@ def write_report(
         has_intervals=any(row["interval"] for row in scores),
         health=[gradient_panel(run, title) for run, title in zip(runs, titles, strict=True)] + collapse_panels(runs),
         galleries=[draw_gallery(run, data, split) for run in runs] if galleries else [],
-        differences=differences(list(runs)),
+        differences=[(run.name, changes(runs[0].recipe.as_tables(), run.recipe.as_tables())) for run in runs[1:]],
         plotly=Markup(get_plotlyjs()),
     )
 

@@ -20,8 +20,7 @@ from sslkit.report.run_record import read_run
 def draw_run(folder: Path) -> list[Path]:
     """Write ``curves.png``, and ``views.png`` if the data can be read, to the run's ``pictures``; return the paths.
 
-    Raises:
-        UserError: The folder is not a run, the run has not logged anything yet, or the folder is not writable.
+    Raises `UserError` if the folder is not a run or not writable, or if the run has not logged anything yet.
     """
     written = [draw_curves(folder)]
     recipe = load_saved(folder / RECIPE)

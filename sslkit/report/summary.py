@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from statistics import median
 
-from sslkit.recipe.resolve import changes
 from sslkit.report.chance_level import chance_of
 from sslkit.report.figures import values_of
 from sslkit.report.run_record import RunRecord
@@ -96,8 +95,3 @@ def facts(run: RunRecord, summary: Summary) -> dict[str, str]:
         "throughput": f"{speed:.0f} images/s (median)" if speed else "not logged",
         "versions": versions or "not recorded",
     }
-
-
-def differences(runs: list[RunRecord]) -> list[tuple[str, list[str]]]:
-    """For each run but the first: its name, and the keys of its recipe that differ from the first run's."""
-    return [(run.name, changes(runs[0].recipe.as_tables(), run.recipe.as_tables())) for run in runs[1:]]

@@ -1,6 +1,7 @@
 """The live page: read what is new, draw, wait, until the run is done or the user presses Ctrl-C."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +21,7 @@ def watch(folder: Path, console: Console, *, once: bool = False) -> None:
     `UserError` if there is no run, or if the folder holds something else or has vanished.
     """
     run = WatchedRun(folder)
-    try:
+    with suppress(KeyboardInterrupt):
         if once or not console.is_terminal:
             while run.read_new():
                 pass
@@ -34,5 +35,3 @@ def watch(folder: Path, console: Console, *, once: bool = False) -> None:
                 live.update(Page(run), refresh=True)
                 if not more and run.state.name != "done":
                     time.sleep(REFRESH_SECONDS)
-    except KeyboardInterrupt:
-        return

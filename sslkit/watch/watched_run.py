@@ -35,7 +35,7 @@ class WatchedRun:
             "bad_samples": self._count_bad_image,
         }
         self.followers = {name: LogFollower(folder / f"{name}.jsonl") for name in self.row_handlers}
-        self.recipe: dict[str, Any] = {}
+        self._use_recipe({})
         self.recipe_stamp: tuple[int, int] | None = None  # of the file that was read
         self.num_images = 0.0
         self.invalid: dict[str, int] = {}
@@ -59,29 +59,13 @@ class WatchedRun:
         return more
 
     @property
-    def title(self) -> str:
-        """Method and backbone; empty if unknown."""
-        names = (self._table("method").get("name"), self._table("backbone").get("name"))
-        return sanitize("{} on {}".format(*names)) if all(names) else ""
-
-    @property
-    def epochs(self) -> float:
-        """Epochs of the whole run; 0 if unknown."""
-        return self._train_number("epochs")
-
-    @property
-    def batch_size(self) -> float:
-        """Global batch size; 0 if unknown."""
-        return self._train_number("batch_size")
-
-    @property
     def last_step(self) -> int:
         """Steps of the whole run, as the engine counts them; 0 if unknown."""
         if not (self.epochs and self.batch_size):
             return 0
         observed = round(self.step / self.epoch) if self.epoch else 0
         steps = self.epochs * (self.num_images // self.batch_size if self.num_images else observed)
-        return int(min(self._train_number("max_steps") or steps, steps))
+        return int(min(self.max_steps or steps, steps))
 
     @property
     def speed(self) -> float:
@@ -98,14 +82,7 @@ class WatchedRun:
     @property
     def seconds_per_line(self) -> float:
         """Usual time between two rows of metrics; 0 if unknown."""
-        return self._train_number("log_every") * self.batch_size / self.speed if self.speed else 0.0
-
-    def _table(self, name: str) -> dict[str, Any]:
-        table = self.recipe.get(name)
-        return table if isinstance(table, dict) else {}
-
-    def _train_number(self, key: str) -> float:
-        return number(self._table("train").get(key)) or 0.0
+        return self.log_every * self.batch_size / self.speed if self.speed else 0.0
 
     def _read_folder(self) -> None:
         try:
@@ -128,10 +105,20 @@ class WatchedRun:
             status = file.stat()
             stamp = (status.st_ino, status.st_mtime_ns)
             if self.recipe_stamp != stamp:
-                self.recipe = tomllib.loads(read_regular(file, MAX_BYTES).decode())
+                self._use_recipe(tomllib.loads(read_regular(file, MAX_BYTES).decode()))
                 self.num_images, self.recipe_stamp = _num_images(self.folder), stamp
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{file}: not a readable TOML file: {str(error)[:200]}") from error
+
+    def _use_recipe(self, tables: dict[str, Any]) -> None:
+        """Keep what the page needs of the recipe. A number that is not known is 0, and the title then empty."""
+        method, backbone, train = (
+            table if isinstance(table := tables.get(name), dict) else {} for name in ("method", "backbone", "train")
+        )
+        names = method.get("name"), backbone.get("name")
+        self.title = sanitize("{} on {}".format(*names)) if all(names) else ""
+        keys = ("epochs", "batch_size", "max_steps", "log_every")
+        self.epochs, self.batch_size, self.max_steps, self.log_every = (number(train.get(key)) or 0.0 for key in keys)
 
     def _reset(self, name: str) -> None:
         """Forget what a log has told."""

@@ -141,8 +141,7 @@ class TensorMatch:
 def match_tensors(shapes: Shapes) -> tuple[CheckpointFormat, list[TensorMatch]]:
     """Detect the format of a checkpoint and find timm's name of every tensor of the encoder.
 
-    Raises:
-        UserError: The format is unknown, it is a trained classifier, or two tensors have the same name in timm.
+    Raises `UserError` if the format is unknown or a trained classifier, or if two tensors have one name in timm.
     """
     bare = {name.replace("_orig_mod.", ""): name for name in shapes}  # torch.compile's prefix
     if len(bare) < len(shapes):
@@ -230,8 +229,7 @@ def guess_backbone(shapes: Shapes) -> str:
 def vit_arguments(source: CheckpointFormat, shapes: Shapes, num_heads: int) -> dict[str, int]:
     """timm's arguments for a ViT with these tensors: image size and number of heads. Empty for a ResNet.
 
-    Raises:
-        UserError: ``num_heads`` is 0 and cannot be known from the shapes, or is given for a ResNet.
+    Raises `UserError` if ``num_heads`` is 0 and cannot be known from the shapes, or is given for a ResNet.
     """
     positions, patches = shapes.get("pos_embed", ()), shapes.get("patch_embed.proj.weight", ())
     if len(positions) != 3 or len(patches) != 4:

@@ -44,9 +44,8 @@ VALUES = ("NONE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICO
 def check_opcodes(file: Path) -> None:
     """Check that loading a checkpoint needs no more memory than its size and builds only tensors and plain data.
 
-    Raises:
-        UserError: It does not. The message does not name the file.
-        Exception: The file is no checkpoint or is incomplete; of many types.
+    Raises `UserError` if not; its message does not name the file. If the file is no checkpoint or is incomplete, raises
+    errors of many types.
     """
     checker = _OpcodeChecker(file.stat().st_size)
     with file.open("rb") as stream:
@@ -107,7 +106,7 @@ class _Storage:
 
 
 class _OpcodeChecker:
-    """Follows the opcodes of a file with a stack of placeholders. All storages together have at most ``limit`` bytes."""
+    """Follows the opcodes of a file with a stack of placeholders; its storages have at most ``limit`` bytes in all."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.count = limit, 0

@@ -34,8 +34,7 @@ class RunGallery:
 def draw_gallery(run: RunRecord, data: str = "", split: str = "train") -> RunGallery:
     """Draw all images of a run that its encoder and data allow. See `write_report` for ``data``.
 
-    Raises:
-        UserError: ``data`` is given and cannot be read. If the data of the recipe cannot be read, the gallery says so.
+    Raises `UserError` if ``data`` is given and cannot be read. For the data of the recipe, the gallery says so.
     """
     gallery = RunGallery(run.name)
     try:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sslkit.data.augment.user_pipeline import NAME, UserPipeline, short_name
+from sslkit.data.augment.user_pipeline import NAME, short_name
 from sslkit.data.augment.view_layers import ROLES
 from sslkit.data.augment.views_config import NUM_GLOBAL_VIEWS, ViewPolicy, ViewsConfig
 from sslkit.data.sources.image_source import open_source
@@ -84,7 +84,8 @@ def describe_views(config: ViewsConfig) -> list[tuple[str, list[str]]]:
 
 def _steps(policy: ViewPolicy) -> list[str]:
     if policy.pipeline:
-        return [_crop(policy), *_pipeline_steps(policy.pipeline)]
+        file = f"pipeline file, sha256 {policy.pipeline.pipeline_sha256[:12]}"
+        return [_crop(policy), file, *map(_transform, policy.pipeline.transforms())]
     jitter = (policy.jitter_prob if any(policy.jitter) else 0.0, "colours jittered", f": {_jitter(policy)}")
     gray = (policy.gray_prob, "converted to grey", "")
     blur = f" by a Gaussian of {policy.blur_sigma[0]:g} to {policy.blur_sigma[1]:g} pixels"
@@ -122,10 +123,6 @@ def _jitter(policy: ViewPolicy) -> str:
     parts = [f"brightness plus or minus {brightness:g} of the full scale"] if added and brightness else []
     parts += [f"{name} times {max(1 - strength, 0):g} to {1 + strength:g}" for name, strength in factors if strength]
     return ", ".join(parts + ([f"hue shifted by up to {360 * hue:.0f} degrees of 360"] if hue else []))
-
-
-def _pipeline_steps(pipeline: UserPipeline) -> list[str]:
-    return [f"pipeline file, sha256 {pipeline.pipeline_sha256[:12]}", *map(_transform, pipeline.transforms())]
 
 
 def _transform(transform: dict[str, Any]) -> str:
