@@ -43,14 +43,13 @@ def newest_scores(run: Path) -> list[CardScore] | None:
 
 
 def _score(row: Row) -> CardScore:
-    low, high = row.get("interval") or (None, None)
     others = {each.get("encoder"): number(each.get("accuracy")) for each in row.get("scores", [])[1:]}
     return CardScore(
         evaluation=row["evaluation"],
         data=row["data"],
         measure=row.get("measure", "top-1 accuracy"),
         value=float(row["accuracy"]),
-        interval=None if low is None or high is None else (float(low), float(high)),
+        interval=(row["interval"][0], row["interval"][1]) if row.get("interval") else None,
         protocol_hash=row.get("protocol_hash", ""),
         others={name: value for name, value in others.items() if isinstance(name, str) and value is not None},
     )

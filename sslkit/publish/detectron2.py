@@ -71,8 +71,8 @@ def detectron2_weights(state: Mapping[str, Tensor]) -> dict[str, NDArray[np.floa
 def export_detectron2(run: str | Path, folder: str | Path) -> dict[str, Any]:
     """Export the ResNet of a run's newest checkpoint to a new or empty folder, with the configuration that it needs.
 
-    Returns ``{"file": path, "tensors": number, "convolutions": number}``. Raises `UserError` if there is no such run, the
-    folder is not empty, or the encoder is not a plain ResNet.
+    Returns ``{"file": path, "tensors": number, "convolutions": number}``. Raises `UserError` if there is no such
+    run, the folder is not empty, or the encoder is not a plain ResNet.
     """
     run, folder = check_export(run, folder)
     recipe = load_recipe(run / "recipe.toml")
