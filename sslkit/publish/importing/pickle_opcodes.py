@@ -115,7 +115,7 @@ class _OpcodeChecker:
 
     def check(self, stream: io.BytesIO) -> None:
         """Check the opcodes up to the end of one pickle."""
-        stack, outer_stacks, memo = list[Any](), list[list[Any]](), dict[int, Any]()
+        stack, outer_stacks, memo = list[Any](), list[list[Any]](), dict[Any, Any]()
         for opcode, argument, _position in pickletools.genops(stream):
             self.count += 1
             if self.count > MAX_COUNT:
