@@ -179,7 +179,7 @@ tails = [
 ]
 tails += ["patch_embed.proj.weight", "patch_embed.proj.0.weight", "pos_embed", "blocks.0.attn.qkv.weight"]
 tails += [mark for layout in CHECKPOINT_FORMATS for mark in (*layout.marks, *layout.encoders)]
-parts = st.sampled_from(tails + [beginning for beginning, _ in OUTSIDE])
+parts = st.sampled_from(tails + [beginning for beginnings in OUTSIDE for beginning in beginnings])
 names = st.lists(parts | st.text(max_size=4), min_size=1, max_size=4).map("".join)
 shapes = st.lists(st.integers(0, 2**40) | st.sampled_from([64, 384, 16, 7]), max_size=5).map(tuple)
 
