@@ -142,11 +142,17 @@ def assert_teacher_starts_as_copy(case: MethodCase) -> None:
 
 
 def assert_teacher_moves_as_declared(case: MethodCase) -> None:
-    """`after_update` moves each teacher towards its student with the momentum it declares, and changes no student."""
+    """`after_update` moves each teacher towards its student with the momentum it declares, and changes no student.
+
+    A forward pass moves no teacher.
+    """
     method = case.method
     state = copy.deepcopy(method.state_dict())
     change_student(method)
+    before = {name: weights(teacher) for name, teacher in method.teachers().items()}
     method(case.views, case.info, START, case.order)
+    for name, teacher in method.teachers().items():
+        assert torch.equal(before[name], weights(teacher)), f"the teacher of {name} moves in the forward pass"
     for updates in (1, START.total_updates):
         progress = Progress(updates, START.total_updates)
         trained = [param for param in method.parameters() if param.requires_grad]
