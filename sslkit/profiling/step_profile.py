@@ -27,7 +27,7 @@ from sslkit.recipe.resolve import Recipe
 
 CPU = torch.device("cpu")
 WARM_UP_STEPS = 3  # kernels are chosen and memory is allocated
-MIN_STEPS = 3  # of each measurement
+MIN_STEPS = 3.0  # of each measurement; the processes compare floats
 ENDLESS = 2**40  # steps
 
 
