@@ -17,27 +17,20 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
-    from sslkit.engine import Run as Run
-    from sslkit.engine import train as train
-    from sslkit.errors import UserError as UserError
-    from sslkit.recipe.resolve import Recipe as Recipe
-    from sslkit.recipe.resolve import load_recipe as load_recipe
+    from sslkit.engine import Run, train
+    from sslkit.errors import UserError
+    from sslkit.recipe.resolve import Recipe, load_recipe
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "Run", "UserError", "load_recipe", "train"]
 
-_HOMES = {
-    "Recipe": "sslkit.recipe.resolve",
-    "load_recipe": "sslkit.recipe.resolve",
-    "Run": "sslkit.engine",
-    "train": "sslkit.engine",
-    "UserError": "sslkit.errors",
-}
+_HOMES = {"Run": "engine", "train": "engine", "UserError": "errors"}
+_HOMES |= {"Recipe": "recipe.resolve", "load_recipe": "recipe.resolve"}
 
 
 def __getattr__(name: str) -> Any:
     if name in ("evaluate", "publish", "report", "methods", "parts", "data"):
         return importlib.import_module(f"sslkit.{name}")
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        return getattr(importlib.import_module(f"sslkit.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'sslkit' has no attribute {name!r}")

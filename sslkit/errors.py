@@ -11,10 +11,8 @@ from sslkit.text import escape
 class UserError(ValueError):
     """Bad input. The command line prints its messages and exits with code 2.
 
-    A DataLoader raises the error of a worker again with its traceback as text; only the message of it is kept.
-
-    Attributes:
-        messages: One sentence per mistake; each is printed on a line of its own.
+    ``messages`` has one sentence per mistake. A DataLoader raises the error of a worker again with its traceback as
+    text; only the message of it is kept.
     """
 
     def __init__(self, *messages: str) -> None:
@@ -43,9 +41,7 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 def path_problem(path: str | os.PathLike[str], *, lines: bool = False) -> str:
     """Why a path cannot be written to recipes, results and pages; empty if it can.
 
-    Args:
-        path: A file or folder, or a command-line argument that may be one.
-        lines: Whether line breaks are allowed, as in arguments that are not paths.
+    ``lines`` allows line breaks, as in command-line arguments that are not paths.
     """
     text = os.fspath(path)
     if "\0" in text:
@@ -60,15 +56,9 @@ def path_problem(path: str | os.PathLike[str], *, lines: bool = False) -> str:
 
 
 def check_path(path: str | os.PathLike[str], where: str, *, lines: bool = False) -> None:
-    """Refuse a path that cannot be written to recipes, results and pages, before anything is read or written.
+    """Refuse a path that has a `path_problem` with a UserError, before anything is read or written.
 
-    Args:
-        path: See `path_problem`.
-        where: Argument or key that gave the path, for the message.
-        lines: See `path_problem`.
-
-    Raises:
-        UserError: The path is not valid UTF-8, or has a NUL character or a line break.
+    ``where`` is the argument or key that gave the path.
     """
     if problem := path_problem(path, lines=lines):
         raise UserError(f"{where}: {problem}")

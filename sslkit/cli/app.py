@@ -6,7 +6,6 @@ stopped on request, the same command continues it.
 
 import sys
 import threading
-from types import TracebackType
 from typing import Annotated, NoReturn
 
 import typer
@@ -18,6 +17,7 @@ from sslkit.cli.encoder_commands import export, import_, publish
 from sslkit.cli.eval_commands import eval_app
 from sslkit.cli.launcher_exit import is_printed_by_first, leave_for_launcher, wait_for_others
 from sslkit.cli.list_commands import methods, recipes_app
+from sslkit.cli.options import command
 from sslkit.cli.output import print_data_messages
 from sslkit.cli.report_commands import report, views, watch
 from sslkit.cli.run_commands import pretrain, replay, submit
@@ -28,7 +28,7 @@ BAD_INPUT = 2
 INTERRUPTED = 130  # Typer's exit code for Ctrl-C
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command, example in (
+for function, example in (
     (pretrain, "sslkit pretrain mocov3_vits --set data.path=photos --output runs/photos"),
     (submit, "sslkit submit mocov3_vits --nodes 2 --gpus-per-node 8 --time 1-0"),
     (replay, "sslkit replay runs/photos/capsules/step-00012345"),
@@ -43,7 +43,7 @@ for command, example in (
     (bench, "sslkit bench mocov3_vits --data photos"),
     (methods, "sslkit methods"),
 ):
-    app.command(command.__name__.removesuffix("_"), epilog=f"Example: {example}")(command)
+    command(app, example, function.__name__.removesuffix("_"))(function)
 app.add_typer(eval_app, name="eval")
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
@@ -65,14 +65,10 @@ def sslkit_command(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command and exit. Bad input is reported in one sentence, without a traceback.
-
-    Args:
-        arguments: Command-line arguments; those of the process by default.
-    """
+    """Run a command, by default that of this process, and exit. Bad input is reported in one sentence."""
     sanitize_other_libraries()
     if threading.excepthook is threading.__excepthook__:  # a test runner has its own
-        threading.excepthook = _print_thread_traceback
+        threading.excepthook = lambda failed: print_traceback(failed.exc_value or failed.exc_type())
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         for argument in arguments:
@@ -87,22 +83,13 @@ def main(arguments: list[str] | None = None) -> None:
         # Usage errors are of click or of Typer's own copy of it, depending on its version.
         if not hasattr(error, "format_message"):
             leave_for_launcher(f"sslkit: {type(error).__name__}: {' '.join(error_messages(error))}")
-            sys.excepthook = _print_traceback  # Typer has set its own
+            sys.excepthook = lambda _kind, error, _traceback: print_traceback(error)  # Typer has set its own
             raise
         _fail([sanitize(error.format_message())], BAD_INPUT)
     else:
         if code == INTERRUPTED:
             print_message("interrupted; the same command continues from the last checkpoint, if there is one")
         sys.exit(code or 0)
-
-
-def _print_traceback(_kind: type[BaseException], error: BaseException, _traceback: TracebackType | None) -> None:
-    print_traceback(error)
-
-
-def _print_thread_traceback(failed: threading.ExceptHookArgs) -> None:
-    if failed.exc_value is not None:
-        print_traceback(failed.exc_value)
 
 
 def _fail(messages: list[str], code: int) -> NoReturn:

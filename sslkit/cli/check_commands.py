@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from sslkit.cli.options import RecipeOptions, expand_options
+from sslkit.cli.options import RecipeOptions, fast_imports
 from sslkit.cli.output import AsJson, console
-from sslkit.cli.startup import fast_imports
 from sslkit.terminal import PlainTable, print_json, print_line, print_message
 from sslkit.text import pluralize
 
@@ -20,11 +19,7 @@ FAULT_FOUND = 2  # exit code
 BAR_WIDTH = 24  # characters
 
 
-@expand_options
-def doctor(
-    recipe: RecipeOptions,
-    as_json: AsJson = False,
-) -> None:
+def doctor(recipe: RecipeOptions, as_json: AsJson = False) -> None:
     """Check a recipe with its own data. Without a recipe, report the devices and memory of this machine.
 
     Exits with code 2 if there is a fault, and with 0 if there are only warnings. Writes nothing to disk.
@@ -59,7 +54,6 @@ def print_findings(report: "Report", as_json: bool) -> None:
     print_line(f"{pluralize(counts['fault'], 'fault')}, {pluralize(counts['warning'], 'warning')}, {counts['ok']} ok")
 
 
-@expand_options
 def bench(
     recipe: RecipeOptions,
     seconds: Annotated[float, typer.Option(min=1.0, max=3600.0, help="Approximate duration in seconds.")] = 20.0,

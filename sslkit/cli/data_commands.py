@@ -1,7 +1,8 @@
 """``sslkit data check`` finds bad images before training; ``sslkit prepare`` packs images for faster reading."""
 
 import dataclasses
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from sslkit.cli.options import DataName, ImageColumn, LabelColumn, data_config, expand_options, find_background
+from sslkit.cli.options import DataName, ImageColumn, LabelColumn, command, data_config
 from sslkit.cli.output import AsJson, console
 from sslkit.errors import UserError, check_path
 from sslkit.terminal import PlainTable, print_json, print_line
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 BAD_IMAGES = 2  # exit code of --strict
 MAX_PRINTED = 10  # entries of a list
 
-data_app = typer.Typer(no_args_is_help=True, epilog="Example: sslkit data check photos")
+data_app = typer.Typer(
+    help="Inspect images before training on them.", no_args_is_help=True, epilog="Example: sslkit data check photos"
+)
 
 Workers = Annotated[int, typer.Option(help="Processes that read images; -1: one per core.", min=-1)]
 
@@ -34,33 +37,20 @@ class DataOptions:
     name: DataName = ""
     image_column: ImageColumn = ""
     label_column: LabelColumn = ""
-    background: Annotated[str, typer.Option(help="Colour behind transparent pixels, or keep, which ignores alpha.")] = (
-        "white"
-    )
+    background: Annotated[str, "Colour behind transparent pixels, or keep, which ignores alpha."] = "white"
 
     def config(self) -> "DataConfig":
         """The same for `sslkit.data`."""
-        background = find_background(self.background)
-        return data_config(self.path, self.name, self.label_column, self.image_column, background)
+        return data_config(self.path, self.name, self.label_column, self.image_column, self.background)
 
 
-@data_app.callback()
-def data_command() -> None:
-    """Inspect images before training on them."""
-
-
-@data_app.command(epilog="Example: sslkit data check photos --strict")
-@expand_options
+@command(data_app, "sslkit data check photos --strict")
 def check(
     data: DataOptions,
-    split: Annotated[
-        str, typer.Option(help="Split to read; all: all images, whatever the names of the folders.")
-    ] = "train",
-    channels: Annotated[
-        int, typer.Option(help="Channels of images that are not RGB, as backbone.in_chans.", min=1, max=512)
-    ] = 3,
+    split: Annotated[str, "Split to read; all: all images, whatever the names of the folders."] = "train",
+    channels: Annotated[int, typer.Option(min=1, max=512, help="Channels of the images, as backbone.in_chans.")] = 3,
     workers: Workers = -1,
-    strict: Annotated[bool, typer.Option(help="Exit with code 2 if an image is unreadable or a duplicate.")] = False,
+    strict: Annotated[bool, "Exit with code 2 if an image is unreadable or a duplicate."] = False,
     as_json: AsJson = False,
 ) -> None:
     """Read every image as training does, and report statistics and bad images.
@@ -85,18 +75,12 @@ def check(
         raise typer.Exit(BAD_IMAGES)
 
 
-@expand_options
 def prepare(
     data: DataOptions,
     output: Annotated[str, typer.Argument(help="Folder to write, with one folder of shards per split.")],
-    split: Annotated[list[str] | None, typer.Option(help="Split to pack; repeatable. Default: all.")] = None,
+    split: Annotated[list[str] | None, "Split to pack; repeatable. Default: all."] = None,
     side: Annotated[
-        int,
-        typer.Option(
-            min=16,
-            max=8192,
-            help="Shorter side of shrunk images. 504 keeps all pixels of MoCo v2's crops.",
-        ),
+        int, typer.Option(min=16, max=8192, help="Shorter side of shrunk images. 504 keeps all of MoCo v2's crops.")
     ] = 504,
     quality: Annotated[int, typer.Option(min=50, max=100, help="JPEG quality of shrunk images.")] = 95,
     workers: Workers = -1,
@@ -139,22 +123,13 @@ def _size(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def _progress(total: int) -> AbstractContextManager[Any]:
-    """A progress bar on standard error, or nothing if that is not a terminal."""
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error if that is a terminal; yields a function that moves it."""
     errors = Console(stderr=True)
-    if not errors.is_terminal:
-        return nullcontext(lambda count: None)
-    return _Bar(errors, total)
-
-
-class _Bar(Progress):
-    def __init__(self, errors: Console, total: int) -> None:
-        super().__init__(console=errors, transient=True)
-        self.images = self.add_task("images", total=total)
-
-    def __enter__(self) -> Any:
-        super().__enter__()
-        return lambda count: self.advance(self.images, count)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        images = bar.add_task("images", total=total)
+        yield lambda count: bar.advance(images, count)
 
 
 def _print_findings(found: dict[str, Any]) -> None:
@@ -168,11 +143,21 @@ def _print_findings(found: dict[str, Any]) -> None:
     if found["classes"]:
         least, most = min(found["classes"].values()), max(found["classes"].values())
         print_line(f"{pluralize(len(found['classes']), 'class', 'classes')} of {least} to {most} images")
-    _print_list("unreadable", found, lambda image: f"{image['name']}: {image['reason']}")
+    if bad := found["unreadable"]["count"]:
+        lines = [f"{image['name']}: {image['reason']}" for image in found["unreadable"]["images"]]
+        _print_list(f"unreadable: {bad}", bad, lines, "bold red")
     for kind, meaning in (("tiny", "shorter side below 32"), ("huge", "over 16 million pixels"), ("long", "over 8:1")):
-        _print_list(kind, found, lambda image: f"{image['name']}: {image['width']} x {image['height']}", meaning)
+        if (listed := found.get(kind)) and listed["count"]:
+            lines = [f"{image['name']}: {image['width']} x {image['height']}" for image in listed["images"]]
+            _print_list(f"{kind} ({meaning}): {listed['count']}", listed["count"], lines)
     for kind in ("exact_duplicates", "near_duplicates"):
-        _print_duplicates(kind, found)
+        if (listed := found.get(kind)) and listed["groups"]:
+            surplus, groups = pluralize(listed["surplus"], "redundant image"), pluralize(listed["groups"], "group")
+            lines = [
+                f"{' = '.join(group[:3])}{f' and {len(group) - 3} more' if len(group) > 3 else ''}"
+                for group in listed["images"]
+            ]
+            _print_list(f"{kind.replace('_', ' ')}: {surplus} in {groups}", listed["groups"], lines)
 
 
 def _print_statistics(found: dict[str, Any]) -> None:
@@ -192,28 +177,10 @@ def _print_statistics(found: dict[str, Any]) -> None:
         print_line("all images are grey: saturation, hue and gray_prob of [views] have no effect")
 
 
-def _print_list(kind: str, found: dict[str, Any], line: Any, meaning: str = "") -> None:
-    listed = found.get(kind)
-    if not listed or not listed["count"]:
-        return
-    print_line(f"{kind}{f' ({meaning})' if meaning else ''}: {listed['count']}", "yellow" if meaning else "bold red")
-    for image in listed["images"][:MAX_PRINTED]:
-        print_line(f"  {line(image)}")
-    _print_rest(listed["count"])
-
-
-def _print_duplicates(kind: str, found: dict[str, Any]) -> None:
-    listed = found.get(kind)
-    if not listed or not listed["groups"]:
-        return
-    count = f"{pluralize(listed['surplus'], 'redundant image')} in {pluralize(listed['groups'], 'group')}"
-    print_line(f"{kind.replace('_', ' ')}: {count}", "yellow")
-    for group in listed["images"][:MAX_PRINTED]:
-        print_line(f"  {' = '.join(group[:3])}{f' and {len(group) - 3} more' if len(group) > 3 else ''}")
-    _print_rest(listed["groups"])
-
-
-def _print_rest(count: int) -> None:
+def _print_list(heading: str, count: int, lines: list[str], style: str = "yellow") -> None:
+    print_line(heading, style)
+    for line in lines[:MAX_PRINTED]:
+        print_line(f"  {line}")
     if count > MAX_PRINTED:
         print_line(f"  and {count - MAX_PRINTED} more; --json lists up to 1000")
 

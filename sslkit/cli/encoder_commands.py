@@ -4,17 +4,14 @@ import dataclasses
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from sslkit.cli.options import fast_imports
 from sslkit.cli.output import AsJson, console
-from sslkit.cli.startup import fast_imports
 from sslkit.errors import UserError
 from sslkit.terminal import PlainTable, print_json, print_line
-
-if TYPE_CHECKING:
-    from sslkit.publish import Imported
 
 Run = Annotated[str, typer.Argument(help="Run folder.")]
 NewFolder = Annotated[str, typer.Argument(help="Folder to write; must be new or empty.")]
@@ -40,17 +37,21 @@ def export(
         return
     proof = export_encoder(run, folder, license_id)
     print_line(f"{folder}: features {proof['features']} equal bit for bit after reloading")
-    if proof["loads_in_timm"]:
-        print_line(f'load it with timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0)')
+    _print_how_to_load(f"local-dir:{folder}" if proof["loads_in_timm"] else folder, proof["loads_in_timm"])
+
+
+def _print_how_to_load(name: str, in_timm: bool) -> None:
+    if in_timm:
+        print_line(f'load it with timm.create_model("{name}", pretrained=True, num_classes=0)')
     else:
-        print_line("timm cannot build its stem for small images: load it with sslkit.evaluate.load_encoder")
+        print_line(f'timm cannot build its stem for small images: load it with sslkit.evaluate.load_encoder("{name}")')
 
 
 def publish(
     run: Run,
     repo_id: Annotated[str, typer.Option("--repo-id", help="user/name on the Hub; created if it does not exist.")],
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
-    revision: Annotated[str, typer.Option(help="Branch; created if it does not exist.")] = "main",
+    revision: Annotated[str, "Branch; created if it does not exist."] = "main",
     license_id: License = "apache-2.0",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the folder RUN/publish; send nothing.")] = False,
     as_json: AsJson = False,
@@ -80,21 +81,14 @@ def publish(
     if published.replaced_card:
         print_line(f"replaced a README.md that was written by hand; it is still in commit {published.replaced_card}")
     name = repo_id if revision == "main" else f"{repo_id}@{revision}"
-    how = (
-        f'timm.create_model("hf_hub:{name}", pretrained=True, num_classes=0)'
-        if published.loads_in_timm
-        else f'sslkit.evaluate.load_encoder("hf_hub:{name}")'
-    )
-    print_line(f"load it with {how}")
+    _print_how_to_load(f"hf_hub:{name}", published.loads_in_timm)
 
 
 def import_(
     file: Annotated[str, typer.Argument(help="Checkpoint: .pth, .pth.tar, .ckpt or .safetensors.")],
     folder: NewFolder,
-    backbone: Annotated[str, typer.Option(help="timm name, if the shapes of the tensors do not determine it.")] = "",
-    num_heads: Annotated[
-        int, typer.Option(min=0, help="Attention heads of a ViT, if the checkpoint does not determine them.")
-    ] = 0,
+    backbone: Annotated[str, "timm name, if the shapes of the tensors do not determine it."] = "",
+    num_heads: Annotated[int, typer.Option(min=0, help="Attention heads of a ViT, if not in the checkpoint.")] = 0,
     license_id: License = "unknown",
     as_json: AsJson = False,
 ) -> None:
@@ -110,10 +104,6 @@ def import_(
     if as_json:
         print_json(imported.to_json())
         return
-    _print_import(imported, folder)
-
-
-def _print_import(imported: "Imported", folder: str) -> None:
     arguments = "".join(f", {name} {value}" for name, value in imported.model_args.items())
     print_line(f"{imported.checkpoint_format}: {imported.backbone}{arguments}")
     if imported.released:
@@ -126,4 +116,4 @@ def _print_import(imported: "Imported", folder: str) -> None:
         table.add_row(str(count), f"left out: {why}" if why else "kept", f"{example.name}{arrow}")
     console.print(table)
     print_line(f"{folder}: features equal bit for bit after reloading; import.json lists every tensor")
-    print_line(f'load it with timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0)')
+    _print_how_to_load(f"local-dir:{folder}", in_timm=True)

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,33 +12,27 @@ from sslkit.cli.options import (
     Background,
     Baseline,
     DataName,
-    Frozen,
     ImageColumn,
     Labelled,
     Layer,
     Model,
-    Scratch,
+    Probe,
     Workers,
+    command,
     data_config,
-    expand_options,
+    fast_imports,
     find_background,
+    nonzero,
     parse_numbers,
-    replace_nonzero,
 )
 from sslkit.cli.output import AsJson, print_and_store, print_comparison, print_diagnosis
-from sslkit.cli.startup import fast_imports
 from sslkit.errors import UserError, check_path
 from sslkit.files.run_reader import RunReader
 from sslkit.terminal import print_message
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from sslkit.data.sources.image_source import DataConfig
-    from sslkit.evaluate import KnnProtocol, TransferOptions
+    from sslkit.evaluate import TransferOptions
     from sslkit.evaluate.compare_scores import Row
-    from sslkit.evaluate.detection.detector_training import DetectProtocol
-    from sslkit.evaluate.probes.sweep import SweepProtocol
 
 eval_app = typer.Typer(
     help="Evaluate an encoder, with or without labels.",
@@ -51,73 +45,44 @@ eval_app = typer.Typer(
 class KnnSettings:
     """Neighbours and their weights."""
 
-    k: Annotated[str, typer.Option(help="Number of neighbours, or several such as 10,20,200 at no extra cost.")] = "20"
-    temperature: Annotated[
-        str, typer.Option(help="Neighbours are weighted by exp(similarity / temperature); one number or several.")
-    ] = "0.07"
-    protocol: Annotated[str, typer.Option(help="dino or instdisc: sets k and temperature.")] = ""
+    k: Annotated[str, "Number of neighbours, or several such as 10,20,200 at no extra cost."] = "20"
+    temperature: Annotated[str, "Neighbours are weighted by exp(similarity / temperature); one number or several."] = (
+        "0.07"
+    )
+    protocol: Annotated[str, "dino or instdisc: sets k and temperature."] = ""
     centre: Annotated[bool, typer.Option("--centre", help="Subtract the bank's mean first (in no paper).")] = False
 
-    def protocols(self) -> "list[KnnProtocol]":
-        """One protocol for each pair of k and temperature."""
-        from sslkit.evaluate import KnnProtocol
 
-        if self.protocol:
-            return [dataclasses.replace(each, centre=self.centre) for each in KnnProtocol.from_name(self.protocol)]
-        neighbours = parse_numbers("--k", self.k, int)
-        temperatures = parse_numbers("--temperature", self.temperature, float)
-        return [KnnProtocol(k, each, self.centre) for k, each in itertools.product(neighbours, temperatures)]
-
-
-@eval_app.command(epilog="Example: sslkit eval knn runs/quickstart --data builtin:fashion_mnist")
-@expand_options
-def knn(
-    model: Model,
-    labelled: Labelled,
-    frozen: Frozen,
-    settings: KnnSettings,
-    layer: Layer = "out",
-    as_json: AsJson = False,
-) -> None:
+@command(eval_app, "sslkit eval knn runs/quickstart --data builtin:fashion_mnist")
+def knn(model: Model, probe: Probe, settings: KnnSettings, as_json: AsJson = False) -> None:
     """Weighted k-nearest neighbours on frozen features, compared with raw pixels and random initialisation."""
     with fast_imports():
-        from sslkit.evaluate import evaluate_knn_grid
+        from sslkit.evaluate import KnnProtocol, evaluate_knn_grid
 
-    protocols = settings.protocols()
-    config = labelled.config(model)
-    results = evaluate_knn_grid(model, config, protocols, frozen.readout(layer), **labelled.comparison())
+    neighbours = parse_numbers("--k", settings.k, int)
+    temperatures = parse_numbers("--temperature", settings.temperature, float)
+    grid = [KnnProtocol(k, temperature) for k, temperature in itertools.product(neighbours, temperatures)]
+    chosen = KnnProtocol.from_name(settings.protocol) if settings.protocol else grid
+    protocols = [dataclasses.replace(each, centre=settings.centre) for each in chosen]
+    results = evaluate_knn_grid(model, probe.config(model), protocols, probe.readout(), **probe.comparison())
     print_and_store(model, results, as_json)
 
 
-@eval_app.command(epilog="Example: sslkit eval linear runs/quickstart --data builtin:fashion_mnist")
-@expand_options
+@command(eval_app, "sslkit eval linear runs/quickstart --data builtin:fashion_mnist")
 def linear(
     model: Model,
-    labelled: Labelled,
-    frozen: Frozen,
-    protocol: Annotated[
-        str, typer.Option(help="logistic, moco_v1 (for v1 and v2), moco_v3, simclr, byol, swav or dino.")
-    ] = "logistic",
-    augment: Annotated[
-        bool, typer.Option(help="Random crops and flips in the SGD protocols, as in the papers.")
-    ] = True,
+    probe: Probe,
+    protocol: Annotated[str, "logistic, moco_v1 (for v1 and v2), moco_v3, simclr, byol, swav or dino."] = "logistic",
+    augment: Annotated[bool, "Random crops and flips in the SGD protocols, as in the papers."] = True,
     epochs: Annotated[int, typer.Option(min=0, help="Epochs of the SGD protocols; 0: as in the paper.")] = 0,
-    layer: Layer = "out",
     as_json: AsJson = False,
 ) -> None:
     """A linear classifier on frozen features, compared with raw pixels and random initialisation."""
     with fast_imports():
         from sslkit.evaluate import evaluate_linear
 
-    result = evaluate_linear(
-        model,
-        labelled.config(model),
-        protocol,
-        frozen.readout(layer),
-        augment=augment,
-        epochs=epochs,
-        **labelled.comparison(),
-    )
+    options = {"augment": augment, "epochs": epochs, **probe.comparison()}
+    result = evaluate_linear(model, probe.config(model), protocol, probe.readout(), **options)
     print_and_store(model, [result], as_json)
 
 
@@ -125,46 +90,29 @@ def linear(
 class SweepSettings:
     """The heads of a sweep and their training."""
 
-    lr: Annotated[str, typer.Option(help="Learning rates at batch size 256.")] = "0.003,0.01,0.03,0.1,0.3,1,3,10"
-    weight_decay: Annotated[str, typer.Option(help="Weight decays.")] = "0,1e-5"
-    norm: Annotated[str, typer.Option(help="BatchNorm without parameters before each head: no, yes or no,yes.")] = (
-        "no,yes"
-    )
+    lr: Annotated[str, "Learning rates at batch size 256."] = "0.003,0.01,0.03,0.1,0.3,1,3,10"
+    weight_decay: Annotated[str, "Weight decays."] = "0,1e-5"
+    norm: Annotated[str, "BatchNorm without parameters before each head: no, yes or no,yes."] = "no,yes"
     epochs: Annotated[int, typer.Option(min=1, help="Epochs over the features.")] = 50
     batch_size: Annotated[int, typer.Option(min=2, help="Batch size.")] = 256
-    seed: Annotated[int, typer.Option(help="Random seed of the held-out images, initialisation and order.")] = 0
-
-    def protocol(self) -> "SweepProtocol":
-        """The protocol of these settings."""
-        from sslkit.evaluate.probes.sweep import SweepProtocol
-
-        rates, decays = parse_numbers("--lr", self.lr, float), parse_numbers("--weight-decay", self.weight_decay, float)
-        choices = self.norm.split(",")
-        if not set(choices) <= {"no", "yes"}:
-            raise UserError(f"--norm {self.norm}: must be no, yes or no,yes")
-        norms = tuple(choice == "yes" for choice in choices)
-        return SweepProtocol(tuple(rates), tuple(decays), norms, self.epochs, self.batch_size, self.seed)
+    seed: Annotated[int, "Random seed of the held-out images, initialisation and order."] = 0
 
 
-@eval_app.command(epilog="Example: sslkit eval sweep runs/photos --data flowers --layer out,-2")
-@expand_options
-def sweep(
-    model: Model,
-    labelled: Labelled,
-    frozen: Frozen,
-    settings: SweepSettings,
-    layer: Annotated[
-        str, typer.Option("--layer", "--layers", help="Layers as in eval linear, separated by commas.")
-    ] = "out",
-    as_json: AsJson = False,
-) -> None:
+@command(eval_app, "sslkit eval sweep runs/photos --data flowers --layer out,-2")
+def sweep(model: Model, probe: Probe, settings: SweepSettings, as_json: AsJson = False) -> None:
     """Train many linear heads on frozen features at once; the best on held-out images is tested."""
     with fast_imports():
         from sslkit.evaluate.probes.scoring import evaluate_sweep
+        from sslkit.evaluate.probes.sweep import SweepProtocol
 
-    protocol = settings.protocol()
-    readouts = [frozen.readout(each) for each in layer.split(",")]
-    result = evaluate_sweep(model, labelled.config(model), protocol, readouts, **labelled.comparison())
+    rates = tuple(parse_numbers("--lr", settings.lr, float))
+    decays = tuple(parse_numbers("--weight-decay", settings.weight_decay, float))
+    norms = tuple(choice == "yes" for choice in settings.norm.split(","))
+    if not set(settings.norm.split(",")) <= {"no", "yes"}:
+        raise UserError(f"--norm {settings.norm}: must be no, yes or no,yes")
+    protocol = SweepProtocol(rates, decays, norms, settings.epochs, settings.batch_size, settings.seed)
+    readouts = [probe.readout(layer) for layer in probe.layer.split(",")]
+    result = evaluate_sweep(model, probe.config(model), protocol, readouts, **probe.comparison())
     print_and_store(model, [result], as_json)
 
 
@@ -172,10 +120,10 @@ def sweep(
 class Transfer:
     """How encoders are trained further."""
 
-    scratch: Scratch = True
+    scratch: Annotated[bool, "Also train the architecture from random weights."] = True
     workers: Workers = 0
 
-    def options(self, baseline: "Sequence[str] | None") -> "TransferOptions":
+    def options(self, baseline: list[str] | None) -> "TransferOptions":
         """The options of an evaluation that trains the encoder."""
         from sslkit.evaluate import TransferOptions
 
@@ -186,35 +134,24 @@ class Transfer:
 class FinetuneSettings:
     """The protocol and what differs from it."""
 
-    protocol: Annotated[str, typer.Option(help="deit, moco_v3 (transfer), simclr or swav (few labels).")] = "deit"
+    protocol: Annotated[str, "deit, moco_v3 (transfer), simclr or swav (few labels)."] = "deit"
     epochs: Annotated[int, typer.Option(min=0, help="0: as in the protocol.")] = 0
     batch_size: Annotated[int, typer.Option(min=0, help="0: as in the protocol.")] = 0
-    lr: Annotated[
-        float, typer.Option(min=0, help="Learning rate at the reference batch size; 0: as in the protocol.")
-    ] = 0.0
+    base_lr: Annotated[float, typer.Option("--lr", min=0, help="Base learning rate; 0: as in the protocol.")] = 0.0
     layer_decay: Annotated[
-        float, typer.Option(min=0.1, max=1, help="Factor of the learning rate from each block to the one before it.")
+        float, typer.Option(min=0.1, max=1, help="Ratio of learning rates of successive blocks.")
     ] = 1.0
-    seed: Annotated[int, typer.Option(help="Random seed of the choice of labels and of training.")] = 0
-
-    def changes(self) -> dict[str, Any]:
-        """The values that differ from the protocol."""
-        given = {"epochs": self.epochs, "batch_size": self.batch_size, "base_lr": self.lr}
-        given |= {"layer_decay": self.layer_decay, "seed": self.seed}
-        return {name: value for name, value in given.items() if value}
+    seed: Annotated[int, "Random seed of the choice of labels and of training."] = 0
 
 
-@eval_app.command(epilog="Example: sslkit eval finetune runs/photos --data flowers --labels 10% --protocol swav")
-@expand_options
+@command(eval_app, "sslkit eval finetune runs/photos --data flowers --labels 10% --protocol swav")
 def finetune(
     model: Model,
     labelled: Labelled,
     settings: FinetuneSettings,
     transfer: Transfer,
-    labels: Annotated[str, typer.Option(help="all, 10%, 5-shot, or a file with one image name per line.")] = "all",
-    head_layers: Annotated[
-        int, typer.Option(min=0, help="Keep this many layers of the run's projector; SimCLR v2 keeps 1.")
-    ] = 0,
+    labels: Annotated[str, "all, 10%, 5-shot, or a file with one image name per line."] = "all",
+    head_layers: Annotated[int, typer.Option(min=0, help="Layers of the projector to keep; SimCLR v2: 1.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune the encoder on all or a few of the labels, compared with training from random weights."""
@@ -230,7 +167,7 @@ def finetune(
         model,
         labelled.config(model),
         settings.protocol,
-        changes=settings.changes(),
+        changes=nonzero(settings, "epochs", "batch_size", "base_lr", "layer_decay", "seed"),
         labels=labels,
         neck=neck,
         splits=labelled.splits(),
@@ -239,10 +176,10 @@ def finetune(
     print_and_store(model, [result], as_json)
 
 
-@eval_app.command(epilog="Example: sslkit eval compare runs/a runs/b")
+@command(eval_app, "sslkit eval compare runs/a runs/b")
 def compare(
     models: Annotated[list[str], typer.Argument(help="Run folders, or files with the output of --json.")],
-    protocol: Annotated[str, typer.Option(help="Only evaluations whose name starts with this, such as knn.")] = "",
+    protocol: Annotated[str, "Only evaluations whose name starts with this, such as knn."] = "",
     as_json: AsJson = False,
 ) -> None:
     """Compare the scores of several encoders. Only scores of the same protocol are compared."""
@@ -271,36 +208,22 @@ def _scores_of(path: Path) -> "list[Row]":
 def _is_score(row: "Row") -> bool:
     """Whether a row has the keys that a comparison shows, of the right types."""
     kinds = {"evaluation": str, "protocol": dict, "protocol_hash": str, "accuracy": int | float}
-    ends = row.get("interval")
-    return all(isinstance(row.get(key), kind) for key, kind in kinds.items()) and (
-        not ends or (isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends))
-    )
+    ends = row.get("interval") or [0.0, 0.0]
+    is_pair = isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
+    return is_pair and all(isinstance(row.get(key), kind) for key, kind in kinds.items())
 
 
 @dataclasses.dataclass(frozen=True)
 class DetectSettings:
     """The protocol and what differs from it."""
 
-    protocol: Annotated[str, typer.Option(help="voc or coco, with the settings of MoCo.")] = "voc"
+    protocol: Annotated[str, "voc or coco, with the settings of MoCo."] = "voc"
     steps: Annotated[int, typer.Option(min=0, help="Training steps; 0: as in the protocol.")] = 0
     batch_size: Annotated[int, typer.Option(min=0, help="Batch size; 0: as in the protocol.")] = 0
-    lr: Annotated[float, typer.Option(min=0, help="Learning rate at batch size 16; 0: as in the protocol.")] = 0.0
+    base_lr: Annotated[float, typer.Option("--lr", min=0, help="Learning rate for 16 images; 0: the protocol's.")] = 0.0
     short_side: Annotated[int, typer.Option(min=0, help="Shorter side in the test, in pixels; 0: as in protocol.")] = 0
-    regions: Annotated[
-        int,
-        typer.Option(min=0, help="Regions per image to train on; fewer are faster. 0: as in the protocol (512)."),
-    ] = 0
-    seed: Annotated[int, typer.Option(help="Random seed of new layers, order and augmentation.")] = 0
-
-    def changed_protocol(self) -> "DetectProtocol":
-        """The protocol with these changes."""
-        from sslkit.evaluate.detection.detector_training import DetectProtocol
-
-        own = DetectProtocol.from_name(self.protocol)
-        own = own.at_short_side(self.short_side) if self.short_side else own
-        given = {"steps": self.steps, "batch_size": self.batch_size, "base_lr": self.lr}
-        changed: DetectProtocol = replace_nonzero(own, **given, regions=self.regions, seed=self.seed)
-        return changed
+    regions: Annotated[int, typer.Option(min=0, help="Regions per image to train on; 0: as in the protocol (512).")] = 0
+    seed: Annotated[int, "Random seed of new layers, order and augmentation."] = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,20 +231,19 @@ class DetectionImages:
     """Images with boxes, and baselines to compare with."""
 
     data: Annotated[str, typer.Option("--data", help="Folder in VOC or COCO format.")]
-    train_split: Annotated[str, typer.Option(help="Split to train on. Default: trainval or train.")] = ""
-    test_split: Annotated[str, typer.Option(help="Split to test on. Default: test, else val.")] = ""
+    train_split: Annotated[str, "Split to train on. Default: trainval or train."] = ""
+    test_split: Annotated[str, "Split to test on. Default: test, else val."] = ""
     baseline: Baseline = None
     background: Background = ""
 
 
-@eval_app.command(epilog="Example: sslkit eval detect runs/photos --data VOCdevkit --batch-size 4 --steps 6000")
-@expand_options
+@command(eval_app, "sslkit eval detect runs/photos --data VOCdevkit --batch-size 4 --steps 6000")
 def detect(
     model: Model,
     images: DetectionImages,
     settings: DetectSettings,
     transfer: Transfer,
-    arch: Annotated[str, typer.Option(help="c4 (only ResNets) or fpn. Default: c4 for ResNets, else fpn.")] = "",
+    arch: Annotated[str, "c4 (only ResNets) or fpn. Default: c4 for ResNets, else fpn."] = "",
     masks: Annotated[bool, typer.Option("--masks", help="Mask R-CNN: predict and evaluate masks too.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -329,11 +251,14 @@ def detect(
     with fast_imports():
         from sslkit.evaluate import Splits
         from sslkit.evaluate.detection.detect import evaluate_detect
+        from sslkit.evaluate.detection.detector_training import DetectProtocol
 
+    protocol = DetectProtocol.from_name(settings.protocol)
+    protocol = protocol.at_short_side(settings.short_side) if settings.short_side else protocol
     result = evaluate_detect(
         model,
         images.data,
-        settings.changed_protocol(),
+        dataclasses.replace(protocol, **nonzero(settings, "steps", "batch_size", "base_lr", "regions", "seed")),
         arch=arch,
         masks=masks,
         splits=Splits(images.train_split, images.test_split),
@@ -350,33 +275,24 @@ class UnlabelledImages:
     data: Annotated[str, typer.Option("--data", help="Images: folder, datasets id, or builtin:NAME.")]
     images: Annotated[int, typer.Option(min=2, help="Maximum number of images; chosen at random by --seed.")] = 1000
     views: Annotated[int, typer.Option(min=2, help="Random crops and flips of each image.")] = 8
-    split: Annotated[str, typer.Option(help="Split of the images.")] = "train"
+    split: Annotated[str, "Split of the images."] = "train"
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the images, the views and the random encoder.")] = 0
     data_name: DataName = ""
     image_column: ImageColumn = ""
     background: Background = ""
 
-    def config(self, model: str) -> "DataConfig":
-        """The images, as an encoder needs them."""
-        background = find_background(self.background, model)
-        config = data_config(self.data, self.data_name, image_column=self.image_column, background=background)
-        return config.model_copy(update={"split": self.split})
 
-
-@eval_app.command(epilog="Example: sslkit eval diagnose runs/quickstart --data builtin:fashion_mnist")
-@expand_options
+@command(eval_app, "sslkit eval diagnose runs/quickstart --data builtin:fashion_mnist")
 def diagnose(
-    model: Model,
-    sample: UnlabelledImages,
-    layer: Layer = "out",
-    workers: Workers = 0,
-    as_json: AsJson = False,
+    model: Model, sample: UnlabelledImages, layer: Layer = "out", workers: Workers = 0, as_json: AsJson = False
 ) -> None:
     """Measure features without labels: collapse, number of directions used, and agreement between views."""
     with fast_imports():
+        from sslkit.evaluate.features.readouts import Readout
         from sslkit.evaluate.label_free.diagnose import diagnose_encoder
 
-    config = sample.config(model)
-    readout = Frozen(cache=False, workers=workers).readout(layer)
+    config = data_config(sample.data, sample.data_name, "", sample.image_column, sample.background, model)
+    config = config.model_copy(update={"split": sample.split})
+    readout = dataclasses.replace(Readout.from_name(layer), workers=workers)
     counts = {"images": sample.images, "views": sample.views, "seed": sample.seed}
     print_diagnosis(diagnose_encoder(model, config, readout, **counts), as_json)

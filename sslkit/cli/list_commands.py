@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sslkit.cli.options import Overrides
+from sslkit.cli.options import Overrides, command
 from sslkit.cli.output import console
 from sslkit.terminal import PlainTable, print_text
 
@@ -37,10 +37,9 @@ def recipes(context: typer.Context) -> None:
     console.print(table)
 
 
-@recipes_app.command("show", epilog="Example: sslkit recipes show mocov3_vits")
+@command(recipes_app, "sslkit recipes show mocov3_vits", "show")
 def show_recipe(
-    name: Annotated[str, typer.Argument(help="Name of a recipe, or a TOML file.")],
-    overrides: Overrides = None,
+    name: Annotated[str, typer.Argument(help="Name of a recipe, or a TOML file.")], overrides: Overrides = None
 ) -> None:
     """Print a recipe with all its values, including defaults, and the comment at its top."""
     from sslkit.recipe.resolve import find_recipe, load_recipe

@@ -1,13 +1,18 @@
-"""Options that several commands share, as annotated types and as dataclasses whose fields become options."""
+"""Options that several commands share, and how a function becomes a command that starts fast.
 
+Options are annotated types, or dataclasses whose fields become options.
+"""
+
+import atexit
 import dataclasses
+import gc
 import inspect
 import json
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -20,38 +25,27 @@ if TYPE_CHECKING:
     from sslkit.recipe.resolve import Recipe
 
 Number = TypeVar("Number", int, float)
+Command = TypeVar("Command", bound=Callable[..., None])
 
 RecipeName = Annotated[str, typer.Argument(help="TOML file, or the name of a recipe; see sslkit recipes.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a recipe value; repeatable.")
 ]
 Model = Annotated[str, typer.Argument(help="Run folder, exported folder, hf_hub:user/repo, or timm name.")]
-Layer = Annotated[
-    str,
-    typer.Option(
-        help="out (the encoder's output); a block number such as -2 (mean of its patch tokens); last4 (class tokens of "
-        "the last 4 blocks); dino_vit_s (= last4); dino_vit_b (class token and mean of patch tokens of the last block)."
-    ),
-]
-Baseline = Annotated[
-    list[str] | None, typer.Option("--baseline", help="Another timm model to evaluate for comparison; repeatable.")
-]
+LAYERS = (
+    "out (the encoder's output); a block number such as -2 (mean of its patch tokens); last4 (class tokens of the last "
+    "4 blocks); dino_vit_s (= last4); dino_vit_b (class token and mean of patch tokens of the last block). eval sweep "
+    "takes several, separated by commas."
+)
+Layer = Annotated[str, typer.Option("--layer", "--layers", help=LAYERS)]
+Baseline = Annotated[list[str] | None, typer.Option("--baseline", help="timm model to compare with; repeatable.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: none, decode in this one.")]
-ImageColumn = Annotated[
-    str, typer.Option(help="Column of the images, if several hold images; for tar files their suffix, such as jpg.")
-]
-LabelColumn = Annotated[
-    str, typer.Option(help="Column of the labels, if it cannot be found by its type; for tar files their suffix.")
-]
+ImageColumn = Annotated[str, "Column of the images, if several hold images; for tar files their suffix, such as jpg."]
+LabelColumn = Annotated[str, "Column of the labels, if it cannot be found by its type; for tar files their suffix."]
 Background = Annotated[
-    str,
-    typer.Option(
-        help="Colour behind transparent pixels, or keep, which ignores alpha. Default: as in MODEL's recipe.toml, "
-        "else white."
-    ),
+    str, "Colour behind transparent pixels, or keep. Default: as in MODEL's recipe.toml, else white."
 ]
-DataName = Annotated[str, typer.Option(help="Configuration of the dataset, if it has several.")]
-Scratch = Annotated[bool, typer.Option(help="Also train the architecture from random weights.")]
+DataName = Annotated[str, "Configuration of the dataset, if it has several."]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,28 +54,22 @@ class RecipeOptions:
 
     recipe: RecipeName = ""
     overrides: Overrides = None
-    method: Annotated[str, typer.Option(help="Method, such as moco_v2; see sslkit methods.")] = ""
-    backbone: Annotated[str, typer.Option(help="timm name, such as resnet18.")] = ""
-    data: Annotated[str, typer.Option(help="Folder of images, datasets id, or builtin:NAME.")] = ""
+    method: Annotated[str, "Method, such as moco_v2; see sslkit methods."] = ""
+    backbone: Annotated[str, "timm name, such as resnet18."] = ""
+    data: Annotated[str, "Folder of images, datasets id, or builtin:NAME."] = ""
 
     def load(self) -> "Recipe":
-        """Load the recipe.
-
-        Raises:
-            UserError: No complete recipe is given, or it is not valid.
-        """
+        """Load the recipe; a UserError if it is not complete or not valid."""
         from sslkit.recipe.resolve import build_recipe, load_recipe
 
         given = {"method.name": self.method, "backbone.name": self.backbone, "data.path": self.data}
-        overrides = self.overrides or []
+        overrides = [f"{key}={json.dumps(value)}" for key, value in given.items() if value] + (self.overrides or [])
         if self.recipe:
-            options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value]
-            return load_recipe(self.recipe, options + overrides)
+            return load_recipe(self.recipe, overrides)
         if missing := [f"--{key.partition('.')[0]}" for key, value in given.items() if not value]:
             what = "a recipe, such as quickstart, or all of --method, --backbone and --data"
             raise UserError(f"give {what}; missing: {', '.join(missing)}")
-        tables = {"method": {"name": self.method}, "backbone": {"name": self.backbone}, "data": {"path": self.data}}
-        return build_recipe(tables, overrides, name="command line")
+        return build_recipe({}, overrides, name="command line")
 
     def name(self, loaded: "Recipe") -> str:
         """Default name of a run or page: that of the recipe file, or of method and backbone."""
@@ -96,19 +84,14 @@ class Labelled:
     data_name: DataName = ""
     image_column: ImageColumn = ""
     label_column: LabelColumn = ""
-    train_split: Annotated[
-        str, typer.Option(help="Split to train on; all: everything, with a fifth held out for the test.")
-    ] = "train"
-    test_split: Annotated[
-        str, typer.Option(help="Split to test on. Default: test or val, else a fifth is held out.")
-    ] = ""
+    train_split: Annotated[str, "Split to train on; all: everything, with a fifth held out for the test."] = "train"
+    test_split: Annotated[str, "Split to test on. Default: test or val, else a fifth is held out."] = ""
     baseline: Baseline = None
     background: Background = ""
 
     def config(self, model: str) -> "DataConfig":
         """The images, as an encoder needs them."""
-        background = find_background(self.background, model)
-        return data_config(self.data, self.data_name, self.label_column, self.image_column, background)
+        return data_config(self.data, self.data_name, self.label_column, self.image_column, self.background, model)
 
     def splits(self) -> "Splits":
         """The training and the test split."""
@@ -116,62 +99,91 @@ class Labelled:
 
         return Splits(self.train_split, self.test_split)
 
+
+@dataclasses.dataclass(frozen=True)
+class Probe(Labelled):
+    """Labelled images, and how features of a frozen encoder are extracted from them."""
+
+    crop_pct: Annotated[float, typer.Option(min=0, max=1, help="Crop relative to the image; 0: the model's.")] = 0.0
+    cache: Annotated[bool, "Store features on disk for later evaluations."] = True
+    workers: Workers = 0
+    layer: Layer = "out"
+
+    def readout(self, layer: str = "") -> "Readout":
+        """The features of a layer, by default of ``--layer``."""
+        from sslkit.evaluate.features.readouts import Readout
+        from sslkit.evaluate.features.store import FeatureStore
+
+        store = FeatureStore.default() if self.cache else None
+        chosen = Readout.from_name(layer or self.layer)
+        return dataclasses.replace(chosen, crop_pct=self.crop_pct, workers=self.workers, store=store)
+
     def comparison(self) -> dict[str, Any]:
         """Baselines and splits, as arguments of the evaluations of frozen features."""
         return {"baselines": self.baseline or (), "splits": self.splits()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Frozen:
-    """How features of a frozen encoder are extracted."""
+def command(app: typer.Typer, example: str, name: str | None = None) -> Callable[[Command], Command]:
+    """Register a function as a command. Each field of a parameter that is a dataclass becomes an option."""
 
-    crop_pct: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the shorter side that the crop keeps; 0: the model's default.")
-    ] = 0.0
-    cache: Annotated[bool, typer.Option(help="Store features on disk for later evaluations.")] = True
-    workers: Workers = 0
+    def register(function: Command) -> Command:
+        app.command(name, epilog=f"Example: {example}")(_expand(function))
+        return function
 
-    def readout(self, layer: str) -> "Readout":
-        """The features of ``layer``, with these options."""
-        from sslkit.evaluate.features.readouts import Readout
-        from sslkit.evaluate.features.store import FeatureStore
-
-        store = FeatureStore.default() if self.cache else None
-        return dataclasses.replace(Readout.from_name(layer), crop_pct=self.crop_pct, workers=self.workers, store=store)
+    return register
 
 
-def expand_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace the parameters of a command that are dataclasses by their fields, so that Typer makes options of them."""
-    hints = get_type_hints(command, include_extras=True)
+def _expand(function: Callable[..., None]) -> Callable[..., None]:
+    """The function with the annotated fields of dataclasses as parameters, and texts of annotations as their help."""
+    hints = get_type_hints(function, include_extras=True)
     groups: dict[str, Any] = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    listed: dict[str, list[inspect.Parameter]] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        owner = groups.get(name)
+        fields = get_type_hints(owner, include_extras=True) if owner else {name: hints[name]}
+        parameters = inspect.signature(owner).parameters.values() if owner else [parameter]
+        listed[name] = [
+            each.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=_with_help(fields[each.name]))
+            for each in parameters
+            if get_origin(fields[each.name]) is Annotated
+        ]
 
-    @wraps(command)
+    @wraps(function)
     def with_fields(**given: Any) -> None:
         for name, kind in groups.items():
-            given[name] = kind(**{each.name: given.pop(each.name) for each in dataclasses.fields(kind)})
-        command(**given)
+            given[name] = kind(**{each.name: given.pop(each.name) for each in listed[name]})
+        function(**given)
 
-    listed: list[inspect.Parameter] = []
-    for name, parameter in inspect.signature(command).parameters.items():
-        if name in groups:
-            fields = get_type_hints(groups[name], include_extras=True)
-            own = inspect.signature(groups[name]).parameters
-            listed += [each.replace(annotation=fields[each.name]) for each in own.values()]
-        else:
-            listed.append(parameter.replace(annotation=hints[name]))
-    listed = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in listed]
     del with_fields.__wrapped__
-    with_fields.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
-    with_fields.__annotations__ = {each.name: each.annotation for each in listed}
+    flat = [each for parameters in listed.values() for each in parameters]
+    with_fields.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
+    with_fields.__annotations__ = {each.name: each.annotation for each in flat}
     return with_fields
 
 
-def find_background(given: str, model: str = "") -> str:
-    """The value of ``--background``, else of the recipe in the model's folder, else white.
+def _with_help(annotation: Any) -> Any:
+    """``Annotated[kind, "text"]`` as an option with this help."""
+    kind, note = get_args(annotation)
+    return Annotated[kind, typer.Option(help=note)] if isinstance(note, str) else annotation
 
-    Raises:
-        UserError: The value is not a colour.
+
+@contextmanager
+def fast_imports() -> Iterator[None]:
+    """Import modules without garbage collection, which takes a quarter of the time of PyTorch's import.
+
+    Later collections skip the imported objects too, which makes them short and keeps memory shared with data workers.
     """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # else nanobind reports leaks at exit
+        gc.enable()
+
+
+def find_background(given: str, model: str = "") -> str:
+    """The value of ``--background`` (a UserError if it is not a colour), else of the model's recipe, else white."""
     from sslkit.data.decode.background import WHITE, check_background
     from sslkit.recipe.resolve import load_saved
 
@@ -187,20 +199,15 @@ def find_background(given: str, model: str = "") -> str:
 
 
 def data_config(
-    path: str, name: str = "", label_column: str = "", image_column: str = "", background: str = "white"
+    path: str, name: str, label_column: str, image_column: str, background: str, model: str = ""
 ) -> "DataConfig":
-    """The data that ``--data`` and related options describe."""
+    """The data that ``--data`` and related options describe, as the encoder ``model`` needs them."""
     from sslkit.data.sources.image_source import DataConfig
 
     if not path:
         raise UserError("--data: is empty; give a folder, a datasets id or builtin:fashion_mnist")
-    return DataConfig(
-        path=path,
-        name=name or None,
-        label_column=label_column or None,
-        image_column=image_column or None,
-        background=background,
-    )
+    columns: dict[str, Any] = {"label_column": label_column or None, "image_column": image_column or None}
+    return DataConfig(path=path, name=name or None, background=find_background(background, model), **columns)
 
 
 def parse_numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
@@ -211,6 +218,6 @@ def parse_numbers(option: str, text: str, kind: Callable[[str], Number]) -> list
         raise UserError(f"{option} {text}: must be a number, or several separated by commas") from None
 
 
-def replace_nonzero(protocol: Any, **given: Any) -> Any:
-    """A copy of a dataclass with the given values. A value of 0 keeps the protocol's own."""
-    return dataclasses.replace(protocol, **{name: value for name, value in given.items() if value})
+def nonzero(settings: Any, *names: str) -> dict[str, Any]:
+    """The named settings that are not 0; 0 stands for the protocol's own value."""
+    return {name: value for name in names if (value := getattr(settings, name))}

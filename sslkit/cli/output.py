@@ -152,11 +152,7 @@ class _PrintHandler(logging.Handler):
 
 @contextmanager
 def print_data_messages(*, to_stderr: bool) -> Iterator[None]:
-    """Print what `sslkit.data` logs, such as which images, split and columns it reads.
-
-    Args:
-        to_stderr: Print on standard error, because standard output is JSON.
-    """
+    """Print what `sslkit.data` logs, such as which images, split and columns it reads."""
     logger = logging.getLogger("sslkit.data")
     handler, level, propagate = _PrintHandler(to_stderr=to_stderr), logger.level, logger.propagate
     logger.addHandler(handler)

@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sslkit.cli.options import RecipeOptions, expand_options
+from sslkit.cli.options import RecipeOptions, fast_imports
 from sslkit.cli.output import console
-from sslkit.cli.startup import fast_imports
 from sslkit.errors import UserError
 from sslkit.terminal import PlainTable, print_line, print_message
 
@@ -17,15 +16,10 @@ if TYPE_CHECKING:
 
 def report(
     runs: Annotated[list[str], typer.Argument(help="Run folders.", metavar="RUN...")],
-    output: Annotated[str, typer.Option(help="HTML file to write. Default for one run: RUN/report.html.")] = "",
-    data: Annotated[
-        str,
-        typer.Option(help="Images for the galleries. Default: the monitor's data, else the training images."),
-    ] = "",
-    split: Annotated[
-        str, typer.Option(help="Split of --data; all: all images, whatever the names of the folders. Default: train.")
-    ] = "",
-    gallery: Annotated[bool, typer.Option(help="Show images; needs features of up to 2000 images.")] = True,
+    output: Annotated[str, "HTML file to write. Default for one run: RUN/report.html."] = "",
+    data: Annotated[str, "Images for the galleries. Default: the monitor's data, else the training images."] = "",
+    split: Annotated[str, "Split of --data; all: all images, whatever the names of the folders. Default: train."] = "",
+    gallery: Annotated[bool, "Show images; needs features of up to 2000 images."] = True,
 ) -> None:
     """Write an HTML report about one run, or several runs side by side. The file works offline.
 
@@ -69,11 +63,7 @@ def _print_summaries(summaries: list["Summary"]) -> None:
         print_line(f"alarm, {alarm.run}, {when}: {alarm.message}", "bold red" if alarm.active else "yellow")
 
 
-@expand_options
-def views(
-    recipe: RecipeOptions,
-    output: Annotated[str, typer.Option(help="HTML file to write.")] = "views.html",
-) -> None:
+def views(recipe: RecipeOptions, output: Annotated[str, "HTML file to write."] = "views.html") -> None:
     """Write an HTML page of a recipe's augmented views, with a description of every transform.
 
     Give a recipe, or all of --method, --backbone and --data, as for pretrain.

@@ -20,24 +20,16 @@ FIRST_PORT, PORTS = 20000, 12000  # below the ephemeral ports of Linux
 
 @dataclass(frozen=True)
 class Pretraining:
-    """One task of a job that trains a run.
+    """One task of a job that trains a run."""
 
-    Attributes:
-        recipe: The resolved recipe, as TOML.
-        output: Run folder.
-        resumable: Exit code of a run that should be requeued; submitit's local cluster has its own.
-    """
-
-    recipe: str
-    output: str
-    resumable: int = RESUMABLE
+    recipe: str  # resolved, as TOML
+    output: str  # run folder
+    resumable: int = RESUMABLE  # exit code of a run that should be requeued; submitit's local cluster has its own
 
     def __call__(self) -> str:
         """Train; returns the run folder when the run is finished.
 
-        Raises:
-            SystemExit: The run is not finished. The code is `resumable`, `CANCELLED`, 2 for invalid input, or 1 for a
-                run that cannot continue.
+        Exits with `resumable`, `CANCELLED`, 2 for invalid input, or 1 for a run that cannot continue.
         """
         signal.signal(signal.SIGUSR1, lambda *_: os._exit(self.resumable))
         signal.signal(signal.SIGTERM, lambda *_: os._exit(CANCELLED))

@@ -18,20 +18,20 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from sslkit.cluster.job import CANCELLED, Pretraining
+import typer
+
+from sslkit.cluster.job import CANCELLED, RESUMABLE, Pretraining
 from sslkit.errors import UserError, check_path, without_tokens
-from sslkit.recipe.resolve import Recipe
 
 if TYPE_CHECKING:
     from submitit import LocalExecutor, SlurmExecutor
 
+    from sslkit.recipe.resolve import Recipe
+
 SIGNAL = "USR1"
-TIME = re.compile(
-    r"(?:(?P<days>\d+)-(?P<hours>\d+)(?::(?P<minutes>\d+)(?::\d+)?)?)"
-    r"|(?:(?P<hours_first>\d+):(?P<minutes_next>\d+):\d+)|(?P<minutes_only>\d+)(?::\d+)?"
-)
+TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+)(:\d+)?)?")
 MEMORY = re.compile(r"\d+[KMGT]?")
 OPTION = re.compile(r"[a-z][a-z0-9-]*")
 RESERVED = ("signal", "requeue", "no-requeue", "array", "output", "error", "open-mode", "job-name", "wckey")
@@ -44,37 +44,25 @@ OWN_OPTIONS = {  # options of sbatch, and the options of sslkit to use instead
 
 @dataclass(frozen=True)
 class Resources:
-    """The resources of a job. Empty strings and zeros use the defaults of the cluster.
+    """The resources of a job; the annotated ones are options of ``sslkit submit``.
 
-    Attributes:
-        nodes: Number of nodes.
-        gpus_per_node: GPUs per node; each has one task.
-        tasks_per_node: Processes per node; 0: one per GPU, or one without GPUs.
-        time: Time limit of one start in Slurm's formats: minutes, ``H:M:S``, ``D-H``, ``D-H:M``.
-        mem: Memory per node, such as ``64G``.
-        cpus_per_task: CPU cores per process, including its data workers.
-        partition: Slurm partition.
-        account: Slurm account.
-        constraint: Required features of the nodes.
-        sbatch: Any other options of sbatch, by long name; True for an option without a value.
-        setup: Shell lines to run before training, such as ``module load cuda``.
-        signal_seconds: Seconds before the time limit at which the run is told to save.
-        retries: The job is not requeued after this many consecutive starts without a new checkpoint.
+    Empty strings and zeros use the defaults of the cluster. ``sbatch`` holds other options of sbatch by long name, True
+    for an option without a value; ``setup`` shell lines to run before training, such as ``module load cuda``.
     """
 
-    nodes: int = 1
-    gpus_per_node: int = 0
-    tasks_per_node: int = 0
-    time: str = "60"
-    mem: str = ""
-    cpus_per_task: int = 0
-    partition: str = ""
-    account: str = ""
-    constraint: str = ""
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs per node; one process per GPU.")] = 0
+    tasks_per_node: Annotated[int, typer.Option(min=0, help="Processes per node; 0: one per GPU, at least 1.")] = 0
+    time: Annotated[str, "Time limit of each job: minutes, HH:MM:SS, D-HH or D-HH:MM."] = "60"
+    mem: Annotated[str, "Memory per node, such as 64G."] = ""
+    cpus_per_task: Annotated[int, typer.Option(min=0, help="CPU cores per process, including its workers.")] = 0
+    partition: Annotated[str, "Slurm partition."] = ""
+    account: Annotated[str, "Slurm account."] = ""
+    constraint: Annotated[str, "Required node features."] = ""
     sbatch: dict[str, str | bool] = field(default_factory=dict)
     setup: list[str] = field(default_factory=list)
-    signal_seconds: int = 120
-    retries: int = 3
+    signal_seconds: Annotated[int, typer.Option(min=10, help="Save this many seconds before the time limit.")] = 120
+    retries: Annotated[int, typer.Option(min=1, help="Give up after this many jobs without a new checkpoint.")] = 3
 
     @property
     def tasks(self) -> int:
@@ -89,28 +77,17 @@ class Resources:
 
 @dataclass(frozen=True)
 class Submission:
-    """A submitted job.
-
-    Attributes:
-        job_id: Its ID on the cluster.
-        log: Log file of the first process.
-    """
+    """A submitted job: its ID on the cluster, and the log file of its first process."""
 
     job_id: str
     log: Path
 
 
-def submit(recipe: Recipe, output: str | Path, resources: Resources, cluster: str = "slurm") -> Submission:
+def submit(recipe: "Recipe", output: str | Path, resources: Resources, cluster: str = "slurm") -> Submission:
     """Submit a run; if ``output`` holds a run, it is resumed.
 
     submitit keeps job files and logs in the folder ``OUTPUT.jobs``. All nodes must share it, the run folder and the
-    data.
-
-    Args:
-        recipe: The recipe to train.
-        output: Run folder.
-        resources: Resources to request.
-        cluster: ``slurm``, or ``local``: processes on this machine, restarted as Slurm would.
+    data. ``cluster`` is ``slurm``, or ``local`` for processes on this machine, restarted as Slurm would.
 
     Raises:
         UserError: The cluster refuses the job, or recipe and resources do not fit. Nothing has been submitted then.
@@ -123,35 +100,39 @@ def submit(recipe: Recipe, output: str | Path, resources: Resources, cluster: st
 
     recipe, _ = keep_background(output, recipe)  # the recipe of the job states every key
     check_folder(output, recipe, "auto")  # instead of hours later, when the job starts
-    if cluster == "local":
-        return _submit_here(recipe, output, resources)
-    if absent := next((name for name in ("sbatch", "srun") if shutil.which(name) is None), ""):
+    missing = [name for name in ("sbatch", "srun") if shutil.which(name) is None]
+    if missing and cluster == "slurm":
         raise UserError(
-            f"submit: {absent} is not installed here; submit from a login node of a Slurm cluster, print the "
+            f"submit: {missing[0]} is not installed here; submit from a login node of a Slurm cluster, print the "
             "batch file with --dry-run, or use --cluster local"
         )
-    executor = _slurm_executor(output, resources)
-    return _submitted(executor, Pretraining(recipe.to_toml(), str(output)), _jobs_folder(output))
+    executor = _slurm_executor(output, resources) if cluster == "slurm" else _local_executor(output, resources)
+    from submitit.core.utils import FailedJobError, FailedSubmissionError, environment_variables
+    from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
+
+    resumable = RESUMABLE if cluster == "slurm" else LOCAL_REQUEUE_RETURN_CODE
+    try:
+        _jobs_folder(output).mkdir(parents=True, exist_ok=True)
+        # submitit prints the error of sbatch, and also raises it.
+        with redirect_stderr(StringIO()), environment_variables(SUBMITIT_PREEMPT_SIGNAL=SIGNAL):
+            job = executor.submit(Pretraining(recipe.to_toml(), str(output), resumable))
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise UserError(f"submit: the cluster refuses the job: {' '.join(str(error).split())[:500]}") from error
+    except OSError as error:
+        raise UserError(f"{_jobs_folder(output)}: cannot be written to: {error.strerror or error}") from error
+    return Submission(job.job_id, job.paths.stdout)
 
 
-def batch_file(recipe: Recipe, output: str | Path, resources: Resources) -> str:
-    """The batch file that `submit` would pass to sbatch.
-
-    Raises:
-        UserError: Recipe and resources do not fit.
-    """
+def batch_file(recipe: "Recipe", output: str | Path, resources: Resources) -> str:
+    """The batch file that `submit` would pass to sbatch; a UserError if recipe and resources do not fit."""
     check(recipe, resources)
     executor = _slurm_executor(_run_folder(output), resources)
     text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
     return text
 
 
-def check(recipe: Recipe, resources: Resources) -> None:
-    """Check that recipe and resources fit, before the job waits in a queue.
-
-    Raises:
-        UserError: They do not fit.
-    """
+def check(recipe: "Recipe", resources: Resources) -> None:
+    """Check that recipe and resources fit, before the job waits in a queue; a UserError if they do not."""
     processes, asked, batch = resources.processes, recipe.train.processes, recipe.train.batch_size
     if asked and asked != processes:
         raise UserError(f"[train] processes = {asked}, but --nodes and --gpus-per-node make {processes}")
@@ -171,17 +152,14 @@ def _check_options(resources: Resources) -> None:
     """Check that options are single lines, do not repeat options of sslkit, and contain no access token."""
     texts = {f"--{option}": getattr(resources, option) for option in ("partition", "account", "constraint")}
     texts |= {f"--sbatch {option}": str(value) for option, value in resources.sbatch.items()}
-    texts |= {f"--setup (line {line})": text for line, text in enumerate(resources.setup, start=1)}
-    for option, text in texts.items():
+    lines = {f"--setup (line {line})": text for line, text in enumerate(resources.setup, start=1)}
+    for option, text in {**texts, **lines}.items():
         if without_tokens(text) != text:
             raise UserError(
                 f"{option}: contains what looks like an access token, but the batch file is kept and others can read "
                 "it; put the token into a file that only you can read, and use --setup '. ~/tokens.sh'"
             )
-    for option in ("partition", "account", "constraint"):
-        if not (text := getattr(resources, option)).isprintable():
-            raise UserError(f"--{option} {text!r}: write one line without control characters")
-    for option, value in resources.sbatch.items():
+    for option in resources.sbatch:
         name = option.replace("_", "-")
         if not OPTION.fullmatch(name):
             raise UserError(f"--sbatch {option!r}: write the long name of an option of sbatch, such as qos=high")
@@ -189,30 +167,24 @@ def _check_options(resources: Resources) -> None:
             raise UserError(f"--sbatch {option}: is set by sslkit and cannot be changed")
         if name in OWN_OPTIONS:
             raise UserError(f"--sbatch {option}: use {OWN_OPTIONS[name]}, which is checked against the recipe")
-        if not str(value).isprintable():
-            raise UserError(f"--sbatch {option}: write one line without control characters, not {value!r}")
+    for option, text in texts.items():
+        if not text.isprintable():
+            raise UserError(f"{option}: write one line without control characters, not {text!r}")
 
 
 def minutes(time: str) -> int:
-    """A time limit in one of Slurm's formats, in whole minutes.
-
-    Raises:
-        UserError: The format is invalid.
-    """
+    """A time limit in one of Slurm's formats, in whole minutes; a UserError if it has another format."""
     found = TIME.fullmatch(time)
     if not found:
         raise UserError(f"--time {time}: write minutes, H:M:S, D-H or D-H:M, such as 2-12 for two and a half days")
-    part = {name: int(value) for name, value in found.groupdict(default="0").items()}
-    hours = part["hours"] + part["hours_first"]
-    return 1440 * part["days"] + 60 * hours + part["minutes"] + part["minutes_next"] + part["minutes_only"]
+    days, first, second, seconds = found.groups()
+    if not (days or seconds):
+        return int(first)  # minutes, or minutes and seconds
+    return 1440 * int(days or 0) + 60 * int(first) + int(second or 0)
 
 
 def _run_folder(output: str | Path) -> Path:
-    """The absolute path of a run folder, without ``..``.
-
-    Raises:
-        UserError: Slurm could not write logs next to it.
-    """
+    """The absolute path of a run folder, without ``..``; a UserError if Slurm could not write logs next to it."""
     check_path(output, "--output")
     folder = Path(os.path.abspath(output))
     if not folder.name:
@@ -244,22 +216,17 @@ def _slurm_executor(output: Path, resources: Resources) -> "SlurmExecutor":
     executor: SlurmExecutor = without_slurm(_jobs_folder(output))
     needed = {"requeue": True, "signal": f"{SIGNAL}@{resources.signal_seconds}"}
     own_cores = [f"--cpus-per-task={resources.cpus_per_task}"] if resources.cpus_per_task else []
+    unchanged = ("nodes", "gpus_per_node", "cpus_per_task", "mem", "partition", "account", "constraint")
     executor.update_parameters(
+        **{name: getattr(resources, name) or None for name in unchanged},
         job_name=output.name,
-        nodes=resources.nodes,
         ntasks_per_node=resources.tasks,
-        gpus_per_node=resources.gpus_per_node or None,
-        cpus_per_task=resources.cpus_per_task or None,
         time=minutes(resources.time),
-        mem=resources.mem or None,
-        partition=resources.partition or None,
-        account=resources.account or None,
-        constraint=resources.constraint or None,
         wckey=None,
         stderr_to_stdout=True,
         # srun does not inherit --cpus-per-task since Slurm 22.05, and must not kill tasks that are saving.
         srun_args=["--kill-on-bad-exit=0", *own_cores],
-        setup=[*resources.setup, *_before(output)],
+        setup=[*resources.setup, f"export SUBMITIT_PREEMPT_SIGNAL={SIGNAL}", f"before=$({_newest(output)})"],
         teardown=_afterwards(output, resources.retries),
         additional_parameters=needed | resources.sbatch,
     )
@@ -269,10 +236,6 @@ def _slurm_executor(output: Path, resources: Resources) -> "SlurmExecutor":
 def _newest(output: Path) -> str:
     """Shell command that prints the name of the newest checkpoint."""
     return f"cat {shlex.quote(str(output / 'checkpoints' / 'latest'))} 2>/dev/null"
-
-
-def _before(output: Path) -> list[str]:
-    return [f"export SUBMITIT_PREEMPT_SIGNAL={SIGNAL}", f"before=$({_newest(output)})"]
 
 
 def _afterwards(output: Path, retries: int) -> list[str]:
@@ -289,15 +252,10 @@ def _afterwards(output: Path, retries: int) -> list[str]:
     ]
 
 
-def _submit_here(recipe: Recipe, output: Path, resources: Resources) -> Submission:
-    submitit = _submitit()
+def _local_executor(output: Path, resources: Resources) -> "LocalExecutor":
     if resources.nodes > 1:
         raise UserError(f"--nodes {resources.nodes}: --cluster local runs on this machine only")
-    from submitit.core.utils import environment_variables
-    from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
-
-    folder = _jobs_folder(output)
-    executor = submitit.LocalExecutor(folder)
+    executor: LocalExecutor = _submitit().LocalExecutor(_jobs_folder(output))
     executor.update_parameters(
         tasks_per_node=resources.tasks,
         gpus_per_node=resources.gpus_per_node,
@@ -305,20 +263,4 @@ def _submit_here(recipe: Recipe, output: Path, resources: Resources) -> Submissi
         signal_delay_s=resources.signal_seconds,
         stderr_to_stdout=True,
     )
-    task = Pretraining(recipe.to_toml(), str(output), LOCAL_REQUEUE_RETURN_CODE)
-    with environment_variables(SUBMITIT_PREEMPT_SIGNAL=SIGNAL):
-        return _submitted(executor, task, folder)
-
-
-def _submitted(executor: "SlurmExecutor | LocalExecutor", task: Pretraining, folder: Path) -> Submission:
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with redirect_stderr(StringIO()):  # submitit prints the error of sbatch, and also raises it
-            job = executor.submit(task)
-    except (FailedJobError, FailedSubmissionError) as error:
-        raise UserError(f"submit: the cluster refuses the job: {' '.join(str(error).split())[:500]}") from error
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written to: {error.strerror or error}") from error
-    return Submission(job.job_id, job.paths.stdout)
+    return executor

@@ -6,18 +6,16 @@ import time
 
 import torch
 
-from sslkit.data.augment.cpu import ViewPipeline
-from sslkit.data.loading.loader import cores_of_a_process, make_loader, resolve_workers
-from sslkit.data.order.sampler import GlobalBatchSampler
+from sslkit.data.loading.loader import cores_of_a_process, resolve_workers
 from sslkit.data.sources.image_source import ImageSource
-from sslkit.doctor.doctor_setup import DoctorSetup, StepRecord, num_processes
-from sslkit.doctor.findings import Finding, ok, warning
+from sslkit.doctor.doctor_setup import DoctorSetup, StepRecord, load_batches, num_processes
+from sslkit.doctor.findings import Check, Finding
 from sslkit.doctor.machine_checks import GIB, has_bf16, memory_of_device, training_device
 from sslkit.engine.accelerator import processes_here
 from sslkit.recipe.resolve import Recipe
 from sslkit.text import format_duration, pluralize
 
-MEMORY, LOADING, THREADS, PRECISION = "memory", "data loading", "threads", "precision"
+MEMORY, LOADING, THREADS, PRECISION = map(Check, ("memory", "data loading", "threads", "precision"))
 
 OPTIMIZER_COPIES = {"sgd": 1, "lars": 1, "lars_simclr": 1, "larc": 1, "adamw": 2, "lamb": 2}
 HALF_PRECISION = 0.6  # of float32's activations, as norms and losses stay in float32
@@ -45,11 +43,11 @@ def forecast_memory(setup: DoctorSetup, record: StepRecord) -> Finding:
         f"of {pluralize(at_once, 'image')}"
     )
     if needed < 0.9 * available:
-        return ok(MEMORY, sentence)
+        return MEMORY.ok(sentence)
     fitting = int(max(0.8 * available - fixed, 0) / max(per_image, 1))
     micro_batch = next((size for size in range(min(fitting, local), 1, -1) if local % size == 0), 0)
     cure = f"set train.micro_batch = {micro_batch}" if micro_batch else "use a smaller backbone"
-    return warning(MEMORY, f"the run needs {sentence}. This does not fit: {cure}, or use more processes")
+    return MEMORY.warning(f"the run needs {sentence}. This does not fit: {cure}, or use more processes")
 
 
 def _gib(size: float) -> str:
@@ -64,18 +62,14 @@ def forecast_time(setup: DoctorSetup, source: ImageSource, record: StepRecord) -
     """Measure loading and computing in turn, and compare them."""
     recipe, device = setup.recipe, training_device()
     if record.seconds > LONG_STEP and device.type == "cpu":
-        computing, loading = record.seconds / setup.batch_size, setup.loading_seconds / setup.batch_size
-        return compare_speeds(recipe, computing, loading, len(source))
+        computing, loading = record.seconds, setup.loading_seconds
+        return compare_speeds(recipe, computing / setup.batch_size, loading / setup.batch_size, len(source))
     moved = on_device(setup, device)
-    pipeline = ViewPipeline(recipe.views, recipe.train.seed)
-    batches = GlobalBatchSampler(
-        len(source), setup.batch_size, recipe.train.seed, total_steps=REPEATS, plan=source.plan
-    )
-    loader = iter(make_loader(source, pipeline, batches, workers=0, pin_memory=False))
+    batches = load_batches(recipe, source, setup.batch_size, steps=REPEATS)
     computing_times, loading_times = [], []
     for _ in range(REPEATS):
         started = time.perf_counter()
-        next(loader)
+        next(batches)
         loading_times.append((time.perf_counter() - started) / setup.batch_size)
         computing_times.append(moved.run_step(backward=True).seconds / moved.batch_size)
     computing, loading = statistics.median(computing_times), statistics.median(loading_times)
@@ -93,11 +87,7 @@ def on_device(setup: DoctorSetup, device: torch.device) -> DoctorSetup:
 def compare_speeds(recipe: Recipe, computing: float, loading: float, num_images: int) -> Finding:
     """Compare the time to load a batch with the time to compute it, and forecast the time of the run.
 
-    Args:
-        recipe: Batch size, epochs and workers.
-        computing: Seconds of a step for each of its images.
-        loading: Seconds to read an image and make its views on one core.
-        num_images: Images in the data.
+    ``computing`` and ``loading`` are seconds for an image, loading on one core; ``num_images`` are those of the data.
     """
     train, processes, on_cpu = recipe.train, num_processes(recipe), training_device().type == "cpu"
     workers = resolve_workers(recipe.data.workers, on_accelerator=not on_cpu, processes_here=processes)
@@ -110,12 +100,11 @@ def compare_speeds(recipe: Recipe, computing: float, loading: float, num_images:
         f"{pluralize(workers, 'data worker')}; {steps} steps take about {format_duration(step * steps)} on this machine"
     )
     if load <= compute:
-        return ok(LOADING, sentence)
+        return LOADING.ok(sentence)
     needed = max(round(loading / computing), workers + 1)
-    return warning(
-        LOADING,
+    return LOADING.warning(
         f"computing waits for data: {sentence}. Set data.workers = {needed} if there are so many cores, or pack the "
-        f"images with sslkit prepare {recipe.data.path} packed",
+        f"images with sslkit prepare {recipe.data.path} packed"
     )
 
 
@@ -129,22 +118,20 @@ def check_threads(recipe: Recipe) -> Finding:
     computing = pluralize(threads or max(cores - workers, 1), "computing thread") if on_cpu else "a GPU"
     sentence = f"{pluralize(workers, 'data worker')} and {computing} on {pluralize(cores, 'core')}"
     if workers > cores:
-        return warning(THREADS, f"{sentence}: set data.workers = {max(cores // processes - 1, 1)}")
+        return THREADS.warning(f"{sentence}: set data.workers = {max(cores // processes - 1, 1)}")
     if threads > cores:
-        return warning(THREADS, f"{sentence}: set OMP_NUM_THREADS={max(cores // processes, 1)}")
+        return THREADS.warning(f"{sentence}: set OMP_NUM_THREADS={max(cores // processes, 1)}")
     if threads and cores - workers > 3 * threads:
         idle = pluralize(cores - workers - threads, "core")
-        return warning(THREADS, f"{sentence}: OMP_NUM_THREADS={variable} leaves {idle} idle; unset it")
-    return ok(THREADS, sentence)
+        return THREADS.warning(f"{sentence}: OMP_NUM_THREADS={variable} leaves {idle} idle; unset it")
+    return THREADS.ok(sentence)
 
 
 def check_precision(recipe: Recipe) -> Finding:
     """Whether this machine supports the recipe's precision."""
     device, precision = training_device(), recipe.train.precision
     if precision == "fp16" and device.type == "cpu":
-        return warning(PRECISION, 'fp16 needs a GPU, and this machine has none: set train.precision = "no"')
+        return PRECISION.warning('fp16 needs a GPU, and this machine has none: set train.precision = "no"')
     if precision == "bf16" and not has_bf16(device):
-        return warning(
-            PRECISION, 'bf16 is emulated on this machine and slower than float32: set train.precision = "no"'
-        )
-    return ok(PRECISION, "float32" if precision == "no" else f"{precision}, supported by this machine")
+        return PRECISION.warning('bf16 is emulated on this machine and slower than float32: set train.precision = "no"')
+    return PRECISION.ok("float32" if precision == "no" else f"{precision}, supported by this machine")

@@ -1,8 +1,10 @@
 """The result of a check: a verdict and one sentence."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+from sslkit.errors import first_line
 
 Verdict = Literal["ok", "warning", "fault", "not applicable"]
 LogMessage = Callable[[str], None]
@@ -10,18 +12,38 @@ LogMessage = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check.
+    """The result of one check; `Check` has a method for each verdict."""
 
-    Attributes:
-        check: Name of the check, the same in every report.
-        verdict: ``fault``: the recipe or the method's code is wrong. ``warning``: the run would work, but a setting is
-            unusual. ``not applicable``: there is nothing to check, or it could not be checked; the sentence says which.
-        sentence: What was found and, for a fault or a warning, which key to set to which value.
-    """
-
-    check: str
+    check: str  # name, the same in every report
     verdict: Verdict
-    sentence: str
+    sentence: str  # what was found and, for a fault or a warning, which key to set to which value
+
+
+class Check(str):
+    """The name of a check, with a method that makes a finding for each verdict."""
+
+    def ok(self, sentence: str) -> Finding:
+        """Nothing is wrong."""
+        return Finding(self, "ok", sentence)
+
+    def warning(self, sentence: str) -> Finding:
+        """The run would work, but a setting is unusual."""
+        return Finding(self, "warning", sentence)
+
+    def fault(self, sentence: str) -> Finding:
+        """The recipe or the method's code is wrong."""
+        return Finding(self, "fault", sentence)
+
+    def not_applicable(self, sentence: str) -> Finding:
+        """There is nothing to check, or it could not be checked."""
+        return Finding(self, "not applicable", sentence)
+
+    def attempt(self, run: "Callable[[Check], Finding]") -> Finding:
+        """Run the check; an exception becomes a finding that says why the check could not be made."""
+        try:
+            return run(self)
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
+            return self.not_applicable(f"could not be checked: {describe_error(error)}")
 
 
 @dataclass(frozen=True)
@@ -35,40 +57,7 @@ class Report:
         return [finding for finding in self.findings if finding.verdict == verdict]
 
 
-def ok(check: str, sentence: str) -> Finding:
-    """A finding: nothing is wrong."""
-    return Finding(check, "ok", sentence)
-
-
-def warning(check: str, sentence: str) -> Finding:
-    """A finding: the run would work, but a setting is unusual."""
-    return Finding(check, "warning", sentence)
-
-
-def fault(check: str, sentence: str) -> Finding:
-    """A finding: the recipe or the method's code is wrong."""
-    return Finding(check, "fault", sentence)
-
-
-def not_applicable(check: str, sentence: str) -> Finding:
-    """A finding: there is nothing to check, or it could not be checked."""
-    return Finding(check, "not applicable", sentence)
-
-
-def fault_if_any(check: str, problems: Sequence[str], otherwise: str) -> Finding:
-    """A fault that lists the problems, or ok if there are none."""
-    return fault(check, "; ".join(problems)) if problems else ok(check, otherwise)
-
-
-def attempt(check: str, run: Callable[[], Finding]) -> Finding:
-    """Run a check; an exception becomes a finding that says why the check could not be made."""
-    try:
-        return run()
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
-        return not_applicable(check, f"could not be checked: {first_line(error)}")
-
-
-def first_line(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """The type and the first line of an exception."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+    name, line = type(error).__name__, first_line(error, 160)
+    return name if line == name else f"{name}: {line}"

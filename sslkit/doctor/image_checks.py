@@ -10,13 +10,12 @@ from sslkit.data.augment.views_config import ViewPolicy, ViewsConfig
 from sslkit.data.decode.background import KEEP
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.data.tools.inspection import count_alpha, describe_alpha
-from sslkit.doctor.findings import Finding, fault, not_applicable, ok, warning
+from sslkit.doctor.findings import Check, Finding
 from sslkit.engine.monitor.alarms import data_alarm
 from sslkit.engine.monitor.image_variety import Variety, variety_of
 
-ALPHA = "alpha"
-COPIES = "copies"
-COLOUR, CROPS, SIZE, BLUR, PIXELS = "colour", "crops", "view size", "blur", "pixel values"
+ALPHA, COPIES, COLOUR, CROPS = map(Check, ("alpha", "copies", "colour", "crops"))
+SIZE, BLUR, PIXELS = map(Check, ("view size", "blur", "pixel values"))
 
 SAMPLED = 32
 SMALLEST_CROP = 8.0  # pixels: the CIFAR-10 recipes, which work, go down to 9
@@ -24,26 +23,13 @@ SMALLEST_CROP = 8.0  # pixels: the CIFAR-10 recipes, which work, go down to 9
 
 @dataclass(frozen=True)
 class ImageSummary:
-    """Summary of an image source, from a sample of its images.
+    """Summary of an image source, from a sample of its images."""
 
-    Attributes:
-        count: Number of images in the source.
-        height: Median height in pixels.
-        width: Median width in pixels.
-        grey: Whether all sampled images are greyscale.
-        variety: How many of the sampled images differ; None if not known.
-    """
-
-    count: int
-    height: int
-    width: int
-    grey: bool
-    variety: Variety | None = None
-
-    @property
-    def short_side(self) -> int:
-        """The shorter of height and width."""
-        return min(self.height, self.width)
+    count: int  # images in the source
+    height: int  # median, in pixels
+    width: int  # median, in pixels
+    grey: bool  # all sampled images are greyscale
+    variety: Variety | None = None  # how many of the sampled images differ; None if not known
 
 
 def summarise_images(source: ImageSource) -> ImageSummary:
@@ -57,11 +43,11 @@ def summarise_images(source: ImageSource) -> ImageSummary:
 def check_alpha(source: ImageSource) -> Finding:
     """Count images with an alpha channel; warn if the run trains on the colours of transparent pixels."""
     if source.channels is not None:
-        return not_applicable(ALPHA, "the images are not read as RGB, so alpha is a channel like the others")
+        return ALPHA.not_applicable("the images are not read as RGB, so alpha is a channel like the others")
     alpha, sentence = count_alpha(source)[0], describe_alpha(source)
     if alpha and source.background == KEEP:
-        return warning(ALPHA, f'{sentence}; to hide the colours of transparent pixels, set data.background = "white"')
-    return ok(ALPHA, sentence)
+        return ALPHA.warning(f'{sentence}; to hide the colours of transparent pixels, set data.background = "white"')
+    return ALPHA.ok(sentence)
 
 
 def _is_grey(image: NDArray[np.uint8]) -> bool:
@@ -70,88 +56,80 @@ def _is_grey(image: NDArray[np.uint8]) -> bool:
 
 def check_view_settings(views: ViewsConfig, images: ImageSummary) -> list[Finding]:
     """Compare the ``[views]`` table with the size and colour of the images."""
-    found = [_colour(views, images), _crops(views, images), _size(views, images), _blur(views)]
-    return [*([_variety(images.variety)] if images.variety else []), *found]
+    copies = [_variety(images.variety)] if images.variety else []
+    return [*copies, _colour(views, images), _crops(views, images), _size(views, images), _blur(views)]
 
 
 def _variety(variety: Variety) -> Finding:
     alarms = data_alarm(*astuple(variety))
     if not alarms:
-        return ok(COPIES, f"{variety.different} of {variety.sampled} sampled images differ")
+        return COPIES.ok(f"{variety.different} of {variety.sampled} sampled images differ")
     sentence = alarms[0].partition(": ")[2]
     is_hopeless = min(variety.different, variety.sampled - variety.plain) <= 1
-    return fault(COPIES, sentence) if is_hopeless else warning(COPIES, sentence)
+    return COPIES.fault(sentence) if is_hopeless else COPIES.warning(sentence)
 
 
 def _colour(views: ViewsConfig, images: ImageSummary) -> Finding:
     if not images.grey:
-        return ok(COLOUR, "the images have colour")
+        return COLOUR.ok("the images have colour")
     used = sorted({name for policy in views.view_policies() for name in _colour_steps(policy)}, reverse=True)
     if not used:
-        return ok(COLOUR, "the images are greyscale, and no transform changes colour")
-    return warning(
-        COLOUR,
+        return COLOUR.ok("the images are greyscale, and no transform changes colour")
+    return COLOUR.warning(
         f"the images are greyscale, so {', '.join(used)} cost time without effect: set views.jitter = "
-        f"{[*views.jitter[:2], 0, 0]} and views.gray_prob = 0",
+        f"{[*views.jitter[:2], 0, 0]} and views.gray_prob = 0"
     )
 
 
 def _crops(views: ViewsConfig, images: ImageSummary) -> Finding:
     area, size = images.height * images.width, f"{images.width} x {images.height}"
     if all(policy.crop_sampler == "none" for policy in views.view_policies()):
-        return not_applicable(CROPS, "a pipeline file crops")
+        return CROPS.not_applicable("a pipeline file crops")
     for role, policy in zip(views.roles(), views.view_policies(), strict=True):
-        key = f"{role}.crop_scale" if role == "local" else "crop_scale"
-        smallest, largest = policy.crop_scale
-        side = (smallest * area) ** 0.5
+        side = (policy.crop_scale[0] * area) ** 0.5
         if side < SMALLEST_CROP:
+            key = f"{role}.crop_scale" if role == "local" else "crop_scale"
             fitting = float(f"{min((SMALLEST_CROP * 1.5) ** 2 / area, 1.0):.2g}")
-            return warning(
-                CROPS,
+            return CROPS.warning(
                 f"the smallest crops of images of {size} pixels have {side:.0f} pixels per side, too few to show "
-                f"anything: set views.{key} = {[fitting, max(largest, fitting)]}",
+                f"anything: set views.{key} = {[fitting, max(policy.crop_scale[1], fitting)]}"
             )
     smallest, largest = views.crop_scale
     if largest < 0.3:
-        return warning(
-            CROPS, f"no crop covers more than {largest:.0%} of an image: set views.crop_scale = {[smallest, 1.0]}"
-        )
+        return CROPS.warning(f"no crop covers over {largest:.0%} of an image: set views.crop_scale = {[smallest, 1.0]}")
     side = (smallest * area) ** 0.5
-    return ok(CROPS, f"the smallest have about {side:.0f} pixels per side, from images of {size} pixels")
+    return CROPS.ok(f"the smallest have about {side:.0f} pixels per side, from images of {size} pixels")
 
 
 def _size(views: ViewsConfig, images: ImageSummary) -> Finding:
-    size = f"{images.width} x {images.height}"
-    if views.size > 2 * images.short_side:
-        return warning(
-            SIZE,
+    size, short_side = f"{images.width} x {images.height}", min(images.height, images.width)
+    if views.size > 2 * short_side:
+        return SIZE.warning(
             f"images of {size} pixels are enlarged to views of {views.size}, which costs time and adds nothing: set "
-            f"views.size = {-(-images.short_side // 32) * 32}",
+            f"views.size = {-(-short_side // 32) * 32}"
         )
-    return ok(SIZE, f"{views.size} pixels, from images of {size} pixels")
+    return SIZE.ok(f"{views.size} pixels, from images of {size} pixels")
 
 
 def _blur(views: ViewsConfig) -> Finding:
     blurred = any(policy.blur_prob and not policy.pipeline for policy in views.view_policies())
     if blurred and views.size <= 64 and views.blur_sigma[1] > views.size / 32:
-        return warning(
-            BLUR,
+        return BLUR.warning(
             f"a blur of up to {views.blur_sigma[1]:g} pixels, made for views of 224 pixels, removes most of views of "
-            f"{views.size}: set views.blur_prob = 0",
+            f"{views.size}: set views.blur_prob = 0"
         )
-    return ok(BLUR, "in proportion to the views" if blurred else "none")
+    return BLUR.ok("in proportion to the views" if blurred else "none")
 
 
 def check_pixels(view: Tensor) -> Finding:
     """Check mean and standard deviation of a normalised view (B, C, H, W)."""
     mean, std = float(view.mean()), float(view.std())
     if abs(mean) > 4 or not 0.02 < std < 10:
-        return warning(
-            PIXELS,
+        return PIXELS.warning(
             f"after normalisation their mean is {mean:.3g} and their standard deviation {std:.3g}, not about 0 and 1: "
-            "give views.mean and views.std for pixels in [0, 1], such as [0.485, 0.456, 0.406]",
+            "give views.mean and views.std for pixels in [0, 1], such as [0.485, 0.456, 0.406]"
         )
-    return ok(PIXELS, f"mean {mean:.2f}, standard deviation {std:.2f} after normalisation")
+    return PIXELS.ok(f"mean {mean:.2f}, standard deviation {std:.2f} after normalisation")
 
 
 def _colour_steps(policy: ViewPolicy) -> list[str]:

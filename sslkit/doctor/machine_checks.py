@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sslkit.data.loading.loader import cores_of_a_process
-from sslkit.doctor.findings import Finding, attempt, not_applicable, ok, warning
+from sslkit.doctor.findings import Check, Finding
 
 GIB = 1 << 30
 SHARED_MEMORY = Path("/dev/shm")  # data workers pass batches through it
@@ -23,12 +23,12 @@ def check_machine() -> list[Finding]:
         "albumentations": _albumentations,
         "cores": _cores,
         "threads": _threads,
-        "memory": _memory,
+        "memory": lambda check: check.ok(f"{memory_of_machine() / GIB:.1f} GiB"),
         "shared memory": _shared_memory,
         "GPU": _gpu,
-        "precision": check_bf16,
+        "precision": _precision,
     }
-    return [attempt(name, check) for name, check in checks.items()]
+    return [Check(name).attempt(check) for name, check in checks.items()]
 
 
 def training_device() -> torch.device:
@@ -42,12 +42,8 @@ def memory_of_machine() -> int:
     """Memory in bytes: the machine's, or the limit of the container."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limit = Path(file).read_text(encoding="ascii").strip()
-        except OSError:
-            continue
-        if limit.isdigit():
-            total = min(total, int(limit))
+        limit = _read(file).strip()
+        total = min(total, int(limit)) if limit.isdigit() else total
     return total
 
 
@@ -60,92 +56,87 @@ def has_bf16(device: torch.device) -> bool:
     """Whether the device computes in bf16 natively."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "mps":
-        return True
+    flags = _read("/proc/cpuinfo")
+    return device.type == "mps" or any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+def _read(file: str) -> str:
+    """The text of a system file; empty if this system does not have it."""
     try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        return Path(file).read_text(encoding="utf-8")
     except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags
+        return ""
 
 
-def check_bf16() -> Finding:
-    """Which precisions this machine supports."""
-    device = training_device()
-    if device.type == "cpu":
-        speed = "bf16 is native" if has_bf16(device) else "bf16 is slower than float32"
-        return ok("precision", f"fp16 needs a GPU; {speed}")
-    return ok("precision", "bf16 and fp16" if has_bf16(device) else "fp16; bf16 is emulated")
-
-
-def _versions() -> Finding:
+def _versions(check: Check) -> Finding:
     packages = ("sslkit", "torch", "timm", "accelerate", "datasets")
     found = [f"{name} {importlib.metadata.version(name)}" for name in packages]
-    return ok("versions", f"{', '.join(found)}, Python {platform.python_version()}")
+    return check.ok(f"{', '.join(found)}, Python {platform.python_version()}")
 
 
-def _torchvision() -> Finding:
+def _torchvision(check: Check) -> Finding:
     version = importlib.metadata.version("torchvision")
     try:
         importlib.import_module("torchvision.ops")
     except Exception as error:
-        return warning(
-            "torchvision",
+        return check.warning(
             f"{version} does not work with torch {torch.__version__} ({type(error).__name__}), and timm imports it: "
-            "reinstall both with pip install --upgrade torch torchvision",
+            "reinstall both with pip install --upgrade torch torchvision"
         )
-    return ok("torchvision", f"{version}, works with torch")
+    return check.ok(f"{version}, works with torch")
 
 
-def _albumentations() -> Finding:
+def _albumentations(check: Check) -> Finding:
     try:
         other = importlib.metadata.version("albumentationsx")
     except importlib.metadata.PackageNotFoundError:
-        return ok("albumentations", importlib.metadata.version("albumentations"))
-    return warning(
-        "albumentations",
+        return check.ok(importlib.metadata.version("albumentations"))
+    return check.warning(
         f"albumentationsx {other} uses the same import name and has another licence: pip uninstall albumentationsx "
-        "albumentations, then pip install albumentations",
+        "albumentations, then pip install albumentations"
     )
 
 
-def _cores() -> Finding:
+def _cores(check: Check) -> Finding:
     usable, there = cores_of_a_process(1), os.cpu_count() or 1
-    return ok("cores", f"{usable} of {there} are usable by this process" if usable < there else str(usable))
+    return check.ok(f"{usable} of {there} are usable by this process" if usable < there else str(usable))
 
 
-def _threads() -> Finding:
-    variable, cores = os.environ.get("OMP_NUM_THREADS"), cores_of_a_process(1)
-    if variable and variable.isdigit() and int(variable) > cores:
-        return warning("threads", f"OMP_NUM_THREADS={variable} is more than the {cores} cores: unset it")
+def _threads(check: Check) -> Finding:
+    variable, cores = os.environ.get("OMP_NUM_THREADS", ""), cores_of_a_process(1)
+    if variable.isdigit() and int(variable) > cores:
+        return check.warning(f"OMP_NUM_THREADS={variable} is more than the {cores} cores: unset it")
     if os.environ.get("OMP_WAIT_POLICY", "").upper() == "ACTIVE":
-        return warning("threads", "waiting threads take cores from data workers: set OMP_WAIT_POLICY=PASSIVE")
+        return check.warning("waiting threads take cores from data workers: set OMP_WAIT_POLICY=PASSIVE")
     origin = f", from OMP_NUM_THREADS={variable}" if variable else ""
-    return ok("threads", f"torch uses {torch.get_num_threads()}{origin}")
+    return check.ok(f"torch uses {torch.get_num_threads()}{origin}")
 
 
-def _memory() -> Finding:
-    return ok("memory", f"{memory_of_machine() / GIB:.1f} GiB")
-
-
-def _shared_memory() -> Finding:
+def _shared_memory(check: Check) -> Finding:
     if not SHARED_MEMORY.is_dir():
-        return not_applicable("shared memory", f"there is no {SHARED_MEMORY}")
+        return check.not_applicable(f"there is no {SHARED_MEMORY}")
     if not os.access(SHARED_MEMORY, os.W_OK):
-        return warning("shared memory", f"{SHARED_MEMORY} is not writable: mount it writable, or set data.workers = 0")
+        return check.warning(f"{SHARED_MEMORY} is not writable: mount it writable, or set data.workers = 0")
     system = os.statvfs(SHARED_MEMORY)
     size = system.f_frsize * system.f_blocks
     if size < GIB:
-        return warning(
-            "shared memory",
+        return check.warning(
             f"{SHARED_MEMORY} has {size >> 20} MiB, too little for data workers: start the container with "
-            "--shm-size=8g or --ipc=host, or set data.workers = 0",
+            "--shm-size=8g or --ipc=host, or set data.workers = 0"
         )
-    return ok("shared memory", f"{size / GIB:.1f} GiB")
+    return check.ok(f"{size / GIB:.1f} GiB")
 
 
-def _gpu() -> Finding:
+def _gpu(check: Check) -> Finding:
     if not torch.cuda.is_available():
-        return ok("GPU", "Apple (mps)" if torch.backends.mps.is_available() else "none: training runs on the CPU")
+        return check.ok("Apple (mps)" if torch.backends.mps.is_available() else "none: training runs on the CPU")
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return ok("GPU", ", ".join(f"{each.name} ({each.total_memory / GIB:.0f} GiB)" for each in found))
+    return check.ok(", ".join(f"{each.name} ({each.total_memory / GIB:.0f} GiB)" for each in found))
+
+
+def _precision(check: Check) -> Finding:
+    device = training_device()
+    native = has_bf16(device)
+    if device.type == "cpu":
+        return check.ok(f"fp16 needs a GPU; bf16 is {'native' if native else 'slower than float32'}")
+    return check.ok("bf16 and fp16" if native else "fp16; bf16 is emulated")

@@ -1,6 +1,5 @@
 """With several processes: are weights, teachers, queue and memory bank equal on all of them after a few steps?"""
 
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.distributed.collectives import world_size
 from sslkit.distributed.consistency import compare_weights
-from sslkit.doctor.findings import Finding, fault, first_line, not_applicable, ok
+from sslkit.doctor.findings import Check, Finding, describe_error
 from sslkit.engine.accelerator import make_accelerator
 from sslkit.engine.resilience.guard import Guard
 from sslkit.engine.setup import build_method, make_train_loader, set_up_training
@@ -17,21 +16,12 @@ from sslkit.engine.step import train_step
 from sslkit.errors import RunError, UserError
 from sslkit.recipe.resolve import Recipe
 
-AGREE = "processes agree"
+AGREE = Check("processes agree")
+NOT_LAUNCHED = AGREE.not_applicable(
+    "not checked on 1 process; to check it, run torchrun --nproc_per_node 2 -m sslkit doctor RECIPE"
+)
 
 IMAGES_PER_PROCESS, STEPS = 8, 2
-
-
-def launched_processes() -> int:
-    """Number of processes that the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def not_launched() -> Finding:
-    """The finding on one process."""
-    return not_applicable(
-        AGREE, "not checked on 1 process; to check it, run torchrun --nproc_per_node 2 -m sslkit doctor RECIPE"
-    )
 
 
 def check_processes(recipe: Recipe, source: ImageSource) -> Finding:
@@ -42,7 +32,7 @@ def check_processes(recipe: Recipe, source: ImageSource) -> Finding:
     except UserError:
         raise
     except Exception as error:
-        return fault(AGREE, f"the method stops on {world_size()} processes with {first_line(error)}")
+        return AGREE.fault(f"the method stops on {world_size()} processes with {describe_error(error)}")
     finally:
         accelerator.end_training()
         accelerator.state._reset_state(reset_partial_state=True)
@@ -61,13 +51,13 @@ def train_and_compare(accelerator: Any, recipe: Recipe, source: ImageSource) -> 
     for batch in make_train_loader(state):
         result = train_step(state, batch, guard)
         if result.problem:
-            return fault(AGREE, f"step {result.step} on {world_size()} processes: {result.problem}")
+            return AGREE.fault(f"step {result.step} on {world_size()} processes: {result.problem}")
     try:
         compare_weights(method, STEPS, accelerator.device)
     except RunError as error:
         difference = str(error).partition(". ")[0]
-        return fault(AGREE, f"{difference}: gather the rows of all processes before storing them")
-    return ok(AGREE, f"weights, teachers and dictionaries are equal on {world_size()} processes after {STEPS} steps")
+        return AGREE.fault(f"{difference}: gather the rows of all processes before storing them")
+    return AGREE.ok(f"weights, teachers and dictionaries are equal on {world_size()} processes after {STEPS} steps")
 
 
 def small_run(recipe: Recipe, batch_size: int) -> Recipe:

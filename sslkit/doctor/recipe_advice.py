@@ -5,26 +5,20 @@ The limits are wide: nothing that a paper or a shipped recipe does gets a warnin
 
 import math
 
-from sslkit.doctor.findings import Finding, ok, warning
+from sslkit.doctor.findings import Check, Finding
 from sslkit.doctor.image_checks import ImageSummary, check_view_settings
 from sslkit.methods import Method, MomentumOptions, Progress
 from sslkit.parts.backbone import family
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.recipe.resolve import Recipe
 
-QUEUE, MOMENTUM, RATE, DECAY = "queue length", "momentum", "learning rate", "weight decay"
-BATCH, TEMPERATURE, SCHEDULE, SAVING = "batch size", "temperature", "schedule", "saving"
-OPTIONS, SLICES = "method options", "slices"
+QUEUE, MOMENTUM, TEMPERATURE, OPTIONS = map(Check, ("queue length", "momentum", "temperature", "method options"))
+BATCH, RATE, DECAY = map(Check, ("batch size", "learning rate", "weight decay"))
+SCHEDULE, SAVING, SLICES = map(Check, ("schedule", "saving", "slices"))
 
 # Peak rates outside of which an optimizer that is not the paper's is unlikely to work.
-USUAL_RATES = {
-    "sgd": (1e-3, 5.0),
-    "lars": (1e-2, 20.0),
-    "lars_simclr": (1e-2, 20.0),
-    "larc": (1e-2, 20.0),
-    "adamw": (1e-5, 1e-2),
-    "lamb": (1e-4, 5e-2),
-}
+USUAL_RATES = {"sgd": (1e-3, 5.0), "adamw": (1e-5, 1e-2), "lamb": (1e-4, 5e-2)}
+USUAL_RATES |= dict.fromkeys(("lars", "lars_simclr", "larc"), (1e-2, 20.0))
 SAFE_ADAMW = 2e-3  # works for small networks at any batch size
 MAX_DECAY = {"sgd": 5e-3, "lars": 1e-3, "lars_simclr": 1e-3, "larc": 1e-3, "adamw": 0.5, "lamb": 0.5}
 MOMENTA = (0.9, 0.95, 0.97, 0.98, 0.99, 0.996, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
@@ -32,20 +26,14 @@ MIN_BATCH, MIN_GROUP, LARGE_BATCH, MIN_UPDATES = 32, 8, 1024, 200
 
 
 def check_settings(recipe: Recipe, method: Method, images: ImageSummary) -> list[Finding]:
-    """All advice that needs no computation.
-
-    Args:
-        recipe: The resolved recipe.
-        method: The recipe's method; its weights do not matter.
-        images: What is known of the data.
-    """
+    """All advice that needs no computation. The weights of ``method`` do not matter."""
     steps_per_epoch = max(images.count // recipe.train.batch_size, 1)
     start = Progress(0, recipe.train.epochs * steps_per_epoch, steps_per_epoch, recipe.train.batch_size)
     found = [
         _queue_length(recipe, method, images.count),
         _momentum(recipe, method, start),
         _temperature(recipe, method),
-        *(warning(OPTIONS, sentence) for sentence in method.advise(start)),
+        *(OPTIONS.warning(sentence) for sentence in method.advise(start)),
         _batch_size(recipe, method),
         _learning_rate(recipe, method),
         _weight_decay(recipe),
@@ -57,35 +45,30 @@ def check_settings(recipe: Recipe, method: Method, images: ImageSummary) -> list
 
 
 def _queue_length(recipe: Recipe, method: Method, images: int) -> Finding | None:
-    batch_size = recipe.train.batch_size
+    batch_size, fitting = recipe.train.batch_size, _power_of_two(images / 4)
     if method.negatives == "queue":
         held = method.updates_to_fill_queue(batch_size) * batch_size  # both views of an image may be queued
-        fitting = _power_of_two(images / 4)
         if held >= images:
-            return warning(
-                QUEUE,
+            return QUEUE.warning(
                 f"the queue holds {held / images:.1f} epochs of the {images} images, so older keys of an image are its "
-                f"own negatives; keep queue_size well below the number of images ({images}): "
-                f"set method.queue_size = {fitting}",
+                f"own negatives: set method.queue_size = {fitting}"
             )
         if any(len(part.state_dict()["keys"]) < batch_size for part in method.dictionaries().values()):
-            return warning(
-                QUEUE,
-                f"the queue is smaller than the batch ({batch_size} images); a queue is there to have more negatives "
-                f"than a batch: set method.queue_size = {_power_of_two(min(16 * batch_size, images / 4))}",
+            return QUEUE.warning(
+                f"the queue has fewer keys than a batch of {batch_size} images, but should give more negatives: set "
+                f"method.queue_size = {min(_power_of_two(16 * batch_size), fitting)}"
             )
-        return ok(QUEUE, f"the queue holds keys of {held / images:.0%} of the images")
+        return QUEUE.ok(f"the queue holds keys of {held / images:.0%} of the images")
     chance = method.chance_loss(batch_size)
     if method.negatives != "bank" or chance is None or chance.negatives is None:
         return None
     drawn = chance.negatives.count
     if drawn > images:
-        return warning(
-            QUEUE,
+        return QUEUE.warning(
             f"{drawn} negatives are drawn from a memory bank of {images} images, so each is drawn several times, the "
-            f"image itself too: set method.negatives = {_power_of_two(images / 4)}",
+            f"image itself too: set method.negatives = {fitting}"
         )
-    return ok(QUEUE, f"{drawn} negatives are drawn from a memory bank of {images} images")
+    return QUEUE.ok(f"{drawn} negatives are drawn from a memory bank of {images} images")
 
 
 def _power_of_two(limit: float) -> int:
@@ -105,19 +88,18 @@ def _momentum(recipe: Recipe, method: Method, start: Progress) -> Finding | None
     if isinstance(recipe.method, MomentumOptions) and recipe.method.momentum_half_life is not None:
         cure = f"set method.momentum_half_life = {_power_of_two(limit * start.batch_size / 2)}"
     if momentum == 1.0:
-        return warning(MOMENTUM, f"the teacher never moves (momentum 1): {cure}, unless you distil a fixed teacher")
+        return MOMENTUM.warning(f"the teacher never moves (momentum 1): {cure}, unless you distil a fixed teacher")
     if momentum < 0.9:
         what = "equals the student of the previous step" if momentum == 0 else "follows the student too fast"
-        return warning(MOMENTUM, f"the teacher {what} (momentum {momentum:.3g}); the papers use 0.99 to 0.999: {cure}")
+        return MOMENTUM.warning(f"the teacher {what} (momentum {momentum:.3g}); the papers use 0.99 to 0.999: {cure}")
     half_life = math.log(0.5) / math.log(momentum)
     if half_life > limit:
         until = f"the warm-up of {warmup:.0f}" if warmup else f"an eighth of the run, {limit:.0f}"
-        return warning(
-            MOMENTUM,
+        return MOMENTUM.warning(
             f"the teacher updates too slowly for this short run ({start.total_updates} steps): half of its random "
-            f"initial weights remain after {half_life:.0f} steps, longer than {until} steps; {cure}",
+            f"initial weights remain after {half_life:.0f} steps, longer than {until} steps; {cure}"
         )
-    return ok(MOMENTUM, f"{momentum:.4g}: the teacher's weights have a half-life of {half_life:.0f} steps")
+    return MOMENTUM.ok(f"{momentum:.4g}: the teacher's weights have a half-life of {half_life:.0f} steps")
 
 
 def _temperature(recipe: Recipe, method: Method) -> Finding | None:
@@ -126,29 +108,25 @@ def _temperature(recipe: Recipe, method: Method) -> Finding | None:
         return None
     if not 0.04 <= chance.temperature <= 1.0:
         what = "only the nearest negatives count" if chance.temperature < 0.04 else "all negatives count alike"
-        return warning(TEMPERATURE, f"at {chance.temperature:g} {what}: set method.temperature = 0.1")
-    return ok(TEMPERATURE, f"{chance.temperature:g}, as in the papers")
+        return TEMPERATURE.warning(f"at {chance.temperature:g} {what}: set method.temperature = 0.1")
+    return TEMPERATURE.ok(f"{chance.temperature:g}, as in the papers")
 
 
 def _batch_size(recipe: Recipe, method: Method) -> Finding:
     batch_size, groups, smallest = recipe.train.batch_size, method.bn_groups, method.smallest_batch
     if batch_size / groups < MIN_GROUP:
-        return warning(
-            BATCH,
-            f"{batch_size} images in {groups} BatchNorm groups are {batch_size / groups:g} per group, too few for "
-            f"batch statistics: set method.bn_groups = {max(batch_size // (4 * MIN_GROUP), 2)} or a larger "
-            "train.batch_size",
+        return BATCH.warning(
+            f"{batch_size / groups:g} images in each of {groups} BatchNorm groups are too few for batch statistics: "
+            f"set method.bn_groups = {max(batch_size // (4 * MIN_GROUP), 2)} or a larger train.batch_size"
         )
     if batch_size < smallest:
-        return warning(
-            BATCH,
+        return BATCH.warning(
             f"{batch_size} is small for {recipe.method_name}, whose paper goes down to {smallest}: set "
-            f"train.batch_size = {smallest} (and train.micro_batch if memory is short), or use a method with a queue, "
-            "such as moco_v2",
+            f"train.batch_size = {smallest} (with train.micro_batch if memory is short), or use a queue, as in moco_v2"
         )
     if batch_size < MIN_BATCH:
-        return warning(BATCH, f"{batch_size} is small for any method: set train.batch_size = {MIN_BATCH} or more")
-    return ok(BATCH, f"{batch_size}" + (f", {batch_size / groups:g} in each BatchNorm group" if groups > 1 else ""))
+        return BATCH.warning(f"{batch_size} is small for any method: set train.batch_size = {MIN_BATCH} or more")
+    return BATCH.ok(f"{batch_size}" + (f", {batch_size / groups:g} in each BatchNorm group" if groups > 1 else ""))
 
 
 def _learning_rate(recipe: Recipe, method: Method) -> Finding:
@@ -158,11 +136,10 @@ def _learning_rate(recipe: Recipe, method: Method) -> Finding:
     if optim.get("name") != name or "lr" not in optim:
         lowest, highest = USUAL_RATES[name]
         if lowest <= peak <= highest:
-            return ok(RATE, f"peak {peak:.3g}, usual for {name} (the paper uses another optimizer)")
-        return warning(
-            RATE,
+            return RATE.ok(f"peak {peak:.3g}, usual for {name} (the paper uses another optimizer)")
+        return RATE.warning(
             f"a peak of {peak:.3g} is outside the usual range of {name}, {lowest:g} to {highest:g}: set optim.lr so "
-            f"that the peak is about {(lowest * highest) ** 0.5:.1g}",
+            f"that the peak is about {(lowest * highest) ** 0.5:.1g}"
         )
     is_linear = optim.get("lr_rule", "linear") != "none"
     paper_batch = 256 if is_linear else paper.get("train", {}).get("batch_size", batch_size)
@@ -174,15 +151,15 @@ def _learning_rate(recipe: Recipe, method: Method) -> Finding:
     lowest = 0.01 if recipe.backbone.pretrained else 0.2  # continuing from trained weights needs a low rate
     if unscaled or is_high or ratio < lowest or not peak:
         cure = 'set optim.lr_rule = "linear"' if unscaled else f"set optim.lr so that the peak is about {expected:.2g}"
-        return warning(RATE, f"a peak of {peak:.3g} is {ratio:.3g} times {expected:.3g} ({rule}): {cure}")
-    return ok(RATE, f"peak {peak:.3g}; the paper's rule gives {expected:.3g} ({rule})")
+        return RATE.warning(f"a peak of {peak:.3g} is {ratio:.3g} times {expected:.3g} ({rule}): {cure}")
+    return RATE.ok(f"peak {peak:.3g}; the paper's rule gives {expected:.3g} ({rule})")
 
 
 def _weight_decay(recipe: Recipe) -> Finding:
     decay, name = recipe.optim.weight_decay, recipe.optim.name
     if decay > MAX_DECAY[name]:
-        return warning(DECAY, f"{decay:g} is too high for {name}: set optim.weight_decay = {MAX_DECAY[name] / 5:g}")
-    return ok(DECAY, f"{decay:g}")
+        return DECAY.warning(f"{decay:g} is too high for {name}: set optim.weight_decay = {MAX_DECAY[name] / 5:g}")
+    return DECAY.ok(f"{decay:g}")
 
 
 def _schedule(recipe: Recipe, start: Progress) -> Finding:
@@ -190,55 +167,45 @@ def _schedule(recipe: Recipe, start: Progress) -> Finding:
     late = [milestone for milestone in schedule.milestones if milestone >= epochs]
     if schedule.decay == "steps" and late:
         fitting = [round(epochs * share, 1) for share in (0.6, 0.8)]
-        return warning(
-            SCHEDULE,
+        return SCHEDULE.warning(
             f"milestones {', '.join(f'{milestone:g}' for milestone in late)} are after the last of the {epochs} "
-            f"epochs and have no effect: set schedule.milestones = {fitting}",
+            f"epochs and have no effect: set schedule.milestones = {fitting}"
         )
     if recipe.train.head_warmup_epochs >= epochs:
         cure = f"set train.head_warmup_epochs = {epochs / 10:g}"
-        return warning(SCHEDULE, f"the backbone is frozen in all {epochs} epochs and never learns: {cure}")
+        return SCHEDULE.warning(f"the backbone is frozen in all {epochs} epochs and never learns: {cure}")
     usual = f"set schedule.warmup_epochs = {round(epochs / 10, 1):g}"
     if schedule.warmup_epochs > epochs / 3:
-        return warning(
-            SCHEDULE, f"{schedule.warmup_epochs:g} of {epochs} epochs are warm-up, more than in any paper: {usual}"
-        )
-    is_large = recipe.train.batch_size >= LARGE_BATCH
-    if not schedule.warmup_epochs and is_large and recipe.optim.name not in ("sgd", "larc"):
-        return warning(
-            SCHEDULE,
-            f"{recipe.optim.name} may diverge without a warm-up at batch size {recipe.train.batch_size}: {usual}",
-        )
+        return SCHEDULE.warning(f"{schedule.warmup_epochs:g} of {epochs} epochs are warm-up, a large part: {usual}")
+    name, batch_size = recipe.optim.name, recipe.train.batch_size
+    if not schedule.warmup_epochs and batch_size >= LARGE_BATCH and name not in ("sgd", "larc"):
+        return SCHEDULE.warning(f"{name} may diverge without a warm-up at batch size {batch_size}: {usual}")
     if total < MIN_UPDATES:
         needed = math.ceil(MIN_UPDATES / start.updates_per_epoch)
-        return warning(SCHEDULE, f"{total} updates are too few to learn much: set train.epochs = {needed} or more")
-    return ok(SCHEDULE, f"{total} updates, {schedule.warmup_epochs * start.updates_per_epoch:.0f} of them warm-up")
+        return SCHEDULE.warning(f"{total} updates are too few to learn much: set train.epochs = {needed} or more")
+    return SCHEDULE.ok(f"{total} updates, {schedule.warmup_epochs * start.updates_per_epoch:.0f} of them warm-up")
 
 
 def _saving(recipe: Recipe) -> Finding:
     rules = recipe.checkpoint
     if not rules.every_steps and not rules.every_minutes:
-        return warning(SAVING, "nothing is saved before the end of the run: set checkpoint.every_minutes = 30")
+        return SAVING.warning("nothing is saved before the end of the run: set checkpoint.every_minutes = 30")
     every = f"{rules.every_minutes:g} minutes" if rules.every_minutes else f"{rules.every_steps} steps"
-    return ok(SAVING, f"a checkpoint every {every}")
+    return SAVING.ok(f"a checkpoint every {every}")
 
 
 def _slices(recipe: Recipe, method: Method) -> Finding:
     """Slices have batch statistics of their own; without shuffled keys these identify the positive."""
     micro_batch = recipe.train.micro_batch
     if not micro_batch:
-        return ok(SLICES, "none: each process computes its batch at once")
+        return SLICES.ok("none: each process computes its batch at once")
     if not has_batch_norm(method.backbone):
-        return ok(SLICES, "exact: the backbone has no BatchNorm")
+        return SLICES.ok("exact: the backbone has no BatchNorm")
     if micro_batch < MIN_GROUP:
-        return warning(
-            SLICES, f"{micro_batch} images are too few for BatchNorm's statistics: set train.micro_batch = {MIN_GROUP}"
-        )
+        return SLICES.warning(f"{micro_batch} images are too few for BatchNorm: set train.micro_batch = {MIN_GROUP}")
     if method.bn_groups > 1 and not method.shuffle_keys:
-        return warning(
-            SLICES,
-            f"slices of {micro_batch} images have BatchNorm statistics of their own, which distinguish a positive from "
-            "most negatives, as this method does not shuffle keys: set train.micro_batch = 0, or use a backbone "
-            "without BatchNorm, such as a ViT",
+        return SLICES.warning(
+            f"slices of {micro_batch} images have BatchNorm statistics of their own, which identify a positive among "
+            "the negatives, as keys are not shuffled: set train.micro_batch = 0, or use a ViT, which has no BatchNorm"
         )
-    return ok(SLICES, f"of {micro_batch} images, each with BatchNorm statistics of its own")
+    return SLICES.ok(f"of {micro_batch} images, each with BatchNorm statistics of its own")

@@ -4,19 +4,13 @@ import os
 
 import torch
 
+from sslkit.data.augment.cpu import normalise
 from sslkit.data.sources.image_source import ImageSource, open_source
-from sslkit.doctor.cost_forecast import (
-    LOADING,
-    MEMORY,
-    check_precision,
-    check_threads,
-    forecast_memory,
-    forecast_time,
-)
-from sslkit.doctor.doctor_setup import num_processes, set_up_checks
-from sslkit.doctor.findings import Finding, LogMessage, Report, attempt, fault, first_line
+from sslkit.doctor.cost_forecast import LOADING, MEMORY, check_precision, check_threads, forecast_memory, forecast_time
+from sslkit.doctor.doctor_setup import launched_processes, num_processes, set_up_checks
+from sslkit.doctor.findings import Finding, LogMessage, Report, describe_error
 from sslkit.doctor.image_checks import ImageSummary, check_alpha, check_pixels, summarise_images
-from sslkit.doctor.process_checks import check_processes, launched_processes, not_launched
+from sslkit.doctor.process_checks import NOT_LAUNCHED, check_processes
 from sslkit.doctor.recipe_advice import check_settings
 from sslkit.doctor.training_checks import CONTRACT, STEP, check_batch_norm_leak, check_training
 from sslkit.doctor.view_checks import check_views
@@ -25,32 +19,21 @@ from sslkit.errors import UserError
 from sslkit.recipe.resolve import Recipe
 
 
-def _ignore(_message: str) -> None:
-    """Show no progress."""
-
-
-def check_recipe(recipe: Recipe, log_message: LogMessage = _ignore) -> Report:
+def check_recipe(recipe: Recipe, log_message: LogMessage = lambda _message: None) -> Report:
     """Build the recipe's method, make a step on a few images of its data, and check the settings.
 
     Under a launcher all processes take part in the check ``processes agree``; the first one makes the others.
 
-    Args:
-        recipe: What `load_recipe` returned.
-        log_message: Called with a line of text before each stage.
-
-    Returns:
-        All findings; none on processes other than the first.
+    Processes other than the first return no findings. ``log_message`` is called with a line of text before each stage.
 
     Raises:
         UserError: The recipe, the data or the machine cannot be used at all.
     """
     source = open_source(recipe.data).without_labels()
     steps_per_epoch(recipe, source)
-    agreement = not_launched()
-    if launched_processes() > 1:
-        agreement = check_processes(recipe, source)
-        if int(os.environ.get("RANK", "0")):
-            return Report([])
+    agreement = check_processes(recipe, source) if launched_processes() > 1 else NOT_LAUNCHED
+    if os.environ.get("RANK", "0") != "0":
+        return Report([])
     log_message(f"checking {len(source)} images of {source.description} and their views")
     images = summarise_images(source)
     of_data = [*check_views(recipe, source), check_alpha(source)]
@@ -59,13 +42,9 @@ def check_recipe(recipe: Recipe, log_message: LogMessage = _ignore) -> Report:
 
 
 def check_method(
-    recipe: Recipe, source: ImageSource, images: ImageSummary, log_message: LogMessage = _ignore
+    recipe: Recipe, source: ImageSource, images: ImageSummary, log_message: LogMessage = lambda _message: None
 ) -> list[Finding]:
-    """All checks that need the method.
-
-    Raises:
-        UserError: The batch does not fit the method's BN groups or the number of processes.
-    """
+    """All checks that need the method; a UserError if the batch does not fit its BN groups or the processes."""
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.train.seed)
@@ -73,7 +52,7 @@ def check_method(
     except UserError:
         raise
     except Exception as error:
-        return [fault(STEP, f"the method cannot be built: {first_line(error)}")]
+        return [STEP.fault(f"the method cannot be built: {describe_error(error)}")]
     check_batch_split(recipe, method, num_processes(recipe))
     bn_groups = method.bn_groups
     setup = set_up_checks(recipe, source, method, log_message)
@@ -86,7 +65,7 @@ def check_method(
         *of_step,
         check_batch_norm_leak(method),
         *check_settings(recipe, method, images),
-        check_pixels(setup.prepare(setup.views[0])),
-        attempt(MEMORY, lambda: forecast_memory(setup, record)),
-        attempt(LOADING, lambda: forecast_time(setup, source, record)),
+        check_pixels(normalise(setup.views[0], recipe.views.mean, recipe.views.std)),
+        MEMORY.attempt(lambda _: forecast_memory(setup, record)),
+        LOADING.attempt(lambda _: forecast_time(setup, source, record)),
     ]

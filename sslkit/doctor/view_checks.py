@@ -11,10 +11,10 @@ from sslkit.data.loading.loader import make_loader
 from sslkit.data.order.epoch_order import epoch_order
 from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import ImageSource
-from sslkit.doctor.findings import Finding, fault, not_applicable, ok
+from sslkit.doctor.findings import Check, Finding
 from sslkit.recipe.resolve import Recipe
 
-VIEWS, EPOCHS, SAMPLES, WORKERS = "views", "views by epoch", "views by image", "views by worker"
+VIEWS, EPOCHS, SAMPLES, WORKERS = map(Check, ("views", "views by epoch", "views by image", "views by worker"))
 
 NUM_IMAGES = 8
 Pixels = NDArray[np.uint8]
@@ -32,23 +32,25 @@ def check_views(recipe: Recipe, source: ImageSource) -> list[Finding]:
     pairs, epochs = equal_share(first, second), equal_share(first, [views[0] for views in later])
     others = equal_share([of_one_image[0]] * (NUM_IMAGES - 1), of_one_image[1:])
     if min(pairs, epochs, others) == 1.0:
-        same = fault(
-            VIEWS, "all views of an image are equal, as no transform is random: set views.crop_scale = [0.2, 1.0]"
+        same = VIEWS.fault(
+            "all views of an image are equal, as no transform is random: set views.crop_scale = [0.2, 1.0]"
         )
-        return [same, *[not_applicable(check, f"see {VIEWS}") for check in (EPOCHS, SAMPLES, WORKERS)]]
+        return [same, *[check.not_applicable(f"see {VIEWS}") for check in (EPOCHS, SAMPLES, WORKERS)]]
     difference = float(np.mean([np.abs(a.astype(int) - b).mean() for a, b in zip(first, second, strict=True)]))
+    by = f"by {difference:.0f} of {np.iinfo(first[0].dtype).max} on average"
+    compared = (
+        (VIEWS, pairs, "the two views of an image are equal", f"the two views of an image differ {by}"),
+        (EPOCHS, epochs, "an image has the same views in every epoch", "an image has new views in every epoch"),
+        (SAMPLES, others, "all images get the same transforms", "every image gets its own transforms"),
+    )
     findings = [
-        _compare(
-            VIEWS,
-            pairs,
-            "the two views of an image are equal",
-            f"the two views of an image differ by {difference:.0f} of {np.iinfo(first[0].dtype).max} on average",
-        ),
-        _compare(EPOCHS, epochs, "an image has the same views in every epoch", "an image has new views in every epoch"),
-        _compare(SAMPLES, others, "all images get the same transforms", "every image gets its own transforms"),
+        check.fault(f"{problem} ({equal:.0%} of {NUM_IMAGES} images): the random draws repeat")
+        if equal > 0.5
+        else check.ok(otherwise)
+        for check, equal, problem, otherwise in compared
     ]
     if any(finding.verdict == "fault" for finding in findings):
-        return [*findings, not_applicable(WORKERS, "see the other checks of views")]
+        return [*findings, WORKERS.not_applicable("see the other checks of views")]
     return [*findings, check_workers(recipe, source, samples[0])]
 
 
@@ -64,21 +66,14 @@ def check_workers(recipe: Recipe, source: ImageSource, sample: int) -> Finding:
     image = repeated.read(0)
     here = [pipeline(image, 0, int(number))[0] for number in loaded[0].sample_ids]
     if equal_share(one, other) > 0.5:
-        return fault(WORKERS, "two data workers draw the same transforms")
+        return WORKERS.fault("two data workers draw the same transforms")
     if equal_share(one, here) < 1.0:
-        return fault(
-            WORKERS,
-            "a data worker makes other views than this process for the same epoch and image, so a resumed run differs",
+        return WORKERS.fault(
+            "a data worker makes other views than this process for the same epoch and image, so a resumed run differs"
         )
-    return ok(WORKERS, "views do not depend on which data worker makes them")
+    return WORKERS.ok("views do not depend on which data worker makes them")
 
 
 def equal_share(ones: Sequence[Pixels], others: Sequence[Pixels]) -> float:
     """Share of pairs that are equal in every pixel."""
     return float(np.mean([np.array_equal(a, b) for a, b in zip(ones, others, strict=True)]))
-
-
-def _compare(check: str, equal: float, problem: str, otherwise: str) -> Finding:
-    if equal > 0.5:
-        return fault(check, f"{problem} ({equal:.0%} of {NUM_IMAGES} images): the random draws repeat")
-    return ok(check, otherwise)

@@ -15,25 +15,15 @@ KEYS = ("read", "decode", "views", "crops", "pixels")
 
 @dataclass(frozen=True)
 class ImageCosts:
-    """Seconds of one core for one image, averaged over ``images`` images.
-
-    Attributes:
-        images: Number of images measured.
-        read: Seconds to read the file or the row of the table.
-        decode: Seconds to decode it to pixels.
-        views: Seconds to make all views on the CPU.
-        crops: Seconds to make the crops alone, which remain on the CPU if an accelerator changes the colours.
-        pixels: Number of pixels of an image.
-        unreadable: Number of further images that could not be read.
-    """
+    """Seconds of one core for one image, averaged over ``images`` images."""
 
     images: int
-    read: float
-    decode: float
-    views: float
-    crops: float
-    pixels: float
-    unreadable: int = 0
+    read: float  # of the file, or the row of the table
+    decode: float  # to pixels
+    views: float  # all views, on the CPU
+    crops: float  # the crops alone, which remain on the CPU if an accelerator changes the colours
+    pixels: float  # of an image
+    unreadable: int = 0  # further images that could not be read
 
     @property
     def seconds(self) -> float:
@@ -42,10 +32,9 @@ class ImageCosts:
 
 
 def image_costs(source: ImageSource, pipeline: ViewPipeline, seconds: float) -> ImageCosts:
-    """Measure images spread over a source, one after the other, for about ``seconds``; unreadable ones are left out.
+    """Measure images spread over a source, one after the other, for about ``seconds``.
 
-    Raises:
-        UnreadableImage: No image that was tried can be read.
+    Unreadable images are left out; if all are unreadable, raise the last `UnreadableImage`.
     """
     found: list[ImageCosts] = []
     bad: list[UnreadableImage] = []

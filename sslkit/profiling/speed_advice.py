@@ -15,15 +15,10 @@ ASPECT_RATIO = 4 / 3  # of a photograph
 
 @dataclass(frozen=True)
 class Change:
-    """A change and its estimated effect.
+    """A change and its estimated effect."""
 
-    Attributes:
-        what: The key to set, or the command to run.
-        gain: How many times faster a step would be, computed from the measurements.
-    """
-
-    what: str
-    gain: float
+    what: str  # the key to set, or the command to run
+    gain: float  # how many times faster a step would be, computed from the measurements
 
 
 def changes_that_help(measured: Profile, recipe: Recipe) -> list[Change]:
@@ -60,7 +55,7 @@ def _of_computing(measured: Profile, recipe: Recipe) -> list[Change]:
     stages, train = measured.stages, recipe.train
     savings = []
     if measured.bf16 is not None:
-        passes = stages[STUDENT] + stages[TEACHER] + stages[BACKWARD]
+        passes = share_of_passes(measured) * measured.step
         savings.append(('set train.precision = "bf16"', (1 - measured.bf16) * passes))
     if train.micro_batch:
         savings.append(("set a larger train.micro_batch, or 0, if memory allows", stages[STUDENT] / 2))

@@ -3,10 +3,10 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
-from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -14,15 +14,9 @@ import torch.distributed as dist
 from sslkit.engine import step as step_module
 from sslkit.engine.state import TrainingState
 
-TRANSFER = "transfer, device views"
-STUDENT = "student forward"
-TEACHER = "teacher forward"
-OBJECTIVE = "heads and loss"
-BACKWARD = "backward"
-COLLECTIVES = "collectives"
-OPTIMIZER = "optimizer"
-AFTER = "teacher's move, queue"
-REST = "the rest"
+STUDENT, TEACHER, BACKWARD = "student forward", "teacher forward", "backward"
+TRANSFER, OBJECTIVE, OPTIMIZER = "transfer, device views", "heads and loss", "optimizer"
+COLLECTIVES, AFTER, REST = "collectives", "teacher's move, queue", "the rest"
 STAGES = (TRANSFER, STUDENT, TEACHER, OBJECTIVE, BACKWARD, COLLECTIVES, OPTIMIZER, AFTER, REST)
 
 # What `sslkit.distributed.collectives` calls. DDP reduces gradients during the backward pass.
@@ -30,15 +24,11 @@ CALLS = ("all_reduce", "all_gather_into_tensor", "all_to_all_single", "broadcast
 
 
 class StageTimer:
-    """Seconds of each stage. It waits for the device at each boundary: work counts in the stage that started it.
-
-    Attributes:
-        seconds: Time of each stage, without the stages inside it.
-    """
+    """Seconds of each stage. It waits for the device at each boundary: work counts in the stage that started it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.seconds: dict[str, float] = defaultdict(float)  # of each stage, without the stages inside it
         self._open: list[str] = []
         self._since = 0.0
 
@@ -92,14 +82,7 @@ def timed(training: TrainingState, timer: StageTimer) -> Iterator[StageTimer]:
         (step_module, "forward_and_backward", BACKWARD),  # without the stages inside it
         *((dist, name, COLLECTIVES) for name in CALLS),
     ]
-    original = {(owner, name): getattr(owner, name) for owner, name, _ in parts}
-    for owner, name, stage in parts:
-        setattr(owner, name, timer.wrap(original[owner, name], stage))
-    try:
+    with ExitStack() as wrapped:
+        for owner, name, stage in parts:
+            wrapped.enter_context(patch.object(owner, name, timer.wrap(getattr(owner, name), stage)))
         yield timer
-    finally:
-        for owner, name, _ in parts:
-            if isinstance(owner, ModuleType):
-                setattr(owner, name, original[owner, name])
-            else:
-                delattr(owner, name)  # the class has the original

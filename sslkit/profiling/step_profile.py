@@ -26,43 +26,27 @@ from sslkit.recipe.resolve import Recipe
 
 CPU = torch.device("cpu")
 WARM_UP_STEPS = 3  # kernels are chosen and memory is allocated
-MIN_STEPS = 3  # of each measurement
+MIN_STEPS = 3.0  # of each measurement; the processes compare floats
 ENDLESS = 2**40  # steps
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The measurements of one process. Times are in seconds for one step.
+    """The measurements of one process. Times are in seconds for one step."""
 
-    Attributes:
-        device: Name of the device.
-        process: Rank of this process.
-        processes: Number of processes.
-        cores: Cores of this machine for each process.
-        workers: Data workers of each process.
-        batch: Images of a step on this process.
-        steps: Number of steps measured as in a run.
-        step: Time of a step as in a run.
-        waiting: The part of ``step`` spent waiting for data.
-        stages: Time of each stage, synchronised with the device at its end; without waiting for data.
-        images: Time that a data worker needs for an image.
-        bf16: Time of the student's passes in bfloat16, divided by that in float32; None if it was not measured.
-        peak_bytes: Peak memory of the device; None on CPUs.
-    """
-
-    device: str
-    process: int
-    processes: int
-    cores: int
-    workers: int
-    batch: int
-    steps: int
-    step: float
-    waiting: float
-    stages: dict[str, float]
-    images: ImageCosts
-    bf16: float | None
-    peak_bytes: int | None
+    device: str  # name
+    process: int  # rank
+    processes: int  # in all
+    cores: int  # of this machine for each process
+    workers: int  # data workers of each process
+    batch: int  # images of a step on this process
+    steps: int  # measured as in a run
+    step: float  # time of a step as in a run
+    waiting: float  # the part of ``step`` spent waiting for data
+    stages: dict[str, float]  # each synchronised with the device at its end; without waiting for data
+    images: ImageCosts  # time that a data worker needs for an image
+    bf16: float | None  # time of the student's passes relative to float32; None if it was not measured
+    peak_bytes: int | None  # memory of the device; None on CPUs
 
     @property
     def images_per_second(self) -> float:
@@ -76,11 +60,7 @@ class Profile:
 
 
 def profile(recipe: Recipe, seconds: float = 20.0) -> Profile:
-    """Set up a run and measure its steps for about ``seconds``; nothing is written to disk.
-
-    Raises:
-        UserError: The recipe or the data is wrong.
-    """
+    """Set up a run and measure its steps for about ``seconds``; nothing is written to disk."""
     source = open_source(recipe.data).without_labels()
     steps_per_epoch(recipe, source)
     with one_thread():

@@ -1,5 +1,6 @@
 """Checks of a recipe that involve several tables."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sslkit.data.augment.policies import POLICIES
@@ -12,6 +13,11 @@ if TYPE_CHECKING:
     from sslkit.recipe.resolve import Recipe
 
 
+def contradictions(recipe: "Recipe") -> list[str]:
+    """Check values of different tables against each other; returns one sentence per mistake."""
+    return [*_path_mistakes(recipe), *_pairs_that_do_not_fit(recipe), *_views_not_taken(recipe), *_not_sharded(recipe)]
+
+
 def _path_mistakes(recipe: "Recipe") -> list[str]:
     """Check that all paths can be written to TOML."""
     named = [*recipe.data.paths(), ("[monitor] data", recipe.monitor.data)]
@@ -19,51 +25,34 @@ def _path_mistakes(recipe: "Recipe") -> list[str]:
     return [f"{key}: {fault}" for key, path in named if (fault := path_problem(path))]
 
 
-def contradictions(recipe: "Recipe") -> list[str]:
-    """Check values of different tables against each other; returns one sentence per mistake."""
-    mistakes = _path_mistakes(recipe)
-    if recipe.schedule.warmup_epochs > recipe.train.epochs:
-        mistakes.append(
-            f"[schedule] warmup_epochs: {recipe.schedule.warmup_epochs:g} epochs of warm-up do not fit in "
-            f"[train] epochs = {recipe.train.epochs}"
-        )
-    if recipe.backbone.img_size and not takes_image_size(recipe.backbone.name):
-        mistakes.append(
-            f"[backbone] img_size: {recipe.backbone.name!r} takes images of any size; leave it out and set [views] size"
-        )
-    if recipe.checkpoint.keep_best and not recipe.monitor.every_epochs:
-        mistakes.append(
-            f"[checkpoint] keep_best: {recipe.checkpoint.keep_best!r} needs the monitor; set [monitor] "
-            "every_epochs and data"
-        )
-    if (recipe.data.channels or 3) != recipe.backbone.channels or recipe.data.channels == 3:
-        mistakes.append(
-            f"[data] channels: {recipe.data.channels}, but the backbone takes {recipe.backbone.channels}; leave it "
-            "out and set [backbone] args.in_chans"
-        )
-    mistakes += [f"[views] {mistake}" for mistake in recipe.views.unfit_for(recipe.backbone.channels)]
-    mistakes += _views_not_taken(recipe)
-    if recipe.schedule.decay == "steps" and not recipe.schedule.milestones:
-        mistakes.append(
-            "[schedule] milestones: decay = 'steps' needs the epochs of the learning rate drops, such as [120, 160]"
-        )
-    return mistakes + _not_sharded(recipe)
+def _pairs_that_do_not_fit(recipe: "Recipe") -> Iterator[str]:
+    """Check keys of two tables against each other."""
+    backbone, schedule, channels = recipe.backbone, recipe.schedule, recipe.data.channels
+    warmup, epochs, keep_best = schedule.warmup_epochs, recipe.train.epochs, recipe.checkpoint.keep_best
+    if warmup > epochs:
+        yield f"[schedule] warmup_epochs: {warmup:g} epochs of warm-up do not fit in [train] epochs = {epochs}"
+    if schedule.decay == "steps" and not schedule.milestones:
+        yield "[schedule] milestones: decay = 'steps' needs the epochs of the learning rate drops, such as [120, 160]"
+    if backbone.img_size and not takes_image_size(backbone.name):
+        yield f"[backbone] img_size: {backbone.name!r} takes images of any size; leave it out and set [views] size"
+    if keep_best and not recipe.monitor.every_epochs:
+        yield f"[checkpoint] keep_best: {keep_best!r} needs the monitor; set [monitor] every_epochs and data"
+    if (channels or 3) != backbone.channels or channels == 3:
+        fit = f"the backbone takes {backbone.channels}"
+        yield f"[data] channels: {channels}, but {fit}; leave it out and set [backbone] args.in_chans"
+    yield from (f"[views] {mistake}" for mistake in recipe.views.unfit_for(backbone.channels))
 
 
-def _views_not_taken(recipe: "Recipe") -> list[str]:
+def _views_not_taken(recipe: "Recipe") -> Iterator[str]:
     """Compare the configured views with those that the method takes."""
     name, method, counts = recipe.method_name, find_method(recipe.method_name), recipe.views.counts()
-    mistakes = []
     if view_mistake(name, method, "global", counts["global"]):
-        mistakes.append(
-            f"[method] name: {name} takes {method.views.get('global', 0)} global views, but sslkit makes "
-            f"{counts['global']} of each image"
-        )
+        takes = f"{name} takes {method.views.get('global', 0)} global views"
+        yield f"[method] name: {takes}, but sslkit makes {counts['global']} of each image"
     if mistake := view_mistake(name, method, "local", counts["local"]):
         of_policy = POLICIES[recipe.views.policy].get("local", {}).get("count", 0) == counts["local"] != 0
         origin = f" (of policy {recipe.views.policy!r})" if of_policy else ""
-        mistakes.append(f"[views.local] count: {counts['local']}{origin}, but {mistake}")
-    return mistakes
+        yield f"[views.local] count: {counts['local']}{origin}, but {mistake}"
 
 
 def _not_sharded(recipe: "Recipe") -> list[str]:

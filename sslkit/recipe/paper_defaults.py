@@ -32,10 +32,7 @@ def values_of_another_run(method: type[Method], tables: Mapping[str, Any], parse
     usual = [run for run in runs if run.train.items() <= defaults.get("train", {}).items()]
     if not usual or any(run.train.items() <= asked.items() for run in runs):
         return []
-    kinds = {
-        "optim": "name",
-        "schedule": "decay",
-    }  # with another one, values are not the paper's
+    kinds = {"optim": "name", "schedule": "decay"}  # with another one, values are not the paper's
     filled = [
         f"[{table}] {key} = {value}"
         for table, keys in usual[0].tables.items()
@@ -56,12 +53,7 @@ def values_of_another_run(method: type[Method], tables: Mapping[str, Any], parse
 def origin_of_views(given: dict[str, Any], views: ViewsConfig) -> str:
     """A message about which views are made if a recipe is older than `LATER_KEYS`, or keeps the earlier views.
 
-    Args:
-        given: The ``[views]`` table as stated.
-        views: The resolved table.
-
-    Returns:
-        The message; empty if there is nothing to report.
+    ``given`` is the ``[views]`` table as stated. Empty if there is nothing to report.
     """
     policy = {key: POLICIES[views.policy].get(key, ViewsConfig.model_fields[key].default) for key in LATER_KEYS}
     earlier = {key: ViewsConfig.model_fields[key].default for key in LATER_KEYS}

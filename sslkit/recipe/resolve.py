@@ -21,20 +21,10 @@ from sslkit.data.sources.image_source import DataConfig
 from sslkit.errors import UserError, check_path, near_miss
 from sslkit.methods import MethodOptions, canonical_name, find_method
 from sslkit.parts.backbone import BackboneConfig, check_name
+from sslkit.recipe import schema
 from sslkit.recipe.cross_checks import contradictions
 from sslkit.recipe.paper_defaults import origin_of_views, paper_defaults, values_of_another_run
-from sslkit.recipe.schema import (
-    MAX_RECIPE_BYTES,
-    TABLES,
-    CheckpointConfig,
-    GuardConfig,
-    MonitorConfig,
-    OptimConfig,
-    ScheduleConfig,
-    TrackConfig,
-    TrainConfig,
-    check_plain,
-)
+from sslkit.recipe.schema import MAX_RECIPE_BYTES, TABLES, check_plain
 
 ACCUMULATION = (
     "accumulating gradients of small batches changes the loss, because every image meets fewer negatives; "
@@ -46,26 +36,22 @@ ALL_TABLES = ("method", *TABLES, "reference")
 
 @dataclass(frozen=True)
 class Recipe:
-    """A resolved recipe. Each attribute is a table.
-
-    ``reference`` has free keys: published figures and their source. ``remarks`` are messages about values that were
-    filled in.
-    """
+    """A resolved recipe. Each attribute is a table."""
 
     method_name: str
     method: MethodOptions
     backbone: BackboneConfig
     data: DataConfig
     views: ViewsConfig
-    optim: OptimConfig
-    schedule: ScheduleConfig
-    train: TrainConfig
-    monitor: MonitorConfig
-    checkpoint: CheckpointConfig
-    guard: GuardConfig
-    track: TrackConfig
-    reference: dict[str, Any]
-    remarks: tuple[str, ...] = field(default=(), compare=False)
+    optim: schema.OptimConfig
+    schedule: schema.ScheduleConfig
+    train: schema.TrainConfig
+    monitor: schema.MonitorConfig
+    checkpoint: schema.CheckpointConfig
+    guard: schema.GuardConfig
+    track: schema.TrackConfig
+    reference: dict[str, Any]  # free keys: published figures and their source
+    remarks: tuple[str, ...] = field(default=(), compare=False)  # messages about values that were filled in
 
     @property
     def peak_lr(self) -> float:
@@ -81,10 +67,11 @@ class Recipe:
     def as_tables(self) -> dict[str, dict[str, Any]]:
         """All values of the recipe as plain data, ready for TOML or JSON."""
         tables = {
-            name: getattr(self, name).model_dump(mode="json", exclude_none=True, by_alias=True) for name in TABLES
+            name: getattr(self, name).model_dump(mode="json", exclude_none=True, by_alias=True)
+            for name in ("method", *TABLES)
         }
-        method = {"name": self.method_name, **self.method.model_dump(mode="json", exclude_none=True)}
-        return {"method": method, **tables, "reference": self.reference}
+        tables["method"] = {"name": self.method_name, **tables["method"]}
+        return {**tables, "reference": self.reference}
 
     def to_toml(self) -> str:
         """The resolved recipe as TOML. Loading it gives an equal recipe."""
@@ -95,27 +82,19 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     """Read a recipe from a file, or a shipped one by name, and resolve it.
 
     The ``recipe.toml`` of a run folder keeps the views of its run, even if it is older than some keys of ``[views]``.
-    In other recipes the policy fills missing keys.
+    In other recipes the policy fills missing keys. A UserError has one sentence per mistake.
 
     Args:
         source: Path of a TOML file, or a name such as ``"mocov3_vits"``.
         overrides: ``"table.key=value"`` strings, values in TOML (bare words are taken as strings).
-
-    Raises:
-        UserError: One sentence per mistake, with file, table, key and the nearest valid name.
     """
     file = find_recipe(source)
-    tables = read_tables(file)
-    tables = _with_views_saved(tables) if is_of_run(file) else tables
+    tables = _with_views_saved(read_tables(file)) if is_of_run(file) else read_tables(file)
     return build_recipe(tables, overrides, name=str(source), folder=file.parent)
 
 
 def read_tables(file: Path) -> dict[str, Any]:
-    """Read the tables of a TOML file of bounded size, without resolving them.
-
-    Raises:
-        UserError: The file is not valid TOML.
-    """
+    """Read the tables of a TOML file of bounded size, without resolving them; a UserError if it is not valid TOML."""
     try:
         if file.stat().st_size > MAX_RECIPE_BYTES:
             raise UserError(f"{file}: more than {MAX_RECIPE_BYTES} bytes; a recipe is smaller")
@@ -123,28 +102,21 @@ def read_tables(file: Path) -> dict[str, Any]:
         if content[:2] in UTF16:
             raise UserError(f"{file}: is encoded in UTF-16, but TOML must be UTF-8; save it as UTF-8")
         tables = tomllib.loads(content.decode("utf-8-sig"))  # editors on Windows write a byte order mark
+    except UserError:
+        raise
     except (OSError, ValueError, RecursionError) as error:  # tomllib raises more than its own error
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{file}: not a readable TOML file: {str(error)[:300]}") from error
     check_plain(tables, str(file))
     return tables
 
 
 def load_saved(file: Path) -> Recipe:
-    """Read the recipe that a run saved; see `as_saved`.
-
-    Raises:
-        UserError: The file is not a recipe.
-    """
+    """Read the recipe that a run saved; see `as_saved`. A UserError if the file is not a recipe."""
     return build_recipe(as_saved(read_tables(file)), name=str(file))
 
 
 def as_saved(tables: dict[str, Any]) -> dict[str, Any]:
-    """The tables that a run saved, with the earlier behaviour for keys that are newer than the run.
-
-    A run saves every key, so a missing key is newer.
-    """
+    """The tables that a run saved, with the earlier behaviour for missing keys, which are newer than the run."""
     data, tables = tables.get("data"), _with_views_saved(tables)
     return {**tables, "data": {"background": KEEP, **data}} if isinstance(data, dict) else tables
 
@@ -164,24 +136,17 @@ def build_recipe(
 ) -> Recipe:
     """Resolve parsed tables; see `load_recipe`.
 
-    Args:
-        tables: The tables of the recipe.
-        overrides: See `load_recipe`.
-        name: Starts every error message.
-        folder: Folder of the recipe; pipeline files of ``[views]`` are searched there.
+    ``name`` starts every error message. Pipeline files of ``[views]`` are searched in ``folder``.
     """
     tables = {table: dict(keys) if isinstance(keys, dict) else keys for table, keys in tables.items()}
     for override in overrides or []:
         _apply_override(tables, override)
     check_plain(tables, name)
-    if mistakes := _shape_mistakes(tables) or _name_mistakes(tables):
-        raise _refusal(name, mistakes)
+    _refuse(name, _shape_mistakes(tables) or _name_mistakes(tables))
     method_name = canonical_name(tables["method"]["name"])
     method = find_method(method_name)
-    defaults = paper_defaults(method, tables)
-    layered = _lay_over(defaults, tables)
-    layered["views"], of_views = resolve_views(layered["views"], folder)
-    mistakes += of_views
+    layered = _lay_over(paper_defaults(method, tables), tables)
+    layered["views"], mistakes = resolve_views(layered["views"], folder)
     parsed: dict[str, Any] = {}
     for table, model in [("method", method.Options), *TABLES.items()]:
         keys = {key: value for key, value in layered[table].items() if (table, key) != ("method", "name")}
@@ -189,19 +154,18 @@ def build_recipe(
             parsed[table] = model.model_validate(keys)
         except ValidationError as error:
             mistakes += [_sentence(table, model, item) for item in error.errors()]
-    if mistakes:
-        raise _refusal(name, mistakes)
+    _refuse(name, mistakes)
     of_batch = method.remark_on_batch(parsed["method"], parsed["train"].batch_size)
     others = [of_batch, origin_of_views(tables.get("views", {}), parsed["views"])]
     remarks = (*values_of_another_run(method, tables, parsed), *filter(None, others))
     recipe = Recipe(method_name=method_name, **parsed, reference=tables.get("reference", {}), remarks=remarks)
-    if mistakes := contradictions(recipe):
-        raise _refusal(name, mistakes)
+    _refuse(name, contradictions(recipe))
     return recipe
 
 
-def _refusal(name: str, mistakes: list[str]) -> UserError:
-    return UserError(*(f"{name} {mistake}" for mistake in mistakes))
+def _refuse(name: str, mistakes: list[str]) -> None:
+    if mistakes:
+        raise UserError(*(f"{name} {mistake}" for mistake in mistakes))
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -214,13 +178,10 @@ def shipped_recipes() -> dict[str, Path]:
 def find_recipe(source: str | Path) -> Path:
     """Find the file of a recipe, given by path or by name."""
     check_path(source, "RECIPE")
-    path = Path(source)
-    shipped = shipped_recipes()
+    path, shipped = Path(source), shipped_recipes()
     if path.is_file():
         return path
-    if str(source) in shipped:
-        return shipped[str(source)]
-    if path.stem in shipped and path.parent.name == "recipes":
+    if path.stem in shipped and (str(source) == path.stem or path.parent.name == "recipes"):
         return shipped[path.stem]
     hint = near_miss(path.stem, shipped) or "; sslkit recipes lists the names"
     raise UserError(f"{source}: no such file, and no recipe of that name{hint}")
@@ -334,5 +295,4 @@ def _sentence(table: str, model: type[BaseModel], item: Any) -> str:
         return f"[{table}] {key}: missing"
     message = item["msg"].removeprefix("Value error, ")
     given = "" if isinstance(item["input"], dict) else f", not {item['input']!r}"
-    where = f"[{table}] {key}:" if key else f"[{table}]"
-    return f"{where} {message[0].lower() + message[1:]}{given}"
+    return f"[{table}] {f'{key}: ' if key else ''}{message[0].lower()}{message[1:]}{given}"

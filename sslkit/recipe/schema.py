@@ -18,29 +18,25 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 def check_plain(tables: dict[str, Any], name: str) -> None:
     """Check that a recipe is plain data of bounded depth, and contains no access token.
 
-    Its text is copied to run folders, logs and model cards.
-
-    Raises:
-        UserError: It is not; the message starts with ``name``.
+    Otherwise raise a UserError whose message starts with ``name``.
     """
     pending: list[tuple[str, Any, int]] = [("", tables, 0)]
     while pending:
         where, value, depth = pending.pop()
+        texts = [value] if isinstance(value, str) else [str(key) for key in value] if isinstance(value, dict) else []
         if isinstance(value, dict | list | tuple):  # tuples come from Python
             if depth > MAX_DEPTH:
                 raise UserError(f"{name} {where}: tables and lists are nested more than {MAX_DEPTH} deep")
             inner = value.items() if isinstance(value, dict) else enumerate(value)
             pending += [(f"{where}.{key}".lstrip(".")[:100], item, depth + 1) for key, item in inner]
-            texts = [str(key) for key in value] if isinstance(value, dict) else []
-        else:
-            texts = [value, f"{where}: {value}"] if isinstance(value, str) else []
-            if isinstance(value, int) and not -MAX_INTEGER <= value < MAX_INTEGER:
-                raise UserError(f"{name} {where}: an integer of more than 64 bits")
-            if not isinstance(value, bool | int | float | str):
-                raise UserError(f"{name} {where}: must be a number, a string, a list or a table, not a date or time")
-        for text in texts[:1] if isinstance(value, str) else texts:
+        elif not isinstance(value, bool | int | float | str):
+            raise UserError(f"{name} {where}: must be a number, a string, a list or a table, not a date or time")
+        elif isinstance(value, int) and not -MAX_INTEGER <= value < MAX_INTEGER:
+            raise UserError(f"{name} {where}: an integer of more than 64 bits")
+        for text in texts:
             check_path(text, f"{name} {where}".strip(), lines=True)
-        if any(without_tokens(text) != text for text in texts):
+        with_key = [f"{where}: {value}"] if isinstance(value, str) else []  # some tokens are recognised by their key
+        if any(without_tokens(text) != text for text in texts + with_key):
             raise UserError(
                 f"{name} {without_tokens(where)}: contains what looks like an access token; set it in the environment "
                 "(HF_TOKEN), because recipes are copied to run folders, logs and model cards"
@@ -55,15 +51,13 @@ class OptimConfig(_Table):
     """``[optim]``.
 
     Attributes:
-        name: ``sgd``, ``lars`` (of MoCo v3 and BYOL), ``lars_simclr`` and ``larc`` (of SwAV) use momentum without
-            Nesterov; ``adamw`` and ``lamb`` use betas.
+        name: ``lars`` is that of MoCo v3 and BYOL, ``larc`` that of SwAV.
         lr: Base learning rate of the paper, for a batch size of 256.
         lr_rule: Scaling of the peak learning rate: ``linear`` by batch size / 256, ``sqrt`` by its root, or ``none``.
         weight_decay: Added to the gradient (sgd, lars) or decoupled (adamw, lamb).
-        momentum: Momentum of sgd, lars and larc.
+        momentum: Momentum of sgd, lars and larc, without Nesterov.
         betas: Betas of adamw and lamb.
-        exclude_from_decay: ``norm_and_bias`` exempts tensors with at most one dimension from weight decay. The papers
-            decay all tensors, except that lars always exempts these.
+        exclude_from_decay: ``norm_and_bias`` exempts tensors with at most one dimension, as lars always does.
     """
 
     name: Literal["sgd", "lars", "lars_simclr", "larc", "adamw", "lamb"]
@@ -84,10 +78,8 @@ class ScheduleConfig(_Table):
         warmup_start: lr at the start of the warm-up, as a fraction of the peak.
         final: lr at the end of the cosine, as a fraction of the peak.
         milestones: Epochs at which ``steps`` multiplies the lr by ``factor``.
-        factor: See ``milestones``.
         per: Whether the lr decays at every ``step`` or once per ``epoch``, as in the paper.
-        weight_decay_end: Weight decay at the end of training, reached from ``[optim] weight_decay`` by half a cosine
-            (DINO: 0.04 to 0.4). None: constant.
+        weight_decay_end: Weight decay at the end, reached by half a cosine (DINO: 0.04 to 0.4). None: constant.
     """
 
     decay: Literal["cosine", "steps", "constant"]
@@ -107,18 +99,16 @@ class TrainConfig(_Table):
         epochs: Passes over the data; the schedules span all epochs.
         max_steps: Stop after this many updates (0: no limit); the schedules still span ``epochs``.
         batch_size: Global batch size, over all processes.
-        micro_batch: Images per process that pass through the backbone at a time (0: all). Loss and gradient are those
-            of the whole batch.
+        micro_batch: Images per process that pass through the backbone at a time (0: all), with the loss and gradient of
+            the whole batch.
         precision: Autocast dtype; ``no`` is float32.
         seed: Seed of the sample order and of every random draw.
-        tf32: Use TF32 for float32 matrix products on Ampere and later GPUs: inputs are rounded to 10 bits of mantissa.
-            Much faster than float32, and more precise than ``bf16``. PyTorch's default is off.
-        compile: Compile the backbones with ``torch.compile``: slower start (minutes), faster steps, results equal
-            within rounding.
+        tf32: Use TF32 for float32 matrix products on Ampere and later GPUs: faster, inputs have 10 bits of mantissa.
+        compile: Compile the backbones with ``torch.compile``: slower start, faster steps, equal within rounding.
         activation_checkpointing: Recompute activations of the student's backbone in the backward pass to save memory:
             about a third more computation, same results.
-        shard: Shard weights, gradients and optimizer state over the processes (FSDP2), for encoders too large for one
-            GPU. Results are equal within rounding, and checkpoints have the same format.
+        shard: Shard weights, gradients and optimizer state over the processes (FSDP2). Results are equal within
+            rounding, and checkpoints have the same format.
         clip_norm: Maximum gradient norm; 0 does not clip, as in the papers.
         head_warmup_epochs: Epochs at the start in which only the heads are trained, for pretrained backbones.
         processes: Required number of processes; 0 accepts any.
@@ -151,13 +141,11 @@ class MonitorConfig(_Table):
         data: A labelled source, as in ``[data] path``.
         name: Configuration of ``data``, if it has several.
         train_split: Split of the training images; ``"all"`` uses all images and scores a fifth of them. Default: train.
-        image_column: Image column of ``data``.
-        label_column: Label column of ``data``.
+        image_column: Image column of ``data``; likewise ``label_column``.
         k: Number of neighbours.
         temperature: Temperature of the weights of neighbours, exp(similarity / temperature).
         max_train: Maximum number of training images, taken in a seeded random order (0: all).
-        layer_gradients: Log the gradient norm of every layer of the backbone, which shows where instability begins
-            (MoCo v3).
+        layer_gradients: Log the gradient norm of every layer, which shows where instability begins (MoCo v3).
         diagnose_every: Steps between rows of diagnostics.jsonl (0: none). Each costs two small forward passes.
     """
 
@@ -181,13 +169,8 @@ class MonitorConfig(_Table):
 
     def source(self) -> DataConfig:
         """The labelled images."""
-        return DataConfig(
-            path=self.data,
-            name=self.name,
-            split=self.train_split or "train",
-            image_column=self.image_column,
-            label_column=self.label_column,
-        )
+        columns = self.model_dump(include={"name", "image_column", "label_column"})
+        return DataConfig(path=self.data, split=self.train_split or "train", **columns)
 
 
 class CheckpointConfig(_Table):
@@ -215,10 +198,10 @@ class GuardConfig(_Table):
     """``[guard]``: what to do about bad steps and failing processes.
 
     Attributes:
-        policy: ``stop`` the run at a bad step or ``skip`` the step. A step is bad if its loss or gradient is not finite
-            or its loss is a spike; it never changes weights, teacher or queue.
+        policy: ``stop`` the run at a bad step, whose loss or gradient is not finite or whose loss is a spike, or
+            ``skip`` the step. A bad step never changes weights, teacher or queue.
         loss_spike: A loss above this many times the median of the last 50 losses is a spike; 0: no check.
-        max_skips: Maximum number of consecutive skipped steps. Then the run goes back to its newest rewind point (see
+        max_skips: Maximum number of consecutive skipped steps; then the run goes back to its newest rewind point (see
             `CheckpointConfig`) and continues with another order of the images.
         max_rewinds: Maximum number of rewinds; then the run stops.
         rewind_lr: Factor on the learning rate at each rewind.
@@ -239,8 +222,7 @@ class TrackConfig(_Table):
     """``[track]``: experiment trackers. The files in the run folder are always written.
 
     Attributes:
-        trackers: The key ``with`` in a recipe: any of ``tensorboard``, ``wandb``, ``trackio`` and ``mlflow``, through
-            Accelerate.
+        trackers: The key ``with`` in a recipe: which trackers to use, through Accelerate.
         project: Project name in the trackers. TensorBoard writes to the run folder instead.
         images: Log sample views at the start, and nearest neighbours at every kNN evaluation.
     """

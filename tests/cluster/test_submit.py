@@ -245,7 +245,10 @@ def test_an_unknown_time() -> None:
         (["--sbatch", "ntasks_per_node=3"], "--sbatch ntasks_per_node: use --gpus-per-node or --tasks-per-node"),
         (["--sbatch", "nodes=7"], "--sbatch nodes: use --nodes, which is checked"),
         (["--sbatch", "qos=a\nrm -rf b"], "--sbatch qos: write one line"),
-        (["--partition", "gpu\n#SBATCH --account=x"], "--partition 'gpu\\n#SBATCH --account=x': write one line"),
+        (
+            ["--partition", "gpu\n#SBATCH --account=x"],
+            "--partition: write one line without control characters, not 'gpu\\n#SBATCH --account=x'",
+        ),
         (["--output", "/"], "--output /: logs are written next to the run folder"),
         (["--output", "runs/50%j"], "Slurm interprets %"),
         (["--cluster", "local", "--dry-run"], "--dry-run: prints an sbatch file"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import small_recipe
 
-from sslkit.doctor.process_checks import not_launched
+from sslkit.doctor.process_checks import NOT_LAUNCHED
 
 HERE = Path(__file__).parent
 
@@ -74,5 +74,5 @@ def test_a_forgotten_process_is_named(found: dict[str, list[str]], mistake: str,
 
 def test_one_process_says_that_it_was_not_checked() -> None:
     assert small_recipe().train.processes == 0
-    assert not_launched().verdict == "not applicable"
-    assert "torchrun" in not_launched().sentence
+    assert NOT_LAUNCHED.verdict == "not applicable"
+    assert "torchrun" in NOT_LAUNCHED.sentence

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sslkit.doctor import check_recipe, run_checks
-from sslkit.doctor.findings import ok
+from sslkit.doctor.findings import Check
 from sslkit.parts.backbone import family
 from sslkit.recipe.resolve import Recipe, build_recipe, shipped_recipes
 
@@ -35,7 +35,7 @@ def stand_in(name: str) -> Recipe:
 @pytest.mark.full
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_no_fault(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_checks, "forecast_time", lambda *_: ok("data loading", "not timed here"))
+    monkeypatch.setattr(run_checks, "forecast_time", lambda *_: Check("data loading").ok("not timed here"))
     report = check_recipe(stand_in(name))
     assert report.of("fault") == []
     assert not [finding for finding in report.findings if "could not be checked" in finding.sentence]

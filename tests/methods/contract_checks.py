@@ -1,10 +1,12 @@
 """Conformance tests of a method: one function for each promise, which raises AssertionError if it is broken.
 
 `sslkit doctor` checks what depends on a user's recipe. These functions check what only the author of a method can get
-wrong. `test_contract.py` runs all of them on every registered method, those of installed packages included, and
-`mutants.py` holds methods with one error each that one of them must find.
+wrong: the objective, how teachers move, and what queues hold. `test_contract.py` runs all of them on every registered
+method, those of installed packages included, and `mutants.py` holds methods with one error each that one of them must
+find.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from methods.objective_probe import (
     assert_pairs,
     assert_positive,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -131,6 +133,63 @@ def assert_teacher_keeps_statistics(case: MethodCase) -> None:
             assert torch.equal(old, new), f"running statistics of the teacher of {name} are averaged"
 
 
+def assert_teacher_starts_as_copy(case: MethodCase) -> None:
+    """A teacher that moves starts with its student's weights: else the student learns to agree with other weights."""
+    for name, teacher in case.method.teachers().items():
+        if teacher.momentum_at(START) < 1.0:
+            same = torch.equal(weights(teacher), weights(case.method.get_submodule(name)))
+            assert same, f"the teacher of {name} does not start as a copy of the student"
+
+
+def assert_teacher_moves_as_declared(case: MethodCase) -> None:
+    """`after_update` moves each teacher towards its student with the momentum it declares, and changes no student.
+
+    A forward pass moves no teacher.
+    """
+    method = case.method
+    state = copy.deepcopy(method.state_dict())
+    change_student(method)
+    before = {name: weights(teacher) for name, teacher in method.teachers().items()}
+    method(case.views, case.info, START, case.order)
+    for name, teacher in method.teachers().items():
+        assert torch.equal(before[name], weights(teacher)), f"the teacher of {name} moves in the forward pass"
+    for updates in (1, START.total_updates):
+        progress = Progress(updates, START.total_updates)
+        trained = [param for param in method.parameters() if param.requires_grad]
+        student = [param.detach().clone() for param in trained]
+        before = {name: weights(teacher) for name, teacher in method.teachers().items()}
+        method.after_update(progress)
+        assert all(map(torch.equal, student, trained)), "after_update changes the student: it may move teachers only"
+        for name, teacher in method.teachers().items():
+            move = (weights(teacher) - before[name]).double()
+            way = (weights(method.get_submodule(name)) - before[name]).double()
+            share = float(move @ way / way.square().sum().clamp_min(1e-300))
+            aside, momentum = (move - share * way).norm(), teacher.momentum_at(progress)
+            # A momentum of almost 1 moves by no more than rounding.
+            assert aside <= 0.1 * move.norm() + 1e-6 * way.norm(), (
+                f"the teacher of {name} moves, but not towards the student's {name}"
+            )
+            assert abs(share - (1.0 - momentum)) < 0.1 * (1.0 - momentum) + 1e-6, (
+                f"the teacher of {name} moves with momentum {1.0 - share:.4g}; it declares {momentum:g}"
+            )
+    method.load_state_dict(state)
+
+
+def change_student(method: Method) -> None:
+    """Change every trained weight by about half its size: an average of two equal networks moves nothing."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for param in method.parameters():
+            if param.requires_grad:
+                size = param.square().mean().sqrt().clamp_min(1e-2)
+                param.add_(torch.randn(param.shape, generator=generator) * size, alpha=0.5)
+
+
+def weights(module: nn.Module) -> Tensor:
+    """A copy of all parameters, as one vector."""
+    return torch.cat([torch.zeros(0), *(param.detach().flatten() for param in module.parameters())])
+
+
 def assert_gradient_stops_at_teacher(case: MethodCase) -> None:
     """No trained module learns through the teacher's features."""
     method, passed = case.method, list[tuple[str, Tensor]]()
@@ -234,6 +293,8 @@ CHECKS: dict[str, Callable[[MethodCase], None]] = {
     "gradient": objective_alone(assert_gradient),
     "stop-gradient": assert_gradient_stops_at_teacher,
     "teacher used": assert_teacher_is_used,
+    "teacher copied": assert_teacher_starts_as_copy,
+    "teacher moves": assert_teacher_moves_as_declared,
     "teacher statistics": assert_teacher_keeps_statistics,
     "key order": assert_key_order,
     "batch norm leak": assert_batch_norm_does_not_leak,

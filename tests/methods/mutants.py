@@ -136,27 +136,27 @@ class TeacherHeadLearns(BYOL):
         self.teacher_projector.requires_grad_(True)
 
 
-@breaks("moco_v2", "doctor", "method contract")
+@breaks("moco_v2", "tests", "teacher moves")
 class TeacherMovesInForward(MoCoV2):
     def teacher(self, views: Views) -> Features:
         self.teacher_backbone.update(self.backbone, self.options.momentum)
         return super().teacher(views)
 
 
-@breaks("moco_v3", "doctor", "method contract")
+@breaks("moco_v3", "tests", "teacher moves")
 class TeacherHeadForgotten(MoCoV3):
     def after_update(self, progress: Progress) -> dict[str, float]:
         self.teacher_backbone.update(self.backbone, self.options.momentum)
         return {"momentum": self.options.momentum}
 
 
-@breaks("byol", "doctor", "method contract")
+@breaks("byol", "tests", "teacher moves")
 class TeacherForgotten(BYOL):
     def after_update(self, progress: Progress) -> dict[str, float]:
         return {"momentum": self.options.momentum}
 
 
-@breaks("moco_v3", "doctor", "method contract")
+@breaks("moco_v3", "tests", "teacher moves")
 class MomentumTurnedRound(MoCoV3):
     def after_update(self, progress: Progress) -> dict[str, float]:
         momentum = 1 - self.options.momentum
@@ -165,7 +165,7 @@ class MomentumTurnedRound(MoCoV3):
         return {"momentum": momentum}
 
 
-@breaks("byol", "doctor", "method contract")
+@breaks("byol", "tests", "teacher moves")
 class StudentFollows(BYOL):
     def after_update(self, progress: Progress) -> dict[str, float]:
         logged = super().after_update(progress)
@@ -184,7 +184,7 @@ class StatisticsAveraged(MoCoV2):
         return super().after_update(progress)
 
 
-@breaks("moco_v1", "doctor", "method contract")
+@breaks("moco_v1", "tests", "teacher copied")
 class TeacherDrawnAnew(MoCoV1):
     def __init__(self, *words: Any) -> None:
         super().__init__(*words)
@@ -485,7 +485,7 @@ class SameRowsOverwritten(MoCoV2):
         return logged
 
 
-@breaks("byol", "doctor", "method contract")
+@breaks("byol", "tests", "teacher moves")
 class MomentumFalls(BYOL):
     def after_update(self, progress: Progress) -> dict[str, float]:
         momentum = self.options.momentum - 0.5 * progress.fraction
