@@ -12,27 +12,46 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Score:
-    """The score of one encoder. Intervals are bootstrap 95 % intervals."""
+    """The score of one encoder.
 
-    encoder: str  # its name
-    accuracy: float  # value of the result's `EvaluationResult.measure`, in [0, 1]
-    interval: tuple[float, float] | None = None  # of the accuracy, if computed
-    note: str = ""  # hyperparameters that were selected
-    measures: dict[str, float] = field(default_factory=dict)  # all by name, in [0, 1], if there is more than one
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # of each measure
-    encoder_revision: str = ""  # commit on the Hugging Face Hub; empty for encoders from elsewhere
+    Attributes:
+        encoder: Name of the encoder.
+        accuracy: Value of the result's `EvaluationResult.measure`, in [0, 1].
+        interval: Bootstrap 95 % interval of the accuracy, if computed.
+        note: Hyperparameters that were selected.
+        measures: All measures by name, in [0, 1], if there is more than one.
+        intervals: Bootstrap 95 % interval of each measure.
+        encoder_revision: Commit on the Hugging Face Hub; empty for encoders from elsewhere.
+    """
+
+    encoder: str
+    accuracy: float
+    interval: tuple[float, float] | None = None
+    note: str = ""
+    measures: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    encoder_revision: str = ""
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Scores of an encoder and its baselines under one protocol."""
+    """Scores of an encoder and its baselines under one protocol.
 
-    evaluation: str  # its name, such as ``knn k=20 temperature=0.07``
-    data: str  # description of the images
-    protocol: dict[str, Any]  # all settings that the scores depend on, except the encoder
-    scores: list[Score]  # the encoder's first, then the baselines'
-    measure: str = "top-1 accuracy"  # what ``accuracy`` of the scores measures
-    grid: list[dict[str, Any]] = field(default_factory=list)  # of a sweep: all heads, best first on held-out images
+    Attributes:
+        evaluation: Name of the evaluation, such as ``knn k=20 temperature=0.07``.
+        data: Description of the images.
+        protocol: All settings that the scores depend on, except the encoder.
+        scores: The encoder's score first, then the baselines'.
+        measure: What ``accuracy`` of the scores measures.
+        grid: For a sweep, every combination tried on the encoder, best first on the held-out images.
+    """
+
+    evaluation: str
+    data: str
+    protocol: dict[str, Any]
+    scores: list[Score]
+    measure: str = "top-1 accuracy"
+    grid: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def protocol_hash(self) -> str:

@@ -27,15 +27,25 @@ class Splits:
 
 @dataclass(frozen=True)
 class LabelledPair:
-    """Training images (the bank of kNN) and test images. Both use the same class numbers."""
+    """Training and test images. Both use the same class numbers.
+
+    Attributes:
+        train: Bank of kNN, training set of a probe.
+        test: Test set.
+        train_labels: (len(train),) int64.
+        test_labels: (len(test),) int64.
+        classes: Class names in the order of their numbers.
+        description: Data, splits and number of images, for messages.
+        split: Names of the two splits, or how the test set was held out.
+    """
 
     train: ImageSource
     test: ImageSource
-    train_labels: Tensor  # (len(train),) int64
-    test_labels: Tensor  # (len(test),) int64
-    classes: list[str]  # names in the order of their numbers
-    description: str  # data, splits and number of images, for messages
-    split: str  # names of the two splits, or how the test set was held out
+    train_labels: Tensor
+    test_labels: Tensor
+    classes: list[str]
+    description: str
+    split: str
 
 
 def open_pair(config: DataConfig, train_split: str = "train", test_split: str = "", seed: int = 0) -> LabelledPair:

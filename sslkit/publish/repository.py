@@ -21,10 +21,16 @@ REVISION = re.compile(r"(?=.{1,200}$)[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)*"
 
 @dataclass(frozen=True)
 class Published:
-    """A published encoder: its folder, the files with their sizes in bytes, and where it is on the Hub.
+    """A published encoder.
 
-    ``commit`` and ``url`` are empty after a dry run. The commit is not new if the Hub already had all files.
-    ``replaced_card`` is the last commit with a manually written card that was replaced, or empty.
+    Attributes:
+        folder: The files that were sent.
+        files: Their names and sizes in bytes.
+        commit: Commit on the Hub; empty after a dry run.
+        url: Address of the repository; empty after a dry run.
+        is_new: Whether the commit is new; False if the Hub already had all files.
+        replaced_card: Last commit with a manually written card that was replaced; else empty.
+        loads_in_timm: Whether ``timm.create_model`` can load the encoder.
     """
 
     folder: str

@@ -24,11 +24,16 @@ TARGETS = ("bbox_params", "keypoint_params", "additional_targets")
 
 
 class UserPipeline(BaseModel):
-    """A serialised albumentations pipeline: ``[views.transforms]`` of a resolved recipe."""
+    """A serialised albumentations pipeline: ``[views.transforms]`` of a resolved recipe.
+
+    Attributes:
+        pipeline: Canonical JSON of what `albumentations.to_dict` returns, without the version.
+        pipeline_sha256: Digest of ``pipeline``.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    pipeline: str  # canonical JSON of what `albumentations.to_dict` returns, without the version
+    pipeline: str
     pipeline_sha256: str = ""
 
     @model_validator(mode="after")

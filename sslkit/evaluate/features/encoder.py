@@ -26,15 +26,25 @@ MAX_BATCH_ELEMENTS = 256 * 3 * 512**2
 
 @dataclass(frozen=True)
 class Encoder:
-    """A backbone without a classifier, (B, C, H, W) -> (B, D), and the preprocessing of its inputs."""
+    """A backbone without a classifier, and the preprocessing of its inputs.
+
+    Attributes:
+        module: (B, C, H, W) -> (B, D), with C from ``preprocessing``.
+        preprocessing: timm's data config: input_size, interpolation, mean, std, crop_pct, crop_mode.
+        description: Name in tables and messages.
+        architecture: Name of the timm model.
+        model_args: Arguments of the timm model.
+        small_stem: Whether the stem was replaced by `replace_stem_for_small_images`.
+        revision: Commit on the Hugging Face Hub that the weights were loaded from; empty if from elsewhere.
+    """
 
     module: nn.Module
-    preprocessing: dict[str, Any]  # timm's data config: input_size, interpolation, mean, std, crop_pct, crop_mode
-    description: str  # name in tables and messages
-    architecture: str  # name of the timm model
-    model_args: dict[str, Any] = field(default_factory=dict)  # arguments of the timm model
-    small_stem: bool = False  # whether the stem was replaced by `replace_stem_for_small_images`
-    revision: str = ""  # commit on the Hugging Face Hub that the weights are from; empty if from elsewhere
+    preprocessing: dict[str, Any]
+    description: str
+    architecture: str
+    model_args: dict[str, Any] = field(default_factory=dict)
+    small_stem: bool = False
+    revision: str = ""
 
     def transform(self) -> Transform:
         """timm's transform for evaluation: resize, centre crop, normalise."""

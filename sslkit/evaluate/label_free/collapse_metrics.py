@@ -17,16 +17,30 @@ HISTOGRAM_EDGES = tuple(round(-1.0 + 0.05 * step, 2) for step in range(41))
 
 @dataclass(frozen=True)
 class LabelFreeMetrics:
-    """All metrics of this module, under the keys of diagnostics.jsonl, of the first two views unless stated."""
+    """All metrics of this module, under the keys of diagnostics.jsonl.
+
+    Attributes:
+        embedding_std: `embedding_std` of the first two views together.
+        effective_rank: `effective_rank` of the first two views together.
+        alpha_req: `alpha_req` of the first two views together; None if there are too few eigenvalues.
+        lidar: `lidar` of all views; None for two views, which are too few.
+        alignment: `alignment` of the first two views.
+        uniformity: `uniformity`, mean of the first two views.
+        pretext_top1: `pretext_top1` of the first two views.
+        positive_histogram: Histogram of cosine similarities between the first two views of an image.
+        negative_histogram: Histogram of cosine similarities between the first view of an image and the second view of
+            each other image.
+        histogram_edges: Edges of the bins.
+    """
 
     embedding_std: float
     effective_rank: float
-    alpha_req: float | None  # None if there are too few eigenvalues
-    lidar: float | None  # of all views; None for two views, which are too few
+    alpha_req: float | None
+    lidar: float | None
     alignment: float
-    uniformity: float  # mean of the two views
+    uniformity: float
     pretext_top1: float
-    positive_histogram: list[int]  # see `similarity_histograms`
+    positive_histogram: list[int]
     negative_histogram: list[int]
     histogram_edges: list[float]
 

@@ -14,22 +14,36 @@ from sslkit.evaluate.label_free.collapse_metrics import LabelFreeMetrics, label_
 
 @dataclass(frozen=True)
 class EncoderDiagnosis:
-    """The metrics of one encoder."""
+    """The metrics of one encoder.
 
-    encoder: str  # its name
-    dim: int  # number of feature dimensions
+    Attributes:
+        encoder: Name of the encoder.
+        dim: Number of feature dimensions.
+        numbers: Its metrics.
+        encoder_revision: Commit on the Hugging Face Hub; empty for encoders from elsewhere.
+    """
+
+    encoder: str
+    dim: int
     numbers: LabelFreeMetrics
-    encoder_revision: str = ""  # commit on the Hugging Face Hub; empty for encoders from elsewhere
+    encoder_revision: str = ""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Metrics of an encoder and of its random twin."""
+    """Metrics of an encoder and of its random twin.
 
-    data: str  # description of the images
-    images: int  # number of images
-    views: int  # number of random crops of each image
-    encoders: list[EncoderDiagnosis]  # the encoder, then the same architecture with random weights
+    Attributes:
+        data: Description of the images.
+        images: Number of images.
+        views: Number of random crops of each image.
+        encoders: The encoder, then the same architecture with random weights.
+    """
+
+    data: str
+    images: int
+    views: int
+    encoders: list[EncoderDiagnosis]
 
 
 def diagnose_encoder(

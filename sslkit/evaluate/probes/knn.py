@@ -24,11 +24,17 @@ Prepare = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class KnnProtocol:
-    """Number and weights of the neighbours. The defaults are DINO's."""
+    """Number and weights of the neighbours.
 
-    k: int = 20  # number of neighbours (InstDisc: 200)
-    temperature: float = 0.07  # the weight of a neighbour is exp(cosine similarity / temperature)
-    centre: bool = False  # whether to subtract the mean of the bank first; no paper does
+    Attributes:
+        k: Number of neighbours (DINO: 20; InstDisc: 200).
+        temperature: The weight of a neighbour is exp(cosine similarity / temperature) (both papers: 0.07).
+        centre: Whether to subtract the mean of the bank first. No paper does.
+    """
+
+    k: int = 20
+    temperature: float = 0.07
+    centre: bool = False
 
     @staticmethod
     def from_name(name: str) -> "list[KnnProtocol]":

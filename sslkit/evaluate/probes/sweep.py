@@ -27,14 +27,23 @@ Settings = Sequence[tuple[float, float]]  # learning rate and weight decay of ea
 
 @dataclass(frozen=True)
 class SweepProtocol:
-    """The grid of heads. They are trained by SGD with momentum 0.9 and a cosine decay to 0, from weights N(0, 0.01)."""
+    """The grid of heads. They are trained by SGD with momentum 0.9 and a cosine decay to 0, from weights N(0, 0.01).
 
-    lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # peak, at batch size 256; scaled with it
-    weight_decays: tuple[float, ...] = (0.0, 1e-5)  # L2 penalties
-    norms: tuple[bool, ...] = (False, True)  # a BatchNorm without parameters before the head (MAE, arXiv:2111.06377)
+    Attributes:
+        lrs: Peak learning rates at a batch size of 256, scaled with the batch size.
+        weight_decays: L2 penalties.
+        norms: Whether a BatchNorm without parameters precedes the head (MAE, arXiv:2111.06377, appendix A.1).
+        epochs: Passes over the features.
+        batch_size: Images per update.
+        seed: Of held-out images, initialisation and order.
+    """
+
+    lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    weight_decays: tuple[float, ...] = (0.0, 1e-5)
+    norms: tuple[bool, ...] = (False, True)
     epochs: int = 50
     batch_size: int = 256
-    seed: int = 0  # of held-out images, initialisation and order
+    seed: int = 0
 
     def __post_init__(self) -> None:
         check_rates(self.lrs, "linear sweep, --lr")

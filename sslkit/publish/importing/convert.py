@@ -45,9 +45,15 @@ MAX_LISTED = 8  # names in a message
 
 @dataclass(frozen=True)
 class Imported:
-    """An imported checkpoint: its format, the timm model and its arguments, and what happened to every tensor.
+    """An imported checkpoint.
 
-    ``released`` is the name of the authors' file with this MD5; else empty.
+    Attributes:
+        checkpoint_format: Name of the detected format.
+        backbone: timm model.
+        model_args: Its arguments.
+        released: Name of the authors' file with this MD5; else empty.
+        sha256: Of the file.
+        tensors: What happened to every tensor.
     """
 
     checkpoint_format: str
