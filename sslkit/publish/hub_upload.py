@@ -66,15 +66,15 @@ class HubUpload:
     def __init__(self, repo_id: str, revision: str, folder: Path) -> None:
         self.repo_id, self.revision, self.folder = repo_id, revision, folder
         self.next_step = f"; {folder} is ready, and the same command continues"
-        token = get_token() or ""
-        if token and not re.fullmatch(r"[!-~]+", token):
+        token = get_token()
+        if not token:
+            raise UserError(f"{NO_TOKEN}{self.next_step}")
+        if not re.fullmatch(r"[!-~]+", token):
             raise UserError(
                 f"HF_TOKEN, or the token of `hf auth login`, has characters that no token has{self.next_step}"
             )
         if reason := unavailable_reason():
             raise PublishError(f"{reason.removeprefix('; ')}{self.next_step}")
-        if not token:
-            raise UserError(f"{NO_TOKEN}{self.next_step}")
         disable_progress_bars()
         logging.set_verbosity(ERROR)  # hides warnings about retries
         self.api = HfApi(library_name="sslkit")
