@@ -5,7 +5,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +133,19 @@ def check_license(license_id: str) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes ``folder`` on exit. If it cannot be written, raises `UserError`."""
+    """Yield a temporary folder that becomes ``folder`` on exit. If it cannot be written, raises `UserError`.
+
+    If an exception is raised, parent folders that were made for it are removed.
+    """
+    final = Path(os.path.abspath(folder))
+    made = [parent for parent in final.parents if not parent.exists()]
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(Path(os.path.abspath(folder))) as temporary:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(final) as temporary:
             yield temporary
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    finally:
+        for parent in made:
+            with suppress(OSError):  # it holds the new folder
+                parent.rmdir()
