@@ -218,7 +218,7 @@ def test_from_the_hub_nothing_is_copied_and_the_run_is_that_on_files(files: Path
             "HF_HOME": str(tmp_path / "hub"),
             "HF_HUB_DISABLE_XET": "1",
         }
-        env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), env.get("PYTHONPATH", "")])
+        env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), env.get("PYTHONPATH", "")])
         command = [sys.executable, "-c", HUB_RUN, str(tmp_path / "run")]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
