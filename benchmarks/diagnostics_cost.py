@@ -38,7 +38,7 @@ def measure(recipe: str, overrides: list[str], steps: int, every: int) -> tuple[
     loaded = sslkit.load_recipe(recipe, [*overrides, *keys])
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(RunMonitor, "evaluate_batch", timed("inside", RunMonitor.evaluate_batch)),
+        patch.object(RunMonitor, "after_step", timed("inside", RunMonitor.after_step)),
         patch.object(trainer, "run_loop", timed("steps", trainer.run_loop)),
     ):
         sslkit.train(loaded, Path(folder) / "run")

@@ -27,8 +27,8 @@ from torch.nn.functional import cross_entropy, normalize
 
 from sslkit.engine.gradient_cache import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.engine.optim import make_optimizer
-from sslkit.engine.rng import shuffle_order
 from sslkit.engine.setup import build_method
+from sslkit.engine.step import shuffle_order
 from sslkit.methods import METHODS, BatchInfo, Progress
 from sslkit.profiling.stage_timer import synchronize
 from sslkit.recipe.resolve import Recipe, build_recipe

@@ -84,6 +84,17 @@ def cli_error(arguments: list[str]) -> str:
     return text.strip()
 
 
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Exit code, output and error output of a command."""
+    try:
+        main(list(words))
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
 @pytest.fixture(scope="session")
 def garments() -> Iterator[Any]:
     """The program that renders pictures for detection."""

@@ -4,7 +4,7 @@ import dataclasses
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,9 +12,6 @@ from sslkit.cli.options import fast_imports
 from sslkit.cli.output import AsJson, console
 from sslkit.errors import UserError
 from sslkit.terminal import PlainTable, print_json, print_line
-
-if TYPE_CHECKING:
-    from sslkit.publish import Imported
 
 Run = Annotated[str, typer.Argument(help="Run folder.")]
 NewFolder = Annotated[str, typer.Argument(help="Folder to write; must be new or empty.")]
@@ -107,10 +104,6 @@ def import_(
     if as_json:
         print_json(imported.to_json())
         return
-    _print_import(imported, folder)
-
-
-def _print_import(imported: "Imported", folder: str) -> None:
     arguments = "".join(f", {name} {value}" for name, value in imported.model_args.items())
     print_line(f"{imported.checkpoint_format}: {imported.backbone}{arguments}")
     if imported.released:

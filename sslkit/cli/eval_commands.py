@@ -208,10 +208,9 @@ def _scores_of(path: Path) -> "list[Row]":
 def _is_score(row: "Row") -> bool:
     """Whether a row has the keys that a comparison shows, of the right types."""
     kinds = {"evaluation": str, "protocol": dict, "protocol_hash": str, "accuracy": int | float}
-    ends = row.get("interval")
-    return all(isinstance(row.get(key), kind) for key, kind in kinds.items()) and (
-        not ends or (isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends))
-    )
+    ends = row.get("interval") or [0.0, 0.0]
+    is_pair = isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
+    return is_pair and all(isinstance(row.get(key), kind) for key, kind in kinds.items())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Report errors to the launcher that started this process: torchrun or ``accelerate launch``.
 
-PyTorch's launcher kills all processes when one has failed, and prints a summary. It shows the message that a process
-wrote to the file in ``TORCHELASTIC_ERROR_FILE``; without one it tells how to enable tracebacks. The processes of a
-machine have the files ``.../0/error.json``, ``.../1/error.json``, ...
+PyTorch's launcher kills all processes when one has failed, and prints a summary with the message that a process wrote
+to the file in ``TORCHELASTIC_ERROR_FILE``. On a machine these are ``.../0/error.json``, ``.../1/error.json``, ...
 """
 
 import json

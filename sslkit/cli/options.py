@@ -164,7 +164,7 @@ def _expand(function: Callable[..., None]) -> Callable[..., None]:
 def _with_help(annotation: Any) -> Any:
     """``Annotated[kind, "text"]`` as an option with this help."""
     kind, note = get_args(annotation)
-    return Annotated.__class_getitem__((kind, typer.Option(help=note))) if isinstance(note, str) else annotation
+    return Annotated[kind, typer.Option(help=note)] if isinstance(note, str) else annotation
 
 
 @contextmanager
@@ -206,8 +206,8 @@ def data_config(
 
     if not path:
         raise UserError("--data: is empty; give a folder, a datasets id or builtin:fashion_mnist")
-    names = {"name": name or None, "label_column": label_column or None, "image_column": image_column or None}
-    return DataConfig(path=path, background=find_background(background, model), **names)
+    columns: dict[str, Any] = {"label_column": label_column or None, "image_column": image_column or None}
+    return DataConfig(path=path, name=name or None, background=find_background(background, model), **columns)
 
 
 def parse_numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:

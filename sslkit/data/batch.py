@@ -7,16 +7,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BadSample:
-    """An image that could not be read.
+    """An image that could not be read."""
 
-    Attributes:
-        index: Its position in the source.
-        name: A printable name for it.
-        reason: Why it could not be read.
-    """
-
-    index: int
-    name: str
+    index: int  # position in the source
+    name: str  # printable
     reason: str
 
 

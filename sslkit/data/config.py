@@ -14,9 +14,8 @@ class SourceConfig(BaseModel):
 
     Attributes:
         path: A folder of images (with or without a folder per class), a parquet, arrow or tar file, a folder of them, a
-            pattern of tar files such as ``shards/train-{0000..0127}.tar``, a Hub dataset id, ``"imagefolder"`` /
-            ``"parquet"`` / ``"arrow"`` / ``"webdataset"`` with ``data_dir`` or ``data_files``, or
-            ``"builtin:fashion_mnist"``.
+            pattern of tar files such as ``shards/train-{0000..0127}.tar``, a Hub dataset id, ``builtin:fashion_mnist``,
+            or ``imagefolder``, ``parquet``, ``arrow`` or ``webdataset`` with ``data_dir`` or ``data_files``.
         name: Configuration of a Hub dataset. ``"full"`` selects all 70 000 images of ``builtin:fashion_mnist``.
         data_dir: Folder for the loaders above, or a subfolder of the folder ``path``.
         data_files: Files for the loaders above, or of a Hub dataset.
@@ -80,16 +79,18 @@ class DataConfig(SourceConfig):
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Self:
-        given = self.model_fields_set & (SourceConfig.model_fields.keys() - {"path"})
-        if self.mix is None and not self.path:
-            raise ValueError("path names no images; give a folder, a file, a Hub id, or [[data.mix]] tables")
-        if self.mix is not None and (self.path or any(getattr(self, key) not in (None, "train") for key in given)):
+        if self.mix is None:
+            if not self.path:
+                raise ValueError("path names no images; give a folder, a file, a Hub id, or [[data.mix]] tables")
+            return self
+        weights = [each.weight for each in self.mix]
+        given = self.model_fields_set & SourceConfig.model_fields.keys()
+        if any(getattr(self, key) not in (None, "", "train") for key in given):
             raise ValueError("mix replaces path and its keys; give one of them, or give path as another mix table")
-        if self.mix is not None and not self.mix:
+        if not self.mix:
             raise ValueError("mix is empty; give at least one [[data.mix]] table")
-        if self.mix is not None and self.streaming:
+        if self.streaming:
             raise ValueError("streaming reads one source; leave out streaming or [[data.mix]]")
-        weights = [each.weight for each in self.mix or []]
         if None in weights and any(weights):
             raise ValueError("mix: give every source a weight, or none of them")
         return self

@@ -4,7 +4,7 @@ Every process holds the same number of rows B. The global batch is the N = B * w
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -60,31 +60,27 @@ def gather_rows(rows: Tensor) -> Tensor:
 def gather_rows_with_gradient(rows: Tensor) -> Tensor:
     """Collect the rows of all processes in rank order, (B, ...) -> (N, ...), with gradient.
 
-    Each process receives the sum of all processes' gradients of its own rows. After DDP's mean over processes this is
-    the gradient that one process would have on the whole batch. `gather_rows` would give another one.
+    Each process receives the sum of all processes' gradients of its own rows; after DDP's mean over processes this is
+    the gradient of one process on the whole batch.
     """
     if world_size() == 1:
         return rows
-    result: Tensor = _GatherRows.apply(rows)
-    return result
+    own = slice(rank() * len(rows), (rank() + 1) * len(rows))
+    return _linear(rows, gather_rows, lambda grad: _all_reduced(grad)[own])
 
 
 @tracked
 def exchange_rows(rows: Tensor, permutation: NDArray[np.int64]) -> Tensor:
-    """Permute the global batch, moving to each process only the rows it will own.
+    """Permute the global batch, (B, ...) -> (B, ...) on each process, which receives only the rows it will own.
 
     Equal to ``gather_rows(rows)[permutation][rank * B : (rank + 1) * B]``, at 1 / world_size of the traffic, and
-    with gradient.
-
-    Args:
-        rows: (B, ...), this process's part of the global batch.
-        permutation: (N,) int64, the same on every process. Row ``j`` of the result is row ``permutation[j]`` of the
-            global batch. An array, because every process plans the exchange on the host.
+    with gradient. ``permutation`` (N,) is the same on every process: an array, as the exchange is planned on the host.
     """
     if world_size() == 1:
         return rows[torch.from_numpy(permutation).to(rows.device)]
-    result: Tensor = _ExchangeRows.apply(rows, permutation)
-    return result
+    return _linear(
+        rows, lambda rows: _exchange(rows, permutation), lambda grad: _exchange(grad, np.argsort(permutation))
+    )
 
 
 def _exchange(rows: Tensor, permutation: NDArray[np.int64]) -> Tensor:
@@ -110,26 +106,20 @@ def sum_with_gradient(values: Tensor, group: dist.ProcessGroup | None = None) ->
     """Sum a tensor over the processes of ``group`` (None: all). The gradient reaches the summand of every process."""
     if world_size() == 1:
         return values
-    result: Tensor = _AllReduceSum.apply(values, group)
-    return result
+    all_reduce = partial(_all_reduced, group=group)
+    return _linear(values, all_reduce, all_reduce)
 
 
 @tracked
 def sum_over_processes(values: Tensor) -> Tensor:
     """Sum a tensor over processes, without gradient."""
-    values = values.detach().clone()
-    if world_size() > 1:
-        dist.all_reduce(values)
-    return values
+    return _all_reduced(values.detach())
 
 
 @tracked
 def max_over_processes(values: Tensor) -> Tensor:
     """Maximum of each element over processes, without gradient."""
-    values = values.detach().clone()
-    if world_size() > 1:
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values
+    return _all_reduced(values.detach(), op=dist.ReduceOp.MAX)
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
@@ -157,15 +147,12 @@ def broadcast_buffers(module: nn.Module) -> None:
 
 
 def subgroup_of(groups: int) -> dist.ProcessGroup | None:
-    """The process group of those that share a BN group with this one, if ``groups`` groups span all processes.
+    """The processes that share a BN group with this one, if ``groups`` groups span all; None if one group spans all.
 
-    None if a group spans all processes or lies on one. Must be called by all processes at the same time.
+    None also if a group lies on one process. Must be called by all processes at the same time.
     """
     size = world_size() // groups
-    if groups == 1 or size <= 1:
-        return None
-    own, _ = dist.new_subgroups(group_size=size)
-    return own
+    return None if groups == 1 or size <= 1 else dist.new_subgroups(group_size=size)[0]
 
 
 @tracked
@@ -181,51 +168,36 @@ def average_tensors(tensors: list[Tensor]) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
-@tracked
-@torch.no_grad()
 def average_gradients(module: nn.Module) -> None:
     """Average the gradients of ``module`` over processes, in one all-reduce for each dtype."""
-    if world_size() == 1:
-        return
     grads = [param.grad for param in module.parameters() if param.grad is not None]
     for dtype in dict.fromkeys(grad.dtype for grad in grads):
         average_tensors([grad for grad in grads if grad.dtype == dtype])
 
 
-class _GatherRows(torch.autograd.Function):
+def _all_reduced(
+    values: Tensor, group: dist.ProcessGroup | None = None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> Tensor:
+    total = values.clone(memory_format=torch.contiguous_format)
+    if world_size() > 1:
+        dist.all_reduce(total, op=op, group=group)
+    return total
+
+
+def _linear(values: Tensor, function: Callable[[Tensor], Tensor], transpose: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a linear function of the tensors of all processes; ``transpose`` maps the gradient back."""
+    result: Tensor = _Linear.apply(values, function, transpose)
+    return result
+
+
+class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        ctx.batch = rows.shape[0]
-        return gather_rows(rows)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad[rank() * ctx.batch : (rank() + 1) * ctx.batch]
-
-
-class _ExchangeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, permutation: NDArray[np.int64]) -> Tensor:
-        ctx.permutation = permutation
-        return _exchange(rows, permutation)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _exchange(grads[0], np.argsort(ctx.permutation)), None
-
-
-class _AllReduceSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        total = values.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
+    def forward(
+        ctx: Any, values: Tensor, function: Callable[[Tensor], Tensor], transpose: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.transpose = transpose
+        return function(values)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.transpose(grads[0]), None, None

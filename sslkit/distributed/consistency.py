@@ -1,7 +1,5 @@
 """Check that all processes train the same model: at the start of a run, and every few steps."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,15 +12,12 @@ from sslkit.errors import RunError, UserError
 
 Result = TypeVar("Result")
 
+RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 CHUNK = 1 << 22  # 32-bit words summed at a time, to bound the memory for large memory banks
 
 
 def all_or_none(work: Callable[[], Result]) -> Result:
-    """Call ``work`` on every process. If one raises a UserError, all do, so that none waits for it.
-
-    Raises:
-        UserError: The error of the lowest rank that had one.
-    """
+    """Call ``work`` on every process. If some raise a UserError, all raise that of the lowest rank, and none waits."""
     result: Result
     problem = None
     try:
@@ -35,51 +30,34 @@ def all_or_none(work: Callable[[], Result]) -> Result:
     return result
 
 
-def compare_facts(facts: dict[str, Any], device: torch.device) -> None:
-    """Stop if the processes were started with different recipes, data, checkpoints or versions.
-
-    Args:
-        facts: JSON values, by the names that the message uses.
-        device: Device of the collectives.
-
-    Raises:
-        RunError: A fact differs; names it and the processes.
-    """
-    digests = [_hash_text(json.dumps(value, sort_keys=True)) for value in facts.values()]
-    table = gather_rows(torch.tensor([digests], dtype=torch.int64, device=device)).cpu()
-    for name, column in zip(facts, table.T, strict=True):
-        if ranks := _differing(column):
+def compare_facts(facts: dict[str, Any]) -> None:
+    """Raise a RunError if a fact, such as the recipe, differs between processes; names the fact and the processes."""
+    first, *others = gather_objects(facts)
+    for name in facts:
+        if ranks := [rank for rank, each in enumerate(others, start=1) if each[name] != first[name]]:
             raise RunError(f"the processes do not agree: {_processes(ranks)} another {name} than process 0")
 
 
 def compare_weights(method: nn.Module, step: int, device: torch.device) -> None:
-    """Stop if the state dict of the method is not the same on all processes.
+    """Raise a RunError if the state dict of the method differs between processes; names a tensor and the processes.
 
-    Running statistics of BatchNorm are not compared, because each process has those of its own images. Sharded weights
-    are not compared either.
-
-    Raises:
-        RunError: A tensor differs; names it, the step and the processes.
+    Not compared are running statistics of BatchNorm, which each process has of its own images, and sharded weights.
     """
     if world_size() == 1:
         return
     named = {
         name: tensor
         for name, tensor in method.state_dict().items()
-        if not (_is_running(name) or isinstance(tensor, DTensor))
+        if not (name.endswith(RUNNING_STATISTICS) or isinstance(tensor, DTensor))
     }
     sums = [_checksum(tensor).to(device) for tensor in named.values()]
     table = gather_rows(torch.stack([torch.tensor(step, device=device), *sums])[None])
     for name, column in zip(["number of steps", *named], table.T, strict=True):
-        if ranks := _differing(column):
+        if ranks := torch.nonzero(column != column[0]).flatten().tolist():
             raise RunError(
                 f"step {step}: the processes have drifted apart: {_processes(ranks)} another {name} than process 0. "
                 "The last checkpoint may already differ; look for code that changes weights on one process only"
             )
-
-
-def _is_running(name: str) -> bool:
-    return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
 
 
 def _checksum(tensor: Tensor) -> Tensor:
@@ -91,15 +69,6 @@ def _checksum(tensor: Tensor) -> Tensor:
         positions = torch.arange(index * CHUNK, index * CHUNK + len(words), device=raw.device)
         total += (words * (positions * 2 + 1)).sum()
     return total
-
-
-def _hash_text(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
-
-
-def _differing(column: Tensor) -> list[int]:
-    """The ranks whose value differs from that of rank 0."""
-    return torch.nonzero(column != column[0]).flatten().tolist()
 
 
 def _processes(ranks: list[int]) -> str:

@@ -1,8 +1,8 @@
 """Heartbeats that find the process that has died or hangs.
 
 The error of a failed collective does not say which process caused it. So every process writes once a second what it is
-doing to the key-value store of the launcher. It uses a thread and a connection of its own: a stuck process still sends
-heartbeats, a dead or frozen one does not.
+doing to the key-value store of the launcher, from a thread of its own: a stuck process still sends heartbeats, a dead
+or frozen one does not.
 """
 
 import faulthandler
@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sslkit.distributed.collectives import rank, running_collective, world_size
-from sslkit.errors import RunError
+from sslkit.errors import RunError, first_line
 from sslkit.terminal import print_message
 
 INTERVAL = 1.0
@@ -25,11 +25,7 @@ NO_TIMEOUT = ("starting", "evaluating", "saving")  # activities that may take an
 
 
 class Heartbeat:
-    """A context manager that sends heartbeats. On a single process it sends none.
-
-    Args:
-        timeout: Seconds within which a step must make progress.
-    """
+    """A context manager that sends heartbeats; none on a single process. A step may take ``timeout`` seconds."""
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
@@ -53,16 +49,12 @@ class Heartbeat:
         if self.store is None:
             return
         if error is not None and not is_others_fault(error):
-            self._send(f"stopped by {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])
+            self._send(f"stopped by {type(error).__name__}: {first_line(error, 250)}")
         self.ended.set()
         self.thread.join(timeout=5.0)
 
     def blame(self, error: BaseException | None = None) -> RunError:
-        """Find the process that made a collective fail or hang; takes a few heartbeats.
-
-        Args:
-            error: Error of the collective, if it raised one.
-        """
+        """Find the process that made a collective hang, or fail with ``error``; takes a few heartbeats."""
         where = self._doing()
         reason = f" ({str(error).splitlines()[0][-160:]})" if error else ""
         opening = f"process {rank()} cannot continue at step {self.step}, {where}"

@@ -1,8 +1,8 @@
 """Give each start of a process group its own prefix in the store of the launcher.
 
-torchrun keeps one store over all restarts. Restarted processes would find the addresses of dead ones in it, and wait
-for them until the timeout or forever (seen with torch 2.15, gloo). The restart count cannot be the prefix, because it
-differs between nodes. So the first process chooses a random prefix and sends it to those that ask now.
+torchrun keeps one store over all restarts, in which restarted processes would find the addresses of dead ones and wait
+for them (seen with torch 2.15, gloo). The restart count differs between nodes, so the first process chooses a random
+prefix and sends it to those that ask now.
 """
 
 import os
@@ -27,20 +27,18 @@ def rendezvous_url() -> str | None:
 
 
 def agree_on_prefix(store: Store, rank: int, processes: int, timeout: timedelta) -> str:
-    """Agree on a random prefix that only these processes share, whatever earlier ones left in the store.
+    """Agree on a random prefix that only these processes share; raise a RunError if one does not join in time.
 
     Each process but the first writes a random token and waits for the answer to it. The first answers all tokens until
     every process has confirmed. Answers to tokens of dead processes are never read.
-
-    Raises:
-        RunError: A process did not join in time.
     """
     deadline = time.monotonic() + timeout.total_seconds()
     prefix = uuid.uuid4().hex
     if rank:
         token = uuid.uuid4().hex
         store.set(f"token/{rank}", token)
-        _wait_for(store, f"answer/{token}", deadline, "process 0")
+        while not store.check([f"answer/{token}"]):
+            _pause(deadline, "process 0")
         prefix = str(store.get(f"answer/{token}"), "utf-8")
         store.set(f"{prefix}/{rank}", "here")
         return prefix
@@ -52,11 +50,6 @@ def agree_on_prefix(store: Store, rank: int, processes: int, timeout: timedelta)
         missing = {other for other in missing if not store.check([f"{prefix}/{other}"])}
         _pause(deadline, f"process {min(missing)}" if missing else "")
     return prefix
-
-
-def _wait_for(store: Store, key: str, deadline: float, process: str) -> None:
-    while not store.check([key]):
-        _pause(deadline, process)
 
 
 def _pause(deadline: float, process: str) -> None:

@@ -1,8 +1,7 @@
 """Sharded parameters (PyTorch's FSDP2): every process keeps a shard of each tensor and gathers it to compute.
 
-Student and teacher are sharded alike. The same rows of both lie on the same process, so the teacher is updated without
-communication. Parameters, their gradients and the optimizer's state are sharded (`DTensor`). Buffers, such as a queue,
-are replicated.
+Parameters, their gradients and the optimizer's state are sharded (`DTensor`); buffers, such as a queue, are replicated.
+Student and teacher are sharded alike, so that the teacher is updated without communication.
 """
 
 import torch
@@ -15,14 +14,10 @@ from sslkit.distributed.collectives import tracked, world_size
 
 
 def shard(method: nn.Module, encoders: list[nn.Module], device: torch.device) -> None:
-    """Shard every parameter over the processes, in place.
+    """Shard every parameter of a method, equal on all processes, over them, in place.
 
-    Gathered at one time are one of an encoder's ``blocks``, or an encoder that has none, and the heads.
-
-    Args:
-        method: The module that is called in each step; equal on all processes.
-        encoders: Its large modules: the student's and the teacher's backbone.
-        device: Where the method lies.
+    Gathered at one time are one of the ``blocks`` of an encoder (a backbone), or an encoder without blocks, and the
+    heads.
     """
     if world_size() == 1:
         return
@@ -34,12 +29,6 @@ def shard(method: nn.Module, encoders: list[nn.Module], device: torch.device) ->
     root = fully_shard(method, mesh=mesh, reshard_after_forward=True)
     # Otherwise an encoder that is called before the method, for an evaluation, would become FSDP's root module.
     root._get_fsdp_state()._lazy_init()
-
-
-def count_parameters(module: nn.Module) -> tuple[int, int]:
-    """Number of elements of a module's parameters on this process, and on all."""
-    params = list(module.parameters())
-    return sum(local_shard(param).numel() for param in params), sum(param.numel() for param in params)
 
 
 @tracked

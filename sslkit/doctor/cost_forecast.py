@@ -62,8 +62,8 @@ def forecast_time(setup: DoctorSetup, source: ImageSource, record: StepRecord) -
     """Measure loading and computing in turn, and compare them."""
     recipe, device = setup.recipe, training_device()
     if record.seconds > LONG_STEP and device.type == "cpu":
-        computing, loading = record.seconds / setup.batch_size, setup.loading_seconds / setup.batch_size
-        return compare_speeds(recipe, computing, loading, len(source))
+        computing, loading = record.seconds, setup.loading_seconds
+        return compare_speeds(recipe, computing / setup.batch_size, loading / setup.batch_size, len(source))
     moved = on_device(setup, device)
     batches = load_batches(recipe, source, setup.batch_size, steps=REPEATS)
     computing_times, loading_times = [], []

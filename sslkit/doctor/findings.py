@@ -12,11 +12,18 @@ LogMessage = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check; `Check` has a method for each verdict."""
+    """The result of one check.
 
-    check: str  # name, the same in every report
+    Attributes:
+        check: Name of the check, the same in every report.
+        verdict: ``fault``: the recipe or the method's code is wrong. ``warning``: the run would work, but a setting is
+            unusual. ``not applicable``: there is nothing to check, or it could not be checked; the sentence says which.
+        sentence: What was found and, for a fault or a warning, which key to set to which value.
+    """
+
+    check: str
     verdict: Verdict
-    sentence: str  # what was found and, for a fault or a warning, which key to set to which value
+    sentence: str
 
 
 class Check(str):

@@ -14,8 +14,7 @@ from sslkit.doctor.process_checks import NOT_LAUNCHED, check_processes
 from sslkit.doctor.recipe_advice import check_settings
 from sslkit.doctor.training_checks import CONTRACT, STEP, check_batch_norm_leak, check_training
 from sslkit.doctor.view_checks import check_views
-from sslkit.engine.batch_checks import check_batch_split, steps_per_epoch
-from sslkit.engine.setup import build_method
+from sslkit.engine.setup import build_method, check_batch_split, steps_per_epoch
 from sslkit.errors import UserError
 from sslkit.recipe.resolve import Recipe
 

@@ -1,7 +1,7 @@
 """The processes of a run: whether as many started as were asked for, and how they share the machine."""
 
 import os
-import sys
+import re
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -19,8 +19,8 @@ from sslkit.recipe.resolve import Recipe
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """Join the processes that the launcher started.
 
-    DistributedDataParallel does not broadcast buffers at every step: a queue is equal on all processes anyway, and
-    running statistics matter only for evaluation and export, which use those of the first process.
+    DistributedDataParallel need not broadcast buffers at every step: a queue is equal on all processes, and evaluation
+    and export use the running statistics of the first process.
 
     Raises:
         UserError: The number of processes is not the one that the recipe or the launcher's command asks for, or the
@@ -71,19 +71,12 @@ def _only_cpu() -> bool:
 
 def _asked_of_launcher() -> int:
     """The --num_processes of the `accelerate launch` that started this process on one machine; 0 if there is none."""
-    if not sys.platform.startswith("linux") or "WORLD_SIZE" in os.environ:
+    if "WORLD_SIZE" in os.environ:
         return 0
     try:
-        arguments = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:  # not on Linux
         return 0
-    if "launch" not in arguments or not any("accelerate" in argument for argument in arguments[:3]):
-        return 0
-    for index, argument in enumerate(arguments):
-        flag, _, value = argument.partition("=")
-        if flag in ("--num_processes", "--num-processes"):
-            value = value or arguments[index + 1]
-            return int(value) if value.isdigit() else 0
-        if argument.endswith(".pretrain"):
-            break
-    return 0
+    of_launcher = command.partition(".pretrain\0")[0]
+    found = re.search(r"accelerate[^\0]*\0launch\0.*?--num[_-]processes[=\0](\d+)\0", of_launcher, re.DOTALL)
+    return int(found[1]) if found else 0

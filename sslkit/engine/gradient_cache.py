@@ -1,16 +1,14 @@
 """Gradients of a batch: the whole batch at once, or in slices, with the memory of a slice and the same result.
 
-A contrastive loss compares the images of a batch with each other. Accumulating the gradients of small batches gives
-another loss, in which each image meets fewer negatives. But only features, which are small, lie between backbone and
-loss. This is GradCache (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup",
-arXiv:2101.06983):
+Accumulating the gradients of small batches gives another contrastive loss, in which each image meets fewer negatives.
+GradCache (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv:2101.06983):
 
 1. encode slice by slice without a graph and keep the features;
 2. compute heads and loss once, on all features; keep the gradient of the loss with respect to the features;
 3. encode slice by slice again, with a graph and the same random draws, and backpropagate that gradient.
 
-It costs a third more arithmetic, as each slice is encoded twice. The result equals that of the whole batch if the
-backbone has no batch statistics; otherwise a slice is a BatchNorm group of its own, as a GPU is in the papers.
+Each slice is encoded twice: a third more arithmetic. The result equals that of the whole batch if the backbone has no
+batch statistics; otherwise a slice is a BatchNorm group of its own, as a GPU is in the papers.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,21 +28,13 @@ from sslkit.parts.batch_slices import local_bn_groups, shuffle_views, slice_view
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """What the gradients of a step are computed from, on this process.
+    """What the gradients of a step are computed from, on this process."""
 
-    Attributes:
-        views: uint8 images, each (B, H, W, 3).
-        info: Sample ids, and whatever else was drawn for each sample.
-        progress: Position in training; counts the updates before this step.
-        permutation: Order of the global batch's keys, or None if they are not shuffled.
-        prepare: Normalises uint8 views to (B, 3, H, W).
-    """
-
-    views: Views
-    info: BatchInfo
-    progress: Progress
-    permutation: Permutation | None
-    prepare: Prepare
+    views: Views  # uint8 images, each (B, H, W, 3)
+    info: BatchInfo  # sample ids, and whatever else was drawn for each sample
+    progress: Progress  # counts the updates before this step
+    permutation: Permutation | None  # order of the global batch's keys; None if they are not shuffled
+    prepare: Prepare  # normalises uint8 views to (B, 3, H, W)
 
 
 def whole_batch_step(accelerator: Accelerator, wrapped: nn.Module, batch: GlobalBatch) -> Step:
@@ -66,20 +56,12 @@ def restored_buffers(module: nn.Module) -> Iterator[None]:
 
 
 def sliced_step(
-    accelerator: Accelerator,
-    method: Method,
-    batch: GlobalBatch,
-    micro_batch: int,
-    seed_slice: Callable[[int], None],
+    accelerator: Accelerator, method: Method, batch: GlobalBatch, micro_batch: int, seed_slice: Callable[[int], None]
 ) -> Step:
-    """The same loss and gradients, ``micro_batch`` images at a time; gradients are averaged once, at the end.
+    """The same loss and gradients, ``micro_batch`` images of each view at a time.
 
-    Args:
-        accelerator: Precision and loss scale.
-        method: The method itself, not wrapped.
-        batch: This process's part of the global batch.
-        micro_batch: Images of each view that the backbone encodes at a time.
-        seed_slice: Seeds the random draws of a slice; called twice for each slice.
+    ``method`` is not wrapped: its gradients are averaged once, at the end. ``seed_slice`` seeds the random draws of a
+    slice; it is called twice for each.
     """
     slices = max(len(batch.info.sample_ids) // micro_batch, local_bn_groups(method.bn_groups))
     views, permutation, prepare = batch.views, batch.permutation, batch.prepare

@@ -29,32 +29,19 @@ from sslkit.text import format_duration
 
 @dataclass(frozen=True)
 class RunServices:
-    """What the loop reports to and takes orders from.
+    """What the loop reports to and takes orders from."""
 
-    Attributes:
-        folder: Run folder.
-        logger: Metrics, messages and trackers.
-        saver: Writes checkpoints.
-        monitor: kNN and diagnostics.
-        bad_samples: The images that cannot be read.
-        stop: Signals and the time limit.
-        heartbeat: Tells the other processes what this one does.
-    """
-
-    folder: Path
-    logger: RunLogger
-    saver: Saver
-    monitor: RunMonitor
-    bad_samples: BadSamples
-    stop: StopRequest
-    heartbeat: Heartbeat
+    folder: Path  # of the run
+    logger: RunLogger  # metrics, messages and trackers
+    saver: Saver  # writes checkpoints
+    monitor: RunMonitor  # kNN and diagnostics
+    bad_samples: BadSamples  # the images that cannot be read
+    stop: StopRequest  # signals and the time limit
+    heartbeat: Heartbeat  # tells the other processes what this one does
 
 
 def run_loop(state: TrainingState, run: RunServices) -> str:
-    """Train from ``state.step`` to the last step, or until asked to stop.
-
-    Returns:
-        Why training stopped before its end; empty if it did not.
+    """Train from ``state.step`` to the last step; returns why training stopped before it, or an empty string.
 
     Raises:
         BadStepError: The loss or the gradient of a step was bad, and ``[guard]`` says to stop.
@@ -62,16 +49,14 @@ def run_loop(state: TrainingState, run: RunServices) -> str:
     """
     guard = Guard(state.recipe.guard, state.recovery, state.method)
     meter = ThroughputMeter(state.recipe.train.batch_size)
-    last_save = time.monotonic()
     run.heartbeat.at(state.step, "evaluating")
     run.monitor.resume()
     state.method.train()
     run.heartbeat.at(state.step, "starting")
     for batch in meter.timed(make_train_loader(state)):
         run.heartbeat.at(state.step, "in forward and backward")
-        result = train_step(state, batch, guard, poll=partial(poll_flags, state, run, batch, last_save))
+        result = train_step(state, batch, guard, poll=partial(poll_flags, state, run, batch))
         save_asked, stop_asked, bad_images = result.flags
-        meter.count_step()
 
         run.heartbeat.at(state.step, "in bookkeeping")
         if bad_images:
@@ -84,44 +69,32 @@ def run_loop(state: TrainingState, run: RunServices) -> str:
 
         run.heartbeat.at(state.step, "evaluating")
         ends = state.step == state.last_step
-        if not result.skipped:
-            run.monitor.observe_gradients(result.grad_norm, result.layer_gradients)
-        evaluates = run.monitor.knn_is_due(state.step) and (ends or not stop_asked)
-        if evaluates:
-            run.monitor.evaluate_sample()
-        else:
-            run.monitor.evaluate_batch(result.batch)
+        evaluated = run.monitor.after_step(result, stops=stop_asked and not ends)
 
         saves = ends or stop_asked or (save_asked and not state.recovery.skipped)
         if saves:
             run.heartbeat.at(state.step, "saving")
             save_checkpoint(state, run.saver, wait=ends or stop_asked)
-            last_save = time.monotonic()
         if stop_asked and not ends:
             return run.stop.reason or "a signal to another process"
-        if evaluates or saves:
+        if evaluated or saves:
             meter.restart()
         run.heartbeat.at(state.step, "waiting for data")
     return ""
 
 
-def poll_flags(state: TrainingState, run: RunServices, batch: Batch, last_save: float) -> Sequence[bool]:
-    """What this process asks all processes to do after the step: save, stop, exchange unreadable images."""
-    return save_is_due(state, run.monitor, last_save), bool(run.stop.reason), bool(run.bad_samples.new_in(batch))
+def poll_flags(state: TrainingState, run: RunServices, batch: Batch) -> Sequence[bool]:
+    """What this process asks all processes to do after the step: save, stop, exchange unreadable images.
 
-
-def save_is_due(state: TrainingState, monitor: RunMonitor, last_save: float) -> bool:
-    """Whether the step being made is to be saved, by number of steps, epochs, minutes, or the kNN measured after it.
-
-    Clocks differ between processes: if it is time on one, all save.
+    It is time to save by number of steps, epochs, minutes (on any process, as clocks differ), or for the kNN of a step.
     """
     rules, step = state.recipe.checkpoint, state.step + 1
     periods = (rules.every_steps, rules.keep_every_epochs * state.steps_per_epoch)
-    due = any(period and step % period == 0 for period in periods)
-    if state.recipe.guard.policy == "skip":
-        due |= is_rewind_point(state.recipe, state.steps_per_epoch, step)
-    due |= bool(rules.keep_best) and monitor.knn_is_due(step)
-    return due or bool(rules.every_minutes and time.monotonic() - last_save > 60 * rules.every_minutes)
+    saves = any(period and step % period == 0 for period in periods)
+    saves |= state.recipe.guard.policy == "skip" and is_rewind_point(state.recipe, state.steps_per_epoch, step)
+    saves |= bool(rules.keep_best) and run.monitor.knn_is_due(step)
+    saves |= bool(rules.every_minutes) and time.monotonic() - run.saver.saved_at > 60 * rules.every_minutes
+    return saves, bool(run.stop.reason), bool(run.bad_samples.new_in(batch))
 
 
 def refuse_step(state: TrainingState, run: RunServices, guard: Guard, result: StepResult) -> None:
@@ -159,15 +132,18 @@ def log_step(state: TrainingState, logger: RunLogger, meter: ThroughputMeter, re
 def save_checkpoint(state: TrainingState, saver: Saver, *, wait: bool) -> None:
     """Hand the state to the saver, which writes it on the first process while training continues.
 
-    Raises:
-        SaveError: ``wait`` was asked for and the checkpoint could not be written; on all processes.
+    With ``wait``, raise a SaveError on all processes if it could not be written.
     """
     broadcast_buffers(state.method.encoder)
-    mark_rewind_point(state)
+    # The run can go back to this checkpoint. One that stops at bad steps never does, but marks its checkpoints all the
+    # same, in case it is continued with ``policy = "skip"``.
+    is_point = is_rewind_point(state.recipe, state.steps_per_epoch, state.step) and not state.recovery.skipped
+    if is_point or state.recipe.guard.policy == "stop":
+        state.recovery.back_to = state.step
     scaler = state.accelerator.scaler
     fields = {
         "scaler": scaler.state_dict() if scaler is not None else {},
-        "course": state.recovery.as_json(),
+        "course": state.recovery.model_dump(mode="json"),
         "recipe": state.recipe.as_tables(),
         "images": recorded_names_digest(saver.folder),
     }
@@ -177,15 +153,3 @@ def save_checkpoint(state: TrainingState, saver: Saver, *, wait: bool) -> None:
         failed = torch.tensor(float(bool(failure)), device=state.accelerator.device)
         if max_over_processes(failed) > 0:
             raise SaveError(f"{failure or 'the first process could not save'}; the same command tries again from there")
-
-
-def mark_rewind_point(state: TrainingState) -> None:
-    """Note in the recovery state that the run can go back to the checkpoint about to be saved, if it can.
-
-    A run that stops at bad steps never goes back. Each of its checkpoints counts as a rewind point all the same, in
-    case it is continued with ``policy = "skip"``.
-    """
-    recipe, recovery = state.recipe, state.recovery
-    is_point = is_rewind_point(recipe, state.steps_per_epoch, state.step)
-    if recipe.guard.policy == "stop" or (not recovery.skipped and is_point):
-        recovery.back_to = state.step

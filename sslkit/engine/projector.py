@@ -13,17 +13,10 @@ from sslkit.text import pluralize
 
 
 def first_projector_layers(run: Path, count: int) -> nn.Sequential:
-    """The layers of the projector before its linear layer number ``count`` + 1, from the run's newest checkpoint.
+    """The first ``count`` linear layers of a run's projector, from its newest checkpoint (SimCLR v2: 1).
 
-    Args:
-        run: Run folder.
-        count: Number of linear layers to keep, each with the norm and activation after it (SimCLR v2: 1).
-
-    Returns:
-        A module (B, D) -> (B, width of the last layer kept).
-
-    Raises:
-        UserError: The folder is not a run, or its projector has too few layers.
+    Each comes with the norm and activation after it: (B, D) -> (B, width of the last layer kept). Raises a UserError if
+    the folder is not a run, or its projector has too few layers.
     """
     if not (run / "recipe.toml").is_file():
         raise UserError(f"--head-layers: {run} is not a run folder, and an encoder alone has no projector")

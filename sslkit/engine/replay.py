@@ -1,6 +1,7 @@
 """Compute a bad step again from its crash dump: whether the numbers are the same, and where they went wrong."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from sslkit.data.sources.image_source import open_source
-from sslkit.engine.resilience.crash_dump import read_crash_dump
+from sslkit.engine.resilience.crash_dump import CrashFacts, read_crash_dump
 from sslkit.engine.resilience.guard import Guard
 from sslkit.engine.setup import make_train_loader, set_up_training
 from sslkit.engine.state import RecoveryState, TrainingState
@@ -21,27 +22,16 @@ from sslkit.recipe.resolve import Recipe, as_saved, build_recipe
 
 @dataclass(frozen=True)
 class Replay:
-    """A step computed again.
+    """A step computed again."""
 
-    Attributes:
-        step: Number of the step, from 0.
-        complaint: Why it was refused.
-        then: Its loss and gradient norm at that time.
-        now: The same, computed again.
-        culprit: The first module whose output is not finite; empty if all are finite.
-        bad_samples: Images whose rows in that output are not finite.
-        bad_gradients: Parameters whose gradient is not finite, in their order.
-        remarks: How the two computations differ.
-    """
-
-    step: int
-    complaint: str
-    then: dict[str, float]
-    now: dict[str, float]
-    culprit: str
-    bad_samples: list[int]
-    bad_gradients: list[str]
-    remarks: list[str]
+    step: int  # from 0
+    complaint: str  # why it was refused
+    then: dict[str, float]  # its loss and gradient norm at that time
+    now: dict[str, float]  # the same, computed again
+    culprit: str  # the first module whose output is not finite; empty if all are finite
+    bad_samples: list[int]  # images whose rows in that output are not finite
+    bad_gradients: list[str]  # parameters whose gradient is not finite
+    remarks: list[str]  # how the two computations differ
 
     @property
     def same(self) -> bool:
@@ -50,24 +40,23 @@ class Replay:
 
 
 def replay_step(folder: str | Path) -> Replay:
-    """Compute the step of a crash dump again, on the CPU and in one process.
-
-    Raises:
-        UserError: The folder is no crash dump, it is damaged, or its images have changed.
-    """
+    """Compute the step of a crash dump again, on the CPU; raise a UserError if dump or images are not as they were."""
     check_path(folder, "CAPSULE")
     facts, weights = read_crash_dump(Path(folder))
-    recipe = build_recipe(as_saved(facts["recipe"]), name=f"{folder}/capsule.json")
+    recipe = build_recipe(as_saved(facts.recipe), name=f"{folder}/capsule.json")
     source = open_source(recipe.data).without_labels()
-    if len(source) != facts["images"]:
-        raise UserError(f"{folder}: was made with {facts['images']} images; {source.description} has {len(source)} now")
+    if len(source) != facts.images:
+        raise UserError(f"{folder}: was made with {facts.images} images; {source.description} has {len(source)} now")
     remarks = _differences(facts, recipe)
-    recipe = _for_replay(recipe)
+    train: dict[str, Any] = {"compile": False, "clip_norm": 0.0}  # gradients as they were before clipping
+    train |= {"precision": "no"} if recipe.train.precision == "fp16" else {}
+    data = recipe.data.model_copy(update={"workers": 0})
+    recipe = replace(recipe, train=recipe.train.model_copy(update=train), data=data)
     accelerator = Accelerator(cpu=True, mixed_precision=recipe.train.precision)
     try:
-        state = set_up_training(recipe, source, accelerator, recovery=RecoveryState(rewinds=facts["detour"]))
+        state = set_up_training(recipe, source, accelerator, recovery=RecoveryState(rewinds=facts.rewinds))
         state.method.load_state_dict(weights)
-        state.step = facts["step"]
+        state.step = facts.step
         return _compute(state, facts, remarks)
     except RuntimeError as error:
         if "state_dict" not in str(error):
@@ -77,72 +66,48 @@ def replay_step(folder: str | Path) -> Replay:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _for_replay(recipe: Recipe) -> Recipe:
-    """The recipe for one process on a CPU, with gradients as they were before clipping."""
-    precision = "no" if recipe.train.precision == "fp16" else recipe.train.precision
-    train = {"precision": precision, "compile": False, "clip_norm": 0.0}
-    return replace(
-        recipe,
-        train=recipe.train.model_copy(update=train),
-        data=recipe.data.model_copy(update={"workers": 0}),
-    )
-
-
-def _differences(facts: dict[str, Any], recipe: Recipe) -> list[str]:
+def _differences(facts: CrashFacts, recipe: Recipe) -> list[str]:
     """What may make the numbers differ from those of the run."""
-    remarks = []
-    if facts["device"] != "cpu":
-        remarks.append(f"the run computed it on {facts['device']}; the last digits differ on a CPU")
-    if facts["processes"] > 1:
-        remarks.append(f"{facts['processes']} processes computed it, each with its own dropout and order of sums")
-    if facts["torch"] != torch.__version__:
-        remarks.append(f"torch was {facts['torch']} and is {torch.__version__}")
-    if recipe.train.precision == "fp16":
-        remarks.append("the precision was fp16, with a loss scale; a CPU computes in float32")
-    return remarks
+    possible = {
+        f"the run computed it on {facts.device}; the last digits differ on a CPU": facts.device != "cpu",
+        f"{facts.processes} processes computed it, each with its own dropout and order of sums": facts.processes > 1,
+        f"torch was {facts.torch} and is {torch.__version__}": facts.torch != torch.__version__,
+        "the precision was fp16, with a loss scale; a CPU computes in float32": recipe.train.precision == "fp16",
+    }
+    return [remark for remark, applies in possible.items() if applies]
 
 
-def _compute(state: TrainingState, facts: dict[str, Any], remarks: list[str]) -> Replay:
+def _compute(state: TrainingState, facts: CrashFacts, remarks: list[str]) -> Replay:
     """Make the step, and look for the first numbers that are not finite."""
     state.method.train()
-    first_bad = FirstBadOutput(state.method)
+    bad_outputs = _record_bad_outputs(state.method)
     batch = next(iter(make_train_loader(state, state.step + 1)))
     result = train_step(state, batch, Guard(state.recipe.guard, state.recovery, state.method))
     grads = {name: param.grad for name, param in state.method.named_parameters() if param.grad is not None}
     sample_ids = batch.sample_ids.tolist()
+    culprit, rows = bad_outputs[0] if bad_outputs else ("", [])
     return Replay(
         result.step,
-        str(facts["complaint"]),
-        {"loss": float(facts["loss"]), "grad_norm": float(facts["grad_norm"])},
+        facts.problem,
+        {"loss": facts.loss, "grad_norm": facts.grad_norm},
         {"loss": result.loss, "grad_norm": result.grad_norm},
-        first_bad.name,
-        [sample_ids[row] for row in first_bad.rows if row < len(sample_ids)],
+        culprit,
+        [sample_ids[row] for row in rows if row < len(sample_ids)],
         [name for name, grad in grads.items() if not torch.isfinite(grad).all()],
         remarks,
     )
 
 
-class FirstBadOutput:
-    """Hooks that find the first module whose output is not finite, and the rows of it that are not.
+def _record_bad_outputs(method: nn.Module) -> list[tuple[str, list[int]]]:
+    """Record, during forward passes, each module whose output is not finite, and the rows of it that are not."""
+    found: list[tuple[str, list[int]]] = []
 
-    Attributes:
-        name: The module; empty if all outputs are finite.
-        rows: Rows of its output.
-    """
+    def check(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and not torch.isfinite(output).all():
+            bad = ~torch.isfinite(output.flatten(1)).all(dim=1) if output.ndim > 1 else torch.tensor([])
+            found.append((name, torch.nonzero(bad).flatten().tolist()))
 
-    def __init__(self, method: nn.Module) -> None:
-        self.name, self.rows = "", list[int]()
-        for name, module in method.named_modules():
-            if not list(module.children()):
-                module.register_forward_hook(self._hook(name))
-
-    def _hook(self, name: str) -> Any:
-        def check(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if self.name or not isinstance(output, Tensor) or torch.isfinite(output).all():
-                return
-            self.name = name
-            if output.ndim > 1:
-                finite = torch.isfinite(output.flatten(1)).all(dim=1)
-                self.rows = torch.nonzero(~finite).flatten().tolist()
-
-        return check
+    for name, module in method.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(partial(check, name))
+    return found

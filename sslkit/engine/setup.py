@@ -11,13 +11,13 @@ from sslkit.data.loading.worker_pool import TrainLoader
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.distributed.sharding import shard
 from sslkit.engine.accelerator import processes_here, workers_of
-from sslkit.engine.batch_checks import check_batch_split, steps_per_epoch
 from sslkit.engine.checkpoint.format import Checkpoint, restore
 from sslkit.engine.optim import make_optimizer
 from sslkit.engine.state import RecoveryState, TrainingState
 from sslkit.errors import UserError
 from sslkit.methods import Method, find_method
 from sslkit.parts.backbone import create_backbone, feature_dim, recompute_activations
+from sslkit.parts.batch_slices import local_bn_groups
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.recipe.resolve import Recipe
 
@@ -33,13 +33,7 @@ def set_up_training(
 ) -> TrainingState:
     """Build what the recipe asks for and wire it to the processes; all processes call it together.
 
-    Args:
-        recipe: The resolved recipe.
-        source: Images to train on.
-        accelerator: Device, precision and processes.
-        checkpoint: What to continue from; None starts from the beginning.
-        recovery: Bad steps and rewinds before that checkpoint.
-        method: Built already; None builds it with the recipe's seed.
+    ``recovery`` has the bad steps and rewinds before ``checkpoint``. If ``method`` is None, it is built.
 
     Raises:
         UserError: The batch does not fit the data or the processes, the checkpoint does not fit the recipe, or memory
@@ -65,24 +59,18 @@ def set_up_training(
         shard(method, method.backbones(), accelerator.device)
     optimizer = make_optimizer(recipe, method)
     if checkpoint is not None:
-        restore(checkpoint, method, optimizer)
+        restore(checkpoint, method, optimizer, accelerator.scaler)
     # A sharded method reduces its gradients itself; Accelerate then adds mixed precision but no DDP.
     wrapped = accelerator.prepare_model(method, evaluation_mode=recipe.train.shard)
     prepared = accelerator.prepare_optimizer(optimizer)
-    if checkpoint is not None:
-        restore_scaler(accelerator, checkpoint)
-    step = checkpoint.step if checkpoint else 0
-    return TrainingState(
-        recipe, accelerator, source, method, wrapped, prepared, epoch_steps, step, recovery or RecoveryState()
-    )
+    step, recovery = checkpoint.step if checkpoint else 0, recovery or RecoveryState()
+    return TrainingState(recipe, accelerator, source, method, wrapped, prepared, epoch_steps, step, recovery)
 
 
 def build_method(recipe: Recipe, num_samples: int = 0) -> Method:
     """Build the recipe's method on its backbone, on the CPU, initialised from torch's current random state.
 
-    Args:
-        recipe: The resolved recipe.
-        num_samples: Images in the data: the rows of a memory bank.
+    ``num_samples`` is the number of images in the data: the rows of a memory bank.
 
     Raises:
         UserError: The method needs more memory than this machine has.
@@ -109,14 +97,41 @@ def build_method(recipe: Recipe, num_samples: int = 0) -> Method:
     return method
 
 
+def steps_per_epoch(recipe: Recipe, source: ImageSource) -> int:
+    """Whole batches in an epoch; raises a UserError if there is none. Other images are left over in each epoch."""
+    if recipe.train.batch_size > len(source):
+        raise UserError(
+            f"[train] batch_size: {recipe.train.batch_size} is more than the {len(source)} images of "
+            f"{source.description}; set it to {len(source)} or less"
+        )
+    return len(source) // recipe.train.batch_size
+
+
+def check_batch_split(recipe: Recipe, method: Method, processes: int) -> None:
+    """Raise a UserError if the batch does not split equally into processes, slices and BN groups of each module."""
+    batch, micro = recipe.train.batch_size, recipe.train.micro_batch
+    if micro and batch % (processes * micro):
+        raise UserError(
+            f"[train] micro_batch: {micro} does not divide the {batch / processes:g} images of each process's part of "
+            f"[train] batch_size = {batch}; take a divisor"
+        )
+    for groups in dict.fromkeys(method.batch_norm_groups().values()):
+        across = method.groups_across_processes
+        if (processes < groups and groups % processes) or (across and groups < processes and processes % groups):
+            raise UserError(f"[method] bn_groups: {groups} groups cannot be shared by {processes} processes")
+        parts = processes * local_bn_groups(groups)
+        if batch % parts or batch // parts < 2:
+            raise UserError(
+                f"[train] batch_size: {batch} does not split into {parts} equal parts of two or more images "
+                f"({processes} processes, [method] bn_groups = {groups})"
+            )
+
+
 def make_train_loader(state: TrainingState, total_steps: int | None = None) -> TrainLoader:
     """Load this process's batches from ``state.step`` to ``total_steps`` (None: to the end of the run)."""
     recipe, accelerator = state.recipe, state.accelerator
-    batches = state.batches(
-        state.last_step if total_steps is None else total_steps,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
+    total_steps = state.last_step if total_steps is None else total_steps
+    batches = state.batches(total_steps, rank=accelerator.process_index, world_size=accelerator.num_processes)
     return TrainLoader(
         state.source,
         ViewPipeline(recipe.views, recipe.train.seed),
@@ -125,9 +140,3 @@ def make_train_loader(state: TrainingState, total_steps: int | None = None) -> T
         pin_memory=accelerator.device.type == "cuda",
         timeout=recipe.data.worker_timeout,
     )
-
-
-def restore_scaler(accelerator: Accelerator, checkpoint: Checkpoint) -> None:
-    """Restore the loss scale, if the run has one now and had one when it was saved."""
-    if accelerator.scaler is not None and (saved := checkpoint.state.get("scaler")):
-        accelerator.scaler.load_state_dict(saved)

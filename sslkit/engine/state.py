@@ -1,18 +1,16 @@
 """The state of training: what a step reads and changes, and what a run must remember to recover from bad steps."""
 
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from pydantic import Field, field_validator
 from torch import nn
 
 from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import ImageSource
-from sslkit.errors import UserError
-from sslkit.files.jsonl_reader import number
+from sslkit.files.json_reader import StrictModel
 from sslkit.methods import Method, Progress
 from sslkit.recipe.resolve import Recipe
 
@@ -20,49 +18,23 @@ MAX_COUNT, MAX_STEP = 1_000_000, 2**53  # no run has more; a checkpoint that say
 LOSS_WINDOW = 50  # losses of good steps that are kept to recognise a spike
 
 
-@dataclass
-class RecoveryState:
+class RecoveryState(StrictModel):
     """What a run must remember of its bad steps to continue exactly; the ``course`` of every checkpoint's state.json.
 
-    Attributes:
-        skipped: Consecutive bad steps up to now.
-        rewinds: How often the run went back to a checkpoint. Each time it takes the images in another order.
-        lr_factor: What the rewinds multiplied the learning rate by.
-        losses: Losses of the latest good steps.
-        back_to: Step of the checkpoint that a rewind would go back to: 0 is the start of the run, None means that
-            there is none. See `sslkit.engine.resilience.rewind`.
+    A checkpoint of an older version lacks some fields; they get their defaults.
     """
 
-    skipped: int = 0
-    rewinds: int = 0
-    lr_factor: float = 1.0
-    back_to: int | None = 0
-    losses: deque[float] = field(default_factory=lambda: deque(maxlen=LOSS_WINDOW))
+    skipped: int = Field(default=0, ge=0, le=MAX_COUNT)  # consecutive bad steps up to now
+    rewinds: int = Field(default=0, ge=0, le=MAX_COUNT)  # each takes the images in another order
+    lr_factor: float = Field(default=1.0, gt=0, le=1)  # what the rewinds multiplied the learning rate by
+    # Step of the checkpoint that a rewind would go back to; 0 is the start of the run, None means that there is none.
+    back_to: int | None = Field(default=0, ge=0, lt=MAX_STEP)
+    losses: deque[float] = Field(default_factory=deque, validate_default=True, strict=False)  # of good steps
 
-    def as_json(self) -> dict[str, Any]:
-        """The fields as plain numbers."""
-        return {**vars(self), "losses": list(self.losses)}
-
-    @staticmethod
-    def from_json(fields: Any) -> "RecoveryState":
-        """Read what `as_json` returned; a field that an older version did not write gets its default.
-
-        Raises:
-            UserError: A field has a value that no run writes. The message continues one that names the file.
-        """
-        if not isinstance(fields, dict):
-            raise UserError(f"course must be an object, not {fields!r:.50}")
-        valid: dict[str, Callable[[Any], bool]] = {
-            "skipped": _is_count,
-            "rewinds": _is_count,
-            "lr_factor": lambda value: 0 < (number(value) or 0) <= 1,
-            "losses": lambda value: isinstance(value, list) and all(number(each) is not None for each in value),
-            "back_to": lambda value: value is None or (type(value) is int and 0 <= value < MAX_STEP),
-        }
-        for name, value in fields.items():
-            if name not in valid or not valid[name](value):
-                raise UserError(f"course {name:.50} cannot be {value!r:.50}")
-        return RecoveryState(**{**fields, "losses": deque(fields.get("losses", ()), maxlen=LOSS_WINDOW)})
+    @field_validator("losses", mode="after")
+    @classmethod
+    def _bound(cls, losses: deque[float]) -> deque[float]:
+        return deque(losses, LOSS_WINDOW)
 
 
 @dataclass
@@ -116,7 +88,3 @@ class TrainingState:
             order_variant=self.recovery.rewinds,
             plan=self.source.plan,
         )
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= MAX_COUNT

@@ -2,10 +2,8 @@
 
 import importlib.metadata
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,27 +12,26 @@ from accelerate.state import AcceleratorState
 from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.sources.image_identity import names_digest
 from sslkit.data.sources.image_source import ImageSource, open_source
+from sslkit.data.tools.inspection import describe_alpha
 from sslkit.distributed.consistency import all_or_none, compare_facts
 from sslkit.distributed.heartbeat import Heartbeat, is_others_fault
+from sslkit.distributed.sharding import local_shard
 from sslkit.engine.accelerator import make_accelerator, workers_of
-from sslkit.engine.batch_checks import steps_per_epoch
 from sslkit.engine.checkpoint.format import Checkpoint, restore
 from sslkit.engine.checkpoint.retention import checkpoint_name
 from sslkit.engine.checkpoint.writer import Saver
 from sslkit.engine.logging.logger import RunLogger
 from sslkit.engine.logging.sample_images import views_image
-from sslkit.engine.logging.startup_report import startup_messages
 from sslkit.engine.logging.trackers import Trackers, check_trackers
 from sslkit.engine.loop import RunServices, run_loop
 from sslkit.engine.monitor.evaluations import RunMonitor
 from sslkit.engine.monitor.knn_monitor import KnnMonitor, check_neighbours, make_knn_monitor
 from sslkit.engine.resilience.guard import BadStepError, RewindError
-from sslkit.engine.resilience.preemption import StopRequest, stop_with_launcher, write_marker
+from sslkit.engine.resilience.preemption import StopRequest, stop_with_launcher
 from sslkit.engine.resilience.rewind import recovery_state_of, reset_training, rewind_checkpoint
 from sslkit.engine.run_folder.dataset_identity import BadSamples
 from sslkit.engine.run_folder.layout import (
     FREE_KEYS,
-    FolderContents,
     Run,
     check_folder,
     check_saved_by_run,
@@ -43,11 +40,19 @@ from sslkit.engine.run_folder.layout import (
     open_folder,
 )
 from sslkit.engine.run_folder.lock import hold_folder
-from sslkit.engine.setup import build_method, make_train_loader, restore_scaler, set_up_training
+from sslkit.engine.setup import build_method, make_train_loader, set_up_training, steps_per_epoch
 from sslkit.engine.state import RecoveryState, TrainingState
+from sslkit.files.atomic import replace_text
 from sslkit.files.run_reader import STOP_MARKER
+from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.recipe.resolve import Recipe, changes
 from sslkit.text import pluralize
+
+LR_RULES = {
+    "linear": "scaled by batch size / 256",
+    "sqrt": "scaled by the square root of batch size / 256",
+    "none": "not scaled with batch size",
+}
 
 
 def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
@@ -73,10 +78,9 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
         with StopRequest(recipe.train.max_hours) as stop, ExitStack() as stack:
             lock = hold_folder(folder, active=accelerator.is_main_process)
             messages += all_or_none(lambda: stack.enter_context(lock))
-            found = all_or_none(lambda: inspect_folder(folder, recipe, resume, source))
-            messages += found.messages
-            state, knn = _prepare(recipe, folder, found, accelerator)
-            return _run(state, folder, knn, found.checkpoint, stop, messages)
+            source, checkpoint, found = all_or_none(partial(inspect_folder, folder, recipe, resume, source))
+            state, knn = _prepare(recipe, folder, source, checkpoint, accelerator)
+            return _run(state, folder, knn, checkpoint, stop, [*messages, *found])
     finally:
         accelerator.end_training()
         if accelerator.num_processes == 1:
@@ -84,13 +88,21 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
 
 
 def _prepare(
-    recipe: Recipe, folder: Path, found: FolderContents, accelerator: Accelerator
+    recipe: Recipe, folder: Path, source: ImageSource, checkpoint: Checkpoint | None, accelerator: Accelerator
 ) -> tuple[TrainingState, KnnMonitor | None]:
     """Set up training and its kNN monitor. Mistakes in recipe and data are raised here, before anything is written."""
-    source, checkpoint = found.source, found.checkpoint
     steps_per_epoch(recipe, source)
     read_or_replace(source, recipe.train.seed, epoch=0, sample=0)  # at least one image can be read
-    compare_facts(_shared_facts(recipe, source, checkpoint), accelerator.device)
+    fixed = [line for line in changes({}, recipe.as_tables()) if not line.startswith(FREE_KEYS)]
+    versions = [importlib.metadata.version(name) for name in ("sslkit", "torch", "timm")]
+    compare_facts(
+        {
+            "recipe": fixed,
+            "set of images": [len(source), names_digest(source)],
+            "checkpoint to continue from": checkpoint.step if checkpoint else None,
+            "version of sslkit, torch or timm": versions,
+        }
+    )
     knn = make_knn_monitor(recipe, accelerator.device, workers_of(recipe, accelerator))
     if knn is not None and checkpoint is None:
         check_neighbours(knn, recipe.monitor.k)
@@ -98,17 +110,6 @@ def _prepare(
     state = set_up_training(recipe, source, accelerator, checkpoint=checkpoint, recovery=recovery)
     make_train_loader(state)  # raises if shared memory is too small or read-only; starts no workers
     return state, knn
-
-
-def _shared_facts(recipe: Recipe, source: ImageSource, checkpoint: Checkpoint | None) -> dict[str, Any]:
-    """What must be the same on all processes before the first step."""
-    fixed = [line for line in changes({}, recipe.as_tables()) if not line.startswith(FREE_KEYS)]
-    return {
-        "recipe": fixed,
-        "set of images": [len(source), names_digest(source)],
-        "checkpoint to continue from": checkpoint.step if checkpoint else None,
-        "version of sslkit, torch or timm": [importlib.metadata.version(name) for name in ("sslkit", "torch", "timm")],
-    }
 
 
 def _run(
@@ -126,32 +127,61 @@ def _run(
     all_or_none(partial(open_folder, folder, recipe, state.accelerator, source))
     bad_samples.drop_later(state.step)
     logger = RunLogger(folder, state.step, active=active)
-    for message in [*messages, *startup_messages(state, folder)]:
+    for message in [*messages, *_startup_messages(state, folder)]:
         logger.log_message(message)
     monitor = RunMonitor(state, logger, knn)
     if active and not state.step:
         monitor.check_data()
-    saver = Saver(
-        folder,
-        recipe,
-        state.steps_per_epoch,
-        state.step,
-        logger.log_message,
-        back_to=state.recovery.back_to,
-        active=active,
-    )
-    trackers = logger.trackers = Trackers(recipe, folder, logger.log_message, active=active)
-    with trackers, logger, saver:
+    start, back_to = state.step, state.recovery.back_to
+    saver = Saver(folder, recipe, state.steps_per_epoch, start, logger.log_message, back_to=back_to, active=active)
+    logger.trackers = Trackers(recipe, folder, logger.log_message, active=active)
+    with logger.trackers, logger, saver:
         if checkpoint is not None and state.step >= state.last_step:
-            saver.complete(state.step, checkpoint.model)
+            saver.complete(checkpoint)
             return Run(folder, state.step)
-        if trackers.log_images and not state.step:
+        if not state.step:
             logger.log_image("views", 0, partial(views_image, recipe, source))
         with Heartbeat(recipe.guard.timeout_seconds) as heartbeat:
             services = RunServices(folder, logger, saver, monitor, bad_samples, stop, heartbeat)
             reason = _run_with_rewinds(state, services)
         _close(state, services, reason)
     return Run(folder, state.step, reason)
+
+
+def _startup_messages(state: TrainingState, folder: Path) -> list[str]:
+    """Model, data, processes, learning rate, and from which step the run in ``folder`` continues."""
+    recipe, accelerator, source = state.recipe, state.accelerator, state.source
+    trained = sum(param.numel() for param in state.method.parameters() if param.requires_grad)
+    train, num_workers = recipe.train, workers_of(recipe, accelerator)
+    processes = pluralize(accelerator.num_processes, "process", "processes")
+    messages = [
+        *recipe.remarks,
+        f"{recipe.method_name} on {recipe.backbone.name}: {trained / 1e6:.2f} M trained parameters",
+        f"data {source.description}: {len(source)} images, batch {train.batch_size}, "
+        f"{pluralize(train.epochs, 'epoch')}",
+        f"{processes}, {accelerator.device.type}, precision {train.precision}, "
+        f"{pluralize(num_workers, 'data worker')} each",
+        f"learning rate: base {recipe.optim.lr:g}, {LR_RULES[recipe.optim.lr_rule]}, peak {recipe.peak_lr:g}",
+    ]
+    if accelerator.is_main_process and source.channels is None:
+        messages.append(describe_alpha(source))
+    if train.shard and accelerator.num_processes > 1:
+        params = list(state.method.parameters())
+        here, total = sum(local_shard(param).numel() for param in params), sum(param.numel() for param in params)
+        messages.append(f"weights of student and teacher sharded: {here} of {total} on this process")
+    if streaming := source.describe_streaming(train.batch_size, accelerator.num_processes, num_workers):
+        messages.append(streaming)
+    if train.micro_batch and has_batch_norm(state.method.backbone):
+        slices = train.batch_size // train.micro_batch
+        messages.append(
+            f"{slices} slices, each with its own BatchNorm statistics, as on {slices} GPUs; in a backbone without "
+            "BatchNorm slices change nothing"
+        )
+    if state.step >= state.last_step:
+        messages.append(f"{folder} is already trained to step {state.step} of {state.last_step}; nothing to do")
+    elif state.step:
+        messages.append(f"continuing {folder} from step {state.step} of {state.last_step}")
+    return messages
 
 
 def _run_with_rewinds(state: TrainingState, run: RunServices) -> str:
@@ -178,8 +208,7 @@ def _rewind(state: TrainingState, run: RunServices, reason: str) -> None:
     checkpoint = rewind_checkpoint(run.folder, recovery)
     if checkpoint is not None:
         check_saved_by_run(checkpoint, run.folder, recipe)
-        restore(checkpoint, state.method, state.optimizer.optimizer)
-        restore_scaler(state.accelerator, checkpoint)
+        restore(checkpoint, state.method, state.optimizer.optimizer, state.accelerator.scaler)
         step, before = checkpoint.step, recovery_state_of(checkpoint, run.folder)
     elif recovery.back_to == 0:
         with torch.random.fork_rng(devices=[]):
@@ -189,7 +218,8 @@ def _rewind(state: TrainingState, run: RunServices, reason: str) -> None:
     else:
         raise BadStepError(f"{reason}; there is no checkpoint yet to go back to")
     lr_factor = recovery.lr_factor * recipe.guard.rewind_lr
-    state.step, state.recovery = step, replace(before, rewinds=recovery.rewinds + 1, lr_factor=lr_factor)
+    state.step = step
+    state.recovery = before.model_copy(update={"rewinds": recovery.rewinds + 1, "lr_factor": lr_factor})
     run.logger.rewind(step)
     run.logger.log_message(f"{reason}; back to step {step}, with another order of the images from there")
     run.saver.rewind(step)
@@ -200,7 +230,7 @@ def _close(state: TrainingState, run: RunServices, reason: str) -> None:
     if reason:
         if state.accelerator.is_main_process:
             try:
-                write_marker(run.folder, state.step, reason)
+                replace_text(run.folder / STOP_MARKER, f"step {state.step}: {reason}\n")
             except OSError as error:
                 problem = error.strerror or error
                 run.logger.log_message(f"WARNING: {run.folder / STOP_MARKER} could not be written: {problem}")

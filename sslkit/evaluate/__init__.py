@@ -1,8 +1,6 @@
-"""Evaluation of encoders. Depends on encoders and image sources, not on methods.
+"""Evaluation of encoders: each opens labelled data, extracts features and returns an `EvaluationResult`.
 
-Read `probes.scoring` first: each evaluation opens labelled data, extracts features and returns an `EvaluationResult`.
-Lower rooms first: the files here, then ``features``, then ``probes``, ``label_free`` and ``detection``, which do not
-import each other.
+Read `probes.scoring` first. ``probes``, ``label_free`` and ``detection`` use ``features``, which uses the files here.
 """
 
 from sslkit.evaluate.compare_scores import comparable

@@ -18,18 +18,11 @@ DIGESTS = {
 
 
 def comparable(rows: Mapping[str, Sequence[Row]], evaluation: str = "") -> list[dict[str, Row]]:
-    """Group the newest scores of all models by protocol. Protocols that a model lacks are left out.
+    """Group the newest scores of all models by protocol: for each protocol, one row per model.
 
-    Args:
-        rows: Evaluations of each model, oldest first, with the keys ``evaluation``, ``protocol``, ``protocol_hash``,
-            ``accuracy`` and ``interval``.
-        evaluation: Take only evaluations whose name starts with this, such as ``knn``.
-
-    Returns:
-        For each protocol, one row per model.
-
-    Raises:
-        UserError: Fewer than two models, a model without scores, or no common protocol; lists the differences.
+    ``rows`` are the evaluations of each model, oldest first, with the keys ``evaluation``, ``protocol`` and
+    ``protocol_hash``. Only those whose name starts with ``evaluation`` are taken. Protocols that a model lacks are left
+    out. Raises `UserError` for fewer than two models, a model without scores, or no common protocol.
     """
     if len(rows) < 2:
         raise UserError("eval compare: name two or more models")
@@ -49,22 +42,16 @@ def comparable(rows: Mapping[str, Sequence[Row]], evaluation: str = "") -> list[
 def _differences(newest: Mapping[str, Mapping[str, Row]]) -> str:
     """The settings that differ between the first model's newest score and the most similar score of each model."""
     first = _settings(list(next(iter(newest.values())).values())[-1])
-    settings = {
-        model: min(
-            (_settings(row) for row in reversed(list(found.values()))),
-            key=lambda each: len(_differing_keys(first, each)),
-        )
-        for model, found in newest.items()
-    }
-    names = sorted({name for each in settings.values() for name in _differing_keys(first, each)})
-    return "; ".join(
-        DIGESTS.get(name)
-        or f"{name}: "
-        + ", ".join(
-            f"{repr(each[name]) if name in each else 'not recorded'} ({model})" for model, each in settings.items()
-        )
-        for name in names
-    )
+    settings = {}
+    for model, found in newest.items():
+        latest_first = [_settings(row) for row in reversed(list(found.values()))]
+        settings[model] = min(latest_first, key=lambda each: len(_differing_keys(first, each)))
+    differences = []
+    for name in sorted({name for each in settings.values() for name in _differing_keys(first, each)}):
+        values = {model: repr(each[name]) if name in each else "not recorded" for model, each in settings.items()}
+        listed = ", ".join(f"{value} ({model})" for model, value in values.items())
+        differences.append(DIGESTS.get(name, f"{name}: {listed}"))
+    return "; ".join(differences)
 
 
 def _settings(row: Row) -> dict[str, Any]:

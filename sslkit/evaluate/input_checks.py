@@ -1,26 +1,20 @@
-"""Checks of inputs that all evaluations share: finite features, valid seeds and learning rates."""
+"""Checks of inputs that all evaluations share: finite features, known protocols, valid seeds and learning rates."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from sslkit.errors import UserError
+from sslkit.errors import UserError, near_miss
 
+AnyProtocol = TypeVar("AnyProtocol")
 LARGEST_SEED = 2**63 - 2  # torch accepts one more, but some protocols also use seed + 1
 
 
 def as_features(features: Tensor, name: str) -> Tensor:
-    """Check features (N, D) and convert them to torch's default dtype, float32 unless changed.
-
-    Args:
-        features: Of any floating-point dtype; not copied if no conversion is needed.
-        name: Name of the features for error messages.
-
-    Raises:
-        UserError: A value is NaN or infinite.
-    """
+    """Convert features (N, D) to torch's default dtype. Raises `UserError` if a value is NaN or infinite."""
     check_finite(features, name)
     return features.to(torch.get_default_dtype())
 
@@ -29,6 +23,14 @@ def check_finite(features: Tensor, name: str) -> None:
     """Raise `UserError` if a value is NaN or infinite. Allocates no memory."""
     if features.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(features)):
         raise UserError(f"{name}: the features are not finite (NaN or infinity), so they cannot be evaluated")
+
+
+def choose_protocol(evaluation: str, name: str, protocols: Mapping[str, AnyProtocol]) -> AnyProtocol:
+    """The protocol of this name. Raises `UserError` if there is none."""
+    if name not in protocols:
+        hint = near_miss(name, protocols)
+        raise UserError(f"{evaluation}: unknown protocol {name!r}{hint}; must be one of {', '.join(protocols)}")
+    return protocols[name]
 
 
 def check_seed(seed: int, where: str) -> None:

@@ -15,20 +15,12 @@ FORMS = "10%, 5-shot, all, or a text file of image names"
 
 
 def choose_subset(source: ImageSource, labels: NDArray[np.int64], subset: str, seed: int) -> NDArray[np.int64]:
-    """Choose the images to train on.
+    """Choose the images to train on from those with ``labels`` (N,). Returns their positions, ascending.
 
-    Args:
-        source: Labelled images.
-        labels: (N,) class numbers.
-        subset: ``"all"``; a share of each class such as ``"10%"``, at least one image; ``"5-shot"``, five images of
-            each class; or the path of a text file with one image name per line, such as SimCLR's published lists.
-        seed: Of the draw. With the same seed, a larger share contains every smaller share, and so for shots.
-
-    Returns:
-        Positions of the images, ascending.
-
-    Raises:
-        UserError: ``subset`` is none of these, a class has too few images, or a listed image does not exist.
+    ``subset`` is ``"all"``; a share of each class such as ``"10%"``, at least one image; ``"5-shot"``, five images of
+    each class; or the path of a text file with one image name per line, such as SimCLR's published lists. With the same
+    seed, a larger share contains every smaller share, and so for shots. Raises `UserError` if ``subset`` is none of
+    these, a class has too few images, or a listed image does not exist.
     """
     if not subset:
         raise UserError(f"--labels: must not be empty; write {FORMS}")

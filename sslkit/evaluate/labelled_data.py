@@ -15,13 +15,10 @@ HELD_OUT = 0.2
 
 @dataclass(frozen=True)
 class Splits:
-    """Names of the splits to evaluate with.
+    """Names of the splits to train on (for kNN, the bank of neighbours; empty takes ``train``) and to test on.
 
-    Attributes:
-        train: Split to train on; for kNN, the bank of neighbours. Empty takes ``train``.
-        test: Split to test on. Empty takes the first of test, validation and held-out splits, under any of their
-            names, that has labels and is not trained on. If there is none, or ``train`` is ``"all"``, a fifth of the
-            training images is held out.
+    An empty ``test`` takes the first of test, validation and held-out splits, under any of their names, that has labels
+    and is not trained on. If there is none, or ``train`` is ``"all"``, a fifth of the training images is held out.
     """
 
     train: str = ""
@@ -52,16 +49,10 @@ class LabelledPair:
 
 
 def open_pair(config: DataConfig, train_split: str = "train", test_split: str = "", seed: int = 0) -> LabelledPair:
-    """Open the training and the test set.
+    """Open the training and the test set; see `Splits`. The ``split`` of ``config`` is not used.
 
-    Args:
-        config: The data; its ``split`` is not used.
-        train_split: See `Splits`.
-        test_split: See `Splits`.
-        seed: Of the held-out draw.
-
-    Raises:
-        UserError: No labels, fewer than two classes, or the same split for both.
+    ``seed`` draws the held-out images. Raises `UserError` if there are no labels or fewer than two classes, or if the
+    splits are the same.
     """
     train = open_source(config.model_copy(update={"split": train_split}))
     splits = available_splits(config) if train_split != ALL else []

@@ -16,8 +16,7 @@ PREPROCESSING_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", 
 
 def protocol_hash(settings: dict[str, Any]) -> str:
     """First 12 hexadecimal digits of a SHA-256 of the settings. The order of the keys does not matter."""
-    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
-    return digest_of(canonical.encode())
+    return digest_of(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode())
 
 
 def digest_of(*parts: "bytes | np.ndarray[Any, Any]") -> str:
@@ -43,10 +42,6 @@ def data_settings(pair: LabelledPair) -> dict[str, Any]:
 
 
 def preprocessing_settings(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of crop and normalisation.
-
-    Args:
-        preprocessing: A complete data config of timm.
-    """
+    """The settings of crop and normalisation from a complete data config of timm."""
     settings = {name: preprocessing.get(name, "center" if name == "crop_mode" else None) for name in PREPROCESSING_KEYS}
     return {name: list(value) if isinstance(value, list | tuple) else value for name, value in settings.items()}

@@ -30,19 +30,10 @@ STALE_SECONDS = 86400.0  # temporary files older than this belong to killed proc
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # constants of Linux
 # Names of dtypes in the header of safetensors files.
 DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"},
+    **{torch.uint8: "U8", torch.bool: "BOOL"},
 }
 
 
@@ -65,15 +56,10 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 
 
 def write_file(file: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Write a file, sync it, and read it back to verify its content.
+    """Write a file, sync it, and read it back to verify its content: ``{"bytes": size, "sha256": digest}``.
 
-    The GIL is never held for long, so that another thread can train meanwhile.
-
-    Returns:
-        The entry of a manifest: ``{"bytes": size, "sha256": digest of chunks}``.
-
-    Raises:
-        OSError: The file could not be written (disk full, quota, ...) or reads back differently; names the file.
+    The GIL is never held for long, so that another thread can train meanwhile. Raises `OSError`, which names the file,
+    if it could not be written (disk full, quota) or reads back differently.
     """
     digest, size = hashlib.sha256(), 0
     try:
@@ -87,9 +73,8 @@ def write_file(file: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, An
             os.fsync(stream.fileno())
             if sys.platform == "linux":  # drop the page cache, so that the check reads the disk
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        with file.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").digest() != digest.digest():
-                raise OSError(errno.EIO, "the disk returns other bytes than were written")
+        if sha256_of(file) != digest.hexdigest():
+            raise OSError(errno.EIO, "the disk returns other bytes than were written")
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(file)) from error
     return {"bytes": size, "sha256": digest.hexdigest()}
@@ -131,15 +116,9 @@ def replace_text(file: Path, text: str) -> None:
 
 
 def replace_file(file: Path, chunks: Iterable[bytes | memoryview], *, shared: bool = False) -> None:
-    """Replace a file atomically.
+    """Replace a file atomically, or create it. If ``shared``, other processes may do the same; the last one wins.
 
-    Args:
-        file: The file to write; it may exist.
-        chunks: Its content.
-        shared: Whether other processes may write the same file at the same time; the last one wins.
-
-    Raises:
-        OSError: The file could not be written; an existing one is unchanged.
+    Raises `OSError` if the file could not be written; an existing one is unchanged.
     """
     temporary = _process_temporary(file) if shared else _temporary(file)
     try:
@@ -154,10 +133,8 @@ def replace_file(file: Path, chunks: Iterable[bytes | memoryview], *, shared: bo
 def write_output(file: Path, text: str) -> None:
     """Write a text file that the user named, atomically. Pipes and devices are written to.
 
-    A link is kept and its target replaced. The file is not synced, since it can be generated again.
-
-    Raises:
-        OSError: The file could not be written; an existing one is unchanged.
+    A link is kept and its target replaced. The file is not synced, since it can be generated again. Raises `OSError` if
+    the file could not be written; an existing one is unchanged.
     """
     content, target = text.encode("utf-8", errors="replace"), Path(os.path.realpath(file))
     if file.exists() and not file.is_file():
@@ -167,13 +144,11 @@ def write_output(file: Path, text: str) -> None:
     try:
         temporary.write_bytes(content)
         os.replace(temporary, target)
-    except PermissionError:  # an existing file in a folder that is not writable
-        if not file.is_file():
-            raise
-        file.write_bytes(content)
-    except OSError:
+    except OSError as error:
         remove(temporary)
-        raise
+        if not (isinstance(error, PermissionError) and file.is_file()):
+            raise
+        file.write_bytes(content)  # an existing file in a folder that is not writable
 
 
 def remove(path: Path) -> None:
@@ -189,23 +164,19 @@ def remove(path: Path) -> None:
 
 
 def refuse_links(run: Path) -> None:
-    """Check that a run folder has no links, which would redirect writes, and no pipes, which would block reads.
-
-    Raises:
-        UserError: It has one; names it.
-    """
+    """Raise `UserError` if a run folder has links, which would redirect writes, or pipes, which would block reads."""
     for folder in (run, run / "pictures", run / "checkpoints", run / "encoder"):
         for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
-            if entry.is_symlink():
-                if folder.name in ("checkpoints", "encoder"):  # writing replaces a link, and reading checks the content
-                    continue
+            # In "checkpoints" and "encoder", writing replaces a link, and reading checks the content.
+            if entry.is_symlink() and folder.name not in ("checkpoints", "encoder"):
                 raise UserError(f"{entry}: is a link; files of a run must lie in its folder (the folder may be a link)")
-            if not (entry.is_file() or entry.is_dir()) and os.path.lexists(entry):  # it may just have been removed
+            is_special = not (entry.is_symlink() or entry.is_file() or entry.is_dir())
+            if is_special and os.path.lexists(entry):  # it may just have been removed
                 raise UserError(f"{entry}: is a pipe, socket or device; a run folder holds only files and folders")
 
 
-def remove_temporary(folder: Path, names: Iterable[str] = ("*",)) -> None:
-    """Remove the temporary files of killed processes in ``folder``, for all names or the given ones."""
+def remove_temporary(folder: Path, names: Iterable[str]) -> None:
+    """Remove the temporary files that killed processes left in ``folder`` for files of these names or patterns."""
     for name in names:
         for path in folder.glob(f".{name}.tmp"):
             remove(path)
@@ -238,10 +209,8 @@ def _process_temporary(path: Path) -> Path:
 def _has_ended(pid: str) -> bool:
     try:
         os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError, ValueError):
-        pass
+    except (OSError, OverflowError, ValueError) as error:
+        return isinstance(error, ProcessLookupError)
     return False
 
 

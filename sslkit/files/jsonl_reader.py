@@ -1,8 +1,7 @@
 """Read the JSONL files of a run: ``metrics``, ``results``, ``diagnostics`` and ``bad_samples``.
 
-`read_log` reads a whole file, `LogFollower` only what was added since the last read. Both check every row. A process
-may be killed in the middle of a line, and users edit files: invalid lines are skipped and counted, and never stop a
-command.
+Every row is checked. A process may be killed in the middle of a line, and users edit files: invalid lines are skipped
+and counted, and never stop a command. A file that exists and cannot be read raises `UserError`.
 """
 
 import errno
@@ -11,22 +10,22 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, InstanceOf, ValidationError
 
 from sslkit.errors import UserError
 from sslkit.terminal import print_message
 
 Row = dict[str, Any]
-Check = Callable[[Any], bool]
 
 LARGEST = 1e300  # sums and means of smaller numbers stay finite
-SMALLEST_STEP, LARGEST_STEP = 1e-9, 1e15
 SHOWN = 3  # invalid lines that a warning lists
 CHUNK = 4 * 2**20  # bytes that one call of `LogFollower.read` reads at most
 MARK = 256  # bytes before the current offset, compared to detect a rewritten file
-_printed_warnings: set[str] = set()
 
 
 def number(value: Any) -> float | None:
@@ -50,68 +49,58 @@ def parse_row(line: bytes) -> Row | None:
     return row if isinstance(row, dict) else None
 
 
-def _is_positive(value: Any) -> bool:
-    return SMALLEST_STEP < (number(value) or 0.0) < LARGEST_STEP
+Number = Annotated[float, Field(strict=True, gt=-LARGEST, lt=LARGEST, allow_inf_nan=False)]
+Positive = Annotated[float, Field(strict=True, gt=1e-9, lt=1e15, allow_inf_nan=False)]
+Share = Annotated[float, Field(strict=True, ge=0.0, le=1.0, allow_inf_nan=False)]
+Count = Annotated[int, Field(strict=True, ge=0, lt=10**15)]
+Text = InstanceOf[str]  # str itself would refuse half of a surrogate pair
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < LARGEST_STEP
+class _MetricsRow(BaseModel):
+    step: Positive
+    epoch: Positive
 
 
-def _is_share(value: Any) -> bool:
-    return 0.0 <= (-1.0 if (found := number(value)) is None else found) <= 1.0
+class _ResultsRow(BaseModel):
+    step: Count
+    accuracy: Share
+    by: Text = ""
+    evaluation: Text = ""
+    data: Text = ""
+    measure: Text = ""
+    protocol_hash: Text = ""
+    epoch: Number = 0.0
+    interval: tuple[Share, Share] | None = None
+    protocol: InstanceOf[dict[str, Any]] = {}
+    scores: list[InstanceOf[dict[str, Any]]] = []
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+class _DiagnosticsRow(BaseModel):
+    step: Positive
+    alarms: list[Text] = []
 
 
-def _is_interval(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and len(value) == 2 and all(map(_is_share, value)))
+class _BadSamplesRow(BaseModel):
+    index: Count
+    name: Text
+    reason: Text
 
 
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value))
-
-
-def _are_scores(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(score, dict) for score in value)
-
-
-# Keys that every row of a file has, and the types of optional keys.
-REQUIRED: dict[str, dict[str, Check]] = {
-    "metrics": {"step": _is_positive, "epoch": _is_positive},
-    "results": {"step": _is_count, "accuracy": _is_share},
-    "diagnostics": {"step": _is_positive},
-    "bad_samples": {"index": _is_count, "name": _is_text, "reason": _is_text},
-}
-OPTIONAL: dict[str, dict[str, Check]] = {
-    "results": {
-        **dict.fromkeys(("by", "evaluation", "data", "measure", "protocol_hash"), _is_text),
-        "epoch": lambda value: number(value) is not None,
-        "interval": _is_interval,
-        "protocol": lambda value: isinstance(value, dict),
-        "scores": _are_scores,
-    },
-    "diagnostics": {"alarms": _are_texts},
+# What the rows of each file must hold. Other keys may hold anything.
+ROWS: dict[str, type[BaseModel]] = {
+    **{"metrics": _MetricsRow, "results": _ResultsRow},
+    **{"diagnostics": _DiagnosticsRow, "bad_samples": _BadSamplesRow},
 }
 
 
 @dataclass(frozen=True)
 class Log:
-    """The content of a JSONL file.
-
-    Attributes:
-        file: The file.
-        rows: Its valid rows, in order.
-        invalid: Line number and problem of each line that was skipped.
-        num_lines: Number of non-empty lines.
-    """
+    """The content of a JSONL file."""
 
     file: Path
-    rows: list[Row]
-    invalid: list[tuple[int, str]]
-    num_lines: int
+    rows: list[Row]  # the valid ones, in order
+    invalid: list[tuple[int, str]]  # line number and problem of each line that was skipped
+    num_lines: int  # that are not empty
 
     @property
     def warning(self) -> str:
@@ -124,21 +113,13 @@ class Log:
 
 
 def read_log(file: Path) -> Log:
-    """Read a JSONL file; a missing file has no rows.
-
-    Raises:
-        UserError: The file cannot be read.
-    """
-    rows, invalid, num_lines = _parse(file.stem, _read_lines(file))
-    return Log(file, without_superseded(file.stem, rows), invalid, num_lines)
+    """Read a JSONL file; a missing file has no rows."""
+    log = _parse(file, _read_lines(file))
+    return replace(log, rows=without_superseded(file.stem, log.rows))
 
 
 def rows_of(file: Path, log_message: Callable[[str], None] | None = None) -> list[Row]:
-    """The valid rows of a file. Warns about skipped lines, by default once per file on standard error.
-
-    Raises:
-        UserError: The file cannot be read.
-    """
+    """The valid rows of a file. Warns about skipped lines, by default once per file on standard error."""
     log = read_log(file)
     if log.warning:
         (log_message or _warn_once)(f"WARNING: {log.warning}")
@@ -146,11 +127,7 @@ def rows_of(file: Path, log_message: Callable[[str], None] | None = None) -> lis
 
 
 def read_lines(file: Path) -> list[Row]:
-    """Every JSON object in a file, with any keys; other lines are skipped.
-
-    Raises:
-        UserError: The file cannot be read.
-    """
+    """Every JSON object in a file, with any keys; other lines are skipped."""
     return [row for line in _read_lines(file) if (row := parse_row(line)) is not None]
 
 
@@ -173,11 +150,7 @@ def without_superseded(kind: str, rows: list[Row]) -> list[Row]:
 
 @contextmanager
 def open_regular(file: Path) -> Iterator[int]:
-    """Open a regular file for reading and yield its descriptor. Links and pipes are refused: they may block forever.
-
-    Raises:
-        OSError: The file is missing or is not a regular file.
-    """
+    """Open a regular file and yield its descriptor; `OSError` for links and pipes, which may block forever."""
     descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -189,29 +162,19 @@ def open_regular(file: Path) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class NewRows:
-    """What `LogFollower.read` found.
-
-    Attributes:
-        rows: Valid new rows.
-        num_invalid: Number of new lines that were skipped.
-        restarted: The file was replaced or cut: rows returned before are no longer valid.
-        more: There is more to read now.
-    """
+    """What `LogFollower.read` found."""
 
     rows: list[Row] = field(default_factory=list)
-    num_invalid: int = 0
-    restarted: bool = False
-    more: bool = False
+    num_invalid: int = 0  # new lines that were skipped
+    restarted: bool = False  # the file was replaced or cut: rows returned before are no longer valid
+    more: bool = False  # there is more to read now
 
 
 class LogFollower:
-    """Reads a JSONL file that another process appends to: complete lines only, each line once.
+    """Reads a JSONL file that another process appends to: complete lines only, each line once. The file may be missing.
 
     A run that continues from a checkpoint removes the lines of later steps; the file is then read from its start. An
     incomplete last line is left until it is complete.
-
-    Args:
-        file: May be missing, and may vanish.
     """
 
     def __init__(self, file: Path) -> None:
@@ -219,11 +182,7 @@ class LogFollower:
         self.offset, self.inode, self.mark = 0, 0, b""
 
     def read(self) -> NewRows:
-        """Read at most 4 MB of new lines.
-
-        Raises:
-            UserError: The file exists and cannot be read.
-        """
+        """Read at most 4 MB of new lines."""
         try:
             with open_regular(self.file) as descriptor:
                 return self._read(descriptor)
@@ -243,27 +202,26 @@ class LogFollower:
         end = data.rfind(b"\n") + 1 or (CHUNK if more else 0)  # a line longer than CHUNK is skipped
         self.offset += end
         self.inode, self.mark = inode, data[max(end - MARK, 0) : end] if end else self.mark
-        rows, invalid, _ = _parse(self.file.stem, data[:end].split(b"\n"))
-        return NewRows(rows, len(invalid), restarted, more)
+        log = _parse(self.file, data[:end].split(b"\n"))
+        return NewRows(log.rows, len(log.invalid), restarted, more)
 
     def _continues(self, descriptor: int, inode: int) -> bool:
         start = self.offset - len(self.mark)
         return inode == self.inode and os.pread(descriptor, len(self.mark), start) == self.mark
 
 
-def _parse(kind: str, lines: Iterable[bytes]) -> tuple[list[Row], list[tuple[int, str]], int]:
-    """Valid rows, number and problem of each invalid line, and the number of non-empty lines."""
-    rows, invalid, num_lines = list[Row](), list[tuple[int, str]](), 0
+def _parse(file: Path, lines: Iterable[bytes]) -> Log:
+    rows, invalid = list[Row](), list[tuple[int, str]]()
     for count, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        num_lines, row = num_lines + 1, parse_row(line)
-        problem = "is not a complete JSON object" if row is None else _find_problem(kind, row)
+        row = parse_row(line)
+        problem = "is not a complete JSON object" if row is None else _find_problem(file.stem, row)
         if row is None or problem:
             invalid.append((count, problem))
         else:
             rows.append(row)
-    return rows, invalid, num_lines
+    return Log(file, rows, invalid, len(rows) + len(invalid))
 
 
 def _read_lines(file: Path) -> list[bytes]:
@@ -275,14 +233,12 @@ def _read_lines(file: Path) -> list[bytes]:
 
 def _find_problem(kind: str, row: Row) -> str:
     """What is wrong with the keys of a row; empty if nothing is."""
-    for key, is_valid in REQUIRED.get(kind, {}).items():
-        if key not in row:
-            return f"has no {key}"
-        if not is_valid(row[key]):
-            return f"has {_shorten(row[key])} as {key}"
-    for key, is_valid in OPTIONAL.get(kind, {}).items():
-        if key in row and not is_valid(row[key]):
-            return f"has {_shorten(row[key])} as {key}"
+    try:
+        if kind in ROWS:
+            ROWS[kind].model_validate(row)
+    except ValidationError as error:
+        key = error.errors()[0]["loc"][0]
+        return f"has {_shorten(row[key])} as {key}" if key in row else f"has no {key}"
     return ""
 
 
@@ -290,8 +246,7 @@ def _shorten(value: Any) -> str:
     return "null" if value is None else ascii(value)[:40] if isinstance(value, str) else f"{type(value).__name__}"
 
 
+@cache
 def _warn_once(message: str) -> None:
-    if message not in _printed_warnings:
-        _printed_warnings.add(message)
-        with suppress(OSError):  # standard error may be a file on a full disk
-            print_message(message)
+    with suppress(OSError):  # standard error may be a file on a full disk
+        print_message(message)

@@ -1,9 +1,8 @@
 """Write the JSONL files of a run, from several processes and on disks that may be full.
 
 Writers append under a lock on the file itself. Rows are removed by reading, writing and renaming under the same lock;
-a writer that waited for the lock checks that the file was not replaced. On a file system without locks,
-``results.jsonl``, the only file with several writers, is only appended to, and `sslkit.files.jsonl_reader` skips rows
-that a run has written again.
+a writer that waited for the lock checks that the file was not replaced. Without locks, ``results.jsonl``, the only file
+with several writers, is only appended to, and `jsonl_reader` skips rows that a run has written again.
 """
 
 import errno
@@ -29,9 +28,7 @@ LOCK_INTERVAL = 0.002  # seconds between attempts to lock
 class JsonlWriter:
     """Appends rows to a file. Rows that cannot be written stay in memory and are written before the next one.
 
-    Args:
-        file: Created by the first row.
-        log_message: Called with a sentence whenever writing fails.
+    ``log_message`` is called with a sentence whenever writing fails.
     """
 
     def __init__(self, file: Path, log_message: Callable[[str], None]) -> None:
@@ -69,11 +66,7 @@ class JsonlWriter:
 
 
 def append_text(file: Path, text: str) -> None:
-    """Append complete lines or nothing. An incomplete last line, left by a crash, is ended first.
-
-    Raises:
-        OSError: The lines could not be written; the file is unchanged.
-    """
+    """Append complete lines or nothing (`OSError`). An incomplete last line, left by a crash, is ended first."""
     with _open_locked(file) as (stream, locked):
         size = stream.seek(0, os.SEEK_END)
         if size and os.pread(stream.fileno(), 1, size - 1) != b"\n":
@@ -92,17 +85,9 @@ def append_text(file: Path, text: str) -> None:
 def remove_after(file: Path, step: int, only_by: str | None = None) -> float:
     """Remove the rows of steps after ``step``, so that a resumed run repeats none. Other lines are unchanged.
 
-    Args:
-        file: JSONL; may be missing.
-        step: The last step to keep.
-        only_by: Keep rows whose ``by`` differs, and incomplete lines, which another process may be writing. None if
-            the run is the only writer.
-
-    Returns:
-        The latest step of the rows concerned, before any was removed; 0 if there are none.
-
-    Raises:
-        OSError: The file could not be written; it is unchanged.
+    With ``only_by``, rows whose ``by`` differs are kept, and incomplete lines, which another process may be writing.
+    Returns the latest step of the rows concerned, before any was removed; 0 if there are none. Raises `OSError` if the
+    file could not be written; it is unchanged.
     """
     if not file.is_file():
         return 0

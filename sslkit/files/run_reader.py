@@ -1,7 +1,4 @@
-"""Read a run folder: versions, logs, newest checkpoint, stop marker, and the lock of a running process.
-
-Used by report, watch, publish and the command line. It only reads, and needs neither PyTorch nor the engine.
-"""
+"""Read a run folder: versions, logs, newest checkpoint, stop marker, lock. It writes nothing, and needs no PyTorch."""
 
 import fcntl
 import json
@@ -24,14 +21,7 @@ MAX_TEXT = 4096  # bytes of small text files that are read
 
 
 class RunReader:
-    """Reads the files of a run folder.
-
-    Args:
-        folder: The run folder.
-
-    Raises:
-        UserError: The path has characters that a path of a run must not have; see `sslkit.errors.check_path`.
-    """
+    """Reads the files of a run folder. Raises `UserError` if its path is refused by `sslkit.errors.check_path`."""
 
     def __init__(self, folder: Path) -> None:
         check_path(folder, "RUN")
@@ -43,20 +33,12 @@ class RunReader:
         return (self.folder / RECIPE).is_file()
 
     def check(self) -> None:
-        """Refuse a folder that is not a run.
-
-        Raises:
-            UserError: There is no recipe in it.
-        """
+        """Raise `UserError` if the folder is not a run."""
         if not self.is_run:
             raise UserError(f"{self.folder}: not a run folder (no {RECIPE}); give the --output folder of a run")
 
     def rows(self, log: str) -> list[Row]:
-        """Valid rows of ``metrics``, ``results`` or ``diagnostics``; a missing file has none.
-
-        Raises:
-            UserError: The file cannot be read.
-        """
+        """Valid rows of ``metrics``, ``results`` or ``diagnostics``; a missing file has none."""
         return rows_of(self.folder / f"{log}.jsonl")
 
     def versions(self) -> dict[str, str]:
@@ -108,11 +90,7 @@ class RunReader:
 
 
 def read_regular(file: Path, max_bytes: int) -> bytes:
-    """The first ``max_bytes`` bytes of a regular file.
-
-    Raises:
-        OSError: The file is missing or is not a regular file.
-    """
+    """The first ``max_bytes`` bytes of a file. Raises `OSError` if it is missing or not a regular file."""
     with open_regular(file) as descriptor:
         return os.pread(descriptor, max_bytes, 0)
 

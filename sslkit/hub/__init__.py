@@ -1,4 +1,1 @@
-"""Encoder folders of unknown origin, and encoders on the Hugging Face Hub: checked before they are built.
-
-Read `untrusted` first.
-"""
+"""Checks of encoders of unknown origin, in folders and on the Hugging Face Hub. Read `untrusted` first."""

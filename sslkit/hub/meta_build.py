@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,13 +31,9 @@ EXTRA_TENSORS, MODULES_PER_TENSOR = 1000, 10
 
 @dataclass(frozen=True)
 class Bounds:
-    """Limits of a model.
+    """Limits of a model: elements of its parameters and of its buffers, number of tensors and of modules.
 
-    Attributes:
-        parameters: Elements of all parameters.
-        buffers: Elements of all buffers, and of each tensor computed while the model is built.
-        tensors: Number of parameters and buffers.
-        modules: Number of submodules.
+    ``buffers`` also limits each tensor that is computed while the model is built.
     """
 
     parameters: int
@@ -55,13 +52,13 @@ class Bounds:
 UNBOUNDED = Bounds(sys.maxsize, sys.maxsize, sys.maxsize, sys.maxsize)  # for timm's models with default arguments
 
 
-def build_on_meta(architecture: str, model_args: Mapping[str, Any], bounds: Bounds) -> nn.Module:
-    """Build a timm model on the meta device.
+def shapes_of(state: Mapping[str, Tensor]) -> Shapes:
+    """The shapes of tensors by name."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
-    Raises:
-        UserError: It exceeds the limits.
-        Exception: As raised by timm for arguments that do not fit.
-    """
+
+def build_on_meta(architecture: str, model_args: Mapping[str, Any], bounds: Bounds) -> nn.Module:
+    """Build a timm model on the meta device; raises `UserError` if it exceeds the limits, and timm's own errors."""
     with torch.device("meta"), _bounded_modules(bounds), _BoundedTensors(bounds.buffers):
         model: nn.Module = timm.create_model(architecture, **model_args)
     return model
@@ -85,7 +82,7 @@ class _BoundedTensors(TorchDispatchMode):
 @contextmanager
 def _bounded_modules(bounds: Bounds) -> Iterator[None]:
     """Raise while a model is built as soon as it exceeds the limits."""
-    counts = {"parameters": 0, "buffers": 0, "tensors": 0, "modules": 0}
+    counts = Counter[str]()
 
     def add(kind: str, count: int) -> None:
         counts[kind] += count
@@ -97,13 +94,9 @@ def _bounded_modules(bounds: Bounds) -> Iterator[None]:
             add("tensors", 1)
             add(kind, tensor.numel())
 
-    handles = [
+    with (
         register_module_parameter_registration_hook(lambda _module, _name, tensor: add_tensor("parameters", tensor)),
         register_module_buffer_registration_hook(lambda _module, _name, tensor: add_tensor("buffers", tensor)),
         register_module_module_registration_hook(lambda _module, _name, _child: add("modules", 1)),
-    ]
-    try:
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

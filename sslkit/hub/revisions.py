@@ -25,17 +25,10 @@ OTHER_WEIGHTS = ("hf_hub_filename", "custom_load", "file", "url", "state_dict", 
 
 @dataclass(frozen=True)
 class HubEncoder:
-    """An encoder on the Hub at a commit.
-
-    Attributes:
-        source: timm's name for it.
-        revision: Commit, 40 hexadecimal digits.
-        description: Name in tables.
-        folder: Downloaded files.
-    """
+    """An encoder on the Hub at a commit: timm's name for it, the commit, its name in tables and its files."""
 
     source: str
-    revision: str
+    revision: str  # 40 hexadecimal digits
     description: str
     folder: Path
 
@@ -48,11 +41,8 @@ def is_hub_name(name: str) -> bool:
 def resolve_hub_encoder(name: str) -> HubEncoder:
     """Resolve ``hf_hub:user/repo`` or ``hf_hub:user/repo@revision`` to a commit, download it and check it.
 
-    Offline, the newest commit is the one that was cached last.
-
-    Raises:
-        UserError: There is no such repository or no connection, or its encoder fails the checks of
-            `sslkit.hub.untrusted`.
+    Offline, the newest commit is the one that was cached last. Raises `UserError` if there is no such repository or no
+    connection, or if the encoder fails the checks of `sslkit.hub.untrusted`.
     """
     match = NAME.fullmatch(name.removeprefix(PREFIXES[0]).removeprefix(PREFIXES[1]))
     if match is None:

@@ -1,12 +1,12 @@
 """Checks of encoder folders (``config.json`` and ``model.safetensors``) of unknown origin, before they are built.
 
-timm passes the arguments of a configuration to the model unchanged. Here they must be plain, small values, and the
-model is first built on the meta device: it may not be larger than its weights.
+Arguments for timm must be plain, small values, and a model may not be larger than its weights. To check this, it is
+first built on the meta device.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sslkit.errors import UserError, first_line, near_miss
-from sslkit.hub.meta_build import Bounds, Shapes, build_on_meta
+from sslkit.hub.meta_build import Bounds, Shapes, build_on_meta, shapes_of
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_NUMBER = 100_000  # no model has so many blocks, heads, channels or pixels
@@ -28,43 +28,38 @@ LOADING_ARGS = {
 }
 PLACEMENT_ARGS = {"device", "dtype"}  # they would override the meta device; timm never saves them
 PYTORCH_FILES = ("pytorch_model.bin", "pytorch_model.pth", "model.pth")  # timm's names for weights in PyTorch's format
+RESAVE = (
+    "; {} in the same folder is in PyTorch's own format, which can run code and is not read: save the model again with "
+    "timm.models.save_for_hf(model, folder, safe_serialization=True)"
+)
 MAX_LISTED = 3  # names of tensors in a message
 INPUT_KEYS = ("input_size", "fixed_input_size", "first_conv", "pool_size")  # of a pretrained_cfg, needed for loading
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """A checked ``config.json``.
+    """A checked ``config.json``: a timm model without a tag, timm's arguments, and timm's pretrained_cfg.
 
-    Attributes:
-        architecture: Name of a timm model, without a tag.
-        model_args: timm's arguments.
-        preprocessing: timm's pretrained_cfg; only its preprocessing is used.
-        small_stem: Whether the encoder has sslkit's stem for small images.
-        num_classes: Classes of the classifier that may be in the weights; 0 for none.
+    ``small_stem`` is sslkit's stem for small images. The weights may have a classifier of ``num_classes``.
     """
 
     architecture: str
     model_args: dict[str, Any]
     preprocessing: dict[str, Any]
     small_stem: bool
-    num_classes: int = 0
+    num_classes: int
 
 
 def read_encoder_config(folder: Path) -> EncoderConfig:
-    """Read and check ``config.json``, in timm's current or its older, flat format.
-
-    Raises:
-        UserError: It cannot be read, or a value is not allowed.
-    """
+    """Read and check ``config.json``, in timm's current or its older, flat format; raises `UserError`."""
     file = folder / "config.json"
     try:
         if file.stat().st_size > MAX_CONFIG_BYTES:
             raise UserError(f"{file}: has more than {MAX_CONFIG_BYTES} bytes, too many for a config.json")
         config = json.loads(file.read_text(encoding="utf-8"))
+    except UserError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{file}: is not readable as JSON ({first_line(error)})") from error
     if not isinstance(config, dict):
         raise UserError(f"{file}: must be a JSON object")
@@ -99,15 +94,7 @@ def _input_args(architecture: str, preprocessing: Mapping[str, Any]) -> dict[str
 
 
 def check_model_args(model_args: Mapping[str, Any], where: str) -> None:
-    """Check that a model's arguments are plain data of a usual size.
-
-    Args:
-        model_args: timm's arguments.
-        where: Opens the error message.
-
-    Raises:
-        UserError: They are not.
-    """
+    """Raise `UserError`, starting with ``where``, unless timm's arguments are plain data of a usual size."""
     reserved = sorted((LOADING_ARGS | PLACEMENT_ARGS) & model_args.keys())
     if reserved:
         raise UserError(f"{where}: {reserved[0]!r} cannot be set in a recipe or an encoder folder; leave it out")
@@ -120,38 +107,22 @@ def check_model_args(model_args: Mapping[str, Any], where: str) -> None:
 
 
 def tensor_shapes(file: Path) -> Shapes:
-    """Read the names and shapes of a safetensors file's tensors from its header.
-
-    Raises:
-        UserError: It is not a safetensors file, or is incomplete.
-    """
+    """The shapes in the header of a safetensors file; raises `UserError` if it is another file or is incomplete."""
     try:
         if not file.is_file():
-            raise UserError(f"{file}: does not exist or is not a file{_resave_hint(file)}")
+            found = next((name for name in PYTORCH_FILES if (file.parent / name).is_file()), "")
+            raise UserError(f"{file}: does not exist or is not a file{found and RESAVE.format(found)}")
         with safe_open(file, "pt") as weights:
             return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: is not a complete safetensors file ({first_line(error)})") from error
 
 
-def _resave_hint(file: Path) -> str:
-    """What to do if the folder has weights in PyTorch's format instead."""
-    found = next((name for name in PYTORCH_FILES if (file.parent / name).is_file()), "")
-    return found and (
-        f"; {found} in the same folder is in PyTorch's own format, which can run code and is not read: save the model "
-        "again with timm.models.save_for_hf(model, folder, safe_serialization=True)"
-    )
-
-
 def check_model(config: EncoderConfig, shapes: Shapes, where: str) -> None:
-    """Check that the model of a configuration is not larger than its weights, and that they are complete.
-
-    Raises:
-        UserError: It is larger, tensors are missing, or timm cannot build it; ``where`` opens the message.
-    """
+    """Raise `UserError`, starting with ``where``, if the model is larger than its weights or they are incomplete."""
     model = check_size(config.architecture, config.model_args, shapes, f"{where}: its config.json")
     expected = model.state_dict().keys()
-    missing = sorted(name for name in expected - shapes.keys() if not name.endswith("num_batches_tracked"))
+    missing = missing_names(expected, shapes)
     # Older files have other names, which timm translates. It then raises itself if a tensor is missing.
     if missing and shapes.keys() - expected <= classifier_names(config, shapes):
         raise UserError(
@@ -161,20 +132,18 @@ def check_model(config: EncoderConfig, shapes: Shapes, where: str) -> None:
 
 
 def check_size(architecture: str, model_args: Mapping[str, Any], shapes: Shapes, where: str) -> nn.Module:
-    """Check that a model is not larger than weights of these shapes.
-
-    Returns:
-        The model on the meta device, without a classifier.
-
-    Raises:
-        UserError: It is larger, or timm cannot build it; ``where`` opens the message.
-    """
+    """Build a model without a classifier on the meta device; raises `UserError` if it is larger than these weights."""
     try:
         return build_on_meta(architecture, {**model_args, "num_classes": 0}, Bounds.of_weights(shapes))
     except Exception as error:  # timm models raise many types for unknown arguments
         raise UserError(
             f"{where} does not describe a {architecture!r} that timm can build with its weights: {first_line(error)}"
         ) from error
+
+
+def missing_names(expected: Iterable[str], found: Container[str]) -> list[str]:
+    """The expected tensors that a file lacks. Files older than PyTorch 1.0 may lack BatchNorm's counters."""
+    return sorted(name for name in expected if name not in found and not name.endswith("num_batches_tracked"))
 
 
 def classifier_names(config: EncoderConfig, shapes: Shapes) -> set[str]:
@@ -192,22 +161,13 @@ def encoder_state(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Select the encoder's tensors of a file and translate timm's older names.
 
-    Args:
-        config: The encoder.
-        state: The file's tensors; may include a classifier, or have older names.
-        own: State dict of the encoder as built.
-
-    Returns:
-        The encoder's tensors, and the names of the classifier's.
-
-    Raises:
-        UserError: Tensors are missing, or belong to another model.
-        Exception: As raised by timm if it cannot translate them.
+    ``own`` is the state dict of the encoder as built. Also returns the names of the classifier's tensors. Raises
+    `UserError` if tensors are missing or belong to another model, and timm's own errors if it cannot translate them.
     """
     known = set(own)
     if state.keys() - known:
-        known |= classifier_names(config, _shapes_of(state))
-    missing = sorted(name for name in own.keys() - state.keys() if not name.endswith("num_batches_tracked"))
+        known |= classifier_names(config, shapes_of(state))
+    missing = missing_names(own, state)
     unexpected = sorted(state.keys() - known)
     if missing and not unexpected:
         raise UserError(f"lacks {list_names(missing)}")
@@ -219,14 +179,10 @@ def encoder_state(
     return {name: tensor for name, tensor in state.items() if name not in left_out}, left_out
 
 
-def _shapes_of(state: Mapping[str, Tensor]) -> Shapes:
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
 def _translated(config: EncoderConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A file's tensors under timm's current names, as timm loads them."""
     model_args = {**config.model_args, "num_classes": config.num_classes}
-    build_on_meta(config.architecture, model_args, Bounds.of_weights(_shapes_of(state)))
+    build_on_meta(config.architecture, model_args, Bounds.of_weights(shapes_of(state)))
     source = {key: value for key, value in config.preprocessing.items() if key in INPUT_KEYS}
     source |= {"state_dict": state, "num_classes": config.num_classes}
     model = timm.create_model(config.architecture, pretrained=True, pretrained_cfg=source, **model_args)
@@ -277,6 +233,5 @@ def _check_preprocessing(config: dict[str, Any], file: Path) -> None:
         in (None, "bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random"),
         "crop_mode": config.get("crop_mode") in (None, "center", "squash", "border"),
     }
-    for key, is_valid in valid.items():
-        if not is_valid:
-            raise UserError(f"{file}: 'pretrained_cfg' {key} cannot be {config[key]!r:.100}")
+    if wrong := [key for key, is_valid in valid.items() if not is_valid]:
+        raise UserError(f"{file}: 'pretrained_cfg' {wrong[0]} cannot be {config[wrong[0]]!r:.100}")

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
-from sslkit.errors import UserError, near_miss
+from sslkit.errors import UserError, first_line, near_miss
 from sslkit.hub.availability import quiet_hub
 from sslkit.hub.meta_build import Shapes
 from sslkit.hub.revisions import is_hub_name, resolve_hub_encoder
@@ -134,7 +134,7 @@ def feature_dim(model: nn.Module, img_size: int, key: str = "size", channels: in
             features = model(torch.zeros(1, channels, img_size, img_size))
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         raise UserError(
-            f"[views] {key}: the backbone cannot take images of {img_size} x {img_size} pixels ({_first_line(error)})"
+            f"[views] {key}: the backbone cannot take images of {img_size} x {img_size} pixels ({first_line(error)})"
         ) from error
     finally:
         model.train(was_training)
@@ -161,11 +161,11 @@ def _create_timm_model(config: BackboneConfig) -> nn.Module:
         with quiet_hub() if config.pretrained and not source.startswith("local-dir:") else nullcontext():
             model: nn.Module = timm.create_model(source, pretrained=bool(config.pretrained), **kwargs)
     except OSError as error:
-        raise UserError(f"[backbone] pretrained: no weights for {named!r} to be had: {_first_line(error)}") from error
+        raise UserError(f"[backbone] pretrained: no weights for {named!r} to be had: {first_line(error)}") from error
     except Exception as error:  # models raise any exception on wrong arguments or an untrusted repository
         raise UserError(
             f"[backbone] timm cannot build {named!r} for {config.img_size}-pixel images with args {config.args}: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     built: Any = model.pretrained_cfg
     if isinstance(config.pretrained, str) and built["architecture"] != config.name.split(".")[0]:
@@ -291,8 +291,3 @@ def recompute_activations(model: nn.Module, name: str) -> None:
 def recomputes(model: nn.Module) -> bool:
     """Whether `recompute_activations` was called. Batch statistics are then collected twice a step."""
     return bool(getattr(model, "grad_checkpointing", False))
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]

@@ -55,7 +55,7 @@ def _of_computing(measured: Profile, recipe: Recipe) -> list[Change]:
     stages, train = measured.stages, recipe.train
     savings = []
     if measured.bf16 is not None:
-        passes = stages[STUDENT] + stages[TEACHER] + stages[BACKWARD]
+        passes = share_of_passes(measured) * measured.step
         savings.append(('set train.precision = "bf16"', (1 - measured.bf16) * passes))
     if train.micro_batch:
         savings.append(("set a larger train.micro_batch, or 0, if memory allows", stages[STUDENT] / 2))

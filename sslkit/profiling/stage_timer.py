@@ -14,15 +14,9 @@ import torch.distributed as dist
 from sslkit.engine import step as step_module
 from sslkit.engine.state import TrainingState
 
-TRANSFER = "transfer, device views"
-STUDENT = "student forward"
-TEACHER = "teacher forward"
-OBJECTIVE = "heads and loss"
-BACKWARD = "backward"
-COLLECTIVES = "collectives"
-OPTIMIZER = "optimizer"
-AFTER = "teacher's move, queue"
-REST = "the rest"
+STUDENT, TEACHER, BACKWARD = "student forward", "teacher forward", "backward"
+TRANSFER, OBJECTIVE, OPTIMIZER = "transfer, device views", "heads and loss", "optimizer"
+COLLECTIVES, AFTER, REST = "collectives", "teacher's move, queue", "the rest"
 STAGES = (TRANSFER, STUDENT, TEACHER, OBJECTIVE, BACKWARD, COLLECTIVES, OPTIMIZER, AFTER, REST)
 
 # What `sslkit.distributed.collectives` calls. DDP reduces gradients during the backward pass.

@@ -15,10 +15,9 @@ from sslkit.data.loading.loader import cores_of_a_process
 from sslkit.data.sources.image_source import open_source
 from sslkit.distributed.collectives import max_over_processes
 from sslkit.engine.accelerator import make_accelerator, processes_here, workers_of
-from sslkit.engine.batch_checks import steps_per_epoch
 from sslkit.engine.logging.throughput import ThroughputMeter
 from sslkit.engine.resilience.guard import Guard
-from sslkit.engine.setup import make_train_loader, set_up_training
+from sslkit.engine.setup import make_train_loader, set_up_training, steps_per_epoch
 from sslkit.engine.state import TrainingState
 from sslkit.engine.step import train_step
 from sslkit.profiling.image_cost import ImageCosts, image_costs
@@ -27,7 +26,7 @@ from sslkit.recipe.resolve import Recipe
 
 CPU = torch.device("cpu")
 WARM_UP_STEPS = 3  # kernels are chosen and memory is allocated
-MIN_STEPS = 3  # of each measurement
+MIN_STEPS = 3.0  # of each measurement; the processes compare floats
 ENDLESS = 2**40  # steps
 
 

@@ -1,7 +1,4 @@
-"""Export, publish and import of encoders, as folders that timm and transformers load.
-
-Read `encoder_folder` first, then `export`.
-"""
+"""Export, publish and import of encoders, as folders that timm and transformers load. Read `encoder_folder` first."""
 
 from sslkit.publish.detectron2 import export_detectron2
 from sslkit.publish.encoder_folder import EncoderFolderError, encoder_config, write_encoder

@@ -5,28 +5,26 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from sslkit.files.run_reader import RunReader
 from sslkit.publish.card_scores import CardScore, newest_scores
 from sslkit.publish.redaction import public_score
 from sslkit.recipe.resolve import Recipe
-from sslkit.text import escape
+from sslkit.text import escape, pluralize
 
 CURVES = "curves.png"
 DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def model_card(recipe: Recipe, run: Path, source: str, tag: str, license_id: str, *, curves: bool = False) -> str:
-    """Write the model card of a run.
+    """The text of the model card of a run, from its `public_recipe` and its scores; `CURVES` are in it if ``curves``.
 
-    Args:
-        recipe: The run's resolved recipe, from `public_recipe`.
-        run: Run folder with the scores.
-        source: Name to load it by: ``local-dir:NAME``, ``hf_hub:user/name`` or ``hf_hub:user/name@branch``.
-        tag: timm's pretrained tag.
-        license_id: SPDX id of the licence.
-        curves: Whether `CURVES` is in the card's folder.
+    ``source`` loads the encoder: ``local-dir:NAME``, ``hf_hub:user/name`` or ``hf_hub:user/name@branch``. ``tag`` is
+    timm's pretrained tag, and the licence an SPDX id.
     """
     scores = newest_scores(run)
     scores = scores and [public_score(score) for score in scores]
+    step = RunReader(run).latest_step()
+    trained = "unknown" if step is None else pluralize(step, "step")
     image = f"![Loss, pretext accuracy, learning rate and kNN over the epochs]({CURVES})\n\n" if curves else ""
     card = f"""---
 {_front_matter(recipe, source, license_id, scores or [])}
@@ -48,7 +46,7 @@ A `{recipe.backbone.name}` image encoder pretrained without labels by `{recipe.m
 | data | {_code(recipe.data.title)}, split {_code(str(recipe.data.split))}, labels not read |
 | started from | {_start(recipe)} |
 | epochs planned, global batch | {recipe.train.epochs}, {recipe.train.batch_size} |
-| trained for | {_trained(run)} |
+| trained for | {trained} |
 | optimizer, peak learning rate | {recipe.optim.name}, {recipe.peak_lr:g} |
 
 The complete, resolved recipe is in `recipe.toml` in this folder.
@@ -118,14 +116,6 @@ def _start(recipe: Recipe) -> str:
     if not pretrained:
         return "random weights"
     return "timm's pretrained weights" if pretrained is True else _code(pretrained)
-
-
-def _trained(run: Path) -> str:
-    try:
-        latest = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
-        return f"{int(latest.removeprefix('step-'))} steps"
-    except (OSError, ValueError):
-        return "unknown"
 
 
 def _loading(recipe: Recipe, source: str) -> str:

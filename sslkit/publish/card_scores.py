@@ -10,41 +10,29 @@ from sslkit.files.run_reader import RunReader
 
 @dataclass(frozen=True)
 class CardScore:
-    """One evaluation of the newest weights.
+    """One evaluation of the newest weights: a value in [0, 1], its bootstrap 95 % interval, and those of baselines.
 
-    Attributes:
-        evaluation: Name of the evaluation, such as ``knn k=20 temperature=0.07``.
-        data: Description of the images.
-        measure: What the value measures.
-        value: Score in [0, 1].
-        interval: Bootstrap 95 % interval, if there is one.
-        protocol_hash: Equal for comparable scores; empty for evaluations during training.
-        others: Scores of the baselines by name.
+    ``protocol_hash`` is equal for comparable scores, and empty for evaluations during training.
     """
 
-    evaluation: str
+    evaluation: str  # such as "knn k=20 temperature=0.07"
     data: str
     measure: str
     value: float
     interval: tuple[float, float] | None
     protocol_hash: str
-    others: dict[str, float]
+    others: dict[str, float]  # by the baseline's name
 
 
 def newest_scores(run: Path) -> list[CardScore] | None:
-    """The last score of each evaluation, data and protocol at the newest checkpoint; None if they cannot be read.
-
-    Incomplete rows are ignored.
-    """
-    reader = RunReader(run)
+    """The last score of each evaluation, data and protocol at the newest checkpoint; None if they cannot be read."""
     if not (run / "results.jsonl").is_file():
         return []
-    latest = reader.latest_step()
-    if latest is None:
-        return None
     try:
-        rows = reader.rows("results")
+        latest, rows = RunReader(run).latest_step(), RunReader(run).rows("results")
     except UserError:
+        return None
+    if latest is None:
         return None
     newest: dict[tuple[str, str, str], CardScore] = {}
     for row in rows:
@@ -55,14 +43,13 @@ def newest_scores(run: Path) -> list[CardScore] | None:
 
 
 def _score(row: Row) -> CardScore:
-    low, high = row.get("interval") or (None, None)
     others = {each.get("encoder"): number(each.get("accuracy")) for each in row.get("scores", [])[1:]}
     return CardScore(
         evaluation=row["evaluation"],
         data=row["data"],
         measure=row.get("measure", "top-1 accuracy"),
         value=float(row["accuracy"]),
-        interval=None if low is None or high is None else (float(low), float(high)),
+        interval=(row["interval"][0], row["interval"][1]) if row.get("interval") else None,
         protocol_hash=row.get("protocol_hash", ""),
         others={name: value for name, value in others.items() if isinstance(name, str) and value is not None},
     )

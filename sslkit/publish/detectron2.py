@@ -1,8 +1,7 @@
 """Export of a ResNet as a checkpoint file for detectron2.
 
-The file is a pickle, the only one that sslkit writes: detectron2's ``DetectionCheckpointer`` reads weights with
-converted names from a ``.pkl`` only. It has text, a bool and float32 arrays, and ``numpy.ndarray`` as its only
-callable, so a reader can refuse all others. sslkit never reads it.
+The file is a pickle, the only one that sslkit writes, because detectron2 reads weights with converted names from a
+``.pkl`` only. Its only callable is ``numpy.ndarray``, so a reader can refuse all others. sslkit never reads it.
 """
 
 import io
@@ -22,7 +21,7 @@ from sslkit.errors import RunError, UserError
 from sslkit.evaluate.features.encoder import load_encoder
 from sslkit.files.atomic import write_file, write_text
 from sslkit.parts.backbone import family
-from sslkit.publish.encoder_folder import new_folder
+from sslkit.publish.encoder_folder import features_on_noise, new_folder
 from sslkit.publish.export import check_export
 from sslkit.publish.redaction import public_recipe, refuse_tokens_in
 from sslkit.recipe.resolve import Recipe, load_recipe
@@ -54,13 +53,9 @@ def detectron2_name(name: str) -> str:
 
 
 def detectron2_weights(state: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
-    """Convert a ResNet's tensors. BatchNorm's counters are left out, since detectron2 has none.
+    """Convert the tensors of a ResNet without a classifier; raises `UserError` for a tensor of another model.
 
-    Args:
-        state: State dict of the encoder with timm's or torchvision's names, without a classifier.
-
-    Raises:
-        UserError: A tensor is not part of a plain ResNet.
+    BatchNorm's counters are left out, since detectron2 has none.
     """
     weights = {}
     for name, tensor in state.items():
@@ -74,19 +69,12 @@ def detectron2_weights(state: Mapping[str, Tensor]) -> dict[str, NDArray[np.floa
 
 
 def export_detectron2(run: str | Path, folder: str | Path) -> dict[str, Any]:
-    """Export a run's ResNet as ``detectron2.pkl``, with a README.md of the configuration that it needs.
+    """Export the ResNet of a run's newest checkpoint to a new or empty folder, with the configuration that it needs.
 
-    Args:
-        run: Run folder; the encoder of its newest checkpoint is exported.
-        folder: Folder to write; must not exist or must be empty.
-
-    Returns:
-        ``{"file": path, "tensors": number, "convolutions": number}``.
-
-    Raises:
-        UserError: There is no such run, the folder is not empty, or the encoder is not a plain ResNet.
+    Returns ``{"file": path, "tensors": number, "convolutions": number}``. Raises `UserError` if there is no such
+    run, the folder is not empty, or the encoder is not a plain ResNet.
     """
-    run, folder, _ = check_export(run, folder)
+    run, folder = check_export(run, folder)
     recipe = load_recipe(run / "recipe.toml")
     name = recipe.backbone.name
     if family(name) != "resnet":
@@ -101,7 +89,7 @@ def export_detectron2(run: str | Path, folder: str | Path) -> dict[str, Any]:
     _PlainPickler(content, protocol=5).dump({"model": weights, "__author__": "sslkit", "matching_heuristics": True})
     with new_folder(folder) as temporary:
         write_file(temporary / FILE, [content.getbuffer()])
-        write_text(temporary / "README.md", _readme(recipe, model))
+        write_text(temporary / "README.md", _readme(recipe, twin))
         write_text(temporary / "recipe.toml", text)
     convolutions = sum(array.ndim == 4 for array in weights.values())
     return {"file": folder / FILE, "tensors": len(weights), "convolutions": convolutions}
@@ -132,27 +120,18 @@ def _plain_twin(model: Any, name: str) -> ResNet:
 
 def _verify(model: nn.Module, twin: nn.Module, name: str) -> None:
     """Check that both return the same features."""
-    images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        expected, found = model.eval()(images), twin.eval()(images)
+    expected, found = features_on_noise(model, twin, (3, 96, 96))
     if not torch.isfinite(expected).all():
         raise RunError(f"{name}: not written, because the encoder's features are not finite (NaN or infinity)")
     if expected.shape != found.shape or not torch.allclose(expected, found, rtol=1e-3, atol=1e-4):
         raise UserError(f"--format detectron2: {name} computes other features than a plain ResNet with its weights")
 
 
-def _readme(recipe: Recipe, model: Any) -> str:
-    stages = [model.layer1, model.layer2, model.layer3, model.layer4]
-    deep = hasattr(stages[0][0], "conv3")
-    blocks = tuple(len(stage) for stage in stages)
-    depth = sum(blocks) * (3 if deep else 2) + 2
-    middle = stages[0][0].conv2
+def _readme(recipe: Recipe, twin: ResNet) -> str:
+    deep = isinstance(twin.layer1[0], Bottleneck)
+    blocks = sum(map(len, (twin.layer1, twin.layer2, twin.layer3, twin.layer4)))
+    widths = f"NUM_GROUPS: {twin.groups}\n    WIDTH_PER_GROUP: {twin.base_width}" if deep else "RES2_OUT_CHANNELS: 64"
     means, stds = ([round(255 * value, 3) for value in values] for values in (recipe.views.mean, recipe.views.std))
-    width = middle.out_channels // middle.groups
-    resnet = f"    DEPTH: {depth}\n    NORM: SyncBN\n    STRIDE_IN_1X1: False\n"
-    resnet += (
-        f"    NUM_GROUPS: {middle.groups}\n    WIDTH_PER_GROUP: {width}\n" if deep else "    RES2_OUT_CHANNELS: 64\n"
-    )
     return f"""# {recipe.backbone.name} for detectron2
 
 `{FILE}` is a `{recipe.backbone.name}` pretrained without labels by `{recipe.method_name}`, with detectron2's names.
@@ -166,7 +145,11 @@ MODEL:
   BACKBONE:
     FREEZE_AT: 0
   RESNETS:
-{resnet}INPUT:
+    DEPTH: {blocks * (3 if deep else 2) + 2}
+    NORM: SyncBN
+    STRIDE_IN_1X1: False
+    {widths}
+INPUT:
   FORMAT: RGB
 ```
 

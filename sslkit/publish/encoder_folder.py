@@ -1,15 +1,11 @@
-"""Folders with ``config.json`` and ``model.safetensors`` in timm's format, as checkpoints and exports have them.
-
-``config.json`` describes this run's preprocessing and has nothing of the pretrained weights that timm knows under the
-architecture's name. There is no pickle.
-"""
+"""Folders with ``config.json`` and ``model.safetensors`` in timm's format, as checkpoints and exports have them."""
 
 import json
 import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +32,7 @@ class EncoderFolderError(RunError):
 
 
 def encoder_config(recipe: Recipe, license_id: str) -> dict[str, Any]:
-    """The ``config.json`` of a recipe's encoder.
-
-    Args:
-        recipe: Names the backbone and its preprocessing.
-        license_id: SPDX id of the licence of the weights.
-    """
+    """The ``config.json`` of a recipe's encoder, with the SPDX id of the licence of its weights."""
     views = recipe.views
     data_config = {
         "input_size": (views.channels, views.size, views.size),
@@ -68,10 +59,7 @@ def create_untrained(recipe: Recipe) -> nn.Module:
 def timm_config(model: nn.Module, data_config: dict[str, Any], license_id: str) -> dict[str, Any]:
     """timm's ``config.json`` for a timm model, without the keys of other weights of that architecture.
 
-    Args:
-        model: As returned by ``timm.create_model(name, num_classes=0, ...)``.
-        data_config: timm's data config: input_size, interpolation, mean, std, crop_pct, crop_mode.
-        license_id: SPDX id of the licence of the weights.
+    ``data_config`` is timm's: input_size, interpolation, mean, std, crop_pct, crop_mode.
     """
     model_config = {"pretrained_cfg": {"license": license_id.lower()}}
     with tempfile.TemporaryDirectory() as folder:
@@ -87,18 +75,7 @@ def timm_config(model: nn.Module, data_config: dict[str, Any], license_id: str) 
 
 
 def write_encoder(config: dict[str, Any], tag: str, state: dict[str, Tensor], folder: Path, **metadata: str) -> None:
-    """Write ``config.json`` and ``model.safetensors``, replacing the folder atomically.
-
-    Args:
-        config: From `encoder_config`.
-        tag: timm's pretrained tag, such as ``moco_v3_e300``.
-        state: State dict of the backbone with timm's names, contiguous and on the CPU.
-        folder: Folder to write.
-        **metadata: Metadata for the header of the weights.
-
-    Raises:
-        OSError: It could not be written; the previous folder is unchanged.
-    """
+    """Write `write_encoder_files` to a folder, which is replaced atomically; after an `OSError` it is unchanged."""
     with atomic_folder(folder) as temporary:
         write_encoder_files(config, tag, state, temporary, **metadata)
 
@@ -106,7 +83,11 @@ def write_encoder(config: dict[str, Any], tag: str, state: dict[str, Tensor], fo
 def write_encoder_files(
     config: dict[str, Any], tag: str, state: dict[str, Tensor], folder: Path, **metadata: str
 ) -> None:
-    """Write the two files of `write_encoder` to an existing folder."""
+    """Write ``config.json`` and ``model.safetensors`` to an existing folder.
+
+    ``config`` is an `encoder_config`, ``tag`` is timm's pretrained tag such as ``moco_v3_e300``, and ``state`` is the
+    backbone's state dict, contiguous and on the CPU. The header of the weights has the metadata.
+    """
     tagged = {**config, "pretrained_cfg": {**config["pretrained_cfg"], "tag": tag}}
     write_json(folder / "config.json", tagged)
     write_tensors(folder / "model.safetensors", state, **metadata)
@@ -119,29 +100,23 @@ def check_reloaded(
     folder: Path,
     not_finite: type[Exception] = EncoderFolderError,
 ) -> tuple[int, ...]:
-    """Check that a reloaded encoder returns the same features on noise images, bit for bit.
+    """Check that a reloaded encoder returns the same features on noise images of ``input_size`` (C, H, W), bit for bit.
 
-    Args:
-        model: The encoder that was written.
-        reloaded: The encoder that was loaded again.
-        input_size: Channels, height and width.
-        folder: Name of the folder for messages.
-        not_finite: Type of the error for features that are not finite.
-
-    Returns:
-        Shape of the features.
-
-    Raises:
-        EncoderFolderError: The features differ, or are not finite.
+    Returns their shape. Raises `EncoderFolderError` if they differ, and ``not_finite`` if they are not finite.
     """
-    images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        expected, found = model.eval()(images), reloaded.eval()(images)
+    expected, found = features_on_noise(model, reloaded, input_size)
     if not torch.isfinite(expected).all():
         raise not_finite(f"{folder}: not written, because the encoder's features are not finite (NaN or infinity)")
     if not torch.equal(expected, found):
         raise EncoderFolderError(f"{folder}: not written, because the features differ after reloading")
     return tuple(expected.shape)
+
+
+def features_on_noise(model: nn.Module, other: nn.Module, input_size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """The features of both models on the same two noise images of size (C, H, W)."""
+    images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return model.eval()(images), other.eval()(images)
 
 
 def check_empty(folder: Path, action: str) -> None:
@@ -158,14 +133,19 @@ def check_license(license_id: str) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes ``folder`` on exit. After an error nothing is left.
+    """Yield a temporary folder that becomes ``folder`` on exit. If it cannot be written, raises `UserError`.
 
-    Raises:
-        UserError: It cannot be written.
+    If an exception is raised, parent folders that were made for it are removed.
     """
+    final = Path(os.path.abspath(folder))
+    made = [parent for parent in final.parents if not parent.exists()]
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(Path(os.path.abspath(folder))) as temporary:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(final) as temporary:
             yield temporary
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    finally:
+        for parent in made:
+            with suppress(OSError):  # it holds the new folder
+                parent.rmdir()

@@ -11,6 +11,7 @@ from torch import Tensor
 from sslkit.errors import UserError, check_path
 from sslkit.evaluate.features.encoder import load_encoder
 from sslkit.files.atomic import write_text
+from sslkit.hub.meta_build import shapes_of
 from sslkit.hub.untrusted import read_encoder_config, tensor_shapes
 from sslkit.parts.backbone import check_backbone_size
 from sslkit.publish.card import model_card
@@ -30,12 +31,7 @@ from sslkit.recipe.resolve import Recipe, load_recipe
 def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apache-2.0") -> dict[str, Any]:
     """Export a run's encoder with a model card, and check that it loads.
 
-    The folder is written under a temporary, hidden name beside it and appears when it is complete and checked.
-
-    Args:
-        run: Run folder; the encoder of its newest checkpoint is exported.
-        folder: Folder to write; must not exist or must be empty.
-        license_id: SPDX id for the card and the configuration.
+    The folder must be new or empty. It is written under a temporary name and appears when it is complete and checked.
 
     Returns:
         ``{"features": (N, D) shape, "loads_in_timm": bool}``.
@@ -44,38 +40,42 @@ def export_encoder(run: str | Path, folder: str | Path, license_id: str = "apach
         UserError: There is no such run, or the folder is not empty or cannot be written.
         EncoderFolderError: The features differ after reloading, or are not finite.
     """
-    run, folder, weights = check_export(run, folder)
+    run, folder = check_export(run, folder)
     check_license(license_id)
-    recipe = load_recipe(run / "recipe.toml")
-    state, tag = _read_encoder(weights.parent, recipe)
-    public, text = public_recipe(run / "recipe.toml")
-    card = model_card(public, run, f"local-dir:{folder.name}", tag, license_id)
     with new_folder(folder) as temporary:
-        write_encoder_files(encoder_config(recipe, license_id), tag, state, temporary)
-        result = _verify(recipe, state, temporary, folder)
-        write_text(temporary / "README.md", card)
-        write_text(temporary / "recipe.toml", text)
-        refuse_tokens(temporary, f"{run / 'recipe.toml'} or {run / 'results.jsonl'}")
+        return write_export(run, temporary, folder, f"local-dir:{folder.name}", license_id)
+
+
+def write_export(
+    run: Path, temporary: Path, folder: Path, source: str, license_id: str, *, curves: bool = False
+) -> dict[str, Any]:
+    """Write the files of `export_encoder` to a temporary folder. See `model_card` for ``source`` and ``curves``."""
+    recipe = load_recipe(run / "recipe.toml")
+    state, tag = _read_encoder(run / "encoder", recipe)
+    public, text = public_recipe(run / "recipe.toml")
+    write_encoder_files(encoder_config(recipe, license_id), tag, state, temporary)
+    result = _verify(recipe, state, temporary, folder)
+    write_text(temporary / "README.md", model_card(public, run, source, tag, license_id, curves=curves))
+    write_text(temporary / "recipe.toml", text)
+    refuse_tokens(temporary, f"{run / 'recipe.toml'} or {run / 'results.jsonl'}")
     return result
 
 
-def check_export(run: str | Path, folder: str | Path) -> tuple[Path, Path, Path]:
-    """Check the arguments of an export.
-
-    Returns:
-        Run folder, folder to write, and file of the encoder's weights.
-
-    Raises:
-        UserError: There is no such run, or the folder is not empty.
-    """
+def check_export(run: str | Path, folder: str | Path) -> tuple[Path, Path]:
+    """Check the run folder and the folder to write; raises as `export_encoder`."""
     check_path(run, "RUN")
     check_path(folder, "FOLDER")
     run, folder = Path(run), Path(folder)
+    check_run(run)
+    check_empty(folder, "export")
+    return run, folder
+
+
+def check_run(run: Path) -> None:
+    """Raise `UserError` unless the run folder has an encoder."""
     weights = run / "encoder" / "model.safetensors"
     if not weights.is_file() or not (run / "recipe.toml").is_file():
         raise UserError(f"{run}: not a run folder with an encoder (no {weights}); train it first")
-    check_empty(folder, "export")
-    return run, folder, weights
 
 
 def _read_encoder(source: Path, recipe: Recipe) -> tuple[dict[str, Tensor], str]:
@@ -85,7 +85,7 @@ def _read_encoder(source: Path, recipe: Recipe) -> tuple[dict[str, Tensor], str]
         raise UserError(f"{source / 'config.json'}: 'pretrained_cfg' tag cannot be {tag!r:.100}")
     shapes = tensor_shapes(source / "model.safetensors")
     check_backbone_size(recipe.backbone_config(), shapes, f"{source.parent / 'recipe.toml'} [backbone]")
-    expected = {name: tuple(tensor.shape) for name, tensor in create_untrained(recipe).state_dict().items()}
+    expected = shapes_of(create_untrained(recipe).state_dict())
     if shapes != expected:
         wrong = sorted(name for name in shapes.keys() | expected if shapes.get(name) != expected.get(name))
         raise UserError(f"{source / 'model.safetensors'}: does not fit the run's recipe, such as {wrong[0]:.100}")

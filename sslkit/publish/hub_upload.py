@@ -1,7 +1,4 @@
-"""Upload of a folder to a repository of the Hugging Face Hub, with retries and one-sentence errors.
-
-After an interrupted upload, the same command continues: the Hub keeps the large files that have arrived.
-"""
+"""Upload of a folder to the Hugging Face Hub, with retries. The same command continues an interrupted upload."""
 
 import hashlib
 import json
@@ -31,14 +28,13 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
     LocalTokenNotFoundError,
-    RepositoryNotFoundError,
 )
 from huggingface_hub.utils import logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from sslkit.errors import RunError, UserError
 from sslkit.files.atomic import sha256_of
-from sslkit.hub.availability import is_reachable
+from sslkit.hub.availability import unavailable_reason
 
 PULL_REQUEST = re.compile(r"refs/pr/\d+")  # cannot be created here
 CHECKSUMS = "SHA256SUMS"
@@ -49,6 +45,13 @@ MAX_RETRY_DELAY = 60.0
 READ_TIMEOUT = 120.0  # seconds without a byte; the client has no timeout
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 CONFLICT = (409, 412)  # another commit was made at the same time; the next try comes after it
+NO_TOKEN = "publishing needs an access token: run `hf auth login` or set HF_TOKEN"
+# Mistakes of the user, by the status of the Hub's answer.
+MISTAKES = {
+    401: "the Hub does not accept the token (missing, wrong or expired); run `hf auth login` or set HF_TOKEN again",
+    403: "this token may not write there; use your own user name, or a token with write access",
+    404: "does not exist, or this token cannot see it",
+}
 
 Answer = TypeVar("Answer")
 
@@ -63,17 +66,15 @@ class HubUpload:
     def __init__(self, repo_id: str, revision: str, folder: Path) -> None:
         self.repo_id, self.revision, self.folder = repo_id, revision, folder
         self.next_step = f"; {folder} is ready, and the same command continues"
-        if constants.HF_HUB_OFFLINE:
-            raise PublishError(f"HF_HUB_OFFLINE is set, so the Hub was not contacted{self.next_step}")
         token = get_token()
         if not token:
-            raise UserError(f"publishing needs an access token: run `hf auth login` or set HF_TOKEN{self.next_step}")
+            raise UserError(f"{NO_TOKEN}{self.next_step}")
         if not re.fullmatch(r"[!-~]+", token):
             raise UserError(
                 f"HF_TOKEN, or the token of `hf auth login`, has characters that no token has{self.next_step}"
             )
-        if not is_reachable():
-            raise PublishError(f"the Hub, {constants.ENDPOINT}, cannot be reached from here{self.next_step}")
+        if reason := unavailable_reason():
+            raise PublishError(f"{reason.removeprefix('; ')}{self.next_step}")
         disable_progress_bars()
         logging.set_verbosity(ERROR)  # hides warnings about retries
         self.api = HfApi(library_name="sslkit")
@@ -147,9 +148,7 @@ class HubUpload:
                 get_session().timeout = READ_TIMEOUT
                 return request()
             except LocalTokenNotFoundError as error:
-                raise UserError(
-                    f"publishing needs an access token: run `hf auth login` or set HF_TOKEN{self.next_step}"
-                ) from error
+                raise UserError(f"{NO_TOKEN}{self.next_step}") from error
             except HfHubHTTPError as error:
                 if delay is None or error.response.status_code not in (*BUSY, *CONFLICT):
                     raise self._error(error) from error
@@ -168,26 +167,16 @@ class HubUpload:
 
     def _error(self, error: HfHubHTTPError) -> RunError | UserError:
         status = error.response.status_code
-        if status == 401:
-            return UserError(
-                f"{self.repo_id}: the Hub does not accept the token (missing, wrong or expired); run `hf auth login` "
-                f"or set HF_TOKEN again{self.next_step}"
-            )
-        if status == 403:
-            return UserError(
-                f"{self.repo_id}: this token may not write there; use your own user name, or a token with write access"
-                f"{_server_message(error)}{self.next_step}"
-            )
-        if isinstance(error, RepositoryNotFoundError) or status == 404:
-            return UserError(
-                f"{self.repo_id} [{self.revision}]: does not exist, or this token cannot see it{self.next_step}"
-            )
+        message = " ".join(str(getattr(error, "server_message", None) or "").split())
+        told = f" (the Hub says: {message:.200})" if message else ""
+        if status in MISTAKES:
+            return UserError(f"{self.repo_id} [{self.revision}]: {MISTAKES[status]}{told}{self.next_step}")
         if status in BUSY:
             return PublishError(f"{self.repo_id}: the Hub is busy (status {status}){self.next_step}")
         if status in CONFLICT:
             return PublishError(f"{self.repo_id}: others keep writing to it (status {status}){self.next_step}")
-        message = _server_message(error) or f": {_one_line(error)}"
-        return PublishError(f"{self.repo_id}: the Hub answered with status {status}{message}{self.next_step}")
+        told = told or f": {_one_line(error)}"
+        return PublishError(f"{self.repo_id}: the Hub answered with status {status}{told}{self.next_step}")
 
 
 def parse_checksums(text: str) -> dict[str, str]:
@@ -205,11 +194,6 @@ def _retry_delay(error: HfHubHTTPError, default: float) -> float:
     except (ValueError, OverflowError):
         return default
     return min(max(seconds, 0.0), MAX_RETRY_DELAY) if math.isfinite(seconds) else default
-
-
-def _server_message(error: HfHubHTTPError) -> str:
-    message = " ".join(str(getattr(error, "server_message", None) or "").split())
-    return f" (the Hub says: {message:.200})" if message else ""
 
 
 def _one_line(error: Exception) -> str:

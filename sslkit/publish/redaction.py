@@ -3,7 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import tomli_w
 
@@ -51,33 +51,24 @@ def _public(value: Any) -> Any:
 
 
 def refuse_tokens(folder: Path, source: str) -> None:
-    """Check all text files and the header of the weights for access tokens.
+    """Check the text files of a folder, and the names and metadata in its weights, for access tokens.
 
-    Args:
-        folder: The files.
-        source: Files in which the user may have written a token.
-
-    Raises:
-        UserError: A line looks like it has an access token.
+    Raises `UserError` if a line looks like it has one. The message names ``source``, where the user may have put it.
     """
     for file in sorted(folder.iterdir()):
-        if file.suffix not in (*TEXT_SUFFIXES, ".safetensors"):
-            continue
-        with file.open("rb") as stream:
-            content = _header(stream) if file.suffix == ".safetensors" else stream.read()
-        refuse_tokens_in(content.decode("utf-8", errors="replace"), file.name, source)
+        if file.suffix in TEXT_SUFFIXES:
+            refuse_tokens_in(file.read_text(encoding="utf-8", errors="replace"), file.name, source)
+        elif file.suffix == ".safetensors":
+            with file.open("rb") as stream:
+                header = stream.read(min(int.from_bytes(stream.read(8), "little"), MAX_HEADER))
+            refuse_tokens_in(header.decode("utf-8", errors="replace"), file.name, source)
 
 
 def refuse_tokens_in(text: str, name: str, source: str) -> None:
-    """Check one file's text for access tokens; see `refuse_tokens`."""
+    """Check the text of one file for access tokens; see `refuse_tokens`."""
     for number, line in enumerate(text.splitlines(), start=1):
         if without_tokens(line) != line:
             raise UserError(
                 f"{name} would contain what looks like an access token, in line {number}; remove it from {source}, and "
                 "revoke it if others could read it"
             )
-
-
-def _header(stream: BinaryIO) -> bytes:
-    """The header of a safetensors file: names and metadata."""
-    return stream.read(min(int.from_bytes(stream.read(8), "little"), MAX_HEADER))

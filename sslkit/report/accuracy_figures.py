@@ -1,7 +1,4 @@
-"""Accuracy of a run over epochs, next to published results, and the table of all scores.
-
-A curve joins only scores that may be compared: those of one protocol on the same data.
-"""
+"""Accuracy over epochs, next to published results, and the table of all scores. A curve has one protocol and data."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -43,8 +40,7 @@ def accuracy_panel(runs: Sequence[RunRecord]) -> Panel:
         reference = run.recipe.reference
         figure.add_traces(published_curve(reference.get("knn_by_epoch"), style.name(run, "published kNN by epoch")))
         for key, protocol, dash in (("knn_top1", "kNN", "dot"), ("linear_top1", "linear", "dash")):
-            published = number(reference.get(key))
-            if published is not None:
+            if (published := number(reference.get(key))) is not None:
                 name = style.name(run, f"published {protocol}, {published:g}")
                 figure.add_trace(horizontal_line(run, published, name, color=GREY, dash=dash))
         if reference.get("source") and figure.data:
@@ -59,12 +55,9 @@ def _score_curve(run: RunRecord, rows: list[Row], name: str, line: dict[str, Any
     """Scores of one protocol in percent, with error bars where a row has an interval."""
     accuracies = [row["accuracy"] for row in rows]
     ends = [_interval(row) or (row["accuracy"], row["accuracy"]) for row in rows]
-    bars = {
-        "type": "data",
-        "symmetric": False,
-        "array": [100 * (high - value) for value, (_, high) in zip(accuracies, ends, strict=True)],
-        "arrayminus": [100 * (value - low) for value, (low, _) in zip(accuracies, ends, strict=True)],
-    }
+    above = [100 * (high - value) for value, (_, high) in zip(accuracies, ends, strict=True)]
+    below = [100 * (value - low) for value, (low, _) in zip(accuracies, ends, strict=True)]
+    bars = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
     return go.Scatter(
         x=[run.epoch_of(row) for row in rows],
         y=[100 * value for value in accuracies],
@@ -86,32 +79,28 @@ def score_rows(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
     for run in runs:
         scored = values_of(run.results, "accuracy")
         last = next((row for row in reversed(scored) if row.get("by") == "monitor"), None)
-        evaluated = {(series_of(row), str(row.get("step"))) for row in scored if row.get("by") != "monitor"}
+        evaluated = {(series_of(row), row.get("step")) for row in scored if row.get("by") != "monitor"}
         names = _series_names(scored, with_data=False)
         for row in scored:
-            repeated = (series_of(row), str(row.get("step"))) in evaluated
-            if row.get("by") == "monitor" and (row is not last or repeated):
+            is_repeated = (series_of(row), row.get("step")) in evaluated
+            if row.get("by") == "monitor" and (row is not last or is_repeated):
                 continue
-            table.append(
-                {
-                    "run": run.name,
-                    "evaluation": names[series_of(row)],
-                    "data": str(row.get("data", "")),
-                    "accuracy": f"{row['accuracy']:.2%}",
-                    "interval": _format_interval(row),
-                    "baselines": ", ".join(_baselines(row)),
-                }
-            )
+            baselines = values_of(row.get("scores", [])[1:], "accuracy")
+            cells = {
+                "run": run.name,
+                "evaluation": names[series_of(row)],
+                "data": str(row.get("data", "")),
+                "accuracy": f"{row['accuracy']:.2%}",
+                "interval": _format_interval(row),
+                "baselines": ", ".join(map(_format_baseline, baselines)),
+            }
+            table.append(cells)
     return table
 
 
-def _baselines(row: Row) -> list[str]:
-    baselines = []
-    for score in values_of(row.get("scores", [])[1:], "accuracy"):
-        interval = _format_interval(score)
-        name = f"{score.get('encoder', '')} {score['accuracy']:.2%}"
-        baselines.append(f"{name} ({interval})" if interval else name)
-    return baselines
+def _format_baseline(score: Row) -> str:
+    interval = _format_interval(score)
+    return f"{score.get('encoder', '')} {score['accuracy']:.2%}" + (f" ({interval})" if interval else "")
 
 
 def _interval(row: Row) -> tuple[float, float] | None:
@@ -141,9 +130,7 @@ def series_of(row: Mapping[str, Any]) -> Series:
 def _series_names(rows: Sequence[Row], with_data: bool) -> dict[Series, str]:
     """A unique name for each series: the evaluation, its data if they differ, and the hash where that is ambiguous.
 
-    Args:
-        rows: Scores.
-        with_data: Whether names may contain the data; a table has a column for it.
+    The data is left out unless ``with_data``: a table has a column for it.
     """
     found = dict.fromkeys(map(series_of, rows))
     counts = Counter(series[:2] for series in found)

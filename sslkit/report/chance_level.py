@@ -10,11 +10,7 @@ from sslkit.recipe.resolve import Recipe
 def chance_of(recipe: Recipe, num_images: int) -> tuple[float, str] | None:
     """The loss on random embeddings and its formula; None if the method does not know it.
 
-    If the method sums the losses of several directions, so does this. No weights are allocated.
-
-    Args:
-        recipe: Gives the method, its options and the batch size.
-        num_images: Number of images of the data: the size of a memory bank.
+    A memory bank has ``num_images`` entries. If the method sums the losses of several directions, so does this.
     """
     chance = _without_weights(recipe, num_images).chance_loss(recipe.train.batch_size)
     return (chance.value, chance.formula) if chance is not None else None
@@ -26,7 +22,7 @@ def queue_full_at(recipe: Recipe) -> int:
 
 
 def _without_weights(recipe: Recipe, num_images: int = 1) -> Method:
-    """The method on the meta device. The backbone does not matter to the loss at chance or to the queue."""
+    """The method on the meta device. Neither the loss at chance nor the queue depends on the backbone."""
     with torch.device("meta"):
         method = find_method(recipe.method_name)(nn.Identity(), 8, recipe.method)
         method.set_num_samples(num_images)

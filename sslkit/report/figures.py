@@ -2,7 +2,8 @@
 
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -22,30 +23,18 @@ HEIGHT = 300
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure of a report, or the sentence shown in its place.
-
-    Attributes:
-        title: Heading.
-        note: Text below the heading; may be empty.
-        figure: The figure as plotly's JSON; empty if there is no data for it.
-        absent: Why there is no figure, and how to get it.
-        wide: Whether it takes the full width of the page.
-    """
+    """A figure of a report with a heading and a note below it, or ``absent``: why there is none, and how to get it."""
 
     title: str
     note: str = ""
-    figure: str = ""
+    figure: str = ""  # plotly's JSON
     absent: str = ""
-    wide: bool = False
+    wide: bool = False  # as wide as the page
 
 
 @dataclass(frozen=True)
 class Style:
-    """How the curves of several runs differ: one colour per run, one dash pattern per curve of a run.
-
-    Attributes:
-        num_runs: Number of runs in the report. The curves of a single run have a colour each.
-    """
+    """How curves differ: a colour per run and a dash pattern per curve; the curves of a single run differ in colour."""
 
     num_runs: int
 
@@ -94,6 +83,23 @@ def curve(run: RunRecord, rows: Sequence[Row], key: str, **trace: object) -> go.
     )
 
 
+def metric_panel(runs: Sequence[RunRecord], log: str, key: str, panel: Panel, unit: str = "") -> Panel:
+    """The panel with the curves of ``key`` in ``metrics`` or ``diagnostics``; as it is if no run logged this."""
+    style, figure = Style(len(runs)), go.Figure()
+    for index, run in enumerate(runs):
+        if values_of(rows := getattr(run, log), key):
+            figure.add_trace(curve(run, rows, key, name=run.name, line=style.line(index)))
+    if not figure.data:
+        return panel
+    axis: dict[str, Any] = {}
+    values = {value for trace in figure.data for value in trace.y}
+    if len(values) == 1:  # plotly would show zero to twice the value
+        constant = values.pop()
+        margin = abs(constant) / 20 or 1.0
+        axis = {"range": [constant - margin, constant + margin]}
+    return replace(panel, figure=to_json(figure, y=unit, showlegend=len(runs) > 1, yaxis=axis))
+
+
 def horizontal_line(run: RunRecord, y: float, name: str, **line: object) -> go.Scatter:
     """A horizontal line over all epochs of the run, as a curve, so that the legend shows it."""
     return go.Scatter(
@@ -110,15 +116,12 @@ def published_curve(published: object, name: str) -> list[go.Scatter]:
     """The curve of a recipe's ``[reference.*_by_epoch]`` table, in the published unit; none if it is not a table."""
     if not isinstance(published, dict):
         return []
-    points = sorted(
-        (int(epoch), value)
-        for epoch, value in published.items()
-        if str(epoch).isdecimal() and number(value) is not None
-    )
+    valid = {int(key): y for key, y in published.items() if str(key).isdecimal() and number(y) is not None}
+    epochs = sorted(valid)
     return [
         go.Scatter(
-            x=[epoch for epoch, _ in points],
-            y=[value for _, value in points],
+            x=epochs,
+            y=[valid[epoch] for epoch in epochs],
             mode="lines+markers",
             name=name,
             line={"dash": "dot", "color": GREY, "width": 1.5},

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from sslkit.files.jsonl_reader import Row, number
-from sslkit.report.figures import PALETTE, Panel, Style, curve, escape_html, to_json, values_of
+from sslkit.report.figures import PALETTE, Panel, escape_html, metric_panel, to_json
 from sslkit.report.run_record import RunRecord
 
 GRADIENT = "gradient/"
@@ -22,18 +22,12 @@ NO_GRADIENTS = "Not logged: set [monitor] layer_gradients = true to see in which
 NO_DIAGNOSTICS = "Not logged: set [monitor] diagnose_every, which is on unless set to 0."
 # Measures of a diagnosis, with title and interpretation.
 COLLAPSE = {
-    "embedding_std": ("Spread of the embeddings", "Near 0 if all images have the same embedding."),
-    "effective_rank": (
-        "Effective rank",
-        "Number of directions that the embeddings use; a drop is dimensional collapse.",
-    ),
-    "alpha_req": (
-        "Alpha-ReQ",
-        "Decay of the covariance's eigenvalues. About 1 is good; far above 1, few directions dominate.",
-    ),
-    "lidar": ("LiDAR", "Number of directions that separate images, relative to views of one image."),
-    "alignment": ("Alignment", "Distance between two views of an image; decreases while the method learns."),
-    "uniformity": ("Uniformity", "Lower is more uniform on the sphere; near 0 is collapse."),
+    "embedding_std": Panel("Spread of the embeddings", "Near 0 if all images have the same embedding."),
+    "effective_rank": Panel("Effective rank", "Directions that the embeddings use; a drop is dimensional collapse."),
+    "alpha_req": Panel("Alpha-ReQ", "Decay of the eigenvalues: about 1 is good; far above 1, few directions dominate."),
+    "lidar": Panel("LiDAR", "Number of directions that separate images, relative to views of one image."),
+    "alignment": Panel("Alignment", "Distance between two views of an image; decreases while the method learns."),
+    "uniformity": Panel("Uniformity", "Lower is more uniform on the sphere; near 0 is collapse."),
 }
 HISTOGRAMS = (
     ("negative_histogram", "different images", PALETTE[1]),
@@ -81,23 +75,17 @@ def collapse_panels(runs: Sequence[RunRecord]) -> list[Panel]:
     """Each measure of collapse over epochs, for all runs, then the similarities of each run."""
     if not any(run.diagnostics for run in runs):
         return [Panel("Collapse and similarities", absent=NO_DIAGNOSTICS)]
-    style, panels = Style(len(runs)), []
-    for key, (title, note) in COLLAPSE.items():
-        figure = go.Figure()
-        for index, run in enumerate(runs):
-            if values_of(run.diagnostics, key):
-                figure.add_trace(curve(run, run.diagnostics, key, name=run.name, line=style.line(index)))
-        if figure.data:
-            panels.append(Panel(title, note, to_json(figure, showlegend=len(runs) > 1)))
-    panels += [panel for run in runs for panel in _similarity_panel(run, len(runs))]
-    return panels
+    panels = [metric_panel(runs, "diagnostics", key, panel) for key, panel in COLLAPSE.items()]
+    panels += [_similarity_panel(run, len(runs)) for run in runs]
+    return [panel for panel in panels if panel.figure]
 
 
-def _similarity_panel(run: RunRecord, num_runs: int) -> list[Panel]:
+def _similarity_panel(run: RunRecord, num_runs: int) -> Panel:
     """Histograms of the similarities of positive and negative pairs, with a slider over epochs."""
+    title = "Similarities" if num_runs == 1 else f"Similarities, {run.name}"
     rows = [row for row in run.diagnostics if _has_histograms(row)]
     if not rows:
-        return []
+        return Panel(title)
     last = rows[-1]
     edges = np.asarray(last["histogram_edges"], dtype=float)
     figure = go.Figure(
@@ -120,13 +108,12 @@ def _similarity_panel(run: RunRecord, num_runs: int) -> list[Panel]:
         "xaxis": {"range": [-1, 1]},
         "legend": {"y": 1.02, "yanchor": "bottom"},
     }
-    title = "Similarities" if num_runs == 1 else f"Similarities, {run.name}"
     note = (
         "Cosine similarities of embeddings. Separate distributions are good; if both are at 1, the embeddings have "
         "collapsed. The slider selects the epoch."
     )
     figure_json = to_json(figure, x="cosine similarity", y="fraction of pairs", height=400, **layout)
-    return [Panel(title, note, figure_json, wide=True)]
+    return Panel(title, note, figure_json, wide=True)
 
 
 def _slider(run: RunRecord, rows: list[Row]) -> dict[str, Any]:
@@ -151,12 +138,9 @@ def _slider(run: RunRecord, rows: list[Row]) -> dict[str, Any]:
 
 
 def _has_histograms(row: Row) -> bool:
-    parts = [row.get(key) for key in ("histogram_edges", "positive_histogram", "negative_histogram")]
-    lists = [part for part in parts if isinstance(part, list)]
-    if len(lists) < len(parts) or any(number(value) is None for part in lists for value in part):
-        return False
-    bins = len(lists[0]) - 1
-    return bins > 0 and all(len(counts) == bins for counts in lists[1:])
+    edges, *counts = (row.get(key) for key in ("histogram_edges", "positive_histogram", "negative_histogram"))
+    lists = [part for part in (edges, *counts) if isinstance(part, list) and None not in map(number, part)]
+    return len(lists) == 3 and len(lists[0]) - 1 == len(lists[1]) == len(lists[2]) > 0
 
 
 def _fractions(counts: list[float]) -> list[float]:

@@ -15,23 +15,16 @@ from sslkit.recipe.resolve import Recipe, load_saved
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The content of a run folder.
+    """The content of a run folder: its recipe and the rows of its logs. The name is unique among the runs of a report.
 
-    Attributes:
-        folder: The run folder.
-        name: Name of the run in the report, unique among its runs.
-        recipe: Its recipe.
-        versions: Versions, platform and number of processes, from the comments at the top of its recipe.
-        metrics: Rows of metrics.jsonl, at least one.
-        results: Rows of results.jsonl.
-        diagnostics: Rows of diagnostics.jsonl.
+    ``versions`` are versions, platform and number of processes, from the comments at the top of the recipe.
     """
 
     folder: Path
     name: str
     recipe: Recipe
     versions: dict[str, str]
-    metrics: list[Row]
+    metrics: list[Row]  # at least one
     results: list[Row]
     diagnostics: list[Row]
 
@@ -59,15 +52,7 @@ class RunRecord:
 
 
 def read_run(folder: Path, name: str = "") -> RunRecord:
-    """Read a run folder.
-
-    Args:
-        folder: The run folder.
-        name: Name of the run in the report; the name of the folder if empty.
-
-    Raises:
-        UserError: The folder is not a run, or the run has not logged anything yet.
-    """
+    """Read a run folder, named by ``name`` or else by itself; raises `UserError` if it is no run or has no metrics."""
     reader = RunReader(folder)
     reader.check()
     refuse_links(folder)  # reports and pictures are written into it
@@ -90,8 +75,7 @@ def read_run(folder: Path, name: str = "") -> RunRecord:
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     """Read several runs. Folders of the same name are named by as much of their paths as makes them differ.
 
-    Raises:
-        UserError: As `read_run`, or a run is given twice.
+    Raises as `read_run`, and if a run is given twice.
     """
     for folder in folders:
         check_path(folder, "RUN")

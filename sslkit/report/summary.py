@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from statistics import median
 
-from sslkit.recipe.resolve import changes
 from sslkit.report.chance_level import chance_of
 from sslkit.report.figures import values_of
 from sslkit.report.run_record import RunRecord
@@ -11,15 +10,7 @@ from sslkit.report.run_record import RunRecord
 
 @dataclass(frozen=True)
 class Alarm:
-    """An alarm of a run's diagnostics.
-
-    Attributes:
-        run: Name of the run.
-        message: The alarm.
-        first: Epoch of the first diagnosis that raised it.
-        last: Epoch of the last diagnosis that raised it.
-        active: Whether the newest diagnosis raised it.
-    """
+    """An alarm, and the epochs of the first and the last diagnosis that raised it; active if that is the newest."""
 
     run: str
     message: str
@@ -30,30 +21,17 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Summary:
-    """The main numbers of a run.
-
-    Attributes:
-        name: Name of the run.
-        step: Step of the last row of metrics.
-        epoch: Epoch of the last row of metrics.
-        epochs: Epochs of the whole run.
-        loss: Last loss, or None.
-        chance: Loss at chance, or None if unknown.
-        accuracy: Last pretext accuracy, or None.
-        knn: First, best and last accuracy of the monitor, or None.
-        images_per_second: Median over the run, or None.
-        alarms: Alarms of the run, active ones first.
-    """
+    """The main numbers of a run, as of its last row of metrics. A number that is not known is None."""
 
     name: str
     step: int
     epoch: float
-    epochs: int
+    epochs: int  # of the whole run
     loss: float | None
-    chance: float | None
-    accuracy: float | None
-    knn: tuple[float, float, float] | None
-    images_per_second: float | None
+    chance: float | None  # the loss at chance
+    accuracy: float | None  # of the pretext task
+    knn: tuple[float, float, float] | None  # first, best and last accuracy of the monitor
+    images_per_second: float | None  # median over the run
     alarms: list[Alarm]
 
 
@@ -88,14 +66,9 @@ def alarms_of(run: RunRecord) -> list[Alarm]:
         alarms = row.get("alarms")
         for message in alarms if isinstance(alarms, list) else []:
             raised.setdefault(str(message), []).append(index)
+    epochs = list(map(run.epoch_of, run.diagnostics))
     found = [
-        Alarm(
-            run.name,
-            message,
-            run.epoch_of(run.diagnostics[indices[0]]),
-            run.epoch_of(run.diagnostics[indices[-1]]),
-            indices[-1] == len(run.diagnostics) - 1,
-        )
+        Alarm(run.name, message, epochs[indices[0]], epochs[indices[-1]], indices[-1] == len(epochs) - 1)
         for message, indices in raised.items()
     ]
     return sorted(found, key=lambda alarm: (not alarm.active, alarm.first))
@@ -103,10 +76,10 @@ def alarms_of(run: RunRecord) -> list[Alarm]:
 
 def facts(run: RunRecord, summary: Summary) -> dict[str, str]:
     """Settings, versions and throughput of a run, as the table of a report shows them."""
-    recipe, versions = run.recipe, run.versions
+    recipe, speed = run.recipe, summary.images_per_second
     train, optim, schedule = recipe.train, recipe.optim, recipe.schedule
     options = ", ".join(f"{key} {value}" for key, value in recipe.method.model_dump(exclude_none=True).items())
-    speed = summary.images_per_second
+    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items() if name != "processes")
     return {
         "method": f"{recipe.method_name} ({options})",
         "backbone": recipe.backbone.name + (", pretrained" if recipe.backbone.pretrained else ""),
@@ -118,14 +91,7 @@ def facts(run: RunRecord, summary: Summary) -> dict[str, str]:
         "batch size": f"{train.batch_size}" + (f" in slices of {train.micro_batch}" if train.micro_batch else ""),
         "precision": "float32" if train.precision == "no" else train.precision,
         "seed": str(train.seed),
-        "processes": versions.get("processes", "not recorded by this version of sslkit"),
+        "processes": run.versions.get("processes", "not recorded by this version of sslkit"),
         "throughput": f"{speed:.0f} images/s (median)" if speed else "not logged",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if name != "processes")
-        or "not recorded",
+        "versions": versions or "not recorded",
     }
-
-
-def differences(runs: list[RunRecord]) -> list[tuple[str, list[str]]]:
-    """For each run but the first: its name, and the keys of its recipe that differ from the first run's."""
-    tables = [run.recipe.as_tables() for run in runs]
-    return [(run.name, changes(tables[0], table)) for run, table in zip(runs[1:], tables[1:], strict=True)]

@@ -1,7 +1,6 @@
 """Figures of training: loss with its level at chance, learning rate, speed, and other logged metrics over epochs."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import plotly.graph_objects as go
 
@@ -15,21 +14,21 @@ from sslkit.report.figures import (
     curve,
     horizontal_line,
     join_notes,
+    metric_panel,
     published_curve,
     to_json,
-    values_of,
 )
 from sslkit.report.run_record import RunRecord
 
 NOT_LOGGED = "Not logged by this version of sslkit."
-# Metrics in the order of the page: title, unit, and what to show if no run has logged them.
+# Panels and units of metrics in the order of the page.
 METRICS = {
-    "accuracy": ("Pretext accuracy", "fraction", "This method does not log a pretext accuracy."),
-    "lr": ("Learning rate", "", NOT_LOGGED),
-    "momentum": ("Momentum of the teacher", "", "This method has no momentum teacher."),
-    "grad_norm": ("Gradient norm", "before clipping", NOT_LOGGED),
-    "images_per_second": ("Images per second", "", NOT_LOGGED),
-    "data_wait": ("Time waiting for data", "fraction", NOT_LOGGED),
+    "accuracy": (Panel("Pretext accuracy", absent="This method does not log a pretext accuracy."), "fraction"),
+    "lr": (Panel("Learning rate", absent=NOT_LOGGED), ""),
+    "momentum": (Panel("Momentum of the teacher", absent="This method has no momentum teacher."), ""),
+    "grad_norm": (Panel("Gradient norm", absent=NOT_LOGGED), "before clipping"),
+    "images_per_second": (Panel("Images per second", absent=NOT_LOGGED), ""),
+    "data_wait": (Panel("Time waiting for data", absent=NOT_LOGGED), "fraction"),
 }
 
 
@@ -37,9 +36,8 @@ def training_panels(runs: Sequence[RunRecord]) -> list[Panel]:
     """Loss, the metrics that all methods log, and all other metrics of the runs' methods."""
     logged = {key for run in runs for row in run.metrics for key, value in row.items() if number(value) is not None}
     others = sorted(key for key in logged - {"step", "epoch", "loss", *METRICS} if "/" not in key)
-    panels = [loss_panel(runs)]
-    panels += [metric_panel(runs, key, title, unit, absent) for key, (title, unit, absent) in METRICS.items()]
-    return panels + [metric_panel(runs, key, key, "", "") for key in others]
+    panels = METRICS | {key: (Panel(key), "") for key in others}
+    return [loss_panel(runs), *(metric_panel(runs, "metrics", key, *panel) for key, panel in panels.items())]
 
 
 def loss_panel(runs: Sequence[RunRecord]) -> Panel:
@@ -49,8 +47,7 @@ def loss_panel(runs: Sequence[RunRecord]) -> Panel:
     for index, run in enumerate(runs):
         line = style.line(index)
         figure.add_trace(curve(run, run.metrics, "loss", name=style.name(run, "loss"), line=line))
-        chance = chance_of(run.recipe, run.num_images)
-        if chance is not None:
+        if chance := chance_of(run.recipe, run.num_images):
             colour = line["color"] if len(runs) > 1 else GREY
             name = style.name(run, f"chance, {chance[0]:.4g}")
             figure.add_trace(horizontal_line(run, chance[0], name, color=colour, dash="dot"))
@@ -80,24 +77,3 @@ def _mark_queue(figure: go.Figure, run: RunRecord, colour: str) -> list[str]:
         f"until step {steps}, epoch {end:.3g} (shaded), the queue still contains some of its initial random keys; "
         "the loss may rise until then."
     ]
-
-
-def metric_panel(runs: Sequence[RunRecord], key: str, title: str, unit: str, absent: str) -> Panel:
-    """One metric of all runs that logged it."""
-    style, figure = Style(len(runs)), go.Figure()
-    for index, run in enumerate(runs):
-        if values_of(run.metrics, key):
-            figure.add_trace(curve(run, run.metrics, key, name=run.name, line=style.line(index)))
-    if not figure.data:
-        return Panel(title, absent=absent)
-    return Panel(title, "", to_json(figure, y=unit, showlegend=len(runs) > 1, yaxis=_axis_of_constant(figure)))
-
-
-def _axis_of_constant(figure: go.Figure) -> dict[str, Any]:
-    """A narrow range for a constant curve: plotly's own is from zero to twice the value."""
-    values = {value for trace in figure.data for value in trace.y}
-    if len(values) > 1:
-        return {}
-    constant = values.pop()
-    margin = abs(constant) / 20 or 1.0
-    return {"range": [constant - margin, constant + margin]}

@@ -1,7 +1,4 @@
-"""``sslkit watch``: a live page in the terminal about a run in another process. Read `live`, then `watched_run`.
-
-It only reads files and does not import PyTorch, so it starts in a third of a second.
-"""
+"""``sslkit watch``: a live page about a run in another process. It reads files only and does not import PyTorch."""
 
 from sslkit.watch.live import watch
 

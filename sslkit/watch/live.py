@@ -1,6 +1,7 @@
 """The live page: read what is new, draw, wait, until the run is done or the user presses Ctrl-C."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -16,18 +17,11 @@ REFRESH_SECONDS = 1.0
 def watch(folder: Path, console: Console, *, once: bool = False) -> None:
     """Show the page of a run and refresh it every second until the run is done. Ctrl-C closes it; the run goes on.
 
-    Prints the page once if ``once`` is set or ``console`` is not a terminal.
-
-    Args:
-        folder: Run folder; on a terminal it may not exist yet.
-        console: Where to print.
-        once: Do not wait for more.
-
-    Raises:
-        UserError: There is no run, or the folder holds something else or has vanished.
+    Prints the page once if ``once`` is set or ``console`` is not a terminal. Else the run may not exist yet. Raises
+    `UserError` if there is no run, or if the folder holds something else or has vanished.
     """
     run = WatchedRun(folder)
-    try:
+    with suppress(KeyboardInterrupt):
         if once or not console.is_terminal:
             while run.read_new():
                 pass
@@ -41,5 +35,3 @@ def watch(folder: Path, console: Console, *, once: bool = False) -> None:
                 live.update(Page(run), refresh=True)
                 if not more and run.state.name != "done":
                     time.sleep(REFRESH_SECONDS)
-    except KeyboardInterrupt:
-        return

@@ -11,12 +11,10 @@ CONTINUES = "the same command continues it"
 
 @dataclass(frozen=True)
 class State:
-    """The state of a run.
+    """The state of a run, and the same as a sentence.
 
-    Attributes:
-        name: ``waiting`` (no run yet), ``starting``, ``running``, ``silent`` for too long, ``stopped`` on request,
-            ``done``, ``killed``, or ``ended`` by an error.
-        message: The same as a sentence.
+    It is ``waiting`` (no run yet), ``starting``, ``running``, ``silent`` for too long, ``stopped`` on request,
+    ``done``, ``killed``, or ``ended`` by an error.
     """
 
     name: str
@@ -24,23 +22,17 @@ class State:
 
 
 def state_of(run: RunReader, step: int, last_step: int, seconds_per_line: float) -> State:
-    """Derive the state from the lock, the stop marker and the times of the files.
+    """Derive the state from the lock, the stop marker, the times of the files, and the step of the newest row.
 
-    Args:
-        run: The run folder.
-        step: Step of the newest row of metrics; 0 if there is none.
-        last_step: Last step of the run; 0 if unknown.
-        seconds_per_line: Usual time between two rows of metrics; 0 if unknown.
+    ``seconds_per_line`` is the usual time between two rows of metrics. A number that is not known is 0.
     """
     held, holder = run.lock()
     if held:
         idle = run.idle_seconds()
         if idle > max(SILENT_SECONDS, SILENT_LINES * seconds_per_line):
             usual = f" (usually every {format_duration(seconds_per_line)})" if seconds_per_line >= 1 else ""
-            return State(
-                "silent",
-                f"{holder} has written nothing for {format_duration(idle)}{usual}: it evaluates, waits or hangs",
-            )
+            wrote = f"{holder} has written nothing for {format_duration(idle)}{usual}"
+            return State("silent", f"{wrote}: it evaluates, waits or hangs")
         return State("running", holder) if step else State("starting", f"{holder}, no line of metrics yet")
     if marker := run.stop_marker():
         return State("stopped", f"stopped at {marker}; {CONTINUES}")

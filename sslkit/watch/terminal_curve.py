@@ -13,10 +13,7 @@ BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 class Curve:
     """Means over intervals of equal length; pairs of intervals are merged when there are too many.
 
-    Attributes:
-        newest: The last value that was added; None if it is not a finite number.
-        lowest: The lowest value so far.
-        highest: The highest value so far.
+    ``newest`` is the last value that was added; None if it is not a finite number.
     """
 
     def __init__(self) -> None:

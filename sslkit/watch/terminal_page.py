@@ -7,7 +7,6 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sslkit.files.jsonl_reader import number
 from sslkit.terminal import sanitize
 from sslkit.text import format_duration, pluralize
 from sslkit.watch.terminal_curve import ASCII_BARS, BARS, Curve, sparkline
@@ -74,8 +73,8 @@ def _remarks(run: WatchedRun) -> list[Text]:
     if run.skipped:
         remarks.append(Text(f"{pluralize(run.skipped, 'step')} with non-finite numbers skipped", style="yellow"))
     if run.bad_images:
-        text = f"{pluralize(run.bad_images, 'unreadable image')}, listed in bad_samples.jsonl"
-        remarks.append(Text(text, style="yellow"))
+        images = pluralize(run.bad_images, "unreadable image")
+        remarks.append(Text(f"{images}, listed in bad_samples.jsonl", style="yellow"))
     if invalid := [f"{count} of {name}.jsonl" for name, count in run.invalid.items() if count]:
         remarks.append(Text(f"invalid lines skipped: {', '.join(invalid)}", style="yellow"))
     return remarks + [Text(score) for score in run.scores]
@@ -89,22 +88,20 @@ def _by_importance(run: WatchedRun) -> list[tuple[str, Curve]]:
 
 def _curves(rows: list[tuple[str, Curve]], width: int, bars: str) -> Table:
     name_width = min(max((len(name) for name, _ in rows), default=0), max(width // 3, 8))
-    with_range = width >= RANGE_WIDTH
-    curve_width = width - name_width - 11 - (24 if with_range else 0) - 2
+    curve_width = width - name_width - 13 - (24 if width >= RANGE_WIDTH else 0)
     table = Table.grid(padding=(0, 1, 0, 0))
     table.add_column(width=name_width, no_wrap=True, overflow="ellipsis")
     table.add_column(width=10, justify="right", no_wrap=True)
     table.add_column(no_wrap=True, style="cyan")
     for name, curve in rows:
-        shown_range = ""
-        if curve.means and with_range:
-            shown_range = f"{_format(name, curve.lowest)} to {_format(name, curve.highest)}"
+        has_range = curve.means and width >= RANGE_WIDTH
+        shown_range = f"{_format(name, curve.lowest)} to {_format(name, curve.highest)}" if has_range else ""
         line = sparkline(curve.points(min(max(curve_width, 1), MAX_CURVE_WIDTH)), bars)
         table.add_row(Text(sanitize(name)), Text(_format(name, curve.newest)), Text(line), Text(shown_range, "dim"))
     return table
 
 
 def _format(name: str, value: float | None) -> str:
-    if number(value) is None:
+    if value is None:
         return "none"
     return f"{value:.1%}" if name in PERCENTAGES else f"{value:.4g}"

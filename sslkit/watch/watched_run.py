@@ -24,22 +24,7 @@ NOT_CURVES = ("step", "epoch", "skipped")
 
 
 class WatchedRun:
-    """What is known of a run.
-
-    Attributes:
-        state: State of the run.
-        step: Step of the newest row of metrics.
-        epoch: Epoch of the newest row of metrics.
-        metrics: Curves of metrics.jsonl, by name.
-        diagnostics: Curves of diagnostics.jsonl, by name.
-        knn: Curve of the monitor's accuracy.
-        skipped: Number of steps that were skipped because of non-finite numbers.
-        alarms: Alarms of the newest diagnosis.
-        past_alarms: Kinds of alarms of earlier diagnoses.
-        scores: The newest scores of ``sslkit eval``, as text.
-        bad_images: Number of rows of bad_samples.jsonl.
-        invalid: Number of lines of each file that were skipped as invalid.
-    """
+    """What is known of a run: its state, and curves and messages from its logs. See `_reset` for the attributes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.reader = folder, RunReader(folder)
@@ -47,23 +32,19 @@ class WatchedRun:
             "metrics": self._add_metrics,
             "results": self._add_result,
             "diagnostics": self._add_diagnosis,
-            "bad_samples": self._add_bad_sample,
+            "bad_samples": self._count_bad_image,
         }
         self.followers = {name: LogFollower(folder / f"{name}.jsonl") for name in self.row_handlers}
-        self.found = False
-        self.recipe: dict[str, Any] = {}
-        self.num_images, self.recipe_stamp = 0.0, (0, 0)
-        self.invalid = dict.fromkeys(self.row_handlers, 0)
+        self._use_recipe({})
+        self.recipe_stamp: tuple[int, int] | None = None  # of the file that was read
+        self.num_images = 0.0
+        self.invalid: dict[str, int] = {}
         for name in self.row_handlers:
             self._reset(name)
         self.state = State("waiting", "no run here yet")
 
     def read_new(self) -> bool:
-        """Read what is new in the folder. Returns whether there is more to read now.
-
-        Raises:
-            UserError: The folder is not a run, one of its files cannot be read, or the folder has vanished.
-        """
+        """Read what is new; returns whether there is more to read now. Raises `UserError` if this is no run."""
         self._read_folder()
         more = False
         for name, follower in self.followers.items():
@@ -78,58 +59,36 @@ class WatchedRun:
         return more
 
     @property
-    def title(self) -> str:
-        """Method and backbone; empty if unknown."""
-        names = (self._table("method").get("name"), self._table("backbone").get("name"))
-        return sanitize("{} on {}".format(*names)) if all(names) else ""
-
-    @property
-    def epochs(self) -> float:
-        """Epochs of the whole run; 0 if unknown."""
-        return self._train_number("epochs")
-
-    @property
-    def batch_size(self) -> float:
-        """Global batch size; 0 if unknown."""
-        return self._train_number("batch_size")
-
-    @property
     def last_step(self) -> int:
         """Steps of the whole run, as the engine counts them; 0 if unknown."""
         if not (self.epochs and self.batch_size):
             return 0
-        if self.num_images:
-            steps_per_epoch = self.num_images // self.batch_size
-        else:
-            steps_per_epoch = round(self.step / self.epoch) if self.epoch else 0
-        steps = self.epochs * steps_per_epoch
-        return int(min(self._train_number("max_steps") or steps, steps))
+        observed = round(self.step / self.epoch) if self.epoch else 0
+        steps = self.epochs * (self.num_images // self.batch_size if self.num_images else observed)
+        return int(min(self.max_steps or steps, steps))
+
+    @property
+    def speed(self) -> float:
+        """Images per second in the newest rows of metrics; 0 if unknown."""
+        return median(self.speeds) if self.speeds else 0.0
 
     @property
     def seconds_left(self) -> float | None:
         """Estimate from the speed of the newest rows, without evaluations and checkpoints; None if unknown."""
-        if not (self.speeds and self.last_step) or median(self.speeds) <= 0:
+        if not (self.speed and self.last_step):
             return None
-        return max(self.last_step - self.step, 0) * self.batch_size / median(self.speeds)
+        return max(self.last_step - self.step, 0) * self.batch_size / self.speed
 
     @property
     def seconds_per_line(self) -> float:
         """Usual time between two rows of metrics; 0 if unknown."""
-        images = self._train_number("log_every") * self.batch_size
-        return images / median(self.speeds) if self.speeds and median(self.speeds) > 0 else 0.0
-
-    def _table(self, name: str) -> dict[str, Any]:
-        table = self.recipe.get(name)
-        return table if isinstance(table, dict) else {}
-
-    def _train_number(self, key: str) -> float:
-        return number(self._table("train").get(key)) or 0.0
+        return self.log_every * self.batch_size / self.speed if self.speed else 0.0
 
     def _read_folder(self) -> None:
         try:
             names = {path.name for path in self.folder.iterdir()}
         except FileNotFoundError:
-            if self.found:
+            if self.recipe_stamp:
                 raise UserError(f"{self.folder}: the run folder was removed or renamed while it was watched") from None
             return
         except OSError as error:
@@ -146,30 +105,43 @@ class WatchedRun:
             status = file.stat()
             stamp = (status.st_ino, status.st_mtime_ns)
             if self.recipe_stamp != stamp:
-                self.recipe = tomllib.loads(read_regular(file, MAX_BYTES).decode())
-                self.num_images, self.recipe_stamp, self.found = _num_images(self.folder), stamp, True
+                self._use_recipe(tomllib.loads(read_regular(file, MAX_BYTES).decode()))
+                self.num_images, self.recipe_stamp = _num_images(self.folder), stamp
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{file}: not a readable TOML file: {str(error)[:200]}") from error
 
+    def _use_recipe(self, tables: dict[str, Any]) -> None:
+        """Keep what the page needs of the recipe. A number that is not known is 0, and the title then empty."""
+        method, backbone, train = (
+            table if isinstance(table := tables.get(name), dict) else {} for name in ("method", "backbone", "train")
+        )
+        names = method.get("name"), backbone.get("name")
+        self.title = sanitize("{} on {}".format(*names)) if all(names) else ""
+        keys = ("epochs", "batch_size", "max_steps", "log_every")
+        self.epochs, self.batch_size, self.max_steps, self.log_every = (number(train.get(key)) or 0.0 for key in keys)
+
     def _reset(self, name: str) -> None:
-        self.invalid[name] = 0
+        """Forget what a log has told."""
+        self.invalid[name] = 0  # lines that were skipped
         if name == "metrics":
-            self.step, self.epoch, self.skipped = 0, 0.0, 0
+            self.step, self.epoch = 0, 0.0  # of the newest row
+            self.skipped = 0  # steps with non-finite numbers
             self.metrics: dict[str, Curve] = {}
             self.speeds: deque[float] = deque(maxlen=SPEED_LINES)
         elif name == "results":
             self.knn, self.scores = Curve(), deque[str](maxlen=3)
         elif name == "diagnostics":
             self.diagnostics: dict[str, Curve] = {}
-            self.alarms: list[str] = []
-            self.past_alarms: dict[str, None] = {}
+            self.alarms: list[str] = []  # of the newest diagnosis
+            self.past_alarms: dict[str, None] = {}  # kinds
         else:
             self.bad_images = 0
 
     def _add_metrics(self, row: Row) -> None:
-        self.step, self.epoch = int(number(row.get("step")) or 0.0), number(row.get("epoch")) or 0.0
+        self.step, self.epoch = int(row["step"]), float(row["epoch"])
         self.skipped += bool(row.get("skipped"))
-        if speed := number(row.get("images_per_second")):
+        speed = number(row.get("images_per_second")) or 0.0
+        if speed > 0:
             self.speeds.append(speed)
         for name, value in row.items():
             known = name in self.metrics
@@ -193,7 +165,7 @@ class WatchedRun:
             if len(self.past_alarms) < MAX_CURVES:
                 self.past_alarms[alarm.partition(":")[0]] = None
 
-    def _add_bad_sample(self, _row: Row) -> None:
+    def _count_bad_image(self, _row: Row) -> None:
         self.bad_images += 1
 
 

@@ -9,20 +9,10 @@ from typing import Any
 
 import pytest
 import typer
-from conftest import small_recipe
+from conftest import run, small_recipe
 
 import sslkit
-from sslkit.cli import app, main
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    try:
-        main(list(words))
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    printed = capsys.readouterr()
-    return code, printed.out, printed.err
+from sslkit.cli import app
 
 
 @pytest.fixture(scope="module")

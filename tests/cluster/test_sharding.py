@@ -1,20 +1,17 @@
 """Weights in parts (FSDP2) against whole copies (DDP): two gloo processes, a tiny ViT."""
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import small_recipe
+from launching import finish, pretrain, start, tensors, write_recipe
 
 from sslkit.errors import UserError
 from sslkit.evaluate import load_encoder
 from sslkit.files.jsonl_reader import read_lines
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from launching import finish, pretrain, start, tensors, write_recipe
 
 STEPS, NOISE = 6, 1e-9
 TABLES: dict[str, dict[str, Any]] = {

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import cli_error, small_recipe
+from launching import finish, pretrain, start, tensors, write_recipe
 
 import sslkit
 from sslkit import cluster
@@ -20,9 +21,6 @@ from sslkit.cluster.submission import batch_file, minutes
 from sslkit.data.loading.loader import cores_of_a_process
 from sslkit.errors import UserError
 from sslkit.files.jsonl_reader import read_lines
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from launching import finish, pretrain, start, tensors, write_recipe
 
 pytest.importorskip("submitit")
 STEPS = 60

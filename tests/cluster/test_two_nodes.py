@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import finish, pretrain, start, tensors, wait_for_lines, write_recipe
 
 from sslkit.files.jsonl_reader import read_lines
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from launching import finish, pretrain, start, tensors, wait_for_lines, write_recipe
 
 STEPS = 12
 PORT = "29533"

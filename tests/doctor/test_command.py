@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import run
 from methods.mutants import MUTANTS
-from test_cli import run
 
 from sslkit.methods import METHODS
 

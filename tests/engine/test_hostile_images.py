@@ -3,17 +3,14 @@
 import ctypes
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from launching import HERE, finish, pretrain, start, tensors, wait_for_lines, write_recipe
+from hostile import bad_images, good_images, write_hostile_things
+from launching import finish, pretrain, start, tensors, wait_for_lines, write_recipe
 
 from sslkit.files.jsonl_reader import read_lines
-
-sys.path.insert(0, str(HERE.parent / "data"))
-from hostile import bad_images, good_images, write_hostile_things
 
 PLAIN = 150  # images besides, so that the share of bad ones is one that a recipe can allow
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2

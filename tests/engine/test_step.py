@@ -12,8 +12,8 @@ from torch import Tensor
 
 import sslkit
 from sslkit.engine.gradient_cache import GlobalBatch, sliced_step, whole_batch_step
-from sslkit.engine.rng import seed_dropout
 from sslkit.engine.setup import build_method
+from sslkit.engine.step import seed_dropout
 from sslkit.errors import UserError
 from sslkit.methods import METHODS, BatchInfo, Method, Step
 from sslkit.parts.schedules import Progress

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import timm
-from conftest import small_recipe
+from conftest import run, small_recipe
 from scipy.stats import binom
-from test_cli import run
 
 import sslkit
 from sslkit.data.sources.image_identity import images_digest

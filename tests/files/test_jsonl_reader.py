@@ -14,7 +14,7 @@ from sslkit.cli.eval_commands import _scores_of
 from sslkit.engine.checkpoint.retention import monitor_scores
 from sslkit.engine.logging.logger import RunLogger
 from sslkit.engine.monitor.alarms import read_curve
-from sslkit.files.jsonl_reader import read_log
+from sslkit.files.jsonl_reader import _warn_once, read_log
 from sslkit.publish.card_scores import newest_scores
 from sslkit.recipe.resolve import Recipe
 from sslkit.report.accuracy_figures import accuracy_panel, score_rows
@@ -166,7 +166,7 @@ def test_commands_say_how_many(
     }
     said = {}
     for name, words in commands.items():
-        monkeypatch.setattr("sslkit.files.jsonl_reader._printed_warnings", set())
+        _warn_once.cache_clear()
         with pytest.raises(SystemExit) as ended:
             main(words)
         assert not ended.value.code, capsys.readouterr().err

@@ -106,7 +106,7 @@ def hostile_checkpoints() -> dict[str, tuple[bytes, str]]:
     return files | {
         "longer, new": (longer(GIGABYTES // 4, old=False), "claim to be larger than the file"),
         "longer, old": (longer(GIGABYTES // 4, old=True), "claim to be larger than the file"),
-        "an object": (instructed(b"ccollections\nOrderedDict\n)\x81."), "needs an object of collections.OrderedDict"),
+        "an object": (instructed(b"ccollections\nOrderedDict\n)\x81."), "the opcode NEWOBJ"),
         "a tensor of nothing": (instructed(b"ctorch\nFloatTensor\nJ\0\0\0\x7f\x85R."), "needs torch.FloatTensor"),
         "a word that doubles": (instructed(DOUBLED + b"."), "needs _codecs.encode, which"),
         "a key without end": (doubled_hash(), "a key that is neither text nor a number"),

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from tampering import resign
 from torch import nn
 
-from sslkit.data.sources.idx import read_idx
+from sslkit.data.sources.bundled import read_idx
 from sslkit.engine.checkpoint.format import Checkpoint, newest_checkpoint, read_checkpoint, restore
 from sslkit.engine.resilience.crash_dump import read_crash_dump
 from sslkit.errors import UserError

@@ -19,7 +19,7 @@ from targets import SEEDS, STATE, TARGETS, capsule, checkpoint_of, only_user_err
 from torch import nn
 
 from sslkit.data.order.epoch_order import epoch_order
-from sslkit.data.sources.idx import read_idx
+from sslkit.data.sources.bundled import read_idx
 from sslkit.engine.checkpoint.format import newest_checkpoint, read_checkpoint
 from sslkit.engine.checkpoint.validation import SCALER
 from sslkit.engine.resilience.guard import Guard
@@ -179,7 +179,7 @@ tails = [
 ]
 tails += ["patch_embed.proj.weight", "patch_embed.proj.0.weight", "pos_embed", "blocks.0.attn.qkv.weight"]
 tails += [mark for layout in CHECKPOINT_FORMATS for mark in (*layout.marks, *layout.encoders)]
-parts = st.sampled_from(tails + [beginning for beginning, _ in OUTSIDE])
+parts = st.sampled_from(tails + [beginning for beginnings in OUTSIDE for beginning in beginnings])
 names = st.lists(parts | st.text(max_size=4), min_size=1, max_size=4).map("".join)
 shapes = st.lists(st.integers(0, 2**40) | st.sampled_from([64, 384, 16, 7]), max_size=5).map(tuple)
 
@@ -268,7 +268,7 @@ def test_what_a_state_says_of_troubles_scale_and_optimizer(course: Any, scaler: 
         state(b"1" + said)
         checkpoint = only_user_errors(lambda said=said: read_checkpoint(checkpoint_of(state=said)))
         if checkpoint is not None and key == "course":
-            guard = Guard(GuardConfig(policy="skip", loss_spike=2.0), RecoveryState.from_json(course), nn.Module())
+            guard = Guard(GuardConfig(policy="skip", loss_spike=2.0), RecoveryState(**course), nn.Module())
             guard.problem(1.0, 1.0)
             guard.accept(1.0)
             assert 0 < guard.recovery.lr_factor <= 1

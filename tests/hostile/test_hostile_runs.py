@@ -64,7 +64,7 @@ COURSES: list[Any] = [
 def test_a_course_that_no_run_took(run: Path, course: Any) -> None:
     rewrite(run / STEP / "state.json", lambda state: state | {"course": course})
     resign(run / STEP)
-    with pytest.raises(UserError, match=r"state\.json: course ") as caught:
+    with pytest.raises(UserError, match=r"state\.json: .*: course ") as caught:
         read_checkpoint(run / STEP)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
@@ -95,7 +95,7 @@ SCALERS: list[Any] = [
 def test_a_loss_scale_that_is_none(run: Path, scaler: Any) -> None:
     rewrite(run / STEP / "state.json", lambda state: state | {"scaler": scaler})
     resign(run / STEP)
-    with pytest.raises(UserError, match=r"state\.json: scaler "):
+    with pytest.raises(UserError, match=r"state\.json: .*: scaler "):
         read_checkpoint(run / STEP)
 
 

@@ -136,7 +136,7 @@ class TeacherHeadLearns(BYOL):
         self.teacher_projector.requires_grad_(True)
 
 
-@breaks("moco_v2", "doctor", "method contract")
+@breaks("moco_v2", "tests", "teacher moves")
 class TeacherMovesInForward(MoCoV2):
     def teacher(self, views: Views) -> Features:
         self.teacher_backbone.update(self.backbone, self.options.momentum)

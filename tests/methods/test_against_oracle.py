@@ -16,8 +16,8 @@ from sslkit.data.augment.cpu import ViewPipeline, normalise
 from sslkit.data.order.epoch_order import epoch_order
 from sslkit.data.sources.image_source import open_source
 from sslkit.engine.optim import learning_rate, make_optimizer, set_learning_rate
-from sslkit.engine.rng import shuffle_order
 from sslkit.engine.setup import build_method
+from sslkit.engine.step import shuffle_order
 from sslkit.methods import BatchInfo, Progress
 from sslkit.parts.schedules import cosine
 from sslkit.recipe.resolve import Recipe

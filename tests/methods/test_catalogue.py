@@ -7,8 +7,8 @@ import torch
 from conftest import small_recipe
 
 from sslkit.engine.optim import make_optimizer
-from sslkit.engine.rng import shuffle_order
 from sslkit.engine.setup import build_method
+from sslkit.engine.step import shuffle_order
 from sslkit.errors import UserError
 from sslkit.methods import METHODS, BatchInfo, Method, Progress, find_method
 

@@ -1,7 +1,6 @@
 """``sslkit bench`` makes the steps of a run, counts each part once, and advises by numbers checked by hand."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import small_recipe
+from launching import finish, start
 from safetensors.torch import load_file
 
 import sslkit
@@ -26,9 +26,6 @@ from sslkit.profiling.image_cost import ImageCosts
 from sslkit.profiling.stage_timer import BACKWARD, COLLECTIVES, OPTIMIZER, STAGES, STUDENT, TEACHER, StageTimer, timed
 from sslkit.profiling.step_profile import CPU, compare_precisions, step
 from sslkit.recipe.resolve import Recipe
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from launching import finish, start
 
 STEPS = 3
 VIEWS = {"size": 224, "crop_scale": (0.2, 1.0)}

@@ -104,8 +104,8 @@ def test_a_difference_after_reloading_is_caught(run: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(encoder_folder, "write_tensors", tampered)
     with pytest.raises(EncoderFolderError, match="features differ"):
-        export_encoder(run, tmp_path / "x")
-    assert not (tmp_path / "x").exists()
+        export_encoder(run, tmp_path / "new" / "deep" / "x")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.full

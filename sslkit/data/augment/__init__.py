@@ -1,4 +1,1 @@
-"""From pixels to views: policies, random parameters, and their CPU and GPU implementations.
-
-Read `policies` first.
-"""
+"""From pixels to views: policies, random parameters, and their CPU and GPU implementations. Read `policies` first."""

@@ -7,6 +7,7 @@ import json
 import random
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import albumentations as A  # noqa: N812  (the library's own convention)
@@ -15,85 +16,60 @@ import numpy as np
 
 from sslkit.data.augment.user_pipeline import UserPipeline
 from sslkit.data.decode.rgb import Pixels
-from sslkit.errors import UserError, near_miss
+from sslkit.errors import UserError, first_line, near_miss
 from sslkit.random_draws import DrawPurpose
 
+JITTER_STEPS = ("brightness", "contrast", "saturation")
 TRIALS = 4  # times that a new pipeline is run on noise
 
 
 class ColourTransforms:
     """Colour steps on (H, W, 3) uint8 RGB with given numbers, as torchvision does them on Pillow images.
 
-    albumentations draws the numbers of a transform itself when the transform is called. Here they are given, so the
-    transforms' `apply` is called instead. It has had the same keywords since albumentations 1.4.
+    albumentations draws the numbers of a transform when the transform is called. Here they are given, so its `apply` is
+    called instead, which has had the same keywords since albumentations 1.4.
     """
 
     def __init__(self) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # albumentations only warns of unknown arguments
+        with warnings.catch_warnings(action="error"):  # albumentations only warns of unknown arguments
             self._jitter: Callable[..., Pixels] = A.ColorJitter().apply
-            self._gray: Callable[..., Pixels] = A.ToGray(num_output_channels=3).apply
-            self._solarize: Callable[..., Pixels] = A.Solarize().apply
+            self.gray: Callable[[Pixels], Pixels] = A.ToGray(num_output_channels=3).apply
+            self.solarize: Callable[[Pixels], Pixels] = partial(A.Solarize().apply, threshold=0.5)
 
-    def brightness(self, pixels: Pixels, factor: float) -> Pixels:
-        """Multiply by ``factor``."""
-        return self._jitter(pixels, brightness=factor, contrast=1.0, saturation=1.0, hue=0.0, order=(0,))
-
-    def contrast(self, pixels: Pixels, factor: float) -> Pixels:
-        """Blend with the mean of the grey image."""
-        return self._jitter(pixels, brightness=1.0, contrast=factor, saturation=1.0, hue=0.0, order=(1,))
-
-    def saturation(self, pixels: Pixels, factor: float) -> Pixels:
-        """Blend with the grey image."""
-        return self._jitter(pixels, brightness=1.0, contrast=1.0, saturation=factor, hue=0.0, order=(2,))
-
-    def gray(self, pixels: Pixels) -> Pixels:
-        """Convert to grey, in three equal channels."""
-        return self._gray(pixels)
-
-    def solarize(self, pixels: Pixels) -> Pixels:
-        """Invert values from 128 up."""
-        return self._solarize(pixels, threshold=0.5)
+    def jitter(self, pixels: Pixels, step: int, factor: float) -> Pixels:
+        """Change brightness, contrast or saturation (``step`` 0, 1 or 2) by a factor; 1 changes nothing."""
+        factors = dict.fromkeys(JITTER_STEPS, 1.0) | {JITTER_STEPS[step]: factor}
+        return self._jitter(pixels, **factors, hue=0.0, order=(step,))
 
 
 class UserTransforms:
     """A pipeline of the user's own, with random numbers that depend on a key alone.
 
-    Args:
-        pipeline: The serialised pipeline.
-        size: Height and width of the images it will get; it is tried on noise of this size.
-        where: The recipe key that names it; opens each error.
-
-    Raises:
-        UserError: albumentations cannot build the pipeline, or it fails on noise.
+    It is tried on noise of ``size`` (height, width), that of the images it will get. Errors begin with ``where``, the
+    recipe key that names it. Raises `UserError` if albumentations cannot build the pipeline, or if it fails on noise.
     """
 
     def __init__(self, pipeline: UserPipeline, size: tuple[int, int], where: str) -> None:
         self._where = where
-        for name in pipeline.class_names():
-            self._check_class(name)
+        bases = A.BasicTransform, A.BaseCompose
+        known = [name for name, found in vars(A).items() if isinstance(found, type) and issubclass(found, bases)]
+        if unknown := [name for name in pipeline.class_names() if name not in known]:
+            near = near_miss(unknown[0], known)
+            raise UserError(f"{where}: albumentations {A.__version__} has no transform {unknown[0]!r}{near}")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")  # albumentations only warns of unknown arguments
+            with warnings.catch_warnings(action="error"):  # albumentations only warns of unknown arguments
                 self._compose: Any = A.from_dict(json.loads(pipeline.pipeline))
         except Exception as error:  # each transform checks its arguments in its own way
-            raise UserError(f"{where}: albumentations cannot build this pipeline: {_in_one_line(error)}") from error
+            raise UserError(f"{where}: albumentations cannot build this pipeline: {_describe_error(error)}") from error
         noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
         for trial in range(TRIALS):
             self(noise, (trial,))
 
     def __call__(self, pixels: Pixels, key: Sequence[int]) -> Pixels:
-        """Apply the pipeline to (H, W, 3) uint8.
+        """Apply the pipeline to (H, W, 3) uint8, which is left as it is: (S, S, 3) uint8, of any side.
 
-        Args:
-            pixels: Left as they are.
-            key: Seed, epoch, sample and view; the result is a function of it and ``pixels``.
-
-        Returns:
-            (S, S, 3) uint8, of any side.
-
-        Raises:
-            UserError: A transform fails, or the result is not a square uint8 RGB image.
+        The result depends on the pixels and on ``key`` alone: seed, epoch, sample and view. Raises `UserError` if a
+        transform fails, or if the result is not a square uint8 RGB image.
         """
         seed, *rest = key
         generator = np.random.default_rng([seed, DrawPurpose.USER_PIPELINE, *rest])
@@ -102,15 +78,13 @@ class UserTransforms:
         try:
             result = self._compose(image=pixels.copy())["image"]
         except Exception as error:  # transforms fail in their own ways
-            height, width = pixels.shape[:2]
-            raise UserError(
-                f"{self._where}: the pipeline fails on an image of {width} x {height} pixels: {_in_one_line(error)}"
-            ) from error
+            problem = f"fails on an image of {pixels.shape[1]} x {pixels.shape[0]} pixels: {_describe_error(error)}"
+            raise UserError(f"{self._where}: the pipeline {problem}") from error
         return self._checked(result)
 
     def _checked(self, result: Any) -> Pixels:
         if not isinstance(result, np.ndarray) or result.dtype != np.uint8:
-            kind = result.dtype if hasattr(result, "dtype") else type(result).__name__
+            kind = getattr(result, "dtype", type(result).__name__)
             raise UserError(
                 f"{self._where}: the pipeline must return uint8 pixels, not {kind}; leave out Normalize, ToFloat and "
                 "ToTensorV2: views are normalised later, by [views] mean and std"
@@ -122,14 +96,6 @@ class UserTransforms:
             )
         return result
 
-    def _check_class(self, name: str) -> None:
-        found = getattr(A, name, None)
-        if not (isinstance(found, type) and issubclass(found, A.BasicTransform | A.BaseCompose)):
-            known = [each for each in dir(A) if each[0].isupper()]
-            raise UserError(
-                f"{self._where}: albumentations {A.__version__} has no transform {name!r}{near_miss(name, known)}"
-            )
 
-
-def _in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+def _describe_error(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error, 300)}"

@@ -1,7 +1,5 @@
 """Views made on the CPU: crops, resized as Pillow or TensorFlow does it, and the steps that follow."""
 
-from collections.abc import Callable
-
 import cv2
 import numpy as np
 import torch
@@ -11,9 +9,9 @@ from torch.nn.functional import interpolate
 
 from sslkit.data.augment.albumentations import ColourTransforms, UserTransforms
 from sslkit.data.augment.blur_kernels import CUTOFF, gaussian_kernel, small_kernel
-from sslkit.data.augment.multichannel import finish_channels, resize_channels
+from sslkit.data.augment.multichannel import finish_channels, flip_rotate_erase, resize_channels
 from sslkit.data.augment.parameters import Box, ViewKey, ViewParams, draw_params
-from sslkit.data.augment.tensorflow import change_colours, resize_by_taps
+from sslkit.data.augment.tensorflow import BRIGHTNESS, HUE, change_colours, resize_by_taps
 from sslkit.data.augment.views_config import PerChannel, ViewPolicy, ViewsConfig
 from sslkit.data.decode.channels import FULL_SCALE
 from sslkit.data.decode.rgb import Pixels, Size
@@ -27,11 +25,8 @@ class ViewPipeline:
     """Makes the views of an image.
 
     Args:
-        config: The ``[views]`` table.
+        config: The ``[views]`` table. If a pipeline file of it does not work, `UserError` is raised.
         seed: The run's seed, first in the key of every random number.
-
-    Raises:
-        UserError: A pipeline file of ``config`` does not work.
     """
 
     def __init__(self, config: ViewsConfig, seed: int) -> None:
@@ -40,23 +35,18 @@ class ViewPipeline:
         self.policies = config.view_policies()
         self.sides = [policy.size for policy in self.policies]
         self.pixel_bytes = 3 if config.channels == 3 else 2 * config.channels
-        roles = config.roles()
-        by_role = {role: ViewTransforms(config.policy_of(role)) for role in roles}
-        self._transforms = [by_role[role] for role in roles]
-        pipelines = {role: _user_transforms(config, role) for role in by_role}
-        self._user = [pipelines[role] for role in roles]
+        self._roles = config.roles()
+        self._transforms = {role: ViewTransforms(config.policy_of(role)) for role in {*self._roles}}
+        self._user = {role: _user_transforms(config, role) for role in {*self._roles}}
 
     def __call__(self, image: Pixels, epoch: int, sample: int, size: Size | None = None) -> list[Pixels]:
         """Make all views of an image, in the order of `ViewsConfig.roles`.
 
         Args:
-            image: (H, W, 3) uint8 RGB, or (H, W, C) uint16.
+            image: (H, W, 3) uint8 RGB, or (H, W, C) uint16; views have the same type and channels.
             epoch: The epoch.
             sample: The image's position in the data.
             size: Height and width of the image before it was reduced; None if it was not.
-
-        Returns:
-            One (side, side, 3) uint8 or (side, side, C) uint16 array per view.
         """
         return [self.make_view(image, epoch, sample, view, size) for view in range(len(self.policies))]
 
@@ -76,9 +66,8 @@ class ViewPipeline:
 
     def view_params(self, epoch: int, sample: int, size: Size) -> list[ViewParams]:
         """The random parameters of each view of an image of ``size``."""
-        return [
-            draw_params(policy, (self.seed, epoch, sample, view), size) for view, policy in enumerate(self.policies)
-        ]
+        keys = [(self.seed, epoch, sample, view) for view in range(len(self.policies))]
+        return [draw_params(policy, key, size) for policy, key in zip(self.policies, keys, strict=True)]
 
     def reduction(self, epoch: int, sample: int, size: Size) -> int:
         """The factor by which an image of ``size`` may be reduced so that every view is still shrunk: 8, 4, 2 or 1.
@@ -103,13 +92,12 @@ class ViewPipeline:
 
     def finish(self, crop: Pixels, params: ViewParams, key: ViewKey) -> Pixels:
         """Do all that follows the crop."""
-        view = key[3]
-        policy, user = self.policies[view], self._user[view]
-        if user is not None:
+        policy, role = self.policies[key[3]], self._roles[key[3]]
+        if user := self._user[role]:
             return resize(user(crop, key), policy.size, policy.interpolation, policy.resize)
         if crop.dtype != np.uint8:
             return finish_channels(crop, params, policy)
-        return self._transforms[view](crop, params)
+        return self._transforms[role](crop, params)
 
 
 def _user_transforms(config: ViewsConfig, role: str) -> UserTransforms | None:
@@ -149,16 +137,7 @@ class ViewTransforms:
     """All that follows the crop of an RGB view, in the paper's order, with the numbers of its `ViewParams`."""
 
     def __init__(self, policy: ViewPolicy) -> None:
-        self.policy = policy
-        self.colours = colours = ColourTransforms()
-        brightness = add_brightness if policy.brightness == "add" else colours.brightness
-        # In the order of `ViewParams.jitter`.
-        self.jitter: tuple[Callable[[Pixels, float], Pixels], ...] = (
-            brightness,
-            colours.contrast,
-            colours.saturation,
-            shift_hue,
-        )
+        self.policy, self.colours = policy, ColourTransforms()
 
     def __call__(self, pixels: Pixels, params: ViewParams) -> Pixels:
         """Transform (side, side, 3) uint8 pixels, which are left as they are."""
@@ -166,15 +145,7 @@ class ViewTransforms:
             pixels = self._change_colours(pixels, params)
         elif params.jitter is not None or params.gray or params.sigma or params.solarize:
             pixels = np.asarray(cv2.convertScaleAbs(change_colours(pixels, params, self.policy, 255.0)), dtype=np.uint8)
-        if params.flip:
-            pixels = np.asarray(cv2.flip(pixels, 1), dtype=np.uint8)
-        if params.angle:
-            pixels = rotate(pixels, params.angle)
-        if params.hole:
-            top, left, height, width = params.hole
-            pixels = pixels.copy()
-            pixels[top : top + height, left : left + width] = 0
-        return np.ascontiguousarray(pixels, dtype=np.uint8)
+        return np.ascontiguousarray(flip_rotate_erase(pixels, params), dtype=np.uint8)
 
     def _change_colours(self, pixels: Pixels, params: ViewParams) -> Pixels:
         """Colours and blur as torchvision and Pillow do them."""
@@ -182,7 +153,7 @@ class ViewTransforms:
             pixels = self.colours.gray(pixels)
         if params.jitter is not None:
             for step in params.order:
-                pixels = self.jitter[step](pixels, params.jitter[step])
+                pixels = self._jitter(pixels, step, params.jitter[step])
         if params.gray and not self.policy.gray_first:
             pixels = self.colours.gray(pixels)
         if params.sigma:
@@ -190,6 +161,13 @@ class ViewTransforms:
         if params.solarize:
             pixels = self.colours.solarize(pixels)
         return pixels
+
+    def _jitter(self, pixels: Pixels, step: int, factor: float) -> Pixels:
+        if step == HUE:
+            return shift_hue(pixels, factor)
+        if step == BRIGHTNESS and self.policy.brightness == "add":
+            return np.asarray(np.rint(np.clip(pixels + np.float32(255.0 * factor), 0.0, 255.0)), dtype=np.uint8)
+        return self.colours.jitter(pixels, step, factor)
 
 
 def blur(pixels: Pixels, sigma: float) -> Pixels:
@@ -208,11 +186,6 @@ def blur(pixels: Pixels, sigma: float) -> Pixels:
     return pixels
 
 
-def add_brightness(pixels: Pixels, share: float) -> Pixels:
-    """Add a share of the full scale."""
-    return np.asarray(np.rint(np.clip(pixels + np.float32(255.0 * share), 0.0, 255.0)), dtype=np.uint8)
-
-
 def shift_hue(pixels: Pixels, shift: float) -> Pixels:
     """Shift the hue by a share of the circle, in 256 steps, as torchvision does on Pillow images."""
     if shift == 0.0:
@@ -221,13 +194,6 @@ def shift_hue(pixels: Pixels, shift: float) -> Pixels:
     rows = hsv.reshape(len(hsv), -1)  # bytes wrap around as hues do
     rows += np.tile(np.array([int(shift * 255) % 256, 0, 0], dtype=np.uint8), pixels.shape[1])
     return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL), dtype=np.uint8)
-
-
-def rotate(pixels: Pixels, angle: float) -> Pixels:
-    """Rotate (side, side, 3) about its centre by ``angle`` degrees, counter-clockwise; the corners become black."""
-    middle = (pixels.shape[0] - 1) / 2
-    matrix = cv2.getRotationMatrix2D((middle, middle), angle, 1.0)
-    return np.asarray(cv2.warpAffine(pixels, matrix, pixels.shape[:2][::-1]), dtype=np.uint8)
 
 
 def normalise(pixels: Tensor, mean: PerChannel, std: PerChannel) -> Tensor:

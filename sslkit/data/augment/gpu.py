@@ -1,8 +1,7 @@
 """The steps after the crop, for a whole batch at once on the device that the model computes on.
 
 Each sample has its own random parameters, the same as on the CPU. Pixels stay floats between the steps, so that they
-differ from the CPU's by rounding. Which samples a step applies to is decided on the host, so that nothing waits for the
-device.
+differ from the CPU's by rounding. The host decides which samples a step applies to: nothing waits for the device.
 """
 
 import math
@@ -16,7 +15,7 @@ from torch.nn.functional import affine_grid, conv2d, grid_sample, pad
 
 from sslkit.data.augment.blur_kernels import CUTOFF
 from sslkit.data.augment.parameters import Columns
-from sslkit.data.augment.tensorflow import BLUR_DIVIDER
+from sslkit.data.augment.tensorflow import BLUR_DIVIDER, unchanged
 from sslkit.data.augment.tensorflow import LUMA as TENSORFLOW_LUMA
 from sslkit.data.augment.views_config import ViewPolicy, ViewsConfig
 from sslkit.data.batch import Batch
@@ -38,12 +37,9 @@ def finish_views(pixels: Tensor, params: Tensor, policy: ViewPolicy) -> Tensor:
     """Do all that follows the crop to one view of a batch.
 
     Args:
-        pixels: (B, H, W, 3) uint8, on any device.
+        pixels: (B, H, W, 3) uint8, on any device; so is the result.
         params: (B, 18) float32 on the CPU, rows of `ViewParams.as_row`.
         policy: How this view is made.
-
-    Returns:
-        (B, H, W, 3) uint8, on the pixels' device.
     """
     images = pixels.permute(0, 3, 1, 2).float()
     gray = params[:, Columns.gray] > 0
@@ -89,16 +85,14 @@ def _jitter(images: Tensor, params: Tensor, policy: ViewPolicy) -> None:
     for place in range(4):
         for number, adjust in enumerate(adjusts):
             factor = params[:, Columns.brightness + number]
-            nothing = 0.0 if adjust in (_shift_hue, _add_brightness) else 1.0
-            which = jittered & (order[:, place] == number) & (factor != nothing)
+            which = jittered & (order[:, place] == number) & (factor != unchanged(number, policy))
             factors = _to_device(images, factor[which])[:, None, None, None]
             _change(images, which, lambda rows, adjust=adjust, factors=factors: adjust(rows, factors))  # type: ignore[misc]
 
 
 def _luma(images: Tensor, luma: tuple[float, ...] = LUMA) -> Tensor:
     """The luma, (B, 1, H, W)."""
-    weights = images.new_tensor(luma)
-    return (images * weights[:, None, None]).sum(dim=1, keepdim=True)
+    return (images * images.new_tensor(luma)[:, None, None]).sum(dim=1, keepdim=True)
 
 
 def _to_gray(images: Tensor, luma: tuple[float, ...]) -> Tensor:
@@ -114,13 +108,19 @@ def _add_brightness(images: Tensor, share: Tensor) -> Tensor:
 
 
 def _contrast(images: Tensor, factor: Tensor) -> Tensor:
-    mean = _luma(images).mean(dim=(1, 2, 3), keepdim=True)
-    return torch.lerp(mean.expand_as(images), images, factor.expand_as(images)).clamp_(0.0, 255.0)
+    return _blend(_luma(images).mean(dim=(1, 2, 3), keepdim=True), images, factor)
 
 
 def _contrast_of_channels(images: Tensor, factor: Tensor) -> Tensor:
-    mean = images.mean(dim=(2, 3), keepdim=True)
-    return torch.lerp(mean.expand_as(images), images, factor.expand_as(images)).clamp_(0.0, 255.0)
+    return _blend(images.mean(dim=(2, 3), keepdim=True), images, factor)
+
+
+def _saturate(images: Tensor, factor: Tensor) -> Tensor:
+    return _blend(_luma(images), images, factor)
+
+
+def _blend(base: Tensor, images: Tensor, factor: Tensor) -> Tensor:
+    return torch.lerp(base.expand_as(images), images, factor.expand_as(images)).clamp_(0.0, 255.0)
 
 
 def _saturate_in_hsv(images: Tensor, factor: Tensor) -> Tensor:
@@ -128,10 +128,6 @@ def _saturate_in_hsv(images: Tensor, factor: Tensor) -> Tensor:
     value = images.amax(dim=1, keepdim=True)
     chroma = value - images.amin(dim=1, keepdim=True)
     return value - (value - images) * torch.minimum(factor, value / chroma.clamp_min(1e-6))
-
-
-def _saturate(images: Tensor, factor: Tensor) -> Tensor:
-    return torch.lerp(_luma(images).expand_as(images), images, factor.expand_as(images)).clamp_(0.0, 255.0)
 
 
 def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
@@ -143,12 +139,8 @@ def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     value, largest = images.max(dim=1, keepdim=True)
     chroma = value - images.amin(dim=1, keepdim=True)
     red, green, blue = images.split(1, dim=1)
-    sixths = (
-        torch.where(largest == 0, green - blue, torch.where(largest == 1, blue - red, red - green))
-        / chroma.clamp_min(1e-6)
-        + 2.0 * largest
-    )
-    sixths = sixths + 6.0 * shift
+    difference = torch.where(largest == 0, green - blue, torch.where(largest == 1, blue - red, red - green))
+    sixths = difference / chroma.clamp_min(1e-6) + 2.0 * largest + 6.0 * shift
     places = (sixths + images.new_tensor([5.0, 3.0, 1.0])[:, None, None]).remainder(6.0)
     return value - chroma * torch.minimum(places, 4.0 - places).clamp_(0.0, 1.0)
 
@@ -187,8 +179,7 @@ def _blur_slightly(images: Tensor, sigma: Tensor) -> Tensor:
     """
     weight = _to_device(images, sigma**2 / 6.0)[:, None, None, None]
     images = images.round()
-    for padding in ([1, 1, 0, 0], [0, 0, 1, 1]):
-        axis = 3 if padding[0] else 2
+    for axis, padding in ((3, [1, 1, 0, 0]), (2, [0, 0, 1, 1])):
         for _ in range(3):
             padded = pad(images, padding, mode="replicate")
             neighbours = padded.narrow(axis, 0, images.shape[axis]) + padded.narrow(axis, 2, images.shape[axis])

@@ -11,12 +11,11 @@ from torch.nn.functional import interpolate
 
 from sslkit.data.augment.blur_kernels import CUTOFF, gaussian_kernel, small_kernel
 from sslkit.data.augment.parameters import ViewParams
-from sslkit.data.augment.tensorflow import BRIGHTNESS, CONTRAST, change_colours, resize_by_taps
+from sslkit.data.augment.tensorflow import BRIGHTNESS, CONTRAST, Floats, change_colours, resize_by_taps
 from sslkit.data.augment.views_config import ViewPolicy
 from sslkit.data.decode.channels import FULL_SCALE
+from sslkit.data.decode.orientation import mirror
 from sslkit.data.decode.rgb import Pixels
-
-Floats = NDArray[np.float32]
 
 
 def resize_channels(values: Pixels, side: int, interpolation: str, kind: str = "antialias") -> Pixels:
@@ -40,33 +39,36 @@ def finish_channels(values: Pixels, params: ViewParams, policy: ViewPolicy) -> P
         pixels = change_colours(values, params, policy, float(FULL_SCALE))
     else:
         pixels = _change_values(values.astype(np.float32), params, policy)
+    return _rounded(flip_rotate_erase(pixels, params))
+
+
+def flip_rotate_erase(pixels: NDArray[Any], params: ViewParams) -> NDArray[Any]:
+    """Flip, rotate and erase a view (side, side, C), which is left as it is; corners and rectangle become black."""
     if params.flip:
-        pixels = pixels[:, ::-1]
+        pixels = mirror(pixels)
     if params.angle:
-        middle = (pixels.shape[0] - 1) / 2
+        middle = (len(pixels) - 1) / 2
         matrix = cv2.getRotationMatrix2D((middle, middle), params.angle, 1.0)
-        size = pixels.shape[:2][::-1]
-        pixels = _planes(pixels, lambda plane: cv2.warpAffine(plane, matrix, size))
+        pixels = _by_channel(pixels, lambda part: cv2.warpAffine(part, matrix, part.shape[:2]))
     if params.hole:
         top, left, height, width = params.hole
         pixels = pixels.copy()
         pixels[top : top + height, left : left + width] = 0
-    return _rounded(pixels)
+    return pixels
 
 
 def _change_values(pixels: Floats, params: ViewParams, policy: ViewPolicy) -> Floats:
     for number in params.order if params.jitter else ():
         factor = np.float32((params.jitter or ())[number])
         if number == BRIGHTNESS:
-            pixels = np.clip(
-                pixels + factor * FULL_SCALE if policy.brightness == "add" else pixels * factor, 0, FULL_SCALE
-            )
+            changed = pixels + factor * FULL_SCALE if policy.brightness == "add" else pixels * factor
+            pixels = np.clip(changed, 0, FULL_SCALE)
         elif number == CONTRAST:
             mean = pixels.mean(axis=(0, 1), keepdims=True)
             pixels = np.clip(mean + factor * (pixels - mean), 0, FULL_SCALE)
     if params.sigma:
         kernel = _blur_kernel(params.sigma)
-        pixels = _planes(pixels, lambda plane: cv2.sepFilter2D(plane, -1, kernel, kernel))
+        pixels = _by_channel(pixels, lambda part: cv2.sepFilter2D(part, -1, kernel, kernel))
     if params.solarize:
         pixels = np.where(pixels > FULL_SCALE / 2, FULL_SCALE - pixels, pixels)
     return pixels
@@ -80,8 +82,10 @@ def _blur_kernel(sigma: float) -> NDArray[Any]:
     return np.convolve(np.convolve(third, third), third).astype(np.float32)
 
 
-def _planes(pixels: Floats, change: Callable[[Floats], Any]) -> Floats:
-    """Change each channel separately: OpenCV takes at most four at a time."""
+def _by_channel(pixels: NDArray[Any], change: Callable[[NDArray[Any]], Any]) -> NDArray[Any]:
+    """Change RGB as a whole, other channels one by one: OpenCV takes at most four at a time."""
+    if pixels.shape[2] == 3:
+        return np.asarray(change(np.ascontiguousarray(pixels)))
     planes = [change(np.ascontiguousarray(pixels[..., channel])) for channel in range(pixels.shape[2])]
     return np.stack(planes, axis=2)
 

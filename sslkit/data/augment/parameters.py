@@ -1,7 +1,7 @@
 """The random parameters of a view: where it is cropped and what is done to its colours.
 
-They are plain numbers and a pure function of (seed, epoch, sample, view). So views do not depend on workers, ranks or
-restarts, the CPU and an accelerator can make the same view, and a test can count what was drawn.
+They are plain numbers and a pure function of (seed, epoch, sample, view), so that views do not depend on workers, ranks
+or restarts, and the CPU and an accelerator can make the same view.
 """
 
 import math
@@ -27,29 +27,19 @@ ViewKey = tuple[int, int, int, int]  # seed, epoch, sample, view
 class ViewParams:
     """The random parameters of one view.
 
-    Attributes:
-        box: The part of the image that is cropped.
-        jitter: Factors of brightness, contrast and saturation (1 changes nothing) and the shift of the hue, as a share
-            of the circle; None for no jitter. Where brightness is added, the first is a share of the full scale (0
-            changes nothing).
-        order: The order in which these four are applied.
-        gray: Whether the view is converted to grey.
-        sigma: Standard deviation of the blur in pixels; 0 for none.
-        solarize: Whether values from 128 up are inverted.
-        flip: Whether the view is mirrored left to right.
-        angle: Rotation in degrees, counter-clockwise.
-        hole: The rectangle of the view that is set to black; None for none.
+    ``jitter`` has the factors of brightness, contrast and saturation (1 changes nothing) and the shift of the hue, as a
+    share of the circle. Where brightness is added, the first is a share of the full scale (0 changes nothing).
     """
 
-    box: Box
+    box: Box  # the part of the image that is cropped
     jitter: tuple[float, float, float, float] | None
-    order: tuple[int, int, int, int]
+    order: tuple[int, int, int, int]  # of the four jitter steps
     gray: bool
-    sigma: float
-    solarize: bool
-    flip: bool
-    angle: float
-    hole: Box | None
+    sigma: float  # standard deviation of the blur in pixels; 0 for none
+    solarize: bool  # values from 128 up are inverted
+    flip: bool  # mirrored left to right
+    angle: float  # rotation in degrees, counter-clockwise
+    hole: Box | None  # the rectangle of the view that is set to black
 
     def as_row(self) -> NDArray[np.float32]:
         """All but the box as one row of 18 numbers, in the order of `Columns`."""
@@ -68,13 +58,7 @@ class Columns:
 
 
 def draw_params(policy: ViewPolicy, key: ViewKey, size: tuple[int, int]) -> ViewParams:
-    """Draw the parameters of a view.
-
-    Args:
-        policy: How the view is made.
-        key: Seed, epoch, sample and view.
-        size: Height and width of the image in pixels.
-    """
+    """Draw the parameters of a view of an image of ``size``, its height and width in pixels."""
     seed, epoch, sample, view = key
     generator = np.random.default_rng([seed, DrawPurpose.VIEWS, epoch, sample, view])
     uniform: list[float] = generator.random(COLOURS + 2 * BOX).tolist()
@@ -101,13 +85,12 @@ def draw_params(policy: ViewPolicy, key: ViewKey, size: tuple[int, int]) -> View
 
 
 def _draw_crop(policy: ViewPolicy, uniform: list[float], generator: np.random.Generator, size: tuple[int, int]) -> Box:
-    if policy.crop_sampler == "torchvision":
-        return draw_box(uniform, size, policy.crop_scale, policy.crop_ratio)
-    if policy.crop_sampler == "clamped":
-        return clamped_box(uniform, size, policy.crop_scale, policy.crop_ratio)
+    if policy.crop_sampler == "none":
+        return 0, 0, *size
     if policy.crop_sampler == "tensorflow":
         return tensorflow_box(uniform, generator, size, policy)
-    return 0, 0, *size
+    draw = draw_box if policy.crop_sampler == "torchvision" else clamped_box
+    return draw(uniform, size, policy.crop_scale, policy.crop_ratio)
 
 
 def draw_box(uniform: Sequence[float], size: tuple[int, int], scale: Range, ratio: Range) -> Box:
@@ -115,19 +98,11 @@ def draw_box(uniform: Sequence[float], size: tuple[int, int], scale: Range, rati
 
     Its share of the area is uniform over ``scale``, its width over its height log-uniform over ``ratio``. A box that
     does not fit is drawn again; if none of `ATTEMPTS` fits, it is the largest central box with an allowed ratio.
-
-    Args:
-        uniform: 4 `ATTEMPTS` numbers in [0, 1).
-        size: Of the image.
-        scale: Range of the share of the area.
-        ratio: Range of width over height.
     """
     height, width = size
-    logs = (math.log(ratio[0]), math.log(ratio[1]))
     for start in range(0, BOX, 4):
         share, shape, down, right = uniform[start : start + 4]
-        area, aspect = height * width * between(scale, share), math.exp(between(logs, shape))
-        tall, wide = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        tall, wide = _sides(height * width * between(scale, share), shape, ratio)
         if 0 < tall <= height and 0 < wide <= width:
             return int(down * (height - tall + 1)), int(right * (width - wide + 1)), tall, wide
     tall = min(height, max(round(width / ratio[0]), 1))
@@ -136,21 +111,18 @@ def draw_box(uniform: Sequence[float], size: tuple[int, int], scale: Range, rati
 
 
 def clamped_box(uniform: Sequence[float], size: tuple[int, int], scale: Range, ratio: Range) -> Box:
-    """A box within ``size``, as BYOL's code draws it: the first attempt of `draw_box`, each side at most the image's.
-
-    Args:
-        uniform: At least 4 numbers in [0, 1).
-        size: Height and width of the image.
-        scale: Range of the share of the area.
-        ratio: Range of width over height.
-    """
+    """A box within ``size``, as BYOL's code draws it: the first attempt of `draw_box`, cut to the image's sides."""
     height, width = size
     share, shape, down, right = uniform[:4]
-    area = height * width * between(scale, share)
-    aspect = math.exp(between((math.log(ratio[0]), math.log(ratio[1])), shape))
-    tall = min(max(round(math.sqrt(area / aspect)), 1), height)
-    wide = min(max(round(math.sqrt(area * aspect)), 1), width)
+    tall, wide = _sides(height * width * between(scale, share), shape, ratio)
+    tall, wide = min(max(tall, 1), height), min(max(wide, 1), width)
     return int(down * (height - tall + 1)), int(right * (width - wide + 1)), tall, wide
+
+
+def _sides(area: float, shape: float, ratio: Range) -> tuple[int, int]:
+    """Height and width of a box of ``area``, its width over its height log-uniform over ``ratio``."""
+    aspect = math.exp(between((math.log(ratio[0]), math.log(ratio[1])), shape))
+    return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
 
 
 def tensorflow_box(
@@ -161,13 +133,8 @@ def tensorflow_box(
     Width over height is uniform over ``crop_ratio``. The height is a whole number, uniform between the least and the
     largest with which the box keeps to ``crop_scale`` and fits. A box outside ``crop_scale`` by more than one row, or
     with less than ``min_object_covered`` of the area, is drawn again; after `TENSORFLOW_ATTEMPTS`, the box is the whole
-    image. As in TensorFlow, a box that is smaller than the image never touches its lower or right edge.
-
-    Args:
-        uniform: 4 `ATTEMPTS` numbers in [0, 1).
-        generator: Gives the numbers of further attempts.
-        size: Of the image.
-        policy: Whose ``crop_scale``, ``crop_ratio`` and ``min_object_covered``.
+    image. As in TensorFlow, a box that is smaller than the image never touches its lower or right edge. ``uniform`` has
+    4 `ATTEMPTS` numbers; ``generator`` gives those of further attempts.
     """
     height, width = size
     least, most = (bound * height * width for bound in policy.crop_scale)

@@ -1,7 +1,7 @@
 """Resize, jitter, grey and blur as TensorFlow computes them, on the CPU: for SimCLR's and BYOL's views.
 
 Pixels are floats between the steps, in the scale of the crop: 0 to 255, or 0 to 65535 for multi-channel images. `gpu`
-does the same for a batch on an accelerator. TensorFlow itself is not used.
+does the same for a batch on an accelerator.
 """
 
 from functools import lru_cache
@@ -17,8 +17,9 @@ from torch.nn.functional import embedding_bag
 from sslkit.data.augment.blur_kernels import gaussian_kernel
 from sslkit.data.augment.parameters import ViewParams
 from sslkit.data.augment.views_config import ViewPolicy
+from sslkit.data.decode.orientation import transpose
+from sslkit.data.decode.rgb import Pixels
 
-Pixels = NDArray[Any]  # (H, W, 3) uint8 or (H, W, C) uint16
 Floats = NDArray[np.float32]
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the numbers in `ViewParams.order`
@@ -29,16 +30,9 @@ BLUR_CUTOFF = 4.0  # standard deviations beyond which weights are left out; thei
 
 
 def resize_by_taps(pixels: Pixels, side: int, interpolation: str, *, legacy: bool) -> Floats:
-    """Resize without antialiasing, as `tf.image.resize` does.
+    """Resize (H, W, C) without antialiasing, as `tf.image.resize` does, or as `tf.compat.v1.image` if ``legacy``.
 
-    Args:
-        pixels: (H, W, C), whole numbers.
-        side: Height and width of the result in pixels.
-        interpolation: ``"bilinear"`` or ``"bicubic"``.
-        legacy: Resize as `tf.compat.v1.image.resize_bicubic` (or ``_bilinear``) instead.
-
-    Returns:
-        The transposed result, (W, H, C), not rounded. Negative values of a cubic's overshoot are set to zero.
+    Returns the transpose, (side, side, C), not rounded. Negative values of a cubic's overshoot are set to zero.
     """
     height, width, channels = pixels.shape
     rows = torch.from_numpy(np.ascontiguousarray(pixels)).view(height, width * channels).float()
@@ -50,19 +44,11 @@ def resize_by_taps(pixels: Pixels, side: int, interpolation: str, *, legacy: boo
     return np.asarray(resized.clamp_min_(0.0).view(side, side, channels).numpy(), dtype=np.float32)
 
 
-def transpose(image: NDArray[Any]) -> NDArray[Any]:
-    """Transpose (H, W, C) to (W, H, C), contiguous."""
-    if image.shape[2] == 3:
-        return np.asarray(cv2.transpose(image))  # ten times as fast as NumPy
-    return np.ascontiguousarray(image.transpose(1, 0, 2))
-
-
 @lru_cache(maxsize=2048)
 def taps(length: int, side: int, interpolation: str, legacy: bool) -> tuple[Tensor, Tensor]:
     """The pixels of ``length`` that each of ``side`` new ones is a weighted sum of, and the weights: both (side, 4).
 
-    Pixels beyond the edges have weight 0, and the sum of the others is 1; in the legacy form the pixel at the edge
-    takes their place.
+    Beyond the edges, weights are 0 and the others sum to 1; in the legacy form the edge is repeated.
     """
     scale, half = np.float32(length / side), np.float32(0.0 if legacy else 0.5)
     centres = (np.arange(side, dtype=np.float32) + half) * scale - half
@@ -88,12 +74,9 @@ def cubic(distance: NDArray[np.floating[Any]], a: float) -> NDArray[np.floating[
 
 
 def change_colours(pixels: Pixels, params: ViewParams, policy: ViewPolicy, full_scale: float) -> Floats:
-    """Jitter, convert to grey, blur and solarize a crop (side, side, C).
+    """Jitter, convert to grey, blur and solarize a crop (side, side, C): floats within the full scale, not rounded.
 
     Saturation, hue and grey need three channels; the parameters of other images have none.
-
-    Returns:
-        Floats within the full scale, not rounded.
     """
     floats: Floats = pixels.astype(np.float32)
     if params.gray and policy.gray_first:
@@ -114,13 +97,15 @@ def jitter(floats: Floats, params: ViewParams, policy: ViewPolicy, full_scale: f
     in_hsv = False
     for number in params.order:
         factor = (params.jitter or ())[number]
-        if factor == (0.0 if number == HUE or (number == BRIGHTNESS and policy.brightness == "add") else 1.0):
+        if factor == unchanged(number, policy):
             continue
         if in_hsv != (number in (SATURATION, HUE)):
             floats = _as_float(cv2.cvtColor(floats, cv2.COLOR_HSV2RGB if in_hsv else cv2.COLOR_RGB2HSV))
             in_hsv = not in_hsv
-        if number == BRIGHTNESS:
-            floats = brighten(floats, factor, full_scale, add=policy.brightness == "add")
+        if number == BRIGHTNESS and policy.brightness == "add":
+            floats = np.clip(floats + np.float32(factor * full_scale), 0.0, full_scale, out=floats)
+        elif number == BRIGHTNESS:
+            floats = np.clip(floats * np.float32(factor), 0.0, full_scale, out=floats)
         elif number == CONTRAST:
             floats = contrast(floats, factor, full_scale)
         elif number == SATURATION:
@@ -130,13 +115,9 @@ def jitter(floats: Floats, params: ViewParams, policy: ViewPolicy, full_scale: f
     return _as_float(cv2.cvtColor(floats, cv2.COLOR_HSV2RGB)) if in_hsv else floats
 
 
-def brighten(floats: Floats, factor: float, full_scale: float, *, add: bool) -> Floats:
-    """Multiply by a factor, or add a share of the full scale; in place."""
-    if add:
-        floats += np.float32(factor * full_scale)
-    else:
-        floats *= np.float32(factor)
-    return np.clip(floats, 0.0, full_scale, out=floats)
+def unchanged(number: int, policy: ViewPolicy) -> float:
+    """The number of a jitter step that changes nothing."""
+    return 0.0 if number == HUE or (number == BRIGHTNESS and policy.brightness == "add") else 1.0
 
 
 def contrast(floats: Floats, factor: float, full_scale: float) -> Floats:
@@ -153,14 +134,10 @@ def to_gray(floats: Floats) -> Floats:
     return _as_float(cv2.transform(floats, np.array([LUMA] * 3, dtype=np.float32)))
 
 
-def blur_kernel(side: int, sigma: float) -> Floats:
-    """Weights of the blur of a view of ``side`` pixels in one direction: an odd number, of sum 1."""
-    return _as_float(gaussian_kernel(sigma, min(side // BLUR_DIVIDER, int(np.ceil(BLUR_CUTOFF * sigma)))))
-
-
 def blur(floats: Floats, sigma: float) -> Floats:
     """Blur by a Gaussian; pixels beyond the edges are zero, so that edges darken."""
-    kernel = blur_kernel(len(floats), sigma)
+    radius = min(len(floats) // BLUR_DIVIDER, int(np.ceil(BLUR_CUTOFF * sigma)))
+    kernel = _as_float(gaussian_kernel(sigma, radius))
     channels = floats.shape[2]
     if channels <= 4:  # the most that OpenCV takes at a time
         blurred = cv2.sepFilter2D(floats, -1, kernel, kernel, borderType=cv2.BORDER_CONSTANT)

@@ -1,7 +1,4 @@
-"""A pipeline of the user's own as data: albumentations' serialised form, read, checked and recorded by content.
-
-Nothing here runs a transform or imports albumentations; `sslkit.data.augment.albumentations` does.
-"""
+"""A pipeline of the user's own as data: read, checked and recorded by content. Nothing here runs a transform."""
 
 import hashlib
 import json
@@ -12,6 +9,8 @@ from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
+
+from sslkit.errors import first_line
 
 SUFFIXES = (".yaml", ".yml", ".json")
 MAX_BYTES = 100_000
@@ -62,42 +61,32 @@ class UserPipeline(BaseModel):
 
 
 def read_pipeline(path: str, beside: Path | None = None) -> dict[str, str]:
-    """Read a pipeline file as the table of a `UserPipeline`.
+    """Read a file that `albumentations.save` wrote, in YAML or JSON, as the table of a `UserPipeline`.
 
-    Args:
-        path: Of a file that `albumentations.save` wrote, in YAML or JSON; relative to the working directory.
-        beside: A folder to look in next, that of the recipe.
-
-    Raises:
-        ValueError: There is no such file, or it is no pipeline; says so in a sentence.
+    A relative path is looked for in the working directory, then in the folder ``beside``, that of the recipe. Raises
+    `ValueError`, whose message is a sentence, if there is no such file, or it is no pipeline.
     """
     files = [Path(path), *([beside / path] if beside else [])]
     file = next((each for each in files if each.is_file()), None)
     if file is None:
-        raise ValueError(
-            f"{path}: no such file; looked for it at {' and '.join(str(each.absolute()) for each in files)}"
-        )
+        looked = " and ".join(str(each.absolute()) for each in files)
+        raise ValueError(f"{path}: no such file; looked for it at {looked}")
     try:
         if file.stat().st_size > MAX_BYTES:
-            raise ValueError(f"{path}: more than {MAX_BYTES} bytes; no pipeline needs so many")
+            raise ValueError(f"more than {MAX_BYTES} bytes; no pipeline needs so many")
         return {"pipeline": canonical_json(file.read_text(encoding="utf-8"))}
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
-        message = str(error)
-        raise ValueError(message if message.startswith(path) else f"{path}: {message}") from error
+        raise ValueError(f"{path}: {error}") from error
 
 
 def canonical_json(text: str) -> str:
-    """The pipeline in YAML or JSON ``text`` as JSON, which is the same for equal pipelines.
-
-    Raises:
-        ValueError: It is no pipeline of albumentations, or has transforms that are code.
-    """
+    """Pipeline in YAML or JSON as JSON, the same for equal pipelines; `ValueError` if it is none or has code."""
     try:
         tree = yaml.safe_load(text)  # of which JSON is a part
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a bad date is a ValueError
-        raise ValueError(f"not readable as YAML or JSON: {' '.join(str(error).split())[:200]}; {HOW}") from error
+        raise ValueError(f"not readable as YAML or JSON: {first_line(error)}; {HOW}") from error
     if not isinstance(tree, dict) or not isinstance(tree.get("transform"), dict):
         raise ValueError(f"not a pipeline of albumentations; {HOW}")
     budget = [MAX_VALUES]
@@ -148,10 +137,7 @@ def _check_node(node: dict[str, Any]) -> None:
         raise ValueError(f"a transform has no {NAME}; {HOW}")
     name = short_name(node[NAME])
     if name == "Lambda" or not name.isidentifier():
-        raise ValueError(
-            f"{name!r} is code, which a recipe never runs; a pipeline may have the transforms that come with "
-            "albumentations only"
-        )
+        raise ValueError(f"{name!r} is code, which a recipe never runs; take transforms that come with albumentations")
     if not isinstance(node.get("transforms", []), list):
         raise ValueError(f"{name}: transforms must be a list")
     if found := sorted(key for key in NOT_DATA if node.get(key) is not None):

@@ -66,14 +66,10 @@ def flat_views(views: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_pipelines(views: Mapping[str, Any], folder: Path | None) -> tuple[dict[str, Any], list[str]]:
-    """Replace the path of each pipeline file by what the file holds.
+    """Replace each pipeline file's path, ``transforms`` of the table or of a role, by what the file holds.
 
-    Args:
-        views: The table; ``transforms`` of it or of a role may be such a path.
-        folder: That of the recipe, where relative paths are looked for after the working directory.
-
-    Returns:
-        The table, and a sentence for each file that cannot be read.
+    Relative paths are looked for in the working directory, then in ``folder``, that of the recipe. Returns the table,
+    and a sentence for each file that cannot be read.
     """
     views, mistakes = dict(views), []
     for key, value in list(views.items()):

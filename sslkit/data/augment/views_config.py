@@ -10,6 +10,7 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     Tag,
+    ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
@@ -49,9 +50,8 @@ class ViewPolicy(BaseModel):
         crop_ratio: Width over height of the crop.
         crop_sampler: How the crop is drawn. ``torchvision`` (`RandomResizedCrop`): area uniform, ratio log-uniform; a
             crop that does not fit is drawn again, up to ten times. ``clamped`` (BYOL): the same, but a side that does
-            not fit is cut to the image's. ``tensorflow`` (SimCLR, `tf.image.sample_distorted_bounding_box`): ratio
-            uniform, height uniform between the least and the largest that area and image allow, 100 attempts, then the
-            whole image; small areas are more frequent. ``none``: no crop, for a pipeline file that crops itself.
+            not fit is cut to the image's. ``tensorflow`` (SimCLR, `tf.image.sample_distorted_bounding_box`): ratio and
+            height uniform. ``none``: no crop, for a pipeline file that crops itself.
         min_object_covered: For the ``tensorflow`` sampler: a crop of less than this share of the image is drawn again.
         interpolation: Of the crop's resize.
         resize: Which pixels a resize reads. ``antialias``: shrinking averages, as in Pillow and torchvision.
@@ -103,15 +103,10 @@ class ViewPolicy(BaseModel):
 
     @field_validator("crop_scale", "erase_scale", "crop_ratio", "blur_sigma")
     @classmethod
-    def _ordered(cls, value: Range) -> Range:
+    def _ordered(cls, value: Range, info: ValidationInfo) -> Range:
         if not 0.0 < value[0] <= value[1]:
             raise ValueError("must be two positive numbers, the smaller first")
-        return value
-
-    @field_validator("crop_scale", "erase_scale")
-    @classmethod
-    def _share(cls, value: Range) -> Range:
-        if value[1] > 1.0:
+        if info.field_name in ("crop_scale", "erase_scale") and value[1] > 1.0:
             raise ValueError("is a share of the image's area, so at most 1")
         return value
 
@@ -119,9 +114,7 @@ class ViewPolicy(BaseModel):
     @classmethod
     def _known_transforms(cls, value: Any) -> Any:
         if isinstance(value, str) and value not in ("torchvision", "tensorflow"):
-            raise ValueError(
-                f"must be 'torchvision', 'tensorflow' or the path of a pipeline file ({', '.join(SUFFIXES)})"
-            )
+            raise ValueError(f"must be 'torchvision', 'tensorflow' or a pipeline file ({', '.join(SUFFIXES)})")
         return value
 
     @field_validator("jitter")
@@ -136,32 +129,25 @@ class ViewPolicy(BaseModel):
         """The user's own pipeline, if there is one."""
         return self.transforms if isinstance(self.transforms, UserPipeline) else None
 
-    def faults(self) -> list[str]:
-        """Values that do not go together, in sentences that begin with the key."""
-        found = []
+    def fault(self) -> str:
+        """Which values do not go together, in a sentence that begins with the key; empty if all do."""
         if self.crop_sampler == "tensorflow" and self.min_object_covered > self.crop_scale[1]:
-            found.append(
+            return (
                 f"min_object_covered: must be at most crop_scale's upper number, {self.crop_scale[1]:g}, not "
                 f"{self.min_object_covered:g}; a smaller crop is never taken"
             )
         if self.crop_sampler == "none" and self.pipeline is None:
-            found.append(
-                "crop_sampler: 'none' is for a pipeline file that crops, [views] transforms = 'my_pipeline.yaml'; take "
-                "'torchvision'"
-            )
+            return "crop_sampler: 'none' is for a pipeline file that crops ([views] transforms); take 'torchvision'"
         if self.pipeline and self.crop_sampler != "none" and (crops := self.pipeline.crops()):
-            found.append(
+            return (
                 f"transforms: the pipeline crops ({crops[0]}) after sslkit has cropped; set [views] crop_sampler = "
                 f"'none', so that it gets whole images, or leave {crops[0]} out"
             )
-        return found
+        return ""
 
 
 class RoleTable(ViewPolicy):
-    """``[views.global1]``, ``[views.global2]``: in what the views of a role differ from ``[views]``.
-
-    The fields that are not set have no meaning.
-    """
+    """``[views.global1]``, ``[views.global2]``: what replaces ``[views]`` for a role. Unset fields have no meaning."""
 
     def overrides(self) -> dict[str, Any]:
         """The values that are set for views of this role."""
@@ -179,13 +165,9 @@ class RoleTable(ViewPolicy):
 
 
 class LocalTable(RoleTable):
-    """``[views.local]``: small crops (multi-crop), and in what they differ from ``[views]``.
+    """``[views.local]``: the number per image of small crops (multi-crop), and what replaces ``[views]`` for them.
 
-    Attributes:
-        count: How many there are of each image.
-        size: Their side in pixels; [views] size does not count for them.
-        crop_scale: Their area as a share of the image; [views] crop_scale does not count for them.
-        min_object_covered: [views] min_object_covered does not count for them.
+    Its ``size`` in pixels, ``crop_scale`` and ``min_object_covered`` have defaults of their own.
     """
 
     count: int = Field(default=0, strict=True, ge=0, le=100)
@@ -199,16 +181,14 @@ class ViewsConfig(ViewPolicy):
 
     Attributes:
         policy: Which of `POLICIES` fills in what is not given.
-        global1: In what the first global view differs.
-        global2: In what the second one differs.
-        local: Number of small crops, and in what they differ.
-        mean: Per-channel mean that views are normalised by on the device, for values in [0, 1]; as many numbers as the
-            images have channels.
-        std: Per-channel standard deviation, likewise.
+        global1: What replaces ``[views]`` for the first global view.
+        global2: The same for the second one.
+        local: The number of small crops, and what replaces ``[views]`` for them.
+        mean: Mean of each channel that views are normalised by on the device, for values in [0, 1].
+        std: Standard deviation of each channel, likewise.
         crop_pct: In evaluation, the share of the shorter side that the centre crop keeps (224 of 256 = 0.875).
-        device: Where the steps after the crop are done: on the ``cpu`` by the data workers, or on the ``accelerator``
-            that the model computes on, a batch at a time. The random parameters are the same; pixels differ by
-            rounding.
+        device: Where the steps after the crop are done: on the ``cpu`` by the data workers, or on the ``accelerator`` a
+            batch at a time. The random parameters are the same; pixels differ by rounding.
     """
 
     policy: str
@@ -226,7 +206,7 @@ class ViewsConfig(ViewPolicy):
     @classmethod
     def of_policy(cls, policy: str, **changes: Any) -> "ViewsConfig":
         """The views of a named policy, with changes as a recipe's ``[views]`` makes them."""
-        return cls.model_validate(fill_policy({"policy": policy, **changes}))
+        return cls.model_validate(layer_views(POLICIES[policy], {"policy": policy, **changes}))
 
     @model_validator(mode="before")
     @classmethod
@@ -236,9 +216,7 @@ class ViewsConfig(ViewPolicy):
         value = with_present_keys(value)
         for earlier, key in EARLIER_KEYS.items():
             if earlier in value:
-                raise ValueError(
-                    f"{earlier}: the earlier name of [views.local] {key}, which is given too; leave it out"
-                )
+                raise ValueError(f"{earlier}: earlier name of [views.local] {key}, which is given too; leave it out")
         return value
 
     @field_validator("std")
@@ -255,20 +233,18 @@ class ViewsConfig(ViewPolicy):
         last = resolved["local" if self.local.count else "global2"]
         base = {key: (resolved["global2"] if key in LOCAL_DEFAULTS else last)[key] for key in last}
         for role in ROLES:
+            expected, kept, table = base, dict[str, Any](), RoleTable
             if role == "local":
                 expected = {**(base if self.local.count else resolved[role]), **dict.fromkeys(LOCAL_DEFAULTS)}
-                kept: dict[str, Any] = {"count": self.local.count}
-                table: type[RoleTable] = LocalTable
-            else:
-                expected, kept, table = base, {}, RoleTable
+                kept, table = {"count": self.local.count}, LocalTable
             kept |= {key: value for key, value in resolved[role].items() if value != expected[key]}
             object.__setattr__(self, role, table.model_construct(_fields_set=set(kept), **kept))
         for key, value in base.items():
             object.__setattr__(self, key, value)
         for role in self.roles():
             prefix = f"{role} " if getattr(self, role).overrides() else ""
-            if found := self.policy_of(role).faults():
-                raise ValueError(prefix + found[0] if found[0] not in self.faults() else found[0])
+            if found := self.policy_of(role).fault():
+                raise ValueError(found if found == self.fault() else prefix + found)
         return self
 
     @model_serializer(mode="wrap")
@@ -311,42 +287,30 @@ class ViewsConfig(ViewPolicy):
             for key, values in (("mean", self.mean), ("std", self.std))
             if len(values) != channels
         ]
-        policies = self.view_policies()
-        if self.device != "cpu" and any(policy.pipeline for policy in policies):
-            found.append("device: a pipeline file runs on the 'cpu'")
-        if channels == 3:
-            return found
-        if any(policy.pipeline for policy in policies):
-            found.append("transforms: a pipeline file is for images of three channels; take 'torchvision'")
-        if any(policy.jitter[2] or policy.jitter[3] for policy in policies):
-            found.append("jitter: saturation and hue are of three colours; its last two numbers must be 0")
-        if any(policy.gray_prob for policy in policies):
-            found.append("gray_prob: grey is made of three colours; it must be 0")
-        if self.device != "cpu":
-            found.append("device: views of other than three channels are finished on the 'cpu'")
-        return found
+        policies, other = self.view_policies(), channels != 3
+        pipeline, device = any(policy.pipeline for policy in policies), self.device != "cpu"
+        colours = any(policy.jitter[2] or policy.jitter[3] for policy in policies)
+        gray = any(policy.gray_prob for policy in policies)
+        rules = (
+            (device and pipeline, "device: a pipeline file runs on the 'cpu'"),
+            (other and pipeline, "transforms: a pipeline file needs images of 3 channels; take 'torchvision'"),
+            (other and colours, "jitter: saturation and hue need 3 channels; set its last two numbers to 0"),
+            (other and gray, "gray_prob: grey needs images of 3 channels; set it to 0"),
+            (other and device, "device: views of other than 3 channels are finished on the 'cpu'"),
+        )
+        return found + [sentence for applies, sentence in rules if applies]
 
 
 def resolve_views(views: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any], list[str]]:
-    """Fill in a ``[views]`` table from its policy and read its pipeline files.
+    """Fill in a ``[views]`` table from its policy and read its pipeline files; see `read_pipelines` for ``folder``.
 
-    Args:
-        views: The table.
-        folder: That of the recipe; see `read_pipelines`.
-
-    Returns:
-        The table, and a sentence for everything that is wrong with it.
+    Returns the table, and a sentence for everything that is wrong with it.
     """
     policy = views.get("policy")
     if not isinstance(policy, str) or policy not in POLICIES:
         near = near_miss(str(policy), POLICIES)
         return views, [f"[views] policy: unknown policy {policy!r}{near}; there are {', '.join(POLICIES)}"]
-    return read_pipelines(fill_policy(views), folder)
-
-
-def fill_policy(views: dict[str, Any]) -> dict[str, Any]:
-    """Fill in a ``[views]`` table from its policy, which must be a known one."""
-    return layer_views(POLICIES[views["policy"]], views)
+    return read_pipelines(layer_views(POLICIES[policy], views), folder)
 
 
 def fill_later_keys(views: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from sslkit.data.decode.rgb import (
     Header,
     Pixels,
     UnreadableImage,
+    damaged,
     grey_16,
     open_for_pixels,
     read_header,
@@ -41,21 +42,11 @@ def decode_channels(encoded: bytes, name: str, channels: int) -> Channels:
     """Decode an image to (H, W, channels) uint16, full scale 65535, upright according to its EXIF orientation.
 
     One to four 8-bit channels, or one 16-bit channel, may have any format; 16-bit RGBA may be PNG. Everything else must
-    be TIFF, with channels as samples or as pages, which `tifffile` reads.
-
-    Args:
-        encoded: Content of the file.
-        name: Printable name of the image, for errors.
-        channels: Number of channels that it must have.
-
-    Raises:
-        UnreadableImage: The bytes are no image, or one with another number of channels or another type.
-        UserError: `tifffile` is needed and not installed.
+    be TIFF, with channels as samples or as pages. Raises `UnreadableImage` for other data, another number of channels,
+    or another type, and `UserError` if `tifffile` is needed and not installed.
     """
-    if encoded[:4] in TIFF and channels > 1:
-        values = _decode_tiff(encoded, name, channels)
-    else:
-        values = _decode_plain(encoded, name, channels)
+    decode = _decode_tiff if encoded[:4] in TIFF and channels > 1 else _decode_plain
+    values = decode(encoded, name, channels)
     return values if values.dtype == np.uint16 else values.astype(np.uint16) * np.uint16(FROM_8_BITS)
 
 
@@ -96,8 +87,7 @@ def _decode_plain(encoded: bytes, name: str, channels: int) -> NDArray[Any]:
 def _read_plain(encoded: bytes, name: str, header: Header) -> NDArray[Any]:
     """Decode with Pillow to unsigned values of full scale."""
     try:
-        with warnings.catch_warnings(), open_for_pixels(encoded) as image:
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), open_for_pixels(encoded) as image:
             _check_pages(image, name)
             if header.signed:
                 return _unsigned(np.asarray(image).astype(f"i{header.signed // 8}"))
@@ -107,7 +97,7 @@ def _read_plain(encoded: bytes, name: str, header: Header) -> NDArray[Any]:
     except UnreadableImage:
         raise
     except Exception as error:  # decoders raise all kinds of errors for invalid data
-        raise UnreadableImage(name, f"damaged or truncated ({str(error)[:100]})") from error
+        raise UnreadableImage(name, damaged(error)) from error
 
 
 def _unsigned(values: NDArray[Any]) -> NDArray[Any]:
@@ -160,8 +150,7 @@ def _decode_tiff(encoded: bytes, name: str, channels: int) -> NDArray[Any]:
     except UserError:
         raise
     except Exception as error:
-        message = " ".join(str(error).split())[:100]
-        raise UnreadableImage(name, f"damaged or truncated ({message or type(error).__name__})") from error
+        raise UnreadableImage(name, damaged(error)) from error
     x, y = axes.index("X"), axes.index("Y")
     order = (y, x, *(axis for axis in range(len(axes)) if axis not in (y, x)))
     return turn_upright(values.transpose(order).reshape(shape[y], shape[x], channels), orientation)
@@ -171,9 +160,7 @@ def _pages(tiff: Any) -> list[Any]:
     """The first image of a TIFF, or all of them if they are equal pages that were written one by one."""
     first, planes = tiff.series[0], [each for each in tiff.series if each.axes == "YX"]
     equal = all((each.shape, each.dtype) == (first.shape, first.dtype) for each in planes)
-    if equal and len(planes) == len(tiff.series):
-        return planes
-    return [first]
+    return planes if equal and len(planes) == len(tiff.series) else [first]
 
 
 def _check_type(name: str, axes: str, shape: tuple[int, ...], dtype: np.dtype[Any], channels: int) -> None:

@@ -16,7 +16,7 @@ from PIL import AvifImagePlugin, Image, TiffImagePlugin, UnidentifiedImageError
 
 from sslkit.data.decode.background import KEEP, flatten
 from sslkit.data.decode.orientation import ORIENTATION, metadata_first, orientation_of, turn_upright
-from sslkit.errors import UserError
+from sslkit.errors import UserError, first_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB of RGB
@@ -34,12 +34,8 @@ ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 GREY_TRANSPARENCY = b"\0\0\0\x02tRNS"  # start of a 2-byte PNG chunk; the name alone may occur in text
 YCC = b"colr\x01\0\0\0\0\0\x12"  # colour space of a JPEG 2000
 
-_REDUCED = {
-    1: cv2.IMREAD_COLOR_RGB,
-    2: cv2.IMREAD_REDUCED_COLOR_2,
-    4: cv2.IMREAD_REDUCED_COLOR_4,
-    8: cv2.IMREAD_REDUCED_COLOR_8,
-}
+REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
+TOO_LARGE = f"more than {MAX_PIXELS} pixels according to its header"
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # a damaged image is reported once, by sslkit
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
@@ -47,14 +43,9 @@ AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # workers run in parallel already
 
 
 class UnreadableImage(UserError):  # noqa: N818 - named after the image
-    """An image that cannot be read.
+    """An image that cannot be read, its printable ``name``, and the ``reason``.
 
-    Attributes:
-        reason: Why, in a few words.
-
-    Args:
-        name: Printable name of the image.
-        reason: Why; empty if DataLoader re-creates the error of a worker from its message.
+    DataLoader re-creates the error of a worker from its message alone, without a reason.
     """
 
     def __init__(self, name: str, reason: str = "") -> None:
@@ -63,27 +54,16 @@ class UnreadableImage(UserError):  # noqa: N818 - named after the image
 
 
 class Header(NamedTuple):  # created for every image, faster than a dataclass
-    """The metadata of an image file.
+    """The metadata of an image file."""
 
-    Attributes:
-        format: One of `FORMATS`, or ``"MPO"``, a JPEG with several pictures.
-        mode: Pillow's mode, such as ``"RGB"``, ``"CMYK"`` or ``"I;16"``.
-        width: Width in pixels, before rotation.
-        height: Height in pixels, before rotation.
-        orientation: EXIF orientation, 1 (upright) to 8; 1 if it is missing or invalid.
-        alpha: Whether there is an alpha channel, or a colour that means transparent.
-        signed: Bits per sample if samples are signed integers, as in some TIFFs; else 0.
-        opencv: Whether OpenCV decodes it, with the same result as Pillow, which decodes all others.
-    """
-
-    format: str
-    mode: str
-    width: int
+    format: str  # one of `FORMATS`, or "MPO", a JPEG with several pictures
+    mode: str  # Pillow's, such as "RGB", "CMYK" or "I;16"
+    width: int  # in pixels, before rotation
     height: int
-    orientation: int
-    alpha: bool = False
-    signed: int = 0
-    opencv: bool = False
+    orientation: int  # EXIF orientation, 1 (upright) to 8; 1 if it is missing or invalid
+    alpha: bool = False  # an alpha channel, or a colour that means transparent
+    signed: int = 0  # bits per sample if samples are signed integers, as in some TIFFs
+    opencv: bool = False  # OpenCV decodes it, with the same result as Pillow, which decodes all others
 
     @property
     def size(self) -> Size:
@@ -92,14 +72,9 @@ class Header(NamedTuple):  # created for every image, faster than a dataclass
 
 
 def read_file(path: Path, span: tuple[int, int] | None = None) -> bytes:
-    """Read a regular file of at most `MAX_BYTES`; never waits for a pipe or a device.
+    """Read a regular file of at most `MAX_BYTES`, or the ``span`` (offset, size) of it; never waits for a pipe.
 
-    Args:
-        path: The file.
-        span: Offset and size of the part to read; None for the whole file.
-
-    Raises:
-        OSError: The file does not exist, may not be read, is not a regular file, or is too large or too short.
+    Raises `OSError` if it does not exist, may not be read, is not a regular file, or is too large or too short.
     """
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
         status = os.fstat(stream.fileno())
@@ -119,11 +94,9 @@ def read_file(path: Path, span: tuple[int, int] | None = None) -> bytes:
 def read_header(encoded: bytes, name: str) -> Header:
     """Read the metadata of an image, without allocating its pixels.
 
-    Raises:
-        UnreadableImage: It is no image, of an unsupported format, or has more than `MAX_PIXELS` pixels.
+    Raises `UnreadableImage` if it is no image, of an unsupported format, or has more than `MAX_PIXELS` pixels.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the size, which is checked below, and about metadata
+    with warnings.catch_warnings(action="ignore"):  # about the size, which is checked below, and about metadata
         try:
             _check_webp_canvas(encoded)
             with Image.open(io.BytesIO(metadata_first(encoded)), formats=FORMATS) as image:
@@ -131,28 +104,26 @@ def read_header(encoded: bytes, name: str) -> Header:
         except Exception as error:  # decoders raise all kinds of errors for invalid data
             raise UnreadableImage(name, _reason(error, encoded)) from error
     if header.width * header.height > MAX_PIXELS:
-        raise UnreadableImage(name, _too_large())
+        raise UnreadableImage(name, TOO_LARGE)
     return header
 
 
 def _describe(image: Image.Image, encoded: bytes) -> Header:
-    kind, (width, height), signed = str(image.format), image.size, 0
-    orientation = orientation_of(image)
+    width, height = image.size
+    if tiff_tag(image, ORIENTATION) in ((5,), (6,), (7,), (8,)):  # Pillow gives the size after rotation
+        width, height = height, width
     alpha = image.mode in ALPHA_MODES or "transparency" in image.info
-    if kind in ("JPEG", "PNG", "WEBP", "MPO"):
-        return Header(kind, image.mode, width, height, orientation, alpha, opencv=True)
-    if kind == "TIFF":
-        if tiff_tag(image, ORIENTATION) in ((5,), (6,), (7,), (8,)):  # Pillow gives the size after rotation
-            width, height = height, width
-        signed = max(tiff_tag(image, BITS), default=0) if SIGNED in tiff_tag(image, SAMPLE_FORMAT) else 0
-    header = Header(kind, image.mode, width, height, orientation, alpha, signed)
+    signed = max(tiff_tag(image, BITS), default=0) if SIGNED in tiff_tag(image, SAMPLE_FORMAT) else 0
+    header = Header(str(image.format), image.mode, width, height, orientation_of(image), alpha, signed)
     return header._replace(opencv=_opencv_agrees(image, header, encoded))
 
 
 def _opencv_agrees(image: Image.Image, header: Header, encoded: bytes) -> bool:
-    """Whether OpenCV decodes an image of a less common format like Pillow, as measured in docs/log.md."""
+    """Whether OpenCV decodes an image like Pillow, as measured in docs/log.md."""
     codec, _, _, options = next(iter(getattr(image, "tile", ())), ("", None, 0, None))
     match header.format:
+        case "JPEG" | "PNG" | "WEBP" | "MPO":
+            return True
         case "BMP":  # OpenCV maps 5 bits to 0..248
             return not header.alpha and isinstance(options, tuple) and options[0] not in ("BGR;15", "BGR;16")
         case "PPM":  # other codecs scale values if maxval is not 255 or 65535
@@ -185,16 +156,9 @@ def decode_rgb(encoded: bytes, name: str, background: str = KEEP) -> Pixels:
     """Decode an image to (H, W, 3) uint8 RGB, upright according to its EXIF orientation.
 
     Grey is repeated, palettes are applied, CMYK is converted without a colour profile, 16-bit samples keep their high
-    byte, and animations give their first frame. The result equals Pillow's ``convert("RGB")`` within one level, except
-    that Pillow clips 16-bit grey to white.
-
-    Args:
-        encoded: Content of the file. Pillow reads the header, and the pixels if OpenCV would decode them differently.
-        name: Printable name of the image, for errors.
-        background: Colour that transparent pixels are composited over, or ``"keep"`` to drop alpha.
-
-    Raises:
-        UnreadableImage: The bytes are no image, a damaged one, or too large, or samples do not fit into 8 bits.
+    byte, and animations give their first frame. Except for 16-bit grey, the result equals Pillow's ``convert("RGB")``
+    within one level. Transparent pixels are composited over ``background``; ``"keep"`` drops alpha. Raises
+    `UnreadableImage` if the bytes are no image, damaged, or too large, or samples do not fit into 8 bits.
     """
     return decode_reduced(encoded, name, lambda _size: 1, background)[0]
 
@@ -202,15 +166,8 @@ def decode_rgb(encoded: bytes, name: str, background: str = KEEP) -> Pixels:
 def decode_reduced(encoded: bytes, name: str, reduction: Reduction, background: str = KEEP) -> tuple[Pixels, Size]:
     """Decode an image like `decode_rgb`, a JPEG at reduced size if requested, which is faster.
 
-    Args:
-        encoded: See `decode_rgb`.
-        name: See `decode_rgb`.
-        reduction: Called with height and width of the upright image; returns the factor 1, 2, 4 or 8 by which a JPEG
-            may be reduced, each block of pixels to its mean.
-        background: See `decode_rgb`.
-
-    Returns:
-        The pixels, and height and width of the full image.
+    ``reduction`` is called with height and width of the upright image. It returns the factor 1, 2, 4 or 8 by which a
+    JPEG may be reduced, each block of pixels to its mean. Returns the pixels, and height and width of the full image.
     """
     header = read_header(encoded, name)
     by = reduction(header.size) if header.format in ("JPEG", "MPO") else 1
@@ -221,15 +178,8 @@ def decode_reduced(encoded: bytes, name: str, reduction: Reduction, background: 
 
 
 def is_transparent(encoded: bytes, name: str) -> bool:
-    """Whether an image has a pixel that is not opaque.
-
-    Raises:
-        UnreadableImage: The image cannot be decoded.
-    """
-    header = read_header(encoded, name)
-    if not header.alpha:
-        return False
-    pixels = _decode(encoded, name, header, 1, with_alpha=True)
+    """Whether an image has a pixel that is not opaque. Raises `UnreadableImage` if it cannot be decoded."""
+    pixels = _decode(encoded, name, read_header(encoded, name), 1, with_alpha=True)
     return pixels.shape[2] == 4 and int(pixels[..., 3].min()) < 255
 
 
@@ -264,7 +214,7 @@ def _not_8_bits(header: Header) -> str:
 
 def _decode_with_opencv(encoded: bytes, header: Header, by: int, *, with_alpha: bool) -> NDArray[np.uint8] | None:
     """Pixels, rotated only if a TIFF; None if OpenCV cannot decode it."""
-    flags = cv2.IMREAD_UNCHANGED if with_alpha else _REDUCED[by]
+    flags = cv2.IMREAD_UNCHANGED if with_alpha else REDUCED.get(by, cv2.IMREAD_COLOR_RGB)
     try:
         pixels = cv2.imdecode(np.frombuffer(encoded, dtype=np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:  # for example an image too large for OpenCV
@@ -293,8 +243,7 @@ def _rgba(pixels: NDArray[Any], encoded: bytes) -> NDArray[np.uint8]:
 
 def _decode_with_pillow(encoded: bytes, header: Header, *, with_alpha: bool) -> NDArray[np.uint8]:
     """Pixels, rotated only if a TIFF."""
-    with warnings.catch_warnings(), open_for_pixels(encoded) as image:
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), open_for_pixels(encoded) as image:
         if header.mode.startswith("I"):  # 16 bits, which Pillow would clip to 255
             return np.repeat((grey_16(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
         image.load()
@@ -341,11 +290,9 @@ def _reason(error: Exception, encoded: bytes) -> str:
         )
     if isinstance(error, UnidentifiedImageError):
         return f"not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}; it begins with {encoded[:12]!r}"
-    if isinstance(error, Image.DecompressionBombError):
-        return _too_large()
-    message = " ".join(str(error).split())[:100]
-    return f"damaged or truncated ({message or type(error).__name__})"
+    return TOO_LARGE if isinstance(error, Image.DecompressionBombError) else damaged(error)
 
 
-def _too_large() -> str:
-    return f"more than {MAX_PIXELS} pixels according to its header"
+def damaged(error: Exception) -> str:
+    """The reason of an image that a decoder failed on."""
+    return f"damaged or truncated ({first_line(error, 100)})"

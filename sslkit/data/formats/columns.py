@@ -21,21 +21,13 @@ UNTYPED_LABELS = ("label", "labels", "cls", "fine_label", "coarse_label")
 
 @dataclass(frozen=True)
 class Columns:
-    """The chosen columns of a table.
-
-    Attributes:
-        image: The image column.
-        label: The label column, or None.
-        other_images: Other columns that hold images.
-        other_labels: Other columns that hold classes.
-        unlabelled: Why there is no label column; empty if there is one.
-    """
+    """The chosen columns of a table."""
 
     image: str
     label: str | None
-    other_images: tuple[str, ...] = ()
-    other_labels: tuple[str, ...] = ()
-    unlabelled: str = ""
+    other_images: tuple[str, ...] = ()  # other columns that hold images
+    other_labels: tuple[str, ...] = ()  # other columns that hold classes
+    unlabelled: str = ""  # why there is no label column; empty if there is one
 
     def summary(self) -> str:
         """The chosen columns and the alternatives, for messages."""
@@ -51,13 +43,8 @@ def _also(names: Iterable[str]) -> str:
 def choose_columns(features: datasets.Features, config: SourceConfig, hint: str = "") -> Columns:
     """Choose the columns that ``config`` names, or else those of the right type or with usual names.
 
-    Args:
-        features: All columns and their types.
-        config: The source.
-        hint: Appended to the error if no column holds images.
-
-    Raises:
-        UserError: No column holds images, or several do and no name decides; or a given name does not exist.
+    If no column holds images, several do and no name decides, or a given name does not exist, raise `UserError`. The
+    ``hint`` is appended to its message if no column holds images.
     """
     image, other_images = _image_column(features, config, hint)
     label, other_labels, unlabelled = _label_column(features, config, image)
@@ -69,16 +56,11 @@ def _image_column(features: datasets.Features, config: SourceConfig, hint: str) 
     usual = _ranked(typed, IMAGES)
     plain = [name for name in typed if not is_annotation(name)]
     untyped = _ranked(features, UNTYPED_IMAGES)
+    found = usual or (plain if len(plain) == 1 else []) or (untyped if not plain else [])
     if config.image_column is not None:
-        chosen = named_column(features, "image_column", config.image_column)
-    elif usual:
-        chosen = usual[0]
-    elif len(plain) == 1:
-        chosen = plain[0]
-    elif untyped and not plain:
-        chosen = untyped[0]
-    elif len(typed) == 1:
-        chosen = typed[0]
+        chosen = _named_column(features, "image_column", config.image_column)
+    elif found or len(typed) == 1:
+        chosen = (found or typed)[0]
     elif typed:
         raise UserError(
             f"[data] image_column: several columns hold images, {typed[:12]}, and none has a usual name; name one, "
@@ -97,9 +79,7 @@ def _image_column(features: datasets.Features, config: SourceConfig, hint: str) 
 def _holds_image(feature: object) -> bool:
     """Whether the elements of a list are images."""
     inner = getattr(feature, "feature", None)
-    if isinstance(feature, list):
-        inner = feature[0]
-    return isinstance(inner, datasets.Image) or (inner is not None and inner is not feature and _holds_image(inner))
+    return isinstance(inner, datasets.Image) or (inner is not None and _holds_image(inner))
 
 
 def _label_column(features: datasets.Features, config: SourceConfig, image: str) -> tuple[str | None, list[str], str]:
@@ -107,21 +87,20 @@ def _label_column(features: datasets.Features, config: SourceConfig, image: str)
     untyped = [name for name in _ranked(features, UNTYPED_LABELS) if not isinstance(features[name], datasets.Image)]
     candidates = [name for name in dict.fromkeys(typed + untyped) if name != image]
     usual = _ranked(typed, LABELS)
+    chosen, problem = None, ""
     if config.label_column is not None:
-        chosen = named_column(features, "label_column", config.label_column)
+        chosen = _named_column(features, "label_column", config.label_column)
     elif usual or len(typed) == 1 or (untyped and not typed):
         chosen = (usual or typed or untyped)[0]
     elif typed:
-        return None, candidates, (
+        problem = (
             f"several columns hold classes, {typed[:12]}, and none has a usual name; name one, such as "
             f'--label-column {typed[0]} or [data] label_column = "{typed[0]}"'
-        )  # fmt: skip
+        )
     else:
         listed = list(features)[:12]
-        return None, candidates, (
-            f"no column of classes found among {listed}; name it by --label-column or [data] label_column"
-        )  # fmt: skip
-    return chosen, [name for name in candidates if name != chosen], ""
+        problem = f"no column of classes found among {listed}; name it by --label-column or [data] label_column"
+    return chosen, [name for name in candidates if name != chosen], problem
 
 
 def _ranked(names: Iterable[str], usual: tuple[str, ...]) -> list[str]:
@@ -129,12 +108,8 @@ def _ranked(names: Iterable[str], usual: tuple[str, ...]) -> list[str]:
     return sorted((name for name in names if name.lower() in usual), key=lambda name: usual.index(name.lower()))
 
 
-def named_column(features: datasets.Features, key: str, name: str) -> str:
-    """Return ``name`` if there is such a column.
-
-    Raises:
-        UserError: There is none.
-    """
+def _named_column(features: datasets.Features, key: str, name: str) -> str:
+    """Return ``name`` if there is such a column, else raise `UserError`."""
     if name not in features:
         raise UserError(f"[data] {key}: no column {name!r}{near_miss(name, features)}; there are {list(features)}")
     return name

@@ -7,12 +7,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 from pyarrow import compute
 
@@ -31,54 +32,22 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 @dataclass(frozen=True)
-class WalkedFolder:
-    """A folder and its files.
-
-    Attributes:
-        path: Its path, through links.
-        files: Names of its files, sorted.
-        linked: Whether its path goes through a link.
-        links: Names of the files that are links.
-    """
-
-    path: str
-    files: list[str]
-    linked: bool
-    links: frozenset[str]
-
-
-@dataclass(frozen=True)
 class ImageFolder:
-    """A folder that directly contains images.
+    """A folder that directly contains images."""
 
-    Attributes:
-        path: Its path, through links.
-        images: Paths of its images, as `to_text` writes them.
-        linked: See `WalkedFolder`.
-        links: See `WalkedFolder`.
-    """
-
-    path: str
-    images: pa.Array
-    linked: bool
-    links: frozenset[str]
+    path: str  # through links
+    images: pa.Array  # paths of its images, as `to_text` writes them
+    links: list[str]  # names of the files that are links
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The images below a folder.
-
-    Attributes:
-        root: The folder.
-        folders: All folders that directly contain images, in order.
-        skipped: Number of other files, by suffix.
-        example: Path of the first of them.
-    """
+    """The images below a folder."""
 
     root: str
-    folders: list[ImageFolder]
-    skipped: Counter[str]
-    example: str
+    folders: list[ImageFolder]  # all folders that directly contain images, in order
+    skipped: Counter[str]  # number of other files, by suffix
+    example: str  # path of the first of them
 
     @property
     def classes(self) -> list[str] | None:
@@ -88,39 +57,31 @@ class Listing:
         return [display_path(os.path.basename(each.path)) for each in self.folders]
 
 
-def list_images(root: Path) -> Listing:
-    """Find every file below ``root`` whose name ends like that of an image, readable or not.
+def list_images(root: Path, inside: Sequence[Path] = ()) -> Listing:
+    """Find every file below ``root`` whose name ends like that of an image, readable or not; see `walk_folders`.
 
-    Links to folders are followed, except to a folder above. Names that begin with a dot are skipped, and folders that
-    begin with two underscores, as `datasets` does.
-
-    Raises:
-        UserError: A folder cannot be listed, or links form too many ways to one folder.
+    If folders below it are given as ``inside``, only these are searched.
     """
     folders: list[ImageFolder] = []
     skipped: Counter[str] = Counter()
     example = ""
-    for walked in walk_folders(str(root)):
-        suffixes = [_suffix(name) for name in walked.files]
-        images = [name for name, suffix in zip(walked.files, suffixes, strict=True) if suffix in SUFFIXES]
-        if len(images) < len(walked.files):
-            skipped.update(to_text(suffix) or "no suffix" for suffix in suffixes if suffix not in SUFFIXES)
-            other = next(name for name, suffix in zip(walked.files, suffixes, strict=True) if suffix not in SUFFIXES)
-            example = example or f"{walked.path}/{other}"
+    for folder, files, links in chain.from_iterable(walk_folders(str(each)) for each in inside or [root]):
+        images: list[str] = []
+        others: list[str] = []
+        for name in files:
+            (images if is_image(name) else others).append(name)
+        if others:
+            skipped.update(to_text(_suffix(name)) or "no suffix" for name in others)
+            example = example or f"{folder}/{others[0]}"
         if images:
-            paths = pa.array([to_text(f"{walked.path}/{name}") for name in images], pa.string())
-            folders.append(ImageFolder(walked.path, paths, walked.linked, walked.links))
+            paths = pa.array([to_text(f"{folder}/{name}") for name in images], pa.string())
+            folders.append(ImageFolder(folder, paths, links))
     return Listing(str(root), folders, skipped, example)
 
 
-def folders_with_images(root: Path) -> list[str]:
-    """Paths of the folders that `list_images` finds images in."""
-    return [each.path for each in walk_folders(str(root)) if any(_suffix(name) in SUFFIXES for name in each.files)]
-
-
-def count_images(folder: Path) -> int:
-    """Number of images directly in a folder."""
-    return sum(_suffix(name) in SUFFIXES for name in next(walk_folders(str(folder))).files)
+def is_image(name: str) -> bool:
+    """Whether a file name ends like that of an image."""
+    return _suffix(name) in SUFFIXES
 
 
 def folders_in(folder: Path) -> list[str]:
@@ -163,54 +124,42 @@ def display_path(path: str | bytes | Path) -> str:
     return printable(to_text(os.fsdecode(path)))
 
 
-def walk_folders(folder: str) -> Iterator[WalkedFolder]:
-    """Walk through a folder and everything below it, sorted; see `list_images` for what is skipped.
+def walk_folders(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield a folder and all folders below it, sorted: the path, the names of its files, and those that are links.
 
-    Raises:
-        UserError: A folder cannot be listed, or links form too many ways to one folder.
+    Links to folders are followed, except to a folder above. Names that begin with a dot are skipped, and folders that
+    begin with two underscores, as `datasets` does. A folder that cannot be listed, or links that form too many ways to
+    one folder, raise `UserError`.
     """
-    yield from _walk(folder, _folders_above(folder), linked=False, times=Counter())
-
-
-def _folders_above(folder: str) -> tuple[tuple[int, int], ...]:
-    """Identities of the folders that contain one, to which a link may lead back."""
-    identities = []
-    for parent in Path(os.path.realpath(folder)).parents:
-        with suppress(OSError):
-            identities.append(_identity(os.stat(parent)))
-    return tuple(identities)
-
-
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
-
-
-def _walk(
-    folder: str, above: tuple[tuple[int, int], ...], *, linked: bool, times: Counter[tuple[int, int]]
-) -> Iterator[WalkedFolder]:
-    try:
-        identity = _identity(os.stat(folder))
-        with os.scandir(folder) as entries:
-            found = sorted(
-                (entry.name, _is_folder(entry), entry.is_symlink())
-                for entry in entries
-                if not entry.name.startswith(".")
+    parents = Path(os.path.realpath(root)).parents  # to which a link may lead back
+    pending = [(root, tuple(_identity(parent) for parent in parents if os.path.exists(parent)))]
+    visits = Counter[tuple[int, int]]()
+    while pending:
+        folder, above = pending.pop()
+        try:
+            identity = _identity(folder)
+            with os.scandir(folder) as entries:
+                visible = [entry for entry in entries if not entry.name.startswith(".")]
+                found = sorted((entry.name, _is_folder(entry), entry.is_symlink()) for entry in visible)
+        except OSError as error:
+            raise UserError(f"[data] path: cannot list the folder {display_path(folder)}: {error.strerror}") from error
+        if identity in above:
+            continue
+        visits[identity] += 1
+        if visits[identity] > MAX_WAYS:
+            raise UserError(
+                f"[data] path: links form more than {MAX_WAYS} ways to one folder, such as {display_path(folder)}; "
+                "remove links between folders"
             )
-    except OSError as error:
-        raise UserError(f"[data] path: cannot list the folder {display_path(folder)}: {error.strerror}") from error
-    if identity in above:
-        return
-    times[identity] += 1
-    if times[identity] > MAX_WAYS:
-        raise UserError(
-            f"[data] path: links form more than {MAX_WAYS} ways to one folder, such as {display_path(folder)}; "
-            "remove links between folders"
-        )
-    links = frozenset(name for name, is_dir, is_link in found if is_link and not is_dir)
-    yield WalkedFolder(folder, [name for name, is_dir, _ in found if not is_dir], linked, links)
-    for name, is_dir, is_link in found:
-        if is_dir and not name.startswith("__"):
-            yield from _walk(os.path.join(folder, name), (*above, identity), linked=linked or is_link, times=times)
+        links = [name for name, is_dir, is_link in found if is_link and not is_dir]
+        yield folder, [name for name, is_dir, _ in found if not is_dir], links
+        inner = [os.path.join(folder, name) for name, is_dir, _ in found if is_dir and not name.startswith("__")]
+        pending += [(path, (*above, identity)) for path in reversed(inner)]
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -228,33 +177,27 @@ def _suffix(name: str) -> str:
 
 def table_of(names: pa.ChunkedArray, root: str) -> datasets.Dataset:
     """A column ``image`` of files by their names below ``root``, in this order; the files need not exist."""
-    paths = compute.binary_join_element_wise(pa.scalar(f"{root}/"), names.combine_chunks(), "")
-    return table_of_images(_image_cells(paths), {})
+    return table_of_images(compute.binary_join_element_wise(pa.scalar(f"{root}/"), names, ""), {})
 
 
 def table_of_folders(folders: Sequence[ImageFolder], classes: Sequence[str] | None) -> datasets.Dataset:
     """A column ``image`` of paths without bytes and, if each folder has a class, a column ``label``."""
-    images = pa.chunked_array([_image_cells(each.images) for each in folders], datasets.Image().pa_type)
+    images = pa.chunked_array([each.images for each in folders], pa.string())
     if classes is None:
         return table_of_images(images, {})
     number = {name: index for index, name in enumerate(sorted(set(classes)))}
-    labels = [
-        pa.repeat(pa.scalar(number[name], pa.int64()), len(each.images))
-        for name, each in zip(classes, folders, strict=True)
-    ]
-    return table_of_images(
-        images, {"label": (pa.chunked_array(labels, pa.int64()), datasets.ClassLabel(names=list(number)))}
-    )
+    labels = np.repeat([number[name] for name in classes], [len(each.images) for each in folders])
+    return table_of_images(images, {"label": (pa.array(labels, pa.int64()), datasets.ClassLabel(names=list(number)))})
 
 
-def table_of_images(images: pa.Array | pa.ChunkedArray, columns: dict[str, tuple[Any, Any]]) -> datasets.Dataset:
+def table_of_images(paths: pa.ChunkedArray, columns: dict[str, tuple[Any, Any]]) -> datasets.Dataset:
     """A `datasets` table of a column ``image``, not decoded, and other columns with their types."""
+    cells = [
+        pa.StructArray.from_arrays([pa.nulls(len(each), pa.binary()), each], ["bytes", "path"]) for each in paths.chunks
+    ]
+    images = pa.chunked_array(cells, datasets.Image().pa_type)
     features = {"image": datasets.Image(decode=False), **{name: feature for name, (_, feature) in columns.items()}}
     table = pa.table({"image": images, **{name: values for name, (values, _) in columns.items()}})
     # One chunk, as looking up a row would be slow with a chunk for each of many folders.
     info = datasets.DatasetInfo(features=datasets.Features(features))
     return datasets.Dataset(table.combine_chunks(), info=info)
-
-
-def _image_cells(paths: pa.Array) -> pa.StructArray:
-    return pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])

@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Mapping
 
+from sslkit.errors import UserError
+
 ADVICE = {
     (".npy", ".npz", ".pt", ".pth", ".mat"): "these are arrays: save each as an image, by "
     "PIL.Image.fromarray(array.astype('uint8')).save('x.png'), or, of other channels or 16 bits, by "
@@ -53,25 +55,21 @@ def advice_for(skipped: Counter[str]) -> str:
     return ""
 
 
-def no_images(skipped: Counter[str], example: str) -> str:
-    """The predicate of a sentence about a folder without images: what its files are, and what to do.
-
-    Args:
-        skipped: Number of files of each suffix.
-        example: Path of the first file.
-    """
+def no_images(folder: str, skipped: Counter[str], example: str) -> UserError:
+    """The error about a folder without images, from the number of files of each suffix and the path of the first."""
+    if not skipped:
+        return UserError(f"[data] path: the folder {folder!r} is empty; give a folder of images")
     try:
         with open(example, "rb") as stream:
             found = image_suffix(stream.read(16))
     except OSError:
         found = ""
-    files = f"holds no images, judging by file names: {count_suffixes(skipped)}"
+    advice = advice_for(skipped) or "give the folder that holds the images themselves"
     if found:
-        suffix = next(iter(skipped.most_common(1)))[0]
-        old = "*" if suffix == "no suffix" else f"*{suffix}"
-        new = '"$f"' if suffix == "no suffix" else f'"${{f%{suffix}}}"'
-        return (
-            f"{files}; the first looks like {found}, but images are recognised by their suffix: rename them, "
-            f'for example by: for f in {old}; do mv "$f" {new}{found}; done'
+        suffix = skipped.most_common(1)[0][0].replace("no suffix", "")
+        advice = (
+            f"the first looks like {found}, but images are recognised by their suffix: rename them, for example by: "
+            f'for f in *{suffix}; do mv "$f" "${{f%{suffix}}}"{found}; done'
         )
-    return f"{files}; {advice_for(skipped) or 'give the folder that holds the images themselves'}"
+    files = f"judging by file names: {count_suffixes(skipped)}"
+    return UserError(f"[data] path: {folder!r} holds no images, {files}; {advice}")

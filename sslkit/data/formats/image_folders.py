@@ -5,22 +5,21 @@ For example ``train/cat/1.jpg``, ``images/val/1.jpg`` (YOLO), ``test/images/1.jp
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
-import datasets
 import pyarrow as pa
 
 from sslkit.data.formats.folder_listing import (
     ImageFolder,
     Listing,
-    count_images,
     display_path,
     folders_in,
-    folders_with_images,
+    is_image,
     list_images,
-    table_of_folders,
+    walk_folders,
 )
 from sslkit.data.formats.hints import no_images
 from sslkit.data.formats.mask_files import describe_masks, find_masks, is_mask_folder
@@ -44,108 +43,82 @@ from sslkit.errors import UserError
 Parts = tuple[str, ...]
 # For folders that belong to a split: the split name, and the depth of the folder that has it.
 Assigned = dict[Parts, tuple[str, int]]
-BESIDE = "images beside the folders of the splits, left out: {:,}"
 MAX_LINKS = 40  # that are followed one after the other, as in Linux
 NO_CLASSES = frozenset(("images", "image", "imgs", "img", "photos", "pictures", "jpegimages", *KEYWORDS))
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """The image files of a split.
+    """The image files of a split."""
 
-    Attributes:
-        root: The folder that contains all of them.
-        split_folders: The folders that are named after the split; only ``root`` if no folder is named after a split.
-        folders: Folders that directly contain images, in order.
-        classes: The class of each of them, or None without a folder per class.
-        skipped: Number of files that are not images, by suffix.
-        notes: Sentences on what else is not read.
-    """
-
-    root: Path
-    split_folders: list[Path]
-    folders: list[ImageFolder]
-    classes: list[str] | None
-    skipped: Counter[str]
-    notes: list[str] = field(default_factory=list)
-
-    def table(self) -> datasets.Dataset:
-        """A row per image; see `table_of_folders`."""
-        return table_of_folders(self.folders, self.classes)
+    root: Path  # the folder that contains all of them
+    split_folders: list[Path]  # those that are named after the split; only ``root`` if none is named after a split
+    folders: list[ImageFolder]  # those that directly contain images, in order
+    classes: list[str] | None  # the class of each of them, or None without a folder per class
+    skipped: Counter[str]  # number of files that are not images, by suffix
+    notes: list[str] = field(default_factory=list)  # sentences on what else is not read
 
 
 def find_images(folder: Path, split: str) -> ImageFiles:
     """Find the image files of a split below a folder.
 
-    Raises:
-        UserError: There are none, some folders are named after splits and others are not, or a link of the training
-            split leads into another split.
+    If there are none, if some folders are named after splits and others are not, or if a link of the training split
+    leads into another split, raise `UserError`.
     """
-    if split != ALL and (top_level := _top_level_splits(folder)):
-        return _of_top_level(folder, top_level, split)
-    listing = list_images(folder)
-    if not listing.folders:
-        raise _without_images(folder, [listing])
-    notes: list[str] = []
-    if split != ALL:
-        listing, notes = _without_masks(folder, listing)
-    assigned = {} if split == ALL else _split_folders_of(folder, [each.path for each in listing.folders])
-    if not assigned:
-        if split != ALL and not choose(["train"], split):
-            raise UserError(
-                f"[data] split: {str(folder)!r} has no folder {split!r}; it has {folders_in(folder)[:8]}, none of them "
-                "named like a split; leave split out to read all images"
-            )
-        return replace(_whole(folder, listing, split), notes=notes)
-    available = {name for name, _ in assigned.values()}
-    names = choose(in_order(available), split)
-    if not names:
-        raise no_such_split(str(folder), "folders", available, split)
-    chosen = [each for each in listing.folders if each.path in assigned and assigned[each.path][0] in names]
-    split_folders = sorted({assigned[each.path][1] for each in chosen})
-    others = sorted({path for name, path in assigned.values() if name not in names})
-    images = _of_split_folders(folder, split_folders, others, split, [replace(listing, folders=chosen)])
-    if beside := sum(len(each.images) for each in listing.folders if each.path not in assigned):
-        notes.append(BESIDE.format(beside))
-    return replace(images, notes=notes)
+    if split != ALL and (top_level := _top_level_splits(folder)):  # folders of other splits are not searched
+        own, others = _divide({folder / path: name for path, name in top_level.items()}, folder, split)
+        listing, notes = _without_masks(folder, list_images(folder, own))
+        beside = sum(map(is_image, next(walk_folders(str(folder)))[1]))
+    else:
+        listing, notes = list_images(folder), []
+        if not listing.folders:
+            raise no_images(display_path(folder), listing.skipped, listing.example)
+        if split != ALL:
+            listing, notes = _without_masks(folder, listing)
+        assigned = {} if split == ALL else _split_folders_of(folder, [each.path for each in listing.folders])
+        if not assigned:
+            return _whole(folder, listing, notes, split)
+        own, others = _divide({path: name for name, path in assigned.values()}, folder, split)
+        beside = sum(len(each.images) for each in listing.folders if each.path not in assigned)
+        chosen = {path for path, (_, split_folder) in assigned.items() if split_folder in own}
+        listing = replace(listing, folders=[each for each in listing.folders if each.path in chosen])
+    if beside:
+        notes.append(f"images beside the folders of the splits, left out: {beside:,}")
+    return _of_split_folders(folder, (own, others), listing, notes, split)
 
 
-def _of_top_level(folder: Path, top_level: dict[str, str], split: str) -> ImageFiles:
-    """The images of a split if all subfolders are splits. Folders of other splits are not searched."""
-    names = choose(in_order(top_level.values()), split)
+def _divide(named: dict[Path, str], folder: Path, split: str) -> tuple[list[Path], list[Path]]:
+    """The folders of a split, and those of other splits, by their split names."""
+    names = choose(in_order(named.values()), split)
     if not names:
+        raise no_such_split(str(folder), "folders", set(named.values()), split)
+    own = sorted(path for path, name in named.items() if name in names)
+    return own, sorted(named.keys() - set(own))
+
+
+def _whole(folder: Path, listing: Listing, notes: list[str], split: str) -> ImageFiles:
+    """All images below a folder without splits, with its subfolders as classes."""
+    if split != ALL and not choose(["train"], split):
         raise UserError(
-            f"[data] split: {str(folder)!r} has no folder {split!r}; it has {sorted(top_level)[:8]}; {ALL_HELP}"
+            f"[data] split: {str(folder)!r} has no folder {split!r}; it has {folders_in(folder)[:8]}, none of them "
+            "named like a split; leave split out to read all images"
         )
-    split_folders = [folder / path for path, name in top_level.items() if name in names]
-    others = [folder / path for path, name in top_level.items() if name not in names]
-    pairs = [_without_masks(each, list_images(each)) for each in split_folders]
-    images = _of_split_folders(folder, split_folders, others, split, [listing for listing, _ in pairs])
-    notes = [note for _, notes in pairs for note in notes]
-    if beside := count_images(folder):
-        notes.append(BESIDE.format(beside))
-    return replace(images, notes=notes)
+    if split != ALL:
+        _refuse_links(listing.folders, _other_splits_beside(folder))
+    return ImageFiles(folder, [folder], listing.folders, _meaningful(listing.classes), listing.skipped, notes)
 
 
 def image_splits(folder: Path) -> list[str]:
-    """The split names of folders with images; empty if no folder has one.
-
-    Raises:
-        UserError: Some folders are named after splits and others are not.
-    """
+    """The split names of folders with images; empty if no folder has one."""
     if top_level := _top_level_splits(folder):
         return in_order(top_level.values())
-    paths = folders_with_images(folder)
+    paths = [path for path, files, _ in walk_folders(str(folder)) if any(map(is_image, files))]
     masks = _mask_folders(folder, paths)
-    return in_order({name for name, _ in _split_folders_of(folder, [p for p in paths if p not in masks]).values()})
+    return in_order(name for name, _ in _split_folders_of(folder, [p for p in paths if p not in masks]).values())
 
 
 def refuse_several_folders(files: Sequence[str], split: str) -> None:
-    """Refuse image files that match patterns if their folders are of several splits.
-
-    Raises:
-        UserError: They are.
-    """
+    """Refuse image files that match patterns if their folders are of several splits."""
     folders = sorted({os.path.dirname(file) or "." for file in files if not os.path.isdir(file)})
     if split == ALL or not folders:
         return
@@ -162,15 +135,8 @@ def refuse_several_folders(files: Sequence[str], split: str) -> None:
 def folders_of_split(names: Sequence[str], split: str, where: str) -> tuple[set[str], list[str]]:
     """Divide folders in tar files into those of a split and those left out: of other splits, or of masks.
 
-    If all folders are of one split, none is left out for its split.
-
-    Args:
-        names: Their paths in the tar files; an empty path for files in no folder.
-        split: The requested split.
-        where: The tar files, as messages name them.
-
-    Raises:
-        UserError: Some folders are of splits and others are not, or none is of the requested split.
+    If all folders are of one split, none is left out for its split. If some are of splits and others are not, or none
+    is of the requested split, raise `UserError`. ``where`` is how messages name the tar files.
     """
     root = Path("/")
     paths = {f"/{name}": name for name in names}
@@ -253,11 +219,7 @@ def _parts_below(root: Path, paths: Sequence[str]) -> dict[str, Parts]:
 
 
 def _split_folders_of(root: Path, paths: Sequence[str]) -> dict[str, tuple[str, Path]]:
-    """The split name of each folder with images, and the folder that has this name; folders above these are omitted.
-
-    Raises:
-        UserError: Some folders are of splits and others are not.
-    """
+    """The split name of each folder with images, and the folder that has this name; folders above these are omitted."""
     parts = _parts_below(root, paths)
     assigned = _assign_splits(list(parts.values()), str(root))
     if not assigned:
@@ -295,33 +257,25 @@ def _assign_splits(paths: Sequence[Parts], where: str, depth: int = 0) -> Assign
     return assigned
 
 
-def _whole(folder: Path, listing: Listing, split: str) -> ImageFiles:
-    """All images below a folder, with its subfolders as classes."""
-    if split != ALL:
-        _refuse_links(listing.folders, _other_splits_beside(folder))
-    return ImageFiles(folder, [folder], listing.folders, _meaningful(listing.classes), listing.skipped)
-
-
 def _of_split_folders(
-    folder: Path, split_folders: list[Path], others: list[Path], split: str, listings: list[Listing]
+    folder: Path, divided: tuple[list[Path], list[Path]], listing: Listing, notes: list[str], split: str
 ) -> ImageFiles:
     """The images of the folders of a split. Class folders lie in the split's folder or contain it."""
-    chosen = [each for listing in listings for each in listing.folders]
-    if not chosen:
-        raise _without_images(split_folders[0], listings)
-    skipped = sum((listing.skipped for listing in listings), Counter[str]())
+    own, others = divided
+    if not listing.folders:
+        raise no_images(display_path(own[0]), listing.skipped, listing.example)
     if choose(["train"], split):
-        _refuse_links(chosen, [*others, *(each for path in split_folders for each in _other_splits_beside(path))])
-    classes, has_classes, known = [], False, set(split_folders)
-    class_first = len({path.parent for path in (*split_folders, *others)}) > 1
-    for each in chosen:
+        _refuse_links(listing.folders, [*others, *(each for path in own for each in _other_splits_beside(path))])
+    classes, has_classes, known = [], False, set(own)
+    class_first = len({path.parent for path in (*own, *others)}) > 1
+    for each in listing.folders:
         split_folder = next(path for path in (Path(each.path), *Path(each.path).parents) if path in known)
         inside = Path(each.path).relative_to(split_folder).parts
         around = split_folder.parent.relative_to(folder).parts if class_first else ()
         has_classes = has_classes or bool(inside or around)
         classes.append(display_path((inside or around or (split_folder.name,))[-1]))
-    root = split_folders[0] if len(split_folders) == 1 else Path(os.path.commonpath(split_folders))
-    return ImageFiles(root, split_folders, chosen, _meaningful(classes if has_classes else None), skipped)
+    meaningful = _meaningful(classes if has_classes else None)
+    return ImageFiles(Path(os.path.commonpath(own)), own, listing.folders, meaningful, listing.skipped, notes)
 
 
 def _meaningful(classes: list[str] | None) -> list[str] | None:
@@ -329,24 +283,12 @@ def _meaningful(classes: list[str] | None) -> list[str] | None:
     return None if classes and set(map(str.lower, classes)) <= NO_CLASSES else classes
 
 
-def _without_images(folder: Path, listings: list[Listing]) -> UserError:
-    name = display_path(folder)
-    skipped = sum((listing.skipped for listing in listings), Counter[str]())
-    if not skipped:
-        return UserError(f"[data] path: the folder {name!r} is empty; give a folder of images")
-    example = next(listing.example for listing in listings if listing.example)
-    return UserError(f"[data] path: {name!r} {no_images(skipped, example)}")
-
-
 def _other_splits_beside(folder: Path) -> list[Path]:
     """If a folder is named like the training split: its siblings that are other splits."""
     path = Path(os.path.abspath(folder))
     if not is_plain(path.name) or [SPLIT_OF[name] for name in split_names(path.name)] != ["train"]:
         return []
-    try:
-        siblings = folders_in(path.parent)
-    except OSError:
-        return []
+    siblings = folders_in(path.parent) if os.access(path.parent, os.R_OK) else []
     splits = {sibling: [SPLIT_OF[name] for name in split_names(sibling)] for sibling in siblings}
     return [path.parent / sibling for sibling, found in splits.items() if found and "train" not in found]
 
@@ -358,9 +300,9 @@ def _refuse_links(folders: Sequence[ImageFolder], others: Sequence[Path]) -> Non
     targets = {real: other for real, other in targets.items() if not (other.is_symlink() and _contains(real, own))}
     if not targets:
         return
-    real_folders: dict[str, str] = {}
+    real_folder = cache(os.path.realpath)  # resolves each folder once, as there may be a million links into one
     for each in folders:
-        links = {f"{each.path}/{name}": _resolve_link(f"{each.path}/{name}", real_folders) for name in each.links}
+        links = {f"{each.path}/{name}": _resolve_link(f"{each.path}/{name}", real_folder) for name in each.links}
         for path, target in {each.path: os.path.realpath(each.path), **links}.items():
             split = next((other for real, other in targets.items() if _contains(real, {target})), None)
             if split is not None:
@@ -374,15 +316,13 @@ def _contains(folder: str, paths: set[str]) -> bool:
     return any(path == folder or path.startswith(f"{folder}/") for path in paths)
 
 
-def _resolve_link(link: str, real_folders: dict[str, str]) -> str:
-    """The file that a link leads to. Folders are resolved once, as there may be a million links into one."""
+def _resolve_link(link: str, real_folder: Callable[[str], str]) -> str:
+    """The file that a link leads to."""
     for _ in range(MAX_LINKS):
         folder, name = os.path.split(link)
-        real = real_folders.setdefault(folder, "") or os.path.realpath(folder)
-        real_folders[folder] = real
-        link = f"{real}/{name}"
+        link = f"{real_folder(folder)}/{name}"
         try:
-            link = os.path.join(real, os.readlink(link))
+            link = os.path.join(real_folder(folder), os.readlink(link))
         except OSError:  # no further link
             break
     return link

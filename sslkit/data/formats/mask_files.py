@@ -52,13 +52,7 @@ def find_masks(paths: pa.ChunkedArray) -> NDArray[np.bool_] | None:
 
     A mask is named like its image with an additional word at the end or the beginning: ``001_mask.png``,
     ``001-seg_2.png`` or ``mask_001.png`` beside ``001.jpg``. They count only if most images of the folder, or of all
-    folders, have one.
-
-    Args:
-        paths: Paths of (N) images, or their positions in tar files.
-
-    Returns:
-        (N) booleans, or None if there are no masks.
+    folders, have one. Return a boolean for each of the (N) ``paths``, or None if there are no masks.
     """
     candidates = compute.match_substring_regex(pa.table([paths], ["path"]).combine_chunks()["path"], HAS_MASK_WORD)
     if not compute.any(candidates).as_py():

@@ -3,11 +3,11 @@
 Each row is an image. Its ``file_name`` is relative to the table's folder; other columns may hold labels.
 """
 
+import codecs
 import csv
 import io
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,10 @@ from pyarrow import parquet
 
 from sslkit.data.formats.folder_listing import METADATA, display_path, folders_in, to_text
 from sslkit.data.formats.image_folders import ImageFiles
-from sslkit.errors import UserError, near_miss
+from sslkit.errors import UserError, first_line, near_miss
 
 SEPARATORS = (",", ";", "\t", "|")
 FILE = "file_name"
-WITHOUT = "; or move {name} elsewhere, to read the images without it"
 
 
 def metadata_files(images: ImageFiles) -> list[Path]:
@@ -36,8 +35,8 @@ def metadata_files(images: ImageFiles) -> list[Path]:
 def table_by_metadata(images: ImageFiles, files: list[Path]) -> datasets.Dataset:
     """The rows of metadata tables, in order. Adds notes to ``images`` about files that are missing or not named.
 
-    Raises:
-        UserError: A table cannot be read, names no files, files outside of its folder, or only files that do not exist.
+    A table that cannot be read, or that names no files, files outside of its folder, or only files that do not exist,
+    raises `UserError`.
     """
     if len({file.suffix for file in files}) > 1:
         raise UserError(f"[data] path: {files[0]} and {files[-1]} both describe the images; keep one of them")
@@ -48,7 +47,7 @@ def table_by_metadata(images: ImageFiles, files: list[Path]) -> datasets.Dataset
     for file in files:
         columns = _columns(file)
         for name, values in columns.items():
-            if name != FILE and not name.endswith(f"_{FILE}"):
+            if not _names_files(name):
                 continue
             paths = [_path(file, value, row) for row, value in enumerate(values)]
             named.update(path for path in paths if path)
@@ -58,7 +57,7 @@ def table_by_metadata(images: ImageFiles, files: list[Path]) -> datasets.Dataset
     if named and len(absent) >= len(named):
         raise UserError(
             f"[data] path: none of the files that {files[0]} names exists, such as {absent[0]!r}; {FILE} must be "
-            f"relative to {str(files[0].parent)!r}{WITHOUT.format(name=files[0].name)}"
+            f"relative to {str(files[0].parent)!r}{_without(files[0])}"
         )
     which = " and ".join(sorted({file.name for file in files}))
     if unnamed := len(existing - named):
@@ -69,6 +68,10 @@ def table_by_metadata(images: ImageFiles, files: list[Path]) -> datasets.Dataset
     if any(set(table.column_names) != names for table in tables):
         raise UserError(f"[data] path: {files[0]} and {files[-1]} have different columns; give them the same")
     return datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
+
+
+def _names_files(column: str) -> bool:
+    return column == FILE or column.endswith(f"_{FILE}")
 
 
 def _path(file: Path, value: Any, row: int) -> str | None:
@@ -90,7 +93,7 @@ def _as_dataset(columns: dict[str, list[Any]]) -> datasets.Dataset:
     arrays: dict[str, pa.Array] = {}
     image = datasets.Image(decode=False)
     for name, values in columns.items():
-        if name == FILE or name.endswith(f"_{FILE}"):
+        if _names_files(name):
             own = name.removesuffix(FILE).removesuffix("_") or "image"
             arrays[own], features[own] = pa.array(values, image.pa_type), image
             continue
@@ -100,34 +103,25 @@ def _as_dataset(columns: dict[str, list[Any]]) -> datasets.Dataset:
         except (pa.ArrowException, ValueError, TypeError):
             if any(isinstance(value, list) for value in values):
                 lists = [value if isinstance(value, list) else [value] for value in values]
-                arrays[name] = pa.array([[str(each) for each in value] for value in lists], pa.list_(pa.string()))
+                arrays[name] = pa.array([list(map(str, value)) for value in lists], pa.list_(pa.string()))
                 features[name] = datasets.List(datasets.Value("string"))
             else:
                 texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
                 arrays[name], features[name] = pa.array(texts, pa.string()), datasets.Value("string")
-    table = pa.table(arrays)
-    return datasets.Dataset(table, info=datasets.DatasetInfo(features=datasets.Features(features)))
+    return datasets.Dataset(pa.table(arrays), info=datasets.DatasetInfo(features=datasets.Features(features)))
 
 
 def _columns(file: Path) -> dict[str, list[Any]]:
-    """The columns of a table.
-
-    Raises:
-        UserError: The table cannot be read, or no column names files.
-    """
+    """The columns of a table, of which at least one names files."""
     try:
         columns = READERS[file.suffix](file)
-    except UserError:
-        raise
     except (OSError, ValueError, pa.ArrowException, csv.Error, RecursionError) as error:
-        reason = " ".join(str(error).split())[:150]
+        reason = first_line(error, 150)
         raise UserError(
-            f"[data] path: {display_path(file)} cannot be read: {reason}; write it again{_without(file)}"
+            f"[data] path: {display_path(file)} cannot be read: {reason}; correct it{_without(file)}"
         ) from error
-    files = [name for name in columns if name == FILE or name.endswith(f"_{FILE}")]
-    lists = [name for name in columns if name.endswith(f"{FILE}s")]
-    if not files:
-        if lists:
+    if not any(map(_names_files, columns)):
+        if lists := [name for name in columns if name.endswith(f"{FILE}s")]:
             what = f"a column {lists[0]!r} of several files a row; write a row for each, and a column {FILE!r}"
         else:
             close = near_miss(FILE, columns)
@@ -137,21 +131,17 @@ def _columns(file: Path) -> dict[str, list[Any]]:
 
 
 def _without(file: Path) -> str:
-    return WITHOUT.format(name=file.name)
+    return f"; or move {file.name} elsewhere, to read the images without it"
 
 
 def _text(file: Path) -> str:
     """The text of a file, without a byte order mark."""
-    content = file.read_bytes()
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"[data] path: {display_path(file)} is UTF-16; save it as UTF-8 (in Excel: CSV UTF-8)")
     try:
-        return content.decode("utf-8-sig")
+        return file.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"[data] path: {display_path(file)} is not UTF-8 (at byte {error.start}); save it as UTF-8 (in Excel: CSV "
-            "UTF-8)"
-        ) from error
+        is_utf_16 = error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        found = "UTF-16" if is_utf_16 else f"not UTF-8 (at byte {error.start})"
+        raise ValueError(f"it is {found}; save it as UTF-8 (in Excel: CSV UTF-8)") from error
 
 
 def _read_csv(file: Path) -> dict[str, list[Any]]:
@@ -161,19 +151,20 @@ def _read_csv(file: Path) -> dict[str, list[Any]]:
     if first.lower().startswith("sep="):  # a line that Excel adds
         text = text.lstrip("\r\n").partition("\n")[2]
         first = text.partition("\n")[0]
-    headers = {each: next(csv.reader([first], delimiter=each), []) for each in SEPARATORS}
-    fits = [each for each, names in headers.items() if FILE in (name.strip() for name in names)]
-    separator = fits[0] if fits else max(headers, key=lambda each: len(headers[each]))
-    reader = csv.reader(io.StringIO(text), delimiter=separator)
+
+    def fit(separator: str) -> tuple[bool, int]:
+        names = [name.strip() for name in next(csv.reader([first], delimiter=separator), [])]
+        return FILE in names, len(names)
+
+    reader = csv.reader(io.StringIO(text), delimiter=max(SEPARATORS, key=fit))
     header = [name.strip() for name in next(reader, [])]
-    columns: dict[str, list[Any]] = {name: [] for name in header}
+    rows = []
     for cells in reader:
         if len(cells) > len(header):
             raise ValueError(f"line {reader.line_num} has {len(cells)} cells, but the header has {len(header)}")
         if any(cells):
-            for name, cell in zip(header, [*cells, *[""] * (len(header) - len(cells))], strict=True):
-                columns[name].append(cell or None)
-    return columns
+            rows.append(cells + [""] * (len(header) - len(cells)))
+    return {name: [row[column] or None for row in rows] for column, name in enumerate(header)}
 
 
 def _read_jsonl(file: Path) -> dict[str, list[Any]]:
@@ -184,19 +175,17 @@ def _read_jsonl(file: Path) -> dict[str, list[Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UserError(
-                f"[data] path: line {number} of {display_path(file)} is not JSON: {error}{_without(file)}"
-            ) from error
+            raise ValueError(f"line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
-            raise UserError(f"[data] path: line {number} of {display_path(file)} is not a JSON object{_without(file)}")
+            raise ValueError(f"line {number} is not a JSON object")
         rows.append(row)
-    names: Iterable[str] = dict.fromkeys(name for row in rows for name in row)
+    names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
 
 def _read_parquet(file: Path) -> dict[str, list[Any]]:
-    table = parquet.read_table(file)
-    return {name: table[name].to_pylist() for name in table.column_names}
+    columns: dict[str, list[Any]] = parquet.read_table(file).to_pydict()
+    return columns
 
 
 READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

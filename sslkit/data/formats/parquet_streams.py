@@ -1,19 +1,16 @@
 """Rows of parquet files, read row group by row group where the files are: on this machine, at an address or on the Hub.
 
-Nothing is copied to this machine's disk. The footer of each file states the number of rows of its row groups, so that
-all rows are known without reading them; `sslkit.data.order.stream_order` reads few row groups at a time.
+Nothing is copied to disk. The footers state the rows of each row group; `stream_order` reads few groups at a time.
 """
 
 import glob
 import hashlib
-import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, ClassVar, Self
 
 import datasets
@@ -23,12 +20,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from sslkit.data.config import SourceConfig
 from sslkit.data.decode.rgb import UnreadableImage
 from sslkit.data.formats.folder_listing import printable
-from sslkit.data.formats.splits import ALL, choose, no_such_split, refuse_several
-from sslkit.errors import UserError
-from sslkit.hub.availability import quiet_hub, unavailable_reason
+from sslkit.errors import UserError, first_line
 from sslkit.text import pluralize
 
 MAX_GROUP = 2**31  # bytes of the images of a row group, all of which are held in memory
@@ -40,34 +34,16 @@ HELD = 4  # row groups kept in memory by default
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A row group.
+    """A row group of a parquet file."""
 
-    Attributes:
-        file: Index of its file.
-        number: Its number in the file.
-        rows: Number of its rows.
-        bytes: Uncompressed size of its images.
-    """
-
-    file: int
-    number: int
+    file: int  # index of its file
+    number: int  # its number in the file
     rows: int
-    bytes: int
+    bytes: int  # uncompressed size of its images
 
 
 class StreamedTable:
-    """The rows of parquet files; an `ImageTable`.
-
-    Attributes:
-        files: Paths, or addresses such as ``hf://datasets/user/name@commit/file.parquet``.
-        footers: Footer of each file.
-        image_column: Name of the image column.
-        label_column: Name of the label column, or None.
-        label_feature: Type of the labels, or None.
-        groups: All row groups, in order.
-        starts: Index of the first row of each row group, and the number of rows.
-        picked: The rows that were selected; None for all.
-    """
+    """The rows of parquet files at paths or addresses (``hf://datasets/user/name/file.parquet``); an `ImageTable`."""
 
     random_access: ClassVar[bool] = False
 
@@ -80,8 +56,9 @@ class StreamedTable:
         self.groups = [
             group for file, footer in enumerate(footers) for group in _groups(files, file, footer, image_column)
         ]
+        # Index of the first row of each row group, and the number of rows.
         self.starts = np.cumsum([0, *(group.rows for group in self.groups)], dtype=np.int64)
-        self.picked: NDArray[np.int64] | None = None
+        self.picked: NDArray[np.int64] | None = None  # the rows that were selected; None for all
         self._capacity, self._held = HELD, dict[int, tuple[pa.Array, int]]()
 
     def __len__(self) -> int:
@@ -93,12 +70,7 @@ class StreamedTable:
         return tuple(group.rows for group in self.groups)
 
     def cell(self, row: int) -> dict[str, Any]:
-        """See `ImageTable`.
-
-        Raises:
-            UnreadableImage: There is no image, or the file is damaged there.
-            UserError: The file is remote and can no longer be read.
-        """
+        """See `ImageTable`. A remote file that can no longer be read raises `UserError`."""
         group, offset = self._locate(row)
         images = self._read(group)
         if offset >= len(images):
@@ -176,7 +148,7 @@ class StreamedTable:
         """SHA-256 of the files' names, and of the number of rows and bytes of each row group."""
         digest = hashlib.sha256(str(len(self)).encode())
         for group in self.groups:
-            name = PurePosixPath(self.files[group.file]).name
+            name = self.files[group.file].rpartition("/")[2]
             digest.update(f"{name}\0{group.rows}\0{group.bytes}\0".encode())
         if self.picked is not None:
             digest.update(self.picked.astype(np.int64).tobytes())
@@ -213,132 +185,76 @@ class StreamedTable:
         waits = iter(WAITS if "://" in name else ())
         while True:
             try:
-                with _opened(name) as stream:
+                with _open(name) as stream:
                     reader = parquet.ParquetFile(stream, metadata=self.footers[file], pre_buffer=False)
                     if group is None:
                         return reader.read(columns, use_threads=False)
                     return reader.read_row_group(group, columns, use_threads=False)
             except (pa.ArrowException, ValueError, KeyError) as error:
-                raise UnreadableImage(f"{where}{printable(name)}", f"damaged: {_brief(error)}") from error
+                raise UnreadableImage(f"{where}{printable(name)}", f"damaged: {first_line(error)}") from error
             except Exception as error:  # its type depends on the library that reads the address
                 if (wait := next(waits, None)) is not None:
                     time.sleep(wait)
                     continue
                 if "://" not in name:
-                    raise UnreadableImage(f"{where}{printable(name)}", _brief(error)) from error
+                    raise UnreadableImage(f"{where}{printable(name)}", first_line(error)) from error
                 raise UserError(
-                    f"[data] path: {printable(name)} can no longer be read: {_brief(error)}; saved work is intact, and "
-                    "the same command continues the run"
+                    f"[data] path: {printable(name)} can no longer be read: {first_line(error)}; saved work is "
+                    "intact, and the same command continues the run"
                 ) from error
 
 
-def find_parquet(config: SourceConfig, patterns: list[str]) -> list[str]:
-    """Find the parquet files of a source, in order.
-
-    Args:
-        config: The source.
-        patterns: Patterns of local files or of addresses; empty for a dataset of the Hub.
-
-    Raises:
-        UserError: There are none, or the dataset has files of another kind.
-    """
-    if not patterns:
-        return _hub_files(config)
-    found: list[str] = []
-    for pattern in patterns:
-        if "://" not in pattern:
-            found += sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-            continue
-        try:
-            system, path = fsspec.core.url_to_fs(pattern)
-            found += sorted(map(system.unstrip_protocol, system.glob(path) if "*" in path else [path]))
-        except Exception as error:  # unknown protocol, missing library, server that does not answer
-            raise UserError(f"[data] data_files: cannot look for {printable(pattern)}: {_brief(error)}") from error
-    refuse_several(found, patterns, config.split)
-    if not found:
-        raise UserError(f"[data] path: no parquet file matches {', '.join(map(printable, patterns))}")
-    return found
+def match_files(pattern: str) -> list[str]:
+    """The files that a local pattern or one of an address matches, sorted."""
+    if "://" not in pattern:
+        return sorted(glob.glob(pattern, recursive=True))
+    try:
+        system, path = fsspec.core.url_to_fs(pattern)
+        return sorted(map(system.unstrip_protocol, system.glob(path) if "*" in path else [path]))
+    except Exception as error:  # unknown protocol, missing library, server that does not answer
+        raise UserError(f"[data] data_files: cannot look for {printable(pattern)}: {first_line(error)}") from error
 
 
 def read_footers(files: list[str]) -> list[parquet.FileMetaData]:
-    """Read the footer of each file.
-
-    Raises:
-        UserError: A file is no parquet file, or cannot be reached.
-    """
+    """Read the footer of each file. One that is no parquet file, or cannot be reached, raises `UserError`."""
     with ThreadPoolExecutor(READERS) as readers:
         return list(readers.map(_footer, files))
 
 
 def _footer(file: str) -> parquet.FileMetaData:
     try:
-        with _opened(file) as stream:
+        with _open(file) as stream:
             return parquet.read_metadata(stream)
     except Exception as error:  # its type depends on the library that reads the address
-        raise UserError(f"[data] path: {printable(file)} cannot be read as parquet: {_brief(error)}") from error
+        raise UserError(f"[data] path: {printable(file)} cannot be read as parquet: {first_line(error)}") from error
 
 
-@contextmanager
-def _opened(file: str) -> Iterator[Any]:
+def _open(file: str) -> Any:
     """Open a local or remote file; only the requested bytes of a remote file are read."""
     if "://" not in file:
-        with open(file, "rb") as stream:
-            yield stream
-        return
+        return open(file, "rb")
     system, path = fsspec.core.url_to_fs(file)
-    with system.open(path, "rb", cache_type="none") as stream:
-        yield stream
-
-
-def _hub_files(config: SourceConfig) -> list[str]:
-    try:
-        with quiet_hub():
-            builder = datasets.load_dataset_builder(
-                config.path, config.name, data_dir=config.data_dir, data_files=config.data_files
-            )
-        files = builder.config.data_files or {}
-    except Exception as error:  # an untrusted repository can make `datasets` raise anything
-        raise UserError(
-            f"[data] path: cannot stream {config.path!r}: no folder of that name here, and as a dataset of the Hub: "
-            f"{_brief(error)}{unavailable_reason()}"
-        ) from error
-    if builder.name != "parquet":
-        raise UserError(
-            f"[data] streaming: {config.path!r} does not consist of parquet files; leave streaming out to download it"
-        )
-    available = {str(name): [str(file) for file in each] for name, each in files.items()}
-    names = list(available) if config.split == ALL else choose(available, config.split)
-    if not names:
-        raise no_such_split(config.path, "the splits", available, config.split)
-    return [file for name in names for file in available[name]]
+    return system.open(path, "rb", cache_type="none")
 
 
 def features_of(file: str, footer: parquet.FileMetaData) -> datasets.Features:
-    """Columns and their types, as `datasets` describes them.
-
-    Raises:
-        UserError: They are invalid.
-    """
+    """Columns and their types, as `datasets` describes them. Invalid ones raise `UserError`."""
     try:
         return datasets.Features.from_arrow_schema(footer.schema.to_arrow_schema())
     except Exception as error:  # untrusted metadata can make `datasets` raise anything
-        raise UserError(f"[data] path: the columns of {printable(file)} are invalid: {_brief(error)}") from error
+        raise UserError(f"[data] path: the columns of {printable(file)} are invalid: {first_line(error)}") from error
 
 
 def _groups(files: list[str], file: int, footer: parquet.FileMetaData, column: str) -> Iterator[RowGroup]:
-    """The row groups of a file that have rows.
-
-    Raises:
-        UserError: ``column`` does not hold the bytes of images, or a row group is too large.
-    """
+    """The row groups of a file that have rows. Refuse a column that does not hold images, and too large groups."""
     name, schema = printable(files[file]), footer.schema.to_arrow_schema()
     if column not in schema.names:
         raise UserError(f"[data] image_column: {name} has no column {column!r}; there are {schema.names}")
     kind = schema.field(column).type
     held = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
-    if not (pa.types.is_binary(held) or pa.types.is_large_binary(held) or pa.types.is_binary_view(held)):
-        text = pa.types.is_string(held) or pa.types.is_large_string(held) or pa.types.is_string_view(held)
-        advice = "; leave streaming out for names of files or other text" if text else ""
+    if str(held) not in ("binary", "large_binary", "binary_view"):
+        is_text = str(held) in ("string", "large_string", "string_view")
+        advice = "; leave streaming out for names of files or other text" if is_text else ""
         raise UserError(f"[data] image_column: {column!r} of {name} holds {kind}, not the bytes of images{advice}")
     leaves = [index for index, leaf in enumerate(_leaves(footer)) if leaf in (column, f"{column}.bytes")]
     for number in range(footer.num_row_groups):
@@ -356,7 +272,3 @@ def _groups(files: list[str], file: int, footer: parquet.FileMetaData, column: s
 def _leaves(footer: parquet.FileMetaData) -> list[str]:
     """The columns as they are stored; a structure is stored as several."""
     return [footer.schema.column(index).path for index in range(footer.num_columns)]
-
-
-def _brief(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

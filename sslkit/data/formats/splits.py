@@ -1,17 +1,13 @@
-"""Recognise splits in the names of folders and files, for all kinds of data.
-
-A name is split into words, in any case, as `datasets` does it: ``train``, ``data/valid-00000-of-00001.parquet``,
-``Training Images``, ``val2017``, ``seg_test``. The synonyms are those of the Hub, and held-out sets.
+"""Recognise splits in the names of folders and files, for all kinds of data: ``val2017``, ``Training Images``.
 
 A *split name* is the word that is found in a file or folder name, such as ``val``; `SPLIT_OF` maps it to its split,
-such as ``validation``.
+such as ``validation``. The synonyms are those of the Hub, and held-out sets.
 """
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
-from typing import TypeVar
 
 from sslkit.errors import UserError
 
@@ -51,8 +47,6 @@ ALL_HELP = (
     "[monitor] train_split)"
 )
 
-File = TypeVar("File", str, Path)
-
 
 def words_of(name: str) -> list[str]:
     """The words of a name in lower case: runs of letters; ``trainA`` is two words and ``held-out`` is one."""
@@ -81,11 +75,10 @@ def may_be_classes(names: Iterable[str]) -> bool:
     """
     splits: dict[str, str] = {}
     for name in names:
-        words = words_of(name)
-        rest = [word for word in words[1:] if word not in PARTS]
-        if len(split_names(name)) != 1 or words[0] not in KEYWORDS or not rest or rest != words[1:]:
+        first, *rest = words_of(name)
+        if len(split_names(name)) != 1 or first not in KEYWORDS or not rest or not PARTS.isdisjoint(rest):
             return False
-        split = SPLIT_OF[KEYWORDS[words[0]]]
+        split = SPLIT_OF[KEYWORDS[first]]
         if splits.setdefault(" ".join(rest), split) != split:
             return False
     return True
@@ -116,14 +109,7 @@ def splits_of_folders(names: Sequence[str], where: str) -> dict[str, str]:
 
     They are splits if each has a split name. If only some have one, they are classes (``test_tube`` beside ``flask``)
     unless they are plain (see `is_plain`) or equal except for the split name (``photos_train`` and ``photos_test``);
-    these are refused beside others.
-
-    Args:
-        names: Names of folders that contain images.
-        where: The folder, as messages name it.
-
-    Raises:
-        UserError: Some are splits and others are not.
+    these raise `UserError` beside others. ``where`` is the folder, as messages name it.
     """
     found = {name: split_names(name) for name in names}
     named = {name: words[0] for name, words in found.items() if len(words) == 1}
@@ -178,26 +164,19 @@ def split_of_file(file: PurePath) -> str:
     return named[0][0] if all(SPLIT_OF[each[0]] == SPLIT_OF[named[0][0]] for each in folders[:2]) else ""
 
 
-def files_by_split(files: Sequence[File], below: Path, describe: str = "") -> dict[str, list[File]]:
+def files_by_split(files: Sequence[Path], below: Path, describe: str = "") -> dict[str, list[Path]]:
     """Tables or tar files by their split names; empty if no file has one.
 
-    If all files lie in folders that are splits, these folders decide; else each file's own name and folders.
-
-    Args:
-        files: Paths below ``below``.
-        below: The folder whose own name does not count.
-        describe: The folder, as messages name it; the default is its path.
-
-    Raises:
-        UserError: Some have a split name and others have none, or two that differ.
+    If all files lie in folders that are splits, these folders decide; else each file's own name and its folders below
+    ``below``. Some with a split name beside others with none, or with two that differ, raise `UserError`. ``describe``
+    is how messages name the folder ``below``; the default is its path.
     """
     where = describe or str(below)
-    relative = {file: Path(file).relative_to(below) for file in files}
+    relative = {file: file.relative_to(below) for file in files}
+    tops: dict[str, str] = {}
     if all(len(each.parts) > 1 for each in relative.values()):
         tops = splits_of_folders(sorted({each.parts[0] for each in relative.values()}), where)
-        if tops:
-            return _gather(files, lambda file: tops[relative[file].parts[0]])
-    names = {file: split_of_file(each) for file, each in relative.items()}
+    names = {file: tops[each.parts[0]] if tops else split_of_file(each) for file, each in relative.items()}
     others = [file for file in files if not names[file]]
     if not any(names.values()) and not any(split_names(part) for file in others for part in relative[file].parts):
         return {}
@@ -208,13 +187,9 @@ def files_by_split(files: Sequence[File], below: Path, describe: str = "") -> di
             f"[data] path: {where!r} has files {which}, such as {relative[others[0]].name!r}; put the files of each "
             f"split into a folder of its own (train, validation, test), or name files by path or data_files; {ALL_HELP}"
         )
-    return _gather(files, lambda file: names[file])
-
-
-def _gather(files: Sequence[File], name_of: Callable[[File], str]) -> dict[str, list[File]]:
-    by_split: dict[str, list[File]] = {}
+    by_split: dict[str, list[Path]] = {}
     for file in files:
-        by_split.setdefault(name_of(file), []).append(file)
+        by_split.setdefault(names[file], []).append(file)
     return by_split
 
 
@@ -224,11 +199,7 @@ def no_such_split(what: str, kind: str, names: Iterable[str], asked: str) -> Use
 
 
 def refuse_several(files: Sequence[str], patterns: Sequence[str], split: str) -> None:
-    """Refuse files of several splits that a pattern with a wildcard matches.
-
-    Raises:
-        UserError: They are of several splits, or some have a split name and others have none.
-    """
+    """Refuse files of several splits, or of splits and others, that a pattern with a wildcard matches."""
     if split == ALL or not any(char in pattern for pattern in patterns for char in "*?[") or len(files) < 2:
         return
     folder = Path(os.path.commonpath([os.path.dirname(file) or "." for file in files]))

@@ -4,9 +4,9 @@ import base64
 import glob
 import json
 import logging
-import os
 import re
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,60 +16,81 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from sslkit.data.formats.hints import image_suffix
-from sslkit.errors import UserError
+from sslkit.errors import UserError, first_line
 
-TEXT = ("string", "large_string", "string_view")
+TEXT_OR_BYTES = ("string", "large_string", "string_view", "binary", "large_binary")
 SAVED_STATE, SAVED_SPLITS = "state.json", "dataset_dict.json"  # of Dataset.save_to_disk and DatasetDict.save_to_disk
 CACHE = re.compile(r"cache-[0-9a-f]{16}.*\.arrow", re.IGNORECASE)  # written by `map` and `filter`
+PLAIN_NAME = re.compile(r"(?!\.{0,2}$)[^/\0]+")  # of a file or folder in the same folder
 
 
-def map_arrow(patterns: list[str], files: list[str] | None = None) -> datasets.Dataset:
-    """Map Arrow files into memory, without the copy that `datasets` makes of other files.
+def map_arrow(files: list[str]) -> datasets.Dataset:
+    """Map Arrow files into memory, in order, without the copy that `datasets` makes of other files.
 
-    Args:
-        patterns: Patterns of the files.
-        files: The files themselves, in order; None for those that match the patterns, sorted.
-
-    Raises:
-        UserError: A file is damaged or no Arrow file.
-        ValueError: There are no files.
+    A file that is damaged or no Arrow file raises `UserError`; without files, ValueError is raised.
     """
     tables = []
-    for file in _matching(patterns) if files is None else files:
-        try:
-            table = datasets.Dataset.from_file(file)
-            table.data.validate(full=True)  # offsets in an untrusted file may point anywhere
-        except pa.ArrowInvalid as error:  # the other kind of Arrow file, or none
-            if not _is_arrow_file(file):
-                raise _damaged(file, error) from error
-            return datasets.load_dataset("arrow", data_files={"split": patterns}, split="split")
-        except OSError as error:
-            raise _damaged(file, error) from error
+    for file in files:
+        with _named_in_errors(file):
+            try:
+                table = datasets.Dataset.from_file(file)
+                table.data.validate(full=True)  # offsets in an untrusted file may point anywhere
+            except pa.ArrowInvalid:  # the other kind of Arrow file, or none
+                with open(file, "rb") as stream:
+                    if stream.read(6) != b"ARROW1":
+                        raise
+                patterns = list(map(glob.escape, files))
+                return datasets.load_dataset("arrow", data_files={"split": patterns}, split="split")
         tables.append(table)
     if not tables:
         raise ValueError("no such file")
     return datasets.concatenate_datasets(tables)
 
 
-def _is_arrow_file(file: str) -> bool:
-    with open(file, "rb") as stream:
-        return stream.read(6) == b"ARROW1"
+@contextmanager
+def _named_in_errors(file: str) -> Iterator[None]:
+    """Raise a `UserError` that names the file if it cannot be read."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"[data] path: cannot load {file!r}: {first_line(error, 150)}; write the file again or leave it out"
+        ) from error
 
 
 def saved_splits(folder: Path) -> dict[str, list[Path]] | None:
     """The files of a folder that `save_to_disk` wrote, by split; None for another folder.
 
-    A dataset without splits has one with an empty name.
-
-    Raises:
-        UserError: A list of files is damaged, or names files that do not exist.
+    A dataset without splits has one with an empty name. A list of files that is damaged, or names files that do not
+    exist, raises `UserError`.
     """
     if (folder / SAVED_SPLITS).is_file():
-        splits = _read_list(folder / SAVED_SPLITS, "splits")
-        if not all(isinstance(name, str) and _is_plain(name) for name in splits):
-            raise _not_saved(folder / SAVED_SPLITS, "names of splits")
-        return {name: _saved_files(folder / name) for name in splits}
+        names = _names(folder / SAVED_SPLITS, lambda content: content["splits"])
+        return {name: _saved_files(folder / name) for name in names}
     return {"": _saved_files(folder)} if (folder / SAVED_STATE).is_file() else None
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    state = folder / SAVED_STATE
+    files = [
+        folder / name for name in _names(state, lambda content: [each["filename"] for each in content["_data_files"]])
+    ]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise UserError(f"[data] path: {state} names {missing[0]!r}, which does not exist; save the data set again")
+    return files
+
+
+def _names(file: Path, select: Callable[[Any], list[str]]) -> list[str]:
+    """The names of files or folders beside ``file`` that it lists; at least one, and none of another folder."""
+    try:
+        names = select(json.loads(file.read_text(encoding="utf-8")))
+        if names and all(map(PLAIN_NAME.fullmatch, names)):
+            return names
+        raise ValueError("no names, or names of other folders")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"[data] path: {file} is not a list as datasets' save_to_disk writes it; save the data set again"
+        ) from error
 
 
 def without_caches(files: list[Path]) -> list[Path]:
@@ -77,45 +98,12 @@ def without_caches(files: list[Path]) -> list[Path]:
     return [file for file in files if not CACHE.fullmatch(file.name)] or files
 
 
-def _saved_files(folder: Path) -> list[Path]:
-    entries = _read_list(folder / SAVED_STATE, "_data_files")
-    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
-    if not all(isinstance(name, str) and _is_plain(name) for name in names):
-        raise _not_saved(folder / SAVED_STATE, "names of files in this folder")
-    files = [folder / str(name) for name in names]
-    if missing := [file for file in files if not file.is_file()]:
-        raise UserError(
-            f"[data] path: {folder / SAVED_STATE} names {missing[0].name!r}, which does not exist; save it again"
-        )
-    return files
-
-
-def _is_plain(name: str) -> bool:
-    return name == os.path.basename(name) and name not in ("", ".", "..") and "\0" not in name
-
-
-def _read_list(file: Path, key: str) -> list[Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"[data] path: {file} cannot be read: {str(error)[:100]}; save the data set again") from error
-    found = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(found, list) or not found:
-        raise _not_saved(file, key)
-    return found
-
-
-def _not_saved(file: Path, what: str) -> UserError:
-    return UserError(f"[data] path: {file} has no {what} as datasets' save_to_disk writes it; save the data set again")
-
-
 def load_parquet(patterns: list[str]) -> datasets.Dataset:
     """Load parquet files, which `datasets` copies once into its cache. Files without rows are left out.
 
-    Raises:
-        UserError: A file is damaged, or has other columns than the rest.
+    A file that is damaged, or has other columns than the rest, raises `UserError`.
     """
-    files = _matching(patterns)  # not those at addresses
+    files = sorted(file for pattern in patterns for file in glob.glob(pattern, recursive=True))  # none at addresses
     filled = [file for file in files if _num_rows(file)]
     if files and not filled:
         raise UserError(f"[data] path: {files[0]!r} holds no rows")
@@ -128,12 +116,9 @@ def load_parquet(patterns: list[str]) -> datasets.Dataset:
         if filled:
             _check_schemas(filled)
             for file in filled:
-                _read_through(file)
+                with _named_in_errors(file):
+                    deque(parquet.ParquetFile(file).iter_batches(64), maxlen=0)  # reads all rows and keeps none
         raise
-
-
-def _matching(patterns: list[str]) -> list[str]:
-    return sorted(file for pattern in patterns for file in glob.glob(pattern, recursive=True))
 
 
 @contextmanager
@@ -148,23 +133,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _num_rows(file: str) -> int:
-    try:
+    with _named_in_errors(file):
         return int(parquet.read_metadata(file).num_rows)
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(file, error) from error
-
-
-def _read_through(file: str) -> None:
-    try:
-        for _ in parquet.ParquetFile(file).iter_batches(64):
-            pass
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(file, error) from error
-
-
-def _damaged(file: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:150]
-    return UserError(f"[data] path: cannot load {file!r}: {reason}; write the file again or leave it out")
 
 
 def _check_schemas(files: list[str]) -> None:
@@ -189,19 +159,19 @@ def _check_schemas(files: list[str]) -> None:
 def only_columns(table: datasets.Dataset, image: str, label: str | None) -> datasets.Dataset:
     """Select the columns of images, not decoded, and labels. Other columns may need libraries that are not installed.
 
-    Raises:
-        UserError: The image column does not hold images.
+    An image column that does not hold images raises `UserError`.
     """
     table = table.select_columns([image, *([label] if label and label != image else [])])
-    if table.features[image] == datasets.Image(decode=False):
-        return table
-    if table.features[image] == datasets.Value("binary_view"):
-        table = table.cast_column(image, datasets.Value("large_binary"))
     feature = table.features[image]
-    if getattr(feature, "dtype", "") in TEXT:
-        _refuse_text(image, table[image])
-    if getattr(feature, "dtype", "") in ("binary", "large_binary"):
-        _refuse_text(image, (value and value[:200].decode("latin-1") for value in table[image]))
+    if feature == datasets.Image(decode=False):
+        return table
+    if feature == datasets.Value("binary_view"):
+        table = table.cast_column(image, datasets.Value("large_binary"))
+        feature = table.features[image]
+    if getattr(feature, "dtype", "") in TEXT_OR_BYTES:
+        first = next((value for value in table[image] if value), "")
+        if problem := _text_problem(first if isinstance(first, str) else first[:200].decode("latin-1")):
+            raise UserError(f"[data] image_column: {image!r} holds {problem}")
     if isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Value):
         raise UserError(
             f"[data] image_column: {image!r} holds lists of numbers, not encoded images; convert each to bytes, by "
@@ -210,17 +180,10 @@ def only_columns(table: datasets.Dataset, image: str, label: str | None) -> data
     try:
         return table.cast_column(image, datasets.Image(decode=False))
     except (pa.ArrowException, ValueError, TypeError) as error:
-        raise UserError(f"[data] image_column: {image!r} holds {table.features[image]}, not images") from error
+        raise UserError(f"[data] image_column: {image!r} holds {feature}, not images") from error
 
 
-def _refuse_text(image: str, values: Iterable[Any]) -> None:
-    """Refuse a column of text that does not name files, judging by its first row that is not empty."""
-    text = next((value for value in values if value), None)
-    if isinstance(text, str) and (problem := text_problem(text)):
-        raise UserError(f"[data] image_column: {image!r} holds {problem}")
-
-
-def text_problem(text: str) -> str:
+def _text_problem(text: str) -> str:
     """What a text is in place of an image or a file name, and what to do; empty if it may be a file name."""
     if re.match("[a-z][a-z0-9+.-]+://", text, re.IGNORECASE):
         return f"addresses ({text[:60]}), not images; download them first, and name the files"
@@ -248,30 +211,26 @@ def is_missing(value: Any) -> bool:
     return value is None or value != value or (isinstance(value, str | bytes) and not value.strip())
 
 
-def label_text(value: Any, names: list[str], row: int) -> str:
-    """A label as text: the name of its class, or its number if classes have no names.
+def label_text(value: Any, names: list[str]) -> str:
+    """A label that is not missing as text: the name of its class, or its number if classes have no names.
 
-    Raises:
-        UserError: It belongs to no class (such as -1, which marks images without a label), or is several labels or a
-            measurement.
+    A label of no class (such as -1, which marks images without a label), several labels and a measurement raise
+    ValueError, with what is wrong and what to do.
     """
-    where = f"[data] label_column: row {row} has the label"
-    if is_missing(value):
-        raise UserError(f"{where} None, which is of no class; leave unlabelled rows out")
     if names:
         if type(value) is int and 0 <= value < len(names):
             return str(names[value])
-        raise UserError(f"{where} {value!r:.50}, which is of no class; leave unlabelled rows out")
+        raise ValueError("which is of no class; leave unlabelled rows out")
     if isinstance(value, float):
-        if not value.is_integer():
-            raise UserError(
-                f"{where} {value!r}, a number with a fraction; evaluation needs classes: name another column "
-                "(--label-column), or write class names"
-            )
-        return str(int(value))
+        if value.is_integer():
+            return str(int(value))
+        raise ValueError(
+            "a number with a fraction; evaluation needs classes: name another column (--label-column), or write class "
+            "names"
+        )
     if isinstance(value, list | dict):
-        raise UserError(
-            f"{where} {value!r:.50}, {'several classes' if isinstance(value, list) else 'a structure'}; "
-            "evaluation needs one class a row: name another column (--label-column), or write one class name a row"
+        raise ValueError(
+            f"{'several classes' if isinstance(value, list) else 'a structure'}; evaluation needs one class a row: "
+            "name another column (--label-column), or write one class name a row"
         )
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

@@ -15,6 +15,7 @@ import datasets
 import pyarrow as pa
 from pyarrow import compute
 
+from sslkit.data.formats.columns import Columns
 from sslkit.data.formats.folder_listing import SUFFIXES, display_path, member_text, table_of_images, to_text
 from sslkit.data.formats.hints import advice_for, count_suffixes, image_suffix
 from sslkit.data.formats.image_folders import folders_of_split
@@ -24,28 +25,9 @@ from sslkit.data.formats.tar_shards import MAX_NAME, Member, is_shard, open_shar
 from sslkit.errors import UserError
 
 NO_IMAGES = (".cls", ".txt", ".json", ".npy", ".npz")  # suffixes of other files of a sample
-COLUMNS = pa.schema(
-    {"member": pa.string(), "label": pa.string(), "annotation": pa.bool_(), "folder": pa.int32()}
-)  # of `_Index`
+COLUMNS = {"member": pa.string(), "label": pa.string(), "annotation": pa.bool_(), "folder": pa.int32()}  # of `_Index`
 Row = tuple[str, str | None, bool, int]
 PACKED_ROWS = 65_536
-
-
-@dataclass(frozen=True)
-class ShardRows:
-    """The images of tar files.
-
-    Attributes:
-        rows: A row per image: ``image``, and a label column if there are labels.
-        label: Name of the label column, or None.
-        summary: Which files of the samples are read, for messages.
-        unlabelled: What is wrong with the labels; empty if nothing is.
-    """
-
-    rows: datasets.Dataset
-    label: str | None
-    summary: str
-    unlabelled: str
 
 
 @dataclass(slots=True)
@@ -63,7 +45,7 @@ class _Label:
     """A label of a sample: the name of its file, and the label or what is wrong with it."""
 
     name: bytes
-    text: str
+    text: str = ""
     problem: str = ""
 
 
@@ -82,27 +64,25 @@ class _Index:
 
     def pack(self) -> None:
         """Move the rows into a table, which takes less memory."""
-        columns = list(zip(*self.rows, strict=True)) or [(), (), (), ()]
-        arrays = [pa.array(values, kind) for values, kind in zip(columns, COLUMNS.types, strict=True)]
-        self.tables.append(pa.table(arrays, schema=COLUMNS))
+        self.tables.append(pa.Table.from_struct_array(pa.array(self.rows, pa.struct(COLUMNS))))
         self.rows = []
 
 
-def index_shards(files: list[Path], image: str | None, label: str | None, split: str = ALL) -> ShardRows:
-    """Make a row for each image in tar files, in order.
+def index_shards(
+    files: list[Path], image: str | None, label: str | None, split: str = ALL
+) -> tuple[datasets.Dataset, Columns, str]:
+    """Make a row for each image in tar files, in order. Return the rows, their columns, and what is read for messages.
 
     If a sample has several images, those with a single suffix (``x.jpg``) are read and others (``x.crop.png``) are not.
     Files that are named like masks, depth maps or the like (``x.mask.png``) are only read if there are no others.
+
+    An invalid tar file, no images or none of the split, and a sample with images of several kinds raise `UserError`.
 
     Args:
         files: Uncompressed tar files.
         image: Suffix of the images, such as ``jpg`` or ``mask.png``; None (or ``image``) for any usual one.
         label: Suffix of the file that holds a sample's label, or a key of its ``.json``; None for ``cls`` if it exists.
         split: The split to read, if folders in the files are named after splits.
-
-    Raises:
-        UserError: A file is not a valid tar file, there are no images or none of the split, or a sample has images of
-            several kinds.
     """
     if label == "image":
         raise UserError("[data] label_column: 'image' is the column of images itself")
@@ -124,17 +104,12 @@ def index_shards(files: list[Path], image: str | None, label: str | None, split:
         columns[name] = table["label"], datasets.Value("string")
     elif label is not None and not index.problem:
         raise UserError(f"[data] label_column: no image has a .{label} file, or a .json with a key {label!r}")
-    paths = table["member"].combine_chunks()
-    images = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])
-    return ShardRows(table_of_images(images, columns), name, _summary(index, name) + note, index.problem)
+    rows = table_of_images(table["member"], columns)
+    return rows, Columns("image", name, unlabelled=index.problem), _summary(index, name) + note
 
 
 def _of_split(table: pa.Table, index: _Index, file: Path, split: str) -> tuple[pa.Table, str]:
-    """The rows of a split, if folders in the tar files are named after several, without folders of masks.
-
-    Returns:
-        The rows, and a note on what is left out.
-    """
+    """The rows of a split, without folders of masks or of other splits, and a note on what is left out."""
     names = [to_text(os.fsdecode(folder)).rstrip("/") for folder in index.folders]
     if split == ALL or not any(names):
         return table, ""
@@ -216,7 +191,7 @@ def _preferred(file: Path, key: bytes, images: list[_Image], index: _Index) -> l
     kinds = sorted({each.suffixes for each in plain})
     if len(kinds) > 1:
         raise UserError(
-            f"[data] image_column: {_quoted(key)} of {display_path(file)} has images of several kinds, "
+            f"[data] image_column: {display_path(key)!r} of {display_path(file)} has images of several kinds, "
             f'{", ".join(f".{kind}" for kind in kinds)}; name the one to read, such as image_column = "{kinds[0]}" '
             f"(--image-column {kinds[0]})"
         )
@@ -246,11 +221,12 @@ def _label_of(file: Path, key: bytes, image: _Image, labels: list[_Label], index
     """The label of an image: the one with the same name, or else the only one of its sample."""
     own = labels
     if len(labels) > 1:
-        own = [each for each in labels if _stem(each.name) == _stem(image.name)] or labels
+        stem = os.path.splitext(image.name)[0]
+        own = [each for each in labels if os.path.splitext(each.name)[0] == stem] or labels
     problem = own[0].problem
     if len(own) > 1:
         problem = (
-            f"{display_path(file)} has {len(own)} labels for {_quoted(key)}, {own[0].text!r:.40} and "
+            f"{display_path(file)} has {len(own)} labels for {display_path(key)!r}, {own[0].text!r:.40} and "
             f"{own[1].text!r:.40}; samples are told apart by their names up to the first dot: give each label the name "
             "of its image"
         )
@@ -260,22 +236,13 @@ def _label_of(file: Path, key: bytes, image: _Image, labels: list[_Label], index
     return own[0].text
 
 
-def _stem(name: bytes) -> bytes:
-    return name[: name.rfind(b".")]
-
-
-def _quoted(key: bytes) -> str:
-    return repr(display_path(key))
-
-
 def _read_label(stream: BinaryIO, file: Path, member: Member, suffix: str, label: str) -> _Label | None:
     """The label that a member holds, or None."""
-    if suffix not in (label, "json") or (suffix == "json" and label in ("cls", "txt")):
+    if suffix != label and (suffix != "json" or label in ("cls", "txt")):
         return None
-    name = f"{display_path(member.name)} of {display_path(file)}"
+    where = f"{display_path(member.name)} of {display_path(file)}"
     if not 0 <= member.size <= MAX_NAME:
-        problem = f"{name} is a label of {member.size} bytes, but at most {MAX_NAME} are allowed"
-        return _Label(member.name, "", problem)
+        return _Label(member.name, problem=f"{where} is a label of {member.size} bytes, more than {MAX_NAME}")
     stream.seek(member.offset)
     text = stream.read(member.size).decode("utf-8", "replace").strip()
     if suffix == label:
@@ -283,12 +250,14 @@ def _read_label(stream: BinaryIO, file: Path, member: Member, suffix: str, label
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        return _Label(member.name, "", f"{name} is not valid JSON")
+        return _Label(member.name, problem=f"{where} is not valid JSON")
     found = value.get(label) if isinstance(value, dict) else None
-    if found is None or isinstance(found, str | int):
-        return None if found is None else _Label(member.name, str(found))
-    problem = f"{name} has {found!r:.50} for {label!r}; evaluation needs one class, a word or a number"
-    return _Label(member.name, "", problem)
+    if found is None:
+        return None
+    if isinstance(found, str | int):
+        return _Label(member.name, str(found))
+    problem = f"{where} has {found!r:.50} for {label!r}; evaluation needs one class, a word or a number"
+    return _Label(member.name, problem=problem)
 
 
 def _summary(index: _Index, label: str | None) -> str:
@@ -296,8 +265,8 @@ def _summary(index: _Index, label: str | None) -> str:
     for suffixes, number in index.read.items():
         kinds[_kind(suffixes)] += number
     read = ", ".join(kind for kind, _ in kinds.most_common(4))
-    index.skipped.update({".tar": index.others[".tar"]} if index.others[".tar"] else {})
-    skipped = f" (left out: {count_suffixes(index.skipped)})" if index.skipped else ""
+    left_out = +Counter({**index.skipped, ".tar": index.others[".tar"]})
+    skipped = f" (left out: {count_suffixes(left_out)})" if left_out else ""
     return f"image files {read}{skipped}, " + (f"labels of .{label}" if label else "no labels")
 
 
@@ -307,10 +276,14 @@ def _refuse_tar_of_tars(file: Path, index: _Index) -> None:
     if inner >= images:
         where, suffix = display_path(file), index.read.most_common(1)[0][0].rpartition(".")[2]
         raise UserError(
-            f"[data] path: {where} holds {inner:,} tar files beside {images:,} images; it is a tar file of tar files: "
-            f"unpack it once, by mkdir shards && tar -xf {where} -C shards, move the images out of there, then path = "
-            f'"shards"; to read only those images, give image_column = "{suffix}" (--image-column {suffix})'
+            f"[data] path: {where} holds {inner:,} tar files beside {images:,} images; {_unpack(where)}, move the "
+            f'images out of there, then path = "shards"; to read only those images, give image_column = "{suffix}" '
+            f"(--image-column {suffix})"
         )
+
+
+def _unpack(where: str) -> str:
+    return f"it is a tar file of tar files: unpack it once, by mkdir shards && tar -xf {where} -C shards"
 
 
 def _without_images(files: list[Path], index: _Index, image: str | None) -> UserError:
@@ -327,19 +300,14 @@ def _without_images(files: list[Path], index: _Index, image: str | None) -> User
         with open_shard(file) as stream:
             stream.seek(member.offset)
             found = image_suffix(stream.read(min(16, max(member.size, 0))))
+    pack = f"pack them again with names that end in {found}"
     if index.others[".tar"]:
-        advice = (
-            "it is a tar file of tar files: unpack it once, by mkdir shards && "
-            f'tar -xf {where} -C shards, then path = "shards"'
-        )
+        advice = f'{_unpack(where)}, then path = "shards"'
     elif found and suffix:
-        advice = (
-            f'.{suffix} looks like {found}: give image_column = "{suffix}" (--image-column {suffix}), or pack them '
-            f"again with names that end in {found}"
-        )
+        advice = f'.{suffix} looks like {found}: give image_column = "{suffix}" (--image-column {suffix}), or {pack}'
     elif found:
-        advice = f"they look like {found}: pack them again with names that end in {found}"
+        advice = f"they look like {found}: {pack}"
     else:
         advice = advice_for(index.others) or "pack images with names that end in .jpg, .png or the like"
-    files_found = suffixes or "it is empty"
-    return UserError(f"[data] path: {where} holds no images, judging by file names: {files_found}; {advice}")
+    found_files = suffixes or "it is empty"
+    return UserError(f"[data] path: {where} holds no images, judging by file names: {found_files}; {advice}")

@@ -1,16 +1,15 @@
-"""List the files in tar files by their headers, so that they can be read in place and in any order.
+"""List the files in uncompressed tar files by their headers, so that they can be read in place and in any order.
 
-Only uncompressed tar files can be read like this. They are not trusted: sizes may be false, names may be of any bytes,
-and files may be truncated, which shows when they are read.
+Tar files are not trusted: sizes may be false, names of any bytes, and files truncated, which shows when they are read.
 """
 
+import errno
 import glob
 import itertools
 import math
 import os
 import re
-import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -38,13 +37,7 @@ def is_shard(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a tar file.
-
-    Attributes:
-        name: Bytes of its name.
-        offset: Position of its content in the tar file.
-        size: Size of its content in bytes, or `UNREADABLE`.
-    """
+    """A file in a tar file: its name, and the position and size in bytes of its content (or `UNREADABLE`)."""
 
     name: bytes
     offset: int
@@ -52,13 +45,9 @@ class Member:
 
 
 def find_shards(patterns: list[str]) -> list[Path]:
-    """Find the tar files that match patterns, sorted.
+    """Find the tar files that match paths, optionally with ``*``, ``?``, ``{0000..0127}`` or ``{a,b}``; sorted.
 
-    Args:
-        patterns: Paths, optionally with ``*``, ``?``, ``{0000..0127}`` or ``{a,b}``.
-
-    Raises:
-        UserError: A pattern matches no file, or a name that it stands for does not exist.
+    A pattern that matches no file, or stands for a name that does not exist, raises `UserError`.
     """
     found: set[str] = set()
     for pattern in patterns:
@@ -71,42 +60,29 @@ def find_shards(patterns: list[str]) -> list[Path]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Every name that a pattern with ``{0000..0127}`` or ``{a,b}`` stands for.
-
-    Raises:
-        UserError: There are more than `MAX_SHARDS`.
-    """
-    pieces = BRACES.split(pattern)
-    choices: list[Sequence[str]] = [
-        [piece] if index % 2 == 0 else _choices(piece) for index, piece in enumerate(pieces)
-    ]
+    """Every name that a pattern with ``{0000..0127}`` or ``{a,b}`` stands for; at most `MAX_SHARDS`."""
+    pieces = BRACES.split(pattern)  # every other piece was between braces
+    choices = [_choices(piece) if index % 2 else [piece] for index, piece in enumerate(pieces)]
     if math.prod(map(len, choices)) > MAX_SHARDS:
         raise UserError(f"[data] path: {pattern!r} stands for more than {MAX_SHARDS} files")
     return ["".join(parts) for parts in itertools.product(*choices)]
 
 
-def _choices(inside: str) -> Sequence[str]:
+def _choices(inside: str) -> list[str]:
     """The alternatives between a pair of braces."""
     numbers = RANGE.fullmatch(inside)
     if not numbers:
         return inside.split(",")
-    first, last = numbers[1], numbers[2]
-    if int(last) - int(first) >= MAX_SHARDS:
+    first, last = int(numbers[1]), int(numbers[2])
+    if last - first >= MAX_SHARDS:
         raise UserError(f"[data] path: {{{inside}}} stands for more than {MAX_SHARDS} files")
-    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    return [f"{number:0{len(numbers[1])}d}" for number in range(first, last + 1)]
 
 
 def walk(stream: BinaryIO, file: Path) -> Iterator[Member]:
     """Iterate over the regular files and links of a tar file, in order; only headers are read.
 
-    The content of the last file may be truncated.
-
-    Args:
-        stream: The tar file.
-        file: Its path, for errors.
-
-    Raises:
-        UserError: A header is invalid.
+    The content of the last file may be truncated. An invalid header raises `UserError`, which names ``file``.
     """
     end, at, long_name, long_size = os.fstat(stream.fileno()).st_size, 0, b"", -1
     while at < end:
@@ -118,7 +94,10 @@ def walk(stream: BinaryIO, file: Path) -> Iterator[Member]:
         content, size = at + BLOCK, size if long_size < 0 else long_size
         at = content + (0 if kind in NO_CONTENT else -(-size // BLOCK) * BLOCK)
         if kind in (b"x", b"L"):
-            extension = _extension(stream, file, content, size)
+            if size > MAX_NAME:
+                raise _broken(file, content, f"a name of {size} bytes")
+            stream.seek(content)
+            extension = stream.read(size)
             if kind == b"L":
                 long_name = extension.split(b"\0")[0]
             else:
@@ -127,25 +106,19 @@ def walk(stream: BinaryIO, file: Path) -> Iterator[Member]:
         if kind in REGULAR or kind in LINKS:
             yield Member(long_name or _name(header), content, UNREADABLE if kind in LINKS else size)
         elif kind == b"S":
-            raise broken(file, content - BLOCK, "a file with holes (GNU sparse); pack it without --sparse")
+            raise _broken(file, content - BLOCK, "a file with holes (GNU sparse); pack it without --sparse")
         if kind not in (b"g", b"K"):
             long_name, long_size = b"", -1
 
 
 def open_shard(file: Path) -> BinaryIO:
-    """Open a tar file; never waits for a pipe.
-
-    Raises:
-        UserError: It does not exist, or is not a regular file.
-    """
+    """Open a tar file. One that may not be read or is not a regular file (a pipe would wait) raises `UserError`."""
     try:
-        stream = open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=4096)  # noqa: SIM115
+        if file.exists() and not file.is_file():
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        return file.open("rb", buffering=4096)
     except OSError as error:
         raise UserError(f"[data] path: cannot read {display_path(file)}: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-        stream.close()
-        raise UserError(f"[data] path: {display_path(file)} is not a regular file")
-    return stream
 
 
 def _check_header(header: bytes, at: int, file: Path) -> tuple[bytes, int]:
@@ -158,12 +131,12 @@ def _check_header(header: bytes, at: int, file: Path) -> tuple[bytes, int]:
             "any order; images are compressed already: decompress it once to a plain .tar"
         )
     if len(header) < BLOCK:
-        raise broken(file, at, "truncated within a header" if at else "too short for a tar file")
+        raise _broken(file, at, "truncated within a header" if at else "too short for a tar file")
     if _number(header[148:156]) != total:
-        raise broken(file, at, "an invalid header")
+        raise _broken(file, at, "an invalid header")
     size = _number(header[124:136])
     if size is None:
-        raise broken(file, at, "a size that is not a number")
+        raise _broken(file, at, "a size that is not a number")
     return header[156:157], min(size, MAX_SIZE)
 
 
@@ -183,35 +156,27 @@ def _name(header: bytes) -> bytes:
     return prefix + b"/" + name if prefix else name
 
 
-def _extension(stream: BinaryIO, file: Path, at: int, size: int) -> bytes:
-    if size > MAX_NAME:
-        raise broken(file, at, f"a name of {size} bytes")
-    stream.seek(at)
-    return stream.read(size)
-
-
 def _pax(records: bytes, file: Path, at: int) -> tuple[bytes, int]:
     """Name and size in a POSIX extended header; empty and -1 if it has none."""
     name, size = b"", -1
     while records:
         length, space, _ = records.partition(b" ")
         if not (space and length.isdigit() and len(length) < int(length) <= len(records)):
-            raise broken(file, at, "an invalid extended header")
+            raise _broken(file, at, "an invalid extended header")
         key, _, value = records[len(length) + 1 : int(length) - 1].partition(b"=")
         if key.startswith(b"GNU.sparse"):
-            raise broken(file, at, "a file with holes (GNU sparse); pack it without --sparse")
+            raise _broken(file, at, "a file with holes (GNU sparse); pack it without --sparse")
         if key == b"path":
             name = value.split(b"\0")[0]
         elif key == b"size":
             if not value.isdigit() or len(value) > 30:
-                raise broken(file, at, "a size that is not a number")
+                raise _broken(file, at, "a size that is not a number")
             size = min(int(value), MAX_SIZE)
         records = records[int(length) :]
     return name, size
 
 
-def broken(file: Path, at: int, what: str) -> UserError:
-    """The error about a tar file that cannot be read."""
+def _broken(file: Path, at: int, what: str) -> UserError:
     return UserError(
         f"[data] path: {display_path(file)} cannot be read as a tar file: {what} (at byte {at}); pack it "
         "again or leave it out"

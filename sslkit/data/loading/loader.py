@@ -23,17 +23,10 @@ WORKER_GRACE = 30  # seconds that a worker continues after SIGTERM
 
 
 class Item(NamedTuple):
-    """A sample as a worker returns it.
+    """A sample as a worker returns it; see `Batch`."""
 
-    Attributes:
-        views: One (size, size, 3) uint8 array per view.
-        shown: Index of the image that the views show.
-        bad: Images that could not be read.
-        view_params: See `Batch.view_params`.
-    """
-
-    views: list[NDArray[np.uint8]]
-    shown: int
+    views: list[NDArray[np.uint8]]  # (size, size, 3) each
+    shown: int  # index of the image that the views show
     bad: tuple[BadSample, ...]
     view_params: list[NDArray[np.float32]]
 
@@ -45,20 +38,18 @@ class ViewDataset(Dataset[Item]):
     """
 
     def __init__(self, source: ImageSource, pipeline: ViewPipeline, status: StatusBoard | None = None) -> None:
-        self.source, self.pipeline, self.status = source, pipeline, status
+        self.source, self.pipeline, self.status = source, pipeline, status or StatusBoard(0)
 
     def __getitem__(self, key: Key) -> Item:
         epoch, sample = key
-        if self.status is not None:
-            self.status.begin(sample)
+        self.status.write(sample)
         reduction = partial(self.pipeline.reduction, epoch, sample)
         image = read_or_replace(self.source, self.pipeline.seed, epoch, sample, reduction)
         if self.pipeline.config.device == "accelerator":
             views, params = self.pipeline.crop_views(image.pixels, epoch, sample, image.size)
         else:
             views, params = self.pipeline(image.pixels, epoch, sample, image.size), []
-        if self.status is not None:
-            self.status.end()
+        self.status.write()
         return Item(views, image.index, image.bad, params)
 
 
@@ -75,14 +66,11 @@ def make_loader(
 ) -> "DataLoader[Batch]":
     """Make a loader over all batches of ``batches``, across epochs; its workers live as long as it does.
 
+    Labels of ``source`` are not read. Without workers, this process loads.
+
     Args:
-        source: The images. Labels are not read.
-        pipeline: Makes the views.
-        batches: Which samples, in which order.
-        workers: Number of worker processes; 0 loads in this process.
-        pin_memory: Whether to copy batches to pinned memory.
         timeout: Seconds to wait for a batch before an error; 0 waits forever.
-        status: Where workers record the sample they work on, or None.
+        status: Where workers record the sample they work on.
         prefetch: Batches that each worker loads ahead.
     """
     source = source.without_labels()
@@ -128,10 +116,10 @@ def _collate(items: list[Item]) -> Batch:
 
 
 def start_worker(_worker: int) -> None:
-    """Initialise a data worker: one thread, and no reaction to signals that are sent to the whole process group.
+    """Initialise a data worker: one thread, and no reaction to signals.
 
-    Schedulers and terminals signal the whole group, but the training process needs one more batch to stop cleanly. A
-    worker whose parent process has ended exits by itself.
+    Schedulers and terminals signal the whole process group, but the training process needs one more batch to stop
+    cleanly. A worker whose parent process has ended exits by itself.
     """
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

@@ -15,47 +15,29 @@ ATTEMPTS = 16
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """A decoded image.
+    """A decoded image."""
 
-    Attributes:
-        pixels: (H, W, 3) uint8 RGB, reduced if requested, or (H, W, channels) uint16.
-        size: Height and width of the full image.
-        index: Position in the source; not the requested one if that image is unreadable.
-        bad: The unreadable images that were tried before.
-    """
-
-    pixels: Pixels
-    size: Size
-    index: int
-    bad: tuple[BadSample, ...]
+    pixels: Pixels  # (H, W, 3) uint8 RGB, reduced if requested, or (H, W, channels) uint16
+    size: Size  # of the full image
+    index: int  # position in the source; not the requested one if that image is unreadable
+    bad: tuple[BadSample, ...]  # the unreadable images that were tried before
 
 
 def read_or_replace(
     source: ImageSource, seed: int, epoch: int, sample: int, reduction: Reduction = lambda _size: 1
 ) -> LoadedImage:
-    """Read image ``sample``, or else the first readable one of its random replacements.
+    """Read image ``sample``, or else the first readable one of its random replacements, which differ between epochs.
 
-    Args:
-        source: The images.
-        seed: Seed of the run.
-        epoch: Epoch in which the sample is used; replacements differ between epochs.
-        sample: Position in the source.
-        reduction: See `decode_reduced`.
-
-    Raises:
-        UserError: `ATTEMPTS` images in a row could not be read.
+    ``reduction`` is that of `decode_reduced`. Raises `UserError` if `ATTEMPTS` images in a row could not be read.
     """
-    bad: list[BadSample] = []
+    bad, index = list[BadSample](), sample
     for attempt in range(ATTEMPTS):
-        index = sample if attempt == 0 else replacement(seed, epoch, sample, attempt, len(source))
+        if attempt:
+            generator = np.random.default_rng([seed, DrawPurpose.REPLACEMENT, epoch, sample, attempt])
+            index = int(generator.integers(len(source)))
         try:
-            return LoadedImage(*source.read_reduced(index, reduction), index, tuple(bad))
+            return LoadedImage(*source.decode(*source.encoded(index), reduction), index, tuple(bad))
         except UnreadableImage as error:
             bad.append(BadSample(index, source.name(index), error.reason))
     examples = "; ".join(f"{each.name} ({each.reason})" for each in bad[:3])
     raise UserError(f"{source.description}: {ATTEMPTS} images in a row cannot be read, such as {examples}")
-
-
-def replacement(seed: int, epoch: int, sample: int, attempt: int, num_samples: int) -> int:
-    """Position of the image to try in place of ``sample``, uniformly distributed."""
-    return int(np.random.default_rng([seed, DrawPurpose.REPLACEMENT, epoch, sample, attempt]).integers(num_samples))

@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sslkit.errors import RunError, UserError
+from sslkit.errors import RunError, UserError, first_line
 
 SHARED = Path("/dev/shm")
 PREFETCH = 4  # batches that a worker loads ahead if there is room
 HELD = 2  # batches that the training process holds
-MEBIBYTE = 2**20
 
 
 def free_bytes(folder: Path = SHARED) -> int | None:
@@ -27,12 +26,9 @@ def prefetch_of(batch_bytes: int, workers: int, option: str = "[data] workers", 
 
     Args:
         batch_bytes: Size of one process's batch; 0 if workers return other objects than tensors, through pipes.
-        workers: Number of workers of one process.
-        option: The option or key that sets their number.
+        workers: Number of workers of one process, which ``option`` sets.
+        option: For the `UserError` if shared memory cannot be written to, or has no room for the batches.
         most: Upper bound of the result.
-
-    Raises:
-        UserError: Shared memory cannot be written to, or has no room for the batches of so many workers.
     """
     if not workers:
         return None
@@ -41,7 +37,17 @@ def prefetch_of(batch_bytes: int, workers: int, option: str = "[data] workers", 
             f"{option}: workers need {SHARED}, which cannot be written to; mount it writable (docker run --shm-size "
             "does so), or set 0 workers, which need none"
         )
-    return min(fitting_prefetch(batch_bytes, workers, free_bytes(), option), most) if batch_bytes else most
+    if not batch_bytes or (free := free_bytes()) is None:
+        return most
+    fitting = (free // batch_bytes - HELD) // workers
+    if fitting < 1:
+        need = (workers + HELD) * batch_bytes
+        raise UserError(
+            f"{option}: {workers} workers pass batches of {_mebibytes(batch_bytes)} through {SHARED}, which has "
+            f"{_mebibytes(free)} free for this process and needs {_mebibytes(need)}; make it larger (docker run "
+            "--shm-size), or set fewer workers or a smaller batch, or 0 workers, which need none"
+        )
+    return min(fitting, most)
 
 
 def fitting_workers(batch_bytes: int, workers: int) -> int:
@@ -55,43 +61,14 @@ def fitting_workers(batch_bytes: int, workers: int) -> int:
 
 @contextmanager
 def explain_death(batch_bytes: int = 0) -> Iterator[None]:
-    """Replace DataLoader's error about a dead worker by one sentence.
-
-    Raises:
-        RunError: A worker died.
-    """
+    """Replace DataLoader's error about a dead worker by a `RunError` of one sentence."""
     try:
         yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        message = " ".join(str(error).split())[:200]
-        raise RunError(f"a data worker died: {message}{shortage(batch_bytes)}; fewer --workers need less") from error
-
-
-def fitting_prefetch(batch_bytes: int, workers: int, free: int | None, option: str = "[data] workers") -> int:
-    """Number of batches that each worker may load ahead, at most `PREFETCH`.
-
-    Args:
-        batch_bytes: Size of one process's batch.
-        workers: Number of workers of one process.
-        free: Free shared memory in bytes; None if there is no limit.
-        option: The option or key that sets the number of workers.
-
-    Raises:
-        UserError: There is no room for one batch per worker.
-    """
-    if free is None:
-        return PREFETCH
-    fitting = min((free // batch_bytes - HELD) // workers, PREFETCH)
-    if fitting < 1:
-        need = (workers + HELD) * batch_bytes
-        raise UserError(
-            f"{option}: {workers} workers pass batches of {_mebibytes(batch_bytes)} through {SHARED}, which has "
-            f"{_mebibytes(free)} free for this process and needs {_mebibytes(need)}; make it larger (docker run "
-            "--shm-size), or set fewer workers or a smaller batch, or 0 workers, which need none"
-        )
-    return fitting
+        reason = first_line(error) + shortage(batch_bytes)
+        raise RunError(f"a data worker died: {reason}; fewer --workers need less") from error
 
 
 def shortage(batch_bytes: int) -> str:
@@ -103,4 +80,4 @@ def shortage(batch_bytes: int) -> str:
 
 
 def _mebibytes(count: int) -> str:
-    return f"{count / MEBIBYTE:.1f} MiB"
+    return f"{count / 2**20:.1f} MiB"

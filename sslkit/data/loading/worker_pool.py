@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from sslkit.data.augment.cpu import ViewPipeline
 from sslkit.data.batch import Batch
@@ -24,19 +25,12 @@ RESTARTS = 2  # of the workers, without a batch in between
 class TrainLoader:
     """Yields every batch of ``batches``. If a worker dies or hangs, new workers continue at the same step.
 
-    A batch depends on its step only, so a restart costs time and changes nothing else.
+    A batch depends on its step only, so a restart costs time and changes nothing else. Without workers, an image that
+    hangs blocks the run. Raises `UserError` if shared memory is too small for so many workers.
 
     Args:
-        source: The images.
-        pipeline: Makes the views.
-        batches: Which samples, in which order.
-        workers: Number of worker processes. With 0, an image that hangs blocks the run.
-        pin_memory: Whether to copy batches to pinned memory.
         timeout: Seconds that a batch may take before its worker counts as hung; 0 waits forever.
-        log_message: Called with one sentence after each restart.
-
-    Raises:
-        UserError: Shared memory is too small for so many workers.
+        log_message: Called with one sentence after each restart. For the other arguments, see `make_loader`.
     """
 
     def __init__(
@@ -50,15 +44,16 @@ class TrainLoader:
         timeout: float,
         log_message: Callable[[str], None] = print_message,
     ) -> None:
-        self.source, self.pipeline, self.batches = source, pipeline, batches
-        self.workers, self.pin_memory, self.timeout, self.log_message = workers, pin_memory, timeout, log_message
+        self.source, self.batches, self.workers = source, batches, workers
+        self.timeout, self.log_message = timeout, log_message
+        self.make_loader = partial(make_loader, source, pipeline, workers=workers, pin_memory=pin_memory)
         local = batches.batch_size // batches.world_size
         self.batch_bytes = local * sum(pipeline.pixel_bytes * side * side for side in pipeline.sides)
         self.prefetch = prefetch_of(self.batch_bytes, workers) or 0
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.workers:
-            yield from make_loader(self.source, self.pipeline, self.batches, workers=0, pin_memory=self.pin_memory)
+            yield from self.make_loader(self.batches)
             return
         step, failures = self.batches.start_step, 0
         while step < self.batches.total_steps:
@@ -70,47 +65,35 @@ class TrainLoader:
                     step, failures = step + 1, 0
             except _WorkerLostError as error:
                 failures += 1
+                lost = f"step {step}, process {self.batches.rank}: {error}"
                 if failures > RESTARTS:
-                    raise RunError(f"{error}, {failures} times in a row; the last checkpoint is intact") from None
-                self.log_message(f"{error}; the data workers are restarted from there")
+                    raise RunError(f"{lost}, {failures} times in a row; the last checkpoint is intact") from None
+                self.log_message(f"{lost}; the data workers are restarted from there")
             finally:
                 pool.terminate()
 
 
 class _WorkerLostError(Exception):
-    """A worker died or hung. The message is a clause that names the step, the worker and the image."""
+    """A worker died or hung. The message is a clause that names the worker and the image."""
 
 
 class _WorkerPool:
     """The workers of one DataLoader."""
 
     def __init__(self, loader: TrainLoader, step: int) -> None:
-        self.loader, self.step, self.hung = loader, step, ""
+        self.loader, self.hung = loader, ""
         self.status = StatusBoard(loader.workers)
         before = set(multiprocessing.active_children())
-        self.batches = iter(
-            make_loader(
-                loader.source,
-                loader.pipeline,
-                loader.batches.starting_at(step),
-                workers=loader.workers,
-                pin_memory=loader.pin_memory,
-                timeout=min(POLL, loader.timeout or POLL),
-                status=self.status,
-                prefetch=loader.prefetch,
-            )
-        )
+        batches, timeout = loader.batches.starting_at(step), min(POLL, loader.timeout or POLL)
+        data_loader = loader.make_loader(batches, timeout=timeout, status=self.status, prefetch=loader.prefetch)
+        self.batches = iter(data_loader)
         self.workers = set(multiprocessing.active_children()) - before
         if threading.current_thread() is threading.main_thread():
             # PyTorch's handler would raise in the middle of whatever runs, such as an optimizer step.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def next_batch(self) -> Batch:
-        """The next batch.
-
-        Raises:
-            _WorkerLostError: A worker died or hung.
-        """
+        """The next batch. Raises `_WorkerLostError` if a worker died or hangs."""
         begun = time.monotonic()
         watchdog = threading.Timer(self.loader.timeout + 2 * POLL, self._kill_hung)
         watchdog.daemon = True
@@ -120,11 +103,9 @@ class _WorkerPool:
             while True:
                 try:
                     batch: Batch = next(self.batches)
+                    return batch
                 except (RuntimeError, OSError, EOFError) as error:
                     self._check_workers(error, time.monotonic() - begun)
-                else:
-                    self.step += 1
-                    return batch
         finally:
             watchdog.cancel()
 
@@ -146,7 +127,7 @@ class _WorkerPool:
             if not worker.is_alive():
                 status = next((each for each in statuses if each.pid == worker.pid), None)
                 raise _WorkerLostError(
-                    f"{self._where()}: a data worker (process id {worker.pid}) exited with code {worker.exitcode}"
+                    f"a data worker (process id {worker.pid}) exited with code {worker.exitcode}"
                     f"{self._image(status)}; code -9 is the kernel's when memory runs out: set fewer [data] workers"
                 )
         if not timed_out:
@@ -158,12 +139,9 @@ class _WorkerPool:
         busy = (status for status in self.status.read() if status.sample is not None)
         longest = max(busy, key=lambda status: status.seconds, default=None)
         return (
-            f"{self._where()}: no batch within [data] worker_timeout = {self.loader.timeout:g} seconds, a data worker "
+            f"no batch within [data] worker_timeout = {self.loader.timeout:g} seconds, a data worker "
             f"hangs{self._image(longest)}{shortage(self.loader.batch_bytes)}"
         )
-
-    def _where(self) -> str:
-        return f"step {self.step}, process {self.loader.batches.rank}"
 
     def _image(self, status: WorkerStatus | None) -> str:
         if status is None or status.sample is None:

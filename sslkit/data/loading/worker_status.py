@@ -3,8 +3,7 @@
 import multiprocessing
 import os
 import time
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.utils.data import get_worker_info
 
@@ -12,19 +11,12 @@ FIELDS = 3  # per worker: process id, sample (IDLE between samples), time at whi
 IDLE = -1.0
 
 
-@dataclass(frozen=True)
-class WorkerStatus:
-    """The last status of a worker.
-
-    Attributes:
-        pid: Process id.
-        sample: Index of the sample it is working on, or None.
-        seconds: Time since the status was written.
-    """
+class WorkerStatus(NamedTuple):
+    """The last status of a worker."""
 
     pid: int
-    sample: int | None
-    seconds: float
+    sample: int | None  # index of the sample it is working on
+    seconds: float  # since the status was written
 
 
 class StatusBoard:
@@ -34,15 +26,8 @@ class StatusBoard:
         # Without workers no shared memory is needed, which may be read-only.
         self.values: Any = multiprocessing.RawArray("d", FIELDS * workers) if workers else []
 
-    def begin(self, sample: int) -> None:
-        """Record that this worker begins a sample."""
-        self._write(float(sample))
-
-    def end(self) -> None:
-        """Record that this worker has finished its sample."""
-        self._write(IDLE)
-
-    def _write(self, sample: float) -> None:
+    def write(self, sample: float = IDLE) -> None:
+        """Record that this worker begins a sample, or that it is idle."""
         worker = get_worker_info()
         if worker is not None:
             first = FIELDS * worker.id

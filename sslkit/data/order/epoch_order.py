@@ -13,12 +13,7 @@ class EpochOrder(Protocol):
     """The samples of one epoch, batch by batch."""
 
     def batch(self, number: int, first: int, last: int) -> tuple[Indices, Indices]:
-        """Samples ``first`` to ``last - 1`` of global batch ``number``.
-
-        Returns:
-            The samples, and how often each has occurred before in the epoch.
-        """
-        ...
+        """Samples ``first`` to ``last - 1`` of a global batch, and how often each has occurred before in the epoch."""
 
 
 class OrderPlan(Protocol):
@@ -26,7 +21,6 @@ class OrderPlan(Protocol):
 
     def epoch(self, seed: int, epoch: int, order_variant: int, batch_size: int) -> EpochOrder:
         """The order of an epoch. ``batch_size`` is that of all processes; see `epoch_order` for ``order_variant``."""
-        ...
 
     def groups_held(self, batch_size: int, num_processes: int, num_workers: int) -> int:
         """Row groups that one worker of one process reads from at the same time; 0 if rows are read one by one."""
@@ -44,16 +38,10 @@ def epoch_order(seed: int, epoch: int, num_samples: int, order_variant: int = 0)
 
 @dataclass(frozen=True)
 class ArrayOrder:
-    """An epoch's order that is stored as an array; batch ``i`` is its ``i``-th slice of ``batch_size``.
-
-    Attributes:
-        samples: The samples in order.
-        repeats: How often each has occurred before in the epoch.
-        batch_size: Size of a global batch.
-    """
+    """An epoch's order that is stored as an array; batch ``i`` is its ``i``-th slice of ``batch_size``."""
 
     samples: Indices
-    repeats: Indices
+    repeats: Indices  # how often each sample has occurred before in the epoch
     batch_size: int
 
     def batch(self, number: int, first: int, last: int) -> tuple[Indices, Indices]:

@@ -10,15 +10,10 @@ from sslkit.random_draws import DrawPurpose
 
 @dataclass(frozen=True)
 class Mixture(OrderPlan):
-    """The order of several sources that are concatenated in one table; an epoch has as many samples as the table.
+    """The order of several sources that are concatenated in one table; an epoch has as many samples as the table."""
 
-    Attributes:
-        sizes: Number of images of each source.
-        weights: Relative weight of each source.
-    """
-
-    sizes: tuple[int, ...]
-    weights: tuple[float, ...]
+    sizes: tuple[int, ...]  # number of images of each source
+    weights: tuple[float, ...]  # relative weight of each source
 
     def shares(self) -> list[float]:
         """The weights, normalised to a sum of 1."""

@@ -21,11 +21,8 @@ class GlobalBatchSampler(Sampler[list[Key]]):
     Attributes:
         num_samples: Samples of an epoch.
         batch_size: Size of a global batch, over all processes.
-        seed: Seed of the run.
-        total_steps: Step after that of the last batch.
         start_step: Step of the first batch.
-        rank: Rank of this process.
-        world_size: Number of processes.
+        total_steps: Step after that of the last batch.
         order_variant: See `epoch_order`.
         plan: The source's own order; None for `Shuffle`.
     """

@@ -2,13 +2,13 @@
 
 An epoch puts the row groups in random order and cuts this sequence into segments of equal length. Every batch takes an
 equal part of several segments, and the images of a segment are shuffled within windows. The result is a permutation of
-all images and depends on the seed and the epoch only, so that a run resumes exactly, with any number of processes and
-workers. Each process and worker reads segments of its own.
+all images and depends on the seed and the epoch only. Each process and worker reads segments of its own.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -20,30 +20,19 @@ GROUPS, WINDOW = 0, 1  # third element of a draw's key
 
 @dataclass(frozen=True)
 class Interleave:
-    """How batches are interleaved from segments.
+    """How batches are interleaved from segments."""
 
-    Attributes:
-        width: Segments of which every batch takes an equal part; the first of them fills the first part of a batch.
-        cycle: Number of batches after which the same segments are used again.
-        window: Images of a segment that are shuffled together, rounded up to whole row groups.
-    """
-
-    width: int
-    cycle: int
-    window: int
+    width: int  # segments of which every batch takes an equal part; the first fills the first part of a batch
+    cycle: int  # number of batches after which the same segments are used again
+    window: int  # images of a segment that are shuffled together, rounded up to whole row groups
 
 
 @dataclass(frozen=True)
 class StreamOrder:
-    """The order of the rows of a stream.
+    """The order of the rows of a stream."""
 
-    Attributes:
-        sizes: Number of rows of each row group.
-        buffer: Images held in memory at a time, by all processes and their workers together.
-    """
-
-    sizes: tuple[int, ...]
-    buffer: int
+    sizes: tuple[int, ...]  # number of rows of each row group
+    buffer: int  # images held in memory at a time, by all processes and their workers together
 
     @cached_property
     def starts(self) -> Indices:
@@ -78,17 +67,11 @@ class StreamOrder:
 
 @dataclass(frozen=True)
 class StreamEpoch:
-    """The batches of one epoch of a `StreamOrder`.
-
-    Attributes:
-        stream: The stream.
-        key: Seed, epoch and order variant.
-        batch_size: Size of a global batch.
-    """
+    """The batches of one epoch of a `StreamOrder`."""
 
     stream: StreamOrder
-    key: tuple[int, int, int]
-    batch_size: int
+    key: tuple[int, int, int]  # seed, epoch and order variant
+    batch_size: int  # of a global batch
 
     @cached_property
     def _layout(self) -> Interleave:
@@ -110,10 +93,6 @@ class StreamEpoch:
         uses = np.array([len(range(turn, steps, cycle)) for turn in range(cycle)], dtype=np.int64)
         return np.cumsum([0, *np.tile(uses, self._layout.width) * self._part])
 
-    @cached_property
-    def _window_cache(self) -> dict[int, Indices]:
-        return {}
-
     @property
     def _part(self) -> int:
         """Images that a batch takes from a segment."""
@@ -130,9 +109,7 @@ class StreamEpoch:
 
     def _part_of_segment(self, segment: int, start: int) -> Indices:
         """One batch's part of a segment, from position ``start`` of it on, shuffled within the segment's windows."""
-        if segment not in self._window_cache:
-            self._window_cache[segment] = self._windows(segment)
-        edges = self._window_cache[segment]
+        edges = self._windows(segment)
         first, last = np.searchsorted(edges, [start, start + self._part - 1], side="right")
         shuffled = [
             edges[window - 1] + self._rng(WINDOW, segment, window).permutation(edges[window] - edges[window - 1])
@@ -141,7 +118,11 @@ class StreamEpoch:
         skipped = start - edges[first - 1]
         return int(self._segment_starts[segment]) + np.concatenate(shuffled)[skipped : skipped + self._part]
 
-    def _windows(self, segment: int) -> Indices:
+    @cached_property
+    def _windows(self) -> Callable[[int], Indices]:
+        return cache(self._find_windows)
+
+    def _find_windows(self, segment: int) -> Indices:
         """Where each window of a segment begins, and the last one ends. Windows consist of whole row groups."""
         begin, end = self._segment_starts[segment : segment + 2]
         low, high = np.searchsorted(self._group_ends, [begin, end], side="right")

@@ -5,10 +5,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from sslkit.data.config import SourceConfig
-from sslkit.data.formats.folder_listing import METADATA, SUFFIXES, folders_in, walk_folders
+from sslkit.data.formats.folder_listing import METADATA, folders_in, is_image, walk_folders
 from sslkit.data.formats.tables import SAVED_SPLITS, SAVED_STATE
 from sslkit.data.formats.tar_shards import is_shard
 from sslkit.data.sources.bundled import BUILTIN
@@ -21,44 +23,37 @@ HUB, BUNDLED = "hub", "builtin"
 
 @dataclass(frozen=True)
 class DatasetLayout:
-    """Where the images are, and what kind of files they are stored in.
+    """Where the images are, and what kind of files they are stored in."""
 
-    Attributes:
-        loader: One of `LOADERS`, or `HUB` or `BUNDLED`.
-        folder: The folder that contains all files of this kind, of which a split is chosen by name; or None.
-        patterns: If there is no folder: paths or patterns of the files.
-    """
-
-    loader: str
-    folder: Path | None = None
-    patterns: tuple[str, ...] = ()
+    loader: str  # one of `LOADERS`, or `HUB` or `BUNDLED`
+    folder: Path | None = None  # contains all files of this kind, of which a split is chosen by name
+    patterns: tuple[str, ...] = ()  # without a folder: paths or patterns of the files
 
 
 def detect_layout(config: SourceConfig) -> DatasetLayout:
-    """Find out what a source names.
-
-    Raises:
-        UserError: It does not exist, or a key is given that does not apply to it.
-    """
+    """Find out what a source names. A source that does not exist, or a key that does not apply, raises `UserError`."""
     if config.path.startswith(BUILTIN):
-        return _bundled(config)
+        _refuse(config, ("data_files",), "a bundled data set")
+        if config.data_dir is not None and config.name != "full":
+            raise UserError(
+                f"[data] data_dir: {config.path} comes with sslkit; to read all its images from the files in data_dir, "
+                'give name = "full" too, else leave data_dir out'
+            )
+        return DatasetLayout(BUNDLED)
     if config.path in LOADERS:
         return _by_loader(config)
     path = Path(config.path).expanduser()
     if os.path.isdir(path):
         return _in_folder(config, path)
-    pattern = is_shard(config.path) and any(char in config.path for char in "*?[{")
-    if os.path.isfile(path) or pattern:
+    if os.path.isfile(path) or (is_shard(config.path) and any(char in config.path for char in "*?[{")):
         _refuse(config, ("name", "data_dir", "data_files"), "a file")
-        if is_shard(config.path):
-            return DatasetLayout("webdataset", patterns=(config.path,))
-        loader = next((kind for kind in TABLES if is_table(path.name, kind)), "")
+        loader = next((kind for kind in ("webdataset", *TABLES) if KINDS[kind](path.name)), "")
         if not loader:
             raise UserError(
                 f"[data] path: {config.path!r} is a file, but not a .parquet, .arrow or .tar file; for image files, "
                 "give their folder"
             )
-        return DatasetLayout(loader, patterns=(glob.escape(str(path)),))
+        return DatasetLayout(loader, patterns=(config.path if loader == "webdataset" else glob.escape(str(path)),))
     if path.is_absolute() or config.path.count("/") != 1 or config.path.startswith((".", "~")):
         siblings = [entry.name for entry in path.parent.iterdir()] if os.path.isdir(path.parent) else []
         raise UserError(
@@ -73,16 +68,6 @@ def describe(config: SourceConfig) -> str:
     if config.path in LOADERS:
         return str(config.data_dir or config.data_files)
     return f"{config.path}/{config.data_dir}" if config.data_dir and os.path.isdir(config.path) else config.path
-
-
-def _bundled(config: SourceConfig) -> DatasetLayout:
-    _refuse(config, ("data_files",), "a bundled data set")
-    if config.data_dir is not None and config.name != "full":
-        raise UserError(
-            f"[data] data_dir: {config.path} comes with sslkit; to read all its images from the files in data_dir, "
-            'give name = "full" too, else leave data_dir out'
-        )
-    return DatasetLayout(BUNDLED)
 
 
 def _by_loader(config: SourceConfig) -> DatasetLayout:
@@ -132,16 +117,16 @@ def _refuse(config: SourceConfig, keys: Iterable[str], what: str) -> None:
             )
 
 
-def is_table(name: str, kind: str) -> bool:
+def _is_table(kind: str, name: str) -> bool:
     """Whether a file name is that of a table of this kind, and not that of a metadata table about image files."""
     return name.lower().endswith(f".{kind}") and name not in METADATA
 
 
+# Whether a file name is that of a file of each kind; the first kind that a folder has is read.
 KINDS: dict[str, Callable[[str], bool]] = {
+    **{kind: partial(_is_table, kind) for kind in TABLES},
+    "imagefolder": is_image,
     "webdataset": is_shard,
-    "parquet": lambda name: is_table(name, "parquet"),
-    "arrow": lambda name: is_table(name, "arrow"),
-    "imagefolder": lambda name: name[name.rfind(".") :].lower() in SUFFIXES,
 }
 
 
@@ -149,12 +134,13 @@ def kind_of_folder(folder: Path) -> str:
     """The loader for a folder, from the file names in it and its subfolders, or else in the first deeper folder."""
     if (folder / SAVED_STATE).is_file() or (folder / SAVED_SPLITS).is_file():
         return "arrow"
-    return _kind_of(names_near(folder)) or _kind_of(_first_names(folder)) or "imagefolder"
+    deeper = (files for _, files, _ in walk_folders(str(folder)))
+    return next(filter(None, map(_kind_of, chain([names_near(folder)], deeper))), "imagefolder")
 
 
 def _kind_of(names: Iterable[str]) -> str:
     found = {kind for name in set(names) for kind, fits in KINDS.items() if fits(name)}
-    return next((kind for kind in (*TABLES, "imagefolder", "webdataset") if kind in found), "")
+    return next((kind for kind in KINDS if kind in found), "")
 
 
 def names_near(folder: Path) -> Iterator[str]:
@@ -162,8 +148,3 @@ def names_near(folder: Path) -> Iterator[str]:
     for each in (folder, *(folder / name for name in folders_in(folder))):
         with suppress(OSError), os.scandir(each) as entries:
             yield from (entry.name for entry in entries if not entry.name.startswith("."))
-
-
-def _first_names(folder: Path) -> list[str]:
-    """Names in the first folder below that has a file of a known kind."""
-    return next((walked.files for walked in walk_folders(str(folder)) if _kind_of(walked.files)), [])

@@ -12,62 +12,56 @@ import datasets
 
 from sslkit.data.config import SourceConfig
 from sslkit.data.formats.columns import Columns, choose_columns
-from sslkit.data.formats.folder_listing import display_path, to_text, walk_folders
+from sslkit.data.formats.folder_listing import display_path, table_of_folders, to_text, walk_folders
 from sslkit.data.formats.hints import count_suffixes
-from sslkit.data.formats.image_folders import ImageFiles, find_images, image_splits, refuse_several_folders
+from sslkit.data.formats.image_folders import find_images, image_splits, refuse_several_folders
 from sslkit.data.formats.metadata_tables import metadata_files, table_by_metadata
+from sslkit.data.formats.parquet_streams import match_files
 from sslkit.data.formats.splits import ALL, choose, files_by_split, in_order, no_such_split, refuse_several
 from sslkit.data.formats.tables import SAVED_STATE, load_parquet, map_arrow, saved_splits, without_caches
 from sslkit.data.formats.tar_samples import index_shards
 from sslkit.data.formats.tar_shards import find_shards
-from sslkit.data.sources.bundled import load_bundled
+from sslkit.data.sources.bundled import BUILTIN_SPLITS, load_bundled
 from sslkit.data.sources.dataset_layout import (
     BUNDLED,
     HUB,
     KINDS,
     LOADERS,
+    TABLES,
     DatasetLayout,
     describe,
     detect_layout,
     names_near,
 )
-from sslkit.errors import UserError
+from sslkit.errors import UserError, first_line
 from sslkit.hub.availability import quiet_hub, unavailable_reason
+
+HUB_KEYS = {"name", "data_dir", "data_files"}
 
 
 @dataclass(frozen=True)
 class FoundData:
-    """The rows of a source.
+    """The rows of a source."""
 
-    Attributes:
-        rows: All rows with all columns; images are not decoded.
-        columns: The columns to use.
-        summary: What was chosen, for messages.
-        root: The folder that contains all images, as `to_text` writes it; empty if they are not files of a folder.
-        within: For a local table whose rows name files: the folder that must contain them; empty for no restriction.
-        skipped: Number of files of a folder that are not images, by suffix.
-        notes: Sentences on what else is not read.
-    """
-
-    rows: datasets.Dataset
-    columns: Columns
-    summary: str
-    root: str = ""
-    within: str = ""
-    skipped: Counter[str] = field(default_factory=Counter)
-    notes: Sequence[str] = ()
+    rows: datasets.Dataset  # all rows with all columns; images are not decoded
+    columns: Columns  # those to use
+    summary: str  # what was chosen, for messages
+    root: str = ""  # the folder that contains all images, as `to_text` writes it; empty for other kinds of data
+    within: str = ""  # for a local table: the folder that must contain the files that its rows name
+    skipped: Counter[str] = field(default_factory=Counter)  # files of a folder that are not images, by suffix
+    notes: Sequence[str] = ()  # sentences on what else is not read
 
 
 def available_splits(config: SourceConfig) -> list[str]:
     """Names of the splits of a source; empty if they are not known before loading it."""
     layout = detect_layout(config)
     if layout.loader == BUNDLED:
-        return ["train", "test"]
+        return list(BUILTIN_SPLITS)
     if layout.folder is None:
         return []
     if layout.loader == "imagefolder":
         return image_splits(layout.folder) or ["train"]
-    return in_order(_by_split(layout.folder, layout.loader)[0]) or ["train"]
+    return in_order(filter(None, _by_split(layout.folder, layout.loader))) or ["train"]
 
 
 def skipped_files(config: SourceConfig) -> Counter[str]:
@@ -79,66 +73,52 @@ def skipped_files(config: SourceConfig) -> Counter[str]:
 
 
 def find_data(config: SourceConfig) -> FoundData:
-    """Load the rows that ``config`` names.
-
-    Raises:
-        UserError: There are none, or they cannot be loaded.
-    """
+    """Load the rows that ``config`` names. If there are none or they cannot be loaded, raise `UserError`."""
     layout = detect_layout(config)
     if layout.loader == "imagefolder" and layout.folder is not None:
         return _read_folder(layout.folder, config)
     if layout.loader == "webdataset":
-        shards = index_shards(_files(layout, config.split), config.image_column, config.label_column, config.split)
-        columns = Columns("image", shards.label, unlabelled=shards.unlabelled)
-        return FoundData(shards.rows, columns, shards.summary)
+        files = _files(layout, config.split)
+        return FoundData(*index_shards(files, config.image_column, config.label_column, config.split))
     rows = _load(layout, config)
     columns = choose_columns(rows.features, config, _images_beside(config, layout))
-    return FoundData(rows, columns, columns.summary(), within=_folder_of_table(layout, config))
+    within = ""
+    if layout.loader in TABLES and not config.data_files:
+        within = str((layout.folder or Path(config.path).expanduser().parent).resolve())
+    return FoundData(rows, columns, columns.summary(), within=within)
 
 
-def parquet_to_stream(config: SourceConfig) -> list[str] | None:
-    """Patterns of a source's parquet files, empty for a Hub dataset; None if the source has files of another kind.
-
-    Raises:
-        UserError: The source does not exist.
-    """
+def files_to_stream(config: SourceConfig) -> list[str] | None:
+    """Paths or addresses of a source's parquet files, in order; None if the source has files of another kind."""
     layout = detect_layout(config)
     if layout.loader == HUB:
-        return []
-    return _patterns(layout, config.split) if layout.loader == "parquet" else None
+        return _hub_files(config)
+    if layout.loader != "parquet":
+        return None
+    if layout.folder is not None:
+        return list(map(str, _files(layout, config.split)))
+    return _matching(layout.patterns, config.split)
 
 
 def _read_folder(folder: Path, config: SourceConfig) -> FoundData:
     """Image files, with the columns of a metadata table, or else with their folders as classes."""
     images = find_images(folder, config.split)
-    if config.split != ALL:
-        _refuse_tar_files(folder, images)
-    files = metadata_files(images)
-    if files:
-        rows = table_by_metadata(images, files)
-        columns = choose_columns(rows.features, config)
-        others = images.skipped - Counter(file.suffix for file in files)
-        return FoundData(rows, columns, columns.summary(), skipped=others, notes=images.notes)
-    rows = images.table()
-    columns = choose_columns(rows.features, config)
-    root = to_text(str(images.root))
-    return FoundData(rows, columns, _summary(images), root, skipped=images.skipped, notes=images.notes)
-
-
-def _refuse_tar_files(folder: Path, images: ImageFiles) -> None:
-    """Refuse a folder with more tar files than images, as it is unclear which are meant."""
-    tars, found = images.skipped[".tar"], sum(len(each.images) for each in images.folders)
-    if tars > found:
+    tars, count = images.skipped[".tar"], sum(len(each.images) for each in images.folders)
+    if config.split != ALL and tars > count:  # it is unclear which are meant
         raise UserError(
-            f"[data] path: {display_path(folder)} holds {tars:,} tar files beside {found:,} images; move "
+            f"[data] path: {display_path(folder)} holds {tars:,} tar files beside {count:,} images; move "
             'the images elsewhere to read the tar files, or give split = "all" to read only the images'
         )
-
-
-def _summary(images: ImageFiles) -> str:
-    skipped = f" (other files, not read: {count_suffixes(images.skipped)})" if images.skipped else ""
+    files = metadata_files(images)
+    rows = table_by_metadata(images, files) if files else table_of_folders(images.folders, images.classes)
+    columns = choose_columns(rows.features, config)
+    skipped = images.skipped - Counter(file.suffix for file in files)
+    if files:
+        return FoundData(rows, columns, columns.summary(), skipped=skipped, notes=images.notes)
+    others = f" (other files, not read: {count_suffixes(skipped)})" if skipped else ""
     labels = f"{len(set(images.classes))} folders as classes" if images.classes else "no labels"
-    return f"image files{skipped}, {labels}"
+    summary = f"image files{others}, {labels}"
+    return FoundData(rows, columns, summary, to_text(str(images.root)), skipped=skipped, notes=images.notes)
 
 
 def _load(layout: DatasetLayout, config: SourceConfig) -> datasets.Dataset:
@@ -148,34 +128,32 @@ def _load(layout: DatasetLayout, config: SourceConfig) -> datasets.Dataset:
     try:
         if layout.loader == HUB:
             return _load_from_hub(config)
-        if layout.loader == "arrow":
-            if layout.folder is not None and saved_splits(layout.folder) is not None:
-                return map_arrow([], list(map(str, _files(layout, config.split))))
-            return map_arrow(_patterns(layout, config.split))
         if layout.loader == "parquet":
             return load_parquet(_patterns(layout, config.split))
-        files = list(layout.patterns)
-        named = [name for pattern in files for name in glob.glob(pattern, recursive=True)]
-        if not named and not any("://" in pattern for pattern in files):
-            raise UserError(f"[data] data_files: no file matches {', '.join(files)}")
-        refuse_several_folders(named, config.split)
-        # By default, `datasets` drops the labels of a split that holds only one class.
-        drop = not _has_class_folders(files)
-        return datasets.load_dataset("imagefolder", data_files={"split": files}, split="split", drop_labels=drop)
+        if layout.loader == "arrow":
+            if layout.folder is None:
+                return map_arrow(sorted(_matching(layout.patterns, config.split)))
+            files = list(map(str, _files(layout, config.split)))
+            return map_arrow(sorted(files) if saved_splits(layout.folder) is None else files)
+        patterns = list(layout.patterns)
+        if local := [pattern for pattern in patterns if "://" not in pattern]:
+            refuse_several_folders(_matching(local, ALL), config.split)
+        # By default, `datasets` drops the labels of a split that holds only one class. "/**/" matches folders.
+        drop = not any(glob.glob(f"{pattern}/") for pattern in patterns if pattern.endswith("/**"))
+        return datasets.load_dataset("imagefolder", data_files={"split": patterns}, split="split", drop_labels=drop)
     except UserError:
         raise
     except Exception as error:  # untrusted metadata can make `datasets` raise anything
-        where = "no folder of that name here, and as a dataset of the Hub: " if layout.loader == HUB else ""
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        reason += unavailable_reason() if layout.loader == HUB else ""
-        if "corresponds to no data" in reason:
-            reason = "no images in it"
-        reason += _images_beside(config, layout)
-        raise UserError(f"[data] path: cannot load {describe(config)!r}: {where}{reason}") from error
+        if layout.loader == HUB:
+            raise _hub_error(config, error) from error
+        reason = "no images in it" if "corresponds to no data" in str(error) else first_line(error)
+        raise UserError(
+            f"[data] path: cannot load {describe(config)!r}: {reason}{_images_beside(config, layout)}"
+        ) from error
 
 
 def _load_from_hub(config: SourceConfig) -> datasets.Dataset:
-    keys: dict[str, Any] = {"name": config.name, "data_dir": config.data_dir, "data_files": config.data_files}
+    keys: dict[str, Any] = config.model_dump(include=HUB_KEYS)
     with quiet_hub():
         try:
             return datasets.load_dataset(config.path, split=config.split, **keys)
@@ -189,34 +167,65 @@ def _load_from_hub(config: SourceConfig) -> datasets.Dataset:
             return datasets.load_dataset(config.path, split=found[0], **keys)
 
 
+def _hub_files(config: SourceConfig) -> list[str]:
+    """Addresses of the parquet files of a split of a Hub dataset."""
+    try:
+        with quiet_hub():
+            builder = datasets.load_dataset_builder(config.path, **config.model_dump(include=HUB_KEYS))
+        files = builder.config.data_files or {}
+    except Exception as error:  # an untrusted repository can make `datasets` raise anything
+        raise _hub_error(config, error) from error
+    if builder.name != "parquet":
+        raise UserError(
+            f"[data] streaming: {config.path!r} does not consist of parquet files; leave streaming out to download it"
+        )
+    available = {str(name): [str(file) for file in each] for name, each in files.items()}
+    names = list(available) if config.split == ALL else choose(available, config.split)
+    if not names:
+        raise no_such_split(config.path, "the splits", available, config.split)
+    return [file for name in names for file in available[name]]
+
+
+def _hub_error(config: SourceConfig, error: Exception) -> UserError:
+    return UserError(
+        f"[data] path: cannot load {config.path!r}: no folder of that name here, and as a dataset of the Hub: "
+        f"{first_line(error)}{unavailable_reason()}"
+    )
+
+
+def _matching(patterns: Sequence[str], split: str) -> list[str]:
+    """The files that patterns match. If there are none, or they are of several splits, raise `UserError`."""
+    found = [file for pattern in patterns for file in match_files(pattern)]
+    if not found:
+        raise UserError(f"[data] data_files: no file matches {', '.join(patterns)}")
+    refuse_several(found, patterns, split)
+    return found
+
+
 def _patterns(layout: DatasetLayout, split: str) -> list[str]:
     """Patterns of the tables of a split, or the given patterns."""
     if layout.folder is not None:
         return [glob.escape(str(file)) for file in _files(layout, split)]
-    local = [pattern for pattern in layout.patterns if "://" not in pattern]
-    found = [file for pattern in local for file in glob.glob(pattern, recursive=True)]
-    if not found and len(local) == len(layout.patterns):
-        raise UserError(f"[data] data_files: no file matches {', '.join(local)}")
-    refuse_several(found, local, split)
+    if local := [pattern for pattern in layout.patterns if "://" not in pattern]:
+        _matching(local, split)
     return list(layout.patterns)
 
 
 def _files(layout: DatasetLayout, split: str) -> list[Path]:
-    """The tables or tar files of a split, or those that match the given patterns."""
+    """The tables or tar files of a split, or the tar files that match the given patterns."""
     if layout.folder is None:
         found = find_shards(list(layout.patterns))
         refuse_several(list(map(str, found)), layout.patterns, split)
         return found
     what = "tar" if layout.loader == "webdataset" else layout.loader
-    by_split: dict[str, list[Path]] = {}
-    if split == ALL:
-        files = _files_below(layout.folder, layout.loader)
-    else:
-        by_split, files = _by_split(layout.folder, layout.loader)
+    by_split = _by_split(layout.folder, layout.loader, split)
+    files = [file for each in by_split.values() for file in each]
     if not files:
         raise UserError(f"[data] path: {str(layout.folder)!r} holds no {what} files")
-    if not by_split:
-        if split != ALL and not choose(["train"], split):
+    if split == ALL:
+        return files
+    if "" in by_split:
+        if not choose(["train"], split):
             raise UserError(
                 f"[data] split: {str(layout.folder)!r} has {what} files, none of them named like a split, so there is "
                 f"no {split!r}; leave split out to read them all"
@@ -242,34 +251,19 @@ def _refuse_links(chosen: Sequence[Path], others: Sequence[Path]) -> None:
             )
 
 
-def _by_split(folder: Path, loader: str) -> tuple[dict[str, list[Path]], list[Path]]:
-    """The tables or tar files of a folder by split, empty if their names tell none; and all of them."""
-    saved = saved_splits(folder) if loader == "arrow" else None
-    files = _files_below(folder, loader)
-    if saved is not None:
-        return ({} if "" in saved else saved), files
-    return (files_by_split(files, folder) if files else {}), files
-
-
-def _files_below(folder: Path, loader: str) -> list[Path]:
+def _by_split(folder: Path, loader: str, split: str = "") -> dict[str, list[Path]]:
+    """The tables or tar files of a folder by split; under an empty name if there are no splits, or for `ALL`."""
     if loader == "arrow" and (saved := saved_splits(folder)) is not None:
-        return [file for each in saved.values() for file in each]
+        return saved
     files: list[Path] = []
-    for walked in walk_folders(str(folder)):
-        path = Path(walked.path)
-        if loader == "arrow" and SAVED_STATE in walked.files:
-            files += (saved_splits(path) or {}).get("", [])
+    for path, names, _ in walk_folders(str(folder)):
+        if loader == "arrow" and SAVED_STATE in names:
+            files += (saved_splits(Path(path)) or {}).get("", [])
         else:
-            found = [path / name for name in walked.files if KINDS[loader](name)]
+            found = [Path(path, name) for name in names if KINDS[loader](name)]
             files += without_caches(found) if loader == "arrow" else found
-    return sorted(files)
-
-
-def _folder_of_table(layout: DatasetLayout, config: SourceConfig) -> str:
-    """The folder of a local table, in which the files that its rows name must lie."""
-    if layout.loader not in ("parquet", "arrow") or config.data_files:
-        return ""
-    return str((layout.folder or Path(config.path).expanduser().parent).resolve())
+    files.sort()
+    return (files_by_split(files, folder) if files and split != ALL else {}) or {"": files}
 
 
 def _images_beside(config: SourceConfig, layout: DatasetLayout) -> str:
@@ -278,8 +272,3 @@ def _images_beside(config: SourceConfig, layout: DatasetLayout) -> str:
     if config.path in LOADERS or folder is None or not any(map(KINDS["imagefolder"], names_near(folder))):
         return ""
     return f', or, for the image files beside it, write path = "imagefolder" and data_dir = "{folder}"'
-
-
-def _has_class_folders(patterns: list[str]) -> bool:
-    roots = [pattern.removesuffix("/**") for pattern in patterns if pattern.endswith("/**")]
-    return any(Path(entry).is_dir() for root in roots for entry in glob.glob(f"{root}/*"))

@@ -1,11 +1,4 @@
-"""Digests that tell whether two sources hold the same images, by name, by content or by file.
-
-- `names_digest`: number and names of the images. Opens no file. Run folders store it in ``data.json``.
-- `images_digest`: names, sizes and the content of a sample. Protocols of evaluations store it.
-- `source_fingerprint`: paths, sizes and modification times. It is part of the key of stored features.
-
-The first two stay the same when a data set is moved or copied.
-"""
+"""Digests that tell whether two sources hold the same images, by name, by content or by file."""
 
 import hashlib
 import os
@@ -22,7 +15,7 @@ SAMPLE_SIZE = 256  # images of which `images_digest` reads the content
 
 
 def names_digest(source: ImageSource) -> str:
-    """SHA-256 of the number of images and their names below their common folder.
+    """SHA-256 of the number of images and their names below their common folder. Run folders store it.
 
     Images stored in the table count by their size in bytes as well. Takes about 1 second for a million images.
     """
@@ -38,7 +31,7 @@ def names_digest(source: ImageSource) -> str:
 
 
 def images_digest(source: ImageSource) -> str:
-    """First 16 hexadecimal digits of a SHA-256 of the images, in order.
+    """First 16 hexadecimal digits of a SHA-256 of the images, in order. Protocols of evaluations store it.
 
     Images stored in the table count by their bytes. Files count by name below their common folder and size, and
     `SAMPLE_SIZE` of them also by their bytes. Takes about 1 second for 100 000 files. Unreadable files are allowed.
@@ -47,40 +40,43 @@ def images_digest(source: ImageSource) -> str:
         return digest[:16]
     root = _root_length(source, skip_empty=True)
     sha = hashlib.sha256(str(len(source)).encode())
-    has_files = False
-    for cells in source.table.cells(256):
-        for cell in cells.to_pylist():
-            if cell and cell["bytes"] is not None:
-                sha.update(hashlib.sha256(cell["bytes"]).digest())
-            else:
-                path = (cell or {}).get("path") or ""
-                sha.update(f"{path[root:]}\0{file_size(path)}\0".encode())
-                has_files = True
+    has_files = _update(sha, source, lambda path: f"{path[root:]}\0{file_size(path)}\0")
     for index in spread_sample(len(source), SAMPLE_SIZE) if has_files else ():
         sha.update(bytes.fromhex(image_digest(source, index)) or b"unreadable")
     return sha.hexdigest()[:16]
 
 
 def source_fingerprint(source: ImageSource) -> str:
-    """SHA-256 of the images' bytes, or of the files' paths, sizes and modification times.
+    """SHA-256 of the images' bytes, or of the files' paths, sizes and modification times, for stored features.
 
-    Raises:
-        UnreadableImage: A file is missing.
+    A missing file raises `UnreadableImage`.
     """
     if digest := source.table.digest():
         return digest
     sha = hashlib.sha256()
+    _update(sha, source, _file_state)
+    return sha.hexdigest()
+
+
+def _file_state(path: str) -> str:
+    try:
+        status = os.stat(to_path(path) if path else "")
+    except OSError as error:
+        raise UnreadableImage(printable(path), error.strerror or str(error)) from error
+    return f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0"
+
+
+def _update(sha: "hashlib._Hash", source: ImageSource, describe_file: Callable[[str], str]) -> bool:
+    """Add each image to a hash: its bytes, or a text for the path of its file. Return whether any is a file."""
+    has_files = False
     for cells in source.table.cells(256):
         for cell in cells.to_pylist():
-            if cell["bytes"] is not None:
+            if cell and cell["bytes"] is not None:
                 sha.update(hashlib.sha256(cell["bytes"]).digest())
-                continue
-            try:
-                status = os.stat(to_path(cell["path"]))
-            except OSError as error:
-                raise UnreadableImage(printable(cell["path"]), error.strerror or str(error)) from error
-            sha.update(f"{cell['path']}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    return sha.hexdigest()
+            else:
+                sha.update(describe_file((cell or {}).get("path") or "").encode())
+                has_files = True
+    return has_files
 
 
 def image_digest(source: ImageSource, index: int) -> str:
@@ -111,12 +107,9 @@ def spread_sample(count: int, size: int) -> list[int]:
 
 def _root_length(source: ImageSource, *, skip_empty: bool) -> int:
     """Length of the folder path with which all paths begin."""
-    ends: list[str] = []
+    bounds: list[str | None] = []
     for images in source.table.cells(4096):
         paths = images.field("path")
-        if skip_empty:
-            paths = paths.filter(compute.not_equal(paths, ""))
-        bounds = compute.min_max(paths).as_py()
-        ends = [end for end in (*ends, *bounds.values()) if end is not None]
-        ends = [min(ends), max(ends)] if ends else []
-    return os.path.commonprefix(ends).rfind("/") + 1  # noqa: RUF071 - cut at a slash
+        bounds += compute.min_max(paths.filter(compute.not_equal(paths, "")) if skip_empty else paths).as_py().values()
+    known = [bound for bound in bounds if bound is not None]
+    return os.path.commonprefix(known).rfind("/") + 1  # noqa: RUF071 - cut at a slash

@@ -1,7 +1,4 @@
-"""The images of a run or an evaluation: one source, or several mixed.
-
-Images stay encoded until a worker decodes them.
-"""
+"""The images of a run or an evaluation: one source, or several mixed. They stay encoded until a worker decodes them."""
 
 import logging
 import os
@@ -20,13 +17,13 @@ from sslkit.data.decode.channels import decode_channels
 from sslkit.data.decode.rgb import Pixels, Reduction, Size, UnreadableImage, decode_reduced, decode_rgb, read_file
 from sslkit.data.formats.columns import choose_columns
 from sslkit.data.formats.folder_listing import printable, span_of, to_path
-from sslkit.data.formats.parquet_streams import StreamedTable, features_of, find_parquet, read_footers
+from sslkit.data.formats.parquet_streams import StreamedTable, features_of, read_footers
 from sslkit.data.formats.tables import is_missing, label_text, only_columns
 from sslkit.data.order.epoch_order import OrderPlan
 from sslkit.data.order.mixture import Mixture
 from sslkit.data.order.stream_order import StreamOrder
 from sslkit.data.sources.dataset_layout import describe
-from sslkit.data.sources.find import available_splits, find_data, parquet_to_stream, skipped_files
+from sslkit.data.sources.find import available_splits, files_to_stream, find_data, skipped_files
 from sslkit.data.sources.image_table import ImageTable, MappedTable
 from sslkit.errors import UserError, check_path
 
@@ -39,7 +36,6 @@ class ImageSource:
     """A map-style collection of encoded images and, if any, their labels.
 
     Attributes:
-        table: The rows.
         description: Name of the source in messages.
         root: The folder that contains all images, as `to_text` writes it; empty if they are not files of a folder.
         within: For a local table whose rows name files: the folder that must contain them; empty for no restriction.
@@ -72,28 +68,13 @@ class ImageSource:
         Raises:
             UnreadableImage: It cannot be read or decoded.
         """
-        return self.read_as(index, self.channels)
-
-    def read_as(self, index: int, channels: int | None) -> Pixels:
-        """Decode image ``index`` as if the source had so many ``channels``; see `read`."""
         name, encoded = self.encoded(index)
-        if channels is None:
+        if self.channels is None:
             return decode_rgb(encoded, name, self.background)
-        return decode_channels(encoded, name, channels)
-
-    def read_reduced(self, index: int, reduction: Reduction) -> tuple[Pixels, Size]:
-        """Decode image ``index`` like `decode_reduced`; images of other channels than RGB are not reduced.
-
-        Returns:
-            The pixels, and height and width of the full image.
-
-        Raises:
-            UnreadableImage: It cannot be read or decoded.
-        """
-        return self.decode(*self.encoded(index), reduction)
+        return decode_channels(encoded, name, self.channels)
 
     def decode(self, name: str, encoded: bytes, reduction: Reduction) -> tuple[Pixels, Size]:
-        """Decode the result of `encoded`; see `read_reduced`."""
+        """Decode the result of `encoded` like `decode_reduced`; images of other channels than RGB are not reduced."""
         if self.channels is None:
             return decode_reduced(encoded, name, reduction, self.background)
         pixels = decode_channels(encoded, name, self.channels)
@@ -134,7 +115,7 @@ class ImageSource:
             UserError: The source has no labels, or an image has none or one of no class.
         """
         if self.label_column is None or self.unlabelled:
-            why = f": {self.unlabelled}" if self.unlabelled else ""
+            why = self.unlabelled and f": {self.unlabelled}"
             raise UserError(
                 f"{self.description} has no labels; evaluation needs a folder per class, a metadata.csv with "
                 f"file_name and label beside the images, or [data] label_column (--label-column){why}"
@@ -149,9 +130,11 @@ class ImageSource:
         labels = []
         for index, value in enumerate(values):
             try:
-                labels.append(label_text(value, names, index))
-            except UserError as error:
-                raise UserError(f"{error} ({self.name(index)})") from error
+                labels.append(label_text(value, names))
+            except ValueError as error:
+                raise UserError(
+                    f"[data] label_column: row {index} has the label {value!r:.50}, {error} ({self.name(index)})"
+                ) from error
         return labels
 
     def class_names(self) -> list[str]:
@@ -181,9 +164,8 @@ class ImageSource:
 
     def describe_streaming(self, batch_size: int, num_processes: int, num_workers: int) -> str:
         """A sentence on the memory that each worker needs for a stream; empty if the source is no stream."""
-        return self.table.describe_streaming(
-            self.plan.groups_held(batch_size, num_processes, num_workers) if self.plan else 0
-        )
+        groups = self.plan.groups_held(batch_size, num_processes, num_workers) if self.plan else 0
+        return self.table.describe_streaming(groups)
 
 
 def open_source(config: DataConfig) -> ImageSource:
@@ -198,8 +180,8 @@ def open_source(config: DataConfig) -> ImageSource:
     if config.mix:
         source = mix([_open(each) for each in config.mix], [each.weight for each in config.mix])
     else:
-        patterns = parquet_to_stream(config) if config.streaming else None
-        source = _open(config) if patterns is None else _open_stream(config, patterns)
+        streamed = files_to_stream(config) if config.streaming else None
+        source = _open(config) if streamed is None else _open_stream(config, streamed)
     return replace(source, channels=config.channels, background=config.background)
 
 
@@ -216,9 +198,8 @@ def _open(config: SourceConfig) -> ImageSource:
     return ImageSource(table, description, found.root, found.within, unlabelled=columns.unlabelled)
 
 
-def _open_stream(config: DataConfig, patterns: list[str]) -> ImageSource:
+def _open_stream(config: DataConfig, files: list[str]) -> ImageSource:
     description = f"{describe(config)} [{config.split}]"
-    files = find_parquet(config, patterns)
     footers = read_footers(files)
     columns = choose_columns(features_of(files[0], footers[0]), config)
     table = StreamedTable(files, footers, columns.image, columns.label)

@@ -26,18 +26,15 @@ class ImageTable(Protocol):
     @property
     def label_column(self) -> str | None:
         """Name of the label column, or None."""
-        ...
 
     @property
     def label_feature(self) -> Any:
         """Type of the labels, as `datasets` describes it; None without labels."""
-        ...
 
     def __len__(self) -> int: ...
 
     def cell(self, row: int) -> dict[str, Any]:
         """An image as `datasets` stores it: ``bytes`` or None, and ``path`` or None."""
-        ...
 
     def name(self, row: int) -> str:
         """Printable name of an image; empty if it has none."""
@@ -49,19 +46,15 @@ class ImageTable(Protocol):
 
     def cells(self, batch_size: int) -> Iterator[pa.StructArray]:
         """All images as Arrow structures of ``bytes`` and ``path``, ``batch_size`` at a time."""
-        ...
 
     def labels(self, rows: Sequence[int] | None = None) -> list[Any]:
         """Values of the label column for ``rows``, or for all rows."""
-        ...
 
     def select(self, rows: NDArray[np.int64]) -> Self:
         """The given rows, in this order."""
-        ...
 
     def without_labels(self) -> Self:
         """The same images without labels."""
-        ...
 
     def holding(self, groups: int) -> Self:
         """The same rows, with so many row groups kept in memory. Changes nothing if there are no row groups."""
@@ -80,23 +73,12 @@ class ImageTable(Protocol):
         return ""
 
     def as_dataset(self) -> datasets.Dataset:
-        """A `datasets` table with the images in a column ``image``, not decoded.
-
-        Raises:
-            UserError: The table is a stream.
-        """
-        ...
+        """A `datasets` table with the images in a column ``image``, not decoded. A stream raises `UserError`."""
 
 
 @dataclass(frozen=True)
 class MappedTable(ImageTable):
-    """A table that `datasets` maps into memory; images are not decoded by `datasets`.
-
-    Attributes:
-        rows: The rows.
-        image_column: Name of the image column.
-        label_column: Name of the label column, or None.
-    """
+    """A table that `datasets` maps into memory; images are not decoded by `datasets`."""
 
     rows: datasets.Dataset
     image_column: str = "image"

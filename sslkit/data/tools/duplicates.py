@@ -11,11 +11,7 @@ FLAT = 4  # difference of grey levels up to which an image is flat and its hash 
 
 
 def difference_hash(pixels: NDArray[np.uint8]) -> int:
-    """A 64-bit perceptual hash: whether each of 8 x 8 cells is darker than its right neighbour; 0 for a flat image.
-
-    Args:
-        pixels: (H, W, 3) uint8 RGB.
-    """
+    """64-bit hash of (H, W, 3) uint8: whether each of 8 x 8 cells is darker than the next; 0 for a flat image."""
     grey = cv2.cvtColor(cv2.resize(pixels, (9, 8), interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2GRAY).astype(int)
     if np.ptp(grey) <= FLAT:
         return 0

@@ -9,12 +9,9 @@ from sslkit.data.decode.rgb import Pixels
 
 
 def make_image_grid(images: Sequence[Pixels], tile: int, columns: int) -> Image.Image:
-    """Scale images to square tiles, and put them side by side, row by row, on black.
+    """Scale images to square tiles of ``tile`` pixels, and put them side by side, row by row, on black.
 
-    Args:
-        images: Each (H, W, 3) uint8 RGB, or (H, W, C) uint16, see `as_picture`.
-        tile: Side of a tile in pixels.
-        columns: Tiles per row.
+    Each image is (H, W, 3) uint8 RGB, or (H, W, C) uint16, see `as_picture`.
     """
     grid = Image.new("RGB", (columns * tile, -(-len(images) // columns) * tile))
     for index, pixels in enumerate(images):

@@ -16,11 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 from sslkit.data.decode.background import describe_background
 from sslkit.data.decode.channels import FULL_SCALE, as_picture
 from sslkit.data.decode.rgb import TIFF, Header, Pixels, UnreadableImage, is_transparent, read_header
+from sslkit.data.loading.loader import start_worker
 from sslkit.data.loading.shared_memory import prefetch_of
 from sslkit.data.loading.worker_status import StatusBoard
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.data.tools.duplicates import difference_hash, exact_groups, near_groups
-from sslkit.errors import RunError, UserError
+from sslkit.errors import RunError, UserError, first_line
 
 CHUNK = 32  # images that a worker returns at a time
 LISTED = 1000  # maximum length of a list of images or groups
@@ -31,58 +32,43 @@ QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 
 
 @dataclass(frozen=True)
-class ImageStats:
-    """Measurements of one image.
+class _ImageStats:
+    """Measurements of one image, or the reason why it is unreadable."""
 
-    Attributes:
-        index: Position in the source.
-        reason: Why it is unreadable; empty if it is not. All other fields are unset if it is.
-        header: Its metadata.
-        height: Height in pixels.
-        width: Width in pixels.
-        transparent: Whether a pixel is not opaque.
-        num_bytes: Size of the encoded image.
-        content: 16-byte hash of the encoded image.
-        perceptual_hash: See `difference_hash`.
-        grey: Whether red, green and blue of each pixel are nearly equal.
-        mean: Mean of each channel, for values in [0, 1].
-        mean_square: Mean of the squares of each channel.
-    """
-
-    index: int
+    index: int  # position in the source
     reason: str = ""
     header: Header | None = None
-    height: int = 0
-    width: int = 0
-    transparent: bool = False
-    num_bytes: int = 0
-    content: bytes = b""
+    size: tuple[int, int, int] = (0, 0, 0)  # width, height, bytes of the encoded image
+    properties: tuple[str, ...] = ()
+    content: bytes = b""  # 16-byte hash of the encoded image
     perceptual_hash: int = 0
-    grey: bool = False
-    mean: tuple[float, ...] = ()
+    mean: tuple[float, ...] = ()  # of each channel, for values in [0, 1]
     mean_square: tuple[float, ...] = ()
 
 
-def measure_image(source: ImageSource, index: int) -> ImageStats:
+def _measure(source: ImageSource, index: int) -> _ImageStats:
     """Read image ``index`` as training does, and measure it."""
     try:
         name, encoded = source.encoded(index)
         pixels = source.read(index)
         header = _header(encoded, name, pixels)
     except UnreadableImage as error:
-        return ImageStats(index, error.reason)
+        return _ImageStats(index, error.reason)
     mean, std = _moments(pixels)
     colour = pixels.max(axis=2).astype(np.int32) - pixels.min(axis=2)
-    return ImageStats(
+    properties = {
+        "rotated": header.orientation != 1,
+        "alpha": header.alpha,
+        "transparent": header.alpha and is_transparent(encoded, name),
+        "grey": bool((colour <= MAX_COLOUR).all()),
+    }
+    return _ImageStats(
         index,
         header=header,
-        height=pixels.shape[0],
-        width=pixels.shape[1],
-        transparent=header.alpha and is_transparent(encoded, name),
-        num_bytes=len(encoded),
+        size=(pixels.shape[1], pixels.shape[0], len(encoded)),
+        properties=tuple(each for each, found in properties.items() if found),
         content=hashlib.blake2b(encoded, digest_size=16).digest(),
         perceptual_hash=difference_hash(as_picture(pixels)),
-        grey=bool((colour <= MAX_COLOUR).all()),
         mean=tuple(mean.tolist()),
         mean_square=tuple((std**2 + mean**2).tolist()),
     )
@@ -110,34 +96,23 @@ class _Totals:
 
     formats: Counter[str] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
-    rotated: int = 0
-    alpha: int = 0
-    transparent: int = 0
-    grey: int = 0
-    unreadable: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
     listed: list[tuple[int, str]] = field(default_factory=list)
-    positions: "array[int]" = field(default_factory=lambda: array("Q"))
-    sizes: "array[int]" = field(default_factory=lambda: array("Q"))
-    hashes: "array[int]" = field(default_factory=lambda: array("Q"))
+    rows: "array[int]" = field(default_factory=lambda: array("Q"))  # position, width, height, bytes, hash of each
     contents: bytearray = field(default_factory=bytearray)
     mean: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
     mean_square: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
 
-    def add(self, stats: ImageStats) -> None:
+    def add(self, stats: _ImageStats) -> None:
         if stats.header is None:
-            self.unreadable += 1
-            if self.unreadable <= LISTED:
+            self.counts["unreadable"] += 1
+            if len(self.listed) < LISTED:
                 self.listed.append((stats.index, stats.reason))
             return
         self.formats[stats.header.format] += 1
         self.modes[stats.header.mode] += 1
-        self.rotated += stats.header.orientation != 1
-        self.alpha += stats.header.alpha
-        self.transparent += stats.transparent
-        self.grey += stats.grey
-        self.positions.append(stats.index)
-        self.sizes.extend((stats.width, stats.height, stats.num_bytes))
-        self.hashes.append(stats.perceptual_hash)
+        self.counts.update(stats.properties)
+        self.rows.extend((stats.index, *stats.size, stats.perceptual_hash))
         self.contents += stats.content
         self.mean = self.mean + stats.mean
         self.mean_square = self.mean_square + stats.mean_square
@@ -146,20 +121,11 @@ class _Totals:
 def inspect_images(
     source: ImageSource, workers: int, progress: Callable[[int], None] = lambda count: None, timeout: float = 300.0
 ) -> dict[str, Any]:
-    """Read and measure every image of a source. Memory grows by about forty bytes per image.
+    """Read and measure every image of a source: the report that docs/data.md describes.
 
-    Args:
-        source: Images and, if any, labels.
-        workers: Number of worker processes; 0 reads in this process.
-        progress: Called repeatedly with the number of images that were read since the last call.
-        timeout: Seconds that `CHUNK` images may take.
-
-    Returns:
-        The report that docs/data.md describes. Lists hold the first 1000 entries; counts are complete.
-
-    Raises:
-        UserError: Workers cannot be started; see `prefetch_of`.
-        RunError: A worker died or hung. The message names the images that were being read.
+    Lists hold the first 1000 entries; counts are complete. ``progress`` is called with the number of images that were
+    read since its last call. Raises `UserError` if workers cannot be started, and `RunError`, which names the images
+    that were being read, if a worker dies or needs more than ``timeout`` seconds for `CHUNK` images.
     """
     totals, status = _Totals(), StatusBoard(workers)
     loader: DataLoader[Any] = DataLoader(
@@ -168,7 +134,7 @@ def inspect_images(
         num_workers=workers,
         collate_fn=list,
         timeout=timeout if workers else 0.0,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         prefetch_factor=prefetch_of(0, workers, "--workers", 2),
     )
     try:
@@ -180,57 +146,53 @@ def inspect_images(
         names = [source.name(each.sample) for each in status.read() if each.sample is not None]
         for worker in multiprocessing.active_children():
             worker.kill()
-        raise RunError(f"a worker died or hung ({str(error).splitlines()[0]}) at one of: {'; '.join(names)}") from error
+        raise RunError(f"a worker died or hung ({first_line(error)}) at one of: {'; '.join(names)}") from error
     return _report(source, totals)
 
 
-class _Stats(Dataset[ImageStats]):
+class _Stats(Dataset[_ImageStats]):
     def __init__(self, source: ImageSource, status: StatusBoard) -> None:
         self.source, self.status = source, status
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> ImageStats:
-        self.status.begin(index)
-        stats = measure_image(self.source, index)
-        self.status.end()
+    def __getitem__(self, index: int) -> _ImageStats:
+        self.status.write(index)
+        stats = _measure(self.source, index)
+        self.status.write()
         return stats
 
 
-def _start_worker(_worker: int) -> None:
-    cv2.setNumThreads(0)
-
-
 def _report(source: ImageSource, totals: _Totals) -> dict[str, Any]:
-    positions = np.frombuffer(totals.positions, np.uint64).astype(np.int64)
-    readable = len(positions)
+    rows, counts = np.frombuffer(totals.rows, np.uint64).reshape(-1, 5), totals.counts
+    readable, positions = len(rows), rows[:, 0].astype(np.int64)
     report: dict[str, Any] = {"data": source.description, "images": len(source), "readable": readable}
     listed = [{"index": index, "name": source.name(index), "reason": reason} for index, reason in totals.listed]
-    report["unreadable"] = {"count": totals.unreadable, "images": listed}
+    report["unreadable"] = {"count": counts["unreadable"], "images": listed}
     report["classes"], report["label_problem"] = _class_counts(source)
     if not readable:
         return report
     mean, digits = totals.mean / readable, 4 if source.channels is None else 6  # 16-bit images may be very dark
-    alpha = {"count": totals.alpha, "transparent": totals.transparent, "background": source.background}
+    alpha = {"count": counts["alpha"], "transparent": counts["transparent"], "background": source.background}
     return {
         **report,
         "formats": dict(totals.formats.most_common()),
         "modes": dict(totals.modes.most_common()),
-        "exif_rotated": totals.rotated,
+        "exif_rotated": counts["rotated"],
         **({"alpha": alpha} if source.channels is None else {}),  # other channels keep alpha
-        "grey_share": totals.grey / readable,
+        "grey_share": counts["grey"] / readable,
         "mean": mean.round(digits).tolist(),
         "std": np.sqrt(np.maximum(totals.mean_square / readable - mean**2, 0)).round(digits).tolist(),
-        **_sizes(source, positions, np.frombuffer(totals.sizes, np.uint64).reshape(-1, 3).astype(np.int64)),
-        **_duplicates(source, positions, totals),
+        **_sizes(source, positions, rows[:, 1:4].astype(np.int64)),
+        **_duplicates(source, positions, np.frombuffer(totals.contents, np.dtype("V16")), rows[:, 4]),
     }
 
 
-def count_alpha(source: ImageSource, at_most: int = SAMPLED) -> tuple[int, int]:
+def count_alpha(source: ImageSource) -> tuple[int, int]:
     """Number of images with alpha in a random sample, and the number of readable images in the sample."""
     found = readable = 0
-    for index in np.sort(source.sample(at_most, 0)).tolist():
+    for index in np.sort(source.sample(SAMPLED, 0)).tolist():
         try:
             name, encoded = source.encoded(index)
             found += read_header(encoded, name).alpha
@@ -269,13 +231,15 @@ def _sizes(source: ImageSource, positions: NDArray[np.int64], sizes: NDArray[np.
     return {"quantiles": quantiles, **listed}
 
 
-def _duplicates(source: ImageSource, positions: NDArray[np.int64], totals: _Totals) -> dict[str, Any]:
-    exact = exact_groups(np.frombuffer(bytes(totals.contents), np.dtype("V16")))
+def _duplicates(
+    source: ImageSource, positions: NDArray[np.int64], contents: NDArray[np.void], hashes: NDArray[np.uint64]
+) -> dict[str, Any]:
+    exact = exact_groups(contents)
     copies = np.zeros(len(positions), dtype=bool)
     for group in exact:
         copies[group[1:]] = True
     originals = np.flatnonzero(~copies)
-    near = [originals[group] for group in near_groups(np.frombuffer(totals.hashes, np.uint64)[originals])]
+    near = [originals[group] for group in near_groups(hashes[originals])]
     return {
         name: {
             "groups": len(groups),

@@ -1,7 +1,6 @@
 """Pack a data set into a few large files, with no image larger than the views need, for slow disks or few cores.
 
-Shards are Arrow streams, which are mapped into memory: rows can be read in any order, without a copy in a cache. Images
-are stored in random order, so that reading shard by shard is random as well.
+Shards are Arrow streams, mapped into memory, in random order, so that reading shard by shard is random as well.
 """
 
 import fcntl
@@ -12,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.decode.background import WHITE
-from sslkit.data.decode.rgb import Pixels, Size, UnreadableImage, decode_reduced
+from sslkit.data.decode.rgb import Size, UnreadableImage, decode_reduced
 from sslkit.data.formats.folder_listing import printable
 from sslkit.data.loading.loader import start_worker
 from sslkit.data.loading.shared_memory import prefetch_of
 from sslkit.data.sources.image_identity import names_digest
 from sslkit.data.sources.image_source import ImageSource
-from sslkit.errors import RunError, UserError, check_path
+from sslkit.errors import RunError, UserError, check_path, first_line
 from sslkit.files.atomic import remove, replace_file, replace_text, sync, write_json
 from sslkit.random_draws import DrawPurpose
 
@@ -44,21 +44,13 @@ OVERSAMPLING = 2.0  # of a JPEG that is decoded at reduced size, so that resizin
 
 @dataclass(frozen=True)
 class Packing:
-    """Options of `pack`.
+    """Options of `pack`."""
 
-    Attributes:
-        side: Shorter side in pixels to which larger images are resized; smaller ones are kept byte for byte.
-        quality: JPEG quality of resized images.
-        seed: Seed of the order.
-        shard_images: Images per shard.
-        background: What transparent pixels of resized images are composited over; other images keep their alpha.
-    """
-
-    side: int = 504
-    quality: int = 95
-    seed: int = 0
+    side: int = 504  # shorter side in pixels to which larger images are resized; smaller ones are kept byte for byte
+    quality: int = 95  # JPEG quality of resized images
+    seed: int = 0  # of the order
     shard_images: int = 2048
-    background: str = WHITE
+    background: str = WHITE  # for transparent pixels of resized images; other images keep their alpha
 
 
 @dataclass
@@ -95,18 +87,9 @@ def pack(
 ) -> Packed:
     """Write ``source`` to a new folder of shards. The same call continues an interrupted one, shard by shard.
 
-    Unreadable images are left out and listed in ``prepared.json``. Labels and names of classes are kept.
-
-    Args:
-        source: Images and, if any, labels.
-        folder: Must not exist; it is created when all shards are complete.
-        packing: Options.
-        workers: Number of processes that decode and encode; 0 does it in this process.
-        progress: Called repeatedly with the number of images that are done since the last call.
-
-    Raises:
-        UserError: ``folder`` exists or cannot be written, or no image is readable.
-        RunError: A worker died.
+    Unreadable images are left out and listed in ``prepared.json``. Labels and names of classes are kept. ``progress``
+    is called with the number of images that are done since its last call. Raises `UserError` if ``folder`` exists or
+    cannot be written, or no image is readable, and `RunError` if a worker dies.
     """
     check_path(folder, "OUTPUT")
     if os.path.lexists(folder):
@@ -118,11 +101,10 @@ def pack(
         with _exclusive_lock(folder.with_name(f".{folder.name}.lock")):
             return _pack(source, folder, packing, workers, progress)
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written: {error.strerror or error}; the same command continues"
-        ) from error
+        reason = f"cannot be written: {error.strerror or error}"
+        raise UserError(f"{folder}: {reason}; the same command continues") from error
     except RuntimeError as error:  # from DataLoader
-        raise RunError(f"a worker died: {str(error).splitlines()[0]}; the same command continues") from error
+        raise RunError(f"a worker died: {first_line(error)}; the same command continues") from error
 
 
 def _pack(source: ImageSource, folder: Path, packing: Packing, workers: int, progress: Callable[[int], None]) -> Packed:
@@ -132,10 +114,11 @@ def _pack(source: ImageSource, folder: Path, packing: Packing, workers: int, pro
     size = packing.shard_images
     names = [f"shard-{number:05d}" for number in range(math.ceil(len(order) / size))]
     missing = [number for number, name in enumerate(names) if not (part / f"{name}.json").is_file()]
-    progress(len(order) - sum(len(order[number * size : (number + 1) * size]) for number in missing))
     todo = [order[number * size : (number + 1) * size] for number in missing]
-    for number, rows in zip(missing, _rows_of(source, packing, todo, workers, progress), strict=True):
-        _write_shard(source, part / names[number], rows)
+    progress(len(order) - sum(map(len, todo)))
+    rows = _rows_of(source, packing, todo, workers, progress)
+    for number, shard in zip(missing, todo, strict=True):
+        _write_shard(source, part / names[number], islice(rows, len(shard)))
     results = [json.loads((part / f"{name}.json").read_text(encoding="utf-8")) for name in names]
     packed = Packed(**{key: sum((each[key] for each in results), zero) for key, zero in asdict(Packed()).items()})
     if not packed.images:
@@ -193,9 +176,6 @@ class _Rows(Dataset[_Row]):
     def __init__(self, source: ImageSource, packing: Packing) -> None:
         self.source, self.packing = source.without_labels(), packing
 
-    def __len__(self) -> int:
-        return len(self.source)
-
     def __getitem__(self, index: int) -> _Row:
         try:
             name, encoded = self.source.encoded(index)
@@ -206,29 +186,21 @@ class _Rows(Dataset[_Row]):
 
 
 def shrink(encoded: bytes, name: str, packing: Packing) -> bytes:
-    """Resize an image that is larger than `Packing.side`, to a JPEG; empty bytes if it is kept unchanged.
-
-    Raises:
-        UnreadableImage: It cannot be decoded.
-    """
+    """Resize an image larger than `Packing.side`, to a JPEG; empty bytes if it is kept. Raises `UnreadableImage`."""
     side = packing.side
 
     def reduction(size: Size) -> int:
         return next((by for by in (8, 4, 2) if min(size) / by >= OVERSAMPLING * side), 1)
 
     pixels, size = decode_reduced(encoded, name, reduction, packing.background)
-    stream = io.BytesIO()
+    image, stream = Image.fromarray(pixels), io.BytesIO()
     if min(size) > side and max(size) * side / min(size) < LONGEST:
-        _resized(pixels, side).save(stream, "JPEG", quality=packing.quality, optimize=True)
+        scale = side / min(image.size)
+        resized = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+        resized.save(stream, "JPEG", quality=packing.quality, optimize=True)
     elif len(encoded) > KEPT_BYTES:
-        Image.fromarray(pixels).save(stream, "PNG")
+        image.save(stream, "PNG")
     return stream.getvalue()
-
-
-def _resized(pixels: Pixels, side: int) -> Image.Image:
-    height, width = pixels.shape[:2]
-    scale = side / min(height, width)
-    return Image.fromarray(pixels).resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
 
 
 def _rows_of(
@@ -237,8 +209,8 @@ def _rows_of(
     shards: Sequence[NDArray[np.int64]],
     workers: int,
     progress: Callable[[int], None],
-) -> Iterator[Iterator[_Row]]:
-    """The rows of each shard, in order; those of one must be consumed before those of the next."""
+) -> Iterator[_Row]:
+    """The rows of all shards, in order."""
     chunks = [shard[start : start + CHUNK].tolist() for shard in shards for start in range(0, len(shard), CHUNK)]
     loader: DataLoader[Any] = DataLoader(
         _Rows(source, packing),
@@ -248,15 +220,9 @@ def _rows_of(
         worker_init_fn=start_worker,
         prefetch_factor=prefetch_of(0, workers, "--workers", 2),
     )
-    batches = iter(loader)
-
-    def rows_of(count: int) -> Iterator[_Row]:
-        for _ in range(math.ceil(count / CHUNK)):
-            rows = next(batches)
-            progress(len(rows))
-            yield from rows
-
-    return (rows_of(len(shard)) for shard in shards)
+    for rows in loader:
+        progress(len(rows))
+        yield from rows
 
 
 def _write_shard(source: ImageSource, path: Path, rows: Iterator[_Row]) -> None:
@@ -273,17 +239,24 @@ def _stream(source: ImageSource, rows: Iterator[_Row], packed: Packed) -> Iterat
         features["label"] = source.table.label_feature
     schema = datasets.Features(features).arrow_schema
     root = f"{printable(source.root)}/" if source.root else ""
-    sink = _Sink()
+    sink = io.BytesIO()
     with pa.ipc.new_stream(pa.PythonFile(sink, "w"), schema) as writer:
         for batch in _batches(rows, root, packed):
-            cells: dict[str, list[Any]] = {
-                "image": [{"bytes": row.encoded, "path": row.name.removeprefix(root)} for row in batch]
-            }
+            images = [{"bytes": row.encoded, "path": row.name.removeprefix(root)} for row in batch]
+            cells: dict[str, list[Any]] = {"image": images}
             if source.label_column:
                 cells["label"] = source.table.labels([row.index for row in batch])
             writer.write_batch(pa.RecordBatch.from_pydict(cells, schema))
-            yield sink.take()
-    yield sink.take()
+            yield _take(sink)
+    yield _take(sink)
+
+
+def _take(sink: io.BytesIO) -> bytes:
+    """Empty ``sink``; returns what was in it."""
+    content = sink.getvalue()
+    sink.seek(0)
+    sink.truncate()
+    return content
 
 
 def _batches(rows: Iterator[_Row], root: str, packed: Packed) -> Iterator[list[_Row]]:
@@ -302,21 +275,3 @@ def _batches(rows: Iterator[_Row], root: str, packed: Packed) -> Iterator[list[_
             batch = []
     if batch:
         yield batch
-
-
-class _Sink(io.RawIOBase):
-    """A file whose content is taken out piece by piece."""
-
-    def __init__(self) -> None:
-        self.pieces: list[bytes] = []
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, piece: Any) -> int:
-        self.pieces.append(bytes(piece))
-        return len(piece)
-
-    def take(self) -> bytes:
-        taken, self.pieces = b"".join(self.pieces), []
-        return taken

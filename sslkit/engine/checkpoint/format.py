@@ -6,25 +6,26 @@
 This module also maps optimizer state to names; `sslkit.engine.checkpoint.writer` writes checkpoints.
 """
 
-import hashlib
 import json
 import re
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sslkit.distributed.sharding import shard_like
-from sslkit.engine.checkpoint.retention import NAME, by_step
-from sslkit.engine.checkpoint.validation import GROUP, check_optimizer, check_state, check_weights
+from sslkit.engine.checkpoint.retention import NAME, checkpoint_name, saved_steps
+from sslkit.engine.checkpoint.validation import GROUP, SavedState, check_optimizer, check_weights
 from sslkit.engine.optim import init_momentum_buffers
-from sslkit.errors import UserError
+from sslkit.errors import UserError, first_line
+from sslkit.files.atomic import sha256_of
+from sslkit.files.json_reader import read_json
 
 FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -51,66 +52,62 @@ class Checkpoint:
     folder: Path | None = None
 
 
-def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Read the newest intact checkpoint in ``folder``.
+class ManifestEntry(BaseModel):
+    """Size and digest of a file of a checkpoint."""
 
-    Returns:
-        The checkpoint, or None if there is none, and a message for each damaged one that was skipped.
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """The content of ``manifest.json``."""
+
+    files: dict[str, ManifestEntry]
+
+
+def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Read the newest intact checkpoint in ``folder``, or None; with a message for each damaged one that was skipped.
 
     Raises:
         UserError: There are checkpoints, but all are damaged.
     """
     problems: list[str] = []
-    candidates = by_step(folder.glob("step-*"))[::-1]
-    for candidate in candidates:
+    for step in sorted(saved_steps(folder), reverse=True):
         try:
-            return read_checkpoint(candidate), problems
+            return read_checkpoint(folder / checkpoint_name(step)), problems
         except UserError as error:
             problems.append(str(error))
-    if candidates:
+    if problems:
         raise UserError("no intact checkpoint left: " + "; ".join(problems))
     return None, problems
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read one checkpoint and check it against its manifest.
-
-    Raises:
-        UserError: A file is missing, damaged or invalid; names it.
-    """
+    """Read a checkpoint; raise a UserError that names the file if one is missing, invalid or not as in its manifest."""
     for name, entry in _manifest(folder).items():
         if not _matches(folder / name, entry):
             raise UserError(f"{folder / name}: damaged or changed since it was saved")
     file = folder / "state.json"
     try:
-        if file.stat().st_size > MAX_STATE_BYTES:
-            raise ValueError(f"more than {MAX_STATE_BYTES} bytes")
-        state = json.loads(file.read_text(encoding="utf-8"))
+        read_json(file, SavedState, MAX_STATE_BYTES)
+        state = json.loads(file.read_bytes())
         model = load_file(file := folder / "model.safetensors")
         optimizer = load_file(file := folder / "optimizer.safetensors")
-    except (OSError, ValueError, RuntimeError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{file}: not a valid checkpoint file ({str(error)[:200]})") from error
-    try:
-        check_state(state)
-    except UserError as error:
-        raise UserError(f"{folder / 'state.json'}: {error}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{file}: not a valid checkpoint file: {first_line(error)}") from error
     named = NAME.fullmatch(folder.name)
     if named and int(named[1]) != state["step"]:
         raise UserError(f"{folder}: its state.json is of step {state['step']}, but its name is of another step")
     return Checkpoint(state["step"], model, optimizer, state, folder)
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _manifest(folder: Path) -> dict[str, ManifestEntry]:
     """Read the entries of a manifest; they must name all files of a checkpoint, and no file outside its folder."""
     file = folder / "manifest.json"
     try:
-        if file.stat().st_size > MAX_MANIFEST_BYTES:
-            raise ValueError(f"more than {MAX_MANIFEST_BYTES} bytes")
-        files = json.loads(file.read_text(encoding="utf-8"))["files"]
-        if not isinstance(files, dict):
-            raise ValueError("'files' is not an object")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder}: checkpoint without a readable manifest.json ({str(error)[:200]})") from error
+        files = read_json(file, Manifest, MAX_MANIFEST_BYTES).files
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: checkpoint without a readable manifest.json: {first_line(error)}") from error
     for name in files:
         if name in ("", ".", "..") or re.search(r"[/\\\0]", name):
             raise UserError(f"{file}: names {name!r:.100}, which is not a file of this folder")
@@ -119,23 +116,21 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return files
 
 
-def _matches(file: Path, entry: Any) -> bool:
+def _matches(file: Path, entry: ManifestEntry) -> bool:
     """Whether a regular file has the size and SHA-256 of its manifest entry; it is read only if the size is right."""
     try:
-        status = file.lstat()
-        if not stat.S_ISREG(status.st_mode) or not isinstance(entry, dict) or entry.get("bytes") != status.st_size:
-            return False
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest() == entry.get("sha256")
+        regular = file.is_file() and not file.is_symlink()
+        return regular and file.stat().st_size == entry.bytes and sha256_of(file) == entry.sha256
     except OSError:
         return False
 
 
-def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> None:
-    """Load the tensors of a checkpoint into a method and an optimizer built from the same recipe.
+def restore(
+    checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler | None = None
+) -> None:
+    """Load a checkpoint into what training changes; raise a UserError that names a tensor that does not fit.
 
-    Raises:
-        UserError: The tensors do not fit; names the first one.
+    The loss scale is restored if the run has one now and had one when it was saved.
     """
     held = method.state_dict()
     scalars = checkpoint.state["optimizer"]
@@ -159,6 +154,8 @@ def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> 
     init_momentum_buffers(optimizer)
     for index, group in enumerate(optimizer.param_groups):
         group.update(tensors.get(f"{GROUP}{index}", {}))
+    if scaler is not None and (saved := checkpoint.state.get("scaler")):
+        scaler.load_state_dict(saved)
 
 
 def _place_slot(param: Tensor, value: Tensor, *, fused: bool) -> Tensor:

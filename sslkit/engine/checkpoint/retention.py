@@ -1,7 +1,6 @@
 """Decide which checkpoints are kept: the newest few, one every few epochs, and the best."""
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from sslkit.files.jsonl_reader import rows_of
@@ -15,28 +14,13 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def by_step(folders: Iterable[Path]) -> list[Path]:
-    """Sort checkpoints by step, not by name, which fails from nine digits on; other names come first."""
-
-    def key(folder: Path) -> tuple[int, str]:
-        found = NAME.fullmatch(folder.name)
-        return (int(found[1]) if found else -1, folder.name)
-
-    return sorted(folders, key=key)
-
-
 def saved_steps(checkpoints: Path) -> set[int]:
     """The steps of the checkpoints in a ``checkpoints`` folder."""
     return {int(found[1]) for path in checkpoints.glob("step-*") if (found := NAME.fullmatch(path.name))}
 
 
 def monitor_scores(results: Path, evaluation: str) -> dict[int, float]:
-    """Accuracy by step, as measured by the monitor of the run.
-
-    Args:
-        results: ``results.jsonl`` of the run.
-        evaluation: First word of the evaluation, such as ``"knn"``.
-    """
+    """Accuracy by step in ``results.jsonl``, as the run's monitor measured it by an evaluation such as ``"knn"``."""
     return {
         row["step"]: float(row["accuracy"])
         for row in rows_of(results)
@@ -47,13 +31,9 @@ def monitor_scores(results: Path, evaluation: str) -> dict[int, float]:
 def reasons_to_keep(
     steps: set[int], rules: CheckpointConfig, steps_per_epoch: int, scores: dict[int, float]
 ) -> dict[int, str]:
-    """The steps whose checkpoints are kept, and why.
+    """Which of ``steps`` keep their checkpoints by the ``[checkpoint]`` table, and why.
 
-    Args:
-        steps: The steps of all checkpoints.
-        rules: The recipe's ``[checkpoint]`` table.
-        steps_per_epoch: Number of global batches per epoch.
-        scores: Accuracy by step for ``keep_best``; of equal scores, the earliest is the best.
+    ``scores`` has the accuracy by step for ``keep_best``; of equal scores, the earliest is the best.
     """
     reasons: dict[int, list[str]] = {}
     for step in sorted(steps, reverse=True)[: rules.keep]:

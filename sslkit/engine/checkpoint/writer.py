@@ -4,11 +4,9 @@ Order of a save: files in a temporary folder, each synced and read back; manifes
 ``checkpoints``; replace ``latest``; remove old checkpoints; write the encoder in the same way.
 """
 
-import json
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sslkit.distributed.sharding import full_tensor
-from sslkit.engine.checkpoint.format import FORMAT, flatten_optimizer, params_without_state
+from sslkit.engine.checkpoint.format import FORMAT, Checkpoint, flatten_optimizer, params_without_state
 from sslkit.engine.checkpoint.retention import checkpoint_name, monitor_scores, reasons_to_keep, saved_steps
 from sslkit.errors import RunError
-from sslkit.files.atomic import atomic_folder, remove, replace_text, sync, write_file, write_json, write_tensors
+from sslkit.files.atomic import atomic_folder, remove, replace_text, sync, write_json, write_tensors
 from sslkit.methods import find_method
 from sslkit.publish.encoder_folder import encoder_config, write_encoder
 from sslkit.recipe.resolve import Recipe
@@ -35,71 +33,29 @@ class SaveError(RunError):
     """The state at the end of a run, or where it was asked to stop, could not be saved."""
 
 
-class HostCopy:
-    """Tensors in host memory, reused by every save; pinned if they are copied from a GPU."""
+def copy_to_host(source: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to host memory, which ``buffers`` keeps for the next copy; pinned if they are on a GPU.
 
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
-
-    def fill(self, source: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy ``source``. A copy from a GPU is asynchronous, ordered by the current stream.
-
-        Sharded tensors are gathered, one at a time; the other processes must call `full_tensor` in the same order.
-        """
-        for name in self.tensors.keys() - source.keys():
-            del self.tensors[name]
-        for name, tensor in source.items():
-            held = self.tensors.get(name)
-            if held is None or (held.shape, held.dtype) != (tensor.shape, tensor.dtype):
-                held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                self.tensors[name] = held
-            held.copy_(full_tensor(tensor.detach()), non_blocking=True)
-        return self.tensors
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The state of a run at the end of a step, in host memory.
-
-    Attributes:
-        step: Number of updates.
-        model: State dict of the method.
-        optimizer: Tensors by ``parameter name/slot``.
-        state: Content of ``state.json``.
-        trained: Names in ``model`` that must be finite: parameters, not buffers.
-        rewind_point: Whether the run can be rewound to it.
-        synchronize: Waits for the copies from a GPU.
+    A copy from a GPU is asynchronous, ordered by the current stream. Sharded tensors are gathered, one at a time; the
+    other processes must call `full_tensor` in the same order.
     """
-
-    step: int
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    state: str
-    trained: list[str]
-    rewind_point: bool
-    synchronize: Callable[[], None]
-
-    def not_finite(self) -> str:
-        """The first parameter or optimizer tensor that is not finite, or an empty string."""
-        tensors = {name: self.model[name] for name in self.trained} | self.optimizer
-        return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), "")
+    for name in buffers.keys() - source.keys():
+        del buffers[name]
+    for name, tensor in source.items():
+        held = buffers.get(name)
+        if held is None or (held.shape, held.dtype) != (tensor.shape, tensor.dtype):
+            held = buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        held.copy_(full_tensor(tensor.detach()), non_blocking=True)
+    return buffers
 
 
 class Saver:
-    """Writes the checkpoints of a run and its encoder, one save at a time.
+    """Writes the checkpoints of a run and its encoder, one save at a time; waits for the last one on exit.
 
-    A save that fails (disk full, quota, folder removed) logs a message and changes nothing on the disk; training
-    continues. On exit, the context manager waits for the save in progress.
-
-    Args:
-        folder: Run folder, locked by `hold_folder`.
-        recipe: Says which checkpoints are kept and what the encoder is.
-        steps_per_epoch: Number of global batches per epoch.
-        start_step: Number of updates so far. Checkpoints of later steps are removed by the first save: they are damaged
-            or were discarded by a rewind.
-        log_message: Called with each message, from the writing thread.
-        back_to: Step of the current rewind point, if there is one; see `sslkit.engine.resilience.rewind`.
-        active: False on all processes but the first, which copy and write nothing.
+    A save that fails (disk full, quota, folder removed) logs a message, from the writing thread, and changes nothing on
+    the disk; training continues. Checkpoints after ``start_step`` are removed by the first save: they are damaged or
+    were discarded by a rewind. ``back_to`` is the step of the current rewind point. All processes but the first are not
+    ``active``; they copy and write nothing.
     """
 
     def __init__(
@@ -116,10 +72,10 @@ class Saver:
         self.folder, self.recipe, self.log_message, self.active = folder, recipe, log_message, active
         self.checkpoints = folder / "checkpoints"
         self.steps_per_epoch = steps_per_epoch
-        self.model, self.optimizer = HostCopy(), HostCopy()
+        self.model, self.optimizer = dict[str, Tensor](), dict[str, Tensor]()  # in host memory, reused by every save
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
         self.writing: Future[str] | None = None
-        self.failure = ""
+        self.failure, self.saved_at = "", time.monotonic()
         self.config = encoder_config(recipe, LICENSE) if active else {}
         self.steps_on_disk = {step for step in saved_steps(self.checkpoints) if step <= start_step}
         self.rewind_points = {step for step in self.steps_on_disk if step == back_to}
@@ -136,12 +92,9 @@ class Saver:
     def save(self, step: int, method: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """Copy the state and start to write it. Waits first if an earlier save is still being written.
 
-        Args:
-            step: Number of updates.
-            method: The unwrapped method.
-            optimizer: Its optimizer.
-            state: More fields for ``state.json``, as plain data.
+        ``method`` and ``optimizer`` are unwrapped. ``state`` has more fields for ``state.json``, which must not change.
         """
+        self.saved_at = time.monotonic()
         tensors, scalars = flatten_optimizer(method, optimizer)
         if not self.active:
             for tensor in (*method.state_dict().values(), *tensors.values()):
@@ -149,14 +102,11 @@ class Saver:
             return
         self.wait()
         missing = params_without_state(method, optimizer)
-        text = json.dumps({"step": step, "optimizer": scalars, "without_state": missing, **state}, indent=1)
-        model = self.model.fill(method.state_dict())
-        moments = self.optimizer.fill(tensors)
-        trained = [name for name, _ in method.named_parameters() if name in model]
-        rewind_point = state.get("course", {}).get("back_to") == step
-        synchronize = _record_event(next(method.parameters()).device)
-        snapshot = Snapshot(step, model, moments, text, trained, rewind_point, synchronize)
-        self.writing = self.thread.submit(self._write, snapshot)
+        state = {"step": step, "optimizer": scalars, "without_state": missing, **state}
+        model, moments = copy_to_host(method.state_dict(), self.model), copy_to_host(tensors, self.optimizer)
+        params = [name for name, _ in method.named_parameters()]
+        copied = _record_event(next(method.parameters()).device)
+        self.writing = self.thread.submit(self._write, Checkpoint(step, model, moments, state), params, copied)
 
     def wait(self) -> str:
         """Wait for the save in progress; returns why the last save failed, or an empty string."""
@@ -165,20 +115,12 @@ class Saver:
             self.writing = None
         return self.failure
 
-    def complete(self, step: int, model: dict[str, Tensor]) -> None:
-        """Write the encoder of a finished run that was killed after its last checkpoint, before the encoder.
-
-        Args:
-            step: Number of updates.
-            model: State dict of the method, from the checkpoint.
-
-        Raises:
-            SaveError: The encoder cannot be written.
-        """
-        if not self.active or _encoder_step(self.folder / "encoder") == str(step):
+    def complete(self, checkpoint: Checkpoint) -> None:
+        """Write the encoder of a finished run that was killed just before; raise a SaveError if that fails."""
+        if not self.active or _encoder_step(self.folder / "encoder") == str(checkpoint.step):
             return
         try:
-            self._write_encoder(step, model)
+            self._write_encoder(checkpoint)
         except OSError as error:
             raise SaveError(f"the encoder could not be written: {_reason(error)}") from error
 
@@ -196,31 +138,30 @@ class Saver:
         """Discard checkpoints after ``step``; the next save removes them."""
         self.steps_on_disk = {saved for saved in self.steps_on_disk if saved <= step}
 
-    def _write(self, snapshot: Snapshot) -> str:
-        """Write a snapshot, in the background thread; returns why it failed, or an empty string."""
+    def _write(self, snapshot: Checkpoint, params: list[str], synchronize: Callable[[], None]) -> str:
+        """Write a snapshot, in the background thread; returns why it failed, or an empty string.
+
+        The tensors of ``params`` must be finite; buffers need not be. ``synchronize`` waits for the copies from a GPU.
+        """
         started = time.monotonic()
         try:
-            snapshot.synchronize()
-            if name := snapshot.not_finite():
-                raise SaveError(f"{name} is not finite")  # a resumed run would continue from it
+            synchronize()
+            _check_finite({name: snapshot.model[name] for name in params} | snapshot.optimizer)
             self._write_checkpoint(snapshot)
             self._prune()
-            self._write_encoder(snapshot.step, snapshot.model)
+            self._write_encoder(snapshot)
         except (OSError, SaveError) as error:
             failure = f"step {snapshot.step} could not be saved: {_reason(error)}"
             saved = saved_steps(self.checkpoints)
             newest = f"{checkpoint_name(max(saved))} is the newest checkpoint" if saved else "there is no checkpoint"
             self.log_message(f"WARNING: {failure}; {newest}")
             return failure
-        seconds = time.monotonic() - started
-        if seconds > SLOW_SECONDS:
-            self.log_message(
-                f"WARNING: saving step {snapshot.step} took {seconds:.0f} s; launchers often kill a run 30 s after "
-                "they ask it to stop"
-            )
+        if (seconds := time.monotonic() - started) > SLOW_SECONDS:
+            slow = f"saving step {snapshot.step} took {seconds:.0f} s"
+            self.log_message(f"WARNING: {slow}; launchers often kill a run 30 s after they ask it to stop")
         return ""
 
-    def _write_checkpoint(self, snapshot: Snapshot) -> None:
+    def _write_checkpoint(self, snapshot: Checkpoint) -> None:
         for name in LOGS:  # first, so that no checkpoint is newer than the logs on the disk
             if (self.folder / name).is_file():
                 sync(self.folder / name)
@@ -230,11 +171,11 @@ class Saver:
             files = {
                 "model.safetensors": write_tensors(temporary / "model.safetensors", snapshot.model),
                 "optimizer.safetensors": write_tensors(temporary / "optimizer.safetensors", snapshot.optimizer),
-                "state.json": write_file(temporary / "state.json", [snapshot.state.encode()]),
+                "state.json": write_json(temporary / "state.json", snapshot.state),
             }
             write_json(temporary / "manifest.json", {"format": FORMAT, "files": files})
         self.steps_on_disk.add(snapshot.step)
-        if snapshot.rewind_point:
+        if snapshot.state.get("course", {}).get("back_to") == snapshot.step:
             self.rewind_points.add(snapshot.step)
         replace_text(self.checkpoints / "latest", name + "\n")
 
@@ -244,11 +185,18 @@ class Saver:
             remove(self.checkpoints / checkpoint_name(step))
         self.steps_on_disk &= kept.keys()
 
-    def _write_encoder(self, step: int, model: dict[str, Tensor]) -> None:
+    def _write_encoder(self, snapshot: Checkpoint) -> None:
         prefix = f"{find_method(self.recipe.method_name).encoder_name}."
-        state = {name.removeprefix(prefix): tensor for name, tensor in model.items() if name.startswith(prefix)}
-        tag = f"{self.recipe.method_name}_e{step // self.steps_per_epoch}"
-        write_encoder(self.config, tag, state, self.folder / "encoder", step=str(step))
+        model = {name.removeprefix(prefix): each for name, each in snapshot.model.items() if name.startswith(prefix)}
+        tag = f"{self.recipe.method_name}_e{snapshot.step // self.steps_per_epoch}"
+        write_encoder(self.config, tag, model, self.folder / "encoder", step=str(snapshot.step))
+
+
+def _check_finite(tensors: dict[str, Tensor]) -> None:
+    """Refuse a state that a resumed run would continue from with numbers that are not finite."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise SaveError(f"{name} is not finite")
 
 
 def _record_event(device: torch.device) -> Callable[[], None]:

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,24 +25,16 @@ PLAIN_SECONDS = 15.0
 
 
 class RunLogger:
-    """Writes ``metrics.jsonl``, ``results.jsonl`` and ``diagnostics.jsonl``, and prints progress.
+    """Writes ``metrics.jsonl``, ``results.jsonl`` and ``diagnostics.jsonl``, and prints progress, on the first process.
 
     On a terminal the progress line is redrawn in place and cut to the width of the terminal. Elsewhere (a file, a pipe)
-    a line is printed every 15 seconds. Only the first process has an active logger.
-
-    Args:
-        folder: Run folder.
-        start_step: Lines of later steps, left by a run that was killed, are dropped.
-        active: Whether this process logs at all.
-        console: Where to print.
+    a line is printed every 15 seconds. Lines after ``start_step``, left by a run that was killed, are dropped.
     """
 
     def __init__(self, folder: Path, start_step: int, *, active: bool, console: Console | None = None) -> None:
         self.folder, self.active = folder, active
         self.console = console or Console(stderr=False)
-        self.metrics, self.results, self.diagnostics = (
-            JsonlWriter(folder / f"{name}.jsonl", self.log_message) for name in FILES
-        )
+        self.writers = {name: JsonlWriter(folder / f"{name}.jsonl", self.log_message) for name in FILES}
         self.live: Live | None = None
         self.last_plain = 0.0
         self.alarms_raised: set[str] = set()
@@ -59,40 +51,32 @@ class RunLogger:
     def __exit__(self, *_exc: object) -> None:
         if self.live is not None:
             self.live.stop()
-        for writer in (self.metrics, self.results, self.diagnostics):
+        for writer in self.writers.values():
             writer.flush()
 
     def rewind(self, step: int) -> None:
         """Drop the lines of steps after ``step``, which will be made again."""
         if not self.active:
             return
-        for name, writer, only_by in (
-            ("metrics", self.metrics, None),
-            ("results", self.results, "monitor"),
-            ("diagnostics", self.diagnostics, None),
-        ):
-            self.tracked_up_to[name] = max(self.tracked_up_to[name], writer.remove_after(step, only_by))
-        rows = rows_of(self.diagnostics.file, self.log_message)
+        for name, writer in self.writers.items():
+            latest = writer.remove_after(step, only_by="monitor" if name == "results" else None)
+            self.tracked_up_to[name] = max(self.tracked_up_to[name], latest)
+        rows = rows_of(self.folder / "diagnostics.jsonl", self.log_message)
         self.alarms_raised = {kind_of(str(alarm)) for row in rows for alarm in row.get("alarms", [])}
 
     def log_metrics(self, fields: dict[str, float]) -> None:
         """Append a line to metrics.jsonl; NaN and infinity, which JSON does not have, become null."""
-        if self.active:
-            self.metrics.append({name: value if math.isfinite(value) else None for name, value in fields.items()})
-            self._track("metrics", fields)
+        self._log("metrics", {name: value if math.isfinite(value) else None for name, value in fields.items()})
 
-    def log_result(self, fields: dict[str, Any]) -> None:
-        """Append a line to results.jsonl."""
-        if self.active:
-            self.results.append(fields)
-            self._track("results", fields)
+    def log_result(self, fields: dict[str, Any]) -> bool:
+        """Append a line to results.jsonl; returns whether it could be written."""
+        self._log("results", fields)
+        return not self.writers["results"].pending
 
     def log_diagnostics(self, fields: dict[str, Any]) -> None:
         """Append a line to diagnostics.jsonl, and print its alarms as `log_alarms` does."""
-        if self.active:
-            self.diagnostics.append(fields)
-            self._track("diagnostics", fields)
-            self.log_alarms(fields["alarms"], fields["step"])
+        self._log("diagnostics", fields)
+        self.log_alarms(fields["alarms"], fields["step"])
 
     def log_alarms(self, alarms: Iterable[str], step: int) -> None:
         """Print an alarm if it is the first of its kind in the run."""
@@ -101,18 +85,16 @@ class RunLogger:
                 self.alarms_raised.add(kind_of(alarm))
                 self.log_message(f"ALARM at step {step}: {alarm}")
 
-    def _track(self, file: str, fields: Mapping[str, Any]) -> None:
-        """Pass a line on to the trackers, unless they were given this step before the run was rewound or killed."""
+    def _log(self, file: str, fields: dict[str, Any]) -> None:
+        """Append a line. Trackers get it unless they were given this step before the run was rewound or killed."""
+        if not self.active:
+            return
+        self.writers[file].append(fields)
         if self.trackers is not None and fields["step"] > self.tracked_up_to[file]:
             self.trackers.log(file, fields)
 
-    @property
-    def logs_images(self) -> bool:
-        """Whether there is a tracker that takes images."""
-        return self.trackers is not None and self.trackers.log_images
-
     def log_image(self, name: str, step: int, draw: DrawImage) -> None:
-        """Pass an image on to the trackers, unless they were given one of this step before."""
+        """Pass an image on to the trackers that take images, unless they were given one of this step before."""
         if self.trackers is not None and (step or 1) > self.tracked_up_to["results" if step else "metrics"]:
             self.trackers.log_image(name, step, draw)
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from sslkit.data.augment.cpu import ViewPipeline
 from sslkit.data.augment.views_config import NUM_GLOBAL_VIEWS
@@ -55,22 +55,12 @@ def neighbours_image(
 ) -> NDArray[np.uint8]:
     """Random test images, one per row, each followed by the images of the bank nearest to it, (H, W, 3).
 
-    Args:
-        pair: Images of bank and test.
-        bank: (N, D) features.
-        kept: (N,) bool, which of the images of the bank can be read.
-        queries: (Q, D) features.
-        asked: (Q,) bool, which of the test images can be read.
-        seed: Decides which test images; with one seed they are the same each time.
+    ``bank`` (N, D) and ``queries`` (Q, D) are features; ``kept`` and ``asked`` (bool) say which images can be read.
     """
     bank_rows, query_rows = kept.nonzero()[:, 0], asked.nonzero()[:, 0]
     chosen = query_rows[np.random.default_rng(seed).permutation(len(query_rows))[:ROWS]]
-    found = nearest(queries[chosen], bank[bank_rows], min(NEIGHBOURS, len(bank_rows)), _unit)[1]
+    found = nearest(queries[chosen], bank[bank_rows], min(NEIGHBOURS, len(bank_rows)), functional.normalize)[1]
     tiles = []
     for query, rows in zip(chosen.tolist(), bank_rows[found].tolist(), strict=True):
         tiles += [pair.test.read(query), *(pair.train.read(row) for row in rows)]
     return np.asarray(make_image_grid(tiles, SIDE, 1 + found.shape[1]))
-
-
-def _unit(rows: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(rows, dim=1)

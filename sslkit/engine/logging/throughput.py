@@ -7,11 +7,7 @@ from sslkit.data.batch import Batch
 
 
 class ThroughputMeter:
-    """Measures images per second and the share of time spent waiting for data, over a window of steps.
-
-    Args:
-        batch_size: Images of a global batch.
-    """
+    """Measures images per second and the share of time spent waiting for data, over a window of steps."""
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
@@ -22,7 +18,7 @@ class ThroughputMeter:
         self.started, self.waited, self.steps = time.monotonic(), 0.0, 0
 
     def timed(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the loader's batches, and time the wait for each."""
+        """Yield the loader's batches, one a step, and time the wait for each."""
         batches = iter(loader)
         while True:
             asked = time.monotonic()
@@ -30,11 +26,8 @@ class ThroughputMeter:
             self.waited += time.monotonic() - asked
             if batch is None:
                 return
+            self.steps += 1
             yield batch
-
-    def count_step(self) -> None:
-        """Count a step."""
-        self.steps += 1
 
     def read(self) -> tuple[float, float]:
         """Images per second and share of time spent waiting in this window; starts a new one."""

@@ -1,8 +1,7 @@
 """Experiment trackers (TensorBoard, W&B, trackio, MLflow), told what a run writes to its own files.
 
-They are Accelerate's trackers, each on a thread of its own, so that a server that is away, a full disk or a fault in a
-tracker can neither end nor slow the run. `Accelerator.log` would call them on the training thread, and the first that
-raises would end the run. Some trackers find their run by the thread, so that all calls are made on that thread.
+They are Accelerate's trackers, each on a thread of its own (by which some find their run). So an unreachable server, a
+full disk or a fault in a tracker can neither end nor slow the run, as it would with `Accelerator.log`.
 """
 
 import importlib
@@ -19,23 +18,25 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from numpy.typing import NDArray
+from pydantic import Field, RootModel
 
 from sslkit.data.decode.rgb import UnreadableImage
 from sslkit.data.formats.folder_listing import printable, to_text
 from sslkit.engine.logging.sample_images import DrawImage
-from sslkit.errors import UserError
+from sslkit.errors import UserError, first_line
 from sslkit.files.atomic import replace_text
+from sslkit.files.json_reader import read_json
 from sslkit.recipe.resolve import Recipe
 
 LogMessage = Callable[[str], None]
 Call = Callable[[GeneralTracker], None]
 
-IDS_FILE = "track.json"  # in the run folder: the ids by which trackers know the run
+IDS_FILE = "track.json"  # in the run folder
 MAX_BYTES = 10_000
 PREFIXES = {"metrics": "train", "results": "monitor", "diagnostics": "diagnostics"}
 QUEUE_SIZE = 1000  # calls that may wait for a tracker; more are dropped
@@ -46,11 +47,7 @@ MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio"
 
 
 def check_trackers(recipe: Recipe) -> None:
-    """Check that the trackers of ``[track]`` are installed.
-
-    Raises:
-        UserError: One is not.
-    """
+    """Raise a UserError if a tracker of ``[track]`` is not installed."""
     for name in recipe.track.trackers:
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:  # without origin: a folder that a tracker left here
@@ -94,8 +91,8 @@ class TrackerThread:
                 call(tracker)
                 pause = FIRST_PAUSE
             except (Exception, SystemExit) as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-                self._warn("fault", f"fails: {reason}; the run continues, and {self.name} is tried again later")
+                reason = f"fails: {first_line(error, 300)}; the run continues, and {self.name} is tried again later"
+                self._warn("fault", reason)
                 _finish(tracker)
                 tracker, resume_at, pause = None, time.monotonic() + pause, min(2 * pause, LONGEST_PAUSE)
         _finish(tracker)
@@ -106,30 +103,32 @@ class TrackerThread:
             self.log_message(f"WARNING: tracker {self.name} {message}")
 
 
-class Trackers:
-    """All trackers of a run; none on any process but the first. As a context manager it lets them finish on leaving.
+class SavedIds(RootModel[dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{6,64}$")]]]):
+    """The content of ``track.json``: the ids by which trackers know a run, so that a continued run continues there."""
 
-    Args:
-        recipe: Its ``[track]`` table names the trackers.
-        folder: Run folder, held by `sslkit.engine.run_folder.lock.hold_folder`.
-        log_message: Called with each warning.
-        active: Whether this process tracks at all.
+
+class Trackers:
+    """The trackers that ``[track]`` names, on the ``active`` process. As a context manager it lets them finish.
+
+    ``folder`` is the locked run folder. ``log_message`` is called with each warning.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, log_message: LogMessage, *, active: bool) -> None:
-        self.log_images = active and recipe.track.images and bool(recipe.track.trackers)
-        self.log_message, self.threads = log_message, list[TrackerThread]()
-        if not active or not recipe.track.trackers:
-            return
-        ids = TrackerIds(folder, log_message)
-        for name in recipe.track.trackers:
+        self.recipe, self.folder, self.log_message = recipe, folder, log_message
+        names = recipe.track.trackers if active else []
+        self.log_images = bool(names) and recipe.track.images
+        self.threads, self.ids = list[TrackerThread](), dict[str, str]()
+        with suppress(OSError, ValueError):
+            self.ids = read_json(folder / IDS_FILE, SavedIds, MAX_BYTES).root
+        if names and "id" not in self.ids:
+            self._save_id("id", uuid.uuid4().hex[:12])
+        for name in names:
             try:
                 importlib.import_module(MODULES[name])
             except Exception as error:
                 log_message(f"WARNING: tracker {name} cannot be imported: {error}; the run continues without it")
-            else:
-                start = partial(_start, name, recipe, folder, ids)
-                self.threads.append(TrackerThread(name, start, log_message))
+                continue
+            self.threads.append(TrackerThread(name, partial(self._start, name), log_message))
 
     def __enter__(self) -> "Trackers":
         return self
@@ -140,12 +139,7 @@ class Trackers:
             thread.close(deadline)
 
     def log(self, file: str, fields: Mapping[str, Any]) -> None:
-        """Log the numbers of a line.
-
-        Args:
-            file: ``metrics``, ``results`` or ``diagnostics``.
-            fields: The line; its ``step`` is the tracker's step.
-        """
+        """Log the numbers of a line of ``metrics``, ``results`` or ``diagnostics``, at the ``step`` in it."""
         numbers = {
             _tracker_key(f"{PREFIXES[file]}/{'knn' if (file, key) == ('results', 'accuracy') else key}"): float(value)
             for key, value in fields.items()
@@ -160,6 +154,8 @@ class Trackers:
 
         Forking data workers while another thread reads images could leave them locks that nobody releases.
         """
+        if not self.log_images:
+            return
         try:
             pixels = draw()
         except (UserError, UnreadableImage, OSError) as error:
@@ -169,72 +165,52 @@ class Trackers:
         for thread in self.threads:
             thread.submit(lambda tracker: _log_image(tracker, name, step, pixels))
 
-
-class TrackerIds:
-    """The ids by which trackers know a run, kept in its folder, so that a continued run continues there too."""
-
-    def __init__(self, folder: Path, log_message: LogMessage) -> None:
-        self.file, self.log_message, self.ids = folder / IDS_FILE, log_message, dict[str, str]()
-        with suppress(OSError, ValueError, AttributeError, RecursionError):
-            if self.file.is_file() and self.file.stat().st_size <= MAX_BYTES:
-                found = json.loads(self.file.read_text(encoding="utf-8"))
-                self.ids = {name: each for name, each in found.items() if re.fullmatch(r"[0-9a-f]{6,64}", str(each))}
-        if "id" not in self.ids:
-            self.save("id", uuid.uuid4().hex[:12])
-
-    def save(self, name: str, value: str) -> None:
-        """Remember an id."""
+    def _save_id(self, name: str, value: str) -> None:
         self.ids[name] = value
         try:
-            replace_text(self.file, json.dumps(self.ids) + "\n")
+            replace_text(self.folder / IDS_FILE, json.dumps(self.ids) + "\n")
         except OSError as error:
-            self.log_message(
-                f"WARNING: {self.file}: {error.strerror or error}; trackers may take a continued run for a new one"
-            )
+            problem = f"{self.folder / IDS_FILE}: {error.strerror or error}"
+            self.log_message(f"WARNING: {problem}; trackers may take a continued run for a new one")
 
+    def _start(self, name: str) -> GeneralTracker:
+        """Create a tracker with the run's project, name, id and recipe, and start it."""
+        project, run = self.recipe.track.project, printable(to_text(self.folder.resolve().name))
+        tables = self.recipe.as_tables()
+        config = {_tracker_key(f"{table}.{key}"): str(tables[table][key]) for table in tables for key in tables[table]}
+        tracker: GeneralTracker
+        if name == "mlflow":
+            return self._start_mlflow(project, run, config)
+        if name == "wandb":
+            mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+            settings = importlib.import_module("wandb").Settings(console="off")  # leaves the run's terminal alone
+            options = {"dir": str(self.folder), "mode": mode, "settings": settings, "config": config | {"folder": run}}
+            tracker = WandBTracker(project, id=self.ids["id"], name=run, resume="allow", **options)
+        elif name == "trackio":
+            tracker = TrackioTracker(project, name=f"{run}-{self.ids['id'][:6]}", resume="allow", config=config)
+        else:
+            tracker = TensorBoardTracker("tensorboard", self.folder)
+        tracker.start()
+        if name == "tensorboard":  # as text: its hyperparameters would be a run of their own
+            tracker.log({"recipe": f"```toml\n{self.recipe.to_toml()}```"})
+        return tracker
 
-def _start(name: str, recipe: Recipe, folder: Path, ids: TrackerIds) -> GeneralTracker:
-    """Create a tracker with the run's project, name, id and recipe, and start it."""
-    project, run = recipe.track.project, printable(to_text(folder.resolve().name))
-    config = {
-        _tracker_key(f"{table}.{key}"): str(value)
-        for table, keys in recipe.as_tables().items()
-        for key, value in keys.items()
-    }
-    tracker: GeneralTracker
-    if name == "mlflow":
-        return _start_mlflow(project, run, ids, config)
-    if name == "wandb":
-        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-        settings = importlib.import_module("wandb").Settings(console="off")  # leaves the run's terminal alone
-        options = {"dir": str(folder), "mode": mode, "settings": settings, "config": config | {"folder": run}}
-        tracker = WandBTracker(project, id=ids.ids["id"], name=run, resume="allow", **options)
-    elif name == "trackio":
-        tracker = TrackioTracker(project, name=f"{run}-{ids.ids['id'][:6]}", resume="allow", config=config)
-    else:
-        tracker = TensorBoardTracker("tensorboard", folder)
-    tracker.start()
-    if name == "tensorboard":  # as text: its hyperparameters would be a run of their own
-        tracker.log({"recipe": f"```toml\n{recipe.to_toml()}```"})
-    return tracker
-
-
-def _start_mlflow(project: str, run: str, ids: TrackerIds, config: dict[str, str]) -> MLflowTracker:
-    """Continue the MLflow run that this run is, if the server still has it; else create one."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # its seven retries take minutes; we try again later
-    if "mlflow" in ids.ids:
-        tracker = MLflowTracker(project, run_id=ids.ids["mlflow"])
-        try:
-            tracker.start()
-            return tracker
-        except importlib.import_module("mlflow").exceptions.RestException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-    tracker = MLflowTracker(project, run_name=run)
-    tracker.start()
-    ids.save("mlflow", tracker.tracker.info.run_id)
-    tracker.store_init_configuration(config)  # MLflow refuses a second configuration of a run
-    return tracker
+    def _start_mlflow(self, project: str, run: str, config: dict[str, str]) -> MLflowTracker:
+        """Continue the MLflow run that this run is, if the server still has it; else create one."""
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # its seven take minutes; we try again later
+        if "mlflow" in self.ids:
+            tracker = MLflowTracker(project, run_id=self.ids["mlflow"])
+            try:
+                tracker.start()
+                return tracker
+            except importlib.import_module("mlflow").exceptions.RestException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+        tracker = MLflowTracker(project, run_name=run)
+        tracker.start()
+        self._save_id("mlflow", tracker.tracker.info.run_id)
+        tracker.store_init_configuration(config)  # MLflow refuses a second configuration of a run
+        return tracker
 
 
 def _log_image(tracker: GeneralTracker, name: str, step: int, pixels: NDArray[np.uint8]) -> None:

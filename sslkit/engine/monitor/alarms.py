@@ -28,39 +28,28 @@ SIGMAS = 2.0
 class Spike:
     """A gradient far larger than those before it.
 
-    Attributes:
-        step: Step of the spike.
-        ratio: Gradient norm relative to the median of the window before.
-        first_layer_first: Whether the gradient of the first layer jumped before that of the last block, or with it and
-            further: the instability of MoCo v3's study (arXiv:2104.02057, section 4). None if layers are not logged.
+    It began in the first layer if that jumped before the last block, or with it and further: the instability of MoCo
+    v3's study (arXiv:2104.02057, section 4).
     """
 
     step: int
-    ratio: float
-    first_layer_first: bool | None
+    ratio: float  # gradient norm relative to the median of the window before
+    first_layer_first: bool | None  # None if the gradients of layers are not known
 
 
 class SpikeDetector:
-    """Finds spikes in the gradient norm, step by step.
+    """Finds spikes in the gradient norm: steps of more than ``factor`` times the median of `SPIKE_WINDOW` steps before.
 
-    Args:
-        factor: A spike is more than this many times the median of the window.
-        window: Steps before it; until there are as many, nothing is a spike.
+    Until there are as many steps, nothing is a spike.
     """
 
-    def __init__(self, factor: float = SPIKE_FACTOR, window: int = SPIKE_WINDOW) -> None:
+    def __init__(self, factor: float = SPIKE_FACTOR) -> None:
         self.factor = factor
-        self.rows: deque[list[float]] = deque(maxlen=window)
+        self.rows: deque[list[float]] = deque(maxlen=SPIKE_WINDOW)
         self.jumps: deque[list[float]] = deque(maxlen=LAG + 1)
 
     def update(self, step: int, grad_norm: float, layers: Mapping[str, float]) -> Spike | None:
-        """Add a step, and return the spike if it is one.
-
-        Args:
-            step: Number of the step.
-            grad_norm: Over all parameters.
-            layers: Gradient norm of each layer in the order of the forward pass, or nothing.
-        """
+        """Add a step's gradient norm, over all parameters and by layer in forward order; returns a spike or None."""
         row = [grad_norm, *(layers[name] for name in first_and_last(list(layers)))]
         if not all(map(math.isfinite, row)):  # an overflow of fp16, whose step is skipped
             return None
@@ -78,11 +67,10 @@ class SpikeDetector:
         return Spike(step, jump[0], self._first_layer_first() if layers else None)
 
     def _first_layer_first(self) -> bool:
-        onsets = []
-        for layer in (1, 2):
-            over = [row for row, jump in enumerate(self.jumps) if jump[layer] > self.factor]
-            onsets.append(over[0] if over else len(self.jumps))
-        first, last = onsets
+        first, last = (
+            next((row for row, jump in enumerate(self.jumps) if jump[layer] > self.factor), len(self.jumps))
+            for layer in (1, 2)
+        )
         return first < last or (first == last and self.jumps[-1][1] > self.jumps[-1][2])
 
 
@@ -94,17 +82,11 @@ def first_and_last(layers: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class KnnPoint:
-    """A kNN accuracy of the monitor, and the pretext accuracy at that time.
-
-    Attributes:
-        epoch: When it was measured.
-        knn: Share of the test images that are classified correctly.
-        pretext: Mean pretext accuracy since the previous measurement; None for methods without one.
-    """
+    """A kNN accuracy of the monitor, and the pretext accuracy at that time."""
 
     epoch: float
     knn: float
-    pretext: float | None
+    pretext: float | None  # mean since the previous measurement; None for methods without one
 
 
 def read_curve(metrics: Iterable[Mapping[str, Any]], results: Iterable[Mapping[str, Any]]) -> list[KnnPoint]:
@@ -124,36 +106,32 @@ def read_curve(metrics: Iterable[Mapping[str, Any]], results: Iterable[Mapping[s
 
 
 def collapse_alarm(embedding_std: float, effective_rank: float, dim: int, highest_rank: float = 0.0) -> list[str]:
-    """Features collapse to a point, to one direction, or to far fewer directions than they had.
+    """Features of width ``dim`` collapse to a point, to one direction, or to far fewer directions than they had.
 
-    Args:
-        embedding_std: See `sslkit.evaluate.label_free.collapse_metrics.embedding_std`.
-        effective_rank: See `sslkit.evaluate.label_free.collapse_metrics.effective_rank`.
-        dim: Width of the features D.
-        highest_rank: Highest effective rank of the run so far, of as many images; 0 if there is none.
+    See `sslkit.evaluate.label_free.collapse_metrics` for the numbers. ``highest_rank`` is that of the run so far.
     """
-    remedy = "try a lower [optim] lr, a slower teacher if there is one, and see `sslkit doctor`"
-    share = embedding_std * dim**0.5
+    share, limit = embedding_std * dim**0.5, FALLEN_RANK * highest_rank
     if share < COLLAPSED_STD:
-        return [
-            f"collapse: all images get almost the same features, whose std is {share:.2g} times that of evenly spread "
-            f"ones (alarm below {COLLAPSED_STD:g}); {remedy}"
-        ]
-    if effective_rank < COLLAPSED_RANK:
-        return [
-            f"collapse: features vary in a single direction, their effective rank is {effective_rank:.2f} of {dim} "
-            f"(alarm below {COLLAPSED_RANK:g}); {remedy}"
-        ]
-    limit = FALLEN_RANK * highest_rank
-    if effective_rank < limit:
-        return [
-            f"collapse: features have lost nearly all their directions, their effective rank fell from "
-            f"{highest_rank:.1f} to {effective_rank:.1f} (alarm below {limit:.1f}, a tenth); {remedy}"
-        ]
-    return []
+        what = (
+            f"all images get almost the same features, whose std is {share:.2g} times that of evenly spread ones "
+            f"(alarm below {COLLAPSED_STD:g})"
+        )
+    elif effective_rank < COLLAPSED_RANK:
+        what = (
+            f"features vary in a single direction, their effective rank is {effective_rank:.2f} of {dim} "
+            f"(alarm below {COLLAPSED_RANK:g})"
+        )
+    elif effective_rank < limit:
+        what = (
+            f"features have lost nearly all their directions, their effective rank fell from {highest_rank:.1f} to "
+            f"{effective_rank:.1f} (alarm below {limit:.1f}, a tenth)"
+        )
+    else:
+        return []
+    return [f"collapse: {what}; try a lower [optim] lr, a slower teacher if there is one, and see `sslkit doctor`"]
 
 
-def spike_alarm(spikes: Sequence[Spike], factor: float = SPIKE_FACTOR, window: int = SPIKE_WINDOW) -> list[str]:
+def spike_alarm(spikes: Sequence[Spike]) -> list[str]:
     """The gradient norm spiked: the worst spike, the layer it began in, and how many there were."""
     if not spikes:
         return []
@@ -164,9 +142,9 @@ def spike_alarm(spikes: Sequence[Spike], factor: float = SPIKE_FACTOR, window: i
         None: "[monitor] layer_gradients = true shows where it begins",
     }[worst.first_layer_first]
     return [
-        f"spike: the gradient norm of step {worst.step} is {worst.ratio:.1f} times the median of the {window} steps "
-        f"before (alarm above {factor:g}; {len(spikes)} such since the last line); {began}; try a lower [optim] lr, a "
-        "longer [schedule] warmup_epochs or [train] clip_norm"
+        f"spike: the gradient norm of step {worst.step} is {worst.ratio:.1f} times the median of the {SPIKE_WINDOW} "
+        f"steps before (alarm above {SPIKE_FACTOR:g}; {len(spikes)} such since the last line); {began}; try a lower "
+        "[optim] lr, a longer [schedule] warmup_epochs or [train] clip_norm"
     ]
 
 
@@ -174,8 +152,7 @@ def dip_alarm(curve: Sequence[KnnPoint], test_images: int) -> list[str]:
     """The kNN accuracy fell far below its best, by more than chance allows on so many test images."""
     if not curve:
         return []
-    best = max(curve, key=lambda point: point.knn)
-    now = curve[-1]
+    best, now = max(curve, key=lambda point: point.knn), curve[-1]
     threshold = max(DIP, _chance(best.knn, test_images))
     if best.knn - now.knn <= threshold:
         return []
@@ -192,34 +169,39 @@ def leak_alarm(
     """The pretext accuracy rises while kNN falls, or reaches its maximum while kNN does not move.
 
     This is the sign of batch statistics that leak the answer (MoCo v1, arXiv:1911.05722, section 3.3 and figure 5).
-    Late in a good run kNN is flat too; if statistics cannot leak, only an extreme rise raises the alarm.
-
-    Args:
-        curve: All measurements so far.
-        test_images: Number of images that kNN was measured on.
-        exposed: Queries and keys share their BatchNorm groups and are not shuffled: a flat kNN is enough.
-        batch_norm: Whether the backbone has BatchNorm; without it the advice is another.
+    Late in a good run kNN is flat too; only if queries and keys share their BatchNorm groups unshuffled (``exposed``)
+    is a flat kNN enough. The advice differs for a backbone without ``batch_norm``.
     """
-    if not curve:
+    if not curve or curve[-1].pretext is None:
         return []
-    now = curve[-1]
-    if now.pretext is None:
-        return []
+    now, pretext = curve[-1], curve[-1].pretext
     for then in curve[:-1]:
-        rise = now.pretext - then.pretext if then.pretext is not None else 0.0
+        rise = pretext - then.pretext if then.pretext is not None else 0.0
         noise = _chance(then.knn, test_images)
         # While the pretext task is unsolved nothing leaks, and kNN falls for another reason.
-        falls = rise > LEAK_RISE and (exposed or now.pretext > LEAK_PRETEXT)
+        falls = rise > LEAK_RISE and (exposed or pretext > LEAK_PRETEXT)
         falls = falls and now.knn < then.knn + (noise if exposed else -noise)
-        flat = rise > FLAT_RISE and now.pretext > FLAT_PRETEXT and now.knn <= then.knn
+        flat = rise > FLAT_RISE and pretext > FLAT_PRETEXT and now.knn <= then.knn
         if falls or flat:
             limit = LEAK_RISE if falls else FLAT_RISE
             return [
                 f"leak: from epoch {then.epoch:g} to {now.epoch:g} pretext accuracy rose by {100 * rise:.0f} points to "
-                f"{now.pretext:.0%} (alarm above {100 * limit:.0f}) while kNN went from {then.knn:.1%} to "
-                f"{now.knn:.1%}, {_why_leaking(exposed, batch_norm)}"
+                f"{pretext:.0%} (alarm above {100 * limit:.0f}) while kNN went from {then.knn:.1%} to {now.knn:.1%}, "
+                f"{_why_leaking(exposed, batch_norm)}"
             ]
     return []
+
+
+def _why_leaking(exposed: bool, batch_norm: bool) -> str:
+    if not batch_norm:
+        return "as when the pretext task is too easy; try stronger [views] or more negatives"
+    remedy = "try [method] bn_groups as in the paper, a backbone without BatchNorm, or stronger [views]"
+    if exposed:
+        remedy = (
+            "queries and keys share their BatchNorm groups in this run, so try [method] shuffle = true, where the "
+            "method has it, or one group"
+        )
+    return f"as when batch statistics leak the answer or the pretext task is too easy; {remedy}"
 
 
 def teacher_alarm(momentum: float | None) -> list[str]:
@@ -237,31 +219,18 @@ def data_alarm(sampled: int, different: int, plain: int) -> list[str]:
     """Most images are copies of each other, or of a single colour; see `image_variety.Variety`."""
     if sampled < 2:
         return []
-    found = ""
     if 2 * plain >= sampled:
         found = f"{plain} of {sampled} sampled images have a single colour"
     elif different == 1:
         found = f"all {sampled} sampled images are the same"
     elif 2 * different <= sampled:
         found = f"{sampled} sampled images are only {different} different ones"
-    if not found:
+    else:
         return []
     return [
         f"data: {found} (alarm from a half on), which leaves nothing to tell apart; check [data] path, and list all "
         "copies with `sslkit data check`"
     ]
-
-
-def _why_leaking(exposed: bool, batch_norm: bool) -> str:
-    if not batch_norm:
-        return "as when the pretext task is too easy; try stronger [views] or more negatives"
-    why = "as when batch statistics leak the answer or the pretext task is too easy"
-    if exposed:
-        return (
-            f"{why}; queries and keys share their BatchNorm groups in this run, so try [method] shuffle = true, where "
-            "the method has it, or one group"
-        )
-    return f"{why}; try [method] bn_groups as in the paper, a backbone without BatchNorm, or stronger [views]"
 
 
 def _chance(share: float, count: int) -> float:

@@ -1,11 +1,8 @@
 """Diagnostics of the features while training, without labels: whether they collapse, and whether gradients spike.
 
-They need the encoder and two large views of each image, which every method has. Every few steps the first images of
-the batch are encoded once more, in eval mode and without a graph. (The features of the step itself differ between
-methods: one view or two, of the student or the teacher, with or without batch statistics.) When kNN is measured, the
-images are a fixed sample of the data in eight views, as LiDAR needs.
-
-Diagnostics do not affect training: they draw no random number and change no batch statistics and no gradient.
+Every few steps the first images of the batch are encoded once more, in eval mode and without a graph, as the features
+of the step itself differ between methods. When kNN is measured, the images are a fixed sample of the data in eight
+views, as LiDAR needs. Training is not affected: no random number is drawn, and no batch statistics change.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,13 +31,7 @@ NOT_WRITTEN = ("pretext_top1",)  # metrics.jsonl has that of the method
 
 
 class Diagnostics:
-    """Computes the lines of diagnostics.jsonl. All processes call it at the same steps; the first gets the numbers.
-
-    Args:
-        recipe: Its ``[monitor]`` table says how often.
-        source: Images that the run trains on.
-        accelerator: Device and precision of the forward passes.
-    """
+    """Computes the lines of diagnostics.jsonl. All processes call it at the same steps; the first gets the numbers."""
 
     def __init__(self, recipe: Recipe, source: ImageSource, accelerator: Accelerator) -> None:
         self.recipe, self.source, self.accelerator = recipe, source, accelerator
@@ -70,11 +61,9 @@ class Diagnostics:
         return step == 1 or step % self.recipe.monitor.diagnose_every == 0
 
     def of_batch(self, backbone: nn.Module, views: Sequence[Tensor]) -> dict[str, Any]:
-        """Numbers and alarms from the first images of this process's batch, under their keys in diagnostics.jsonl.
+        """Numbers and alarms from the first two views of this process's batch, uint8, each (B, H, W, 3).
 
-        Args:
-            backbone: (B, 3, H, W) -> (B, D); its mode is restored.
-            views: uint8, each (B, H, W, 3); the first two are used.
+        They have their keys in diagnostics.jsonl. The mode of ``backbone`` is restored.
         """
         pairs = (view[: self.share].split(self.chunk) for view in views[:NUM_GLOBAL_VIEWS])
         return self._line(backbone, zip(*pairs, strict=True))

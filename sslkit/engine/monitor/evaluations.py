@@ -6,7 +6,6 @@ from functools import partial
 
 import torch
 
-from sslkit.data.batch import Batch
 from sslkit.distributed.collectives import max_over_processes
 from sslkit.engine.logging.logger import RunLogger, kind_of
 from sslkit.engine.monitor.alarms import data_alarm, dip_alarm, leak_alarm, read_curve, teacher_alarm
@@ -14,23 +13,18 @@ from sslkit.engine.monitor.diagnostics import Diagnostics
 from sslkit.engine.monitor.image_variety import sample_variety
 from sslkit.engine.monitor.knn_monitor import KnnMonitor
 from sslkit.engine.state import TrainingState
+from sslkit.engine.step import StepResult
 from sslkit.errors import UserError
 from sslkit.evaluate.evaluation_result import bootstrap_interval
 from sslkit.evaluate.protocol import protocol_hash
 from sslkit.files.jsonl_reader import rows_of
-from sslkit.methods import Method, Progress
+from sslkit.methods import Progress
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.text import format_duration
 
 
 class RunMonitor:
-    """Evaluates the encoder of a run while it trains. All processes call it at the same steps.
-
-    Args:
-        state: The training state.
-        logger: Receives results, diagnostics and alarms.
-        knn: kNN on a labelled set, or None.
-    """
+    """Evaluates the encoder of a run while it trains. All processes call it at the same steps."""
 
     def __init__(self, state: TrainingState, logger: RunLogger, knn: KnnMonitor | None) -> None:
         self.state, self.logger, self.knn = state, logger, knn
@@ -59,68 +53,66 @@ class RunMonitor:
             self.diagnostics.resume(rows_of(logger.folder / "diagnostics.jsonl", logger.log_message))
         if not step or not self.knn_is_due(step):
             return
-        missing = logger.active and not any(
-            row.get("by") == "monitor" and row["step"] == step
-            for row in rows_of(logger.folder / "results.jsonl", logger.log_message)
-        )
+        rows = rows_of(logger.folder / "results.jsonl", logger.log_message) if logger.active else []
+        measured = any(row.get("by") == "monitor" and row["step"] == step for row in rows)
+        missing = logger.active and not measured
         if max_over_processes(torch.tensor(float(missing), device=self.state.accelerator.device)) > 0:
-            self.evaluate_sample()
+            self._evaluate_sample()
 
-    def observe_gradients(self, grad_norm: float, layers: dict[str, float]) -> None:
-        """Record the gradient norm of the step just made, over all parameters and by layer."""
-        if self.diagnostics is not None:
-            self.diagnostics.observe(self.state.step, grad_norm, layers)
+    def after_step(self, result: StepResult, *, stops: bool) -> bool:
+        """Record the gradients of the step just made, and evaluate if that is due; returns whether kNN was measured.
 
-    def evaluate_sample(self) -> None:
+        A run that ``stops`` before its end leaves kNN to its continuation.
+        """
+        step = self.state.step
+        if self.diagnostics is not None and not result.skipped:
+            self.diagnostics.observe(step, result.grad_norm, result.layer_gradients)
+        if self.knn_is_due(step) and not stops:
+            self._evaluate_sample()
+            return True
+        if self.diagnostics is not None and (self.diagnostics.is_due(step) or step == self.state.last_step):
+            fields = self.diagnostics.of_batch(self.state.method.encoder, result.batch.views)
+            self._log_diagnostics(fields, knn_measured=False)
+        return False
+
+    def _evaluate_sample(self) -> None:
         """Measure kNN, then diagnostics of a fixed sample of the data."""
         measured = self._measure_knn()
         if self.diagnostics is not None:
             self._log_diagnostics(self.diagnostics.of_sample(self.state.method.encoder), knn_measured=measured)
 
-    def evaluate_batch(self, batch: Batch) -> None:
-        """Diagnostics of the batch just trained on, if they are due."""
-        step = self.state.step
-        if self.diagnostics is not None and (self.diagnostics.is_due(step) or step == self.state.last_step):
-            fields = self.diagnostics.of_batch(self.state.method.encoder, batch.views)
-            self._log_diagnostics(fields, knn_measured=False)
-
     def _measure_knn(self) -> bool:
-        """Measure and log the kNN accuracy; returns whether it is in results.jsonl."""
+        """Measure and log the kNN accuracy; returns whether this process has written it to results.jsonl."""
         assert self.knn is not None
         logger, step, started = self.logger, self.state.step, time.monotonic()
         epoch = step / self.state.steps_per_epoch
-        show = partial(logger.log_image, "neighbours", step) if logger.logs_images else None
         try:
-            accuracy = self.knn(self.state.method.encoder, show)
+            accuracy = self.knn(self.state.method.encoder, partial(logger.log_image, "neighbours", step))
         except UserError as error:  # the same on all processes: it is about the images of all of them
             logger.log_message(f"WARNING: epoch {epoch:g}: kNN cannot be measured: {error}; the run continues")
             return False
-        if accuracy is None:
-            logger.log_message(
-                f"WARNING: epoch {epoch:g}: kNN cannot be measured, the features are not finite; the run continues"
-            )
+        if not logger.active:
             return False
         left_out = {"left_out": self.knn.left_out} if self.knn.left_out else {}
-        if logger.active:
-            settings = {**self.knn.settings, **left_out}
-            logger.log_result(
-                {
-                    "by": "monitor",
-                    "step": step,
-                    "epoch": epoch,
-                    "evaluation": str(self.knn.protocol),
-                    "data": self.knn.pair.description,
-                    "accuracy": accuracy,
-                    "interval": bootstrap_interval(accuracy, self.knn.scored),
-                    "protocol": settings,
-                    "protocol_hash": protocol_hash(settings),
-                    **left_out,
-                }
-            )
+        settings = {**self.knn.settings, **left_out}
+        written = logger.log_result(
+            {
+                "by": "monitor",
+                "step": step,
+                "epoch": epoch,
+                "evaluation": str(self.knn.protocol),
+                "data": self.knn.pair.description,
+                "accuracy": accuracy,
+                "interval": bootstrap_interval(accuracy, self.knn.scored),
+                "protocol": settings,
+                "protocol_hash": protocol_hash(settings),
+                **left_out,
+            }
+        )
         without = f", without {self.knn.left_out} images that cannot be read" if left_out else ""
         seconds = format_duration(time.monotonic() - started)
         logger.log_message(f"epoch {epoch:g}: kNN {accuracy:.2%}{without} ({seconds})")
-        return not logger.results.pending
+        return written
 
     def _log_diagnostics(self, fields: dict[str, object], *, knn_measured: bool) -> None:
         """Write a line of diagnostics.jsonl, with the alarms of the kNN curve if a kNN of this step is in it."""
@@ -148,11 +140,8 @@ class RunMonitor:
         alarms = dip_alarm(curve, test_images)
         # Features that collapse make kNN fall too, without any leak.
         if not any(kind_of(alarm) == "collapse" for alarm in raised + alarms):
-            batch_norm, exposed = has_batch_norm(method.backbone), shares_batch_statistics(method)
+            batch_norm = has_batch_norm(method.backbone)
+            # A query is normalised in the same small group of images as its key, so that they reveal each other.
+            exposed = batch_norm and method.bn_groups > 1 and not method.shuffle_keys
             alarms += leak_alarm(curve, test_images, exposed=exposed, batch_norm=batch_norm)
         return alarms
-
-
-def shares_batch_statistics(method: Method) -> bool:
-    """Whether a query is normalised in the same small group of images as its key, so that they reveal each other."""
-    return method.bn_groups > 1 and not method.shuffle_keys and has_batch_norm(method.backbone)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,25 +16,17 @@ FLAT = 64  # an image has a single colour if its values differ by at most 1/64 o
 
 @dataclass(frozen=True)
 class Variety:
-    """Counts of a sample of images.
+    """Counts of a sample of images."""
 
-    Attributes:
-        sampled: All of them.
-        different: Those that differ in pixels.
-        plain: Those that have a single colour.
-    """
-
-    sampled: int
-    different: int
-    plain: int
+    sampled: int  # all of them
+    different: int  # those that differ in pixels
+    plain: int  # those that have a single colour
 
 
 def variety_of(images: Iterable[Pixels], enough: int = 0) -> Variety:
-    """Compare images pixel by pixel.
+    """Compare images (H, W, C) of any sizes, pixel by pixel.
 
-    Args:
-        images: Each (H, W, C), of any sizes.
-        enough: Stop after this many different images that have more than one colour; 0 never stops.
+    Stops after ``enough`` different images that have more than one colour; 0 never stops.
     """
     seen, sampled, plain = set[bytes](), 0, 0
     for pixels in images:
@@ -49,12 +42,10 @@ def variety_of(images: Iterable[Pixels], enough: int = 0) -> Variety:
 def sample_variety(source: ImageSource, seed: int) -> Variety:
     """Read a few random images, until most of them are known to differ."""
     chosen = source.sample(SAMPLED, seed)
-    return variety_of(_readable(source, chosen.tolist()), enough=len(chosen) // 2 + 1)
 
+    def readable() -> Iterator[Pixels]:
+        for index in chosen.tolist():
+            with suppress(UnreadableImage):
+                yield source.read(index)
 
-def _readable(source: ImageSource, indices: list[int]) -> Iterator[Pixels]:
-    for index in indices:
-        try:
-            yield source.read(index)
-        except UnreadableImage:
-            continue
+    return variety_of(readable(), enough=len(chosen) // 2 + 1)

@@ -17,7 +17,7 @@ from sslkit.engine.logging.sample_images import DrawImage, neighbours_image
 from sslkit.errors import UserError
 from sslkit.evaluate.features.extraction import batch_bytes, extract_features
 from sslkit.evaluate.features.readouts import Readout
-from sslkit.evaluate.features.transforms import Transform, evaluation_transform
+from sslkit.evaluate.features.transforms import evaluation_transform
 from sslkit.evaluate.labelled_data import LabelledPair, open_pair
 from sslkit.evaluate.probes.knn import KnnProtocol, knn_accuracy
 from sslkit.evaluate.protocol import data_settings, preprocessing_settings
@@ -27,23 +27,17 @@ BATCH = 256  # images at a time
 
 
 class KnnMonitor:
-    """Measures the kNN accuracy of an encoder as `sslkit eval knn` does.
+    """Measures the kNN accuracy of an encoder as `sslkit eval knn` does, with data and settings of ``[monitor]``."""
 
-    Args:
-        recipe: Its ``[monitor]`` table names the data and the settings.
-        transform: Evaluation preprocessing.
-        device: Device of the encoder.
-        workers: Data workers of each process.
-    """
-
-    def __init__(self, recipe: Recipe, transform: Transform, device: torch.device, workers: int) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, workers: int) -> None:
         monitor = recipe.monitor
-        self.transform, self.device, self.workers = transform, device, workers
+        self.transform = evaluation_transform(preprocessing_of(recipe.views))
+        self.device, self.workers = device, workers
         data = monitor.source().model_copy(update={"background": recipe.data.background})
         pair = open_pair(data, data.split, seed=recipe.train.seed)
         self.pair = _limit_bank(pair, monitor.max_train, recipe.train.seed)
         self.protocol = KnnProtocol(min(monitor.k, len(self.pair.train)), monitor.temperature)
-        self.batch_bytes = batch_bytes(transform, BATCH) if workers else 0
+        self.batch_bytes = batch_bytes(self.transform, BATCH) if workers else 0
         self.left_out, self.scored, self.views = 0, len(self.pair.test), recipe.views
         self.seed = recipe.train.seed
 
@@ -53,19 +47,12 @@ class KnnMonitor:
         others = Readout().settings(), preprocessing_settings(preprocessing_of(self.views)), data_settings(self.pair)
         return self.protocol.settings(*others)
 
-    def __call__(self, backbone: nn.Module, show: Callable[[DrawImage], None] | None = None) -> float | None:
-        """Share of the test images that are classified correctly; None if features are not finite.
+    def __call__(self, backbone: nn.Module, show: Callable[[DrawImage], None] = lambda _draw: None) -> float:
+        """Share of the test images that are classified correctly by the features of ``backbone``, (B, D).
 
-        Images that cannot be read are left out of bank and test and counted in ``left_out``: a file that is deleted
-        must not end a run. ``scored`` counts the test images that remain.
-
-        Args:
-            backbone: (B, 3, H, W) -> (B, D).
-            show: Called with a function that draws some test images beside their nearest neighbours. It must be
-                called before ``show`` returns.
-
-        Raises:
-            UserError: Fewer than k images of the bank, or none of the test, can be read.
+        Images that cannot be read, such as deleted files, are left out of bank and test and counted in ``left_out``;
+        ``scored`` counts the test images that remain. ``show`` gets a function that draws some of them beside their
+        nearest neighbours. Raises a UserError if too few images can be read, or features are not finite.
         """
         broadcast_buffers(backbone)
         bank, kept = self._features(backbone, self.pair.train)
@@ -74,9 +61,8 @@ class KnnMonitor:
         if kept.sum() < self.protocol.k or not asked.any():
             raise UserError(f"[monitor] data: {self.left_out} images of {self.pair.description} cannot be read")
         if not (bank[kept].isfinite().all() and queries[asked].isfinite().all()):
-            return None
-        if show is not None:
-            show(partial(neighbours_image, self.pair, bank, kept, queries, asked, self.seed))
+            raise UserError("the features are not finite")
+        show(partial(neighbours_image, self.pair, bank, kept, queries, asked, self.seed))
         labels, truth = self.pair.train_labels[kept], self.pair.test_labels[asked]
         return knn_accuracy(bank[kept], labels, queries[asked], truth, self.protocol)
 
@@ -110,12 +96,9 @@ def preprocessing_of(views: ViewsConfig) -> dict[str, Any]:
 
 
 def check_neighbours(monitor: KnnMonitor, k: int) -> None:
-    """Check that the bank has at least ``k`` images.
+    """Raise a UserError if the bank has fewer than ``k`` images; names the largest k that fits.
 
     Not for runs that are continued: earlier versions silently used fewer neighbours.
-
-    Raises:
-        UserError: It has fewer; the message names the largest k that fits.
     """
     bank = len(monitor.pair.train)
     if k > bank:
@@ -135,6 +118,4 @@ def _limit_bank(pair: LabelledPair, max_train: int, seed: int) -> LabelledPair:
 
 def make_knn_monitor(recipe: Recipe, device: torch.device, workers: int) -> KnnMonitor | None:
     """The kNN monitor that ``[monitor]`` asks for, or None."""
-    if not recipe.monitor.every_epochs:
-        return None
-    return KnnMonitor(recipe, evaluation_transform(preprocessing_of(recipe.views)), device, workers)
+    return KnnMonitor(recipe, device, workers) if recipe.monitor.every_epochs else None

@@ -6,37 +6,46 @@ It holds the weights before the step, with teacher and queue. It names the image
 (seed, epoch, sample, view) alone, and so does every other random draw.
 """
 
-import json
-import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sslkit.engine.state import TrainingState
-from sslkit.errors import UserError
+from sslkit.engine.state import MAX_COUNT, MAX_STEP, TrainingState
+from sslkit.errors import UserError, first_line
 from sslkit.files.atomic import atomic_folder, sha256_of, write_json, write_tensors
+from sslkit.files.json_reader import read_json
 
 FORMAT = 1
-MAX_COUNT = 2**53
+MAX_BYTES = 2**24  # of capsule.json
 MAX_DUMPS = 5  # of a run, so that they do not fill the disk
+
+
+class CrashFacts(BaseModel):
+    """The content of ``capsule.json``."""
+
+    format: Literal[1]
+    step: int = Field(ge=0, lt=MAX_STEP)  # from 0
+    problem: str = Field(alias="complaint")  # why the step was refused
+    loss: float
+    grad_norm: float
+    rewinds: int = Field(ge=0, le=MAX_COUNT, alias="detour")
+    processes: int
+    device: str
+    torch: str
+    images: int = Field(ge=0, lt=MAX_STEP)
+    recipe: dict[str, Any]
+    sha256: str  # of the weights
 
 
 def try_to_write_crash_dump(
     state: TrainingState, run_folder: Path, step: int, problem: str, loss: float, grad_norm: float
 ) -> str:
-    """Write a crash dump of a step that was refused; the first process does.
-
-    Args:
-        state: The weights are those before the step.
-        run_folder: Where ``capsules/`` is.
-        step: Number of the step, from 0.
-        problem: Why it was refused.
-        loss: Loss of the step.
-        grad_norm: Gradient norm of the step.
+    """Write a crash dump of step ``step`` (from 0), which was refused because of ``problem``; the first process does.
 
     Returns:
         The folder of the dump, on every process. Empty if there is none: the previous step was bad too, there are
@@ -73,38 +82,18 @@ def try_to_write_crash_dump(
     return str(folder)
 
 
-def read_crash_dump(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the facts and the weights of a crash dump.
-
-    Raises:
-        UserError: The folder is no crash dump, or it is damaged.
-    """
+def read_crash_dump(folder: Path) -> tuple[CrashFacts, dict[str, Tensor]]:
+    """Read the facts and the weights of a crash dump; raise a UserError if it is none, or damaged."""
+    weights = folder / "model.safetensors"
     try:
-        for name in ("capsule.json", "model.safetensors"):
-            if not (folder / name).exists():
-                raise UserError(f"{folder}: not a crash dump (no {name}); give a folder in capsules/ of a run")
-            if not stat.S_ISREG((folder / name).lstat().st_mode):
-                raise ValueError(f"{name} is not a regular file")
-        facts = json.loads((folder / "capsule.json").read_text(encoding="utf-8"))
-        if facts["format"] != FORMAT:
-            raise UserError(f"{folder}: a crash dump of format {facts['format']!r}; this version reads {FORMAT}")
-        if facts["sha256"] != sha256_of(folder / "model.safetensors"):
-            raise UserError(f"{folder / 'model.safetensors'}: damaged or changed since it was written")
-        _check_facts(facts)
-        return facts, load_file(folder / "model.safetensors")
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{folder}: not a crash dump ({type(error).__name__}: {str(error)[:200]})") from error
-
-
-def _check_facts(facts: dict[str, Any]) -> None:
-    """Raise a ValueError, KeyError or TypeError if facts are missing, or not what a run writes."""
-    types = {"recipe": dict, "device": str, "torch": str, "processes": int, "step": int, "images": int}
-    for name, kind in {**types, "detour": int, "complaint": str}.items():
-        if not isinstance(facts[name], kind):
-            raise ValueError(f"{name} cannot be {facts[name]!r:.50}")
-    if not all(0 <= facts[name] < MAX_COUNT for name in ("step", "images", "detour")):
-        raise ValueError("step, images or detour is out of range")
-    for name in ("loss", "grad_norm"):
-        float(facts[name])
+        facts = read_json(folder / "capsule.json", CrashFacts, MAX_BYTES)
+        if weights.is_symlink() or not weights.is_file():
+            raise ValueError("model.safetensors is not a regular file")
+        if facts.sha256 != sha256_of(weights):
+            raise UserError(f"{weights}: damaged or changed since it was written")
+        return facts, load_file(weights)
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        problem = f"{folder}: not a crash dump: {first_line(error)}; give a folder in capsules/ of a run"
+        raise UserError(problem) from error

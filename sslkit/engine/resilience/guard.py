@@ -26,12 +26,9 @@ class RewindError(BadStepError):
 
 
 class Guard:
-    """Decides for every step whether it may reach the weights.
+    """Decides for every step whether it may reach the weights, and counts bad steps in ``recovery``.
 
-    Args:
-        config: The recipe's ``[guard]`` table.
-        recovery: Changed in place.
-        module: Holds the BatchNorm statistics that a bad batch changes before it is found to be bad.
+    ``module`` holds the BatchNorm statistics that a bad batch changes before it is found to be bad.
     """
 
     def __init__(self, config: GuardConfig, recovery: RecoveryState, module: nn.Module) -> None:
@@ -52,9 +49,7 @@ class Guard:
     def problem(self, loss: float, grad_norm: float | None) -> str:
         """Say what is wrong with a step; empty if nothing is.
 
-        Args:
-            loss: Loss of the global batch.
-            grad_norm: Gradient norm of all parameters; None under a gradient scaler, which skips overflows itself.
+        ``grad_norm`` is None under a gradient scaler, which skips overflows itself.
         """
         if not math.isfinite(loss):
             return f"the loss is {loss}"
@@ -71,12 +66,7 @@ class Guard:
         self.recovery.losses.append(loss)
 
     def refuse(self, step: int, problem: str, crash_dump: str) -> str:
-        """Count a bad step; returns the message to log if it is skipped.
-
-        Args:
-            step: Number of the step, from 0.
-            problem: What `problem` returned.
-            crash_dump: Folder of the step's crash dump; empty if there is none.
+        """Count a bad step (from 0); returns the message to log if it is skipped. ``crash_dump`` may be empty.
 
         Raises:
             BadStepError: The policy is to stop.

@@ -11,27 +11,18 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from sslkit.files.atomic import replace_text
-from sslkit.files.run_reader import STOP_MARKER
-
-RESUMABLE = 75  # exit code of a run that was stopped and can be continued: EX_TEMPFAIL of sysexits.h
 SAME_SECONDS = 0.5  # signals within this time count as one: the terminal and the launcher may both send it
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """A context manager that listens for signals and watches the time limit.
+    """A context manager that listens for signals, on the main thread only, and watches the time limit (0: none).
 
-    Signals reach the main thread only; on another thread there is only the time limit. A signal that the parent process
-    ignores, as a shell does with SIGINT for background jobs, stays ignored.
-
-    Args:
-        max_hours: Time limit from now on; 0 has none.
+    A signal that the parent process ignores, as a shell does with SIGINT for background jobs, stays ignored.
     """
 
     def __init__(self, max_hours: float) -> None:
@@ -75,17 +66,3 @@ def stop_with_launcher() -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def write_marker(folder: Path, step: int, reason: str) -> None:
-    """Tell scripts that the run stopped on request after ``step`` steps and can be continued.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
-    replace_text(folder / STOP_MARKER, f"step {step}: {reason}\n")
-
-
-def remove_marker(folder: Path) -> None:
-    """Delete the marker of a run that continues."""
-    (folder / STOP_MARKER).unlink(missing_ok=True)

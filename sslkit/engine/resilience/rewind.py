@@ -30,17 +30,14 @@ def is_rewind_point(recipe: Recipe, steps_per_epoch: int, step: int) -> bool:
 
 
 def recovery_state_of(checkpoint: Checkpoint | None, folder: Path) -> RecoveryState:
-    """The recovery state that a checkpoint holds, with ``back_to`` checked against the checkpoints in the run folder.
+    """The recovery state of the checkpoint that a run continues from; the default state if the run starts.
 
-    Args:
-        checkpoint: What the run continues from; None if it starts.
-        folder: Run folder. The run cannot go back to a checkpoint of another folder, as its next start would not find
-            it.
+    The run can go back only to checkpoints in its own folder, as its next start would not find others.
     """
     if checkpoint is None:
         return RecoveryState()
     fields = checkpoint.state.get("course", {})
-    recovery = RecoveryState.from_json(fields)
+    recovery = RecoveryState(**fields)
     saved = saved_steps(folder / "checkpoints")
     if checkpoint.step not in saved:
         recovery.back_to = None
@@ -64,15 +61,10 @@ def rewind_checkpoint(folder: Path, recovery: RecoveryState) -> Checkpoint | Non
 
 
 def reset_training(state: TrainingState, method: Method) -> None:
-    """Reset weights, optimizer and loss scale to those of the start of a run.
-
-    Args:
-        state: Changed in place.
-        method: Built anew with the seed of the run.
-    """
+    """Reset weights, optimizer and loss scale to those of the start of a run; ``method`` is built with its seed."""
     held = state.method.state_dict()
-    fresh = method.state_dict()
-    state.method.load_state_dict({name: shard_like(held[name], value) for name, value in fresh.items()})
+    fresh = {name: shard_like(held[name], value) for name, value in method.state_dict().items()}
+    state.method.load_state_dict(fresh)
     optimizer = state.optimizer.optimizer
     optimizer.state.clear()
     for group in optimizer.param_groups:

@@ -5,9 +5,11 @@ import math
 import stat
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Annotated
 
 import pyarrow as pa
 from pyarrow import parquet
+from pydantic import BaseModel, Field
 
 from sslkit.data.batch import Batch
 from sslkit.data.formats.folder_listing import printable, table_of
@@ -15,8 +17,9 @@ from sslkit.data.sources.image_identity import image_digest, names_digest, sprea
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.data.sources.image_table import MappedTable
 from sslkit.distributed.collectives import gather_objects
-from sslkit.errors import UserError
+from sslkit.errors import UserError, first_line
 from sslkit.files.atomic import remove, replace_file, replace_text
+from sslkit.files.json_reader import read_json
 from sslkit.files.jsonl_reader import rows_of, step_of
 from sslkit.files.jsonl_writer import JsonlWriter
 from sslkit.terminal import print_message
@@ -33,18 +36,11 @@ MAX_NAMED = 5  # images that a message names
 class BadSamples:
     """The unreadable images of a run, one row of bad_samples.jsonl each: index, name, reason, epoch, step.
 
-    All processes know the same images; the first writes them. Every process must create an instance and make the same
-    calls.
-
-    Args:
-        folder: Run folder.
-        source: Images of the run.
-        max_share: Largest share of bad images, rounded up to whole images.
-        start_step: Rows of later steps, left by a killed run, do not count.
-        active: Whether this process writes.
+    All processes know the same images, as each creates an instance and makes the same calls; the ``active`` one writes.
+    Rows after ``start_step``, left by a killed run, do not count.
 
     Raises:
-        UserError: Too many images are bad.
+        UserError: Too many images are bad: more than ``max_share``, rounded up to whole images.
     """
 
     def __init__(self, folder: Path, source: ImageSource, max_share: float, start_step: int, *, active: bool) -> None:
@@ -66,16 +62,7 @@ class BadSamples:
         return len({image.index for image in batch.bad} - self.known.keys())
 
     def collect(self, batch: Batch, epoch: int, done: int) -> None:
-        """Gather the new bad images of a step from all processes and record them.
-
-        Args:
-            batch: This process's part of the global batch.
-            epoch: Epoch of the step.
-            done: Number of updates, including this step's.
-
-        Raises:
-            UserError: Too many images are bad.
-        """
+        """Record the new bad images of a step of all processes, if they are not too many; ``done`` counts this step."""
         here = {image.index: asdict(image) for image in batch.bad}
         everywhere = {index: fields for part in gather_objects(here) for index, fields in part.items()}
         new = [everywhere[index] | {"epoch": epoch, "step": done} for index in sorted(everywhere.keys() - self.known)]
@@ -95,18 +82,19 @@ class BadSamples:
         )
 
 
+class RecordedImages(BaseModel):
+    """The content of ``data.json``."""
+
+    images: int = Field(strict=True)
+    names_sha256: str
+    content: dict[Annotated[int, Field(ge=0)], str] = {}  # digests of a few images, by index
+
+
 def restore_images(folder: Path, source: ImageSource, max_share: float) -> tuple[ImageSource, list[str]]:
-    """The images that a run started with, for a run that is resumed.
+    """The images that a run started with, for a run that is resumed, and messages to log.
 
-    Missing files count as unreadable and new files are ignored, so that the order of samples does not change.
-
-    Args:
-        folder: Run folder.
-        source: The images that exist now.
-        max_share: Largest share of missing images; see `BadSamples`.
-
-    Returns:
-        The source to train on, and messages to log.
+    Of the images that exist now, new ones are ignored, and missing ones count as unreadable (at most ``max_share``, see
+    `BadSamples`), so that the order of samples does not change.
 
     Raises:
         UserError: The images have changed, or too many are missing.
@@ -115,27 +103,20 @@ def restore_images(folder: Path, source: ImageSource, max_share: float) -> tuple
     if not file.is_file() or not (folder / "recipe.toml").is_file():  # the recipe is written last
         return source, []
     try:
-        if file.stat().st_size > MAX_BYTES:
-            raise ValueError(f"more than {MAX_BYTES} bytes")
-        before = json.loads(file.read_text(encoding="utf-8"))
-        count, digest, content = before["images"], before["names_sha256"], before.get("content", {})
-        if type(count) is not int or not isinstance(digest, str):
-            raise ValueError("images must be a number and names_sha256 a string")
-        content = {int(index): str(image) for index, image in content.items()}
-        if any(index < 0 for index in content):
-            raise ValueError("content has a negative index")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file}: not readable, so this run cannot be resumed: {str(error)[:200]}") from error
+        before = read_json(file, RecordedImages, MAX_BYTES)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable, so this run cannot be resumed: {first_line(error)}") from error
     messages: list[str] = []
-    if count != len(source) or digest != names_digest(source):
+    if before.images != len(source) or before.names_sha256 != names_digest(source):
         found = _with_recorded_names(folder, source, max_share)
-        if found is None or len(found[0]) != count or names_digest(found[0]) != digest:
-            now = f"there are {len(source)} now" if count != len(source) else "some have other names or sizes now"
-            raise _changed(folder, source, f"it had {count} images, {now}")
+        if found is None or len(found[0]) != before.images or names_digest(found[0]) != before.names_sha256:
+            same_count = before.images == len(source)
+            now = "some have other names or sizes now" if same_count else f"there are {len(source)} now"
+            raise _changed(folder, source, f"it had {before.images} images, {now}")
         source, messages = found
     # Compare the content of a few images; one that cannot be read has no digest and is not compared.
-    for index, before in content.items():
-        if index < len(source) and (now := image_digest(source, index)) and now != before:
+    for index, digest in before.content.items():
+        if index < len(source) and (now := image_digest(source, index)) and now != digest:
             raise _changed(folder, source, f"{source.name(index)} has other content")
     return source, messages
 
@@ -151,8 +132,8 @@ def write_images(folder: Path, source: ImageSource) -> None:
         parquet.write_table(pa.table({"name": _names(source)}), stream, compression="zstd")
         replace_file(folder / IMAGES, [stream.getvalue().to_pybytes()])
     num_digests = NUM_DIGESTS if source.table.random_access else NUM_DIGESTS_STREAMED  # each reads a row group
-    digests = {str(index): image_digest(source, index) for index in spread_sample(len(source), num_digests)}
-    content = {index: digest for index, digest in digests.items() if digest}
+    sample = spread_sample(len(source), num_digests)
+    content = {index: digest for index in sample if (digest := image_digest(source, index))}
     fields = {"images": len(source), "names_sha256": names_digest(source), "content": content}
     replace_text(folder / DATA, json.dumps(fields) + "\n")
 
@@ -160,8 +141,8 @@ def write_images(folder: Path, source: ImageSource) -> None:
 def recorded_names_digest(folder: Path) -> str:
     """The digest of the image names that a run folder has recorded; empty if there is none."""
     try:
-        return str(json.loads((folder / DATA).read_text(encoding="utf-8"))["names_sha256"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return read_json(folder / DATA, RecordedImages, MAX_BYTES).names_sha256
+    except (OSError, ValueError):
         return ""
 
 

@@ -13,13 +13,12 @@ from sslkit.data.decode.background import KEEP
 from sslkit.data.formats.folder_listing import printable, to_text
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.engine.checkpoint.format import Checkpoint, newest_checkpoint, read_checkpoint
-from sslkit.engine.resilience.preemption import remove_marker
 from sslkit.engine.run_folder.dataset_identity import DATA, IMAGES, recorded_names_digest, restore_images, write_images
-from sslkit.engine.run_folder.lock import PROBE, prepare_folder
+from sslkit.engine.run_folder.lock import PROBE, prepare_folder, refuse_unwritable
 from sslkit.errors import UserError, check_path
 from sslkit.files.atomic import refuse_links, replace_text
 from sslkit.files.jsonl_reader import rows_of
-from sslkit.files.run_reader import LOCK
+from sslkit.files.run_reader import LOCK, STOP_MARKER
 from sslkit.recipe.resolve import Recipe, as_saved, build_recipe, changes, read_tables
 from sslkit.recipe.schema import check_plain
 
@@ -40,13 +39,7 @@ FREE_KEYS = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder.
-
-    Attributes:
-        folder: Its path.
-        step: Number of updates.
-        stopped: Why the run stopped before its end and can be resumed; empty if it is finished.
-    """
+    """A run folder after ``step`` updates. ``stopped`` says why the run can be resumed; empty if it is finished."""
 
     folder: Path
     step: int
@@ -64,19 +57,14 @@ class Run:
 def check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
     """Refuse a folder that cannot be used for this recipe, before anything is written.
 
-    A folder is a run once it has ``recipe.toml``. One with only the files that a start writes before it counts as
-    empty.
-
-    Raises:
-        UserError: The folder cannot be written to, is not a run, or holds a run of another recipe.
+    A UserError is raised if it cannot be written to, is not a run, or holds a run of another recipe. It is a run once
+    it has ``recipe.toml``; with only the files that a start writes before that, it counts as empty.
     """
     check_path(folder, "--output")
     check_path(resume, "--resume")
-    try:
+    with refuse_unwritable(folder):
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         filled = folder.exists() and any(folder.iterdir())
-    except OSError as error:
-        raise UserError(f"--output {folder}: cannot be written to: {error.strerror}") from error
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"--output {folder}: {existing} is not a folder that can be written to")
     if not filled:
@@ -119,11 +107,7 @@ def _changed(before: dict[str, Any], recipe: Recipe) -> list[str]:
 
 
 def keep_background(folder: Path, recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """Set ``[data] background`` to "keep" for a run that started before the key existed, unless the recipe states it.
-
-    Returns:
-        The recipe, and messages to log.
-    """
+    """Set ``[data] background`` to "keep" for a run older than the key, unless the recipe states it; with messages."""
     saved = folder / "recipe.toml"
     if "background" in recipe.data.model_fields_set or not saved.is_file():
         return recipe, []
@@ -154,37 +138,14 @@ def with_defaults(tables: dict[str, Any]) -> dict[str, Any]:
         return tables
 
 
-@dataclass(frozen=True)
-class FolderContents:
-    """What a run folder determines about a start.
-
-    Attributes:
-        source: The images to train on: those that the run started with, if there is one.
-        checkpoint: The checkpoint to resume from; None starts from scratch.
-        messages: Messages to log.
-    """
-
-    source: ImageSource
-    checkpoint: Checkpoint | None
-    messages: list[str]
-
-
-def inspect_folder(folder: Path, recipe: Recipe, resume: str, source: ImageSource) -> FolderContents:
-    """Check a locked run folder and find its images and the checkpoint to resume from.
-
-    Args:
-        folder: Run folder.
-        recipe: The recipe to train.
-        resume: See `sslkit.engine.trainer.train`.
-        source: The images that exist now.
-
-    Raises:
-        UserError: The folder cannot be used, or its run cannot be resumed with this recipe and these images.
-    """
+def inspect_folder(
+    folder: Path, recipe: Recipe, resume: str, source: ImageSource
+) -> tuple[ImageSource, Checkpoint | None, list[str]]:
+    """Check a locked run folder; returns the images of its run, the checkpoint to resume from, and messages to log."""
     check_folder(folder, recipe, resume)
     source, messages = restore_images(folder, source, recipe.data.max_bad_share)
     checkpoint, problems = find_checkpoint(folder, recipe, resume)
-    return FolderContents(source, checkpoint, [*messages, *problems])
+    return source, checkpoint, [*messages, *problems]
 
 
 def find_checkpoint(folder: Path, recipe: Recipe, resume: str) -> tuple[Checkpoint | None, list[str]]:
@@ -195,14 +156,11 @@ def find_checkpoint(folder: Path, recipe: Recipe, resume: str) -> tuple[Checkpoi
             check_saved_by_run(newest, folder, recipe)
         return newest, broken
     path = Path(resume)
-    problems: list[str] = []
-    if (path / "manifest.json").is_file():
-        checkpoint = read_checkpoint(path)
-    else:
-        found, problems = newest_checkpoint(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
-        if found is None:
-            raise UserError(f"--resume {resume}: has no checkpoint; give a run or checkpoint folder, auto or never")
-        checkpoint = found
+    of_run = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    is_one = (path / "manifest.json").is_file()
+    checkpoint, problems = (read_checkpoint(path), list[str]()) if is_one else newest_checkpoint(of_run)
+    if checkpoint is None:
+        raise UserError(f"--resume {resume}: has no checkpoint; give a run or checkpoint folder, auto or never")
     check_plain(checkpoint.state["recipe"], f"--resume {resume}: its recipe:")
     differing = changes(with_defaults(checkpoint.state["recipe"]), recipe.as_tables())
     unfit = [line for line in differing if line.startswith(("method.", "backbone.", "optim.name", "optim.exclude"))]
@@ -214,11 +172,7 @@ def find_checkpoint(folder: Path, recipe: Recipe, resume: str) -> tuple[Checkpoi
 
 
 def check_saved_by_run(checkpoint: Checkpoint, folder: Path, recipe: Recipe) -> None:
-    """Check that a checkpoint in a run folder was saved by this run, not copied from another.
-
-    Raises:
-        UserError: It was saved by another run; names the keys that differ.
-    """
+    """Raise a UserError if a checkpoint in a run folder was copied from another run; names the keys that differ."""
     check_plain(checkpoint.state["recipe"], f"{checkpoint.folder}: its recipe:")
     remedy = "move it away to resume from an earlier checkpoint, or train from it in another folder with --resume"
     if changed := _changed(checkpoint.state["recipe"], recipe):
@@ -231,21 +185,15 @@ def check_saved_by_run(checkpoint: Checkpoint, folder: Path, recipe: Recipe) -> 
 
 
 def open_folder(folder: Path, recipe: Recipe, accelerator: Accelerator, source: ImageSource) -> None:
-    """Write the recipe and the names of the images into a locked run folder; the first process does.
-
-    Raises:
-        UserError: The folder cannot be written to.
-    """
+    """Write recipe and image names into a locked run folder, on the first process; raise a UserError if it fails."""
     if not accelerator.is_main_process:
         return
     prepare_folder(folder)
-    versions = {name: importlib.metadata.version(name) for name in ("sslkit", "torch", "timm", "accelerate")}
-    header = "".join(f"# {name} {version}\n" for name, version in versions.items())
-    header += f"# Python {platform.python_version()}, {platform.platform()}\n"
-    header += f"# processes {accelerator.num_processes}, {accelerator.device.type}\n"
-    try:
+    versions = (f"{name} {importlib.metadata.version(name)}" for name in ("sslkit", "torch", "timm", "accelerate"))
+    platforms = f"Python {platform.python_version()}, {platform.platform()}"
+    processes = f"processes {accelerator.num_processes}, {accelerator.device.type}"
+    header = "".join(f"# {line}\n" for line in (*versions, platforms, processes))
+    with refuse_unwritable(folder):
         write_images(folder, source)
         replace_text(folder / "recipe.toml", f"{header}\n{recipe.to_toml()}")  # last: it makes the folder a run
-        remove_marker(folder)
-    except OSError as error:
-        raise UserError(f"--output {folder}: cannot be written to: {error}") from error
+        (folder / STOP_MARKER).unlink(missing_ok=True)

@@ -25,21 +25,21 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
+def refuse_unwritable(folder: Path) -> Iterator[None]:
+    """Raise an OSError again as a UserError that names the run folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be written to: {error.strerror or error}") from error
+
+
+@contextmanager
 def hold_folder(folder: Path, *, active: bool = True) -> Iterator[list[str]]:
-    """Create a run folder and lock it. Folders that were created and are still empty are removed on exit.
+    """Create a run folder and lock it, if ``active``; yields messages. New folders that stay empty are removed on exit.
 
     The kernel holds the lock, on the file ``.lock``. It ends with the process, data workers do not inherit it, and over
-    NFS it works between hosts. The file names the process and host that hold it.
-
-    Args:
-        folder: Run folder.
-        active: False on all processes but the first; nothing is done then.
-
-    Yields:
-        Messages: whose lock was taken over, or that there are no locks.
-
-    Raises:
-        UserError: Another process trains in the folder, or it cannot be written to.
+    NFS it works between hosts. The file names the process and host that hold it. A UserError is raised if another
+    process trains in the folder, or it cannot be written to.
     """
     if not active:
         yield []
@@ -61,21 +61,19 @@ def hold_folder(folder: Path, *, active: bool = True) -> Iterator[list[str]]:
 
 
 def _take(folder: Path) -> tuple[int, list[str]]:
-    try:
+    with refuse_unwritable(folder):
         descriptor, messages = _open_locked(folder)
-    except OSError as error:
-        raise UserError(f"--output {folder}: cannot be written to: {error.strerror}") from error
-    try:
-        if previous := lock_holder(descriptor):
-            messages.append(f"{folder}: taken over from {previous}, which has ended")
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode(), 0)
-    except OSError as error:
-        with suppress(OSError):
-            (folder / LOCK).unlink()
-        os.close(descriptor)
-        raise UserError(f"--output {folder}: cannot be written to: {error.strerror}") from error
-    return descriptor, messages
+        try:
+            if previous := lock_holder(descriptor):
+                messages.append(f"{folder}: taken over from {previous}, which has ended")
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode(), 0)
+        except OSError:
+            with suppress(OSError):
+                (folder / LOCK).unlink()
+            os.close(descriptor)
+            raise
+        return descriptor, messages
 
 
 def _open_locked(folder: Path) -> tuple[int, list[str]]:
@@ -114,18 +112,12 @@ def _lock(descriptor: int, folder: Path) -> list[str]:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Check that a locked run folder can be written to, and remove temporary files of a killed run.
-
-    Raises:
-        UserError: It cannot be written to.
-    """
-    try:
-        checkpoints = folder / "checkpoints"
+    """Remove temporary files of a killed run from a locked folder; raise a UserError if it cannot be written to."""
+    checkpoints = folder / "checkpoints"
+    with refuse_unwritable(folder):
         checkpoints.mkdir(exist_ok=True)
         for parent in (folder, checkpoints):
             try:
                 write_file(parent / PROBE, [bytes(4096)])
             finally:
                 remove_temporary(parent, RUN_FILES if parent == folder else ("*",))
-    except OSError as error:
-        raise UserError(f"--output {folder}: cannot be written to: {error.strerror}") from error

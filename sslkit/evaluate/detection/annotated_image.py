@@ -19,11 +19,7 @@ HEADER_BYTES = 2**16  # enough for most headers
 
 
 def as_boxes(rows: Sequence[Any], image: str) -> NDArray[np.float64]:
-    """Convert an image's boxes from an annotation file to an array (N, 4).
-
-    Raises:
-        ValueError: A box is not four finite numbers.
-    """
+    """Convert an image's boxes to an array (N, 4). Raises ValueError if a box is not four finite numbers."""
     for row in rows:
         numbers = isinstance(row, list) and len(row) == 4 and {*map(type, row)} <= {int, float}
         if not numbers or not all(abs(number) < MAX_COORDINATE for number in row):
@@ -33,35 +29,18 @@ def as_boxes(rows: Sequence[Any], image: str) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class AnnotatedImage:
-    """An image with annotated objects.
-
-    Attributes:
-        file: Image file.
-        width: In pixels.
-        height: In pixels.
-        boxes: (N, 4) float64: left, top, right, bottom in pixels from the top left corner of the image.
-        labels: (N,) int64 class numbers from 1; 0 is the background.
-        ignored: (N,) bool: crowds (COCO) and difficult objects (VOC). Detecting them counts neither as right nor as
-            wrong.
-        crowds: (N,) bool: annotations of several objects, which are not trained on.
-        areas: (N,) float64 in square pixels, for COCO's classes of size.
-        segments: A polygon list or run lengths per object, as in COCO; empty if the format has none.
-        background: Colour behind transparent pixels; see `sslkit.data.config.DataConfig`.
-
-    Raises:
-        ValueError: Sizes, boxes or areas are impossible.
-    """
+    """An image with N annotated objects. Raises ValueError if its size, boxes or areas are impossible."""
 
     file: Path
-    width: int
+    width: int  # in pixels
     height: int
-    boxes: NDArray[np.float64]
-    labels: NDArray[np.int64]
-    ignored: NDArray[np.bool_]
-    crowds: NDArray[np.bool_]
-    areas: NDArray[np.float64]
-    segments: tuple[Any, ...] = ()
-    background: str = WHITE
+    boxes: NDArray[np.float64]  # (N, 4): left, top, right, bottom in pixels from the top left corner
+    labels: NDArray[np.int64]  # (N,) class numbers from 1; 0 is the background
+    ignored: NDArray[np.bool_]  # (N,) crowds (COCO) and difficult objects (VOC): detecting them is not scored
+    crowds: NDArray[np.bool_]  # (N,) annotations of several objects, which are not trained on
+    areas: NDArray[np.float64]  # (N,) in square pixels, for COCO's classes of size
+    segments: tuple[Any, ...] = ()  # polygons or run lengths per object, as in COCO; empty if the format has none
+    background: str = WHITE  # colour behind transparent pixels; see `sslkit.data.config.DataConfig`
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.height < 1:
@@ -73,21 +52,17 @@ class AnnotatedImage:
             raise ValueError(f"an area of {self.file.name} is not between 0 and {MAX_AREA:g} square pixels")
 
     def trainable(self) -> NDArray[np.bool_]:
-        """Which objects can be trained on, (N,) bool: those with an area that are not crowds."""
+        """Which objects can be trained on, (N,): those with an area that are not crowds."""
         trainable: NDArray[np.bool_] = (self.boxes[:, 2:] > self.boxes[:, :2]).all(axis=1) & ~self.crowds
         return trainable
 
     def scored(self) -> NDArray[np.bool_]:
-        """Which objects count in the score, (N,) bool."""
+        """Which objects count in the score, (N,)."""
         scored: NDArray[np.bool_] = self.trainable() & ~self.ignored
         return scored
 
     def pixels(self) -> NDArray[np.uint8]:
-        """Decode the image to (H, W, 3) RGB.
-
-        Raises:
-            UserError: The file is missing, is not an image, or has another size than annotated.
-        """
+        """Decode the image to (H, W, 3) RGB. Raises `UserError` if it cannot be read or has another size."""
         try:
             encoded = self.file.read_bytes()
         except OSError as error:

@@ -20,23 +20,14 @@ FORMATS = "VOC (JPEGImages, Annotations, ImageSets/Main) or COCO (annotations/in
 
 @dataclass(frozen=True)
 class AnnotatedPair:
-    """Training and test images with objects.
-
-    Attributes:
-        train: Training images.
-        test: Test images.
-        classes: Names; class number ``i`` is ``classes[i - 1]``.
-        description: Data, splits and number of images, for messages.
-        format: Format of the folder.
-        split: Names of the two splits.
-    """
+    """Training and test images with objects. Class number ``i`` is ``classes[i - 1]``."""
 
     train: list[AnnotatedImage]
     test: list[AnnotatedImage]
     classes: list[str]
-    description: str
+    description: str  # data, splits and number of images, for messages
     format: Literal["voc", "coco"]
-    split: str
+    split: str  # names of the two splits
 
     def settings(self) -> dict[str, Any]:
         """The settings of the data for the protocol hash."""
@@ -55,18 +46,10 @@ def open_annotated(
 ) -> AnnotatedPair:
     """Read a data set in VOC or COCO format.
 
-    A folder with VOC2007 and VOC2012 is one data set: a split has the images of every year that has it, as in the
-    papers' trainval07+12.
-
-    Args:
-        folder: The data set.
-        train_split: Training split. Default: for VOC, trainval if there is a test split, else train; for COCO, the
-            split whose name starts with ``train``.
-        test_split: Test split. Default: test, val, valid or validation, with or without a year.
-        background: Colour behind transparent pixels.
-
-    Raises:
-        UserError: The folder has neither format or not these splits, or an annotation cannot be read.
+    A folder with VOC2007 and VOC2012 is one data set: a split has the images of every year, as trainval07+12 of the
+    papers. ``test_split`` is by default test, val, valid or validation, with or without a year; ``train_split`` is
+    trainval (VOC with a test split) or train. ``background`` is the colour behind transparent pixels. Raises
+    `UserError` if the folder has neither format or not these splits, or an annotation cannot be read.
     """
     check_path(folder, "--data")
     folder = Path(folder).expanduser()
@@ -86,24 +69,19 @@ def open_annotated(
     if not years:
         test_names = _shared_categories(train_names, test_names, test, f"{folder}: {test_split}", train_split)
     numbers = {name: number for number, name in enumerate(sorted({*train_names.values(), *test_names.values()}), 1)}
-    train, test = (
-        [_renumbered(image, names, numbers, background) for image in images]
-        for images, names in ((train, train_names), (test, test_names))
-    )
+    for images, names in ((train, train_names), (test, test_names)):
+        for index, image in enumerate(images):
+            labels = np.array([numbers[names[label]] for label in image.labels.tolist()], dtype=np.int64)
+            images[index] = replace(image, labels=labels, background=background)
     if not any(image.trainable().any() for image in train):
         raise UserError(f"{folder}: split {train_split!r} has no object to train on; all are crowds or have no area")
     if not any(image.scored().any() for image in test):
         raise UserError(
             f"{folder}: split {test_split!r} has no object to score; all are difficult, crowds or have no area"
         )
-    return AnnotatedPair(
-        train,
-        test,
-        classes=list(numbers),
-        description=f"{folder}: {train_split} {len(train)} / {test_split} {len(test)} images, {len(numbers)} classes",
-        format="voc" if years else "coco",
-        split=f"{train_split} / {test_split}",
-    )
+    description = f"{folder}: {train_split} {len(train)} / {test_split} {len(test)} images, {len(numbers)} classes"
+    kind: Literal["voc", "coco"] = "voc" if years else "coco"
+    return AnnotatedPair(train, test, list(numbers), description, kind, f"{train_split} / {test_split}")
 
 
 def annotated_images_digest(images: Sequence[AnnotatedImage]) -> str:
@@ -152,10 +130,3 @@ def _shared_categories(
         if number not in train_names and number in used:
             raise UserError(f"{where}: has objects of category {name!r}, which {train_split} does not list")
     return {number: name for number, name in test_names.items() if number in train_names}
-
-
-def _renumbered(
-    image: AnnotatedImage, names: dict[int, str], numbers: dict[str, int], background: str
-) -> AnnotatedImage:
-    labels = np.array([numbers[names[label]] for label in image.labels.tolist()], dtype=np.int64)
-    return replace(image, labels=labels, background=background)

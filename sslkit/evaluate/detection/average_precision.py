@@ -18,22 +18,17 @@ MEASURES = ("AP", "AP50", "AP75")
 RECALLS = np.linspace(0, 1, 101)
 RESAMPLES = 1000
 
+Kind = Literal["bbox", "segm"]
+
 
 @dataclass(frozen=True)
 class Detections:
-    """The objects that a detector found in one image.
+    """The M objects that a detector found in one image."""
 
-    Attributes:
-        boxes: (M, 4): left, top, right, bottom in pixels.
-        labels: (M,) class numbers from 1.
-        scores: (M,) confidences.
-        masks: M run lengths from `encode_mask`; empty for a detector of boxes.
-    """
-
-    boxes: NDArray[np.float64]
-    labels: NDArray[np.int64]
-    scores: NDArray[np.float64]
-    masks: list[Any] = field(default_factory=list)
+    boxes: NDArray[np.float64]  # (M, 4): left, top, right, bottom in pixels
+    labels: NDArray[np.int64]  # (M,) class numbers from 1
+    scores: NDArray[np.float64]  # (M,) confidences
+    masks: list[Any] = field(default_factory=list)  # M run lengths from `encode_mask`; empty for a detector of boxes
 
 
 @dataclass(frozen=True)
@@ -46,43 +41,29 @@ class AveragePrecision:
 
 @dataclass(frozen=True)
 class ClassMatches:
-    """COCO's matches of the detections of one class, in the order of their scores, highest first.
+    """COCO's matches of the D detections of one class in P images, in the order of their scores, highest first."""
 
-    Attributes:
-        images: (D,) image of each detection, from 0.
-        correct: (10, D) at each IoU threshold, whether it matches an object that is scored.
-        wrong: (10, D) whether it matches no object. Detections that match an ignored object are neither.
-        objects: (P,) number of scored objects in each image.
-    """
-
-    images: NDArray[np.int64]
-    correct: NDArray[np.bool_]
-    wrong: NDArray[np.bool_]
-    objects: NDArray[np.int64]
+    images: NDArray[np.int64]  # (D,) image of each detection, from 0
+    correct: NDArray[np.bool_]  # (10, D) at each IoU threshold, whether it matches an object that is scored
+    wrong: NDArray[np.bool_]  # (10, D) whether it matches no object, not even an ignored one
+    objects: NDArray[np.int64]  # (P,) number of scored objects in each image
 
 
 def average_precision(
-    images: list[AnnotatedImage],
-    detections: list[Detections],
-    classes: list[str],
-    kind: Literal["bbox", "segm"] = "bbox",
+    images: list[AnnotatedImage], detections: list[Detections], classes: list[str], kind: Kind = "bbox"
 ) -> AveragePrecision:
     """AP over the IoU thresholds 0.50, 0.55 ... 0.95, AP50 and AP75, with at most 100 detections per image.
 
-    Args:
-        images: Ground truth, with at least one scored object.
-        detections: One per image.
-        classes: Names of the classes.
-        kind: Overlap of boxes or of masks.
+    ``images`` are the ground truth, with at least one scored object. ``kind`` is the overlap of boxes or of masks.
     """
     evaluated = _evaluate(images, detections, classes, kind)
     if evaluated is None:
         return AveragePrecision(dict.fromkeys(MEASURES, 0.0), dict.fromkeys(MEASURES, (0.0, 0.0)))
-    measures = {name: float(value) for name, value in zip(MEASURES, evaluated.stats[:3], strict=True)}
+    measures = dict(zip(MEASURES, map(float, evaluated.stats[:3]), strict=True))
     return AveragePrecision(measures, bootstrap_precision(_matches(evaluated), len(images)))
 
 
-def _evaluate(images: list[AnnotatedImage], detections: list[Detections], classes: list[str], kind: str) -> Any:
+def _evaluate(images: list[AnnotatedImage], detections: list[Detections], classes: list[str], kind: Kind) -> Any:
     """COCO's evaluation object; None if nothing was detected."""
     rows = [row for number, each in enumerate(detections, 1) for row in _detection_rows(each, number, kind)]
     if not rows:
@@ -123,17 +104,12 @@ def bootstrap_precision(matches: list[ClassMatches], num_images: int, seed: int 
     uniform = np.full(num_images, 1 / num_images)
     resamples = [resampled_precision(matches, rng.multinomial(num_images, uniform)) for _ in range(RESAMPLES)]
     measures = np.array([each for each in resamples if each is not None])
-    low, high = np.quantile(measures, [0.025, 0.975], axis=0)
-    return {name: (float(low[index]), float(high[index])) for index, name in enumerate(MEASURES)}
+    low, high = np.quantile(measures, [0.025, 0.975], axis=0).tolist()
+    return dict(zip(MEASURES, zip(low, high, strict=True), strict=True))
 
 
 def resampled_precision(matches: list[ClassMatches], counts: NDArray[np.int64]) -> tuple[float, float, float] | None:
-    """The `MEASURES` of a resample; None if it has no scored object.
-
-    Args:
-        matches: By class.
-        counts: (P,) how often each image was drawn.
-    """
+    """The `MEASURES` of a resample with image ``i`` drawn ``counts[i]`` times; None if it has no scored object."""
     by_class = [_class_precision(each, counts) for each in matches if counts @ each.objects]
     if not by_class:
         return None
@@ -169,8 +145,7 @@ def _class_matches(rows: list[Any]) -> ClassMatches:
     empty = np.zeros((10, 0), dtype=bool)
     matched = np.concatenate([empty, *(row["dtMatches"] > 0 for _, row in present)], axis=1)
     scored = ~np.concatenate([empty, *(row["dtIgnore"].astype(bool) for _, row in present)], axis=1)
-    numbers = [len(row["dtScores"]) for _, row in present]
-    images = np.repeat([image for image, _ in present], numbers).astype(np.int64)
+    images = np.array([image for image, row in present for _ in row["dtScores"]], dtype=np.int64)
     scores = np.concatenate([np.zeros(0), *(row["dtScores"] for _, row in present)])
     order = np.argsort(-scores, kind="mergesort")  # COCO's order
     return ClassMatches(images[order], (matched & scored)[:, order], (~matched & scored)[:, order], objects)
@@ -208,31 +183,31 @@ def _pycocotools(module: str) -> Any:
 
 
 def _ground_truth(images: list[AnnotatedImage], classes: list[str]) -> dict[str, Any]:
-    image_rows: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number, image in enumerate(images, 1):
-        image_rows.append({"id": number, "width": image.width, "height": image.height})
-        for index, (left, top, right, bottom) in enumerate(image.boxes.tolist()):
+        for index, box in enumerate(_to_widths(image.boxes)):
             row = {
-                # From 1: COCO's code takes a match with object 0 for no match.
-                "id": len(annotations) + 1,
+                "id": len(annotations) + 1,  # from 1: COCO's code takes a match with object 0 for no match
                 "image_id": number,
                 "category_id": int(image.labels[index]),
-                "bbox": [left, top, right - left, bottom - top],
+                "bbox": box,
                 "area": float(image.areas[index]),
                 "iscrowd": int(image.ignored[index]),
                 "crowd": int(image.crowds[index]),  # not a key of COCO; see `_compute_iou`
             }
             annotations.append(row | ({"segmentation": image.segments[index]} if image.segments else {}))
+    image_rows = [{"id": number, "width": each.width, "height": each.height} for number, each in enumerate(images, 1)]
     categories = [{"id": number, "name": name} for number, name in enumerate(classes, 1)]
     return {"images": image_rows, "annotations": annotations, "categories": categories, "info": {}}
 
 
-def _detection_rows(detections: Detections, number: int, kind: str) -> list[dict[str, Any]]:
-    rows = []
-    for index, (left, top, right, bottom) in enumerate(detections.boxes.tolist()):
-        label, score = int(detections.labels[index]), float(detections.scores[index])
-        row = {"image_id": number, "category_id": label, "score": score}
-        shape = {"bbox": [left, top, right - left, bottom - top]}
-        rows.append(row | (shape if kind == "bbox" else {"segmentation": detections.masks[index]}))
+def _detection_rows(detections: Detections, number: int, kind: Kind) -> list[dict[str, Any]]:
+    key, shapes = ("bbox", _to_widths(detections.boxes)) if kind == "bbox" else ("segmentation", detections.masks)
+    columns = zip(detections.labels.tolist(), detections.scores.tolist(), shapes, strict=True)
+    return [{"image_id": number, "category_id": label, "score": score, key: shape} for label, score, shape in columns]
+
+
+def _to_widths(boxes: NDArray[np.float64]) -> list[list[float]]:
+    """From left, top, right, bottom to left, top, width, height."""
+    rows: list[list[float]] = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()
     return rows

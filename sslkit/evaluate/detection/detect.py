@@ -22,7 +22,7 @@ from sslkit.evaluate.detection.average_precision import (
     require_pycocotools,
 )
 from sslkit.evaluate.detection.detector import choose_arch
-from sslkit.evaluate.detection.detector_training import DetectProtocol, is_vit, train_detector
+from sslkit.evaluate.detection.detector_training import DetectProtocol, train_detector
 from sslkit.evaluate.detection.masks import check_masks
 from sslkit.evaluate.evaluation_result import EvaluationResult, Score
 from sslkit.evaluate.features.compared_encoders import TransferOptions, trained_encoders
@@ -42,21 +42,10 @@ def evaluate_detect(
 ) -> EvaluationResult:
     """Train a detector on the encoder and test it; the baseline is the same training from random weights.
 
-    Args:
-        model: As for `load_encoder`.
-        folder: Annotated images; see `open_annotated`.
-        protocol: Hyperparameters; see `DetectProtocol.from_name`.
-        arch: ``c4`` or ``fpn``. Default: c4 for ResNets, else fpn.
-        masks: Whether to train and score masks too (Mask R-CNN); COCO's format only.
-        splits: Training and test split. Default: see `open_annotated`.
-        background: Colour behind transparent pixels.
-        options: Baselines, workers and progress messages.
-
-    Returns:
-        Scores with the AP of boxes as ``accuracy``, and all measures and intervals.
-
-    Raises:
-        UserError: pycocotools is missing, the images, masks or the encoder do not fit, or the loss is not finite.
+    ``model`` is as for `load_encoder`, ``folder``, ``splits`` and ``background`` as for `open_annotated`. ``arch`` is
+    ``c4`` or ``fpn``; by default c4 for ResNets, else fpn. ``masks`` trains and scores masks too (Mask R-CNN), in
+    COCO's format only. The ``accuracy`` of the scores is the AP of boxes. Raises `UserError` if pycocotools is missing,
+    the images, masks or the encoder do not fit, or the loss is not finite.
     """
     require_pycocotools()
     splits, options = splits or Splits(), options or TransferOptions()
@@ -74,7 +63,7 @@ def evaluate_detect(
         ap = found.measures["AP"], found.intervals["AP"]
         scores.append(Score(encoder.description, *ap, "", found.measures, found.intervals, encoder.revision))
     settings = {"kind": "detect", **vars(protocol), "arch": chosen, "masks": masks}
-    settings |= {"peak_lr": protocol.peak_lr(is_vit(encoders[0])), "selection": "none, the last update"}
+    settings |= {"peak_lr": protocol.peak_lr(encoders[0].is_vit), "selection": "none, the last update"}
     settings |= {name: list(encoders[0].preprocessing[name]) for name in ("mean", "std")} | pair.settings()
     name = f"detect {protocol.name} {chosen}{masks * ' masks'}, {protocol.steps} steps of {protocol.batch_size}"
     return EvaluationResult(name, pair.description, settings, scores, measure="box AP")

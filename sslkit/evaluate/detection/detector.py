@@ -1,7 +1,5 @@
 """torchvision's Faster and Mask R-CNN on a timm encoder, built as in MoCo's transfer to detection.
 
-Two architectures:
-
 - ``c4``, ResNets only: regions are pooled from the output of the third stage (stride 16). The last stage and an extra
   BatchNorm are the head (MoCo's Res5ROIHeadsExtraNorm), which masks share.
 - ``fpn``: a feature pyramid on the maps of strides 4, 8, 16 and 32. For plain ViTs, which have one map, ViTDet's simple
@@ -10,6 +8,7 @@ Two architectures:
 
 import itertools
 from collections import OrderedDict
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -63,24 +62,13 @@ def make_detector(
 ) -> FasterRCNN:
     """Build a detector on a copy of the encoder. All parameters are trainable. The encoder itself does not change.
 
-    Args:
-        encoder: Initial weights, and mean and std of the images.
-        num_classes: Without the background.
-        arch: Architecture; see `choose_arch`.
-        masks: Whether to predict masks too.
-        short_sides: Shorter sides in pixels, one drawn for each training image; the last one in testing.
-        longest_side: Maximum of the longer side in pixels.
-        anchor_sizes: Five sides of square anchors in pixels, ascending.
-        regions: Regions per training image that the head is trained on. In testing twice as many, at most 1000.
-
-    Raises:
-        UserError: The encoder has no suitable feature maps.
+    ``num_classes`` does not count the background. ``anchor_sizes`` are five sides of square anchors, ascending; see
+    `DetectProtocol` for the other sizes. Raises `UserError` if the encoder has no suitable feature maps.
     """
     # The position embedding of a ViT is interpolated to each image's size.
     model = encoder.copy(dynamic_img_size=True)
     body: C4Body | PyramidBody = _c4_body(encoder, model) if arch == "c4" else _pyramid_body(encoder, model)
-    divisor = body.size_divisible
-    _check_any_size(body, encoder, divisor)
+    _check_any_size(body, encoder)
     pool = RegionPool(body.strides, 14 if arch == "c4" else 7, REGION_PER_MIDDLE_ANCHOR * anchor_sizes[2])
     head, width = _box_head(body)
     predictor = FastRCNNPredictor(width, num_classes + 1)
@@ -102,7 +90,7 @@ def make_detector(
         box_roi_pool=pool,
         box_head=head,
         box_predictor=predictor,
-        size_divisible=divisor,
+        size_divisible=body.size_divisible,
     )
     if masks:
         _add_masks(detector, body, pool, width, num_classes)
@@ -135,8 +123,7 @@ class PyramidBody(nn.Module):
 
     def __init__(self, model: Any, layers: list[int], strides: tuple[int, ...], pyramid: nn.Module) -> None:
         super().__init__()
-        self.model, self.layers, self.pyramid = model, layers, pyramid
-        self.strides = strides
+        self.model, self.layers, self.pyramid, self.strides = model, layers, pyramid, strides
         self.size_divisible = 2 * strides[-1]  # the pooled level also has whole cells
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -160,10 +147,7 @@ class SimplePyramid(nn.Module):
             nn.ConvTranspose2d(half, quarter, 2, stride=2),
         )
         up_2 = nn.ConvTranspose2d(width, half, 2, stride=2)
-        stems: list[tuple[nn.Module, int]] = [
-            *((up_4, quarter), (up_2, half)),
-            *((nn.Identity(), width), (nn.MaxPool2d(2), width)),
-        ]
+        stems: list[nn.Module] = [up_4, up_2, nn.Identity(), nn.MaxPool2d(2)]
         self.levels = nn.ModuleList(
             nn.Sequential(
                 stem,
@@ -172,7 +156,7 @@ class SimplePyramid(nn.Module):
                 nn.Conv2d(PYRAMID_WIDTH, PYRAMID_WIDTH, 3, padding=1, bias=False),
                 LayerNorm2d(PYRAMID_WIDTH),
             )
-            for stem, channels in stems
+            for stem, channels in zip(stems, (quarter, half, width, width), strict=True)
         )
 
     def forward(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -184,10 +168,8 @@ class SimplePyramid(nn.Module):
 class RegionPool(MultiScaleRoIAlign):  # type: ignore[misc]
     """Pooling of regions as detectron2's ROIAlignV2, which samples half a pixel right of torchvision's default.
 
-    Args:
-        strides: Strides of the maps in image pixels.
-        side: Side of the pooled square.
-        middle_region: Square root of the area, in pixels, of a region that is pooled from the third of four maps.
+    ``strides`` are those of the maps, ``side`` is the side of the pooled square, and ``middle_region`` the square root
+    of the area, in pixels, of a region that is pooled from the third of four maps.
     """
 
     def __init__(self, strides: tuple[int, ...], side: int, middle_region: float) -> None:
@@ -201,19 +183,15 @@ class RegionPool(MultiScaleRoIAlign):  # type: ignore[misc]
         regions = torch.cat(boxes)
         images = torch.cat([torch.full_like(each[:, :1], number) for number, each in enumerate(boxes)])
         rows = torch.cat([images, regions], dim=1)
-        if len(self.strides) == 1:
-            return self._align(x["0"], rows, 0)
+        align = partial(roi_align, output_size=self.side, sampling_ratio=0, aligned=True)
+        if len(self.strides) == 1:  # without a copy of the result
+            only: Tensor = align(x["0"], rows, spatial_scale=1 / self.strides[0])
+            return only
         level_of = self.levels_of(regions)
-        features = x["0"]
-        pooled = features.new_zeros(len(rows), features.shape[1], self.side, self.side)
-        for level in range(len(self.strides)):
+        pooled = x["0"].new_zeros(len(rows), x["0"].shape[1], self.side, self.side)
+        for level, stride in enumerate(self.strides):
             chosen = (level_of == level).nonzero().flatten()
-            pooled[chosen] = self._align(x[str(level)], rows[chosen], level)
-        return pooled
-
-    def _align(self, features: Tensor, rows: Tensor, level: int) -> Tensor:
-        scale = 1 / self.strides[level]
-        pooled: Tensor = roi_align(features, rows, self.side, scale, sampling_ratio=0, aligned=True)
+            pooled[chosen] = align(x[str(level)], rows[chosen], spatial_scale=1 / stride)
         return pooled
 
     def levels_of(self, regions: Tensor) -> Tensor:
@@ -257,11 +235,11 @@ def _pyramid_body(encoder: Encoder, model: Any) -> PyramidBody:
     return PyramidBody(model, layers, tuple(chosen), pyramid)
 
 
-def _check_any_size(body: C4Body | PyramidBody, encoder: Encoder, divisor: int) -> None:
+def _check_any_size(body: C4Body | PyramidBody, encoder: Encoder) -> None:
     """Run the body once on a blank image that is not square, before hours of training."""
     try:
         with torch.no_grad():
-            body.eval()(torch.zeros(1, 3, 2 * divisor, 3 * divisor))
+            body.eval()(torch.zeros(1, 3, 2 * body.size_divisible, 3 * body.size_divisible))
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         raise UserError(
             f"{encoder.architecture}: does not take images of any size, as a detector must: {first_line(error, 150)}"
@@ -289,7 +267,6 @@ def _add_masks(detector: Any, body: C4Body | PyramidBody, pool: RegionPool, widt
 
 def _initialise(predictor: FastRCNNPredictor) -> None:
     """As detectron2: class scores N(0, 0.01), box offsets N(0, 0.001)."""
-    nn.init.normal_(predictor.cls_score.weight, std=0.01)
-    nn.init.normal_(predictor.bbox_pred.weight, std=0.001)
-    nn.init.zeros_(predictor.cls_score.bias)
-    nn.init.zeros_(predictor.bbox_pred.bias)
+    for layer, std in ((predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)):
+        nn.init.normal_(layer.weight, std=std)
+        nn.init.zeros_(layer.bias)

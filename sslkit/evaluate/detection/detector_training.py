@@ -14,21 +14,21 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from sslkit.data.loading.loader import start_worker
-from sslkit.errors import UserError, near_miss
+from sslkit.errors import UserError
 from sslkit.evaluate.detection.annotated_image import AnnotatedImage
 from sslkit.evaluate.detection.annotations import AnnotatedPair
 from sslkit.evaluate.detection.average_precision import decode_mask
 from sslkit.evaluate.detection.detector import Arch, make_detector
 from sslkit.evaluate.features.encoder import Encoder
 from sslkit.evaluate.features.extraction import seed_from
-from sslkit.evaluate.input_checks import check_rates, check_seed
-from sslkit.parts.backbone import family
+from sslkit.evaluate.input_checks import check_rates, check_seed, choose_protocol
 from sslkit.parts.schedules import warmup_then_steps
 
 Target = dict[str, Tensor]
 Batch = list[tuple[Tensor, Target]]
 
 REFERENCE_BATCH = 16
+SIZES = ("short_sides", "longest_side", "anchor_sizes", "regions")
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
@@ -37,14 +37,11 @@ class DetectProtocol:
     """How a detector is trained and tested. The defaults are those of MoCo's detectron2 configurations.
 
     Attributes:
-        name: Name in tables.
         steps: Number of updates.
         milestones: Shares of the steps after which the learning rate is divided by 10.
         short_sides: Shorter sides in pixels, ascending, one drawn for each training image; the last one in testing.
-        longest_side: Maximum of the longer side in pixels.
-        anchor_sizes: Sides of square anchors in pixels.
+        longest_side: Maximum of the longer side in pixels. ``anchor_sizes`` are the sides of square anchors.
         regions: Regions per training image that the head is trained on. In testing twice as many, at most 1000.
-        batch_size: Images per update.
         base_lr: Learning rate at a batch size of 16, scaled with the batch size. 0 for 0.02 with SGD; for plain ViTs,
             which are trained with AdamW as in ViTDet (arXiv:2203.16527), 2.5e-5, from its 1e-4 at 64 images.
         warmup_steps: Linear warm-up from a thousandth of the learning rate, at most a tenth of the steps.
@@ -72,9 +69,7 @@ class DetectProtocol:
     @staticmethod
     def from_name(name: str) -> "DetectProtocol":
         """``voc``: MoCo's for PASCAL VOC 07+12, 24k updates; ``coco``: its 2x schedule for COCO, 180k updates."""
-        if name not in _PROTOCOLS:
-            raise UserError(f"detect: unknown protocol {name!r}{near_miss(name, _PROTOCOLS)}; must be coco or voc")
-        return _PROTOCOLS[name]
+        return choose_protocol("detect", name, _PROTOCOLS)
 
     def at_short_side(self, side: int) -> "DetectProtocol":
         """The same protocol for other image sizes: all lengths in pixels are scaled with the tested shorter side."""
@@ -92,10 +87,8 @@ class DetectProtocol:
 
     def lr_at(self, step: int, vit: bool) -> float:
         """The learning rate of an update, counted from 0."""
-        warmup = min(self.warmup_steps, self.steps // 10)
-        milestones = [share * self.steps for share in self.milestones]
-        peak = self.peak_lr(vit)
-        return warmup_then_steps(step, milestones, 0.1, warmup, peak, peak / 1000)
+        milestones, peak = [share * self.steps for share in self.milestones], self.peak_lr(vit)
+        return warmup_then_steps(step, milestones, 0.1, min(self.warmup_steps, self.steps // 10), peak, peak / 1000)
 
 
 _PROTOCOLS = {
@@ -115,30 +108,17 @@ def train_detector(
     workers: int = 0,
     log_message: Callable[[str], None] = lambda _message: None,
 ) -> nn.Module:
-    """Train a detector on a copy of the encoder. The encoder itself does not change.
+    """Train a detector on a copy of the encoder, on the images of ``pair.train``. The encoder itself does not change.
 
-    Args:
-        encoder: Initial weights.
-        pair: Images; only those of ``train`` are used.
-        protocol: Hyperparameters.
-        arch: Architecture; see `choose_arch`.
-        masks: Whether to train masks too.
-        workers: Processes that decode.
-        log_message: Called with the loss, twenty times.
-
-    Returns:
-        The detector in eval mode.
-
-    Raises:
-        UserError: The loss is not finite.
+    ``arch`` is from `choose_arch`; ``log_message`` is called with the loss twenty times. Returns the detector in eval
+    mode. Raises `UserError` if the loss is not finite.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vit = is_vit(encoder)
+    vit = encoder.is_vit  # trained with AdamW
     bn_steps = min(protocol.precise_bn_steps, max(protocol.steps // 10, 1))
     with torch.random.fork_rng():
         torch.manual_seed(protocol.seed)
-        names = ("short_sides", "longest_side", "anchor_sizes", "regions")
-        sizes: dict[str, Any] = {name: getattr(protocol, name) for name in names}
+        sizes: dict[str, Any] = {name: getattr(protocol, name) for name in SIZES}
         detector: nn.Module = make_detector(encoder, len(pair.classes), arch, masks=masks, **sizes).to(device).train()
         optimizer = _make_optimizer(detector, protocol.peak_lr(vit), vit)
         batches = _batches(pair.train, protocol, protocol.steps + bn_steps, masks, workers)
@@ -161,11 +141,6 @@ def train_detector(
     return detector.eval()
 
 
-def is_vit(encoder: Encoder) -> bool:
-    """Whether the encoder is a plain ViT, which is trained with AdamW."""
-    return family(encoder.architecture) == "vit"
-
-
 class _TrainingImages(Dataset[tuple[Tensor, Target]]):
     """Images in a new order in each pass, half of them flipped. Item ``i`` depends on the seed and ``i`` only."""
 
@@ -181,16 +156,14 @@ class _TrainingImages(Dataset[tuple[Tensor, Target]]):
         flipped = bool(np.random.default_rng([self.seed, position, 1]).random() < 0.5)
         trainable = image.trainable()
         pixels, boxes = image.pixels().transpose(2, 0, 1), image.boxes[trainable]
-        target = {"labels": torch.from_numpy(image.labels[trainable])}
+        mirror = slice(None, None, -1 if flipped else 1)
         if flipped:
-            pixels = pixels[:, :, ::-1]
             boxes = np.stack([image.width - boxes[:, 2], boxes[:, 1], image.width - boxes[:, 0], boxes[:, 3]], 1)
-        target["boxes"] = torch.from_numpy(boxes).float()
+        target = {"labels": torch.from_numpy(image.labels[trainable]), "boxes": torch.from_numpy(boxes).float()}
         if self.masks:
             decoded = [decode_mask(image.segments[index], *pixels.shape[1:]) for index in trainable.nonzero()[0]]
-            stacked = np.stack(decoded)
-            target["masks"] = torch.from_numpy((stacked[:, :, ::-1] if flipped else stacked).copy())
-        return torch.from_numpy(pixels.copy()), target
+            target["masks"] = torch.from_numpy(np.stack(decoded)[:, :, mirror].copy())
+        return torch.from_numpy(pixels[:, :, mirror].copy()), target
 
 
 @lru_cache(maxsize=2)
@@ -218,10 +191,9 @@ def _make_optimizer(detector: nn.Module, lr: float, vit: bool) -> Optimizer:
     """Weight decay does not apply to norms and position embeddings. It applies to biases, as in detectron2."""
     exempt = {param for part in detector.modules() if isinstance(part, NORMS) for param in part.parameters()}
     exempt |= {param for name, param in detector.named_parameters() if "pos_embed" in name}
-    decayed = [param for param in detector.parameters() if param not in exempt]
     groups = [
-        {"params": decayed, "weight_decay": 0.1 if vit else 1e-4},
-        {"params": [param for param in detector.parameters() if param in exempt], "weight_decay": 0.0},
+        {"params": [param for param in detector.parameters() if (param in exempt) == spared], "weight_decay": decay}
+        for spared, decay in ((False, 0.1 if vit else 1e-4), (True, 0.0))
     ]
     return AdamW(groups, lr=lr) if vit else SGD(groups, lr=lr, momentum=0.9)
 
@@ -232,13 +204,11 @@ def _compute_batchnorm_statistics(
 ) -> None:
     """Replace BatchNorm's running statistics by averages over ``batches`` (detectron2's PRECISE_BN)."""
     norms = [part for part in detector.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-    if not norms:
-        return
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(batches if norms else ()):
         torch.manual_seed(seed_from(seed, step, 1))
         _loss(detector, batch, device)
     for norm, momentum in zip(norms, momenta, strict=True):

@@ -14,11 +14,7 @@ MAX_CHARACTERS = 6  # of a compressed number: 30 bits
 
 
 def check_masks(images: Iterable[AnnotatedImage]) -> None:
-    """Check that `decode_mask` can draw all segmentations.
-
-    Raises:
-        UserError: An object has no segmentation or an invalid one.
-    """
+    """Raise `UserError` if an object has no segmentation, or one that `decode_mask` cannot draw."""
     for image in images:
         if len(image.boxes) and not image.segments:
             raise UserError(f"--masks: {image.file} has objects without a segmentation")
@@ -37,8 +33,9 @@ def _problem(segment: Any, height: int, width: int) -> str:
         return "is neither a list of polygons nor run lengths with size and counts"
     if segment["size"] != [height, width]:
         return f"has another size than its image, which is [{height}, {width}] (height, width)"
-    lengths = _run_lengths(segment["counts"])
-    if lengths is None:
+    counts = segment["counts"]
+    lengths = _decompressed(counts) if isinstance(counts, str) else counts
+    if not isinstance(lengths, list) or set(map(type, lengths)) != {int}:
         return "has counts that are neither a list of integers nor COCO's compressed string"
     if sum(lengths) != height * width or min(lengths) < 0:
         return f"has run lengths that do not add up to the {height * width} pixels of its image"
@@ -54,14 +51,6 @@ def _is_polygon(points: Any) -> bool:
         and -MAX_COORDINATE <= min(points) <= max(points) <= MAX_COORDINATE
         and not any(map(math.isnan, points))  # min and max may ignore NaN
     )
-
-
-def _run_lengths(counts: Any) -> list[int] | None:
-    if isinstance(counts, str):
-        return _decompressed(counts)
-    if isinstance(counts, list) and set(map(type, counts)) == {int}:
-        return counts
-    return None
 
 
 def _decompressed(counts: str) -> list[int] | None:

@@ -8,6 +8,7 @@ import numpy as np
 from sslkit.errors import UserError
 from sslkit.evaluate.detection.annotated_image import AnnotatedImage, as_boxes
 
+EDGES = ("xmin", "ymin", "xmax", "ymax")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
 
@@ -45,9 +46,7 @@ def _read_image(year: Path, name: str, numbers: dict[str, int]) -> AnnotatedImag
         root = ElementTree.parse(file).getroot()
         width, height = (int(float(_text(root, f"size/{side}"))) for side in ("width", "height"))
         for element in root.iter("object"):
-            left, top, right, bottom = (
-                float(_text(element, f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax")
-            )
+            left, top, right, bottom = (float(_text(element, f"bndbox/{edge}")) for edge in EDGES)
             # VOC counts pixels from 1 and includes both ends: pixels 1 to W are the coordinates 0 to W.
             rows.append([left - 1, top - 1, right, bottom])
             labels.append(numbers.setdefault(_text(element, "name").strip(), len(numbers) + 1))

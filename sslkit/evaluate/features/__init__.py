@@ -1,4 +1,1 @@
-"""Features of images: load an encoder, extract its features, choose which layers to read, store the features.
-
-Read `encoder` first, then `extraction`.
-"""
+"""Features of images: load an encoder, choose layers, extract and store their features. Read `encoder` first."""

@@ -1,6 +1,6 @@
 """The encoders that an evaluation compares: the model, the same architecture with random weights, and baselines."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from sslkit.errors import UserError
@@ -10,43 +10,25 @@ from sslkit.evaluate.features.readouts import Readout
 
 @dataclass(frozen=True)
 class TransferOptions:
-    """Options of evaluations that train the whole encoder.
+    """Options of evaluations that train the whole encoder."""
 
-    Attributes:
-        scratch: Whether to train the architecture from random weights too.
-        baselines: timm models to train too.
-        workers: Processes that decode and augment.
-        log_message: Called with the progress, such as the loss of each epoch.
-    """
-
-    scratch: bool = True
-    baselines: Sequence[str] = ()
-    workers: int = 0
-    log_message: Callable[[str], None] = lambda _message: None
+    scratch: bool = True  # whether to train the architecture from random weights too
+    baselines: Sequence[str] = ()  # timm models to train too
+    workers: int = 0  # processes that decode and augment
+    log_message: Callable[[str], None] = lambda _message: None  # called with the progress, such as an epoch's loss
 
 
-def frozen_encoders(model: str, baselines: Sequence[str], readout: Readout) -> Iterator[Encoder | None]:
-    """Yield the encoder, its random twin, None for raw pixels (RGB encoders only), and the baselines."""
-    encoder = _with_crop(load_encoder(model), readout)
-    others = [_with_crop(load_encoder(name), readout) for name in baselines]
-    yield encoder
-    yield encoder.random_twin()
-    if encoder.channels == 3:
-        yield None
-    yield from others
+def frozen_encoders(model: str, baselines: Sequence[str], readout: Readout) -> tuple[Encoder, list[Encoder | None]]:
+    """The encoder; and it, its random twin, None for raw pixels (RGB encoders only), and the baselines."""
+    encoder, *others = (_with_crop(load_encoder(name), readout) for name in (model, *baselines))
+    pixels = [None] if encoder.channels == 3 else []
+    return encoder, [encoder, encoder.random_twin(), *pixels, *others]
 
 
 def trained_encoders(model: str, task: str, options: TransferOptions, seed: int) -> list[Encoder]:
-    """The encoder, its random twin if asked for, and the baselines.
+    """The encoder, its random twin with weights from ``seed`` if asked for, and the baselines.
 
-    Args:
-        model: As for `load_encoder`.
-        task: What they are trained for; opens the sentence of an error.
-        options: Which encoders.
-        seed: Of the random twin's weights.
-
-    Raises:
-        UserError: The encoder does not take RGB images.
+    Raises `UserError`, which names the ``task``, if the encoder does not take RGB images.
     """
     encoder = load_encoder(model)
     if encoder.channels != 3:

@@ -18,7 +18,7 @@ from sslkit.evaluate.features.transforms import Transform, evaluation_transform,
 from sslkit.hub.availability import quiet_hub, unavailable_reason
 from sslkit.hub.revisions import is_hub_name, resolve_hub_encoder, resolve_timm_weights
 from sslkit.hub.untrusted import check_model, encoder_state, list_names, read_encoder_config, tensor_shapes
-from sslkit.parts.backbone import BackboneConfig, replace_stem_for_small_images
+from sslkit.parts.backbone import BackboneConfig, family, replace_stem_for_small_images
 from sslkit.terminal import print_message
 
 MAX_BATCH_ELEMENTS = 256 * 3 * 512**2
@@ -59,6 +59,11 @@ class Encoder:
         """Number of input channels."""
         return int(self.preprocessing["input_size"][0])
 
+    @property
+    def is_vit(self) -> bool:
+        """Whether the architecture is a plain ViT."""
+        return family(self.architecture) == "vit"
+
     def batch_size(self, requested: int) -> int:
         """The requested batch size, or less where the images are so large that a batch could fill the memory."""
         elements = math.prod(int(side) for side in self.preprocessing["input_size"])
@@ -82,16 +87,11 @@ class Encoder:
 
 
 def load_encoder(name: str) -> Encoder:
-    """Load an encoder.
-
-    Names on the Hugging Face Hub are resolved to a commit first, and the files of that commit are loaded.
+    """Load an encoder. Raises `UserError` if there is no such encoder, or its weights do not fit.
 
     Args:
         name: A run folder, an exported folder, ``local-dir:PATH``, ``hf_hub:user/repo`` (newest commit),
             ``hf_hub:user/repo@revision``, or a timm name (with its pretrained weights).
-
-    Raises:
-        UserError: There is no such encoder, or its weights do not fit.
     """
     check_path(name, "MODEL")
     folder = _find_encoder_folder(name)
@@ -162,6 +162,5 @@ def _load_from_timm(name: str) -> Encoder:
         raise UserError(f"{name}: its pretrained weights cannot be loaded: {reason}") from error
     config: Any = module.pretrained_cfg
     model_args = {key: value for key, value in getattr(module, "_model_args", {}).items() if key != "num_classes"}
-    return Encoder(
-        module, resolve_data_config(model=module), name, config["architecture"], model_args, revision=revision
-    )
+    preprocessing = resolve_data_config(model=module)
+    return Encoder(module, preprocessing, name, config["architecture"], model_args, revision=revision)

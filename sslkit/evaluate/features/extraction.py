@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +27,8 @@ PREFETCH = 2  # batches per worker, if shared memory allows
 class TransformedImages(Dataset[tuple[Tensor, int]]):
     """Transformed images of a source with their positions.
 
-    Args:
-        source: Images.
-        transform: From an image to the encoder's input.
-        key: Seed of a random transform, combined with the position; None for a deterministic transform.
-        refuse: Whether an unreadable image is an error. If not, a black image is returned, with its position minus
-            the length of the source.
+    ``key`` is combined with the position to the seed of a random transform; None for a deterministic one. An
+    unreadable image is an error, or, unless ``refuse``, a black image with its position minus the length of the source.
     """
 
     def __init__(
@@ -68,23 +65,10 @@ def extract_features(
     seed: int | None = None,
     unreadable: list[int] | None = None,
 ) -> Tensor:
-    """Extract the features of all images in order.
+    """Extract the features of all images in order: (len(source), D) float32 on the CPU. Labels are not read.
 
-    The module runs in eval mode. Its mode and its weights are the same afterwards.
-
-    Args:
-        module: (B, C, H, W) -> (B, D).
-        source: Images; labels are not read.
-        transform: From an image to the module's input.
-        device: Device of the computation.
-        batch_size: Images per batch.
-        workers: Processes that decode and transform.
-        seed: Seed of a random transform; None for a deterministic one.
-        unreadable: Receives the positions of unreadable images, whose features are meaningless. With None, an
-            unreadable image is an error.
-
-    Returns:
-        (len(source), D) float32 on the CPU.
+    The module, (B, C, H, W) -> (B, D), runs in eval mode. Its mode and its weights are the same afterwards. ``seed`` is
+    for a random transform. ``unreadable`` receives the positions of unreadable images, whose features are meaningless.
 
     Raises:
         UnreadableImage: An image cannot be read and ``unreadable`` is None.
@@ -93,9 +77,7 @@ def extract_features(
     """
     key = None if seed is None else (seed,)
     images = TransformedImages(source.without_labels(), transform, key, refuse=unreadable is None)
-    nbytes = batch_bytes(transform, batch_size) if workers else 0
-    prefetch = prefetch_of(nbytes, workers, "--workers", PREFETCH)
-    loader = DataLoader(images, batch_size, num_workers=workers, worker_init_fn=start_worker, prefetch_factor=prefetch)
+    loader, nbytes = image_loader(images, batch_size, workers)
     was_training = module.training
     before = fingerprint(module)
     module.eval().to(device)
@@ -117,6 +99,15 @@ def extract_features(
     if fingerprint(module) != before:
         raise RuntimeError("the encoder changed while its features were extracted")
     return torch.cat(features)
+
+
+def image_loader(
+    images: TransformedImages, batch_size: int, workers: int, **options: Any
+) -> tuple["DataLoader[tuple[Tensor, int]]", int]:
+    """A loader of batches, and the bytes of a batch in shared memory (0 without workers), which must have room."""
+    nbytes = batch_bytes(images.transform, batch_size) if workers else 0
+    options["prefetch_factor"] = prefetch_of(nbytes, workers, "--workers", PREFETCH)
+    return DataLoader(images, batch_size, num_workers=workers, worker_init_fn=start_worker, **options), nbytes
 
 
 def batch_bytes(transform: Transform, batch_size: int) -> int:

@@ -1,7 +1,4 @@
-"""Readouts: which layers of an encoder are the features, and how they are pooled.
-
-Several readouts are extracted in one pass over the images.
-"""
+"""Readouts: which layers of an encoder are the features, and how they are pooled. One pass extracts several."""
 
 import hashlib
 import inspect
@@ -45,7 +42,6 @@ class Readout:
             with ``last_blocks`` 1 (arXiv:2104.14294, appendix F.2, and DINO's eval_linear.py).
         crop_pct: Share of the shorter side that the centre crop keeps; 0 for the model's own.
         workers: Processes that decode images.
-        batch_size: Images per batch.
         store: Where features are stored; None extracts them every time.
     """
 
@@ -59,11 +55,7 @@ class Readout:
 
     @staticmethod
     def from_name(name: str) -> "Readout":
-        """Parse ``out``, a block's index such as ``-2``, ``last`` and a number such as ``last4``, or a DINO readout.
-
-        Raises:
-            UserError: The name is none of these.
-        """
+        """Parse ``out``, a block's index such as ``-2``, ``last`` and a number such as ``last4``, or a DINO readout."""
         if name in NAMED:
             return Readout(**NAMED[name])
         if re.fullmatch(r"-?\d{1,4}", name):
@@ -87,9 +79,7 @@ class Readout:
 
     def shares_pass_with(self, other: "Readout") -> bool:
         """Whether one pass can extract both: they differ only in layers and pooling."""
-        return replace(self, layer=None, last_blocks=0, patch_mean=False) == replace(
-            other, layer=None, last_blocks=0, patch_mean=False
-        )
+        return self == replace(other, layer=self.layer, last_blocks=self.last_blocks, patch_mean=self.patch_mean)
 
     @property
     def reads_blocks(self) -> bool:
@@ -104,15 +94,10 @@ class Readout:
 
 
 class ReadoutModule(nn.Module):
-    """Concatenated readouts of one forward pass: (B, C, H, W) -> (B, sum of `widths`).
+    """Concatenated readouts of one forward pass: (B, C, H, W) -> (B, sum of ``widths``, one per readout).
 
-    Shares the encoder's module, and runs it once on random pixels.
-
-    Attributes:
-        widths: Number of columns of each readout.
-
-    Raises:
-        UserError: There is no such block or token, or timm does not return intermediate outputs of the model.
+    Shares the encoder's module, and runs it once on random pixels. Raises `UserError` if there is no such block or
+    token, or timm does not return intermediate outputs of the model.
     """
 
     def __init__(self, encoder: Encoder, readouts: Sequence[Readout]) -> None:
@@ -206,22 +191,10 @@ class ReadoutModule(nn.Module):
 def extract_readouts(
     encoder: Encoder, source: ImageSource, transform: Transform, readouts: Sequence[Readout], seed: int | None = None
 ) -> list[Tensor]:
-    """Extract all readouts of all images in one pass, on a GPU if there is one.
+    """Extract all readouts of all images in one pass, on a GPU if there is one: (len(source), D) for each.
 
-    Readouts in the store are loaded from it; the others are extracted and stored.
-
-    Args:
-        encoder: The encoder.
-        source: Images.
-        transform: From an image to the encoder's input.
-        readouts: What to read. They may differ only in layers and pooling.
-        seed: Seed of a random transform, whose features are not stored; None for a deterministic transform.
-
-    Returns:
-        (len(source), D) for each readout.
-
-    Raises:
-        UserError: Features are not finite.
+    Readouts in the store are loaded from it; the others are extracted and stored, unless ``seed`` makes the transform
+    random. They may differ only in layers and pooling. Raises `UserError` if features are not finite.
     """
     first, device = readouts[0], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not all(readout.shares_pass_with(first) for readout in readouts):
@@ -229,10 +202,8 @@ def extract_readouts(
 
     def extract(wanted: Sequence[Readout], images: ImageSource) -> list[Tensor]:
         module = ReadoutModule(encoder, wanted) if any(each.reads_blocks for each in wanted) else encoder.module
-        batch_size = encoder.batch_size(first.batch_size)
-        features = extract_features(
-            module, images, transform, device=device, batch_size=batch_size, workers=first.workers, seed=seed
-        )
+        options: Any = {"batch_size": encoder.batch_size(first.batch_size), "workers": first.workers, "seed": seed}
+        features = extract_features(module, images, transform, device=device, **options)
         check_finite(features, encoder.description)
         return list(features.split(module.widths, dim=1)) if isinstance(module, ReadoutModule) else [features]
 

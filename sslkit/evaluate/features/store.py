@@ -7,7 +7,7 @@ import shutil
 import struct
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,6 @@ from sslkit.errors import UserError
 from sslkit.files.atomic import STALE_SECONDS
 from sslkit.terminal import print_message
 
-SHARD = 16384
 MERGED = "features.safetensors"
 NOT_A_FOLDER = (errno.ENOTDIR, errno.EEXIST)  # the user's mistake, not a full or failing disk
 
@@ -37,18 +36,13 @@ class FeatureStore:
     - An interrupted extraction keeps its finished shards and continues from them.
     - Several processes may extract the same features. Each starts at another shard and skips finished ones.
     - A damaged file, or one that another process removed, counts as missing.
-    - When the folder exceeds its limit, the least recently used features are removed.
+    - When the folder exceeds ``max_bytes``, the least recently used features are removed.
     - Features that cannot be written, on a full or read-only disk, are kept in memory, with one warning.
-
-    Attributes:
-        folder: Location of the store.
-        max_bytes: Limit of the folder's size.
-        shard: Images per shard.
     """
 
     folder: Path
     max_bytes: int = 20 * 10**9
-    shard: int = SHARD
+    shard: int = 16384  # images
 
     @staticmethod
     def default() -> "FeatureStore":
@@ -57,18 +51,9 @@ class FeatureStore:
         return FeatureStore(Path(os.environ.get("SSLKIT_CACHE") or Path(cache) / "sslkit") / "features")
 
     def load_or_extract(self, keys: Sequence[str], count: int, extract: Extract) -> list[Tensor]:
-        """Load the features of the keys; extract and store the missing ones in one pass over the images.
+        """Load the features of distinct keys; extract and store the missing ones in one pass over ``count`` images.
 
-        Args:
-            keys: Distinct hexadecimal keys; see `sslkit.evaluate.features.readouts.features_key`.
-            count: Number of images.
-            extract: Extracts the features of a range of images for some of the keys.
-
-        Returns:
-            (count, D) float32 for each key, memory-mapped.
-
-        Raises:
-            UserError: The store's folder is a file, or is inside a file.
+        Returns (count, D) float32 for each key, memory-mapped. Raises `UserError` if the folder is a file or in a file.
         """
         found = {key: features for key in keys if (features := _load(self.folder / key / MERGED, count)) is not None}
         missing = [key for key in keys if key not in found]
@@ -112,15 +97,15 @@ class _Extraction:
             self._warn(error)
         first = int(os.environ.get("RANK", os.getpid())) % len(self.shards)
         for number in [*range(first, len(self.shards)), *range(first)]:
-            self._extract_shard(number, self.keys)
+            self._extract_shard(number)
         return {key: self._merge(key) for key in self.keys}
 
-    def _extract_shard(self, number: int, keys: Iterable[str]) -> None:
+    def _extract_shard(self, number: int) -> None:
         """Extract a shard of the features that do not have it, and write it or keep it in memory."""
         rows = self.shards[number]
         missing = [
             key
-            for key in keys
+            for key in self.keys
             if not _is_whole(self._shard_file(key, number), len(rows))
             and not _is_whole(self.folder / key / MERGED, self.count)
         ]
@@ -167,12 +152,10 @@ class _Extraction:
                 temporary.replace(file)
             finally:
                 temporary.unlink(missing_ok=True)
-        except (FileNotFoundError, FileExistsError) as error:  # another process removed the entry, perhaps in `mkdir`
-            if file.parent.is_file():
-                self._warn(error)
-            return False
         except OSError as error:
-            self._warn(error)
+            # In the first two cases another process removed the entry, perhaps during `mkdir`.
+            if not isinstance(error, FileNotFoundError | FileExistsError) or file.parent.is_file():
+                self._warn(error)
             return False
         return True
 
@@ -192,25 +175,16 @@ class _Extraction:
         """Remove the shards of a merged file, and temporary files of killed processes."""
         if not _is_whole(entry / MERGED, self.count):
             return
-        for file in _files_of(entry):
-            if not file.name.startswith((".", "part-")):
-                continue
+        for file in [*entry.glob("part-*"), *entry.glob(".*")]:
             with suppress(OSError):
                 if not file.name.startswith(".") or time.time() - file.stat().st_mtime > STALE_SECONDS:
                     file.unlink()
 
 
-def _files_of(entry: Path) -> list[Path]:
-    try:
-        return sorted(entry.iterdir())
-    except FileNotFoundError:  # another process removed it
-        return []
-
-
 def _size(entry: Path) -> int:
     """Size of an entry's files in bytes."""
     total = 0
-    for file in _files_of(entry):
+    for file in entry.glob("*"):  # no files if another process removed the entry
         with suppress(FileNotFoundError):
             total += file.stat().st_size
     return total
@@ -220,14 +194,10 @@ def _load(file: Path, rows: int) -> Tensor | None:
     """Memory-map a file's features; None if it is missing, incomplete, or has another number of rows."""
     try:
         with safe_open(file, "pt") as opened:
-            features = opened.get_slice("features")
-            shape: list[int] = features.get_shape()
-            if features.get_dtype() != "F32" or len(shape) != 2 or shape[0] != rows:
-                return None
-            whole: Tensor = opened.get_tensor("features")
-            return whole
+            features: Tensor = opened.get_tensor("features")
     except (SafetensorError, OSError, RuntimeError):  # RuntimeError if it is removed after its header was read
         return None
+    return features if features.dtype == torch.float32 and features.ndim == 2 and len(features) == rows else None
 
 
 def _is_whole(file: Path, rows: int) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,16 +22,12 @@ LONGEST = 8  # longest side kept, in units of the shorter side and of the input'
 
 
 class ShortenStrip:
-    """Crop very elongated images before they are resized, to bound the memory.
+    """Crop very elongated images before they are resized to height and width ``size``, to bound the memory.
 
     A 1 x 20000 image resized to a shorter side of 256 would have 5 million columns. Its middle part of `LONGEST`
     times the shorter side is kept instead; the centre crop that follows takes the same pixels of it, up to one pixel.
-    Other images are not changed.
-
-    Args:
-        size: Height and width of the input.
-        whole: Whether the transform keeps the whole image by padding. An image whose shorter side would become less
-            than a pixel is then resized to one pixel instead of cropped.
+    If the transform keeps the ``whole`` image by padding, an image whose shorter side would become less than a pixel is
+    resized to one pixel instead. Other images are not changed.
     """
 
     def __init__(self, size: Sequence[int], *, whole: bool) -> None:
@@ -60,23 +57,18 @@ class ShortenStrip:
 
 
 class ChannelTransform:
-    """Resize, crop and normalise a tensor (C, H, W) with values in [0, 1].
-
-    Args:
-        preprocessing: timm's data config.
-        is_training: Whether to use random resized crops and flips, as the papers' linear protocols, or a centre crop.
-    """
+    """Resize, crop and normalise a tensor (C, H, W) with values in [0, 1]; see the functions below."""
 
     def __init__(self, preprocessing: Mapping[str, Any], *, is_training: bool) -> None:
         self.channels, *size = preprocessing["input_size"]
         interpolation = transforms.InterpolationMode(preprocessing["interpolation"])
         if is_training:
-            steps: list[Any] = [transforms.RandomResizedCrop(size, interpolation=interpolation, antialias=True)]
-            steps.append(transforms.RandomHorizontalFlip())
+            crop = transforms.RandomResizedCrop(size, interpolation=interpolation, antialias=True)
+            steps = [crop, transforms.RandomHorizontalFlip()]
         else:
             side = math.floor(size[0] / (preprocessing.get("crop_pct") or 1.0))
-            steps = [ShortenStrip(size, whole=False), transforms.Resize(side, interpolation, antialias=True)]
-            steps.append(transforms.CenterCrop(size))
+            resize = transforms.Resize(side, interpolation, antialias=True)
+            steps = [ShortenStrip(size, whole=False), resize, transforms.CenterCrop(size)]
         normalise = transforms.Normalize(preprocessing["mean"], preprocessing["std"])
         self.transform = transforms.Compose([*steps, normalise])
 
@@ -102,23 +94,19 @@ def evaluation_transform(preprocessing: Mapping[str, Any]) -> Transform:
     return transform
 
 
-def training_transform(preprocessing: Mapping[str, Any]) -> Transform:
-    """Random resized crop (area 0.08 to 1) and flip: the augmentation of the papers' linear protocols."""
+def training_transform(preprocessing: Mapping[str, Any], **options: Any) -> Transform:
+    """Random resized crop (area 0.08 to 1) and flip, as in the papers' linear protocols; ``options`` are timm's."""
     kept = {key: preprocessing[key] for key in ("input_size", "interpolation", "mean", "std")}
     if kept["input_size"][0] != 3:
         return ChannelTransform(kept, is_training=True)
-    transform: Transform = create_transform(**kept, is_training=True, color_jitter=0.0)
+    transform: Transform = create_transform(**kept, is_training=True, color_jitter=0.0, **options)
     return transform
 
 
 def read_input(transform: Transform, source: ImageSource, index: int) -> Any:
-    """Read an image as the transform takes it: a PIL RGB image, or a tensor with the transform's channels.
-
-    Raises:
-        UnreadableImage: The image cannot be decoded.
-    """
+    """Read an image as the transform takes it: a PIL RGB image, or a tensor with the transform's channels."""
     channels = transform.channels if isinstance(transform, ChannelTransform) else None
-    pixels = source.read_as(index, channels)
+    pixels = replace(source, channels=channels).read(index)
     if channels is None:
         return Image.fromarray(pixels)
     return torch.from_numpy(pixels.astype(np.float32) / FULL_SCALE).permute(2, 0, 1)

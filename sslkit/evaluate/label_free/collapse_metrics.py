@@ -1,13 +1,10 @@
-"""Metrics of embeddings that need no labels: collapse, effective dimensions, and agreement between views.
+"""Metrics of embeddings or features that need no labels: collapse, effective dimensions, and agreement between views.
 
-All functions also apply to the backbone's features. They compute in float64 on the CPU: the matrices are small, and
-close to a collapse the differences are below float32 precision.
-
-Shapes: N images, Q views of each, D dimensions.
+Shapes: N images, Q views of each, D dimensions. Computed in float64: near a collapse, float32 is too coarse.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -49,16 +46,11 @@ class LabelFreeMetrics:
 
     def to_dict(self) -> dict[str, float | list[int] | list[float]]:
         """The metrics that are not None."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def label_free_metrics(embeddings: Tensor) -> LabelFreeMetrics:
-    """Compute all metrics of this module.
-
-    Args:
-        embeddings: (N, Q, D), Q >= 2. They need not be normalised.
-    """
+    """Compute all metrics of embeddings (N, Q, D), Q >= 2, which need not be normalised."""
     embeddings = embeddings.detach().to("cpu", torch.float64)
     first, second = embeddings[:, 0], embeddings[:, 1]
     both = torch.cat([first, second])
@@ -80,10 +72,7 @@ def label_free_metrics(embeddings: Tensor) -> LabelFreeMetrics:
 def embedding_std(embeddings: Tensor) -> float:
     """Standard deviation of L2-normalised embeddings, mean over dimensions (SimSiam, arXiv:2011.10566, section 4.1).
 
-    0 if all embeddings are equal; 1 / sqrt(D) if they are uniform on the sphere.
-
-    Args:
-        embeddings: (N, D), N >= 2.
+    0 if all embeddings (N, D), N >= 2, are equal; 1 / sqrt(D) if they are uniform on the sphere.
     """
     return float(_unit(embeddings).std(dim=0).mean())
 
@@ -91,11 +80,8 @@ def embedding_std(embeddings: Tensor) -> float:
 def effective_rank(embeddings: Tensor, eps: float = 1e-7) -> float:
     """RankMe (Garrido et al., arXiv:2210.02885, eq. 1): exp of the entropy of the normalised singular values.
 
-    Between 1 (one direction) and min(N, D). It grows with N: compare values of the same N only.
-
-    Args:
-        embeddings: (N, D), neither normalised nor centred.
-        eps: Added to each normalised singular value (the paper's value for float32).
+    Between 1 (one direction) and min(N, D) for embeddings (N, D), neither normalised nor centred. It grows with N:
+    compare values of the same N only. ``eps`` is added to each normalised singular value (the paper's for float32).
     """
     embeddings = embeddings.double()
     return _exp_entropy(_gram_eigenvalues(embeddings).sqrt(), min(embeddings.shape), eps)
@@ -106,12 +92,8 @@ def lidar(embeddings: Tensor, delta: float = 1e-4, eps: float = 1e-7) -> float:
 
     S_b is the covariance of the images' means, S_w the covariance of the views around their mean, plus ``delta`` times
     the identity. The result is exp of the entropy of the normalised eigenvalues of S_w^(-1/2) S_b S_w^(-1/2): the
-    number of directions that separate images but not views. Between 1 and min(N - 1, D).
-
-    Args:
-        embeddings: (N, Q, D); the paper uses N = 1000 and Q = 50.
-        delta: Keeps S_w invertible; published code uses 1e-6 to 1e-3.
-        eps: Added to each normalised eigenvalue.
+    number of directions that separate images but not views. Between 1 and min(N - 1, D) for embeddings (N, Q, D); the
+    paper uses N = 1000 and Q = 50. Published code uses a ``delta`` of 1e-6 to 1e-3. ``eps`` is added to eigenvalues.
     """
     embeddings = embeddings.double()
     images, views, width = embeddings.shape
@@ -132,14 +114,9 @@ def lidar(embeddings: Tensor, delta: float = 1e-4, eps: float = 1e-7) -> float:
 def alpha_req(embeddings: Tensor) -> float | None:
     """alpha-ReQ (Agrawal et al., NeurIPS 2022): exponent of the power law of the covariance's eigenvalues.
 
-    The i-th eigenvalue is about i^(-alpha). In the paper, the best features have alpha close to 1. Fitted as in the
-    official code: log-log, from the 11th to the 100th eigenvalue, with weights 1 / i.
-
-    Args:
-        embeddings: (N, D).
-
-    Returns:
-        None if fewer than 10 eigenvalues in that range are positive.
+    The i-th eigenvalue of embeddings (N, D) is about i^(-alpha). In the paper, the best features have alpha close to 1.
+    Fitted as in the official code: log-log, from the 11th to the 100th eigenvalue, with weights 1 / i. None if fewer
+    than 10 of them are positive.
     """
     embeddings = embeddings.double()
     eigenvalues = _gram_eigenvalues(embeddings - embeddings.mean(dim=0))
@@ -154,13 +131,9 @@ def alpha_req(embeddings: Tensor) -> float | None:
 
 
 def alignment(first: Tensor, second: Tensor) -> float:
-    """Mean squared distance between two views on the unit sphere (Wang & Isola, arXiv:2005.10242, alpha = 2).
+    """Mean squared distance between two views (N, D) on the unit sphere (Wang & Isola, arXiv:2005.10242, alpha = 2).
 
-    0 if the views agree, 2 if they are unrelated.
-
-    Args:
-        first: (N, D), the first views.
-        second: (N, D), the second views of the same images.
+    0 if the views of each image agree, 2 if they are unrelated.
     """
     return float((_unit(first) - _unit(second)).square().sum(dim=1).mean())
 
@@ -168,23 +141,15 @@ def alignment(first: Tensor, second: Tensor) -> float:
 def uniformity(embeddings: Tensor) -> float:
     """Log of the mean Gaussian potential of all pairs on the unit sphere (Wang & Isola, arXiv:2005.10242, t = 2).
 
-    0 if all embeddings are equal; about -4 if they are uniform on the sphere and D is large.
-
-    Args:
-        embeddings: (N, D), N >= 2.
+    0 if all embeddings (N, D), N >= 2, are equal; about -4 if they are uniform on the sphere and D is large.
     """
     return float(torch.pdist(_unit(embeddings)).square().mul(-2).exp().mean().log())
 
 
 def similarity_histograms(first: Tensor, second: Tensor) -> tuple[list[int], list[int]]:
-    """Histograms of the cosine similarities of positives and negatives, with the bins of `HISTOGRAM_EDGES`.
+    """Histograms of cosine similarities in the bins of `HISTOGRAM_EDGES`: of positive and of negative pairs.
 
-    Args:
-        first: (N, D), the first views.
-        second: (N, D), the second views of the same images.
-
-    Returns:
-        Counts of the N positive pairs, and of the N (N - 1) negative pairs.
+    Positive pairs are the N first and second views (N, D) of the same image, negative pairs the N (N - 1) others.
     """
     similarity = _similarities(first, second)
     own = torch.eye(len(similarity), dtype=torch.bool)
@@ -192,13 +157,9 @@ def similarity_histograms(first: Tensor, second: Tensor) -> tuple[list[int], lis
 
 
 def pretext_top1(first: Tensor, second: Tensor) -> float:
-    """Share of images whose first view is more similar to their own second view than to any other second view.
+    """Share of images whose first view (N, D) is more similar to their own second view than to any other second view.
 
     Ties count as wrong, so a collapse scores 0.
-
-    Args:
-        first: (N, D), the first views.
-        second: (N, D), the second views of the same images.
     """
     similarity = _similarities(first, second)
     others = similarity.masked_fill(torch.eye(len(similarity), dtype=torch.bool), -math.inf)

@@ -47,29 +47,14 @@ class Diagnosis:
 
 
 def diagnose_encoder(
-    model: str,
-    data: DataConfig,
-    readout: Readout | None = None,
-    *,
-    images: int = 1000,
-    views: int = 8,
-    seed: int = 0,
+    model: str, data: DataConfig, readout: Readout | None = None, *, images: int = 1000, views: int = 8, seed: int = 0
 ) -> Diagnosis:
     """Compute the metrics of `collapse_metrics` on random views of images. Labels are not read.
 
     The views are the random crops (area 0.08 to 1) and flips of the papers' linear protocols, the same for all
-    encoders.
-
-    Args:
-        model: As for `load_encoder`.
-        data: Any images.
-        readout: Layer, pooling and workers; its crop is not used. Default: the model's output.
-        images: Maximum number of images, drawn by the seed (LiDAR's paper: 1000).
-        views: Number of views of each image, at least 2 (LiDAR's paper: 50).
-        seed: Of the images, the views and the random twin.
-
-    Raises:
-        UserError: There are fewer than two images or views, or features are not finite.
+    encoders. At most ``images`` are drawn by the seed, with at least 2 ``views`` of each (LiDAR's paper: 1000 and 50).
+    The crop of ``readout`` is not used. Raises `UserError` if there are fewer than two images or views, or features are
+    not finite.
     """
     readout = readout or Readout()
     check_seed(seed, "diagnose, --seed")
@@ -84,9 +69,8 @@ def diagnose_encoder(
     diagnoses = []
     for each in (encoder, encoder.random_twin(seed)):
         transform = each.training_transform()
-        features = [
-            extract_readouts(each, source, transform, [readout], seed * views + view)[0] for view in range(views)
-        ]
+        seeds = range(seed * views, (seed + 1) * views)
+        features = [extract_readouts(each, source, transform, [readout], view_seed)[0] for view_seed in seeds]
         stacked = torch.stack(features, dim=1)
         metrics = label_free_metrics(stacked)
         diagnoses.append(EncoderDiagnosis(each.description, stacked.shape[2], metrics, each.revision))

@@ -9,57 +9,44 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import Mixup, create_transform
+from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.utils.data import DataLoader
 
-from sslkit.data.loading.loader import start_worker
-from sslkit.data.loading.shared_memory import explain_death, prefetch_of
 from sslkit.data.sources.image_source import ImageSource
-from sslkit.errors import UserError, near_miss
+from sslkit.errors import UserError
 from sslkit.evaluate.features.encoder import Encoder
-from sslkit.evaluate.features.extraction import PREFETCH, TransformedImages, batch_bytes, keep_random_state, seed_from
-from sslkit.evaluate.input_checks import check_rates, check_seed
+from sslkit.evaluate.features.extraction import TransformedImages, image_loader, keep_random_state, seed_from
+from sslkit.evaluate.features.transforms import training_transform
+from sslkit.evaluate.input_checks import check_rates, check_seed, choose_protocol
 from sslkit.parts.layerwise_optimizers import Lars
-from sslkit.parts.schedules import per_epoch, warmup_then_cosine, warmup_then_steps
+from sslkit.parts.schedules import cosine, linear, per_epoch, warmup_then_cosine, warmup_then_steps
 from sslkit.random_draws import DrawPurpose
 
-TEST_BATCH = 256
 FEW_LABELS = 0.03  # share of labelled images below which SwAV's 1 % learning rates apply, not its 10 % ones
 
 
 @dataclass(frozen=True)
 class FinetuneProtocol:
-    """How the encoder and a new classifier are trained.
+    """How the encoder and a new classifier are trained. Learning rates are the encoder's.
 
     Attributes:
-        name: Name in tables.
-        epochs: Passes over the labelled images.
         batch_size: Images per update; at most the number of images.
-        base_lr: Learning rate of the encoder at a batch size of ``base_batch``.
-        base_batch: Batch size of ``base_lr``.
-        lr_rule: How the learning rate scales with the batch size.
-        optimizer: ``lars`` is SimCLR's.
+        base_lr: Learning rate at a batch size of ``base_batch``, scaled with the batch size by ``lr_rule``.
         weight_decay: Not applied to biases and norms, except with ``sgd``.
         head_lr: Learning rate of the classifier divided by the encoder's.
         layer_decay: Learning rate of each block divided by the next block's.
         warmup_epochs: Length of the linear warm-up from ``warmup_start``.
         decay: ``cosine`` to ``final_lr``; ``epoch_cosine``, timm's and DeiT's, which changes once per epoch and
             includes the warm-up in the cosine; or ``steps``, times 0.2 at 60 % and 80 %.
-        warmup_start: Learning rate at the first update of the warm-up.
-        final_lr: Learning rate at the end of the cosine.
-        drop_path: Stochastic depth rate, for architectures that have it.
-        mixup: Alpha of mixup; 0 for none.
-        cutmix: Alpha of CutMix; 0 for none.
-        smoothing: Label smoothing.
+        mixup: Alpha of mixup; ``cutmix`` is that of CutMix; 0 for none.
         erase: Probability of random erasing.
         auto_augment: timm's policy string; empty for crops and flips only.
         smallest_crop: Smallest area of a random crop, relative to the image.
         head_std: Standard deviation of the classifier's initial weights.
-        adapt_head: Whether ``lars`` adapts the classifier's learning rate; not in SimCLR.
+        adapt_head: Whether ``lars`` (SimCLR's) adapts the classifier's learning rate; not in SimCLR.
         seed: Of classifier, order and augmentation.
     """
 
@@ -94,26 +81,14 @@ class FinetuneProtocol:
 
     @staticmethod
     def from_name(name: str, labelled: float = 1.0) -> "FinetuneProtocol":
-        """The protocol of this name.
+        """The protocol of this name, for this share of labelled images, on which SwAV's learning rates depend.
 
         - ``deit``: DeiT's code, with which MoCo v3 fine-tunes, without repeated augmentation and weight averaging.
         - ``moco_v3``: MoCo v3's transfer learning, with its numbers for CIFAR-10.
         - ``simclr`` and ``swav``: the papers' semi-supervised protocols.
-
-        Args:
-            name: Name of the protocol.
-            labelled: Share of labelled images. SwAV's learning rates for 1 % and 10 % differ.
         """
-        protocols = {
-            "deit": _DEIT,
-            "moco_v3": _MOCO_V3_TRANSFER,
-            "simclr": _SIMCLR,
-            "swav": _SWAV_1_PERCENT if labelled < FEW_LABELS else _SWAV,
-        }
-        if name not in protocols:
-            hint = near_miss(name, protocols)
-            raise UserError(f"finetune: unknown protocol {name!r}{hint}; must be one of {', '.join(sorted(protocols))}")
-        return protocols[name]
+        protocol = choose_protocol("finetune", name, _PROTOCOLS)
+        return replace(protocol, base_lr=0.02, head_lr=250.0) if name == "swav" and labelled < FEW_LABELS else protocol
 
     def peak_lr(self, batch_size: int) -> float:
         """The encoder's peak learning rate at this batch size."""
@@ -121,50 +96,20 @@ class FinetuneProtocol:
         return float(self.base_lr * (batch_size / self.base_batch) ** power)
 
 
-_DEIT = FinetuneProtocol(
-    "deit",
-    epochs=150,
-    batch_size=1024,
-    base_lr=5e-4,
-    base_batch=512,
-    lr_rule="linear",
-    optimizer="adamw",
-    weight_decay=0.05,
-    warmup_epochs=5,
-    warmup_start=1e-6,
-    decay="epoch_cosine",
-    final_lr=1e-5,
-    drop_path=0.1,
-    mixup=0.8,
-    cutmix=1.0,
-    smoothing=0.1,
-    erase=0.25,
-    auto_augment="rand-m9-mstd0.5-inc1",
-)
-_MOCO_V3_TRANSFER = replace(
-    _DEIT,
-    name="moco_v3",
-    epochs=100,
-    base_lr=3e-4,
-    weight_decay=0.1,
-    warmup_epochs=3,
-    erase=0.0,
-    auto_augment="",
-    smallest_crop=0.05,
-)
-_SIMCLR = FinetuneProtocol(
-    "simclr",
-    epochs=60,
-    batch_size=1024,
-    base_lr=0.005,
-    base_batch=1,
-    lr_rule="sqrt",
-    optimizer="lars",
-    head_std=0.0,
-    adapt_head=False,
-)
-_SWAV = FinetuneProtocol("swav", epochs=20, batch_size=256, base_lr=0.01, head_lr=20.0, decay="steps")
-_SWAV_1_PERCENT = replace(_SWAV, base_lr=0.02, head_lr=250.0)
+# What DeiT and MoCo v3 have in common, and what differs between them.
+_VIT_UPDATES: dict[str, Any] = {"batch_size": 1024, "base_batch": 512, "lr_rule": "linear", "optimizer": "adamw"}
+_VIT_SCHEDULE = {"warmup_start": 1e-6, "decay": "epoch_cosine", "final_lr": 1e-5}
+_VIT_REGULARIZATION = {"drop_path": 0.1, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
+_VIT = _VIT_UPDATES | _VIT_SCHEDULE | _VIT_REGULARIZATION
+_DEIT: dict[str, Any] = {"base_lr": 5e-4, "weight_decay": 0.05, "warmup_epochs": 5, "erase": 0.25}
+_MOCO_V3: dict[str, Any] = {"base_lr": 3e-4, "weight_decay": 0.1, "warmup_epochs": 3, "smallest_crop": 0.05}
+_SIMCLR: dict[str, Any] = {"base_lr": 0.005, "base_batch": 1, "lr_rule": "sqrt", "optimizer": "lars"}
+_PROTOCOLS = {
+    "deit": FinetuneProtocol("deit", epochs=150, auto_augment="rand-m9-mstd0.5-inc1", **_VIT, **_DEIT),
+    "moco_v3": FinetuneProtocol("moco_v3", epochs=100, **_VIT, **_MOCO_V3),
+    "simclr": FinetuneProtocol("simclr", 60, 1024, **_SIMCLR, head_std=0.0, adapt_head=False),
+    "swav": FinetuneProtocol("swav", epochs=20, batch_size=256, base_lr=0.01, head_lr=20.0, decay="steps"),
+}
 
 
 def finetune(
@@ -180,21 +125,10 @@ def finetune(
 ) -> nn.Module:
     """Train a copy of the encoder with a new classifier. The encoder itself does not change.
 
-    Args:
-        encoder: Initial weights.
-        source: Labelled images.
-        labels: (len(source),) int64.
-        num_classes: Number of classes.
-        protocol: Hyperparameters.
-        neck: (B, D) -> (B, E), trained between features and classifier. SimCLR v2 keeps its head's first layer.
-        workers: Processes that decode and augment.
-        log_message: Called with the loss of every epoch.
-
-    Returns:
-        The classifier in eval mode, (B, 3, H, W) -> (B, num_classes).
-
-    Raises:
-        UserError: There are fewer than two images, or the loss is not finite.
+    ``labels`` are (len(source),) int64. ``neck``, (B, D) -> (B, E), is trained between features and classifier; SimCLR
+    v2 keeps its head's first layer. ``log_message`` is called with the loss of every epoch. Returns the classifier in
+    eval mode, (B, 3, H, W) -> (B, num_classes). Raises `UserError` if there are fewer than two images, or the loss is
+    not finite.
     """
     source = source.without_labels()
     batch_size = _even_batch_size(protocol, len(source))
@@ -209,7 +143,9 @@ def finetune(
         steps = len(source) // batch_size
         for epoch in range(protocol.epochs):
             key = (protocol.seed, epoch)
-            loader = _epoch_loader(TransformedImages(source, transform, key), batch_size, workers)
+            order = torch.Generator().manual_seed(seed_from(*key))
+            shuffled: dict[str, Any] = {"shuffle": True, "generator": order, "drop_last": True}
+            loader, _ = image_loader(TransformedImages(source, transform, key), batch_size, workers, **shuffled)
             total = 0.0
             for step, (images, positions) in enumerate(loader):
                 _set_lr(optimizer, protocol, epoch + step / steps, batch_size)
@@ -237,16 +173,6 @@ def _even_batch_size(protocol: FinetuneProtocol, num_images: int) -> int:
     return batch_size - batch_size % 2
 
 
-def _epoch_loader(images: TransformedImages, batch_size: int, workers: int) -> DataLoader[tuple[Tensor, int]]:
-    """Full batches, in an order drawn from the images' key."""
-    order = torch.Generator().manual_seed(seed_from(*(images.key or ())))
-    options: dict[str, Any] = {"num_workers": workers, "worker_init_fn": start_worker}
-    if workers:
-        nbytes = batch_bytes(images.transform, batch_size)
-        options["prefetch_factor"] = prefetch_of(nbytes, workers, "--workers", PREFETCH)
-    return DataLoader(images, batch_size, shuffle=True, generator=order, drop_last=True, **options)
-
-
 def make_classifier(
     encoder: Encoder, num_classes: int, drop_path: float = 0.0, neck: nn.Module | None = None, head_std: float = 0.01
 ) -> tuple[nn.Module, nn.Linear]:
@@ -270,16 +196,8 @@ def make_classifier(
 
 
 def _training_transform(encoder: Encoder, protocol: FinetuneProtocol) -> Any:
-    kept = ("input_size", "interpolation", "mean", "std")
-    transform = create_transform(
-        **{key: encoder.preprocessing[key] for key in kept},
-        is_training=True,
-        scale=(protocol.smallest_crop, 1.0),
-        color_jitter=0.0,
-        auto_augment=protocol.auto_augment or None,
-        re_prob=protocol.erase,
-        re_mode="pixel",
-    )
+    options = {"scale": (protocol.smallest_crop, 1.0), "auto_augment": protocol.auto_augment or None}
+    transform: Any = training_transform(encoder.preprocessing, **options, re_prob=protocol.erase, re_mode="pixel")
     for part in transform.transforms:
         for operation in getattr(part, "ops", []):
             if operation.name.startswith("Posterize"):
@@ -311,14 +229,13 @@ def _make_optimizer(model: nn.Module, head: nn.Linear, protocol: FinetuneProtoco
         )
     else:
         groups = [{"params": list(model.parameters()), "weight_decay": protocol.weight_decay}]
-    head_params = set(head.parameters())
-    heads = [{**group, "params": [param for param in group["params"] if param in head_params]} for group in groups]
-    bodies = [{**group, "params": [param for param in group["params"] if param not in head_params]} for group in groups]
-    for group, factor in [*((each, 1.0) for each in bodies), *((each, protocol.head_lr) for each in heads)]:
-        group["scale"] = factor * group.pop("lr_scale", 1.0)
-    for group in heads:
-        group["adapt"] = protocol.adapt_head
-    groups = [group for group in [*bodies, *heads] if group["params"]]
+    head_params, adapt = set(head.parameters()), {"adapt": protocol.adapt_head}
+    groups = [
+        {**group, **options, "params": params, "scale": factor * group.get("lr_scale", 1.0)}
+        for of_head, factor, options in ((False, 1.0, {}), (True, protocol.head_lr, adapt))
+        for group in groups
+        if (params := [param for param in group["params"] if (param in head_params) == of_head])
+    ]
     if protocol.optimizer == "adamw":
         return AdamW(groups, lr=lr)
     if protocol.optimizer == "lars":
@@ -327,17 +244,16 @@ def _make_optimizer(model: nn.Module, head: nn.Linear, protocol: FinetuneProtoco
 
 
 def _set_lr(optimizer: Optimizer, protocol: FinetuneProtocol, epoch: float, batch_size: int) -> None:
-    peak, epochs, warmup = protocol.peak_lr(batch_size), protocol.epochs, protocol.warmup_epochs
+    peak, epochs = protocol.peak_lr(batch_size), protocol.epochs
+    warmup, start = protocol.warmup_epochs, protocol.warmup_start
     if protocol.decay == "epoch_cosine":
-        number = per_epoch(epoch)
-        cosine = warmup_then_cosine(number, epochs, 0.0, peak, final=protocol.final_lr)
-        rising = warmup_then_cosine(number, epochs, warmup, peak, protocol.warmup_start)
-        lr = rising if number < warmup else cosine
+        epoch = per_epoch(epoch)
+        rising = epoch < warmup
+        lr = linear(epoch, warmup, start, peak) if rising else cosine(epoch, epochs, peak, protocol.final_lr)
     elif protocol.decay == "steps":
-        milestones = [0.6 * epochs, 0.8 * epochs]
-        lr = warmup_then_steps(epoch, milestones, 0.2, warmup, peak, protocol.warmup_start)
+        lr = warmup_then_steps(epoch, [0.6 * epochs, 0.8 * epochs], 0.2, warmup, peak, start)
     else:
-        lr = warmup_then_cosine(epoch, epochs, warmup, peak, protocol.warmup_start, protocol.final_lr)
+        lr = warmup_then_cosine(epoch, epochs, warmup, peak, start, protocol.final_lr)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
 
@@ -347,15 +263,3 @@ def _seed_all(*key: int) -> None:
     seed = seed_from(*key, DrawPurpose.FINETUNE_DROPOUT)
     torch.manual_seed(seed)
     np.random.seed(seed)
-
-
-@torch.inference_mode()
-def classify(model: nn.Module, encoder: Encoder, source: ImageSource, workers: int = 0) -> Tensor:
-    """Predict the class of every image with a classifier in eval mode: (len(source),) int64."""
-    device = next(model.parameters()).device
-    images = TransformedImages(source.without_labels(), encoder.transform())
-    nbytes = batch_bytes(images.transform, TEST_BATCH) if workers else 0
-    prefetch = prefetch_of(nbytes, workers, "--workers", PREFETCH)
-    loader = DataLoader(images, TEST_BATCH, num_workers=workers, worker_init_fn=start_worker, prefetch_factor=prefetch)
-    with explain_death(nbytes):
-        return torch.cat([model(batch.to(device)).argmax(dim=1).cpu() for batch, _ in loader])

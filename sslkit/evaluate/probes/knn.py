@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from sslkit.errors import UserError, near_miss
-from sslkit.evaluate.input_checks import check_finite
+from sslkit.errors import UserError
+from sslkit.evaluate.input_checks import check_finite, choose_protocol
 
 QUERY_CHUNK, BANK_CHUNK = 512, 65536  # rows; 1024 and 16384 take 10 % longer
 MAX_CHUNK_ELEMENTS = 2**26  # of a chunk of the bank
@@ -44,16 +44,12 @@ class KnnProtocol:
         uses the embedding after the head, this protocol the features.
         """
         neighbours = {"dino": (10, 20, 100, 200), "instdisc": (200,)}
-        if name not in neighbours:
-            raise UserError(f"knn: unknown protocol {name!r}{near_miss(name, neighbours)}; must be dino or instdisc")
-        return [KnnProtocol(k, 0.07) for k in neighbours[name]]
+        return [KnnProtocol(k, 0.07) for k in choose_protocol("knn", name, neighbours)]
 
     def settings(self, *others: dict[str, Any]) -> dict[str, Any]:
         """The settings that a score depends on, with those of readout, preprocessing and data."""
-        settings: dict[str, Any] = {"kind": "knn", "metric": "cosine", "selection": "none", **vars(self)}
-        for each in others:
-            settings |= each
-        return settings
+        own: dict[str, Any] = {"kind": "knn", "metric": "cosine", "selection": "none", **vars(self)}
+        return {name: value for settings in (own, *others) for name, value in settings.items()}
 
     def __str__(self) -> str:
         """Name in tables."""
@@ -66,18 +62,11 @@ class KnnProtocol:
 
 @torch.no_grad()
 def nearest(queries: Tensor, bank: Tensor, k: int, prepare: Prepare = lambda rows: rows) -> tuple[Tensor, Tensor]:
-    """Find the k rows of the bank with the largest inner products with each query, largest first.
+    """Find the k rows of the bank (N, D) with the largest inner products with each query (Q, D), largest first.
 
-    The bank is read once, in chunks, so it may be memory-mapped and larger than memory.
-
-    Args:
-        queries: (Q, D).
-        bank: (N, D), N >= k.
-        k: Number of neighbours.
-        prepare: Applied to chunks of rows of both, such as a normalisation.
-
-    Returns:
-        Similarities (Q, k) and row numbers (Q, k), on the queries' device.
+    The bank is read once, in chunks, so it may be memory-mapped and larger than memory. ``prepare``, such as a
+    normalisation, is applied to chunks of rows of both. Returns similarities (Q, k) and row numbers (Q, k), on the
+    queries' device.
     """
     parts = [prepare(chunk) for chunk in queries.split(QUERY_CHUNK)]
     best = [part.new_empty((len(part), 0)) for part in parts]
@@ -132,19 +121,10 @@ def check_neighbours(protocols: Sequence[KnnProtocol], bank_size: int) -> None:
 def predict(
     queries: Tensor, bank: Tensor, labels: Tensor, num_classes: int, protocols: Sequence[KnnProtocol]
 ) -> list[Tensor]:
-    """Predict the class of every query by weighted vote, (Q,) for each protocol.
+    """Predict the class of every query (Q, D) by weighted vote of a bank (N, D), (Q,) for each protocol.
 
-    Neighbours are searched once for all protocols, and once more if only some are centred.
-
-    Args:
-        queries: (Q, D) features.
-        bank: (N, D) features of any dtype; similarities are computed in float32.
-        labels: (N,) int64 classes of the bank.
-        num_classes: Number of classes.
-        protocols: Number and weights of the neighbours.
-
-    Raises:
-        UserError: Features are not finite, or the bank has fewer than k rows.
+    Neighbours are searched once for all protocols, and once more if only some are centred. Similarities are computed
+    in float32. Raises `UserError` if features are not finite, or the bank has fewer than k rows.
     """
     check_neighbours(protocols, len(bank))
     check_finite(bank, "knn, bank")
@@ -182,18 +162,19 @@ def _vote(similarity: Tensor, neighbours: Tensor, num_classes: int, protocol: Kn
 def knn_accuracy(
     bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, protocol: KnnProtocol | None = None
 ) -> float:
-    """Accuracy of kNN classification.
+    """Accuracy of kNN classification of queries (Q, D) with classes ``truth`` by a bank (N, D) with ``labels``.
 
-    Args:
-        bank: (N, D) features of the training images.
-        labels: (N,) int64.
-        queries: (Q, D) features of the test images.
-        truth: (Q,) int64.
-        protocol: Default: cosine similarity, k = 20, temperature 0.07, as DINO.
-
-    Raises:
-        UserError: Features are not finite, or the bank has fewer than k rows.
+    The default protocol is DINO's: k = 20, temperature 0.07. Raises as `predict` does.
     """
-    num_classes = int(max(labels.max(), truth.max())) + 1
-    [predicted] = predict(queries, bank, labels, num_classes, [protocol or KnnProtocol()])
+    [predicted] = predict(queries, bank, labels, count_classes(labels, truth), [protocol or KnnProtocol()])
+    return share_correct(predicted, truth)
+
+
+def count_classes(*labels: Tensor) -> int:
+    """Number of classes, from numbers that start at 0."""
+    return int(max(each.max() for each in labels)) + 1
+
+
+def share_correct(predicted: Tensor, truth: Tensor) -> float:
+    """Top-1 accuracy of predicted classes, (N,) both."""
     return float((predicted.cpu() == truth.cpu()).float().mean())

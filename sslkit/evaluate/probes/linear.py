@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sslkit.errors import UserError, near_miss
-from sslkit.evaluate.input_checks import as_features, check_seed
+from sslkit.errors import UserError
+from sslkit.evaluate.input_checks import as_features, check_seed, choose_protocol
+from sslkit.evaluate.probes.knn import count_classes, share_correct
 
 C_GRID = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 HELD_OUT = 0.1
@@ -37,7 +38,6 @@ class LinearProtocol:
       learning rates on held-out images; its code uses one, and so does ``byol``.
 
     Attributes:
-        name: Name of the protocol.
         epochs: SGD only (moco_v1, swav and dino 100, moco_v3 and simclr 90, byol 80).
         batch_size: SGD only (moco_v1 and swav 256, moco_v3 and dino 1024, simclr and byol 4096).
         lr: Peak learning rate (moco_v1 30, swav 0.3; scaled with batch / 256: moco_v3 0.1 for ResNets and 3 for ViTs,
@@ -95,10 +95,7 @@ class LinearProtocol:
             "swav": LinearProtocol("swav", 100, 256, 0.3, "cosine", seed, 1e-6),
             "dino": LinearProtocol("dino", 100, 1024, 0.001 * 1024 / 256, "cosine", seed),
         }
-        if name not in protocols:
-            hint = near_miss(name, protocols)
-            raise UserError(f"linear: unknown protocol {name!r}{hint}; must be one of {', '.join(protocols)}")
-        return protocols[name]
+        return choose_protocol("linear", name, protocols)
 
 
 @dataclass(frozen=True)
@@ -110,41 +107,23 @@ class LinearScore:
 
 
 def linear_accuracy(
-    train: Tensor | EpochFeatures,
-    labels: Tensor,
-    test: Tensor,
-    truth: Tensor,
-    protocol: LinearProtocol | None = None,
+    train: Tensor | EpochFeatures, labels: Tensor, test: Tensor, truth: Tensor, protocol: LinearProtocol | None = None
 ) -> LinearScore:
-    """Train a linear classifier on frozen features and test it. Computes in float32.
+    """Train a linear classifier on frozen features (N, D) and test it on (Q, D). Computes in float32.
 
-    Args:
-        train: (N, D) features; for the SGD protocols also a function from the epoch to the features of that epoch's
-            augmented images.
-        labels: (N,) int64.
-        test: (Q, D) features.
-        truth: (Q,) int64.
-        protocol: Default: ``logistic``.
-
-    Raises:
-        UserError: Features are not finite, or there are fewer than two training images.
+    For the SGD protocols, ``train`` may be a function from the epoch to the features of that epoch's augmented images.
+    The default protocol is ``logistic``. Raises `UserError` if features are not finite, or there are fewer than two
+    training images.
     """
     protocol = protocol or LinearProtocol()
     if len(labels) < 2:
         raise UserError(f"linear: needs at least 2 training images, not {len(labels)}")
     test = as_features(test, "linear, test")
-    num_classes = int(max(labels.max(), truth.max())) + 1
-    epoch_features = _checked(train)
-    if protocol.name == "logistic":
-        return _logistic(epoch_features(0), labels, test, truth, num_classes, protocol)
-    return _sgd(epoch_features, labels, test, truth, num_classes, protocol)
-
-
-def _checked(train: Tensor | EpochFeatures) -> EpochFeatures:
-    if callable(train):
-        return lambda epoch: as_features(train(epoch), f"linear, epoch {epoch + 1}")
-    features = as_features(train, "linear, train")
-    return lambda _epoch: features
+    if not callable(train):
+        train = as_features(train, "linear, train")
+        if protocol.name == "logistic":
+            return _logistic(train, labels, test, truth, protocol)
+    return _sgd(train, labels, test, truth, protocol)
 
 
 def hold_out(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -181,13 +160,11 @@ def fit_logistic(
     return classifier
 
 
-def _logistic(
-    train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, num_classes: int, protocol: LinearProtocol
-) -> LinearScore:
+def _logistic(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, protocol: LinearProtocol) -> LinearScore:
+    num_classes = count_classes(labels, truth)
     mean, scale = train.mean(dim=0), train.std(dim=0).clamp_min(1e-6)
     train, test = (train - mean) / scale, (test - mean) / scale
     held_out, fit = hold_out(len(train), protocol.seed)
-
     best_c, best_loss = 0.0, math.inf
     best: nn.Linear | None = None
     for c in C_GRID:
@@ -202,15 +179,10 @@ def _logistic(
 
 
 def _sgd(
-    epoch_features: EpochFeatures,
-    labels: Tensor,
-    test: Tensor,
-    truth: Tensor,
-    num_classes: int,
-    protocol: LinearProtocol,
+    train: Tensor | EpochFeatures, labels: Tensor, test: Tensor, truth: Tensor, protocol: LinearProtocol
 ) -> LinearScore:
     generator = torch.Generator().manual_seed(protocol.seed)
-    classifier = _initial_classifier(test.shape[1], num_classes, protocol, generator)
+    classifier = _initial_classifier(test.shape[1], count_classes(labels, truth), protocol, generator)
     batch_size = min(protocol.batch_size, len(labels))
     images = len(labels) - (len(labels) % batch_size if protocol.drop_last else 0)
     steps = -(-images // batch_size)
@@ -223,7 +195,7 @@ def _sgd(
     )
     best, best_epoch, accuracy = 0.0, 0, 0.0
     for epoch in range(protocol.epochs):
-        features = epoch_features(epoch)
+        features = as_features(train(epoch), f"linear, epoch {epoch + 1}") if callable(train) else train
         for step, batch in enumerate(torch.randperm(len(features), generator=generator)[:images].split(batch_size)):
             for group in optimizer.param_groups:
                 group["lr"] = protocol.lr * _decay(protocol, epoch + (step / steps if protocol.per == "step" else 0.0))
@@ -268,4 +240,4 @@ def _decay(protocol: LinearProtocol, epoch: float) -> float:
 
 @torch.no_grad()
 def _accuracy(classifier: nn.Linear, features: Tensor, labels: Tensor) -> float:
-    return float((classifier(features).argmax(dim=1) == labels).float().mean())
+    return share_correct(classifier(features).argmax(dim=1), labels)

@@ -17,16 +17,15 @@ from sslkit.errors import UserError
 from sslkit.evaluate.evaluation_result import EvaluationResult, Score, bootstrap_interval
 from sslkit.evaluate.features.compared_encoders import TransferOptions, frozen_encoders, trained_encoders
 from sslkit.evaluate.features.encoder import Encoder
-from sslkit.evaluate.features.extraction import raw_pixel_side, raw_pixels
+from sslkit.evaluate.features.extraction import extract_features, raw_pixel_side, raw_pixels
 from sslkit.evaluate.features.readouts import Readout, extract_readouts
 from sslkit.evaluate.label_subsets import choose_subset
 from sslkit.evaluate.labelled_data import LabelledPair, Splits, open_pair
-from sslkit.evaluate.probes.finetune import FinetuneProtocol, classify, finetune
-from sslkit.evaluate.probes.knn import KnnProtocol, check_neighbours, predict
+from sslkit.evaluate.probes.finetune import FinetuneProtocol, finetune
+from sslkit.evaluate.probes.knn import KnnProtocol, check_neighbours, predict, share_correct
 from sslkit.evaluate.probes.linear import SELECTED_ON_HELD_OUT, EpochFeatures, LinearProtocol, linear_accuracy
 from sslkit.evaluate.probes.sweep import SweepProtocol, sweep
 from sslkit.evaluate.protocol import data_settings, digest_of, preprocessing_settings
-from sslkit.parts.backbone import family
 
 RAW_PIXELS = "raw pixels"
 
@@ -40,10 +39,7 @@ def evaluate_knn(
     baselines: Sequence[str] = (),
     splits: Splits | None = None,
 ) -> EvaluationResult:
-    """Evaluate by weighted k-nearest neighbours; by default cosine similarity, k = 20, temperature 0.07.
-
-    Arguments as for `evaluate_knn_grid`.
-    """
+    """Evaluate by one kNN protocol, by default `KnnProtocol()`. Arguments as for `evaluate_knn_grid`."""
     protocols = [protocol or KnnProtocol()]
     return evaluate_knn_grid(model, data, protocols, readout, baselines=baselines, splits=splits)[0]
 
@@ -71,26 +67,20 @@ def evaluate_knn_grid(
     pair = _open_splits(data, splits)
     check_neighbours(protocols, len(pair.train))
     scores: list[list[Score]] = [[] for _ in protocols]
-    crop: dict[str, Any] = {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for encoder in frozen_encoders(model, baselines, readout):
-        crop = crop or preprocessing_settings(encoder.preprocessing if encoder else {})
+    own, encoders = frozen_encoders(model, baselines, readout)
+    for encoder in encoders:
         # Raw pixels are always centred: the mean brightness hides the differences between images.
         used = [protocol if encoder else replace(protocol, centre=True) for protocol in protocols]
         bank, queries = (_features(encoder, source, pair, [readout])[0] for source in (pair.train, pair.test))
         predictions = predict(queries.to(device), bank, pair.train_labels, len(pair.classes), used)
         for found, predicted in zip(scores, predictions, strict=True):
-            accuracy = float((predicted.cpu() == pair.test_labels).float().mean())
-            found.append(_score(encoder, accuracy, pair))
-    images = data_settings(pair)
+            found.append(_score(encoder, share_correct(predicted, pair.test_labels), pair))
+    others = readout.settings(), preprocessing_settings(own.preprocessing), data_settings(pair)
+    names = [f"{protocol}{_readout_suffix(readout)}" for protocol in protocols]
     return [
-        EvaluationResult(
-            f"{protocol}{_readout_suffix(readout)}",
-            pair.description,
-            protocol.settings(readout.settings(), crop, images),
-            found,
-        )
-        for protocol, found in zip(protocols, scores, strict=True)
+        EvaluationResult(name, pair.description, protocol.settings(*others), found)
+        for name, protocol, found in zip(names, protocols, scores, strict=True)
     ]
 
 
@@ -105,44 +95,35 @@ def evaluate_linear(
     baselines: Sequence[str] = (),
     splits: Splits | None = None,
 ) -> EvaluationResult:
-    """Evaluate by a linear classifier on frozen features.
+    """Evaluate by a linear classifier on frozen features. Other arguments as for `evaluate_knn_grid`.
 
     Args:
-        model: As for `load_encoder`.
-        data: Labelled images.
         protocol: ``logistic``, or the name of a paper's protocol; see `LinearProtocol`.
-        readout: Layer, pooling and crop. Default: the model's output.
         augment: Whether the SGD protocols train on random crops and flips, as the papers do, or on the features of
             the centre crop. ``logistic`` always uses the centre crop.
         epochs: Epochs of the SGD protocols; 0 for the paper's.
-        baselines: timm models to score too.
-        splits: Training and test split.
     """
     if epochs and protocol == "logistic":
-        raise UserError(
-            "--epochs: logistic has no epochs, it runs to convergence; leave it out or use another protocol"
-        )
+        raise UserError("--epochs: logistic has no epochs, it runs to convergence; omit it or use another protocol")
     readout = readout or Readout()
     pair = _open_splits(data, splits)
+    own, encoders = frozen_encoders(model, baselines, readout)
     scores = []
     settings: dict[str, Any] = {}
-    for encoder in frozen_encoders(model, baselines, readout):
-        is_vit = encoder is not None and family(encoder.architecture) == "vit"
-        used = LinearProtocol.from_name(protocol, is_vit=is_vit)
+    for encoder in encoders:
+        used = LinearProtocol.from_name(protocol, is_vit=encoder is not None and encoder.is_vit)
         used = replace(used, epochs=epochs or used.epochs)
-        online = augment and encoder is not None and used.name != "logistic"
         test = _features(encoder, pair.test, pair, [readout])[0]
         train: Tensor | EpochFeatures
-        if encoder is not None and online:
+        if encoder is not None and augment and used.name != "logistic":
             train = _augmented_features(encoder, pair.train, readout)
         else:
             train = _features(encoder, pair.train, pair, [readout])[0]
         score = linear_accuracy(train, pair.train_labels, test, pair.test_labels, used)
         scores.append(_score(encoder, score.accuracy, pair, score.chosen))
-        if encoder and not settings:
-            settings = {"kind": "linear", **used.settings(), "augment": online, "selection": used.selection}
-            settings |= preprocessing_settings(encoder.preprocessing)
-    settings |= {**readout.settings(), **data_settings(pair)}
+        if encoder is own:
+            settings = {"kind": "linear", **used.settings(), "augment": callable(train), "selection": used.selection}
+    settings |= {**preprocessing_settings(own.preprocessing), **readout.settings(), **data_settings(pair)}
     return EvaluationResult(f"linear {protocol}{_readout_suffix(readout)}", pair.description, settings, scores)
 
 
@@ -157,13 +138,8 @@ def evaluate_sweep(
 ) -> EvaluationResult:
     """Evaluate by a sweep of linear probes. Each encoder is scored by the head that its held-out images select.
 
-    Args:
-        model: As for `load_encoder`.
-        data: Labelled images.
-        protocol: The grid.
-        readouts: Layers and poolings to try, extracted in one pass. Default: the model's output.
-        baselines: timm models to score too.
-        splits: Training split, of which a tenth is held out for the selection, and test split.
+    ``readouts`` are layers and poolings to try, extracted in one pass. A tenth of the training images is held out.
+    Other arguments as for `evaluate_knn_grid`.
     """
     protocol, readouts = protocol or SweepProtocol(), readouts or [Readout()]
     if not all(readout.shares_pass_with(readouts[0]) for readout in readouts):
@@ -171,8 +147,8 @@ def evaluate_sweep(
     pair = _open_splits(data, splits)
     scores: list[Score] = []
     grid: list[dict[str, Any]] = []
-    crop: dict[str, Any] = {}
-    for encoder in frozen_encoders(model, baselines, readouts[0]):
+    own, encoders = frozen_encoders(model, baselines, readouts[0])
+    for encoder in encoders:
         train, test = (
             dict(zip(map(str, readouts), _features(encoder, source, pair, readouts), strict=False))
             for source in (pair.train, pair.test)
@@ -182,9 +158,8 @@ def evaluate_sweep(
         note = f"{best.readout}, lr {best.lr:g}, decay {best.weight_decay:g}" + (", normed" if best.norm else "")
         scores.append(_score(encoder, result.accuracy, pair, note))
         grid = grid or [head.row() for head in result.grid]
-        crop = crop or preprocessing_settings(encoder.preprocessing if encoder else {})
-    settings = {"kind": "linear sweep", **vars(protocol), "selection": SELECTED_ON_HELD_OUT, **crop}
-    settings["layers"] = [str(readout) for readout in readouts]
+    settings = {"kind": "linear sweep", **vars(protocol), "selection": SELECTED_ON_HELD_OUT}
+    settings |= {**preprocessing_settings(own.preprocessing), "layers": [str(readout) for readout in readouts]}
     name = f"linear sweep of {len(grid)} heads{_readout_suffix(*readouts)}"
     return EvaluationResult(name, pair.description, {**settings, **data_settings(pair)}, scores, grid=grid)
 
@@ -203,13 +178,11 @@ def evaluate_finetune(
     """Fine-tune the encoder and test the last epoch; the baseline is the same training from random weights.
 
     Args:
-        model: As for `load_encoder`.
-        data: Labelled images.
+        model: As for `load_encoder`; ``data`` and ``splits`` as for `evaluate_knn_grid`.
         protocol: Hyperparameters, or the name of a protocol; see `FinetuneProtocol.from_name`.
         changes: Attributes of the protocol to replace.
         labels: Which labelled images to use; see `choose_subset`.
         neck: First layers of the model's projector, fine-tuned with the encoder. Baselines have none.
-        splits: Training and test split.
         options: Baselines, workers and progress messages.
     """
     options = options or TransferOptions()
@@ -229,8 +202,9 @@ def evaluate_finetune(
         training["neck"] = neck if encoder is encoders[0] else None
         with explain_death():
             classifier = finetune(encoder, source, train_labels, len(pair.classes), protocol, **training)
-        correct = classify(classifier, encoder, pair.test, options.workers) == pair.test_labels
-        scores.append(_score(encoder, float(correct.float().mean()), pair))
+        device = next(classifier.parameters()).device
+        logits = extract_features(classifier, pair.test, encoder.transform(), device=device, workers=options.workers)
+        scores.append(_score(encoder, share_correct(logits.argmax(dim=1), pair.test_labels), pair))
     settings = {"kind": "finetune", **vars(protocol), "neck": neck is not None, "selection": "none, the last epoch"}
     settings |= {**preprocessing_settings(encoders[0].preprocessing), **data_settings(pair)}
     settings |= {"labelled_images": len(chosen), "chosen": digest_of(chosen)}
@@ -250,8 +224,7 @@ def _readout_suffix(*readouts: Readout) -> str:
 
 def _score(encoder: Encoder | None, accuracy: float, pair: LabelledPair, note: str = "") -> Score:
     name, revision = (encoder.description, encoder.revision) if encoder else (RAW_PIXELS, "")
-    interval = bootstrap_interval(accuracy, len(pair.test))
-    return Score(name, accuracy, interval, note, encoder_revision=revision)
+    return Score(name, accuracy, bootstrap_interval(accuracy, len(pair.test)), note, encoder_revision=revision)
 
 
 def _features(

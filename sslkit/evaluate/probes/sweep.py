@@ -1,8 +1,7 @@
 """A sweep of linear probes: learning rates, weight decays and norms, trained at the same time on frozen features.
 
-The accuracy of a linear probe depends on its learning rate more than on any other hyperparameter, and the best one
-depends on the scale of the features. All heads are trained on the same batches, and held-out training images select
-one.
+The best learning rate depends on the scale of the features. All heads are trained on the same batches, and held-out
+training images select one.
 """
 
 import itertools
@@ -17,10 +16,13 @@ from torch.nn.functional import batch_norm
 
 from sslkit.errors import UserError
 from sslkit.evaluate.input_checks import as_features, check_rates, check_seed
+from sslkit.evaluate.probes.knn import count_classes
 from sslkit.evaluate.probes.linear import hold_out
 
 TEST_BATCH = 1024
 MOMENTUM = 0.9
+
+Settings = Sequence[tuple[float, float]]  # learning rate and weight decay of each head
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,7 @@ class _Heads:
     """
 
     def __init__(
-        self,
-        width: int,
-        classes: int,
-        settings: Sequence[tuple[float, float]],
-        norm: bool,
-        seed: int,
-        device: torch.device,
+        self, width: int, classes: int, settings: Settings, norm: bool, seed: int, device: torch.device
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         weight = torch.empty(width, classes).normal_(0.0, 0.01, generator=generator)
@@ -147,27 +143,20 @@ class _Heads:
 def sweep(
     train: dict[str, Tensor], labels: Tensor, test: dict[str, Tensor], truth: Tensor, protocol: SweepProtocol
 ) -> SweepScore:
-    """Train all heads of the grid, select one on held-out images, and test it.
+    """Train all heads of the grid on features (N, D) of each readout, select one on held-out images, and test it.
 
-    Trains on a GPU if there is one. Only the current batch of features is moved to it.
-
-    Args:
-        train: (N, D) features of each readout.
-        labels: (N,) int64.
-        test: (Q, D) features of each readout.
-        truth: (Q,) int64.
-        protocol: The grid.
-
-    Raises:
-        UserError: The grid is empty, features are not finite, or there are fewer than three training images.
+    Trains on a GPU if there is one. Only the current batch of features is moved to it. Raises `UserError` if the grid
+    is empty, features are not finite, or there are fewer than three training images.
     """
     if not (protocol.lrs and protocol.weight_decays and protocol.norms and train):
         raise UserError("linear sweep: the grid is empty; give at least one learning rate, weight decay and layer")
     if len(labels) < 3:
         raise UserError(f"linear sweep: needs at least 3 training images, not {len(labels)}")
-    train = {readout: as_features(features, f"linear sweep, train, {readout}") for readout, features in train.items()}
-    test = {readout: as_features(features, f"linear sweep, test, {readout}") for readout, features in test.items()}
-    classes = int(max(labels.max(), truth.max())) + 1
+    train, test = (
+        {readout: as_features(features, f"linear sweep, {split}, {readout}") for readout, features in given.items()}
+        for split, given in (("train", train), ("test", test))
+    )
+    classes = count_classes(labels, truth)
     held_out, fit = hold_out(len(labels), protocol.seed)
     scale = protocol.batch_size / 256
     settings = [(lr * scale, decay) for lr, decay in itertools.product(protocol.lrs, protocol.weight_decays)]

@@ -18,25 +18,18 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class CheckpointFormat:
-    """Names of a project's tensors, without the prefix ``module.`` of DistributedDataParallel.
+    """Prefixes of the names of a project's tensors, after ``module.`` of DistributedDataParallel.
 
-    Attributes:
-        name: Name in messages.
-        tag: timm's pretrained tag for such weights.
-        marks: The format applies if a name starts with one of these.
-        encoders: Prefix of the trained encoder (not its moving average): the first of these that a name starts with.
-        heads: Prefixes, within the encoder, of tensors that are not part of the backbone.
-        std: Standard deviation of the training images' normalisation.
-        twelve_heads: Whether a ViT of width 384 has 12 heads as in MoCo v3; if not, the number is unknown.
+    The trained encoder, not its moving average, has the first prefix of ``encoders`` that is in the file.
     """
 
     name: str
-    tag: str
-    marks: tuple[str, ...]
+    tag: str  # timm's pretrained tag
+    marks: tuple[str, ...]  # one of these is in the file
     encoders: tuple[str, ...]
-    heads: tuple[str, ...] = ()
-    std: tuple[float, float, float] = IMAGENET_STD
-    twelve_heads: bool = False
+    heads: tuple[str, ...] = ()  # in the encoder, but not part of the backbone
+    std: tuple[float, float, float] = IMAGENET_STD  # of the normalisation of the images
+    twelve_heads: bool = False  # of a ViT of width 384, as in MoCo v3; else their number is unknown
 
 
 # The first match applies.
@@ -46,11 +39,7 @@ CHECKPOINT_FORMATS = (
     CheckpointFormat("MoCo v1 or v2", "moco", ("encoder_q.",), ("encoder_q.",), ("fc.",)),
     CheckpointFormat("VISSL", "vissl", ("trunk.",), ("trunk._feature_blocks.", "trunk.")),
     CheckpointFormat(
-        "mmselfsup's MoCo v3",
-        "moco_v3",
-        ("momentum_encoder.module.0.",),
-        ("backbone.",),
-        twelve_heads=True,
+        "mmselfsup's MoCo v3", "moco_v3", ("momentum_encoder.module.0.",), ("backbone.",), twelve_heads=True
     ),
     CheckpointFormat(
         "lightly",
@@ -78,47 +67,33 @@ BARE = CheckpointFormat("a bare encoder", "imported", (), ("",))
 BACKBONE_MARKS = ("conv1.weight", "patch_embed.proj.weight")
 
 # What tensors outside the encoder are, by prefix.
-OUTSIDE = (
-    ("encoder_k.", "the momentum encoder, which the papers do not evaluate"),
-    ("momentum_", "the momentum encoder, which the papers do not evaluate"),
-    ("backbone", "the momentum encoder, which the papers do not evaluate"),
-    ("encoder_q.", "a copy of the encoder or its projector"),
-    ("queue", "the queue of keys"),
-    ("criterion.", "state of the loss, such as a queue of keys"),
-    ("predictor.", "the predictor"),
-    ("prediction_head.", "the predictor"),
-    ("online_classifier.", "a classifier trained with the encoder"),
-    ("classifier.", "a classifier trained with the encoder"),
-    ("heads.", "the heads of pretraining or evaluation"),
-    ("head.", "the head of pretraining"),
-    ("neck.", "the projector"),
-    ("projector.", "the projector"),
-    ("projection_head.", "the projector"),
-    ("query_projection_head.", "the projector"),
-    ("student_projection_head.", "the projector"),
-    ("prototypes.", "the prototypes"),
-    ("data_preprocessor.", "pixel means and deviations"),
-)
+OUTSIDE = {
+    ("encoder_k.", "momentum_", "backbone"): "the momentum encoder, which the papers do not evaluate",
+    ("encoder_q.",): "a copy of the encoder or its projector",
+    ("queue",): "the queue of keys",
+    ("criterion.",): "state of the loss, such as a queue of keys",
+    ("predictor.", "prediction_head."): "the predictor",
+    ("online_classifier.", "classifier."): "a classifier trained with the encoder",
+    ("heads.",): "the heads of pretraining or evaluation",
+    ("head.",): "the head of pretraining",
+    ("neck.", "projector.", "projection_head.", "query_projection_head.", "student_projection_head."): "the projector",
+    ("prototypes.",): "the prototypes",
+    ("data_preprocessor.",): "pixel means and deviations",
+}
 
 # Names of a backbone's tensors in other projects and in timm.
-RENAMES = tuple(
-    (re.compile(pattern), name)
-    for pattern, name in (
-        # torchvision's ResNet as a Sequential (lightly's examples)
-        (r"^0\.(weight)$", r"conv1.\1"),
-        (r"^1\.(weight|bias|running_mean|running_var|num_batches_tracked)$", r"bn1.\1"),
-        (r"^4\.(\d+\.)", r"layer1.\1"),
-        (r"^5\.(\d+\.)", r"layer2.\1"),
-        (r"^6\.(\d+\.)", r"layer3.\1"),
-        (r"^7\.(\d+\.)", r"layer4.\1"),
-        # OpenMMLab's ViT
-        (r"^patch_embed\.projection\.", "patch_embed.proj."),
-        (r"^layers\.(\d+)\.ln([12])\.", r"blocks.\1.norm\2."),
-        (r"^layers\.(\d+)\.attn\.", r"blocks.\1.attn."),
-        (r"^layers\.(\d+)\.ffn\.layers\.0\.0\.", r"blocks.\1.mlp.fc1."),
-        (r"^layers\.(\d+)\.ffn\.layers\.1\.", r"blocks.\1.mlp.fc2."),
-        (r"^ln1\.", "norm."),
-    )
+RENAMES = (
+    # torchvision's ResNet as a Sequential (lightly's examples)
+    (r"^0\.(weight)$", r"conv1.\1"),
+    (r"^1\.(weight|bias|running_mean|running_var|num_batches_tracked)$", r"bn1.\1"),
+    *((rf"^{stage + 3}\.(\d+\.)", rf"layer{stage}.\1") for stage in (1, 2, 3, 4)),
+    # OpenMMLab's ViT
+    (r"^patch_embed\.projection\.", "patch_embed.proj."),
+    (r"^layers\.(\d+)\.ln([12])\.", r"blocks.\1.norm\2."),
+    (r"^layers\.(\d+)\.attn\.", r"blocks.\1.attn."),
+    (r"^layers\.(\d+)\.ffn\.layers\.0\.0\.", r"blocks.\1.mlp.fc1."),
+    (r"^layers\.(\d+)\.ffn\.layers\.1\.", r"blocks.\1.mlp.fc2."),
+    (r"^ln1\.", "norm."),
 )
 
 # ResNets by width of the stem, blocks, convolutions per block, and output and input channels of the first 3 x 3.
@@ -155,14 +130,7 @@ RELEASED = {
 
 @dataclass(frozen=True)
 class TensorMatch:
-    """What happens to a tensor of the file.
-
-    Attributes:
-        name: Name in the file.
-        shape: Its shape.
-        kept_as: timm's name; empty if it is left out.
-        why: Why it is left out; empty if it is kept.
-    """
+    """What happens to a tensor of the file: timm's name that it is kept as, or why it is left out. One is empty."""
 
     name: str
     shape: tuple[int, ...]
@@ -173,8 +141,7 @@ class TensorMatch:
 def match_tensors(shapes: Shapes) -> tuple[CheckpointFormat, list[TensorMatch]]:
     """Detect the format of a checkpoint and find timm's name of every tensor of the encoder.
 
-    Raises:
-        UserError: The format is unknown, it is a trained classifier, or two tensors have the same name in timm.
+    Raises `UserError` if the format is unknown or a trained classifier, or if two tensors have one name in timm.
     """
     bare = {name.replace("_orig_mod.", ""): name for name in shapes}  # torch.compile's prefix
     if len(bare) < len(shapes):
@@ -185,13 +152,16 @@ def match_tensors(shapes: Shapes) -> tuple[CheckpointFormat, list[TensorMatch]]:
     encoder = next(prefix for prefix in source.encoders if any(name.startswith(prefix) for name in bare))
     matches = []
     for name, own in bare.items():
-        if name.startswith(encoder) and name != encoder:
-            inside = name.removeprefix(encoder)
-            why = "the projector or prototypes" if inside.startswith(source.heads or ("\0",)) else ""
-            matches.append(TensorMatch(own, tuple(shapes[own]), "" if why else timm_name(inside), why))
+        inside = name.removeprefix(encoder) if name.startswith(encoder) else ""
+        if inside.startswith(source.heads):
+            why = "the projector or prototypes"
+        elif inside:
+            why = ""
         else:
-            why = next((what for prefix, what in OUTSIDE if name.startswith(prefix)), "not part of the encoder")
-            matches.append(TensorMatch(own, tuple(shapes[own]), "", why))
+            why = next(
+                (what for prefixes, what in OUTSIDE.items() if name.startswith(prefixes)), "not part of the encoder"
+            )
+        matches.append(TensorMatch(own, tuple(shapes[own]), "" if why else timm_name(inside), why))
     kept = [match.kept_as for match in matches if match.kept_as]
     if duplicates := sorted(name for name in set(kept) if kept.count(name) > 1):
         raise UserError(f"{duplicates[0]!r} is in the file twice, under equivalent names")
@@ -199,50 +169,42 @@ def match_tensors(shapes: Shapes) -> tuple[CheckpointFormat, list[TensorMatch]]:
 
 
 def detect_format(shapes: Shapes) -> CheckpointFormat:
-    """Detect the format of tensors by their names, without the prefix ``module.``.
-
-    Raises:
-        UserError: The format is unknown, or it is a trained classifier.
-    """
-    for classifier in ("head.fc.weight", "head.layers.head.weight"):
-        if len(shapes.get(classifier, ())) == 2 and not _any_starts(shapes, ("neck.",)):
-            raise UserError(
-                f"a trained classifier of {shapes[classifier][0]} classes ({classifier}), such as mmpretrain's "
-                "supervised and linear files; take the checkpoint of the pretraining"
-            )
+    """Detect the format of tensors by their names, without the prefix ``module.``; raises as `match_tensors`."""
+    if not _any_starts(shapes, ("neck.",)):
+        _refuse_classifier(shapes, "mmpretrain's supervised and linear files", "head.fc", "head.layers.head")
     for candidate in CHECKPOINT_FORMATS:
         if _any_starts(shapes, candidate.marks) and _any_starts(shapes, candidate.encoders):
             return candidate
     if _any_starts(shapes, BACKBONE_MARKS):
         if _any_starts(shapes, ("prototypes.",)):
             return SWAV
-        for head in ("fc", "head"):
-            if len(shapes.get(f"{head}.weight", ())) == 2:
-                raise UserError(
-                    f"a trained classifier of {shapes[f'{head}.weight'][0]} classes ({head}.weight), such as MoCo's "
-                    "linear-*.pth.tar files and supervised weights; take the checkpoint of the pretraining"
-                )
+        _refuse_classifier(shapes, "MoCo's linear-*.pth.tar files and supervised weights", "fc", "head")
         return BARE
     examples = ", ".join(repr(name) for name in list(shapes)[:3])
     known = ", ".join(dict.fromkeys(each.name for each in (*CHECKPOINT_FORMATS, SWAV, BARE)))
     raise UserError(f"unknown checkpoint format ({len(shapes)} tensors, such as {examples}); supported are {known}")
 
 
+def _refuse_classifier(shapes: Shapes, examples: str, *layers: str) -> None:
+    for name in (f"{layer}.weight" for layer in layers):
+        if len(shapes.get(name, ())) == 2:
+            raise UserError(
+                f"a trained classifier of {shapes[name][0]} classes ({name}), such as {examples}; take the checkpoint "
+                "of the pretraining"
+            )
+
+
 def timm_name(name: str) -> str:
     """timm's name of a backbone's tensor. Most projects use torchvision's names, which are the same for ResNets."""
     for pattern, replacement in RENAMES:
-        name, found = pattern.subn(replacement, name)
+        name, found = re.subn(pattern, replacement, name)
         if found:
             return name
     return name
 
 
 def guess_backbone(shapes: Shapes) -> str:
-    """Find the timm model with tensors of these names and shapes.
-
-    Raises:
-        UserError: There is none among the ResNets and ViTs known here.
-    """
+    """Find the timm model with tensors of these names and shapes; raises `UserError` if none is known here."""
     stem, patches = shapes.get("conv1.weight", ()), shapes.get("patch_embed.proj.weight", ())
     found: str | None = None
     if len(stem) == 4:
@@ -265,32 +227,24 @@ def guess_backbone(shapes: Shapes) -> str:
 
 
 def vit_arguments(source: CheckpointFormat, shapes: Shapes, num_heads: int) -> dict[str, int]:
-    """timm's arguments for a ViT: image size and number of heads. Empty for a ResNet.
+    """timm's arguments for a ViT with these tensors: image size and number of heads. Empty for a ResNet.
 
-    Args:
-        source: Format of the checkpoint.
-        shapes: Shapes of the encoder's tensors by timm's names.
-        num_heads: Given by the user; 0 if not given.
-
-    Raises:
-        UserError: The number of heads is unknown. It does not change the shapes.
+    Raises `UserError` if ``num_heads`` is 0 and cannot be known from the shapes, or is given for a ResNet.
     """
     positions, patches = shapes.get("pos_embed", ()), shapes.get("patch_embed.proj.weight", ())
     if len(positions) != 3 or len(patches) != 4:
         if num_heads:
             raise UserError("--num-heads: the encoder is not a ViT; leave it out")
         return {}
-    arguments = {"img_size": math.isqrt(max(positions[1] - 1, 0)) * patches[2]}
-    if num_heads:
-        return {**arguments, "num_heads": num_heads}
-    if patches[0] == AMBIGUOUS_WIDTH:
+    if patches[0] == AMBIGUOUS_WIDTH and not num_heads:
         if not source.twelve_heads:
             raise UserError(
                 "a ViT of width 384 has 6 heads (timm, DeiT, DINO) or 12 (MoCo v3), and the file does not tell; give "
                 "--num-heads: a wrong number loads without an error and gives wrong features"
             )
-        arguments["num_heads"] = MOCO_V3_HEADS
-    return arguments
+        num_heads = MOCO_V3_HEADS
+    arguments = {"img_size": math.isqrt(max(positions[1] - 1, 0)) * patches[2]}
+    return {**arguments, "num_heads": num_heads} if num_heads else arguments
 
 
 def _any_starts(shapes: Shapes, prefixes: tuple[str, ...]) -> bool:

@@ -1,6 +1,6 @@
 """Convert other projects' checkpoints to timm folders, with a record of every tensor.
 
-The only module of sslkit that reads PyTorch's own format, and only as weights: a file that needs code is refused.
+Only this module reads PyTorch's own format, and only as weights: a file that needs code is refused.
 """
 
 import hashlib
@@ -12,12 +12,13 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN
 from torch import Tensor, nn
 
 from sslkit.errors import UserError, check_path, first_line
-from sslkit.files.atomic import DTYPES, write_json
-from sslkit.hub.meta_build import UNBOUNDED, Bounds, build_on_meta
-from sslkit.hub.untrusted import list_names, tensor_shapes
+from sslkit.files.atomic import DTYPES, sha256_of, write_json
+from sslkit.hub.meta_build import UNBOUNDED, Bounds, Shapes, build_on_meta, shapes_of
+from sslkit.hub.untrusted import list_names, missing_names, tensor_shapes
 from sslkit.parts.backbone import check_name
 from sslkit.publish.encoder_folder import (
     check_empty,
@@ -29,7 +30,6 @@ from sslkit.publish.encoder_folder import (
 )
 from sslkit.publish.importing.checkpoint_formats import (
     RELEASED,
-    CheckpointFormat,
     TensorMatch,
     guess_backbone,
     match_tensors,
@@ -37,7 +37,6 @@ from sslkit.publish.importing.checkpoint_formats import (
 )
 from sslkit.publish.importing.pickle_opcodes import check_opcodes
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGE_SIZE = 224  # training resolution of the ResNets
 # Keys of the state dict in a checkpoint.
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "classy_state_dict", "base_model", "model")
@@ -73,18 +72,13 @@ class Imported:
 def import_checkpoint(
     file: str | Path, folder: str | Path, backbone: str = "", num_heads: int = 0, license_id: str = "unknown"
 ) -> Imported:
-    """Write the encoder of a checkpoint as a folder that timm loads, and check that it does.
+    """Write the encoder of a checkpoint as a folder that timm loads, with ``import.json``, and check that it does.
 
-    Args:
-        file: PyTorch's ``.pth``, ``.pth.tar``, ``.ckpt`` ..., or ``.safetensors``.
-        folder: Folder to write; must not exist or must be empty. The result is also written to its ``import.json``.
-        backbone: timm model, if the shapes do not tell.
-        num_heads: Number of heads of a ViT, if the format does not tell.
-        license_id: SPDX id of the licence of the weights.
+    The file is PyTorch's (``.pth``, ``.pth.tar``, ``.ckpt`` ...) or ``.safetensors``; the folder must be new or empty.
+    ``backbone`` and the number of heads of a ViT are needed if the file does not tell them.
 
     Raises:
-        UserError: The file cannot be read as weights, its format is unknown, or it does not fit the backbone; lists
-            all differences.
+        UserError: The file cannot be read as weights, its format is unknown, or it does not fit the backbone.
         EncoderFolderError: The features differ after reloading; nothing is left behind.
     """
     check_path(file, "FILE")
@@ -94,15 +88,14 @@ def import_checkpoint(
     check_license(license_id)
     if backbone:
         check_name(backbone)
-    md5, sha256 = _digests(file)
-    released = _released_name(file, md5)
+    released, sha256 = _identify(file)
     tensors = read_tensors(file)
     try:
-        source, matches = match_tensors(_shapes_of(tensors))
+        source, matches = match_tensors(shapes_of(tensors))
         kept = {match.kept_as: tensors[match.name] for match in matches if match.kept_as}
         if sum(tensor.nbytes for tensor in kept.values()) > file.stat().st_size:
             raise UserError("its tensors claim to be larger than the file")
-        shapes = _shapes_of(kept)
+        shapes = shapes_of(kept)
         backbone = backbone or guess_backbone(shapes)
         model_args = vit_arguments(source, shapes, num_heads)
         model = _build(backbone, model_args, shapes, source.name)
@@ -110,34 +103,39 @@ def import_checkpoint(
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     imported = Imported(source.name, backbone, model_args, released, sha256, matches)
-    _write(imported, source, model, state, folder, license_id)
+    size = model_args.get("img_size", IMAGE_SIZE)
+    data_config = {
+        "input_size": (3, size, size),
+        "interpolation": "bilinear",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": source.std,
+        "crop_pct": 0.875,
+        "crop_mode": "center",
+    }
+    with new_folder(folder) as temporary:
+        write_encoder_files(timm_config(model, data_config, license_id), source.tag, state, temporary)
+        write_json(temporary / "import.json", imported.to_json())
+        model.load_state_dict(state)
+        reloaded = timm.create_model(f"local-dir:{temporary}", pretrained=True, num_classes=0)
+        check_reloaded(model, reloaded, (3, size, size), folder, not_finite=UserError)
     return imported
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint. No code in the file is run.
-
-    Raises:
-        UserError: It is not a checkpoint, is incomplete, or needs more than tensors and plain data.
-    """
+    """Read the tensors of a checkpoint; runs no code in it, and raises `UserError` if it needs more than plain data."""
     if file.suffix == ".safetensors":
         tensor_shapes(file)
         content: Any = load_file(file)
     else:
         content = _read_weights_only(file)
+    content = content if isinstance(content, Mapping) else {}
     for _ in STATE_DICT_KEYS:
-        key = next(
-            (key for key in STATE_DICT_KEYS if isinstance(content, Mapping) and _is_filled_dict(content.get(key))), None
-        )
-        if key is None:
-            break
-        content = content[key]
+        content = next((content[key] for key in STATE_DICT_KEYS if _is_filled_dict(content.get(key))), content)
     tensors: dict[str, Tensor] = {}
-    if isinstance(content, Mapping):
-        for name, value in content.items():
-            # VISSL has separate dicts for trunk and heads.
-            inner = {f"{name}.{key}": each for key, each in value.items()} if _is_filled_dict(value) else {name: value}
-            tensors |= {key: each for key, each in inner.items() if isinstance(key, str) and _is_dense(each)}
+    for name, value in content.items():
+        # VISSL has separate dicts for trunk and heads.
+        inner = {f"{name}.{key}": each for key, each in value.items()} if _is_filled_dict(value) else {name: value}
+        tensors |= {key: each for key, each in inner.items() if isinstance(key, str) and _is_dense(each)}
     if not tensors:
         raise UserError(f"{file}: has no tensors where checkpoints have them ({', '.join(STATE_DICT_KEYS)})")
     return tensors
@@ -151,70 +149,58 @@ def _is_dense(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and value.dtype in DTYPES
 
 
-def _shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
 def _read_weights_only(file: Path) -> Any:
     try:
         check_opcodes(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # malformed files raise many types
         raise UserError(
             f"{file}: is not a checkpoint that can be read as weights, or is incomplete ({first_line(error, 150)})"
         ) from error
 
 
-def _digests(file: Path) -> tuple[str, str]:
-    """MD5 and SHA-256 of a file."""
+def _identify(file: Path) -> tuple[str, str]:
+    """The authors' name of a file that they published, by its MD5; else empty. And the SHA-256 of the file."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; give a checkpoint, such as moco_v2_800ep_pretrain.pth.tar")
     try:
-        if not file.is_file():
-            raise UserError(f"{file}: no such file; give a checkpoint, such as moco_v2_800ep_pretrain.pth.tar")
         with file.open("rb") as stream:
             md5 = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-            stream.seek(0)
-            return md5, hashlib.file_digest(stream, "sha256").hexdigest()
+        sha256 = sha256_of(file)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-
-
-def _released_name(file: Path, md5: str) -> str:
-    """The authors' name of a file with this MD5, if they published it; else empty."""
-    expected = RELEASED.get(file.name)
-    if expected is not None and not md5.startswith(expected):
+    expected = RELEASED.get(file.name, "")
+    if not md5.startswith(expected):
         raise UserError(
             f"{file}: has the name of a file of MoCo's authors, whose MD5 starts with {expected}, but its MD5 starts "
             f"with {md5[:8]}: it is incomplete or was altered; download it again, or rename it"
         )
-    return next((name for name, prefix in RELEASED.items() if md5.startswith(prefix)), "")
+    return next((name for name, prefix in RELEASED.items() if md5.startswith(prefix)), ""), sha256
 
 
-def _build(backbone: str, model_args: dict[str, Any], shapes: dict[str, tuple[int, ...]], source: str) -> nn.Module:
+def _build(backbone: str, model_args: dict[str, Any], shapes: Shapes, source: str) -> nn.Module:
     """Build the timm model, after a check that the tensors fit it."""
     bounds = Bounds.of_weights(shapes) if model_args else UNBOUNDED
     try:
         empty = build_on_meta(backbone, {"num_classes": 0, **model_args}, bounds)
     except Exception as error:  # timm models raise many types for unsuitable arguments
         raise UserError(f"timm cannot build {backbone} with {model_args}: {first_line(error, 150)}") from error
-    if differences := _differences(shapes, _shapes_of(empty.state_dict())):
+    if differences := _differences(shapes, shapes_of(empty.state_dict())):
         raise UserError(f"its encoder ({source}) does not fit timm's {backbone}: {differences}")
     built: nn.Module = timm.create_model(backbone, pretrained=False, num_classes=0, **model_args)
     return built
 
 
-def _differences(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> str:
-    # Files older than PyTorch 1.0 lack BatchNorm's counters.
-    missing = [name for name in expected if name not in found and not name.endswith("num_batches_tracked")]
+def _differences(found: Shapes, expected: Shapes) -> str:
     unexpected = [name for name in found if name not in expected]
     wrong = [
         f"{name} {found[name]} instead of {shape}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if found.get(name, shape) != shape
     ]
-    kinds = [("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)]
+    kinds = [("missing", missing_names(expected, found)), ("unexpected", unexpected), ("wrong shape", wrong)]
     return "; ".join(f"{len(names)} {kind}: {list_names(names, MAX_LISTED)}" for kind, names in kinds if names)
 
 
@@ -228,28 +214,3 @@ def _convert_dtypes(model: nn.Module, kept: dict[str, Tensor]) -> dict[str, Tens
         name: kept[name].to(tensor.dtype).clone(memory_format=torch.contiguous_format) if name in kept else tensor
         for name, tensor in own.items()
     }
-
-
-def _write(
-    imported: Imported,
-    source: CheckpointFormat,
-    model: nn.Module,
-    state: dict[str, Tensor],
-    folder: Path,
-    license_id: str,
-) -> None:
-    size = imported.model_args.get("img_size", IMAGE_SIZE)
-    data_config = {
-        "input_size": (3, size, size),
-        "interpolation": "bilinear",
-        "mean": IMAGENET_MEAN,
-        "std": source.std,
-        "crop_pct": 0.875,
-        "crop_mode": "center",
-    }
-    with new_folder(folder) as temporary:
-        write_encoder_files(timm_config(model, data_config, license_id), source.tag, state, temporary)
-        write_json(temporary / "import.json", imported.to_json())
-        model.load_state_dict(state)
-        reloaded = timm.create_model(f"local-dir:{temporary}", pretrained=True, num_classes=0)
-        check_reloaded(model, reloaded, (3, size, size), folder, not_finite=UserError)

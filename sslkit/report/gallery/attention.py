@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from timm.utils import AttentionExtract
 from torch import Tensor, nn
@@ -32,15 +33,8 @@ class AttentionRow:
 def last_attention(module: nn.Module, images: Tensor) -> Tensor:
     """Attention of the class token to each patch in the last block, (B, heads, rows, columns).
 
-    The attention of the class token to itself is left out, so the weights of a map sum to less than 1. The module is
-    not changed.
-
-    Args:
-        module: A timm vision transformer with a class token.
-        images: (B, 3, H, W), normalised.
-
-    Raises:
-        UserError: The module is not such a model.
+    Its attention to itself is left out, so the weights of a map sum to less than 1. The module is not changed. Raises
+    `UserError` if it is not a timm vision transformer with a class token.
     """
     model: Any = copy.deepcopy(module)
     blocks = getattr(model, "blocks", None)
@@ -63,32 +57,30 @@ def last_attention(module: nn.Module, images: Tensor) -> Tensor:
 def draw_attention(encoder: Encoder, images: GalleryImages) -> list[AttentionRow]:
     """Attention maps of a few query images, each scaled from its lowest to its highest weight.
 
-    Raises:
-        UserError: The encoder is not a ViT with a class token, or not one for RGB images.
+    Raises `UserError` if the encoder is not a ViT with a class token for RGB images.
     """
     if encoder.channels != 3:
         raise UserError(f"attention maps need an encoder for RGB images, not for {encoder.channels} channels")
     count = min(NUM_IMAGES, len(images.queries))
     indices = np.linspace(0, len(images.queries) - 1, count, dtype=int).tolist()
     transform = encoder.transform()
-    module = encoder.module.eval().cpu()
     inputs = torch.stack([transform(Image.fromarray(images.queries.read(index))) for index in indices])
-    rows = []
-    for image, heads in zip(inputs, last_attention(module, inputs).float().cpu(), strict=True):
-        each = [_draw_map(head) for head in heads[:MAX_HEADS]] if len(heads) > 1 else []
-        rows.append(AttentionRow(_draw_input(encoder, image), _draw_map(heads.mean(dim=0)), each))
-    return rows
-
-
-def _draw_input(encoder: Encoder, image: Tensor) -> str:
-    """The encoder's input, after its crop, without normalisation."""
+    attention = last_attention(encoder.module.eval().cpu(), inputs).float()
     mean, std = (torch.tensor(encoder.preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
-    pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    return data_uri(np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR)), SIDE)
+    pixels = ((inputs * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    rows = []
+    for image, heads in zip(pixels, attention, strict=True):
+        each = [_draw_map(head) for head in heads[:MAX_HEADS]] if len(heads) > 1 else []
+        rows.append(AttentionRow(_resized(image, Image.Resampling.BILINEAR), _draw_map(heads.mean(dim=0)), each))
+    return rows
 
 
 def _draw_map(attention: Tensor) -> str:
     low, high = attention.min(), attention.max()
     scaled = ((attention - low) / (high - low).clamp_min(1e-12)).numpy()
     pixels = (mpl.colormaps[COLOUR_MAP](scaled)[..., :3] * 255).astype(np.uint8)
-    return data_uri(np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.NEAREST)), SIDE)
+    return _resized(pixels, Image.Resampling.NEAREST)
+
+
+def _resized(pixels: NDArray[np.uint8], resampling: Image.Resampling) -> str:
+    return data_uri(np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), resampling)), SIDE)

@@ -21,14 +21,9 @@ SEED = 0
 
 @dataclass(frozen=True)
 class GalleryImages:
-    """Query images, and the bank of images to find their neighbours in.
+    """At most 500 query images, a bank of at most 1500 others to find their neighbours in, and the names of classes.
 
-    Attributes:
-        bank: At most 1500 images.
-        queries: At most 500 other images.
-        bank_labels: Class name of each image of the bank; None if the data has no labels.
-        query_labels: Class name of each query; None if the data has no labels.
-        description: Description of the data.
+    Labels are None if the data has none.
     """
 
     bank: ImageSource
@@ -41,10 +36,8 @@ class GalleryImages:
 def choose_images(recipe: Recipe, data: str = "", split: str = "train") -> GalleryImages:
     """Choose random images, with a fixed seed: of ``data``, or the monitor's labelled data, or the training data.
 
-    Data without labels, or with one class only, gives images without labels.
-
-    Raises:
-        UserError: The data cannot be read, or has fewer than three images.
+    Data without labels, or with one class only, gives images without labels. Raises `UserError` if the data cannot be
+    read or has fewer than three images.
     """
     read_as = {"channels": recipe.data.channels, "background": recipe.data.background}
     if data:
@@ -55,8 +48,8 @@ def choose_images(recipe: Recipe, data: str = "", split: str = "train") -> Galle
         config = recipe.data
     source = open_source(config)
     if pair := _labelled(config, source):
-        bank, bank_rows = _subset(pair.train, MAX_BANK)
-        queries, query_rows = _subset(pair.test, MAX_QUERIES)
+        bank, bank_rows = _readable_sample(pair.train, MAX_BANK)
+        queries, query_rows = _readable_sample(pair.test, MAX_QUERIES)
         bank_labels = [pair.classes[label] for label in pair.train_labels[torch.from_numpy(bank_rows)].tolist()]
         query_labels = [pair.classes[label] for label in pair.test_labels[torch.from_numpy(query_rows)].tolist()]
         return GalleryImages(bank, queries, bank_labels, query_labels, pair.description)
@@ -64,11 +57,8 @@ def choose_images(recipe: Recipe, data: str = "", split: str = "train") -> Galle
         raise UserError(f"{source.description}: neighbours need at least 3 images, found {len(source)}")
     drawn, unlabelled = source.sample(MAX_BANK + MAX_QUERIES, SEED), source.without_labels()
     is_query = np.arange(len(drawn)) % 4 == 0
-    bank, queries = (
-        unlabelled.subset(_readable(unlabelled, np.sort(rows))) for rows in (drawn[~is_query], drawn[is_query])
-    )
-    if not (len(bank) and len(queries)):
-        raise _no_readable_image(source)
+    bank, _ = _readable_sample(unlabelled.subset(np.sort(drawn[~is_query])), MAX_BANK)
+    queries, _ = _readable_sample(unlabelled.subset(np.sort(drawn[is_query])), MAX_QUERIES)
     return GalleryImages(bank, queries, None, None, f"{source.description}, without labels")
 
 
@@ -82,19 +72,8 @@ def _labelled(config: DataConfig, source: ImageSource) -> LabelledPair | None:
         return None
 
 
-def _subset(source: ImageSource, max_images: int) -> tuple[ImageSource, NDArray[np.int64]]:
-    rows = _readable(source, np.sort(np.random.default_rng(SEED).permutation(len(source))[:max_images]))
-    if not len(rows):
-        raise _no_readable_image(source)
-    return source.subset(rows), rows
-
-
-def _no_readable_image(source: ImageSource) -> UserError:
-    return UserError(f"{source.description}: no readable image; run sslkit data check to see why")
-
-
-def _readable(source: ImageSource, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Those of ``rows`` whose images can be read."""
+def _readable_sample(source: ImageSource, max_images: int) -> tuple[ImageSource, NDArray[np.int64]]:
+    """Random images in order, without those that cannot be read, and their rows; raises `UserError` if none is left."""
 
     def is_readable(row: int) -> bool:
         try:
@@ -103,7 +82,11 @@ def _readable(source: ImageSource, rows: NDArray[np.int64]) -> NDArray[np.int64]
             return False
         return True
 
-    return rows[[is_readable(row) for row in rows.tolist()]]
+    rows = np.sort(np.random.default_rng(SEED).permutation(len(source))[:max_images])
+    kept = rows[list(map(is_readable, rows.tolist()))]
+    if not len(kept):
+        raise UserError(f"{source.description}: no readable image; run sslkit data check to see why")
+    return source.subset(kept), kept
 
 
 def extract(encoder: Encoder, images: GalleryImages) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,10 @@
 """The nearest images of query images in feature space, and a map of the features in two dimensions."""
 
 import importlib
-from collections import Counter
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,19 +32,12 @@ OTHERS = "other classes"
 
 @dataclass(frozen=True)
 class GalleryImage:
-    """An image of a gallery.
-
-    Attributes:
-        uri: The image as a ``data:`` URI.
-        label: Class name, or empty.
-        similarity: Cosine similarity to the query; 1 for the query itself.
-        same_class: Whether its class is the query's; None without labels.
-    """
+    """An image as a ``data:`` URI, the name of its class, and its cosine similarity to a query."""
 
     uri: str
-    label: str
+    label: str  # empty without labels
     similarity: float = 1.0
-    same_class: bool | None = None
+    same_class: bool | None = None  # as the query; None without labels
 
 
 @dataclass(frozen=True)
@@ -55,10 +51,7 @@ class NeighbourRow:
 def find_neighbours(images: GalleryImages, bank: Tensor, queries: Tensor) -> list[NeighbourRow]:
     """The nearest images in the bank of twelve random queries, spread over the classes.
 
-    Args:
-        images: The images.
-        bank: Features of the bank, (N, D), of unit length.
-        queries: Features of the queries, (Q, D), of unit length.
+    ``bank`` (N, D) and ``queries`` (Q, D) are features of unit length.
     """
     chosen = _choose_queries(images.query_labels, len(queries))
     similarity, rows = nearest(queries[torch.tensor(chosen)], bank, min(NUM_NEIGHBOURS, len(bank)))
@@ -79,27 +72,18 @@ def _choose_queries(labels: list[str] | None, count: int) -> list[int]:
     order: list[int] = np.random.default_rng(SEED).permutation(count).tolist()
     if labels is None:
         return order[:NUM_QUERIES]
-    seen: Counter[str] = Counter()
-    turn = {}
-    for index in order:
-        turn[index] = seen[labels[index]]
-        seen[labels[index]] += 1
-    return sorted(order, key=lambda index: (turn[index], labels[index]))[:NUM_QUERIES]
+    turns: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+    by_turn = sorted((next(turns[labels[index]]), labels[index], index) for index in order)
+    return [index for _, _, index in by_turn[:NUM_QUERIES]]
 
 
 @dataclass(frozen=True)
 class Map:
-    """Images as points in two dimensions.
+    """Images as points in two dimensions. The ``customdata`` of a point is the index of its tile in the sprite."""
 
-    Attributes:
-        figure: Plotly's JSON; the ``customdata`` of a point is the index of its tile in the sprite.
-        sprite: Thumbnails of the images.
-        note: Description of the projection.
-    """
-
-    figure: str
+    figure: str  # plotly's JSON
     sprite: Sprite
-    note: str
+    note: str  # the projection
 
 
 def draw_map(images: GalleryImages, queries: Tensor) -> Map:
@@ -108,18 +92,17 @@ def draw_map(images: GalleryImages, queries: Tensor) -> Map:
     points, note, axes = project(queries[:count])
     groups = group_by_class(images.query_labels[:count] if images.query_labels else [""] * count)
     figure = go.Figure()
-    for group_index, (name, members) in enumerate(groups.items()):
-        colour = "#808080" if name == OTHERS else COLOURS[group_index % len(COLOURS)]
-        symbol = SYMBOLS[group_index % len(SYMBOLS)]
+    for index, (name, members) in enumerate(groups.items()):
+        colour = "#808080" if name == OTHERS else COLOURS[index % len(COLOURS)]
         figure.add_trace(
             go.Scatter(
                 x=points[members, 0].tolist(),
                 y=points[members, 1].tolist(),
                 customdata=members,
-                text=[escape_html(images.query_labels[index]) if images.query_labels else "" for index in members],
+                text=[escape_html(images.query_labels[each]) if images.query_labels else "" for each in members],
                 mode="markers",
                 name=name,
-                marker={"color": colour, "symbol": symbol, "size": 8, "opacity": 0.85},
+                marker={"color": colour, "symbol": SYMBOLS[index % len(SYMBOLS)], "size": 8, "opacity": 0.85},
                 hovertemplate="%{text}",
             )
         )
@@ -136,8 +119,7 @@ def draw_map(images: GalleryImages, queries: Tensor) -> Map:
 
 def group_by_class(labels: list[str]) -> dict[str, list[int]]:
     """Indices by class; beyond 16 classes, those with the fewest images form one group."""
-    counts = Counter(labels)
-    kept = {name for name, _ in counts.most_common(MAX_CLASSES)} if len(counts) > MAX_CLASSES else set(counts)
+    kept = {name for name, _ in Counter(labels).most_common(MAX_CLASSES)}
     groups: dict[str, list[int]] = {name: [] for name in sorted(kept)}
     for index, label in enumerate(labels):
         groups.setdefault(label if label in kept else OTHERS, []).append(index)
@@ -146,18 +128,12 @@ def group_by_class(labels: list[str]) -> dict[str, list[int]]:
 
 def project(features: Tensor) -> tuple[NDArray[np.float64], str, tuple[str, str]]:
     """Project features (N, D), N at least 3, to points (N, 2); also a description and the titles of the axes."""
-    if len(features) <= UMAP_NEIGHBOURS:
-        return _project_by_pca(features)
-    try:
-        umap = importlib.import_module("umap")
-    except ImportError:
-        return _project_by_pca(features)
-    reducer = umap.UMAP(n_neighbors=UMAP_NEIGHBOURS, metric="cosine", random_state=SEED, n_jobs=1)
-    note = f"UMAP, {UMAP_NEIGHBOURS} neighbours, cosine distance: only small distances are meaningful."
-    return reducer.fit_transform(features.numpy()), note, ("", "")
-
-
-def _project_by_pca(features: Tensor) -> tuple[NDArray[np.float64], str, tuple[str, str]]:
+    with suppress(ImportError):
+        if len(features) > UMAP_NEIGHBOURS:
+            umap = importlib.import_module("umap")
+            reducer = umap.UMAP(n_neighbors=UMAP_NEIGHBOURS, metric="cosine", random_state=SEED, n_jobs=1)
+            note = f"UMAP, {UMAP_NEIGHBOURS} neighbours, cosine distance: only small distances are meaningful."
+            return reducer.fit_transform(features.numpy()), note, ("", "")
     centred = (features - features.mean(dim=0)).double()
     left, scales, _ = torch.linalg.svd(centred, full_matrices=False)
     points = torch.zeros(len(features), 2, dtype=torch.float64)

@@ -2,10 +2,10 @@
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image
 
 from sslkit.data.decode.channels import as_picture
@@ -16,11 +16,9 @@ MAX_LOSSLESS = 64  # pixels; larger thumbnails are stored as JPEG
 
 
 def data_uri(pixels: Pixels, side: int) -> str:
-    """A thumbnail as a ``data:`` URI; PNG if small, else JPEG.
+    """A thumbnail as a ``data:`` URI; PNG if small, else JPEG. Smaller images than ``side`` pixels are not enlarged.
 
-    Args:
-        pixels: (H, W, 3) uint8 RGB, or (H, W, C) uint16, converted by `as_picture`.
-        side: Length of the longer side in pixels; smaller images are not enlarged.
+    ``pixels`` are (H, W, 3) uint8 RGB, or (H, W, C) uint16, converted by `as_picture`.
     """
     picture = Image.fromarray(as_picture(pixels))
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -29,32 +27,21 @@ def data_uri(pixels: Pixels, side: int) -> str:
 
 @dataclass(frozen=True)
 class Sprite:
-    """Many thumbnails as the tiles of one image, row by row.
-
-    Attributes:
-        uri: The image as a ``data:`` URI.
-        tile: Side of a tile in pixels.
-        columns: Number of tiles in a row.
-        count: Number of tiles.
-    """
+    """Many thumbnails as the tiles of one image, row by row, as a ``data:`` URI."""
 
     uri: str
-    tile: int
+    tile: int  # pixels
     columns: int
     count: int
 
 
 def make_sprite(images: Sequence[Pixels], tile: int) -> Sprite:
     """Arrange images in a square grid of tiles and encode it as one JPEG."""
-    columns = max(int(np.ceil(np.sqrt(len(images)))), 1)
+    columns = max(math.ceil(math.sqrt(len(images))), 1)
     return Sprite(_encode(make_image_grid(images, tile, columns), lossless=False), tile, columns, len(images))
 
 
 def _encode(picture: Image.Image, *, lossless: bool) -> str:
-    stream = io.BytesIO()
-    if lossless:
-        picture.save(stream, "PNG", optimize=True)
-    else:
-        picture.save(stream, "JPEG", quality=82)
-    kind = "png" if lossless else "jpeg"
+    stream, kind = io.BytesIO(), "png" if lossless else "jpeg"
+    picture.save(stream, kind, **({"optimize": True} if lossless else {"quality": 82}))
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"

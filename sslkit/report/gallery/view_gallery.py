@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sslkit.data.augment.user_pipeline import NAME, UserPipeline, short_name
+from sslkit.data.augment.user_pipeline import NAME, short_name
 from sslkit.data.augment.view_layers import ROLES
 from sslkit.data.augment.views_config import NUM_GLOBAL_VIEWS, ViewPolicy, ViewsConfig
 from sslkit.data.sources.image_source import open_source
@@ -11,6 +11,7 @@ from sslkit.doctor.image_checks import check_view_settings, summarise_images
 from sslkit.engine.logging.sample_images import example_views
 from sslkit.recipe.resolve import Recipe
 from sslkit.report.gallery.thumbnails import data_uri
+from sslkit.text import pluralize
 
 SIDE = 144  # pixels
 NUM_LOCAL_SHOWN = 2  # of the local views, which are all made in the same way
@@ -40,14 +41,7 @@ class ViewRow:
 
 @dataclass(frozen=True)
 class ViewGallery:
-    """The views of a recipe.
-
-    Attributes:
-        title: Policy and data.
-        steps: The name of each view and the steps that make it.
-        advice: Warnings of the doctor about these numbers on these images.
-        rows: Images and their views.
-    """
+    """The views of a recipe, the steps that make each, and the warnings of the doctor."""
 
     title: str
     steps: list[tuple[str, list[str]]]
@@ -56,13 +50,13 @@ class ViewGallery:
 
 
 def draw_views(recipe: Recipe) -> ViewGallery:
-    """Make views of a few images from the whole data: the ones that the first epochs of the run see.
+    """Make the views of a few images that the first epochs of the run see.
 
-    Raises:
-        UserError: The data cannot be read, or a pipeline file does not work.
+    Raises `UserError` if the data cannot be read or a pipeline file does not work.
     """
     source, config = open_source(recipe.data).without_labels(), recipe.views
-    names = view_names(config)[: NUM_GLOBAL_VIEWS + NUM_LOCAL_SHOWN]
+    counts = {"global": NUM_GLOBAL_VIEWS, "local": min(config.local.count, NUM_LOCAL_SHOWN)}
+    names = [f"{role} view {number + 1}" for role, count in counts.items() for number in range(count)]
     rows = []
     for example in example_views(recipe, source, len(names)):
         columns = [
@@ -76,12 +70,6 @@ def draw_views(recipe: Recipe) -> ViewGallery:
     return ViewGallery(f"Policy {config.policy}, {source.description}", describe_views(config), advice, rows)
 
 
-def view_names(config: ViewsConfig) -> list[str]:
-    """The name of each view."""
-    names = [f"global view {number + 1}" for number in range(NUM_GLOBAL_VIEWS)]
-    return names + [f"local view {number + 1}" for number in range(config.local.count)]
-
-
 def describe_views(config: ViewsConfig) -> list[tuple[str, list[str]]]:
     """The steps of each view in words, in the order of the pipeline; views that are made alike come together."""
     first, second, local = (_steps(config.policy_of(role)) for role in ROLES)
@@ -90,31 +78,25 @@ def describe_views(config: ViewsConfig) -> list[tuple[str, list[str]]]:
     else:
         described = [("global view 1", first), ("global view 2", second)]
     if count := config.local.count:
-        described.append((f"{count} local view{'s' if count > 1 else ''}", local))
+        described.append((pluralize(count, "local view"), local))
     return described
 
 
 def _steps(policy: ViewPolicy) -> list[str]:
     if policy.pipeline:
-        return [_crop(policy), *_pipeline_steps(policy.pipeline)]
-    jitter = (
-        policy.jitter_prob if any(policy.jitter) else 0.0,
-        "colours jittered",
-        f": {_jitter(policy)}",
-    )
+        file = f"pipeline file, sha256 {policy.pipeline.pipeline_sha256[:12]}"
+        return [_crop(policy), file, *map(_transform, policy.pipeline.transforms())]
+    jitter = (policy.jitter_prob if any(policy.jitter) else 0.0, "colours jittered", f": {_jitter(policy)}")
     gray = (policy.gray_prob, "converted to grey", "")
     blur = f" by a Gaussian of {policy.blur_sigma[0]:g} to {policy.blur_sigma[1]:g} pixels"
+    angle = f" by up to {policy.rotate_degrees:g} degrees in either direction"
     hole = f": a rectangle of {policy.erase_scale[0]:.0%} to {policy.erase_scale[1]:.0%} of the area"
     steps = [
         *([gray, jitter] if policy.gray_first else [jitter, gray]),
         (policy.blur_prob, "blurred", blur),
         (policy.solarize_prob, "solarized", ": values from 128 up inverted"),
         (policy.flip_prob, "mirrored", " left to right"),
-        (
-            float(policy.rotate_degrees > 0),
-            "rotated",
-            f" by up to {policy.rotate_degrees:g} degrees in either direction",
-        ),
+        (float(policy.rotate_degrees > 0), "rotated", angle),
         (policy.erase_prob, "erased in part", hole),
     ]
     taken = [f"{_often(probability)} {what}{how}" for probability, what, how in steps if probability]
@@ -141,10 +123,6 @@ def _jitter(policy: ViewPolicy) -> str:
     parts = [f"brightness plus or minus {brightness:g} of the full scale"] if added and brightness else []
     parts += [f"{name} times {max(1 - strength, 0):g} to {1 + strength:g}" for name, strength in factors if strength]
     return ", ".join(parts + ([f"hue shifted by up to {360 * hue:.0f} degrees of 360"] if hue else []))
-
-
-def _pipeline_steps(pipeline: UserPipeline) -> list[str]:
-    return [f"pipeline file, sha256 {pipeline.pipeline_sha256[:12]}", *map(_transform, pipeline.transforms())]
 
 
 def _transform(transform: dict[str, Any]) -> str:

@@ -17,22 +17,27 @@ from safetensors.torch import save_file
 
 from sslkit.cli import main
 from sslkit.data.loading import shared_memory
-from sslkit.data.loading.shared_memory import HELD, PREFETCH, explain_death, fitting_prefetch, free_bytes
+from sslkit.data.loading.shared_memory import HELD, PREFETCH, explain_death, free_bytes, prefetch_of
 from sslkit.errors import RunError, UserError
 from sslkit.evaluate.features.extraction import batch_bytes
 from sslkit.evaluate.features.transforms import training_transform
 
 
-def test_what_is_made_ahead_fits() -> None:
-    for free in range(500, 5000, 100):
+def test_what_is_made_ahead_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    free: int | None = None
+    monkeypatch.setattr(shared_memory, "free_bytes", lambda: free)
+    assert prefetch_of(100, 2) == PREFETCH
+    for free in range(300, 5000, 100):
         if free // 100 < 2 + HELD:
             with pytest.raises(UserError, match="--shm-size"):
-                fitting_prefetch(100, 2, free)
+                prefetch_of(100, 2)
         else:
-            ahead = fitting_prefetch(100, 2, free)
+            ahead = prefetch_of(100, 2) or 0
             assert (2 * ahead + HELD) * 100 <= free
             assert ahead == PREFETCH or (2 * (ahead + 1) + HELD) * 100 > free
-    assert fitting_prefetch(100, 2, None) == PREFETCH
+
+
+def test_without_shared_memory_nothing_is_free() -> None:
     assert free_bytes(Path("/no/such/folder")) is None
 
 

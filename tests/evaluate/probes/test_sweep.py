@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from test_cli import run
+from conftest import run
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 

@@ -64,7 +64,7 @@ def test_a_class_named_like_a_split_is_refused(class_folders: Path, tmp_path: Pa
         open_source(DataConfig(path=str(tmp_path)))
     (tmp_path / "car").rename(tmp_path / "test")
     (tmp_path / "train").rename(tmp_path / "val")
-    with pytest.raises(UserError, match=r"\[data\] split: .* has no folder 'train'"):
+    with pytest.raises(UserError, match=r"\[data\] split: .* has folders of \['test', 'val'\], none of 'train'"):
         open_source(DataConfig(path=str(tmp_path)))
 
 

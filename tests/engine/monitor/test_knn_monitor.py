@@ -71,7 +71,8 @@ def test_features_that_are_not_numbers_have_no_score_and_end_no_run(class_folder
     backbone = timm.create_model("test_resnet", num_classes=0)
     assert isinstance(monitor(backbone), float)
     backbone.conv1[0].weight.data[0, 0, 0, 0] = float("nan")
-    assert monitor(backbone) is None
+    with pytest.raises(UserError, match="the features are not finite"):
+        monitor(backbone)
 
 
 def vanish(monkeypatch: pytest.MonkeyPatch, folder: Path, stays: int) -> None:
@@ -120,7 +121,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, _folder: Path) -> None:
     [
         (partial(vanish, stays=0), "cannot be measured: [monitor] data: 40 images of", 0),
         (partial(vanish, stays=2), "cannot be measured: [monitor] data: 36 images of", 0),
-        (not_a_number, "cannot be measured, the features are not finite", 0),
+        (not_a_number, "cannot be measured: the features are not finite", 0),
         (one_class, "kNN 100.00%", 1),
         (full_disk, "No space left on device; 1 line will be written later", 0),
     ],

@@ -81,7 +81,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[[GeneralTracker], Non
         monkeypatch.setattr(track, "check_trackers", lambda recipe: None)
         monkeypatch.setattr("sslkit.engine.trainer.check_trackers", lambda recipe: None)
         monkeypatch.setitem(track.MODULES, "tensorboard", "json")
-        monkeypatch.setattr(track, "_start", lambda *_: tracker)
+        monkeypatch.setattr(track.Trackers, "_start", lambda *_: tracker)
         monkeypatch.setattr(
             track, "_log_image", lambda tracker, name, step, pixels: tracker.log({name: pixels}, step=step)
         )
@@ -363,6 +363,7 @@ def test_wandb_writes_offline_under_one_id(
 @pytest.mark.parametrize("text", ["[1]", "{", '{"id": "../../elsewhere"}', '{"id": 3}', "[" * 5000], ids=range(5))
 def test_a_memory_that_is_none_is_made_anew(text: str, tmp_path: Path) -> None:
     (tmp_path / "track.json").write_text(text)
-    made = track.TrackerIds(tmp_path, print).ids["id"]
+    recipe = recipe_of(1, "tensorboard")
+    made = track.Trackers(recipe, tmp_path, print, active=True).ids["id"]
     assert len(made) == 12
-    assert track.TrackerIds(tmp_path, print).ids == {"id": made}
+    assert track.Trackers(recipe, tmp_path, print, active=True).ids == {"id": made}

@@ -121,8 +121,8 @@ def test_going_back_forgets_what_the_optimizer_learned_since(
     """The backbone rests for four steps: the checkpoint of step 3 has no moments of it, and step 5 is bad."""
     seen = []
 
-    def restore(checkpoint: Checkpoint, method: torch.nn.Module, given: torch.optim.Optimizer) -> None:
-        whole(checkpoint, method, given)
+    def restore(checkpoint: Checkpoint, method: torch.nn.Module, given: torch.optim.Optimizer, scaler: Any) -> None:
+        whole(checkpoint, method, given, scaler)
         moments = [given.state[param] for param in method.backbone.parameters() if param in given.state]
         seen.append([float(value.abs().max()) for slots in moments for value in slots.values()])
 
@@ -167,7 +167,7 @@ def test_a_spike_is_told_by_the_median_of_good_steps() -> None:
     assert guard.problem(1.0, None) == ""
     few = Guard(GuardConfig(loss_spike=4.0), RecoveryState(losses=deque([1.0] * 19, maxlen=50)), torch.nn.Module())
     assert few.problem(1e9, 1.0) == ""
-    restored = RecoveryState.from_json(json.loads(json.dumps(course.as_json())))
+    restored = RecoveryState(**json.loads(json.dumps(course.model_dump(mode="json"))))
     assert restored == course
     assert restored.losses.maxlen == 50
 

@@ -11,7 +11,7 @@ from conftest import small_recipe
 import sslkit
 from sslkit.engine import setup as run_module
 from sslkit.engine.resilience.guard import BadStepError
-from sslkit.engine.rng import shuffle_order
+from sslkit.engine.step import shuffle_order
 from sslkit.errors import UserError
 from sslkit.files.jsonl_reader import read_lines
 from sslkit.methods.base import Step

@@ -185,7 +185,7 @@ PIPELINES: list[tuple[Sequence[dict[str, Any]], list[str], str]] = [
         [],
         ["backbone.args={in_chans=2}", "views.mean=[0.5,0.5]", "views.std=[0.5,0.5]", "views.policy=small_gray",
          "views.jitter=[0,0,0,0]", "views.gray_prob=0"],
-        "[views] transforms: a pipeline file is for images of three channels",
+        "[views] transforms: a pipeline file needs images of 3 channels",
     ),
 ]  # fmt: skip
 

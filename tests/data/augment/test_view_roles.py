@@ -81,7 +81,7 @@ def test_equal_views_are_equal_recipes(one: dict[str, Any], other: dict[str, Any
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"small_crops": 2, "local": {"count": 3}}, "small_crops: the earlier name of [views.local] count, which is given"),
+    ({"small_crops": 2, "local": {"count": 3}}, "small_crops: earlier name of [views.local] count, which is given"),
     ({"global1": {"size": 96}}, "size: both global views have [views] size; leave it out"),
     ({"global1": {"blur_prop": 0.5}}, "[views.global1] blur_prop: unknown key; did you mean 'blur_prob'?"),
     ({"local": {"number": 6}}, "[views.local] number: unknown key"),
