@@ -62,14 +62,17 @@ class RecipeOptions:
         """Load the recipe; a UserError if it is not complete or not valid."""
         from sslkit.recipe.resolve import build_recipe, load_recipe
 
-        given = {"method.name": self.method, "backbone.name": self.backbone, "data.path": self.data}
-        overrides = [f"{key}={json.dumps(value)}" for key, value in given.items() if value] + (self.overrides or [])
         if self.recipe:
-            return load_recipe(self.recipe, overrides)
-        if missing := [f"--{key.partition('.')[0]}" for key, value in given.items() if not value]:
+            return load_recipe(self.recipe, self.stated())
+        if missing := [f"--{name}" for name in ("method", "backbone", "data") if not getattr(self, name)]:
             what = "a recipe, such as quickstart, or all of --method, --backbone and --data"
             raise UserError(f"give {what}; missing: {', '.join(missing)}")
-        return build_recipe({}, overrides, name="command line")
+        return build_recipe({}, self.stated(), name="command line")
+
+    def stated(self) -> list[str]:
+        """Everything that is stated, as ``table.key=value``."""
+        given = {"method.name": self.method, "backbone.name": self.backbone, "data.path": self.data}
+        return [f"{key}={json.dumps(value)}" for key, value in given.items() if value] + (self.overrides or [])
 
     def name(self, loaded: "Recipe") -> str:
         """Default name of a run or page: that of the recipe file, or of method and backbone."""

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,30 +15,53 @@ from sslkit.cluster.job import RESUMABLE
 from sslkit.cluster.submission import Resources, batch_file
 from sslkit.cluster.submission import submit as submit_run
 from sslkit.errors import UserError
-from sslkit.terminal import PlainTable, print_json, print_line, print_text
+from sslkit.terminal import PlainTable, print_json, print_line, print_message, print_text
 from sslkit.text import pluralize
+
+if TYPE_CHECKING:
+    from sslkit.recipe.resolve import Recipe
 
 MAX_LISTED = 8
 
 
 def pretrain(
     recipe: RecipeOptions,
-    output: Annotated[str, "Run folder. Default: runs/NAME of the recipe."] = "",
+    output: Annotated[str, "Run folder. Default: runs/NAME of the recipe, or of the images of a plan."] = "",
     resume: Annotated[str, "auto, never, or the path of a checkpoint or run."] = "auto",
+    hours: Annotated[float, typer.Option(min=0.01, help="Without a recipe: time for the run.")] = 1.0,
 ) -> None:
     """Pretrain an encoder. The same command continues an interrupted run.
 
-    Give a recipe, or all of --method, --backbone and --data, or a recipe and options that override it. SIGTERM, SIGUSR1
-    and Ctrl-C save a checkpoint and exit with code 75; a second signal exits at once.
+    Give a recipe and options that override it; or only --data, for a plan that fits these images and this machine. Its
+    values and their reasons are shown before the run; what --method, --backbone and --set state is never changed.
+    SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and exit with code 75; a second signal exits at once.
     """
     _exit_as_resumable_on_signals()
     with fast_imports():
         from sslkit.engine import train
 
-    loaded = recipe.load()
-    if train(loaded, output or Path("runs") / recipe.name(loaded), resume).stopped:
+    if recipe.data and not recipe.recipe:
+        folder = Path(output or Path("runs") / Path(recipe.data).name.replace(":", "_"))
+        loaded = _plan(recipe, hours, folder)
+    else:
+        loaded = recipe.load()
+        folder = Path(output or Path("runs") / recipe.name(loaded))
+    if train(loaded, folder, resume).stopped:
         leave_for_launcher("sslkit: stopped on request, checkpoint saved; the same command continues the run")
         raise typer.Exit(RESUMABLE)
+
+
+def _plan(recipe: RecipeOptions, hours: float, folder: Path) -> "Recipe":
+    """Plan a run and print the plan; a run that was planned before keeps its plan."""
+    from sslkit.plan.make_plan import make_plan
+    from sslkit.recipe.resolve import load_recipe, stated_tables
+
+    if (folder / "recipe.toml").is_file():
+        return load_recipe(folder / "recipe.toml", recipe.stated())
+    plan = make_plan(stated_tables(recipe.stated()), hours, print_message)
+    for line in plan.lines():
+        print_line(line)
+    return plan.recipe
 
 
 def _exit_as_resumable_on_signals() -> None:

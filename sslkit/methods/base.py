@@ -13,7 +13,7 @@ move after the last update is the one the official code would make next.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ Prepare = Callable[[Tensor], Tensor]
 ViewCount = int | tuple[int, int | None]
 Negatives = Literal["none", "batch", "queue", "bank"]
 VIEW_ROLES = ("global", "local")
+HALF_LIFE_SHARE = 0.05  # of the images of a run: docs/plan.md
+LONGEST_HALF_LIFE = 177_000.0  # images: momentum 0.999 at batch size 256 (MoCo v1)
 
 
 @dataclass
@@ -95,6 +97,14 @@ class MomentumOptions(MethodOptions):
             return cosine(progress.updates, progress.total_updates, self.momentum, 1.0)
         return self.momentum
 
+    @classmethod
+    def fitted_half_life(cls, start: Progress) -> "dict[str, Fitted]":
+        """A half-life of the teacher that fits the length of a run."""
+        images = start.total_updates * start.batch_size
+        half_life = min(HALF_LIFE_SHARE * images, LONGEST_HALF_LIFE)
+        reason = f"the teacher lags by {half_life / images:.0%} of the run"
+        return {"momentum_half_life": Fitted(float(round(half_life)), reason)}
+
 
 @dataclass(frozen=True)
 class PaperRun:
@@ -107,6 +117,13 @@ class PaperRun:
 
     train: Mapping[str, int]
     tables: Mapping[str, Mapping[str, Any]]
+
+
+class Fitted(NamedTuple):
+    """A value of an option that fits a run, and the reason in half a sentence."""
+
+    value: Any
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -176,6 +193,16 @@ class Method(nn.Module, ABC):
         and the user is told.
         """
         return ()
+
+    @classmethod
+    def fitted_options(cls, num_images: int, start: Progress) -> dict[str, Fitted]:
+        """Options for a run on few images, where the paper's values are for ImageNet.
+
+        Args:
+            num_images: Images in the data.
+            start: The start of the run, with its number of updates and its batch size.
+        """
+        return {}
 
     @classmethod
     def remark_on_batch(cls, options: Any, batch_size: int) -> str:

@@ -7,14 +7,14 @@ cannot reveal which key belongs to which query.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from sslkit.distributed.collectives import gather_rows
-from sslkit.methods.base import BatchInfo, Features, Method, MomentumOptions, PaperRun, Step, Views
+from sslkit.methods.base import BatchInfo, Features, Fitted, Method, MomentumOptions, PaperRun, Step, Views
 from sslkit.parts.backbone import Family
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance
@@ -51,7 +51,7 @@ class MoCoV1Options(MomentumOptions):
 class MoCoV1(Method):
     """Algorithm 1 of the paper, with a linear head."""
 
-    Options = MoCoV1Options
+    Options: ClassVar[type[MoCoV1Options]] = MoCoV1Options
     heads = ("projector",)
     negatives = "queue"
 
@@ -107,6 +107,15 @@ class MoCoV1(Method):
     def chance_loss(self, batch_size: int) -> ChanceLoss:
         options = self.options
         return info_nce_chance(options.queue_size, options.temperature, options.dim, scale=len(self.student_views))
+
+    @classmethod
+    def fitted_options(cls, num_images: int, start: Progress) -> dict[str, Fitted]:
+        queue = min(max(1 << (num_images // 2).bit_length() - 1, start.batch_size), 65536)
+        return {
+            "queue_size": Fitted(queue, f"well below the {num_images} images, so that no key is of the query's image"),
+            "bn_groups": Fitted(1, "the batch is too small to be divided"),
+            **cls.Options.fitted_half_life(start),
+        }
 
     def updates_to_fill_queue(self, batch_size: int) -> int:
         return math.ceil(self.options.queue_size / (batch_size * len(self.teacher_views)))

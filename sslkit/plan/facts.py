@@ -47,7 +47,7 @@ class Facts:
         """One line about images, machine and time."""
         images = f"{self.count} {'grey' if self.grey else 'colour'} images of about {self.width} x {self.height} pixels"
         kind = {"cpu": f"CPU with {pluralize(self.cores, 'core')}", "cuda": "GPU", "mps": "Apple GPU"}[self.device]
-        return f"{images}; {kind}, {self.memory / GIB:.0f} GiB; {pluralize(self.hours, 'hour')}"
+        return f"{images}; {kind}, {self.memory / GIB:.0f} GiB"
 
 
 def gather_facts(source: ImageSource, hours: float) -> Facts:

@@ -1,19 +1,23 @@
 """Make the plan of a run: look at the images and the machine, apply the rules, and measure a step."""
 
+import json
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any
 
-from sslkit.data.sources.image_source import DataConfig, ImageSource, open_source
-from sslkit.doctor.cost_forecast import measure_step
+from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.doctor.findings import LogMessage
 from sslkit.plan import rules
 from sslkit.plan.draft import Choice, Draft
 from sslkit.plan.facts import Facts, gather_facts
+from sslkit.profiling.step_profile import profile
 from sslkit.recipe.resolve import Recipe, build_recipe
+from sslkit.text import format_duration
 
 DEFAULT_HOURS = 1.0
+MEASURED_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,19 @@ class Plan:
     facts: str
     seconds: float
     hints: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """The plan as text: each value with its reason, the expected end, and what would be better."""
+        words = {choice.key: f"{choice.key} = {json.dumps(choice.value)}" for choice in self.choices}
+        width = min(max(map(len, words.values()), default=0), 44)
+        end = datetime.now().astimezone() + timedelta(seconds=self.seconds)
+        return [
+            f"plan for {self.facts}",
+            *(f"  {words[choice.key]:<{width}}  {choice.reason}" for choice in self.choices),
+            f"expected: {format_duration(self.seconds)}, until about {end:%H:%M}; --set KEY=VALUE changes a value, "
+            "--hours the length",
+            *self.hints,
+        ]
 
 
 def make_plan(
@@ -57,7 +74,7 @@ def make_plan(
     for rule in (rules.choose_model, rules.choose_views, rules.choose_batch, rules.choose_optimizer):
         rule(draft, facts)
     log_message(f"measuring a step of {draft.get('method.name')} on {draft.get('backbone.name')}")
-    seconds = _seconds_per_step(draft, facts, source.without_labels())
+    seconds = _seconds_per_step(draft, facts)
     rules.choose_length(draft, facts, seconds)
     rules.choose_options(draft, facts)
     rules.choose_monitor(draft, facts)
@@ -67,10 +84,10 @@ def make_plan(
     return Plan(recipe, tuple(draft.choices.values()), facts.describe(), steps * seconds, hints)
 
 
-def _seconds_per_step(draft: Draft, facts: Facts, source: ImageSource) -> float:
+def _seconds_per_step(draft: Draft, facts: Facts) -> float:
     """Measure a step of a recipe with these values; its length does not matter."""
     trial = deepcopy(draft)
     trial.choose("train.epochs", 1, "")
     trial.choose("schedule.warmup_epochs", 0, "")
     rules.choose_options(trial, facts)
-    return measure_step(build_recipe(trial.tables, name="plan"), source)
+    return profile(build_recipe(trial.tables, name="plan"), MEASURED_SECONDS).step

@@ -10,7 +10,7 @@ from sslkit.methods import Progress, find_method
 from sslkit.plan.draft import Draft
 from sslkit.plan.facts import Facts
 from sslkit.recipe.schema import OptimConfig
-from sslkit.text import pluralize
+from sslkit.text import format_duration
 
 VIEW_SIZES = (32, 48, 64, 96, 128, 160, 192, 224)
 LARGEST_ON_CPU = 96
@@ -85,8 +85,11 @@ def choose_length(draft: Draft, facts: Facts, seconds_per_step: float) -> None:
     affordable = int(facts.hours * 3600 / (seconds_per_step * steps_per_epoch))
     most = next((epochs for count, epochs in MAX_EPOCHS.items() if facts.count <= count), LONGEST)
     epochs = min(max(affordable, 1), most)
-    hours = pluralize(facts.hours, "hour") if facts.hours % 1 else pluralize(int(facts.hours), "hour")
-    why = f"what fits in {hours}" if epochs < most else f"more gains little on {facts.count} images"
+    why = (
+        f"what fits in {format_duration(3600 * facts.hours)}"
+        if epochs < most
+        else f"more gains little on {facts.count} images"
+    )
     draft.choose("train.epochs", epochs, why)
     warmup = round(min(draft.get("train.epochs") * WARMUP_SHARE, MAX_WARMUP), 2)
     draft.choose("schedule.warmup_epochs", warmup, f"{WARMUP_SHARE:.0%} of the run, at most {MAX_WARMUP:g} epochs")

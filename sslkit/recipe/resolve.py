@@ -201,6 +201,14 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return lines
 
 
+def stated_tables(overrides: list[str]) -> dict[str, dict[str, Any]]:
+    """The tables that ``table.key=value`` strings state, without defaults."""
+    tables: dict[str, dict[str, Any]] = {}
+    for override in overrides:
+        _apply_override(tables, override)
+    return tables
+
+
 def _apply_override(tables: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     table, dot, key = name.strip().partition(".")
