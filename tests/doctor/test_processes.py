@@ -58,6 +58,7 @@ def test_sound_methods_agree(found: dict[str, list[str]], name: str) -> None:
     assert "equal on 2 processes" in found[name][1]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("mistake", "part"),
     [

@@ -309,6 +309,7 @@ def test_a_whole_number_beyond_all_floats_is_not_finite() -> None:
     assert number(10**299) == 1e299
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name",
     [

@@ -118,6 +118,7 @@ def test_the_row_names_the_commit_that_was_scored(
     assert not hub.asked
 
 
+@pytest.mark.full
 def test_timms_own_weights_are_of_a_commit_too(hub: Hub, client: Client, class_folders: Path) -> None:
     name = "test_vit.r160_in1k"
     torch.manual_seed(5)

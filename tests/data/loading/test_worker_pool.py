@@ -70,6 +70,7 @@ def test_a_death_is_not_raised_in_the_middle_of_something_else(source: ImageSour
     assert len(list(batches)) == STEPS - 3
 
 
+@pytest.mark.full
 def test_a_stopped_worker_is_replaced(source: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = list(loader_of(source, [], workers=0))
     said: list[str] = []
