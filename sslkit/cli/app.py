@@ -22,10 +22,8 @@ from sslkit.cli.output import print_data_messages
 from sslkit.cli.report_commands import report, views, watch
 from sslkit.cli.run_commands import pretrain, replay, submit
 from sslkit.errors import RunError, UserError, check_path
+from sslkit.exit_codes import BAD_INPUT, INTERRUPTED
 from sslkit.terminal import error_messages, print_message, print_traceback, sanitize, sanitize_other_libraries
-
-BAD_INPUT = 2
-INTERRUPTED = 130  # Typer's exit code for Ctrl-C
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for function, example in (

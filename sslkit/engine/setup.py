@@ -87,7 +87,7 @@ def build_method(recipe: Recipe, num_samples: int = 0) -> Method:
         if "memory" not in str(error):
             raise
         raise UserError(
-            "[method]: this machine has not enough memory for heads, queue or bank of this size; take smaller ones"
+            "[method]: not enough memory for heads, queue or memory bank; reduce hidden_dim, queue_size or batch size"
         ) from error
     if recipe.train.activation_checkpointing:
         recompute_activations(method.backbone, recipe.backbone.name)

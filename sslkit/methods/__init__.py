@@ -14,8 +14,9 @@ from sslkit.methods.base import (
     Views,
 )
 from sslkit.methods.byol import BYOL
+from sslkit.methods.end_to_end import EndToEnd
 from sslkit.methods.instdisc import InstDisc
-from sslkit.methods.mechanisms import EndToEnd, MemoryBankMechanism
+from sslkit.methods.memory_bank_mechanism import MemoryBankMechanism
 from sslkit.methods.moco_v1 import MoCoV1
 from sslkit.methods.moco_v2 import MoCoV2
 from sslkit.methods.moco_v3 import MoCoV3

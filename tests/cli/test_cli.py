@@ -93,7 +93,7 @@ def test_export_report_and_lists(capsys: pytest.CaptureFixture[str], trained: Pa
         (["pretrain", "quickstart", "--set", "train.epocs=3"], "[train] epocs: unknown key; did you mean 'epochs'?"),
         (["pretrain", "quickstart", "--backbone", "resnet19"], "timm has no model 'resnet19'; did you mean"),
         (["pretrain", "--method", "moco_v2"], "missing: --backbone, --data"),
-        (["eval", "knn", "/no/run", "--data", "builtin:fashion_mnist"], "/no/run: no run folder"),
+        (["eval", "knn", "/no/run", "--data", "builtin:fashion_mnist"], "/no/run: is not a run folder"),
         (["eval", "knn", "resnet18", "--data", "/no/data"], "[data] path"),
         (["eval", "knn", "resnet18"], "Missing option '--data'"),
         (["eval", "knn", "x", "--data", "y", "--k", "many"], "--k many: must be a number, or several"),

@@ -116,7 +116,7 @@ class _Extraction:
                     self.in_memory[key, number] = features
 
     def _merge(self, key: str) -> Tensor:
-        """Merge the shards into one memory-mapped file, or in memory if it cannot be written."""
+        """Concatenate the shards into one memory-mapped file; if it cannot be written, in memory."""
         merged = self.folder / key / MERGED
         features = _load(merged, self.count)
         if features is None:

@@ -20,7 +20,7 @@ from sslkit.data.augment.cpu import ViewPipeline, resize
 from sslkit.data.augment.multichannel import resize_channels
 from sslkit.data.augment.parameters import ViewParams, draw_params
 from sslkit.data.augment.views_config import ViewsConfig
-from sslkit.engine.run_folder.layout import with_defaults
+from sslkit.engine.run_folder.resume import with_defaults
 from sslkit.errors import UserError
 from sslkit.recipe.resolve import build_recipe, changes, load_recipe, load_saved
 

@@ -129,7 +129,7 @@ def alive(pid: int) -> bool:
 @pytest.mark.full
 def test_a_signal_while_it_saves_or_measures(tmp_path: Path) -> None:
     """Four signals, each to a run that saves with every step and measures with every second one."""
-    tables = {"train": {"max_steps": 40, "batch_size": 500, "epochs": 10}, "checkpoint": {"every_steps": 1, "keep": 1}}
+    tables = {"train": {"max_steps": 24, "batch_size": 500, "epochs": 10}, "checkpoint": {"every_steps": 1, "keep": 1}}
     monitor = {"every_epochs": 1, "data": "builtin:fashion_mnist", "max_train": 200}
     recipe = write_recipe(tmp_path, **tables, monitor=monitor)
     whole = start(pretrain(recipe, tmp_path / "whole"))
@@ -137,7 +137,7 @@ def test_a_signal_while_it_saves_or_measures(tmp_path: Path) -> None:
     assert whole.returncode == 0, said
     for number in range(4):
         process = start(pretrain(recipe, tmp_path / "run"))
-        wait_for_lines(tmp_path / "run/metrics.jsonl", 8 * number + 3, process)
+        wait_for_lines(tmp_path / "run/metrics.jsonl", 5 * number + 3, process)
         time.sleep(0.03 * number)
         process.send_signal(signal.SIGTERM)
         said = finish(process)
