@@ -79,9 +79,8 @@ def canonical_name(name: str) -> str:
     known = all_methods()
     matches = [each for each in known if each.replace("_", "") == name.lower().replace("_", "").replace("-", "")]
     if not matches:
-        raise UserError(
-            f"[method] name: unknown method {name!r}{near_miss(name, known)}; there are {', '.join(sorted(known))}"
-        )
+        hint = near_miss(name.lower().replace(" ", "_"), known)
+        raise UserError(f"[method] name: unknown method {name!r}{hint}; there are {', '.join(sorted(known))}")
     return matches[0]
 
 

@@ -64,8 +64,9 @@ def check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
         raise UserError(f"{error}; a run cannot be resumed without a readable recipe.toml") from error
     if changed := _changed(before, recipe):
         raise UserError(
-            f"--output {folder}: holds a run of another recipe; choose another folder, resume with its own recipe "
-            f"({folder / 'recipe.toml'}), or undo: {_list_changes(changed)}"
+            f"--output {folder}: holds a run of another recipe; choose another folder (--resume {folder} starts there "
+            f"from its newest checkpoint), resume with its own recipe ({folder / 'recipe.toml'}), or undo: "
+            f"{_list_changes(changed)}"
         )
 
 
