@@ -101,6 +101,7 @@ def test_copies_of_encoder_and_data_have_one_hash(encoders: list[str], class_fol
         assert str(class_folders) not in json.dumps(first.protocol)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("what", ["name", "size", "content", "one less"])
 def test_other_images_have_another_hash(encoders: list[str], class_folders: Path, tmp_path: Path, what: str) -> None:
     data = copied(class_folders, tmp_path / "data")

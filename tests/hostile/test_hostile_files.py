@@ -117,6 +117,7 @@ CONFIGS: dict[str, Any] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", CONFIGS)
 def test_encoder_folders_that_ask_for_too_much(run: Path, case: str) -> None:
     rewrite(run / "encoder" / "config.json", lambda config: config | CONFIGS[case])

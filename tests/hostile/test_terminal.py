@@ -182,6 +182,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["x[/]", "[bold]b[/bold]", "a\x1b[31m"])
 def test_folders_that_are_written(
     name: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -51,6 +51,7 @@ def test_a_signal_to_the_whole_group_saves_and_exits_with_75(name: str, tmp_path
         assert_continues_to_the_same_bits(recipe, tmp_path / "whole", tmp_path / "run", 40)
 
 
+@pytest.mark.full
 def test_the_second_signal_stops_at_once(tmp_path: Path) -> None:
     """The first is heard; before the step ends, which hangs, comes the second."""
     recipe = write_recipe(tmp_path, train=LONG)
@@ -80,6 +81,7 @@ def test_one_process_hears_it_and_both_stop_at_the_same_step(tmp_path: Path) -> 
     assert said.count("exitcode  : 75") + said.count("(exitcode: 75)") >= 1, said
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seconds", [1.0, 3.0, 5.0])
 def test_a_signal_while_it_starts_exits_with_75_too(seconds: float, tmp_path: Path) -> None:
     """Nothing is lost, and a script that queues it again need not know that nothing had begun."""
