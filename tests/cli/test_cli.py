@@ -139,9 +139,13 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
 
 @pytest.mark.parametrize("module", ["sslkit", "sslkit.pretrain"])
 def test_module_doors_answer_help(module: str) -> None:
-    result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-X", "importtime", "-m", module, "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "Usage" in result.stdout
-    assert "torch" not in result.stderr
+    assert " typer\n" in result.stderr
+    slow = ("torch", "numpy", "datasets", "timm", "accelerate", "huggingface_hub", "pyarrow")
+    assert not [name for name in slow if f" {name}\n" in result.stderr]
+    assert module != "sslkit" or " pydantic\n" not in result.stderr
 
 
 def commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
