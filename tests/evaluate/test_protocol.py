@@ -127,6 +127,7 @@ def test_an_embedded_image_counts_by_its_bytes() -> None:
     assert images_digest(source.subset(np.array([0, 1, 2]))) in digests
 
 
+@pytest.mark.full
 def test_the_crop_is_the_encoders_own(encoders: list[str], class_folders: Path, tmp_path: Path) -> None:
     """A model's own crop is the same protocol as that crop asked for, and not that of a model with another."""
     own = load_encoder(encoders[0]).preprocessing

@@ -248,6 +248,7 @@ def test_states_that_are_none(run: Path, case: str) -> None:
         newest_checkpoint(run / "checkpoints")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("text", [DEEP, "null", "{}", '{"files": []}', '{"files": {}}', '{"files": {"state.json": 1}}'])
 def test_manifests_that_are_none(run: Path, text: str) -> None:
     (run / "checkpoints" / "step-00000002" / "manifest.json").write_text(text)

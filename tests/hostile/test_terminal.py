@@ -138,6 +138,7 @@ def test_each_mistake_of_a_recipe_has_a_line(tmp_path: Path, capsys: pytest.Capt
     assert [line.startswith("sslkit: command line [") for line in err.splitlines()] == [True, True]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("word", [WORDS[name] for name in ("escape", "line", "turned", "markup")])
 def test_tensors_and_configurations(word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "m"

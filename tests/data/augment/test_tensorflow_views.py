@@ -125,6 +125,7 @@ def photograph() -> NDArray[np.uint8]:
     return np.ascontiguousarray(load_sample_images().images[0][:375, :500])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("size", VALUES["crops"])
 def test_simclrs_crops_are_distributed_as_tensorflows(size: str) -> None:
     height, width = map(int, size.split())

@@ -116,6 +116,7 @@ class Slow(HangsAt):
         return ImageSource.encoded(self, index)
 
 
+@pytest.mark.full
 def test_a_slow_image_is_waited_for(source: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crew, "POLL", 0.2)
     said: list[str] = []
