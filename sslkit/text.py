@@ -4,7 +4,7 @@ ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as 1h02m, 3m05s or 12s."""
+    """Format seconds as ``1h02m``, ``3m05s`` or ``12s``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

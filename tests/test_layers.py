@@ -12,6 +12,7 @@ ROOT = Path(sslkit.__file__).parent
 LAYERS = {
     "text": 0,
     "random_draws": 0,
+    "exit_codes": 0,
     "errors": 1,
     "terminal": 2,
     "files": 3,

@@ -4,6 +4,7 @@ Exit codes: 0 success; 1 internal error, or a run that cannot continue; 2 bad in
 stopped on request, the same command continues it.
 """
 
+import re
 import sys
 import threading
 from typing import Annotated, NoReturn
@@ -22,10 +23,8 @@ from sslkit.cli.output import print_data_messages
 from sslkit.cli.report_commands import report, views, watch
 from sslkit.cli.run_commands import pretrain, replay, submit
 from sslkit.errors import RunError, UserError, check_path
+from sslkit.exit_codes import BAD_INPUT, INTERRUPTED
 from sslkit.terminal import error_messages, print_message, print_traceback, sanitize, sanitize_other_libraries
-
-BAD_INPUT = 2
-INTERRUPTED = 130  # Typer's exit code for Ctrl-C
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for function, example in (
@@ -85,11 +84,23 @@ def main(arguments: list[str] | None = None) -> None:
             leave_for_launcher(f"sslkit: {type(error).__name__}: {' '.join(error_messages(error))}")
             sys.excepthook = lambda _kind, error, _traceback: print_traceback(error)  # Typer has set its own
             raise
-        _fail([sanitize(error.format_message())], BAD_INPUT)
+        _fail([sanitize(error.format_message()) + _usage_hint(error.format_message())], BAD_INPUT)
     else:
         if code == INTERRUPTED:
             print_message("interrupted; the same command continues from the last checkpoint, if there is one")
         sys.exit(code or 0)
+
+
+def _usage_hint(problem: str) -> str:
+    """How to write a recipe's key that was given as an option or an argument; empty if it was none."""
+    from sslkit.recipe.schema import TABLES
+
+    if (found := re.search(r"No such option: --([\w-]+)", problem)) is not None:
+        key = found[1].replace("-", "_")
+        tables = [table for table, model in TABLES.items() if key in model.model_fields]
+        return f"; write --set {tables[0]}.{key}=VALUE" if len(tables) == 1 else ""
+    found = re.search(r"extra argument\S* \(([\w.]+\.\w+=[^ ]*)", problem)
+    return f"; write --set {found[1].rstrip(')')}" if found else ""
 
 
 def _fail(messages: list[str], code: int) -> NoReturn:

@@ -13,13 +13,13 @@ from rich.progress import Progress
 from sslkit.cli.options import DataName, ImageColumn, LabelColumn, command, data_config
 from sslkit.cli.output import AsJson, console
 from sslkit.errors import UserError, check_path
+from sslkit.exit_codes import BAD_INPUT
 from sslkit.terminal import PlainTable, print_json, print_line
 from sslkit.text import pluralize
 
 if TYPE_CHECKING:
     from sslkit.data.sources.image_source import DataConfig
 
-BAD_IMAGES = 2  # exit code of --strict
 MAX_PRINTED = 10  # entries of a list
 
 data_app = typer.Typer(
@@ -72,7 +72,7 @@ def check(
     else:
         _print_findings(found)
     if strict and (found["unreadable"]["count"] or found.get("exact_duplicates", {}).get("groups")):
-        raise typer.Exit(BAD_IMAGES)
+        raise typer.Exit(BAD_INPUT)
 
 
 def prepare(

@@ -27,7 +27,6 @@ from sslkit.cli.options import (
 )
 from sslkit.cli.output import AsJson, print_and_store, print_comparison, print_diagnosis
 from sslkit.errors import UserError, check_path
-from sslkit.files.run_reader import RunReader
 from sslkit.terminal import print_message
 
 if TYPE_CHECKING:
@@ -190,6 +189,8 @@ def compare(
 
 def _scores_of(path: Path) -> "list[Row]":
     """Scores in a run folder, or in a file with the output of --json."""
+    from sslkit.files.run_reader import RunReader
+
     check_path(path, "MODEL")
     run = RunReader(path)
     if run.is_run:

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from sslkit.errors import UserError, without_tokens
-from sslkit.files.run_reader import RunReader
 from sslkit.terminal import PlainTable, print_json, print_line, print_plain
 
 if TYPE_CHECKING:
@@ -41,6 +40,7 @@ def print_and_store(model: str, results: "Sequence[EvaluationResult]", as_json: 
 
 def _store(run: Path, result: "EvaluationResult") -> None:
     from sslkit.engine.logging.logger import append_result
+    from sslkit.files.run_reader import RunReader
 
     step = RunReader(run).latest_step()
     if step is None:

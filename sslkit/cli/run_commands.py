@@ -11,10 +11,10 @@ import typer
 from sslkit.cli.launcher_exit import leave_for_launcher
 from sslkit.cli.options import Overrides, RecipeName, RecipeOptions, fast_imports
 from sslkit.cli.output import AsJson, console
-from sslkit.cluster.job import RESUMABLE
 from sslkit.cluster.submission import Resources, batch_file
 from sslkit.cluster.submission import submit as submit_run
 from sslkit.errors import UserError
+from sslkit.exit_codes import RESUMABLE
 from sslkit.terminal import PlainTable, print_json, print_line, print_message, print_text
 from sslkit.text import pluralize
 
@@ -114,16 +114,17 @@ def _sbatch_options(options: list[str]) -> dict[str, str | bool]:
 
 
 def replay(
-    capsule: Annotated[str, typer.Argument(help="A folder in capsules/ of the run folder.")], as_json: AsJson = False
+    crash_dump: Annotated[str, typer.Argument(help="A folder in capsules/ of the run folder.")],
+    as_json: AsJson = False,
 ) -> None:
-    """Compute a step that was skipped because of non-finite numbers again, on the CPU, and find where they start.
+    """Recompute, on the CPU, a step that [guard] refused, and name the first module with a non-finite output.
 
     Needs the images of the run at their original path. Changes nothing.
     """
     with fast_imports():
         from sslkit.engine.replay import replay_step
 
-    found = replay_step(capsule)
+    found = replay_step(crash_dump)
     if as_json:  # JSON cannot hold NaN and infinity: the numbers become strings
         numbers = {
             when: {name: repr(value) for name, value in getattr(found, when).items()} for when in ("then", "now")

@@ -11,9 +11,9 @@ import tomllib
 from dataclasses import dataclass
 
 from sslkit.errors import RunError, UserError
+from sslkit.exit_codes import RESUMABLE
 from sslkit.terminal import error_messages, print_message, print_traceback
 
-RESUMABLE = 75  # exit code: asked to stop, can be resumed
 CANCELLED = 128 + signal.SIGTERM  # exit code: ended by scancel, or by a preemption after which Slurm requeues the job
 FIRST_PORT, PORTS = 20000, 12000  # below the ephemeral ports of Linux
 

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sslkit.cluster.job import CANCELLED, RESUMABLE, Pretraining
+from sslkit.cluster.job import CANCELLED, Pretraining
 from sslkit.errors import UserError, check_path, without_tokens
+from sslkit.exit_codes import RESUMABLE
 
 if TYPE_CHECKING:
     from submitit import LocalExecutor, SlurmExecutor
@@ -96,7 +97,7 @@ def submit(recipe: "Recipe", output: str | Path, resources: Resources, cluster: 
     output = _run_folder(output)
     if cluster not in ("slurm", "local"):
         raise UserError(f"--cluster: must be slurm or local, not {cluster!r}")
-    from sslkit.engine.run_folder.layout import check_folder, keep_background
+    from sslkit.engine.run_folder.resume import check_folder, keep_background
 
     recipe, _ = keep_background(output, recipe)  # the recipe of the job states every key
     check_folder(output, recipe, "auto")  # instead of hours later, when the job starts

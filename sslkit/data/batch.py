@@ -18,17 +18,12 @@ class BadSample:
 class Batch:
     """One process's share of a global batch.
 
-    Attributes:
-        views: One (B, size, size, 3) uint8 tensor per view.
-        sample_ids: (B,) int64, positions in the source of the images that the views show. If an image could not be
-            read, this is the position of its replacement.
-        bad: The images that could not be read.
-        view_params: One (B, 18) float32 tensor per view, the parameters of the steps that are still to be done on the
-            accelerator; empty if the views are finished. See `ViewParams.as_row`.
+    ``view_params`` has one (B, 18) float32 tensor per view, rows of `ViewParams.as_row`, for the steps that the
+    accelerator still has to do; it is empty if the views are finished.
     """
 
-    views: list[Tensor]
-    sample_ids: Tensor
+    views: list[Tensor]  # one (B, size, size, 3) uint8 tensor per view
+    sample_ids: Tensor  # (B,) int64, positions in the source of the images (or replacements) that the views show
     bad: tuple[BadSample, ...] = ()
     view_params: tuple[Tensor, ...] = ()
 

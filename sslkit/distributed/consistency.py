@@ -35,7 +35,7 @@ def compare_facts(facts: dict[str, Any]) -> None:
     first, *others = gather_objects(facts)
     for name in facts:
         if ranks := [rank for rank, each in enumerate(others, start=1) if each[name] != first[name]]:
-            raise RunError(f"the processes do not agree: {_processes(ranks)} another {name} than process 0")
+            raise RunError(f"the processes do not agree: {_processes(ranks)} a different {name} than process 0")
 
 
 def compare_weights(method: nn.Module, step: int, device: torch.device) -> None:
@@ -55,7 +55,7 @@ def compare_weights(method: nn.Module, step: int, device: torch.device) -> None:
     for name, column in zip(["number of steps", *named], table.T, strict=True):
         if ranks := torch.nonzero(column != column[0]).flatten().tolist():
             raise RunError(
-                f"step {step}: the processes have drifted apart: {_processes(ranks)} another {name} than process 0. "
+                f"step {step}: the processes have diverged: {_processes(ranks)} a different {name} than process 0. "
                 "The last checkpoint may already differ; look for code that changes weights on one process only"
             )
 

@@ -36,7 +36,7 @@ class Heartbeat:
         self.thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def at(self, step: int, doing: str) -> None:
-        """Set what this process is doing from now on."""
+        """Record the step and the current activity, which the next heartbeats report."""
         self.step, self.doing, self.since = step, doing, time.monotonic()
 
     def __enter__(self) -> "Heartbeat":

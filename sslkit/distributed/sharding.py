@@ -14,10 +14,9 @@ from sslkit.distributed.collectives import tracked, world_size
 
 
 def shard(method: nn.Module, encoders: list[nn.Module], device: torch.device) -> None:
-    """Shard every parameter of a method, equal on all processes, over them, in place.
+    """Shard all parameters of a method over all processes with FSDP2, in place. They must be equal on all processes.
 
-    Gathered at one time are one of the ``blocks`` of an encoder (a backbone), or an encoder without blocks, and the
-    heads.
+    Each element of an encoder's ``blocks``, the rest of each encoder, and the heads are gathered separately.
     """
     if world_size() == 1:
         return

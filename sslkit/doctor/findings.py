@@ -12,18 +12,11 @@ LogMessage = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check.
+    """The result of one check; `Check` has a method for each verdict."""
 
-    Attributes:
-        check: Name of the check, the same in every report.
-        verdict: ``fault``: the recipe or the method's code is wrong. ``warning``: the run would work, but a setting is
-            unusual. ``not applicable``: there is nothing to check, or it could not be checked; the sentence says which.
-        sentence: What was found and, for a fault or a warning, which key to set to which value.
-    """
-
-    check: str
+    check: str  # name, the same in every report
     verdict: Verdict
-    sentence: str
+    sentence: str  # what was found and, for a fault or a warning, which key to set to which value
 
 
 class Check(str):

@@ -107,7 +107,7 @@ def _threads(check: Check) -> Finding:
     if variable.isdigit() and int(variable) > cores:
         return check.warning(f"OMP_NUM_THREADS={variable} is more than the {cores} cores: unset it")
     if os.environ.get("OMP_WAIT_POLICY", "").upper() == "ACTIVE":
-        return check.warning("waiting threads take cores from data workers: set OMP_WAIT_POLICY=PASSIVE")
+        return check.warning("OMP_WAIT_POLICY=ACTIVE lets idle threads spin: set OMP_WAIT_POLICY=PASSIVE")
     origin = f", from OMP_NUM_THREADS={variable}" if variable else ""
     return check.ok(f"torch uses {torch.get_num_threads()}{origin}")
 

@@ -1,6 +1,7 @@
 """Training. `trainer.train` is the entry; `setup`, `loop` and `step` are read in that order to follow a batch.
 
-The rooms below them import in one direction: `state`, `checkpoint`, `resilience`, `run_folder`, `logging`, `monitor`.
+`state`, `optim` and `step` are used by the subpackages. These import only from those before them: `checkpoint`,
+`resilience`, `run_folder`, `logging`, `monitor`.
 """
 
 from sslkit.engine.run_folder.layout import Run

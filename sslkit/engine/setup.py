@@ -20,6 +20,7 @@ from sslkit.parts.backbone import create_backbone, feature_dim, recompute_activa
 from sslkit.parts.batch_slices import local_bn_groups
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.recipe.resolve import Recipe
+from sslkit.text import pluralize
 
 
 def set_up_training(
@@ -87,7 +88,7 @@ def build_method(recipe: Recipe, num_samples: int = 0) -> Method:
         if "memory" not in str(error):
             raise
         raise UserError(
-            "[method]: this machine has not enough memory for heads, queue or bank of this size; take smaller ones"
+            "[method]: not enough memory for heads, queue or memory bank; reduce hidden_dim, queue_size or batch size"
         ) from error
     if recipe.train.activation_checkpointing:
         recompute_activations(method.backbone, recipe.backbone.name)
@@ -102,7 +103,7 @@ def steps_per_epoch(recipe: Recipe, source: ImageSource) -> int:
     if recipe.train.batch_size > len(source):
         raise UserError(
             f"[train] batch_size: {recipe.train.batch_size} is more than the {len(source)} images of "
-            f"{source.description}; set it to {len(source)} or less"
+            f"{source.description}; set it to {len(source)} or less, and [method] bn_groups to a divisor, such as 1"
         )
     return len(source) // recipe.train.batch_size
 
@@ -123,8 +124,23 @@ def check_batch_split(recipe: Recipe, method: Method, processes: int) -> None:
         if batch % parts or batch // parts < 2:
             raise UserError(
                 f"[train] batch_size: {batch} does not split into {parts} equal parts of two or more images "
-                f"({processes} processes, [method] bn_groups = {groups})"
+                f"({pluralize(processes, 'process', 'processes')}, [method] bn_groups = {groups}); set "
+                f"{_fitting_split(batch, groups, processes)}"
             )
+
+
+def _fitting_split(batch: int, groups: int, processes: int) -> str:
+    """The values of batch_size and of bn_groups that fit best, if the other key stays as it is."""
+    parts = processes * local_bn_groups(groups)
+    sizes = sorted({max(batch // parts, 2) * parts, max(-(-batch // parts), 2) * parts})
+    found = "batch_size = " + " or ".join(map(str, sizes))
+    fitting = [
+        fewer
+        for fewer in range(1, groups)
+        if fewer % processes == 0 or processes % fewer == 0
+        if batch % (most := max(processes, fewer)) == 0 and batch // most >= 2
+    ]
+    return found + (f", or [method] bn_groups = {fitting[-1]}" if fitting else "")
 
 
 def make_train_loader(state: TrainingState, total_steps: int | None = None) -> TrainLoader:

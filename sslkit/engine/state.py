@@ -39,28 +39,16 @@ class RecoveryState(StrictModel):
 
 @dataclass
 class TrainingState:
-    """What a training step reads and changes; made by `sslkit.engine.setup.set_up_training`.
-
-    Attributes:
-        recipe: The resolved recipe.
-        accelerator: Device, precision and processes.
-        source: The images to train on.
-        method: Student, teacher and queue.
-        wrapped: The method as Accelerate wraps it (DistributedDataParallel); called for the loss.
-        optimizer: The optimizer as Accelerate wraps it.
-        steps_per_epoch: Whole global batches in the images.
-        step: Steps made so far.
-        recovery: Bad steps and rewinds so far.
-    """
+    """What a training step reads and changes; made by `sslkit.engine.setup.set_up_training`."""
 
     recipe: Recipe
     accelerator: Accelerator
     source: ImageSource
-    method: Method
-    wrapped: nn.Module
+    method: Method  # student, teacher and queue
+    wrapped: nn.Module  # the method as Accelerate wraps it (DistributedDataParallel); called for the loss
     optimizer: AcceleratedOptimizer
-    steps_per_epoch: int
-    step: int
+    steps_per_epoch: int  # whole global batches in the images
+    step: int  # steps made so far
     recovery: RecoveryState
 
     @property

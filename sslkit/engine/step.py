@@ -25,35 +25,20 @@ from sslkit.recipe.resolve import Recipe
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a training step did.
+    """What a training step did."""
 
-    Attributes:
-        step: Number of the step, from 0.
-        batch: This process's part of the batch, on the device, its views finished.
-        loss: Of the global batch.
-        lr: Learning rate of the update.
-        weight_decay: Weight decay of the update.
-        grad_norm: Gradient norm over all trained parameters, before clipping.
-        layer_gradients: Gradient norm of each layer; empty unless ``[monitor] layer_gradients`` is set.
-        metrics: The method's scalars, of this process.
-        problem: Why the step did not reach the weights; empty if it did.
-        skipped: Whether nothing was updated, because of ``problem`` or an overflow that the gradient scaler found.
-        updated: What the method's ``after_update`` returned.
-        flags: For each flag that was polled, whether any process raised it.
-    """
-
-    step: int
-    batch: Batch
-    loss: float
-    lr: float
+    step: int  # from 0
+    batch: Batch  # this process's part, on the device, its views finished
+    loss: float  # of the global batch
+    lr: float  # of the update, as is the weight decay
     weight_decay: float
-    grad_norm: float
-    layer_gradients: dict[str, float]
-    metrics: dict[str, Tensor]
-    problem: str
-    skipped: bool
-    updated: dict[str, float]
-    flags: tuple[bool, ...]
+    grad_norm: float  # over all trained parameters, before clipping
+    layer_gradients: dict[str, float]  # norm of each layer; empty unless ``[monitor] layer_gradients`` is set
+    metrics: dict[str, Tensor]  # the method's scalars, of this process
+    problem: str  # why the step did not reach the weights; empty if it did
+    skipped: bool  # nothing was updated, because of ``problem`` or an overflow that the gradient scaler found
+    updated: dict[str, float]  # what the method's ``after_update`` returned
+    flags: tuple[bool, ...]  # for each flag that was polled, whether any process raised it
 
 
 def train_step(

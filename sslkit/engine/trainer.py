@@ -30,16 +30,15 @@ from sslkit.engine.resilience.guard import BadStepError, RewindError
 from sslkit.engine.resilience.preemption import StopRequest, stop_with_launcher
 from sslkit.engine.resilience.rewind import recovery_state_of, reset_training, rewind_checkpoint
 from sslkit.engine.run_folder.dataset_identity import BadSamples
-from sslkit.engine.run_folder.layout import (
+from sslkit.engine.run_folder.layout import Run, open_folder
+from sslkit.engine.run_folder.lock import hold_folder
+from sslkit.engine.run_folder.resume import (
     FREE_KEYS,
-    Run,
     check_folder,
     check_saved_by_run,
     inspect_folder,
     keep_background,
-    open_folder,
 )
-from sslkit.engine.run_folder.lock import hold_folder
 from sslkit.engine.setup import build_method, make_train_loader, set_up_training, steps_per_epoch
 from sslkit.engine.state import RecoveryState, TrainingState
 from sslkit.files.atomic import replace_text
@@ -90,7 +89,7 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
 def _prepare(
     recipe: Recipe, folder: Path, source: ImageSource, checkpoint: Checkpoint | None, accelerator: Accelerator
 ) -> tuple[TrainingState, KnnMonitor | None]:
-    """Set up training and its kNN monitor. Mistakes in recipe and data are raised here, before anything is written."""
+    """Set up training and its kNN monitor. Mistakes in recipe and data are raised here, before a run is written."""
     steps_per_epoch(recipe, source)
     read_or_replace(source, recipe.train.seed, epoch=0, sample=0)  # at least one image can be read
     fixed = [line for line in changes({}, recipe.as_tables()) if not line.startswith(FREE_KEYS)]

@@ -28,7 +28,7 @@ def digest_of(*parts: "bytes | np.ndarray[Any, Any]") -> str:
 
 
 def data_settings(pair: LabelledPair) -> dict[str, Any]:
-    """The settings of the data: images, split and labels. The location of the files does not matter."""
+    """The settings of the data: images, split and labels. File locations are not included."""
     # Recorded only for images with an alpha channel, so that other hashes stay equal to those of older versions.
     alpha = any(count_alpha(source)[0] for source in (pair.train, pair.test))
     return ({"background": pair.train.background} if alpha else {}) | {

@@ -58,8 +58,8 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 def write_file(file: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
     """Write a file, sync it, and read it back to verify its content: ``{"bytes": size, "sha256": digest}``.
 
-    The GIL is never held for long, so that another thread can train meanwhile. Raises `OSError`, which names the file,
-    if it could not be written (disk full, quota) or reads back differently.
+    The GIL is never held for long, so that another thread can train meanwhile. The page cache is dropped before the
+    check, on Linux only. Raises `OSError`, which names the file, if it could not be written or reads back differently.
     """
     digest, size = hashlib.sha256(), 0
     try:

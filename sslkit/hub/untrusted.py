@@ -67,7 +67,7 @@ def read_encoder_config(folder: Path) -> EncoderConfig:
     preprocessing = config.get("pretrained_cfg", config)
     if not isinstance(architecture, str) or not timm.is_model(architecture):
         hint = near_miss(str(architecture)[:100], timm.list_models())
-        raise UserError(f"{file}: 'architecture' must be a timm model, not {architecture!r:.100}{hint}")
+        raise UserError(f"{file}: 'architecture' must be the name of a timm model, not {architecture!r:.100}{hint}")
     if not isinstance(model_args, dict):
         raise UserError(f"{file}: 'model_args' must be an object, not {model_args!r:.100}")
     check_model_args(model_args, f"{file}: 'model_args'")

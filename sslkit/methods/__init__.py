@@ -14,8 +14,9 @@ from sslkit.methods.base import (
     Views,
 )
 from sslkit.methods.byol import BYOL
+from sslkit.methods.end_to_end import EndToEnd
 from sslkit.methods.instdisc import InstDisc
-from sslkit.methods.mechanisms import EndToEnd, MemoryBankMechanism
+from sslkit.methods.memory_bank_mechanism import MemoryBankMechanism
 from sslkit.methods.moco_v1 import MoCoV1
 from sslkit.methods.moco_v2 import MoCoV2
 from sslkit.methods.moco_v3 import MoCoV3
@@ -78,9 +79,8 @@ def canonical_name(name: str) -> str:
     known = all_methods()
     matches = [each for each in known if each.replace("_", "") == name.lower().replace("_", "").replace("-", "")]
     if not matches:
-        raise UserError(
-            f"[method] name: unknown method {name!r}{near_miss(name, known)}; there are {', '.join(sorted(known))}"
-        )
+        hint = near_miss(name.lower().replace(" ", "_"), known)
+        raise UserError(f"[method] name: unknown method {name!r}{hint}; there are {', '.join(sorted(known))}")
     return matches[0]
 
 

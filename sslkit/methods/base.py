@@ -4,10 +4,10 @@ A method owns what it trains: the student's backbone and heads, its momentum tea
 knows no device, precision, data loader, optimizer or training loop. Everything the rest of sslkit needs to know of a
 method is declared here; nothing outside ``methods/`` asks which method it has.
 
-When the teacher moves: the official MoCo code moves the teacher inside ``forward``, before it computes the keys, with
-the student that the previous update left. `Method.after_update` moves it right after that update, with the momentum of
-the next step. Both give every step the same teacher. The official move at step 0 averages two equal networks, and the
-move after the last update is the one the official code would make next.
+When the teacher is updated: the official MoCo code does it inside ``forward``, before it computes the keys, with the
+student that the previous step left. `Method.after_update` does it right after that step, with the momentum of the next
+one. Both give every step the same teacher. The official update at step 0 averages two equal networks, and the one after
+the last step is the one the official code would make next.
 """
 
 from abc import ABC, abstractmethod
@@ -79,7 +79,7 @@ class MomentumOptions(MethodOptions):
     """Base class of the options of a method with momentum teachers.
 
     Attributes:
-        momentum: Weight of the teacher's own value in every move. 1 is a frozen teacher, 0 the student itself.
+        momentum: Weight of the teacher's own value in every update. 1 is a frozen teacher, 0 the student itself.
         momentum_schedule: ``"constant"``, or ``"cosine"``: from ``momentum`` to 1 at the end of training.
         momentum_half_life: Images after which the teacher's own value counts one half, whatever the batch size. It
             takes the place of ``momentum`` and its schedule.

@@ -16,7 +16,7 @@ from sslkit.distributed.collectives import mean_over_processes
 from sslkit.methods.base import BatchInfo, Features, Method, MethodOptions, PaperRun, Step, Views
 from sslkit.parts.backbone import Family
 from sslkit.parts.batchnorm import has_batch_norm
-from sslkit.parts.chance_loss import ChanceLoss, softmax_chance
+from sslkit.parts.chance_loss import ChanceLoss, softmax_chance_loss
 from sslkit.parts.losses import inner_products, nce_against_noise, unit_rows
 from sslkit.parts.memory_bank import MemoryBank
 from sslkit.parts.schedules import Progress
@@ -98,8 +98,8 @@ class InstDisc(Method):
     def chance_loss(self, batch_size: int) -> ChanceLoss:
         options = self.options
         if options.loss == "nce":  # the terms of the noise samples add 1
-            return softmax_chance(options.negatives, options.temperature, options.dim, extra=1.0)
-        return softmax_chance(len(self.bank.rows), options.temperature, options.dim)
+            return softmax_chance_loss(options.negatives, options.temperature, options.dim, extra=1.0)
+        return softmax_chance_loss(len(self.bank.rows), options.temperature, options.dim)
 
     @staticmethod
     def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:

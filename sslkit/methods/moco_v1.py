@@ -17,7 +17,7 @@ from sslkit.distributed.collectives import gather_rows
 from sslkit.methods.base import BatchInfo, Features, Fitted, Method, MomentumOptions, PaperRun, Step, Views
 from sslkit.parts.backbone import Family
 from sslkit.parts.batchnorm import has_batch_norm
-from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance
+from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance_loss
 from sslkit.parts.losses import info_nce_with_queue, unit_rows
 from sslkit.parts.momentum_teacher import MomentumTeacher
 from sslkit.parts.queue import KeyQueue
@@ -106,7 +106,7 @@ class MoCoV1(Method):
 
     def chance_loss(self, batch_size: int) -> ChanceLoss:
         options = self.options
-        return info_nce_chance(options.queue_size, options.temperature, options.dim, scale=len(self.student_views))
+        return info_nce_chance_loss(options.queue_size, options.temperature, options.dim, scale=len(self.student_views))
 
     @classmethod
     def fitted_options(cls, num_images: int, start: Progress) -> dict[str, Fitted]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sslkit.distributed.collectives import gather_rows, rank
 from sslkit.methods.base import BatchInfo, Features, Method, MomentumOptions, PaperRun, Step
 from sslkit.parts.backbone import Family
-from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance
+from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance_loss
 from sslkit.parts.heads import batch_norm_mlp
 from sslkit.parts.losses import info_nce_in_batch
 from sslkit.parts.momentum_teacher import MomentumTeacher
@@ -104,7 +104,7 @@ class MoCoV3(Method):
 
     def chance_loss(self, batch_size: int) -> ChanceLoss:
         temperature = self.options.temperature
-        return info_nce_chance(batch_size - 1, temperature, self.options.dim, scale=2 * 2 * temperature)
+        return info_nce_chance_loss(batch_size - 1, temperature, self.options.dim, scale=2 * 2 * temperature)
 
     @staticmethod
     def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch import nn
 from sslkit.distributed.collectives import gather_rows_with_gradient, rank
 from sslkit.methods.base import BatchInfo, Features, Method, MethodOptions, Step, Views
 from sslkit.parts.backbone import Family
-from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance
+from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance_loss
 from sslkit.parts.heads import simclr_head
 from sslkit.parts.losses import nt_xent
 from sslkit.parts.schedules import Progress
@@ -65,7 +65,7 @@ class SimCLR(Method):
         return Step(loss, {"accuracy": accuracy})
 
     def chance_loss(self, batch_size: int) -> ChanceLoss:
-        return info_nce_chance(2 * batch_size - 2, self.options.temperature, self.options.dim, scale=2)
+        return info_nce_chance_loss(2 * batch_size - 2, self.options.temperature, self.options.dim, scale=2)
 
     @staticmethod
     def paper_defaults(family: Family) -> dict[str, dict[str, Any]]:

@@ -26,7 +26,7 @@ from sslkit.methods.base import (
 from sslkit.parts.backbone import Family
 from sslkit.parts.batch_slices import encode_in_slices, local_bn_groups
 from sslkit.parts.batchnorm import GroupStatistics, has_batch_norm
-from sslkit.parts.chance_loss import ChanceLoss, softmax_chance
+from sslkit.parts.chance_loss import ChanceLoss, softmax_chance_loss
 from sslkit.parts.heads import swav_head
 from sslkit.parts.losses import inner_products, sinkhorn_codes, swapped_prediction, unit_rows
 from sslkit.parts.multicrop import encode_by_size
@@ -147,7 +147,7 @@ class SwAV(Method):
         return {f"queues.{crop}": self.queue(crop) for crop in range(len(self.queues))}
 
     def chance_loss(self, batch_size: int) -> ChanceLoss:
-        return softmax_chance(self.options.prototypes, self.options.temperature, self.options.dim)
+        return softmax_chance_loss(self.options.prototypes, self.options.temperature, self.options.dim)
 
     def advise(self, start: Progress) -> Sequence[str]:
         options, batch, epochs = self.options, start.batch_size, start.total_updates / start.updates_per_epoch

@@ -1,4 +1,4 @@
 """Parts that methods are made of: backbone, heads, losses, momentum teacher, queue, memory bank, schedules.
 
-Each works without the rest of sslkit. Read `momentum_teacher` and `losses` first.
+They import only `sslkit.distributed`, `sslkit.hub` and `sslkit.errors`. Read `momentum_teacher` and `losses` first.
 """

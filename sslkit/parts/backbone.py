@@ -70,7 +70,9 @@ class BackboneConfig(BaseModel):
     @model_validator(mode="after")
     def _check_pretrained(self) -> "BackboneConfig":
         if isinstance(self.pretrained, str) and not self.pretrained.startswith(PRETRAINED_SOURCES):
-            raise ValueError("pretrained is true, false, 'hf_hub:user/name' or 'local-dir:PATH'")
+            raise ValueError(
+                f"pretrained: must be true, false, 'hf_hub:user/name' or 'local-dir:PATH', not {self.pretrained!r}"
+            )
         return self
 
 

@@ -89,12 +89,12 @@ class ChanceLoss:
         return self.scale * self.negatives.tolerance(rows) if self.negatives is not None else 0.0
 
     def standard_error(self, rows: int) -> float:
-        """Standard error of the mean over ``rows`` random queries because of their own positives."""
+        """Standard error of the mean over ``rows`` random queries, from the variance of their positives alone."""
         return 1.0 / (self.temperature * math.sqrt(self.dim * rows)) if self.dim else 0.0
 
 
-def info_nce_chance(num_negatives: int, temperature: float, dim: int, scale: float = 1.0) -> ChanceLoss:
-    """Chance of ``scale`` times the cross-entropy of one positive among random negatives.
+def info_nce_chance_loss(num_negatives: int, temperature: float, dim: int, scale: float = 1.0) -> ChanceLoss:
+    """Chance-level loss of ``scale`` times the cross-entropy of one positive among random negatives.
 
     Args:
         num_negatives: How many negatives each positive is compared with.
@@ -109,8 +109,8 @@ def info_nce_chance(num_negatives: int, temperature: float, dim: int, scale: flo
     return ChanceLoss(known.at_similarity(0.0), formula, dim, temperature, scale, negatives, is_info_nce=True)
 
 
-def softmax_chance(num_terms: int, temperature: float, dim: int, extra: float = 0.0) -> ChanceLoss:
-    """Chance of a cross-entropy over ``num_terms`` random vectors, with a constant ``extra`` added."""
+def softmax_chance_loss(num_terms: int, temperature: float, dim: int, extra: float = 0.0) -> ChanceLoss:
+    """Chance-level loss of a cross-entropy over ``num_terms`` random vectors, plus a constant ``extra``."""
     terms = RandomNegatives(num_terms, temperature, dim)
     extra += log_mean_exp(dim, temperature)
     formula = f"ln {num_terms} + {extra:.3f}"

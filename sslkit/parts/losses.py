@@ -180,7 +180,7 @@ def swapped_prediction(codes: Sequence[Tensor], scores: Sequence[Tensor], temper
 
 
 def inner_products(rows: Tensor, others: Tensor) -> Tensor:
-    """All inner products of (B, C) with (P, C), (B, P), in float32 or better."""
+    """Pairwise inner products (B, P) of (B, C) and (P, C), in float32 or better, without autocast."""
     with _full_precision(rows):
         rows, others = _at_least_float32(rows, others)
         return rows @ others.T

@@ -26,8 +26,8 @@ class MomentumTeacher(nn.Module):
 
     Args:
         student: Module to copy. The copy starts equal to it, buffers included.
-        momentum: Weight of the teacher's own value in every move, in [0, 1]: a number, or a function of the position in
-            training such as `sslkit.methods.MomentumOptions.momentum_at`. 1 is a frozen teacher, as for distillation.
+        momentum: Weight of the teacher's own value in every update, in [0, 1]: a number, or a function of the position
+            in training such as `sslkit.methods.MomentumOptions.momentum_at`. 1 is a frozen teacher, for distillation.
         batch_statistics: Whether BatchNorm is in training mode while training, as in the papers. False: it normalises
             by its running statistics, which then stay as copied.
         dropout: Whether dropout and stochastic depth (timm's ``drop_rate``, ``drop_path_rate`` and similar) are on

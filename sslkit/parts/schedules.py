@@ -52,7 +52,7 @@ def cosine(position: float, length: float, start: float, end: float) -> float:
 
 
 def half_life_momentum(images: float, half_life: float) -> float:
-    """Momentum of a move after so many images that halves the teacher's own weight every ``half_life`` images."""
+    """Momentum of an update after ``images`` images that halves the teacher's own weight every ``half_life`` images."""
     return float(0.5 ** (images / half_life))
 
 

@@ -135,7 +135,7 @@ def step(training: TrainingState, batch: Batch, guard: Guard, timer: StageTimer)
 
 
 def compare_precisions(backbone: nn.Module, views: Tensor, seconds: float = 2.0) -> float:
-    """Time of a forward and backward pass in bfloat16, divided by that in float32; measured in turn for ``seconds``."""
+    """Time of a forward and backward pass in bfloat16 relative to float32. The two alternate for about ``seconds``."""
     spent = {True: 0.0, False: 0.0}
     warm = False
     while sum(spent.values()) < seconds:

@@ -1,4 +1,4 @@
-"""Folders with ``config.json`` and ``model.safetensors`` in timm's format, as checkpoints and exports have them."""
+"""Folders in timm's format (``config.json``, ``model.safetensors``), as a run's ``encoder/`` and exports have them."""
 
 import json
 import os

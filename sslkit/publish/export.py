@@ -14,7 +14,6 @@ from sslkit.files.atomic import write_text
 from sslkit.hub.meta_build import shapes_of
 from sslkit.hub.untrusted import read_encoder_config, tensor_shapes
 from sslkit.parts.backbone import check_backbone_size
-from sslkit.publish.card import model_card
 from sslkit.publish.encoder_folder import (
     check_empty,
     check_license,
@@ -24,6 +23,7 @@ from sslkit.publish.encoder_folder import (
     new_folder,
     write_encoder_files,
 )
+from sslkit.publish.model_card import model_card
 from sslkit.publish.redaction import public_recipe, refuse_tokens
 from sslkit.recipe.resolve import Recipe, load_recipe
 
@@ -62,7 +62,7 @@ def write_export(
 
 
 def check_export(run: str | Path, folder: str | Path) -> tuple[Path, Path]:
-    """Check the run folder and the folder to write; raises as `export_encoder`."""
+    """Check that ``run`` is a run and ``folder`` is new or empty, else raise a UserError; returns both as `Path`."""
     check_path(run, "RUN")
     check_path(folder, "FOLDER")
     run, folder = Path(run), Path(folder)

@@ -10,10 +10,10 @@ from huggingface_hub import constants
 
 from sslkit.errors import UserError, check_path
 from sslkit.files.atomic import refuse_links, sha256_of, write_file, write_text
-from sslkit.publish.card import CURVES
 from sslkit.publish.encoder_folder import check_license, new_folder
 from sslkit.publish.export import check_run, write_export
 from sslkit.publish.hub_upload import CHECKSUMS, PULL_REQUEST, HubUpload, parse_checksums
+from sslkit.publish.model_card import CURVES
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 REVISION = re.compile(r"(?=.{1,200}$)[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)*")
@@ -110,7 +110,7 @@ def _writable_parent(run: Path) -> Path:
 
 
 def _refuse_changes(folder: Path, repo_id: str) -> None:
-    """Raise `UserError` if the folder's files were changed manually, such as an improved card."""
+    """Raise `UserError` if a file in the folder was edited or added by hand, such as the model card."""
     if not folder.is_dir():
         return
     try:

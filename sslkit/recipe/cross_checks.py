@@ -30,7 +30,8 @@ def _pairs_that_do_not_fit(recipe: "Recipe") -> Iterator[str]:
     backbone, schedule, channels = recipe.backbone, recipe.schedule, recipe.data.channels
     warmup, epochs, keep_best = schedule.warmup_epochs, recipe.train.epochs, recipe.checkpoint.keep_best
     if warmup > epochs:
-        yield f"[schedule] warmup_epochs: {warmup:g} epochs of warm-up do not fit in [train] epochs = {epochs}"
+        fit = f"do not fit in [train] epochs = {epochs}; set warmup_epochs = {epochs / 10:g}"
+        yield f"[schedule] warmup_epochs: {warmup:g} epochs of warm-up {fit}"
     if schedule.decay == "steps" and not schedule.milestones:
         yield "[schedule] milestones: decay = 'steps' needs the epochs of the learning rate drops, such as [120, 160]"
     if backbone.img_size and not takes_image_size(backbone.name):

@@ -30,6 +30,18 @@ ACCUMULATION = (
     "accumulating gradients of small batches changes the loss, because every image meets fewer negatives; "
     "[train] micro_batch = n computes the loss and gradient of the whole batch in the memory of n images"
 )
+# Messages of pydantic in plainer words, by the type of the error.
+TYPE_MESSAGES = {
+    **dict.fromkeys(("float_parsing", "float_type"), "must be a number, such as 0.03"),
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "must be a whole number, such as 10"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "must be true or false"),
+    **dict.fromkeys(("string_type",), "must be text in quotes"),
+    "greater_than_equal": "must be {ge:g} or more",
+    "greater_than": "must be more than {gt:g}",
+    "less_than_equal": "must be {le:g} or less",
+    "less_than": "must be less than {lt:g}",
+    "literal_error": "must be one of {expected}",
+}
 UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
 ALL_TABLES = ("method", *TABLES, "reference")
 
@@ -105,9 +117,17 @@ def read_tables(file: Path) -> dict[str, Any]:
     except UserError:
         raise
     except (OSError, ValueError, RecursionError) as error:  # tomllib raises more than its own error
-        raise UserError(f"{file}: not a readable TOML file: {str(error)[:300]}") from error
+        raise UserError(
+            f"{file}: not a readable TOML file: {str(error)[:300]}{_toml_hint(file, str(error))}"
+        ) from error
     check_plain(tables, str(file))
     return tables
+
+
+def _toml_hint(file: Path, problem: str) -> str:
+    if file.suffix in (".yaml", ".yml", ".json"):
+        return "; recipes are TOML files: sslkit recipes show quickstart prints one"
+    return '; text needs quotes, as in name = "moco_v2"' if problem.startswith("Invalid value") else ""
 
 
 def load_saved(file: Path) -> Recipe:
@@ -183,6 +203,12 @@ def find_recipe(source: str | Path) -> Path:
         return path
     if path.stem in shipped and (str(source) == path.stem or path.parent.name == "recipes"):
         return shipped[path.stem]
+    if (path / "recipe.toml").is_file():
+        raise UserError(f"{source}: is a run folder, not a recipe; give {path / 'recipe.toml'}")
+    if path.is_dir():
+        raise UserError(
+            f"{source}: is a folder, not a recipe; to train on images in it, add --data {source} to a recipe"
+        )
     hint = near_miss(path.stem, shipped) or "; sslkit recipes lists the names"
     raise UserError(f"{source}: no such file, and no recipe of that name{hint}")
 
@@ -301,6 +327,7 @@ def _sentence(table: str, model: type[BaseModel], item: Any) -> str:
         return f"[{table}] {key}: unknown key{near_miss(key, known)}"
     if item["type"] == "missing":
         return f"[{table}] {key}: missing"
-    message = item["msg"].removeprefix("Value error, ")
+    plain = TYPE_MESSAGES.get(item["type"], "").format_map(item.get("ctx", {}))
+    message = plain or item["msg"].removeprefix("Value error, ")
     given = "" if isinstance(item["input"], dict) else f", not {item['input']!r}"
     return f"[{table}] {f'{key}: ' if key else ''}{message[0].lower()}{message[1:]}{given}"

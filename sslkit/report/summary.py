@@ -60,7 +60,7 @@ def _last(run: RunRecord, key: str) -> float | None:
 
 
 def alarms_of(run: RunRecord) -> list[Alarm]:
-    """Every alarm of a run once, active ones first."""
+    """The distinct alarms of a run: active ones first, then by first occurrence."""
     raised: dict[str, list[int]] = {}
     for index, row in enumerate(run.diagnostics):
         alarms = row.get("alarms")

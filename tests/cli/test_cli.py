@@ -93,7 +93,19 @@ def test_export_report_and_lists(capsys: pytest.CaptureFixture[str], trained: Pa
         (["pretrain", "quickstart", "--set", "train.epocs=3"], "[train] epocs: unknown key; did you mean 'epochs'?"),
         (["pretrain", "quickstart", "--backbone", "resnet19"], "timm has no model 'resnet19'; did you mean"),
         (["pretrain", "--method", "moco_v2"], "missing: --backbone, --data"),
-        (["eval", "knn", "/no/run", "--data", "builtin:fashion_mnist"], "/no/run: no run folder"),
+        (["pretrain", "quickstart", "--epochs", "5"], "write --set train.epochs=VALUE"),
+        (["pretrain", "quickstart", "train.epochs=5"], "write --set train.epochs=5"),
+        (["pretrain", "."], ".: is a folder, not a recipe; to train on images in it, add --data ."),
+        (["pretrain", "quickstart", "--method", "MoCo v22"], "did you mean 'moco_v2'?"),
+        (
+            ["pretrain", "quickstart", "--set", "optim.lr=0,03"],
+            "[optim] lr: must be a number, such as 0.03, not '0,03'",
+        ),
+        (["pretrain", "quickstart", "--set", "train.epochs=2.5"], "[train] epochs: must be a whole number"),
+        (["pretrain", "quickstart", "--set", "train.compile=ja"], "[train] compile: must be true or false, not 'ja'"),
+        (["pretrain", "quickstart", "--set", "optim.lr=-1"], "[optim] lr: must be 0 or more, not -1"),
+        (["pretrain", "quickstart", "--set", "schedule.warmup_epochs=50"], "set warmup_epochs = 0.5"),
+        (["eval", "knn", "/no/run", "--data", "builtin:fashion_mnist"], "/no/run: is not a run folder"),
         (["eval", "knn", "resnet18", "--data", "/no/data"], "[data] path"),
         (["eval", "knn", "resnet18"], "Missing option '--data'"),
         (["eval", "knn", "x", "--data", "y", "--k", "many"], "--k many: must be a number, or several"),
@@ -127,9 +139,13 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
 
 @pytest.mark.parametrize("module", ["sslkit", "sslkit.pretrain"])
 def test_module_doors_answer_help(module: str) -> None:
-    result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-X", "importtime", "-m", module, "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "Usage" in result.stdout
-    assert "torch" not in result.stderr
+    assert " typer\n" in result.stderr
+    slow = ("torch", "numpy", "datasets", "timm", "accelerate", "huggingface_hub", "pyarrow")
+    assert not [name for name in slow if f" {name}\n" in result.stderr]
+    assert module != "sslkit" or " pydantic\n" not in result.stderr
 
 
 def commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:

@@ -74,6 +74,7 @@ def test_it_trains_as_whole_copies_do(runs: Path) -> None:
         assert theirs["effective_rank"] == pytest.approx(mine["effective_rank"], rel=1e-3)
 
 
+@pytest.mark.full
 def test_the_monitor_scores_alike(runs: Path) -> None:
     one, other = (read_lines(runs / run / "results.jsonl") for run in ("whole", "parts"))
     assert [row["step"] for row in one] == [row["step"] for row in other] == [STEPS]

@@ -26,7 +26,7 @@ from sslkit.distributed.sharding import shard
 from sslkit.engine.gradient_cache import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.engine.setup import build_method
 from sslkit.evaluate.features.encoder import fingerprint
-from sslkit.methods import BatchInfo, Method, Progress, base, mechanisms, moco_v1, moco_v3, simclr
+from sslkit.methods import BatchInfo, Method, Progress, base, end_to_end, moco_v1, moco_v3, simclr
 from sslkit.parts import losses
 from sslkit.parts import memory_bank as bank
 from sslkit.parts.batchnorm import synchronise_batch_norm, synchronise_in_groups
@@ -234,7 +234,7 @@ def encoder_in_parts() -> float:
 
 MISTAKES: dict[str, tuple[object, str, object, str]] = {
     "gather without gradient": (simclr, "gather_rows_with_gradient", gather_rows, "simclr_vit"),
-    "keys gathered without gradient": (mechanisms, "gather_rows_with_gradient", gather_rows, "end_to_end_vit"),
+    "keys gathered without gradient": (end_to_end, "gather_rows_with_gradient", gather_rows, "end_to_end_vit"),
     "labels without the rank's offset": (moco_v3, "rank", lambda: 0, "v3_vit"),
     "own keys queued only": (moco_v1, "gather_rows", lambda rows: rows.detach(), "v2_vit"),
     "codes of the local batch": (losses, "sum_over_processes", lambda values: values, "swav_resnet"),

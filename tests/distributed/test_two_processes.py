@@ -50,6 +50,7 @@ def test_part_equals_the_whole_batch(differences: dict[str, float], check: str) 
     assert differences[check] < 1e-11
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_classic_mistake_of_distributed_code_is_seen(differences: dict[str, float], mistake: str) -> None:
     assert differences[f"mistake: {mistake}"] > 1e-4

@@ -101,6 +101,7 @@ def test_copies_of_encoder_and_data_have_one_hash(encoders: list[str], class_fol
         assert str(class_folders) not in json.dumps(first.protocol)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("what", ["name", "size", "content", "one less"])
 def test_other_images_have_another_hash(encoders: list[str], class_folders: Path, tmp_path: Path, what: str) -> None:
     data = copied(class_folders, tmp_path / "data")
@@ -126,6 +127,7 @@ def test_an_embedded_image_counts_by_its_bytes() -> None:
     assert images_digest(source.subset(np.array([0, 1, 2]))) in digests
 
 
+@pytest.mark.full
 def test_the_crop_is_the_encoders_own(encoders: list[str], class_folders: Path, tmp_path: Path) -> None:
     """A model's own crop is the same protocol as that crop asked for, and not that of a model with another."""
     own = load_encoder(encoders[0]).preprocessing

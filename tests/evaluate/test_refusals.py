@@ -205,5 +205,5 @@ def test_a_split_without_labels_is_not_picked(tmp_path: Path) -> None:
 
 
 def test_logistic_regression_has_no_epochs() -> None:
-    with pytest.raises(UserError, match="logistic has no epochs"):
+    with pytest.raises(UserError, match="does not apply to the protocol logistic"):
         evaluate_linear("test_resnet", DataConfig(path="builtin:fashion_mnist"), "logistic", epochs=5)

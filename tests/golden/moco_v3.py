@@ -101,11 +101,7 @@ def train_moco_v3(
         world_size: Number of emulated ranks; each takes an equal contiguous part of the queries against all
             keys, and the losses are averaged over the ranks.
 
-    Returns:
-        Losses and final state.
-
-    Raises:
-        ValueError: If a batch does not divide into the ranks.
+    Returns losses and final state; raises ValueError if a batch does not divide into the ranks.
     """
     base = nn.ModuleDict({"backbone": copy.deepcopy(backbone), "projector": copy.deepcopy(projector)}).train()
     predict = copy.deepcopy(predictor).train()

@@ -89,13 +89,13 @@ def hostile_checkpoints() -> dict[str, tuple[bytes, str]]:
     beyond = Call(BEYOND[0], typed, *BEYOND[2:])
     calls = {
         "zeros": (Call(bytearray, GIGABYTES), "bytearray, which is more than tensors"),
-        "a tensor beyond its storage": (beyond, "claim to be larger"),
-        "a tensor far off": (Call(BEYOND[0], typed, GIGABYTES // 4, (1,), (1,), *BEYOND[5:]), "claim to be larger"),
+        "a tensor beyond its storage": (beyond, "larger than the file"),
+        "a tensor far off": (Call(BEYOND[0], typed, GIGABYTES // 4, (1,), (1,), *BEYOND[5:]), "larger than the file"),
         "a copy of what is wide": (
             Call(_rebuild_device_tensor_from_cpu_tensor, wide, torch.float64, "cpu", False),
             "needs torch._utils._rebuild_device_tensor_from_cpu_tensor",
         ),
-        "a storage": (Call(torch.UntypedStorage, GIGABYTES), "asks for a call of torch"),
+        "a storage": (Call(torch.UntypedStorage, GIGABYTES), "contains a call of torch"),
         "a set": (Call(set, [1, 2]), "set, which is more than tensors"),
     }
     files = {
@@ -104,8 +104,8 @@ def hostile_checkpoints() -> dict[str, tuple[bytes, str]]:
         for old in (False, True)
     }
     return files | {
-        "longer, new": (longer(GIGABYTES // 4, old=False), "claim to be larger than the file"),
-        "longer, old": (longer(GIGABYTES // 4, old=True), "claim to be larger than the file"),
+        "longer, new": (longer(GIGABYTES // 4, old=False), "larger than the file"),
+        "longer, old": (longer(GIGABYTES // 4, old=True), "larger than the file"),
         "an object": (instructed(b"ccollections\nOrderedDict\n)\x81."), "the opcode NEWOBJ"),
         "a tensor of nothing": (instructed(b"ctorch\nFloatTensor\nJ\0\0\0\x7f\x85R."), "needs torch.FloatTensor"),
         "a word that doubles": (instructed(DOUBLED + b"."), "needs _codecs.encode, which"),

@@ -159,6 +159,7 @@ words = ["img_size", "patch_size", "depth", "embed_dim", "num_heads", "mlp_ratio
 arguments = st.dictionaries(st.sampled_from(words), trees)
 
 
+@pytest.mark.full
 @fuzz
 @given(mutated(CONFIG) | arguments.map(lambda args: json.dumps({**json.loads(CONFIG), "model_args": args}).encode()))
 def test_encoder_configs(content: bytes) -> None:

@@ -125,7 +125,7 @@ def test_one_byte_more_than_there_is(old: bool, tmp_path: Path) -> None:
     content = saved({"a": torch.zeros(1000)}, old=old)
     check_opcodes(written(tmp_path, content))
     shorter = patched(content, b"M\xe8\x03", b"M\xe7\x03", 1)  # the storage's length, which stands first
-    with pytest.raises(UserError, match="claim to be larger"):
+    with pytest.raises(UserError, match="larger than the file"):
         check_opcodes(written(tmp_path, shorter))
 
 

@@ -117,6 +117,7 @@ CONFIGS: dict[str, Any] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", CONFIGS)
 def test_encoder_folders_that_ask_for_too_much(run: Path, case: str) -> None:
     rewrite(run / "encoder" / "config.json", lambda config: config | CONFIGS[case])
@@ -247,6 +248,7 @@ def test_states_that_are_none(run: Path, case: str) -> None:
         newest_checkpoint(run / "checkpoints")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("text", [DEEP, "null", "{}", '{"files": []}', '{"files": {}}', '{"files": {"state.json": 1}}'])
 def test_manifests_that_are_none(run: Path, text: str) -> None:
     (run / "checkpoints" / "step-00000002" / "manifest.json").write_text(text)
@@ -309,6 +311,7 @@ def test_a_whole_number_beyond_all_floats_is_not_finite() -> None:
     assert number(10**299) == 1e299
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name",
     [

@@ -164,6 +164,7 @@ OPTIMIZERS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", OPTIMIZERS)
 def test_an_optimizer_that_is_none(run: Path, case: str) -> None:
     file = run / STEP / "optimizer.safetensors"

@@ -138,6 +138,7 @@ def test_each_mistake_of_a_recipe_has_a_line(tmp_path: Path, capsys: pytest.Capt
     assert [line.startswith("sslkit: command line [") for line in err.splitlines()] == [True, True]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("word", [WORDS[name] for name in ("escape", "line", "turned", "markup")])
 def test_tensors_and_configurations(word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "m"
@@ -182,6 +183,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["x[/]", "[bold]b[/bold]", "a\x1b[31m"])
 def test_folders_that_are_written(
     name: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -17,7 +17,7 @@ from sslkit.cluster import job
 from sslkit.cluster.submission import Resources, batch_file
 from sslkit.errors import TOKEN_VARIABLES, UserError, without_tokens
 from sslkit.publish import export_encoder, publish_run
-from sslkit.publish.card import model_card
+from sslkit.publish.model_card import model_card
 from sslkit.report.figures import to_json
 
 # In parts, so that no scanner takes this file for a leak.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sslkit.methods import base, moco_v1
 from sslkit.methods.byol import BYOL
-from sslkit.methods.mechanisms import EndToEnd
+from sslkit.methods.end_to_end import EndToEnd
 from sslkit.methods.moco_v1 import MoCoV1
 from sslkit.methods.moco_v3 import MoCoV3
 from sslkit.methods.swav import SwAV

@@ -8,7 +8,7 @@ from conftest import small_recipe
 from torch.nn.functional import cross_entropy, normalize
 
 from sslkit.engine.setup import build_method
-from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance, log_mean_exp
+from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance_loss, log_mean_exp
 
 
 @pytest.mark.parametrize(
@@ -28,12 +28,12 @@ def test_log_mean_exp_has_no_overflow() -> None:
 @pytest.mark.parametrize(
     ("contrast", "expected"),
     [
-        (info_nce_chance(65536, 0.07, 128, scale=1), 11.88),
-        (info_nce_chance(65536, 0.2, 128, scale=1), 11.188),
-        (info_nce_chance(4096, 0.1, 128, scale=1), 8.707),
-        (info_nce_chance(4095, 1.0, 256, scale=4), 33.279),
-        (info_nce_chance(4095, 0.2, 256, scale=0.8), 6.693),
-        (info_nce_chance(510, 0.5, 128, scale=1), 6.25),
+        (info_nce_chance_loss(65536, 0.07, 128, scale=1), 11.88),
+        (info_nce_chance_loss(65536, 0.2, 128, scale=1), 11.188),
+        (info_nce_chance_loss(4096, 0.1, 128, scale=1), 8.707),
+        (info_nce_chance_loss(4095, 1.0, 256, scale=4), 33.279),
+        (info_nce_chance_loss(4095, 0.2, 256, scale=0.8), 6.693),
+        (info_nce_chance_loss(510, 0.5, 128, scale=1), 6.25),
     ],
 )
 def test_levels_of_the_papers(contrast: ChanceLoss, expected: float) -> None:
@@ -43,7 +43,7 @@ def test_levels_of_the_papers(contrast: ChanceLoss, expected: float) -> None:
 def test_level_and_tolerance_hold_on_random_vectors() -> None:
     torch.manual_seed(0)
     query, queue = (normalize(torch.randn(rows, 32, dtype=torch.float64), dim=1) for rows in (256, 2048))
-    contrast = info_nce_chance(2048, 0.15, 32)
+    contrast = info_nce_chance_loss(2048, 0.15, 32)
     for similarity in (0.0, 1.0):
         positive = torch.full((256, 1), similarity, dtype=torch.float64)
         logits = torch.cat([positive, query @ queue.T], dim=1) / 0.15

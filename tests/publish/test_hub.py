@@ -118,6 +118,7 @@ def test_the_row_names_the_commit_that_was_scored(
     assert not hub.asked
 
 
+@pytest.mark.full
 def test_timms_own_weights_are_of_a_commit_too(hub: Hub, client: Client, class_folders: Path) -> None:
     name = "test_vit.r160_in1k"
     torch.manual_seed(5)
@@ -165,7 +166,7 @@ def hostile(good: Path) -> dict[str, tuple[dict[str, bytes], str]]:
         "elsewhere": (preprocessing(hf_hub_filename="evil.bin"), "would load weights from elsewhere"),
         "a-file": (preprocessing(file="/etc/passwd"), "would load weights from elsewhere"),
         "custom": (preprocessing(custom_load=True), "would load weights from elsewhere"),
-        "another-model": (of({"architecture": "hf_hub:user/encoder"}), "must be a timm model"),
+        "another-model": (of({"architecture": "hf_hub:user/encoder"}), "must be the name of a timm model"),
         "only-code": (
             {"config.json": of({})["config.json"], "pytorch_model.bin": b"cos\nsystem\n"},
             "cannot be downloaded",

@@ -131,6 +131,7 @@ def test_what_is_published_is_what_was_trained_and_loads_without_sslkit(
     assert sum(method == "GET" and "safetensors" in path for method, path in hub.asked) == 2
 
 
+@pytest.mark.full
 def test_the_cards_head_is_for_programs(run: Path, client: Client, hub: Hub) -> None:
     assert client.ask("publish", str(run), "--repo-id", "user/carded", "--dry-run")[0] == 0
     assert not hub.asked

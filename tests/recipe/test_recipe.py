@@ -94,7 +94,7 @@ def test_continued_weights_keep_their_position_embedding() -> None:
         ({"views": {"crop_scale": [0.5, 2]}}, r"\[views\] crop_scale: is a share"),
         ({"views": {"std": [0, 1, 1]}}, r"\[views\] std: must be positive"),
         ({"schedule": {"warmup_epochs": 900}}, r"\[schedule\] warmup_epochs: 900 epochs"),
-        ({"backbone": {"name": "resnet50", "pretrained": "weights.pth"}}, r"pretrained is true, false, 'hf_hub:"),
+        ({"backbone": {"name": "resnet50", "pretrained": "weights.pth"}}, r"pretrained: must be true, false, 'hf_hub:"),
         ({"monitor": {"every_epochs": 1}}, r"\[monitor\].*needs data"),
         ({"data": {"path": "x", "workers": -1}}, r"\[data\] workers"),
         ({"data": {"path": ""}}, r"\[data\] path"),

@@ -158,7 +158,7 @@ def decode_rgb(encoded: bytes, name: str, background: str = KEEP) -> Pixels:
     Grey is repeated, palettes are applied, CMYK is converted without a colour profile, 16-bit samples keep their high
     byte, and animations give their first frame. Except for 16-bit grey, the result equals Pillow's ``convert("RGB")``
     within one level. Transparent pixels are composited over ``background``; ``"keep"`` drops alpha. Raises
-    `UnreadableImage` if the bytes are no image, damaged, or too large, or samples do not fit into 8 bits.
+    `UnreadableImage` if the bytes are no image, damaged or too large, or of a sample type without an 8-bit form.
     """
     return decode_reduced(encoded, name, lambda _size: 1, background)[0]
 

@@ -66,7 +66,7 @@ def table_by_metadata(images: ImageFiles, files: list[Path]) -> datasets.Dataset
         images.notes.append(f"files that {which} names and that do not exist: {len(absent):,}, such as {absent[0]}")
     names = set(tables[0].column_names)
     if any(set(table.column_names) != names for table in tables):
-        raise UserError(f"[data] path: {files[0]} and {files[-1]} have different columns; give them the same")
+        raise UserError(f"[data] path: {files[0]} and {files[-1]} must have the same columns, as tables of one split")
     return datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
 
 

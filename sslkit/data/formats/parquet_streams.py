@@ -212,7 +212,7 @@ def match_files(pattern: str) -> list[str]:
         system, path = fsspec.core.url_to_fs(pattern)
         return sorted(map(system.unstrip_protocol, system.glob(path) if "*" in path else [path]))
     except Exception as error:  # unknown protocol, missing library, server that does not answer
-        raise UserError(f"[data] data_files: cannot look for {printable(pattern)}: {first_line(error)}") from error
+        raise UserError(f"[data] data_files: cannot list {printable(pattern)}: {first_line(error)}") from error
 
 
 def read_footers(files: list[str]) -> list[parquet.FileMetaData]:

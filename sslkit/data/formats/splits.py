@@ -63,7 +63,7 @@ def split_names(name: str) -> list[str]:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name has only words for splits and neutral ones: ``val2017``, ``Test Images``, not ``test_tube``."""
+    """Whether every word of a name is a split name or neutral: ``val2017``, ``Test Images``, but not ``test_tube``."""
     return all(word in KEYWORDS or word in NEUTRAL for word in words_of(name))
 
 

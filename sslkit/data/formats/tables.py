@@ -1,4 +1,4 @@
-"""Tables in Arrow and parquet files, which are not trusted, and the images and labels in them."""
+"""Read image and label columns of untrusted Arrow and Parquet files."""
 
 import base64
 import glob
@@ -180,7 +180,7 @@ def only_columns(table: datasets.Dataset, image: str, label: str | None) -> data
     try:
         return table.cast_column(image, datasets.Image(decode=False))
     except (pa.ArrowException, ValueError, TypeError) as error:
-        raise UserError(f"[data] image_column: {image!r} holds {feature}, not images") from error
+        raise UserError(f"[data] image_column: column {image!r} holds {feature}, not images; name another") from error
 
 
 def _text_problem(text: str) -> str:

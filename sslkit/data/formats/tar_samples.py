@@ -32,12 +32,12 @@ PACKED_ROWS = 65_536
 
 @dataclass(slots=True)
 class _Image:
-    """An image of a sample: its name and what follows the first dot, its position, and whether it is an annotation."""
+    """An image file of a sample."""
 
-    suffixes: str
-    name: bytes
-    member: str
-    annotation: bool
+    suffixes: str  # text after the first dot of the name, such as ``crop.png``
+    name: bytes  # in the tar file
+    member: str  # its location, as `member_text` writes it
+    annotation: bool  # the name is that of a mask or a depth map
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class _Index:
 def index_shards(
     files: list[Path], image: str | None, label: str | None, split: str = ALL
 ) -> tuple[datasets.Dataset, Columns, str]:
-    """Make a row for each image in tar files, in order. Return the rows, their columns, and what is read for messages.
+    """Make a row for each image in tar files, in order. Returns rows, columns, and a summary to log.
 
     If a sample has several images, those with a single suffix (``x.jpg``) are read and others (``x.crop.png``) are not.
     Files that are named like masks, depth maps or the like (``x.mask.png``) are only read if there are no others.

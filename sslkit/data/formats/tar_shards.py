@@ -178,6 +178,6 @@ def _pax(records: bytes, file: Path, at: int) -> tuple[bytes, int]:
 
 def _broken(file: Path, at: int, what: str) -> UserError:
     return UserError(
-        f"[data] path: {display_path(file)} cannot be read as a tar file: {what} (at byte {at}); pack it "
-        "again or leave it out"
+        f"[data] path: {display_path(file)} is not a readable tar file: {what} (at byte {at}); make it "
+        "again or remove it from the data"
     )

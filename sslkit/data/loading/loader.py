@@ -116,7 +116,7 @@ def _collate(items: list[Item]) -> Batch:
 
 
 def start_worker(_worker: int) -> None:
-    """Initialise a data worker: one thread, and no reaction to signals.
+    """Initialise a data worker: single-threaded, ignoring SIGINT and SIGUSR1; SIGTERM ends it after `WORKER_GRACE`.
 
     Schedulers and terminals signal the whole process group, but the training process needs one more batch to stop
     cleanly. A worker whose parent process has ended exits by itself.

@@ -13,7 +13,7 @@ HELD = 2  # batches that the training process holds
 
 
 def free_bytes(folder: Path = SHARED) -> int | None:
-    """Free shared memory, divided by the processes on this machine; None if batches are not stored there."""
+    """Free bytes of shared memory for each process on this machine; None if there is no shared memory."""
     try:
         status = os.statvfs(folder)
     except OSError:
@@ -61,7 +61,7 @@ def fitting_workers(batch_bytes: int, workers: int) -> int:
 
 @contextmanager
 def explain_death(batch_bytes: int = 0) -> Iterator[None]:
-    """Replace DataLoader's error about a dead worker by a `RunError` of one sentence."""
+    """Raise DataLoader's error about a dead worker as a `RunError` of one sentence."""
     try:
         yield
     except RuntimeError as error:

@@ -29,14 +29,14 @@ class Interleave:
 
 @dataclass(frozen=True)
 class StreamOrder:
-    """The order of the rows of a stream."""
+    """An `OrderPlan` for sources that are read in row groups: shuffles the groups, then images within windows."""
 
     sizes: tuple[int, ...]  # number of rows of each row group
-    buffer: int  # images held in memory at a time, by all processes and their workers together
+    buffer: int  # images held in memory, in total over all processes and workers
 
     @cached_property
     def starts(self) -> Indices:
-        """Index of the first row of each row group, and the number of rows."""
+        """Index of the first row of each row group, followed by the total number of rows."""
         return np.cumsum([0, *self.sizes], dtype=np.int64)
 
     @property
@@ -45,7 +45,11 @@ class StreamOrder:
         return float(self.starts[-1]) / len(self.sizes)
 
     def interleave(self, batch_size: int) -> Interleave:
-        """As many segments as the buffer has room for row groups; powers of two, each at least two groups long."""
+        """Choose the number of segments that an epoch is cut into.
+
+        It is the largest power of two for which one row group of each segment fits into ``buffer``, and a segment has
+        at least two row groups on average.
+        """
         room = min(self.buffer / self.mean_size, len(self.sizes) / 2)
         exponent = math.frexp(max(room, 1.0))[1] - 1
         width = math.gcd(2 ** -(-exponent // 2), batch_size)

@@ -53,8 +53,8 @@ def _read_idx_fashion_mnist(folder: Path, split: str) -> datasets.Dataset:
     labels = read_idx(folder / f"{stem}-labels-idx1-ubyte.gz", num_axes=1)
     if len(images) != len(labels) or labels.max() > 9:
         raise UserError(
-            f"[data] data_dir: {folder} has {len(images)} images and {len(labels)} labels up to {labels.max()}; there "
-            "must be one label from 0 to 9 for each image"
+            f"[data] data_dir: {folder} has {len(images)} images, {len(labels)} labels and the largest label "
+            f"{labels.max()}; there must be one label from 0 to 9 for each image"
         )
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(10)})
     rows = [{"image": pixels, "label": int(label)} for pixels, label in zip(images, labels, strict=True)]

@@ -36,8 +36,8 @@ def detect_layout(config: SourceConfig) -> DatasetLayout:
         _refuse(config, ("data_files",), "a bundled data set")
         if config.data_dir is not None and config.name != "full":
             raise UserError(
-                f"[data] data_dir: {config.path} comes with sslkit; to read all its images from the files in data_dir, "
-                'give name = "full" too, else leave data_dir out'
+                f"[data] data_dir: applies to {config.path} only with [data] name = 'full', which reads all images "
+                "from files there; set it, or leave data_dir out"
             )
         return DatasetLayout(BUNDLED)
     if config.path in LOADERS:
@@ -81,7 +81,7 @@ def _by_loader(config: SourceConfig) -> DatasetLayout:
         raise UserError(f"[data] data_dir: path = {config.path!r} needs data_dir or data_files")
     folder = Path(config.data_dir).expanduser()
     if not folder.is_dir():
-        raise UserError(f"[data] data_dir: no folder {str(folder)!r}")
+        raise UserError(f"[data] data_dir: {str(folder)!r} is not a folder")
     return DatasetLayout(config.path, folder)
 
 

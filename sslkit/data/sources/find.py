@@ -53,7 +53,7 @@ class FoundData:
 
 
 def available_splits(config: SourceConfig) -> list[str]:
-    """Names of the splits of a source; empty if they are not known before loading it."""
+    """Names of the splits of a source: ``["train"]`` if a local source names none, empty if still unknown."""
     layout = detect_layout(config)
     if layout.loader == BUNDLED:
         return list(BUILTIN_SPLITS)

@@ -155,7 +155,7 @@ class ImageSource:
         return replace(self, table=self.table.select(indices), plan=None)
 
     def holding(self, groups: int) -> "ImageSource":
-        """The same images, with so many row groups of a stream kept in memory."""
+        """The same images; up to ``groups`` row groups of a stream are kept in memory."""
         return replace(self, table=self.table.holding(groups))
 
     def sample(self, count: int, seed: int) -> NDArray[np.int64]:

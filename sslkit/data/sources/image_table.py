@@ -57,7 +57,7 @@ class ImageTable(Protocol):
         """The same images without labels."""
 
     def holding(self, groups: int) -> Self:
-        """The same rows, with so many row groups kept in memory. Changes nothing if there are no row groups."""
+        """The same rows; up to ``groups`` row groups are kept in memory. Changes nothing if there are no row groups."""
         return self
 
     def sample(self, count: int, seed: int) -> NDArray[np.int64]:

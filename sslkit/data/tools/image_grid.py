@@ -1,4 +1,4 @@
-"""Several images as the tiles of one."""
+"""Arrange several images as tiles of one image."""
 
 from collections.abc import Sequence
 

@@ -75,7 +75,7 @@ def _measure(source: ImageSource, index: int) -> _ImageStats:
 
 
 def _header(encoded: bytes, name: str, pixels: Pixels) -> Header:
-    """The metadata of an image; for a TIFF with several channels, which Pillow cannot open, that of its pixels."""
+    """The metadata of an image. For a TIFF not of three channels, which Pillow may refuse, that of its pixels."""
     if encoded[:4] in TIFF and pixels.shape[2] != 3:
         return Header("TIFF", f"{pixels.shape[2]} channels", pixels.shape[1], pixels.shape[0], 1)
     return read_header(encoded, name)

@@ -55,21 +55,13 @@ class Packing:
 
 @dataclass
 class Packed:
-    """The result of `pack`, for a data set or a shard.
+    """The result of `pack`, for a data set or a shard."""
 
-    Attributes:
-        images: Number of packed images.
-        shrunk: Number of them that were resized.
-        bytes_before: Size of the packed images before.
-        bytes_after: Size of the packed images after.
-        left_out: ``name`` and ``reason`` of each unreadable image.
-    """
-
-    images: int = 0
-    shrunk: int = 0
-    bytes_before: int = 0
+    images: int = 0  # number of packed images
+    shrunk: int = 0  # number of them that were resized
+    bytes_before: int = 0  # of the packed images
     bytes_after: int = 0
-    left_out: list[dict[str, str]] = field(default_factory=list)
+    left_out: list[dict[str, str]] = field(default_factory=list)  # name and reason of each unreadable image
 
 
 def sufficient_side(views: ViewsConfig) -> int:

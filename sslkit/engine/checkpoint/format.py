@@ -35,21 +35,13 @@ MAX_STATE_BYTES = 2**24
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read.
+    """A checkpoint in memory."""
 
-    Attributes:
-        step: Number of updates.
-        model: State dict of the method.
-        optimizer: Tensors by ``parameter name/slot``.
-        state: Content of ``state.json``: optimizer scalars, loss scale, recipe, recovery state.
-        folder: Its path; None if it was not read from the disk.
-    """
-
-    step: int
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    state: dict[str, Any]
-    folder: Path | None = None
+    step: int  # number of updates
+    model: dict[str, Tensor]  # state dict of the method
+    optimizer: dict[str, Tensor]  # by ``parameter name/slot``
+    state: dict[str, Any]  # content of ``state.json``; see `SavedState`
+    folder: Path | None = None  # None if it was not read from the disk
 
 
 class ManifestEntry(BaseModel):

@@ -31,9 +31,9 @@ def monitor_scores(results: Path, evaluation: str) -> dict[int, float]:
 def reasons_to_keep(
     steps: set[int], rules: CheckpointConfig, steps_per_epoch: int, scores: dict[int, float]
 ) -> dict[int, str]:
-    """Which of ``steps`` keep their checkpoints by the ``[checkpoint]`` table, and why.
+    """Map each step whose checkpoint the ``[checkpoint]`` table retains to the reasons.
 
-    ``scores`` has the accuracy by step for ``keep_best``; of equal scores, the earliest is the best.
+    ``scores`` has the accuracy by step for ``keep_best``; the earliest of equal scores wins.
     """
     reasons: dict[int, list[str]] = {}
     for step in sorted(steps, reverse=True)[: rules.keep]:

@@ -107,7 +107,7 @@ class RunLogger:
             self.log_message(line)
 
     def log_message(self, message: str) -> None:
-        """Print a line that stays."""
+        """Print a line above the progress line; on the first process only."""
         if self.active:
             with suppress(OSError):  # standard output may be a file on a disk that is full
                 print_line(message, console=self.console)

@@ -3,7 +3,7 @@
     capsules/step-00001234/   model.safetensors   capsule.json
 
 It holds the weights before the step, with teacher and queue. It names the images without holding them: views depend on
-(seed, epoch, sample, view) alone, and so does every other random draw.
+(seed, epoch, sample, view) alone, and so does every other random draw. Names on disk are those of earlier versions.
 """
 
 from pathlib import Path
@@ -48,7 +48,7 @@ def try_to_write_crash_dump(
     """Write a crash dump of step ``step`` (from 0), which was refused because of ``problem``; the first process does.
 
     Returns:
-        The folder of the dump, on every process. Empty if there is none: the previous step was bad too, there are
+        The folder of the dump, on the first process. Empty if there is none: the previous step was bad too, there are
         `MAX_DUMPS` already, the disk is full, or the weights are sharded.
     """
     folder = run_folder / "capsules" / f"step-{step:08d}"

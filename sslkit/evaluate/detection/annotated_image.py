@@ -1,4 +1,4 @@
-"""An image with annotated objects."""
+"""The data class of an image and its annotated objects."""
 
 import reprlib
 from collections.abc import Sequence

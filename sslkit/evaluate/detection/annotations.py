@@ -57,7 +57,7 @@ def open_annotated(
         raise UserError(f"--data: {folder} is not a folder")
     years, files = voc.find_years(folder), coco.find_splits(folder)
     if not years and not files:
-        raise UserError(f"--data: {folder} is in neither format: {FORMATS}")
+        raise UserError(f"--data: {folder} has neither format: {FORMATS}")
     splits = voc.splits_of(years) if years else list(files)
     test_split = _choose(folder, splits, test_split, "--test-split", ("test", "val", "valid", "validation"))
     preferred = ("trainval", "train") if test_split.startswith("test") else ("train",)

@@ -111,7 +111,7 @@ def _find_folder(file: Path, folders: list[Path], names: list[str]) -> Path:
             return folder
     best = min(folders, key=lambda folder: len(missing[folder]))
     if len(missing[best]) == len(names):
-        raise UserError(f"{file}: its image {names[0]} is in none of {', '.join(map(str, folders))}")
+        raise UserError(f"{file}: none of its images, such as {names[0]}, is in {' or '.join(map(str, folders))}")
     raise UserError(
         f"{file}: {len(missing[best])} of its {len(names)} images are not in {best}, such as {missing[best][0]}; "
         "add the files or remove their rows"

@@ -103,7 +103,7 @@ def load_encoder(name: str) -> Encoder:
         return replace(_load_folder(found.folder, found.description), revision=found.revision)
     if not timm.is_model(name):
         hint = near_miss(name, timm.list_pretrained())
-        raise UserError(f"{name}: no run folder, no exported folder and no timm model{hint}")
+        raise UserError(f"{name}: is not a run folder, an exported folder or a timm model{hint}")
     return _load_from_timm(name)
 
 

@@ -116,7 +116,7 @@ class _Extraction:
                     self.in_memory[key, number] = features
 
     def _merge(self, key: str) -> Tensor:
-        """Merge the shards into one memory-mapped file, or in memory if it cannot be written."""
+        """Concatenate the shards into one memory-mapped file; if it cannot be written, in memory."""
         merged = self.folder / key / MERGED
         features = _load(merged, self.count)
         if features is None:
@@ -175,16 +175,25 @@ class _Extraction:
         """Remove the shards of a merged file, and temporary files of killed processes."""
         if not _is_whole(entry / MERGED, self.count):
             return
-        for file in [*entry.glob("part-*"), *entry.glob(".*")]:
+        for file in _files_of(entry):
             with suppress(OSError):
-                if not file.name.startswith(".") or time.time() - file.stat().st_mtime > STALE_SECONDS:
+                is_stale = file.name.startswith(".") and time.time() - file.stat().st_mtime > STALE_SECONDS
+                if is_stale or file.name.startswith("part-"):
                     file.unlink()
+
+
+def _files_of(entry: Path) -> list[Path]:
+    """The files of an entry; none if another process removed it, perhaps in this moment."""
+    try:
+        return list(entry.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def _size(entry: Path) -> int:
     """Size of an entry's files in bytes."""
     total = 0
-    for file in entry.glob("*"):  # no files if another process removed the entry
+    for file in _files_of(entry):
         with suppress(FileNotFoundError):
             total += file.stat().st_size
     return total

@@ -149,7 +149,8 @@ def uniformity(embeddings: Tensor) -> float:
 def similarity_histograms(first: Tensor, second: Tensor) -> tuple[list[int], list[int]]:
     """Histograms of cosine similarities in the bins of `HISTOGRAM_EDGES`: of positive and of negative pairs.
 
-    Positive pairs are the N first and second views (N, D) of the same image, negative pairs the N (N - 1) others.
+    ``first`` and ``second`` (N, D) are two views of N images. Rows of equal index are the N positive pairs, all others
+    the N (N - 1) negative pairs.
     """
     similarity = _similarities(first, second)
     own = torch.eye(len(similarity), dtype=torch.bool)

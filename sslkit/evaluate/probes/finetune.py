@@ -169,7 +169,7 @@ def _even_batch_size(protocol: FinetuneProtocol, num_images: int) -> int:
     """The batch size, at most the number of images, and even because mixup takes pairs."""
     batch_size = min(protocol.batch_size, num_images)
     if batch_size < 2:
-        raise UserError(f"finetune: needs at least 2 labelled images and --batch-size 2, not {batch_size}")
+        raise UserError(f"finetune: needs 2 or more labelled images and a --batch-size of 2 or more, not {batch_size}")
     return batch_size - batch_size % 2
 
 

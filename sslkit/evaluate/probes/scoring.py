@@ -104,7 +104,7 @@ def evaluate_linear(
         epochs: Epochs of the SGD protocols; 0 for the paper's.
     """
     if epochs and protocol == "logistic":
-        raise UserError("--epochs: logistic has no epochs, it runs to convergence; omit it or use another protocol")
+        raise UserError("--epochs: does not apply to the protocol logistic, which runs to convergence; omit it")
     readout = readout or Readout()
     pair = _open_splits(data, splits)
     own, encoders = frozen_encoders(model, baselines, readout)

@@ -164,7 +164,7 @@ def match_tensors(shapes: Shapes) -> tuple[CheckpointFormat, list[TensorMatch]]:
         matches.append(TensorMatch(own, tuple(shapes[own]), "" if why else timm_name(inside), why))
     kept = [match.kept_as for match in matches if match.kept_as]
     if duplicates := sorted(name for name in set(kept) if kept.count(name) > 1):
-        raise UserError(f"{duplicates[0]!r} is in the file twice, under equivalent names")
+        raise UserError(f"two tensors of the file are {duplicates[0]!r}")
     return source, matches
 
 
@@ -220,7 +220,7 @@ def guess_backbone(shapes: Shapes) -> str:
     elif len(patches) == 4:
         found = VITS.get((patches[0], _count(shapes, "blocks"), patches[2]))
     elif any(name.startswith("patch_embed.proj.0.") for name in shapes):
-        raise UserError("a ViT with a convolutional stem (MoCo v3's vit_conv_*), which timm does not have")
+        raise UserError("is a ViT with a convolutional stem (MoCo v3's vit_conv_*), which timm does not have")
     if found is None:
         raise UserError("cannot tell the encoder from its shapes; name its timm model with --backbone")
     return found

@@ -164,7 +164,8 @@ def _read_weights_only(file: Path) -> Any:
 def _identify(file: Path) -> tuple[str, str]:
     """The authors' name of a file that they published, by its MD5; else empty. And the SHA-256 of the file."""
     if not file.is_file():
-        raise UserError(f"{file}: no such file; give a checkpoint, such as moco_v2_800ep_pretrain.pth.tar")
+        what = "is a folder" if file.is_dir() else "no such file"
+        raise UserError(f"{file}: {what}; give a checkpoint, such as moco_v2_800ep_pretrain.pth.tar")
     try:
         with file.open("rb") as stream:
             md5 = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

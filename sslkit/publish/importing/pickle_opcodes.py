@@ -149,7 +149,7 @@ class _OpcodeChecker:
         if self.storages.setdefault(key, count * item_bytes) != count * item_bytes:
             raise UserError(f"storage {key:.50} has two lengths")
         if sum(self.storages.values()) > self.limit:
-            raise UserError("its tensors claim to be larger than the file")
+            raise UserError("has tensors that are larger than the file")
         if view and view[0] is not None:
             _name, start, length = view[0]
             _require(_is_count(start) and _is_count(length) and start + length <= count, "a view beyond its storage")
@@ -243,7 +243,7 @@ def _check_tensor(name: str, arguments: tuple[Any, ...]) -> None:
         return
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
     if (last + 1) * item_bytes > storage.num_bytes:
-        raise UserError("its tensors claim to be larger than the file's storages")
+        raise UserError("has tensors that are larger than the file's storages")
 
 
 def _is_count(value: Any) -> bool:
@@ -255,7 +255,7 @@ def _are_counts(value: Any) -> bool:
 
 
 def _check_key(key: Any) -> None:
-    """Check a key, which is hashed: nested tuples could take forever."""
+    """Check a dictionary key. Nested tuples could take exponential time to hash, so they may hold plain values only."""
     parts = key if isinstance(key, tuple) else (key,)
     plain = all(isinstance(each, str | bytes | int | float | None) for each in parts)
     _require(plain, "a key that is neither text nor a number")
@@ -263,7 +263,7 @@ def _check_key(key: Any) -> None:
 
 def _require(condition: bool, otherwise: str) -> None:
     if not condition:
-        raise UserError(f"asks for {otherwise}, which no state dict needs, so it was not loaded")
+        raise UserError(f"contains {otherwise}, which no state dict does; it was not loaded")
 
 
 _Handler = Callable[[list[Any], Any], Any]

@@ -20,7 +20,7 @@ from sslkit.data.augment.cpu import ViewPipeline, resize
 from sslkit.data.augment.multichannel import resize_channels
 from sslkit.data.augment.parameters import ViewParams, draw_params
 from sslkit.data.augment.views_config import ViewsConfig
-from sslkit.engine.run_folder.layout import with_defaults
+from sslkit.engine.run_folder.resume import with_defaults
 from sslkit.errors import UserError
 from sslkit.recipe.resolve import build_recipe, changes, load_recipe, load_saved
 
@@ -125,6 +125,7 @@ def photograph() -> NDArray[np.uint8]:
     return np.ascontiguousarray(load_sample_images().images[0][:375, :500])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("size", VALUES["crops"])
 def test_simclrs_crops_are_distributed_as_tensorflows(size: str) -> None:
     height, width = map(int, size.split())

@@ -19,7 +19,7 @@ from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.loading.loader import make_loader
 from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import DataConfig, open_source
-from sslkit.engine.run_folder.layout import check_folder
+from sslkit.engine.run_folder.resume import check_folder
 from sslkit.errors import UserError
 from sslkit.recipe.resolve import Recipe, build_recipe, load_recipe
 from sslkit.report.gallery.view_gallery import describe_views

@@ -85,10 +85,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"global1": {"size": 96}}, "size: both global views have [views] size; leave it out"),
     ({"global1": {"blur_prop": 0.5}}, "[views.global1] blur_prop: unknown key; did you mean 'blur_prob'?"),
     ({"local": {"number": 6}}, "[views.local] number: unknown key"),
-    ({"global2": {"blur_prob": 1.5}}, "[views.global2] blur_prob: input should be less than or equal to 1, not 1.5"),
+    ({"global2": {"blur_prob": 1.5}}, "[views.global2] blur_prob: must be 1 or less, not 1.5"),
     ({"global2": {"crop_scale": [0.9, 0.1]}}, "[views.global2] crop_scale: must be two positive numbers"),
     ({"global2": 0.5}, "[views] global2: input should be a valid dictionary"),
-    ({"blur_prob": [0.1, 0.2, 0.3]}, "[views] blur_prob: input should be a valid number"),
+    ({"blur_prob": [0.1, 0.2, 0.3]}, "[views] blur_prob: must be a number"),
     ({"crop_sampler": "none"}, "crop_sampler: 'none' is for a pipeline file that crops"),
     (
         {"policy": "simclr", "global2": {"crop_scale": [0.01, 0.05]}},

@@ -59,6 +59,7 @@ def peak_of(content: bytes, queue: "multiprocessing.Queue[tuple[int, str]]") -> 
         queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error.reason))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "content", [png_of_size(30_000, 30_000), webp_of_size(16_000, 16_000), png_of_size(9000, 9000)]
 )

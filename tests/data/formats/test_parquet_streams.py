@@ -182,7 +182,7 @@ def test_an_address_is_read_in_place_and_a_loss_of_it_is_a_sentence(
         source.read(0)
     with pytest.raises(UserError, match="no file matches memory://gone"):
         streamed("parquet", data_files="memory://gone/*.parquet")
-    with pytest.raises(UserError, match="cannot look for nosuch://photos"):
+    with pytest.raises(UserError, match="cannot list nosuch://photos"):
         streamed("parquet", data_files="nosuch://photos/*.parquet")
 
 

@@ -182,7 +182,7 @@ def test_cut_short_shows_at_the_image_that_is(tmp_path: Path) -> None:
         read(whole)
     whole.write_bytes(content[: places[2]] + b"junk" * 128 + content[places[2] + 512 :])
     with pytest.raises(
-        UserError, match=rf"a\.tar cannot be read as a tar file: an invalid header \(at byte {places[2]}\)"
+        UserError, match=rf"a\.tar is not a readable tar file: an invalid header \(at byte {places[2]}\)"
     ):
         read(whole)
 

@@ -50,6 +50,7 @@ def test_processes_of_a_machine_share_it(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert shared == pytest.approx(alone / 8, rel=0.05)  # others write to the disk meanwhile
 
 
+@pytest.mark.full
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
 def test_a_run_with_hardly_any_says_so_at_once(tmp_path: Path) -> None:
     """A mount name space of its own whose /dev/shm holds 300 kB."""

@@ -70,6 +70,7 @@ def test_a_death_is_not_raised_in_the_middle_of_something_else(source: ImageSour
     assert len(list(batches)) == STEPS - 3
 
 
+@pytest.mark.full
 def test_a_stopped_worker_is_replaced(source: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = list(loader_of(source, [], workers=0))
     said: list[str] = []
@@ -115,6 +116,7 @@ class Slow(HangsAt):
         return ImageSource.encoded(self, index)
 
 
+@pytest.mark.full
 def test_a_slow_image_is_waited_for(source: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crew, "POLL", 0.2)
     said: list[str] = []

@@ -68,6 +68,7 @@ def reads(plan: StreamOrder, batch: int, world: int, workers: int, rank: int, wo
     return fetched
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("world", "workers"), [(1, 1), (1, 4), (2, 2), (4, 2), (2, 3)])
 def test_processes_and_workers_read_row_groups_of_their_own(world: int, workers: int) -> None:
     plan, batch = StreamOrder((100,) * 640, 6400), 64

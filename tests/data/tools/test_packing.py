@@ -114,6 +114,7 @@ def test_bad_images_are_left_out_and_listed(tmp_path: Path) -> None:
     assert all(min(after.read(index).shape[:2]) <= SIDE for index in range(len(after)))
 
 
+@pytest.mark.full
 def test_workers_and_interruptions_change_no_byte(photos: Path, tmp_path: Path) -> None:
     source, packing = open_folder(photos), Packing(SIDE, shard_images=8)
     pack(source, tmp_path / "one/train", packing)
@@ -205,6 +206,7 @@ def test_what_a_stranger_left_is_not_written_through(photos: Path, tmp_path: Pat
     assert not any(file.is_symlink() for file in (other / "train").iterdir())
 
 
+@pytest.mark.full
 def test_one_process_packs_into_a_folder(photos: Path, tmp_path: Path) -> None:
     hold = (
         "import sys\nfrom pathlib import Path\nfrom sslkit.data.tools.packing import _exclusive_lock\n"

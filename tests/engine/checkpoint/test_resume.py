@@ -59,6 +59,7 @@ def test_stopping_anywhere_changes_no_bit(name: str, optimizer: str, tmp_path: P
     assert [r["loss"] for r in run.metrics()] == [r["loss"] for r in undisturbed.metrics()]
 
 
+@pytest.mark.full
 def test_killed_in_mid_flight(tmp_path: Path) -> None:
     """SIGKILL from outside at an arbitrary moment, then the same command again."""
     recipe_file = tmp_path / "recipe.toml"

@@ -101,6 +101,7 @@ def test_no_room_at_the_end_is_an_error_and_nothing_is_lost(tmp_path: Path) -> N
     assert f"from step {checkpoint.step} of 40" in said
 
 
+@pytest.mark.full
 def test_a_folder_has_one_run_and_a_dead_one_does_not_block(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, train=LONG)
     process = start(pretrain(recipe, tmp_path / "run"))
@@ -130,6 +131,7 @@ def test_which_checkpoints_stay(tmp_path: Path) -> None:
     assert saved(tmp_path / "run") == [f"step-{step:08d}" for step in sorted({best, 8, 16, 20})]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("manifest", "words"),
     [

@@ -38,7 +38,7 @@ def test_weights_that_drift_apart_are_found_by_name(tmp_path: Path) -> None:
     process = start(saboteur("drift", 3, 1, recipe, tmp_path / "run"), processes=2)
     said = finish(process, timeout=120)
     assert process.returncode not in (0, None)
-    assert "step 4: the processes have drifted apart: process 1 has another projector." in said, said
+    assert "step 4: the processes have diverged: process 1 has a different projector." in said, said
     assert len(read_lines(tmp_path / "run/metrics.jsonl")) <= 4
 
 
@@ -57,7 +57,7 @@ def test_processes_with_different_recipes_do_not_start(tmp_path: Path) -> None:
     process = start([str(script), str(tmp_path / "run")], processes=2)
     said = finish(process, timeout=120)
     assert process.returncode not in (0, None)
-    assert "the processes do not agree: process 1 has another recipe than process 0" in said
+    assert "the processes do not agree: process 1 has a different recipe than process 0" in said
     assert not (tmp_path / "run").exists()
 
 

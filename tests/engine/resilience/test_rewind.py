@@ -152,6 +152,7 @@ def test_points_are_few_where_the_recipe_names_none() -> None:
     assert [step for step in range(1, 500) if is_rewind_point(epochs, 62, step)] == [186, 372]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("optimizer", ["sgd", "lamb"])
 def test_the_start_is_the_start(optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Going back to the start gives what a run gives that takes the other order of images from the start."""

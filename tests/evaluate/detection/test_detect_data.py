@@ -87,7 +87,7 @@ def test_other_layouts(rendered: Callable[[str], Path], tmp_path: Path) -> None:
 def test_bad_folders_get_one_sentence(rendered: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a folder"):
         open_annotated(tmp_path / "none")
-    with pytest.raises(UserError, match="in neither format"):
+    with pytest.raises(UserError, match="has neither format"):
         open_annotated(tmp_path)
     with pytest.raises(UserError, match="has no split 'vall'; did you mean 'val'"):
         open_annotated(rendered("coco"), test_split="vall")

@@ -52,7 +52,9 @@ def remove(store: FeatureStore) -> None:
 
 
 @pytest.mark.parametrize("other", [finish_first, remove])
-@pytest.mark.parametrize("moment", ["_load", "_is_whole", "_write_rows", "_size", "_tidy", "_merge", "_rows"])
+@pytest.mark.parametrize(
+    "moment", ["_load", "_is_whole", "_write_rows", "_files_of", "_size", "_tidy", "_merge", "_rows"]
+)
 def test_at_whatever_moment_another_process_interferes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, other: Callable[[FeatureStore], None]
 ) -> None:

@@ -60,6 +60,7 @@ def features(module: torch.nn.Module, size: tuple[int, ...]) -> torch.Tensor:
     return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("num_classes", [0, 7])
 @pytest.mark.parametrize("name", MODELS)
 def test_features_are_those_of_the_saved_model(

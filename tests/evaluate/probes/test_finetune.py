@@ -157,7 +157,7 @@ def test_a_batch_that_is_odd(two_classes: tuple[ImageSource, torch.Tensor], batc
     protocol = replace(FinetuneProtocol.from_name("deit"), epochs=1, batch_size=batch_size)
     chosen = source.subset(np.arange(20))
     if batch_size == 1:
-        with pytest.raises(UserError, match="--batch-size 2"):
+        with pytest.raises(UserError, match="--batch-size of 2"):
             finetune(encoder_of("test_resnet"), chosen, labels[:20], 2, protocol)
     else:
         finetune(encoder_of("test_resnet"), chosen, labels[:20], 2, protocol)
