@@ -26,7 +26,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         UserError: The number of processes is not the one that the recipe or the launcher's command asks for, or the
             precision needs a GPU and there is none.
     """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started = processes_started()
     asked = recipe.train.processes or _asked_of_launcher()
     if asked and asked != started:
         raise UserError(
@@ -51,6 +51,11 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             ),
         ],
     )
+
+
+def processes_started() -> int:
+    """Number of processes that the launcher started, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def processes_here() -> int:

@@ -40,6 +40,7 @@ ViewCount = int | tuple[int, int | None]
 Negatives = Literal["none", "batch", "queue", "bank"]
 VIEW_ROLES = ("global", "local")
 HALF_LIFE_SHARE = 0.05  # of the images of a run: docs/plan.md
+SHORTEST_HALF_LIFE = 7  # updates: momentum 0.9; a faster teacher gives inconsistent keys (MoCo v1, table 3)
 LONGEST_HALF_LIFE = 177_000.0  # images: momentum 0.999 at batch size 256 (MoCo v1)
 
 
@@ -101,8 +102,9 @@ class MomentumOptions(MethodOptions):
     def fitted_half_life(cls, start: Progress) -> "dict[str, Fitted]":
         """A half-life of the teacher that fits the length of a run."""
         images = start.total_updates * start.batch_size
-        half_life = min(HALF_LIFE_SHARE * images, LONGEST_HALF_LIFE)
-        reason = f"the teacher lags by {half_life / images:.0%} of the run"
+        half_life = max(min(HALF_LIFE_SHARE * images, LONGEST_HALF_LIFE), SHORTEST_HALF_LIFE * start.batch_size)
+        momentum = half_life_momentum(start.batch_size, half_life)
+        reason = f"the teacher's, in images: {half_life / images:.0%} of the run (momentum {momentum:.3g})"
         return {"momentum_half_life": Fitted(float(round(half_life)), reason)}
 
 
@@ -203,6 +205,11 @@ class Method(nn.Module, ABC):
             start: The start of the run, with its number of updates and its batch size.
         """
         return {}
+
+    @staticmethod
+    def negatives_below(num_images: int, most: int) -> int:
+        """A power of two well below the number of images, so that negatives are of other images than the query."""
+        return min(1 << max(num_images // 2, 2).bit_length() - 1, most)
 
     @classmethod
     def remark_on_batch(cls, options: Any, batch_size: int) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import nn
 
-from sslkit.methods.base import BatchInfo, Features, Method, MomentumOptions, PaperRun, Step
+from sslkit.methods.base import BatchInfo, Features, Fitted, Method, MomentumOptions, PaperRun, Step
 from sslkit.parts.backbone import Family
 from sslkit.parts.chance_loss import ChanceLoss
 from sslkit.parts.heads import byol_mlp
@@ -67,6 +67,13 @@ class BYOL(Method):
     def after_update(self, progress: Progress) -> dict[str, float]:
         # The official schedule is at 0 for the move after the first update; MoCo v3's is one step further.
         return self.update_teachers(replace(progress, updates=progress.updates - 1))
+
+    @classmethod
+    def fitted_options(cls, num_images: int, start: Progress) -> dict[str, Fitted]:
+        return {
+            "hidden_dim": Fitted(1024, "the paper's width of 4096 is for a million images"),
+            **MomentumOptions.fitted_half_life(start),
+        }
 
     def chance_loss(self, batch_size: int) -> ChanceLoss:
         return ChanceLoss(4.0, "2 - 2 cos in both directions", self.options.dim)

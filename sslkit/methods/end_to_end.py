@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sslkit.distributed.collectives import gather_rows_with_gradient, rank
-from sslkit.methods.base import BatchInfo, Features, Method, MethodOptions, Step
+from sslkit.methods.base import BatchInfo, Features, Fitted, Method, MethodOptions, Step
 from sslkit.methods.moco_v1 import MoCoV1
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance_loss
@@ -50,6 +50,13 @@ class EndToEnd(Method):
         self.backbone = backbone
         self.projector = nn.Linear(feature_dim, options.dim)
         self.bn_groups = options.bn_groups if has_batch_norm(backbone) else 1
+
+    @classmethod
+    def fitted_options(cls, num_images: int, start: Progress) -> dict[str, Fitted]:
+        return {
+            "bn_groups": Fitted(1, "the batch is too small to be divided"),
+            "symmetric": Fitted(True, "each view is query and key: more is learnt from each image"),
+        }
 
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress

@@ -110,10 +110,11 @@ class MoCoV1(Method):
 
     @classmethod
     def fitted_options(cls, num_images: int, start: Progress) -> dict[str, Fitted]:
-        queue = min(max(1 << (num_images // 2).bit_length() - 1, start.batch_size), 65536)
+        queue = max(cls.negatives_below(num_images, most=65536), start.batch_size)
         return {
-            "queue_size": Fitted(queue, f"well below the {num_images} images, so that no key is of the query's image"),
+            "queue_size": Fitted(queue, f"well below the {num_images} images: hardly a key is of the query's image"),
             "bn_groups": Fitted(1, "the batch is too small to be divided"),
+            "symmetric": Fitted(True, "each view is query and key: more is learnt from each image"),
             **cls.Options.fitted_half_life(start),
         }
 

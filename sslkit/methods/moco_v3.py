@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sslkit.distributed.collectives import gather_rows, rank
-from sslkit.methods.base import BatchInfo, Features, Method, MomentumOptions, PaperRun, Step
+from sslkit.methods.base import BatchInfo, Features, Fitted, Method, MomentumOptions, PaperRun, Step
 from sslkit.parts.backbone import Family
 from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance_loss
 from sslkit.parts.heads import batch_norm_mlp
@@ -101,6 +101,13 @@ class MoCoV3(Method):
 
     def after_update(self, progress: Progress) -> dict[str, float]:
         return self.update_teachers(progress)
+
+    @classmethod
+    def fitted_options(cls, num_images: int, start: Progress) -> dict[str, Fitted]:
+        return {
+            "hidden_dim": Fitted(1024, "the paper's width of 4096 is for a million images"),
+            **MomentumOptions.fitted_half_life(start),
+        }
 
     def chance_loss(self, batch_size: int) -> ChanceLoss:
         temperature = self.options.temperature

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from sslkit.distributed.collectives import gather_rows_with_gradient, rank
-from sslkit.methods.base import BatchInfo, Features, Method, MethodOptions, Step, Views
+from sslkit.methods.base import BatchInfo, Features, Fitted, Method, MethodOptions, Step, Views
 from sslkit.parts.backbone import Family
 from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance_loss
 from sslkit.parts.heads import simclr_head
@@ -63,6 +63,10 @@ class SimCLR(Method):
         first_label = rank() * len(first)
         loss, accuracy = nt_xent(first, second, *everyones, self.options.temperature, first_label)
         return Step(loss, {"accuracy": accuracy})
+
+    @classmethod
+    def fitted_options(cls, num_images: int, start: Progress) -> dict[str, Fitted]:
+        return {"temperature": Fitted(0.2, "a batch has few negatives; the paper's 0.1 is for thousands")}
 
     def chance_loss(self, batch_size: int) -> ChanceLoss:
         return info_nce_chance_loss(2 * batch_size - 2, self.options.temperature, self.options.dim, scale=2)

@@ -16,6 +16,7 @@ from sslkit.distributed.collectives import gather_rows, rank, world_size
 from sslkit.methods.base import (
     BatchInfo,
     Features,
+    Fitted,
     Method,
     MethodOptions,
     PaperRun,
@@ -148,6 +149,22 @@ class SwAV(Method):
 
     def chance_loss(self, batch_size: int) -> ChanceLoss:
         return softmax_chance_loss(self.options.prototypes, self.options.temperature, self.options.dim)
+
+    @classmethod
+    def fitted_options(cls, num_images: int, start: Progress) -> dict[str, Fitted]:
+        prototypes, epochs = (
+            cls.negatives_below(num_images // 8, most=3000),
+            start.total_updates / start.updates_per_epoch,
+        )
+        queue = min(max(num_images // 4, prototypes), 3840)
+        return {
+            "prototypes": Fitted(prototypes, f"16 or more of the {num_images} images for each"),
+            "queue_size": Fitted(queue, "codes of a small batch need earlier embeddings"),
+            "queue_start_epoch": Fitted(round(epochs / 10, 2), "after a tenth of the run"),
+            "freeze_prototypes_steps": Fitted(
+                min(start.updates_per_epoch, start.total_updates // 10), "an epoch at most"
+            ),
+        }
 
     def advise(self, start: Progress) -> Sequence[str]:
         options, batch, epochs = self.options, start.batch_size, start.total_updates / start.updates_per_epoch

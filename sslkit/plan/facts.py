@@ -1,53 +1,68 @@
 """What a plan depends on: the images, the machine and the time."""
 
+import hashlib
+import time
 from dataclasses import dataclass
+
+import numpy as np
 
 from sslkit.data.loading.loader import cores_of_a_process
 from sslkit.data.sources.image_source import ImageSource
+from sslkit.data.tools.inspection import channel_moments, count_alpha
 from sslkit.doctor.image_checks import summarise_images
-from sslkit.doctor.machine_checks import GIB, memory_of_device, training_device
+from sslkit.doctor.machine_checks import GIB, has_bf16, memory_of_device, training_device
+from sslkit.engine.accelerator import processes_started
 from sslkit.errors import UserError
 from sslkit.text import pluralize
 
 MIN_IMAGES = 32  # fewer give no batch worth learning from
+COMPARED, COMPARING_SECONDS = 5000, 5.0  # at most, to find copies
+NORMALISED = 32  # images whose channels are averaged
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rules may use.
+    """What the rules may use."""
 
-    Attributes:
-        count: Number of images.
-        height: Median height in pixels of a sample of the images.
-        width: Median width.
-        grey: Whether all sampled images are greyscale.
-        classes: Number of labels; 0 if the images have none. Used to monitor the run, not to train.
-        device: ``"cpu"``, ``"cuda"`` or ``"mps"``.
-        memory: Of the device, in bytes.
-        cores: Usable by this process.
-        hours: Time for the run.
-    """
-
-    count: int
-    height: int
+    count: int  # images
+    height: int  # median of a sample, in pixels, as is the width
     width: int
-    grey: bool
-    classes: int
-    device: str
-    memory: int
-    cores: int
-    hours: float
+    grey: bool  # all sampled images are greyscale
+    moments: tuple[list[float], list[float]] | None  # mean and deviation of each channel in [0, 1]; None for RGB
+    alpha: int  # images with an alpha channel, of `SAMPLED`
+    copies: int  # files that equal another one, of ``compared``
+    compared: int
+    classes: int  # labels; 0 without. Used to monitor the run, not to train
+    device: str  # "cpu", "cuda" or "mps"
+    bf16: bool  # the device computes in bf16 natively
+    memory: int  # of the device, in bytes
+    cores: int  # usable by a process
+    processes: int
+    hours: float  # time for the run
 
     @property
     def short_side(self) -> int:
         """The shorter side of the median image, in pixels."""
         return min(self.height, self.width)
 
-    def describe(self) -> str:
-        """One line about images, machine and time."""
-        images = f"{self.count} {'grey' if self.grey else 'colour'} images of about {self.width} x {self.height} pixels"
-        kind = {"cpu": f"CPU with {pluralize(self.cores, 'core')}", "cuda": "GPU", "mps": "Apple GPU"}[self.device]
-        return f"{images}; {kind}, {self.memory / GIB:.0f} GiB"
+    def lines(self) -> list[str]:
+        """A line about the images, one about the machine, and one about whatever is wrong with the images."""
+        kind = f"{len(self.moments[0])}-channel" if self.moments else "grey" if self.grey else "colour"
+        classes = f", {self.classes} classes" if self.classes > 1 else ", no labels"
+        device = {"cpu": "CPU, " + pluralize(self.cores, "core"), "cuda": "GPU", "mps": "Apple GPU"}[self.device]
+        lines = [
+            f"images: {self.count}, {kind}, about {self.width} x {self.height} pixels{classes}",
+            f"machine: {device}, {self.memory / GIB:.0f} GiB"
+            + (f", {self.processes} processes" if self.processes > 1 else ""),
+        ]
+        if self.alpha:
+            lines.append("some images have transparent pixels; they are shown on white ([data] background)")
+        if self.copies:
+            lines.append(
+                f"{self.copies} of {self.compared} images looked at are copies of others, which teach nothing: sslkit "
+                "data check lists them"
+            )
+        return lines
 
 
 def gather_facts(source: ImageSource, hours: float) -> Facts:
@@ -63,17 +78,49 @@ def gather_facts(source: ImageSource, hours: float) -> Facts:
             "name such as resnet18.a1_in1k"
         )
     images, device = summarise_images(source), training_device()
+    copies, compared = _count_copies(source)
     return Facts(
         count=len(source),
         height=images.height,
         width=images.width,
         grey=images.grey,
+        moments=None if source.channels is None else _moments(source),
+        alpha=0 if source.channels is not None else count_alpha(source)[0],
+        copies=copies,
+        compared=compared,
         classes=_count_classes(source),
         device=device.type,
+        bf16=device.type == "cuda" and has_bf16(device),
         memory=memory_of_device(device),
         cores=cores_of_a_process(1),
+        processes=processes_started(),
         hours=hours,
     )
+
+
+def _count_copies(source: ImageSource) -> tuple[int, int]:
+    """How many files of the source equal an earlier one byte by byte, and how many were compared in a few seconds."""
+    started, seen, compared = time.monotonic(), set[bytes](), 0
+    for index in range(min(len(source), COMPARED)):
+        try:
+            encoded = source.encoded(index)[1]
+        except UserError:
+            continue
+        seen.add(hashlib.blake2b(encoded, digest_size=16).digest())
+        compared += 1
+        if time.monotonic() - started > COMPARING_SECONDS:
+            break
+    return compared - len(seen), compared
+
+
+def _moments(source: ImageSource) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over a sample of the images."""
+    chosen = np.linspace(0, len(source) - 1, min(NORMALISED, len(source)), dtype=int)
+    each = [channel_moments(source.read(int(index))) for index in chosen]
+    means, deviations = (np.stack(values) for values in zip(*each, strict=True))
+    mean = means.mean(axis=0)
+    deviation = np.sqrt((deviations**2 + means**2).mean(axis=0) - mean**2)
+    return mean.round(4).tolist(), deviation.clip(min=1e-3).round(4).tolist()
 
 
 def _count_classes(source: ImageSource) -> int:

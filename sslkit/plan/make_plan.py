@@ -7,8 +7,13 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+import torch
+
 from sslkit.data.sources.image_source import DataConfig, open_source
+from sslkit.distributed.collectives import max_over_processes
 from sslkit.doctor.findings import LogMessage
+from sslkit.doctor.machine_checks import training_device
+from sslkit.errors import UserError
 from sslkit.plan import rules
 from sslkit.plan.draft import Choice, Draft
 from sslkit.plan.facts import Facts, gather_facts
@@ -22,33 +27,29 @@ MEASURED_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Plan:
-    """A resolved recipe, and why it is as it is.
-
-    Attributes:
-        recipe: What to train.
-        choices: Every value that the plan chose; the others were stated or are the paper's.
-        facts: One line about images, machine and time.
-        seconds: Expected duration of the run.
-        hints: Sentences on what would be better than this plan.
-    """
+    """A resolved recipe, and why it is as it is."""
 
     recipe: Recipe
-    choices: tuple[Choice, ...]
-    facts: str
-    seconds: float
-    hints: tuple[str, ...]
+    choices: tuple[Choice, ...]  # every value that the plan chose; the others were stated or are the paper's
+    stated: tuple[str, ...]  # every ``table.key`` that was stated, and kept
+    facts: tuple[str, ...]  # lines about images, machine and time
+    seconds: float  # expected duration of the run
+    hints: tuple[str, ...]  # sentences on what would be better than this plan
 
     def lines(self) -> list[str]:
         """The plan as text: each value with its reason, the expected end, and what would be better."""
         words = {choice.key: f"{choice.key} = {json.dumps(choice.value)}" for choice in self.choices}
-        width = min(max(map(len, words.values()), default=0), 44)
+        width = min(max(map(len, words.values()), default=0), 40)
         end = datetime.now().astimezone() + timedelta(seconds=self.seconds)
+        when = f"{end:%H:%M}" if self.seconds < 12 * 3600 else f"{end:%A %H:%M}"
+        kept = [f"  as you said: {', '.join(self.stated)}"] if self.stated else []
         return [
-            f"plan for {self.facts}",
+            *self.facts,
+            "plan (--set KEY=VALUE changes a value):",
+            *kept,
             *(f"  {words[choice.key]:<{width}}  {choice.reason}" for choice in self.choices),
-            f"expected: {format_duration(self.seconds)}, until about {end:%H:%M}; --set KEY=VALUE changes a value, "
-            "--hours the length",
-            *self.hints,
+            f"expected end: {when}, in {format_duration(self.seconds)}",
+            *(f"note: {hint}" for hint in self.hints),
         ]
 
 
@@ -57,7 +58,7 @@ def make_plan(
     hours: float = DEFAULT_HOURS,
     log_message: LogMessage = lambda _message: None,
 ) -> Plan:
-    """Plan a run on the images of ``[data]``.
+    """Plan a run on the images of ``[data]``. All processes call it together.
 
     Args:
         stated: Tables of a recipe with what the user stated, at least ``[data] path``. It is never changed.
@@ -68,7 +69,9 @@ def make_plan(
         UserError: The images cannot be used, are too few, or a stated value is wrong.
     """
     draft = Draft(stated)
-    source = open_source(DataConfig.model_validate(stated["data"]))
+    channels = draft.get("backbone.args", {}).get("in_chans", 3)
+    draft.tables["data"] = {**({"channels": channels} if channels != 3 else {}), **draft.tables["data"]}
+    source = open_source(DataConfig.model_validate(draft.tables["data"]))
     log_message(f"looking at {source.description}")
     facts = gather_facts(source, hours)
     for rule in (rules.choose_model, rules.choose_views, rules.choose_batch, rules.choose_optimizer):
@@ -79,15 +82,39 @@ def make_plan(
     rules.choose_options(draft, facts)
     rules.choose_monitor(draft, facts)
     recipe = build_recipe(draft.tables, name="plan")
-    steps = recipe.train.epochs * (len(source) // recipe.train.batch_size)
-    hints = tuple(rules.hints(draft, facts))
-    return Plan(recipe, tuple(draft.choices.values()), facts.describe(), steps * seconds, hints)
+    steps = recipe.train.epochs * rules.steps_per_epoch(draft, facts)
+    return Plan(
+        recipe,
+        tuple(draft.choices.values()),
+        tuple(sorted(draft.stated)),
+        tuple(facts.lines()),
+        steps * seconds / rules.TRAINING_SHARE,
+        tuple(rules.hints(draft, facts, seconds)),
+    )
 
 
 def _seconds_per_step(draft: Draft, facts: Facts) -> float:
-    """Measure a step of a recipe with these values; its length does not matter."""
+    """Measure a step; where the device's memory does not suffice, reduce the batch until it does."""
+    while True:
+        try:
+            measured = profile(_trial_recipe(draft, facts), MEASURED_SECONDS, leave=False)
+            break
+        except torch.OutOfMemoryError:
+            size = draft.get("train.batch_size") // 2
+            if "train.batch_size" in draft.stated or size < rules.SMALLEST_BATCH:
+                raise UserError(
+                    f"a batch of {2 * size} views of {draft.get('views.size')} pixels does not fit in the memory of "
+                    f"this device: --set train.batch_size={max(size, 2)}, or a smaller --backbone"
+                ) from None
+            torch.cuda.empty_cache()
+            draft.choose("train.batch_size", size, "what fits in the memory of this device")
+    return float(max_over_processes(torch.tensor(measured.step, device=training_device())))
+
+
+def _trial_recipe(draft: Draft, facts: Facts) -> Recipe:
+    """A recipe with the values that were chosen so far; its length does not matter to the time of a step."""
     trial = deepcopy(draft)
     trial.choose("train.epochs", 1, "")
-    trial.choose("schedule.warmup_epochs", 0, "")
+    trial.choose("schedule.warmup_epochs", 0.1, "")
     rules.choose_options(trial, facts)
-    return profile(build_recipe(trial.tables, name="plan"), MEASURED_SECONDS).step
+    return build_recipe(trial.tables, name="plan")

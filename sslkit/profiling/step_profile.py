@@ -59,8 +59,11 @@ class Profile:
         return self.step - self.waiting
 
 
-def profile(recipe: Recipe, seconds: float = 20.0) -> Profile:
-    """Set up a run and measure its steps for about ``seconds``; nothing is written to disk."""
+def profile(recipe: Recipe, seconds: float = 20.0, *, leave: bool = True) -> Profile:
+    """Set up a run and measure its steps for about ``seconds``; nothing is written to disk.
+
+    With several processes, ``leave`` says whether they leave their process group after it; if not, a run may follow.
+    """
     source = open_source(recipe.data).without_labels()
     steps_per_epoch(recipe, source)
     with one_thread():
@@ -69,7 +72,8 @@ def profile(recipe: Recipe, seconds: float = 20.0) -> Profile:
     try:
         return measure(set_up_training(recipe, source, accelerator), images, seconds)
     finally:
-        accelerator.end_training()
+        if leave:
+            accelerator.end_training()
         if accelerator.num_processes == 1:
             accelerator.state._reset_state(reset_partial_state=True)
 

@@ -54,7 +54,7 @@ def _measure(source: ImageSource, index: int) -> _ImageStats:
         header = _header(encoded, name, pixels)
     except UnreadableImage as error:
         return _ImageStats(index, error.reason)
-    mean, std = _moments(pixels)
+    mean, std = channel_moments(pixels)
     colour = pixels.max(axis=2).astype(np.int32) - pixels.min(axis=2)
     properties = {
         "rotated": header.orientation != 1,
@@ -81,8 +81,8 @@ def _header(encoded: bytes, name: str, pixels: Pixels) -> Header:
     return read_header(encoded, name)
 
 
-def _moments(pixels: Pixels) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and standard deviation of each channel, for values in [0, 1]."""
+def channel_moments(pixels: Pixels) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation of each channel of an image (H, W, C), for values in [0, 1]."""
     if pixels.dtype == np.uint8:
         mean, std = (np.asarray(values[:, 0] / 255.0, dtype=np.float64) for values in cv2.meanStdDev(pixels))
         return mean, std
