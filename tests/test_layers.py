@@ -29,6 +29,7 @@ LAYERS = {
     "doctor": 10,
     "profiling": 10,
     "cluster": 10,
+    "plan": 11,
     "report": 11,
     "cli": 12,
     "pretrain": 13,

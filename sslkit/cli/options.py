@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin,
 import typer
 
 from sslkit.errors import UserError
+from sslkit.terminal import print_message
 
 if TYPE_CHECKING:
     from sslkit.data.sources.image_source import DataConfig
     from sslkit.evaluate import Splits
     from sslkit.evaluate.features.readouts import Readout
+    from sslkit.plan.make_plan import Plan
     from sslkit.recipe.resolve import Recipe
 
 Number = TypeVar("Number", int, float)
@@ -50,33 +52,49 @@ DataName = Annotated[str, "Configuration of the dataset, if it has several."]
 
 @dataclasses.dataclass(frozen=True)
 class RecipeOptions:
-    """A recipe: a file or name, or method, backbone and data, or both; the options override the recipe."""
+    """A recipe, and options that override it; or only ``--data``, for a plan that keeps what else is stated."""
 
     recipe: RecipeName = ""
     overrides: Overrides = None
     method: Annotated[str, "Method, such as moco_v2; see sslkit methods."] = ""
     backbone: Annotated[str, "timm name, such as resnet18."] = ""
-    data: Annotated[str, "Folder of images, datasets id, or builtin:NAME."] = ""
+    data: Annotated[str, "Folder of images, datasets id, or builtin:NAME. Alone: plan a run on them."] = ""
 
     def load(self) -> "Recipe":
-        """Load the recipe; a UserError if it is not complete or not valid."""
-        from sslkit.recipe.resolve import build_recipe, load_recipe
+        """Load the recipe, or plan one without measuring this machine; a UserError if it is not complete or valid."""
+        from sslkit.recipe.resolve import load_recipe
 
-        if self.recipe:
-            return load_recipe(self.recipe, self.stated())
-        if missing := [f"--{name}" for name in ("method", "backbone", "data") if not getattr(self, name)]:
-            what = "a recipe, such as quickstart, or all of --method, --backbone and --data"
-            raise UserError(f"give {what}; missing: {', '.join(missing)}")
-        return build_recipe({}, self.stated(), name="command line")
+        return load_recipe(self.recipe, self.stated()) if self.recipe else self.plan(hours=None).recipe
+
+    def plan(self, hours: float | None) -> "Plan":
+        """Plan a run; see `make_plan`."""
+        from sslkit.plan.make_plan import make_plan
+        from sslkit.recipe.resolve import stated_tables
+
+        stated = stated_tables(self.stated())
+        if "path" not in stated.get("data", {}):
+            raise UserError(
+                "give a recipe, such as quickstart, or --data with a folder of images, such as --data photos; missing: "
+                "--data"
+            )
+        return make_plan(stated, hours, print_message)
 
     def stated(self) -> list[str]:
         """Everything that is stated, as ``table.key=value``."""
         given = {"method.name": self.method, "backbone.name": self.backbone, "data.path": self.data}
         return [f"{key}={json.dumps(value)}" for key, value in given.items() if value] + (self.overrides or [])
 
-    def name(self, loaded: "Recipe") -> str:
-        """Default name of a run or page: that of the recipe file, or of method and backbone."""
-        return Path(self.recipe).stem if self.recipe else f"{loaded.method_name}_{loaded.backbone.name}"
+    def name(self) -> str:
+        """Default name of a run or page: that of the recipe file, of method and backbone, or of the images."""
+        from sslkit.methods import canonical_name
+        from sslkit.recipe.resolve import stated_tables
+
+        if self.recipe:
+            return Path(self.recipe).stem
+        if self.method and self.backbone:
+            return f"{canonical_name(self.method)}_{self.backbone}"
+        path = str(stated_tables(self.stated()).get("data", {}).get("path", ""))
+        return Path(path.rpartition(":")[2]).absolute().name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,12 +66,12 @@ def _print_summaries(summaries: list["Summary"]) -> None:
 def views(recipe: RecipeOptions, output: Annotated[str, "HTML file to write."] = "views.html") -> None:
     """Write an HTML page of a recipe's augmented views, with a description of every transform.
 
-    Give a recipe, or all of --method, --backbone and --data, as for pretrain.
+    Give a recipe, or only --data, for the views of a plan, as for pretrain.
     """
     from sslkit.report import write_views
 
     loaded = recipe.load()
-    write_views(loaded, recipe.name(loaded), Path(output))
+    write_views(loaded, recipe.name(), Path(output))
     print_line(output)
 
 

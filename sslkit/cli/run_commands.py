@@ -15,7 +15,7 @@ from sslkit.cluster.submission import Resources, batch_file
 from sslkit.cluster.submission import submit as submit_run
 from sslkit.errors import UserError
 from sslkit.exit_codes import RESUMABLE
-from sslkit.terminal import PlainTable, print_json, print_line, print_message, print_text
+from sslkit.terminal import PlainTable, print_json, print_line, print_text
 from sslkit.text import pluralize
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def pretrain(
     recipe: RecipeOptions,
     output: Annotated[str, "Run folder. Default: runs/NAME of the recipe, or of the images of a plan."] = "",
     resume: Annotated[str, "auto, never, or the path of a checkpoint or run."] = "auto",
-    hours: Annotated[float, typer.Option(min=0.01, help="Without a recipe: time for the run.")] = 1.0,
+    hours: Annotated[float, typer.Option(min=0.01, max=10_000, help="Without a recipe: time for the run.")] = 1.0,
 ) -> None:
     """Pretrain an encoder. The same command continues an interrupted run.
 
@@ -40,12 +40,8 @@ def pretrain(
     with fast_imports():
         from sslkit.engine import train
 
-    if recipe.data and not recipe.recipe:
-        folder = Path(output or Path("runs") / Path(recipe.data).name.replace(":", "_"))
-        loaded = _plan(recipe, hours, folder)
-    else:
-        loaded = recipe.load()
-        folder = Path(output or Path("runs") / recipe.name(loaded))
+    folder = Path(output or Path("runs") / recipe.name())
+    loaded = recipe.load() if recipe.recipe else _plan(recipe, hours, folder)
     if train(loaded, folder, resume).stopped:
         leave_for_launcher("sslkit: stopped on request, checkpoint saved; the same command continues the run")
         raise typer.Exit(RESUMABLE)
@@ -53,14 +49,14 @@ def pretrain(
 
 def _plan(recipe: RecipeOptions, hours: float, folder: Path) -> "Recipe":
     """Plan a run and print the plan; a run that was planned before keeps its plan."""
-    from sslkit.plan.make_plan import make_plan
-    from sslkit.recipe.resolve import load_recipe, stated_tables
+    from sslkit.recipe.resolve import load_recipe
 
     if (folder / "recipe.toml").is_file():
         return load_recipe(folder / "recipe.toml", recipe.stated())
-    plan = make_plan(stated_tables(recipe.stated()), hours, print_message)
-    for line in plan.lines():
-        print_line(line)
+    plan = recipe.plan(hours)
+    if os.environ.get("RANK", "0") == "0":
+        for line in plan.lines():
+            print_line(line)
     return plan.recipe
 
 

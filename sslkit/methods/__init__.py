@@ -3,20 +3,12 @@
 from importlib.metadata import entry_points
 
 from sslkit.errors import UserError, near_miss
-from sslkit.methods.base import (
-    BatchInfo,
-    Features,
-    Method,
-    MethodOptions,
-    MomentumOptions,
-    Multipliers,
-    Step,
-    Views,
-)
+from sslkit.methods.base import BatchInfo, Features, Method, Multipliers, Step, Views
 from sslkit.methods.byol import BYOL
 from sslkit.methods.end_to_end import EndToEnd
 from sslkit.methods.instdisc import InstDisc
 from sslkit.methods.memory_bank_mechanism import MemoryBankMechanism
+from sslkit.methods.method_options import MethodOptions, MomentumOptions
 from sslkit.methods.moco_v1 import MoCoV1
 from sslkit.methods.moco_v2 import MoCoV2
 from sslkit.methods.moco_v3 import MoCoV3

@@ -13,16 +13,16 @@ the last step is the one the official code would make next.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from sslkit.distributed.collectives import exchange_rows, world_size
 from sslkit.errors import UserError
+from sslkit.methods.method_options import Fitted, MethodOptions
 from sslkit.parts.backbone import Family
 from sslkit.parts.batch_slices import encode_in_slices, local_bn_groups, shuffle_views
 from sslkit.parts.batchnorm import GroupStatistics, synchronise_in_groups
@@ -30,7 +30,7 @@ from sslkit.parts.chance_loss import ChanceLoss
 from sslkit.parts.memory_bank import MemoryBank
 from sslkit.parts.momentum_teacher import MomentumTeacher
 from sslkit.parts.queue import KeyQueue
-from sslkit.parts.schedules import Progress, cosine, half_life_momentum
+from sslkit.parts.schedules import Progress
 
 Views = Sequence[Tensor]
 Features = list[Tensor]
@@ -39,9 +39,6 @@ Prepare = Callable[[Tensor], Tensor]
 ViewCount = int | tuple[int, int | None]
 Negatives = Literal["none", "batch", "queue", "bank"]
 VIEW_ROLES = ("global", "local")
-HALF_LIFE_SHARE = 0.05  # of the images of a run: docs/plan.md
-SHORTEST_HALF_LIFE = 7  # updates: momentum 0.9; a faster teacher gives inconsistent keys (MoCo v1, table 3)
-LONGEST_HALF_LIFE = 177_000.0  # images: momentum 0.999 at batch size 256 (MoCo v1)
 
 
 @dataclass
@@ -70,44 +67,6 @@ class BatchInfo:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class MethodOptions(BaseModel):
-    """Base class of a method's ``[method]`` options: typed and frozen; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class MomentumOptions(MethodOptions):
-    """Base class of the options of a method with momentum teachers.
-
-    Attributes:
-        momentum: Weight of the teacher's own value in every update. 1 is a frozen teacher, 0 the student itself.
-        momentum_schedule: ``"constant"``, or ``"cosine"``: from ``momentum`` to 1 at the end of training.
-        momentum_half_life: Images after which the teacher's own value counts one half, whatever the batch size. It
-            takes the place of ``momentum`` and its schedule.
-    """
-
-    momentum: float = Field(ge=0.0, le=1.0)
-    momentum_schedule: Literal["constant", "cosine"] = "constant"
-    momentum_half_life: float | None = Field(default=None, gt=0.0)
-
-    def momentum_at(self, progress: Progress) -> float:
-        """Momentum at a position in training."""
-        if self.momentum_half_life is not None:
-            return half_life_momentum(progress.batch_size, self.momentum_half_life)
-        if self.momentum_schedule == "cosine":
-            return cosine(progress.updates, progress.total_updates, self.momentum, 1.0)
-        return self.momentum
-
-    @classmethod
-    def fitted_half_life(cls, start: Progress) -> "dict[str, Fitted]":
-        """A half-life of the teacher that fits the length of a run."""
-        images = start.total_updates * start.batch_size
-        half_life = max(min(HALF_LIFE_SHARE * images, LONGEST_HALF_LIFE), SHORTEST_HALF_LIFE * start.batch_size)
-        momentum = half_life_momentum(start.batch_size, half_life)
-        reason = f"the teacher's, in images: {half_life / images:.0%} of the run (momentum {momentum:.3g})"
-        return {"momentum_half_life": Fitted(float(round(half_life)), reason)}
-
-
 @dataclass(frozen=True)
 class PaperRun:
     """Numbers that a paper gives for runs of one length or batch size only.
@@ -119,13 +78,6 @@ class PaperRun:
 
     train: Mapping[str, int]
     tables: Mapping[str, Mapping[str, Any]]
-
-
-class Fitted(NamedTuple):
-    """A value of an option that fits a run, and the reason in half a sentence."""
-
-    value: Any
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -205,11 +157,6 @@ class Method(nn.Module, ABC):
             start: The start of the run, with its number of updates and its batch size.
         """
         return {}
-
-    @staticmethod
-    def negatives_below(num_images: int, most: int) -> int:
-        """A power of two well below the number of images, so that negatives are of other images than the query."""
-        return min(1 << max(num_images // 2, 2).bit_length() - 1, most)
 
     @classmethod
     def remark_on_batch(cls, options: Any, batch_size: int) -> str:

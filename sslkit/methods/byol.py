@@ -11,7 +11,8 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import nn
 
-from sslkit.methods.base import BatchInfo, Features, Fitted, Method, MomentumOptions, PaperRun, Step
+from sslkit.methods.base import BatchInfo, Features, Method, PaperRun, Step
+from sslkit.methods.method_options import Fitted, MomentumOptions
 from sslkit.parts.backbone import Family
 from sslkit.parts.chance_loss import ChanceLoss
 from sslkit.parts.heads import byol_mlp

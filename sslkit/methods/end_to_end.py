@@ -8,7 +8,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sslkit.distributed.collectives import gather_rows_with_gradient, rank
-from sslkit.methods.base import BatchInfo, Features, Fitted, Method, MethodOptions, Step
+from sslkit.methods.base import BatchInfo, Features, Method, Step
+from sslkit.methods.method_options import Fitted, MethodOptions
 from sslkit.methods.moco_v1 import MoCoV1
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance_loss

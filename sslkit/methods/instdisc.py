@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sslkit.distributed.collectives import mean_over_processes
-from sslkit.methods.base import BatchInfo, Features, Fitted, Method, MethodOptions, PaperRun, Step, Views
+from sslkit.methods.base import BatchInfo, Features, Method, PaperRun, Step, Views
+from sslkit.methods.method_options import Fitted, MethodOptions, negatives_below
 from sslkit.parts.backbone import Family
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.chance_loss import ChanceLoss, softmax_chance_loss
@@ -65,7 +66,7 @@ class InstDisc(Method):
 
     @classmethod
     def fitted_options(cls, num_images: int, start: Progress) -> dict[str, Fitted]:
-        negatives = cls.negatives_below(num_images, most=4096)
+        negatives = negatives_below(num_images, most=4096)
         return {"negatives": Fitted(negatives, f"drawn from the memory bank of {num_images} images")}
 
     def student(self, views: Views) -> Features:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pydantic import Field
 from torch import nn
 
-from sslkit.methods.base import BatchInfo, Features, Fitted, Method, MethodOptions, Step, Views
+from sslkit.methods.base import BatchInfo, Features, Method, Step, Views
+from sslkit.methods.method_options import Fitted, MethodOptions, negatives_below
 from sslkit.methods.moco_v1 import MoCoV1
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance_loss
@@ -61,7 +62,7 @@ class MemoryBankMechanism(Method):
 
     @classmethod
     def fitted_options(cls, num_images: int, start: Progress) -> dict[str, Fitted]:
-        negatives = cls.negatives_below(num_images, most=65536)
+        negatives = negatives_below(num_images, most=65536)
         return {"negatives": Fitted(negatives, f"drawn from the memory bank of {num_images} images")}
 
     def student(self, views: Views) -> Features:

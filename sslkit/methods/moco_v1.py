@@ -14,7 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sslkit.distributed.collectives import gather_rows
-from sslkit.methods.base import BatchInfo, Features, Fitted, Method, MomentumOptions, PaperRun, Step, Views
+from sslkit.methods.base import BatchInfo, Features, Method, PaperRun, Step, Views
+from sslkit.methods.method_options import Fitted, MomentumOptions, negatives_below
 from sslkit.parts.backbone import Family
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance_loss
@@ -110,7 +111,7 @@ class MoCoV1(Method):
 
     @classmethod
     def fitted_options(cls, num_images: int, start: Progress) -> dict[str, Fitted]:
-        queue = max(cls.negatives_below(num_images, most=65536), start.batch_size)
+        queue = max(negatives_below(num_images, most=65536), start.batch_size)
         return {
             "queue_size": Fitted(queue, f"well below the {num_images} images: hardly a key is of the query's image"),
             "bn_groups": Fitted(1, "the batch is too small to be divided"),

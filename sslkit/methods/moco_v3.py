@@ -12,7 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sslkit.distributed.collectives import gather_rows, rank
-from sslkit.methods.base import BatchInfo, Features, Fitted, Method, MomentumOptions, PaperRun, Step
+from sslkit.methods.base import BatchInfo, Features, Method, PaperRun, Step
+from sslkit.methods.method_options import Fitted, MomentumOptions
 from sslkit.parts.backbone import Family
 from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance_loss
 from sslkit.parts.heads import batch_norm_mlp

@@ -11,7 +11,8 @@ from pydantic import Field
 from torch import nn
 
 from sslkit.distributed.collectives import gather_rows_with_gradient, rank
-from sslkit.methods.base import BatchInfo, Features, Fitted, Method, MethodOptions, Step, Views
+from sslkit.methods.base import BatchInfo, Features, Method, Step, Views
+from sslkit.methods.method_options import Fitted, MethodOptions
 from sslkit.parts.backbone import Family
 from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance_loss
 from sslkit.parts.heads import simclr_head

@@ -13,17 +13,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sslkit.distributed.collectives import gather_rows, rank, world_size
-from sslkit.methods.base import (
-    BatchInfo,
-    Features,
-    Fitted,
-    Method,
-    MethodOptions,
-    PaperRun,
-    Step,
-    ViewCount,
-    Views,
-)
+from sslkit.methods.base import BatchInfo, Features, Method, PaperRun, Step, ViewCount, Views
+from sslkit.methods.method_options import Fitted, MethodOptions, negatives_below
 from sslkit.parts.backbone import Family
 from sslkit.parts.batch_slices import encode_in_slices, local_bn_groups
 from sslkit.parts.batchnorm import GroupStatistics, has_batch_norm
@@ -153,7 +144,7 @@ class SwAV(Method):
     @classmethod
     def fitted_options(cls, num_images: int, start: Progress) -> dict[str, Fitted]:
         prototypes, epochs = (
-            cls.negatives_below(num_images // 8, most=3000),
+            negatives_below(num_images // 8, most=3000),
             start.total_updates / start.updates_per_epoch,
         )
         queue = min(max(num_images // 4, prototypes), 3840)

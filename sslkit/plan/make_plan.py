@@ -48,21 +48,21 @@ class Plan:
             "plan (--set KEY=VALUE changes a value):",
             *kept,
             *(f"  {words[choice.key]:<{width}}  {choice.reason}" for choice in self.choices),
-            f"expected end: {when}, in {format_duration(self.seconds)}",
+            *([f"expected end: {when}, in {format_duration(self.seconds)}"] if self.seconds else []),
             *(f"note: {hint}" for hint in self.hints),
         ]
 
 
 def make_plan(
     stated: Mapping[str, Mapping[str, Any]],
-    hours: float = DEFAULT_HOURS,
+    hours: float | None = DEFAULT_HOURS,
     log_message: LogMessage = lambda _message: None,
 ) -> Plan:
     """Plan a run on the images of ``[data]``. All processes call it together.
 
     Args:
         stated: Tables of a recipe with what the user stated, at least ``[data] path``. It is never changed.
-        hours: Time for the run.
+        hours: Time for the run. None: nothing is measured, and epochs are `rules.UNMEASURED_EPOCHS`.
         log_message: Called with a line of text before each stage that takes time.
 
     Raises:
@@ -73,11 +73,13 @@ def make_plan(
     draft.tables["data"] = {**({"channels": channels} if channels != 3 else {}), **draft.tables["data"]}
     source = open_source(DataConfig.model_validate(draft.tables["data"]))
     log_message(f"looking at {source.description}")
-    facts = gather_facts(source, hours)
+    facts = gather_facts(source, hours or DEFAULT_HOURS)
     for rule in (rules.choose_model, rules.choose_views, rules.choose_batch, rules.choose_optimizer):
         rule(draft, facts)
-    log_message(f"measuring a step of {draft.get('method.name')} on {draft.get('backbone.name')}")
-    seconds = _seconds_per_step(draft, facts)
+    seconds = 0.0
+    if hours is not None:
+        log_message(f"measuring a step of {draft.get('method.name')} on {draft.get('backbone.name')}")
+        seconds = _seconds_per_step(draft, facts)
     rules.choose_length(draft, facts, seconds)
     rules.choose_options(draft, facts)
     rules.choose_monitor(draft, facts)

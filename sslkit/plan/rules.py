@@ -22,7 +22,7 @@ RATES = {"resnet": 1e-3, "vit": 5e-4, "other": 1e-3}  # of AdamW, up to a batch 
 PRETRAINED_RATE = 1e-4
 FEW, MANY = 10_000, 100_000  # images
 MAX_EPOCHS = {FEW: 400, MANY: 300}
-LONGEST = 200  # epochs, of more images
+LONGEST, UNMEASURED_EPOCHS = 200, 100  # epochs: of more images; where the time of a step is not known
 TRAINING_SHARE = 0.9  # of the time; the rest is for evaluations and checkpoints
 WARMUP_SHARE, MAX_WARMUP = 0.1, 10.0
 EVALUATIONS = 10
@@ -90,12 +90,16 @@ def choose_optimizer(draft: Draft, facts: Facts) -> None:
 
 
 def choose_length(draft: Draft, facts: Facts, seconds_per_step: float) -> None:
-    """Epochs, from the time there is."""
-    affordable = int(TRAINING_SHARE * facts.hours * 3600 / (seconds_per_step * steps_per_epoch(draft, facts)))
+    """Epochs, from the time there is; ``seconds_per_step`` is 0 if it was not measured."""
+    affordable = (
+        UNMEASURED_EPOCHS
+        if not seconds_per_step
+        else int(TRAINING_SHARE * facts.hours * 3600 / (seconds_per_step * steps_per_epoch(draft, facts)))
+    )
     most = next((epochs for count, epochs in MAX_EPOCHS.items() if facts.count <= count), LONGEST)
     epochs = min(max(affordable, 1), most)
-    why = f"more gains little on {facts.count} images"
-    if epochs < most:
+    why = f"more gains little on {facts.count} images" if seconds_per_step else "the time of a step was not measured"
+    if seconds_per_step and epochs < most:
         why = f"what fits in {format_duration(3600 * facts.hours)} (--hours)"
     draft.choose("train.epochs", epochs, why)
     warmup = round(min(draft.get("train.epochs") * WARMUP_SHARE, MAX_WARMUP), 2)
@@ -123,7 +127,7 @@ def hints(draft: Draft, facts: Facts, seconds_per_step: float) -> list[str]:
     """Sentences on what would be better than this plan."""
     found = []
     updates = draft.get("train.epochs") * steps_per_epoch(draft, facts)
-    if updates < FEWEST_UPDATES:
+    if updates < FEWEST_UPDATES and seconds_per_step:
         hours = FEWEST_UPDATES * seconds_per_step / TRAINING_SHARE / 3600
         found.append(
             f"{pluralize(updates, 'update')} hardly change random weights: a useful run has {FEWEST_UPDATES} or more: "
