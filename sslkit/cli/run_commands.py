@@ -38,11 +38,12 @@ def pretrain(
     """
     _exit_as_resumable_on_signals()
     with fast_imports():
+        from sslkit.doctor.recipe_advice import advise_at_start
         from sslkit.engine import train
 
     folder = Path(output or Path("runs") / recipe.name())
     loaded = recipe.load() if recipe.recipe else _plan(recipe, hours, folder)
-    if train(loaded, folder, resume).stopped:
+    if train(loaded, folder, resume, advise_at_start).stopped:
         leave_for_launcher("sslkit: stopped on request, checkpoint saved; the same command continues the run")
         raise typer.Exit(RESUMABLE)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sslkit.data.augment.views_config import ViewPolicy, ViewsConfig
 from sslkit.data.decode.background import KEEP
+from sslkit.data.decode.rgb import UnreadableImage
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.data.tools.inspection import count_alpha, describe_alpha
 from sslkit.doctor.findings import Check, Finding
@@ -33,9 +34,15 @@ class ImageSummary:
 
 
 def summarise_images(source: ImageSource) -> ImageSummary:
-    """Read `SAMPLED` images, spread over the source."""
-    indices = np.linspace(0, len(source) - 1, min(SAMPLED, len(source)), dtype=int)
-    images = [source.read(int(index)) for index in indices]
+    """Read `SAMPLED` images, spread over the source; an UnreadableImage if none can be read."""
+    images, problem = [], UnreadableImage("no image")
+    for index in np.linspace(0, len(source) - 1, min(SAMPLED, len(source)), dtype=int):
+        try:
+            images.append(source.read(int(index)))
+        except UnreadableImage as error:
+            problem = error
+    if not images:
+        raise problem
     height, width = (int(np.median([image.shape[axis] for image in images])) for axis in (0, 1))
     return ImageSummary(len(source), height, width, all(_is_grey(image) for image in images), variety_of(images))
 

@@ -5,8 +5,10 @@ The limits are wide: nothing that a paper or a shipped recipe does gets a warnin
 
 import math
 
+from sslkit.data.sources.image_source import ImageSource
 from sslkit.doctor.findings import Check, Finding
-from sslkit.doctor.image_checks import ImageSummary, check_view_settings
+from sslkit.doctor.image_checks import ImageSummary, check_view_settings, summarise_images
+from sslkit.errors import UserError
 from sslkit.methods import Method, MomentumOptions, Progress
 from sslkit.parts.backbone import family
 from sslkit.parts.batchnorm import has_batch_norm
@@ -42,6 +44,16 @@ def check_settings(recipe: Recipe, method: Method, images: ImageSummary) -> list
         _slices(recipe, method),
     ]
     return [finding for finding in found if finding is not None] + check_view_settings(recipe.views, images)
+
+
+def advise_at_start(recipe: Recipe, method: Method, source: ImageSource) -> list[str]:
+    """The warnings of `check_settings`, as messages for the start of a run."""
+    try:
+        found = check_settings(recipe, method, summarise_images(source))
+    except UserError:
+        return []  # of images that cannot be read the run itself says more
+    warnings = [finding for finding in found if finding.verdict in ("warning", "fault")]
+    return [f"WARNING: {finding.check}: {finding.sentence}" for finding in warnings]
 
 
 def _queue_length(recipe: Recipe, method: Method, images: int) -> Finding | None:

@@ -1,6 +1,7 @@
 """From a recipe to a finished run folder: check, set up, continue, train, rewind, close."""
 
 import importlib.metadata
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,7 @@ from sslkit.engine.setup import build_method, make_train_loader, set_up_training
 from sslkit.engine.state import RecoveryState, TrainingState
 from sslkit.files.atomic import replace_text
 from sslkit.files.run_reader import STOP_MARKER
+from sslkit.methods import Method
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.recipe.resolve import Recipe, changes
 from sslkit.text import pluralize
@@ -54,7 +56,10 @@ LR_RULES = {
 }
 
 
-def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
+Advise = Callable[[Recipe, Method, ImageSource], list[str]]
+
+
+def train(recipe: Recipe, output: str | Path, resume: str = "auto", advise: Advise | None = None) -> Run:
     """Pretrain as the recipe says, in a run folder; continue if the folder holds an unfinished run of the recipe.
 
     Args:
@@ -62,6 +67,7 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
         output: Run folder; created if it does not exist.
         resume: ``"auto"`` continues what the folder holds, ``"never"`` refuses to. The path of a checkpoint folder
             starts from that checkpoint.
+        advise: Called on the first process at the start of a run; returns messages about the recipe, to be logged.
 
     Raises:
         UserError: Recipe, data or folder cannot be used as they are. Nothing has been written then.
@@ -79,6 +85,8 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
             messages += all_or_none(lambda: stack.enter_context(lock))
             source, checkpoint, found = all_or_none(partial(inspect_folder, folder, recipe, resume, source))
             state, knn = _prepare(recipe, folder, source, checkpoint, accelerator)
+            if advise is not None and accelerator.is_main_process and checkpoint is None:
+                found += advise(recipe, state.method, source)
             return _run(state, folder, knn, checkpoint, stop, [*messages, *found])
     finally:
         accelerator.end_training()

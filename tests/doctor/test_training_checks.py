@@ -15,8 +15,7 @@ from sslkit.doctor.findings import Finding
 from sslkit.doctor.image_checks import ImageSummary
 from sslkit.doctor.run_checks import check_method
 from sslkit.doctor.training_checks import CONTRACT, FIRST_LOSS, GRADIENT, LEAK, STEP, VIEWS_USED
-from sslkit.methods import METHODS
-from sslkit.methods import BatchInfo, Features, Method, MethodOptions, Progress, Step, Views
+from sslkit.methods import METHODS, BatchInfo, Features, Method, MethodOptions, Progress, Step, Views
 from sslkit.methods.byol import BYOL
 from sslkit.recipe.resolve import Recipe, build_recipe
 
