@@ -24,7 +24,7 @@ FEW, MANY = 10_000, 100_000  # images
 MAX_EPOCHS = {FEW: 400, MANY: 300}
 LONGEST, UNMEASURED_EPOCHS = 200, 100  # epochs: of more images; where the time of a step is not known
 TRAINING_SHARE = 0.9  # of the time; the rest is for evaluations and checkpoints
-WARMUP_SHARE, MAX_WARMUP = 0.1, 10.0
+WARMUP_SHARE = 0.1
 EVALUATIONS = 10
 FEWEST_UPDATES = 500  # a shorter run hardly leaves its random weights
 
@@ -102,8 +102,8 @@ def choose_length(draft: Draft, facts: Facts, seconds_per_step: float) -> None:
     if seconds_per_step and epochs < most:
         why = f"what fits in {format_duration(3600 * facts.hours)} (--hours)"
     draft.choose("train.epochs", epochs, why)
-    warmup = round(min(draft.get("train.epochs") * WARMUP_SHARE, MAX_WARMUP), 2)
-    draft.choose("schedule.warmup_epochs", warmup, f"{WARMUP_SHARE:.0%} of the run, at most {MAX_WARMUP:g} epochs")
+    warmup = round(draft.get("train.epochs") * WARMUP_SHARE, 2)
+    draft.choose("schedule.warmup_epochs", warmup, f"{WARMUP_SHARE:.0%} of the run")
 
 
 def choose_options(draft: Draft, facts: Facts) -> None:

@@ -1,0 +1,157 @@
+"""The rules of the plan on invented images and machines: values derived by hand, and no warning of the doctor."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sslkit.doctor.image_checks import ImageSummary
+from sslkit.doctor.recipe_advice import check_settings
+from sslkit.methods import METHODS, find_method
+from sslkit.parts.backbone import family
+from sslkit.plan import rules
+from sslkit.plan.draft import Draft
+from sslkit.plan.facts import Facts
+from sslkit.recipe.resolve import Recipe, build_recipe
+
+PHOTOS = Facts(
+    count=1365,
+    height=64,
+    width=64,
+    grey=False,
+    moments=None,
+    alpha=0,
+    copies=0,
+    compared=1365,
+    classes=54,
+    device="cpu",
+    bf16=False,
+    memory=16 << 30,
+    cores=2,
+    processes=1,
+    hours=1.0,
+)
+GARMENTS = replace(PHOTOS, count=10_000, height=28, width=28, grey=True, classes=10)
+FEW = replace(PHOTOS, count=200, height=300, width=200, classes=0)
+ON_GPU = replace(PHOTOS, count=50_000, height=375, width=500, device="cuda", bf16=True)
+ON_GPUS = replace(ON_GPU, processes=8, count=500_000)
+BANDS = replace(PHOTOS, moments=([0.1] * 5, [0.2] * 5))
+
+
+def planned(facts: Facts, seconds_per_step: float, **stated: dict[str, Any]) -> tuple[Recipe, Draft]:
+    draft = Draft({"data": {"path": "photos"}, **stated})
+    for rule in (rules.choose_model, rules.choose_views, rules.choose_batch, rules.choose_optimizer):
+        rule(draft, facts)
+    rules.choose_length(draft, facts, seconds_per_step)
+    rules.choose_options(draft, facts)
+    rules.choose_monitor(draft, facts)
+    if facts.moments:
+        draft.tables["data"]["channels"] = len(facts.moments[0])
+    return build_recipe(draft.tables), draft
+
+
+# Facts, seconds of a step, and what must come out, computed by hand.
+CASES: list[tuple[Facts, float, dict[str, Any]]] = [
+    (
+        PHOTOS,  # 21 steps of 64; 0.9 h / (21 * 1 s) = 154 epochs
+        1.0,
+        {
+            **{"views.size": 64, "train.batch_size": 64, "train.epochs": 154, "method.queue_size": 512},
+            **{"views.blur_sigma": (0.1, 0.57), "schedule.warmup_epochs": 15.4, "monitor.every_epochs": 16},
+            **{"method.momentum_half_life": 10349.0, "optim.lr": 1e-3, "backbone.name": "resnet18"},
+        },
+    ),
+    (
+        GARMENTS,  # 156 steps of 64; 0.9 h / (156 * 0.1 s) = 207 epochs
+        0.1,
+        {
+            **{"views.size": 32, "views.blur_prob": 0.0, "views.gray_prob": 0.0, "train.epochs": 207},
+            **{"views.jitter": (0.4, 0.4, 0.0, 0.0), "method.queue_size": 4096},
+        },
+    ),
+    (
+        FEW,  # 12 steps of 16; no labels
+        0.001,
+        {
+            **{"views.size": 96, "train.batch_size": 16, "method.queue_size": 64, "train.epochs": 400},
+            **{"monitor.every_epochs": 0, "monitor.data": ""},
+        },
+    ),
+    (
+        ON_GPU,  # 195 steps of 256
+        0.5,
+        {
+            **{"views.size": 224, "train.batch_size": 256, "method.queue_size": 16384, "train.precision": "bf16"},
+            **{"train.epochs": 33, "backbone.name": "resnet50", "views.blur_sigma": (0.1, 2.0)},
+        },
+    ),
+    (ON_GPUS, 0.5, {"train.batch_size": 1024, "optim.lr": 2e-3, "method.queue_size": 65536, "train.epochs": 13}),
+    (replace(PHOTOS, processes=3), 1.0, {"train.batch_size": 63}),
+    (BANDS, 1.0, {"views.mean": (0.1,) * 5, "views.jitter": (0.4, 0.4, 0.0, 0.0)}),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case[0].count))
+def test_values_derived_by_hand(case: tuple[Facts, float, dict[str, Any]]) -> None:
+    facts, seconds, expected = case
+    stated: dict[str, Any] = {}
+    if facts.moments:
+        stated = {"backbone": {"name": "test_resnet", "args": {"in_chans": 5}}}
+    recipe, draft = planned(facts, seconds, **stated)
+    for key, value in expected.items():
+        table, _, name = key.partition(".")
+        assert getattr(getattr(recipe, table), name) == value, key
+    assert all(choice.reason for choice in draft.choices.values())
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
+def test_the_doctor_has_no_warning_about_a_plan(name: str, backbone: str) -> None:
+    for facts in (PHOTOS, GARMENTS, FEW, replace(FEW, count=33), ON_GPU, ON_GPUS, replace(ON_GPU, count=5000)):
+        for seconds in (1e-4, 0.3):
+            recipe, _ = planned(facts, seconds, method={"name": name}, backbone={"name": backbone})
+            norm = nn.BatchNorm1d(8) if family(backbone) == "resnet" else nn.LayerNorm(8)
+            with torch.device("meta"):
+                method = find_method(name)(norm, 8, recipe.method)
+                method.set_num_samples(facts.count)
+            images = ImageSummary(facts.count, facts.height, facts.width, facts.grey)
+            warned = {each.check: each.sentence for each in check_settings(recipe, method, images)}
+            found = [each.check for each in check_settings(recipe, method, images) if each.verdict == "warning"]
+            few = {"batch size"}  # the papers' batches are larger than such data and devices allow
+            few |= {"schedule"} if facts.count < 1000 else set()
+            assert set(found) <= few, (facts.count, seconds, {check: warned[check] for check in found})
+
+
+def test_what_is_stated_is_kept() -> None:
+    stated: dict[str, dict[str, Any]] = {
+        "method": {"name": "byol", "momentum_half_life": 77.0},
+        "views": {"size": 48, "blur_prob": 0.9},
+        "train": {"batch_size": 20, "epochs": 7},
+        "optim": {"name": "sgd", "lr": 0.5, "weight_decay": 1e-4},
+    }
+    recipe, draft = planned(PHOTOS, 1.0, **stated)
+    for table, keys in stated.items():
+        for key, value in keys.items():
+            kept = recipe.method_name if (table, key) == ("method", "name") else getattr(getattr(recipe, table), key)
+            assert kept == value
+            assert f"{table}.{key}" not in draft.choices
+    assert recipe.optim.lr_rule == "linear"  # of an optimizer that was stated the plan says nothing
+
+
+def test_pretrained_weights_get_a_low_rate() -> None:
+    recipe, draft = planned(PHOTOS, 1.0, backbone={"name": "test_resnet.r160_in1k", "pretrained": True})
+    assert recipe.optim.lr == 1e-4
+    assert not any("adapt" in hint for hint in rules.hints(draft, PHOTOS, 1.0))
+
+
+def test_hints_on_few_images_and_few_updates() -> None:
+    _, draft = planned(replace(FEW, hours=0.01), 1.0)  # 2 epochs of 12 steps
+    hints = rules.hints(draft, FEW, 1.0)
+    assert hints[0] == (
+        "24 updates hardly change random weights: a useful run has 500 or more: --hours 0.16 or more"
+    )
+    assert hints[1].endswith("sslkit adapt WEIGHTS --data photos")
+    _, draft = planned(ON_GPU, 0.5)
+    assert rules.hints(draft, ON_GPU, 0.5) == []
