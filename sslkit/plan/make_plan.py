@@ -13,6 +13,7 @@ from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.distributed.collectives import max_over_processes
 from sslkit.doctor.findings import LogMessage
 from sslkit.doctor.machine_checks import training_device
+from sslkit.engine.setup import steps_per_epoch
 from sslkit.errors import UserError
 from sslkit.plan import rules
 from sslkit.plan.draft import Choice, Draft
@@ -63,7 +64,7 @@ def make_plan(
     Args:
         stated: Tables of a recipe with what the user stated, at least ``[data] path``. It is never changed.
         hours: Time for the run. None: nothing is measured, and epochs are `rules.UNMEASURED_EPOCHS`.
-        log_message: Called with a line of text before each stage that takes time.
+        log_message: Called with a line of text before what takes time.
 
     Raises:
         UserError: The images cannot be used, are too few, or a stated value is wrong.
@@ -72,10 +73,10 @@ def make_plan(
     channels = draft.get("backbone.args", {}).get("in_chans", 3)
     draft.tables["data"] = {**({"channels": channels} if channels != 3 else {}), **draft.tables["data"]}
     source = open_source(DataConfig.model_validate(draft.tables["data"]))
-    log_message(f"looking at {source.description}")
     facts = gather_facts(source, hours or DEFAULT_HOURS)
     for rule in (rules.choose_model, rules.choose_views, rules.choose_batch, rules.choose_optimizer):
         rule(draft, facts)
+    steps_per_epoch(_trial_recipe(draft, facts), source)  # mistakes in what is stated are raised here
     seconds = 0.0
     if hours is not None:
         log_message(f"measuring a step of {draft.get('method.name')} on {draft.get('backbone.name')}")
@@ -83,7 +84,7 @@ def make_plan(
     rules.choose_length(draft, facts, seconds)
     rules.choose_options(draft, facts)
     rules.choose_monitor(draft, facts)
-    recipe = build_recipe(draft.tables, name="plan")
+    recipe = build_recipe(draft.tables, name="command line")
     steps = recipe.train.epochs * rules.steps_per_epoch(draft, facts)
     return Plan(
         recipe,
@@ -119,4 +120,4 @@ def _trial_recipe(draft: Draft, facts: Facts) -> Recipe:
     trial.choose("train.epochs", 1, "")
     trial.choose("schedule.warmup_epochs", 0.1, "")
     rules.choose_options(trial, facts)
-    return build_recipe(trial.tables, name="plan")
+    return build_recipe(trial.tables, name="command line")

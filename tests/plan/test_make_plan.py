@@ -1,0 +1,143 @@
+"""Plans of real images: what is measured, printed and trained."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import cli_error, run
+
+from sslkit.engine.run_folder.layout import Run
+from sslkit.errors import UserError
+from sslkit.methods import METHODS
+from sslkit.plan import make_plan as planning
+from sslkit.plan.make_plan import make_plan
+from sslkit.recipe.resolve import Recipe
+
+SMALL = ["--backbone", "test_resnet", "--set", "data.workers=0"]
+
+
+@pytest.fixture(autouse=True)
+def _short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "MEASURED_SECONDS", 0.2)
+
+
+def stated(data: Path | str, **tables: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {"data": {"path": str(data), "workers": 0}, "backbone": {"name": "test_resnet"}, **tables}
+
+
+def test_epochs_fill_the_time(monkeypatch: pytest.MonkeyPatch, class_folders: Path) -> None:
+    monkeypatch.setattr(planning, "profile", lambda *_args, **_kwargs: SimpleNamespace(step=0.5))
+    plan = make_plan(stated(class_folders), hours=0.1)  # 40 images are 2 steps of 16: 324 s for 1 s an epoch
+    assert plan.recipe.train.batch_size == 16
+    assert plan.recipe.train.epochs == 324
+    assert plan.seconds == pytest.approx(360.0)
+    text = "\n".join(plan.lines())
+    assert "images: 40, grey, about 28 x 28 pixels, 10 classes" in text
+    assert "as you said: backbone.name, data.path, data.workers" in text
+    assert "in 6m00s" in text
+    assert "note: 40 images are few to learn from alone" in text
+
+
+def test_a_plan_without_measurement_says_so(class_folders: Path) -> None:
+    plan = make_plan(stated(class_folders), hours=None)
+    assert plan.recipe.train.epochs == 100
+    assert not any("expected end" in line for line in plan.lines())
+
+
+def test_the_batch_shrinks_until_memory_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def profile(recipe: Recipe, *_args: Any, **_kwargs: Any) -> SimpleNamespace:
+        tried.append(recipe.train.batch_size)
+        if recipe.train.batch_size > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return SimpleNamespace(step=1.0)
+
+    monkeypatch.setattr(planning, "profile", profile)
+    images = {"data": {"path": "builtin:fashion_mnist", "split": "test"}, "backbone": {"name": "test_resnet"}}
+    plan = make_plan(images)
+    assert tried == [64, 32, 16]
+    assert plan.recipe.train.batch_size == 16
+    with pytest.raises(UserError, match=r"a batch of 64 .* --set train.batch_size=32"):
+        make_plan({**images, "train": {"batch_size": 64}})
+
+
+def test_copies_are_counted(class_folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(class_folders, tmp_path / "images")
+    first = next(iter(sorted((tmp_path / "images").rglob("*.png"))))
+    for index in range(3):
+        shutil.copy(first, first.with_name(f"copy{index}.png"))
+    plan = make_plan(stated(tmp_path / "images"), hours=None)
+    assert any(line.startswith("3 of 43 images looked at are copies of others") for line in plan.facts)
+
+
+def test_pretrain_with_data_alone_plans_trains_and_continues(
+    capsys: pytest.CaptureFixture[str], class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["pretrain", "--data", str(class_folders), *SMALL]
+    stopped = [*words, "--hours", "0.01", "--set", "train.max_steps=2", "--set", "train.epochs=3"]
+    code, out, err = run(capsys, *stopped)
+    assert code == 0
+    assert "measuring a step of moco_v2 on test_resnet" in err
+    assert "method.symmetric = true" in out
+    folder = Path("runs") / class_folders.name
+    assert Run(folder, 2).metrics()[-1]["step"] == 2
+    code, out, err = run(capsys, *words)
+    assert code == 0, err
+    assert "already trained to step 2" in out
+    assert "measuring" not in err
+
+
+@pytest.mark.parametrize(
+    "method", [name if name == "simclr" else pytest.param(name, marks=pytest.mark.full) for name in METHODS]
+)
+def test_every_method_starts_on_few_images(
+    capsys: pytest.CaptureFixture[str], class_folders: Path, tmp_path: Path, method: str
+) -> None:
+    words = ["pretrain", "--method", method, "--data", str(class_folders), *SMALL, "--set", "train.max_steps=3"]
+    code, out, err = run(capsys, *words, "--output", str(tmp_path / "run"), "--hours", "0.02")
+    assert code == 0, err
+    assert "done: " in out
+
+
+@pytest.mark.full
+def test_two_processes_make_one_plan(class_folders: Path, tmp_path: Path) -> None:
+    words = ["--data", str(class_folders), *SMALL, "--set", "train.max_steps=2", "--hours", "0.02"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    command = [*launcher, "sslkit.pretrain", *words, "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=os.environ.copy())
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("plan (--set") == 1
+    assert "2 processes, cpu" in done.stdout
+
+
+MISTAKES = [
+    (["--data", "FEW"], "has 4 images; pretraining needs 32 or more"),
+    (["--method", "moco_v2"], "give a recipe, such as quickstart, or --data with a folder of images"),
+    (["--data", "FOLDER", "--method", "mocov22"], "did you mean 'moco_v2'?"),
+    (["--data", "FOLDER", "--set", "optim.lr=fast"], "[optim] lr: must be a number"),
+    (["--data", "FOLDER", "--set", "train.batch_size=64"], "batch_size: 64 is more than the 40 images"),
+    (["--data", "nowhere"], "nowhere"),
+    (["--data", "FOLDER", "--hours", "0"], "hours"),
+]
+
+
+@pytest.mark.parametrize("case", MISTAKES, ids=lambda case: " ".join(case[0]))
+def test_mistakes_are_one_sentence(
+    case: tuple[list[str], str], class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "few").mkdir()
+    for file in sorted(class_folders.rglob("*.png"))[:4]:
+        shutil.copy(file, tmp_path / "few" / file.name)
+    folders = {"FEW": "few", "FOLDER": str(class_folders)}
+    words, message = case
+    assert message in cli_error(["pretrain", *(folders.get(word, word) for word in words)])
+    assert not (tmp_path / "runs").exists()
