@@ -63,7 +63,7 @@ def make_plan(
 
     Args:
         stated: Tables of a recipe with what the user stated, at least ``[data] path``. It is never changed.
-        hours: Time for the run. None: nothing is measured, and epochs are `rules.UNMEASURED_EPOCHS`.
+        hours: Time for the run. Without it, or if ``[train] max_steps`` is stated, no step is measured.
         log_message: Called with a line of text before what takes time.
 
     Raises:
@@ -78,7 +78,7 @@ def make_plan(
         rule(draft, facts)
     steps_per_epoch(_trial_recipe(draft, facts), source)  # mistakes in what is stated are raised here
     seconds = 0.0
-    if hours is not None:
+    if hours is not None and not draft.get("train.max_steps"):
         log_message(f"measuring a step of {draft.get('method.name')} on {draft.get('backbone.name')}")
         seconds = _seconds_per_step(draft, facts)
     rules.choose_length(draft, facts, seconds)

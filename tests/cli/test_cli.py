@@ -28,7 +28,7 @@ def test_pretrain_from_words_alone(capsys: pytest.CaptureFixture[str], class_fol
     fewer = ["--set", "method.queue_size=64", "--set", "data.workers=0", "--output", str(tmp_path / "run")]
     code, out, _ = run(capsys, "pretrain", *words, *small, *fewer)
     assert code == 0
-    assert "base 0.03, scaled by batch size / 256, peak 0.001875" in out
+    assert "learning rate: base 0.001, not scaled with batch size" in out
     assert (tmp_path / "run" / "encoder" / "model.safetensors").is_file()
 
 

@@ -82,8 +82,7 @@ def test_pretrain_with_data_alone_plans_trains_and_continues(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["pretrain", "--data", str(class_folders), *SMALL]
-    stopped = [*words, "--hours", "0.01", "--set", "train.max_steps=2", "--set", "train.epochs=3"]
-    code, out, err = run(capsys, *stopped)
+    code, out, err = run(capsys, *words, "--hours", "0.01", "--set", "train.epochs=1")
     assert code == 0
     assert "measuring a step of moco_v2 on test_resnet" in err
     assert "method.symmetric = true" in out
