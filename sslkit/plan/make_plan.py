@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from sslkit.plan import rules
 from sslkit.plan.draft import Choice, Draft
 from sslkit.plan.facts import Facts, gather_facts
 from sslkit.profiling.step_profile import profile
-from sslkit.recipe.resolve import Recipe, build_recipe
+from sslkit.recipe.resolve import Recipe, build_recipe, check_stated
 from sslkit.text import format_duration
 
 DEFAULT_HOURS = 1.0
@@ -69,6 +70,7 @@ def make_plan(
     Raises:
         UserError: The images cannot be used, are too few, or a stated value is wrong.
     """
+    check_stated(stated, "command line")
     draft = Draft(stated)
     channels = draft.get("backbone.args", {}).get("in_chans", 3)
     draft.tables["data"] = {**({"channels": channels} if channels != 3 else {}), **draft.tables["data"]}
@@ -79,8 +81,7 @@ def make_plan(
     steps_per_epoch(_trial_recipe(draft, facts), source)  # mistakes in what is stated are raised here
     seconds = 0.0
     if hours is not None and not draft.get("train.max_steps"):
-        log_message(f"measuring a step of {draft.get('method.name')} on {draft.get('backbone.name')}")
-        seconds = _seconds_per_step(draft, facts)
+        seconds = _seconds_per_step(draft, facts, log_message)
     rules.choose_length(draft, facts, seconds)
     rules.choose_options(draft, facts)
     rules.choose_monitor(draft, facts)
@@ -96,11 +97,13 @@ def make_plan(
     )
 
 
-def _seconds_per_step(draft: Draft, facts: Facts) -> float:
+def _seconds_per_step(draft: Draft, facts: Facts, log_message: LogMessage) -> float:
     """Measure a step; where the device's memory does not suffice, reduce the batch until it does."""
+    message = f"measuring a step of {draft.get('method.name')} on {draft.get('backbone.name')}"
     while True:
         try:
-            measured = profile(_trial_recipe(draft, facts), MEASURED_SECONDS, leave=False)
+            recipe = _trial_recipe(draft, facts)
+            measured = profile(recipe, MEASURED_SECONDS, leave=False, on_start=partial(log_message, message))
             break
         except torch.OutOfMemoryError:
             size = draft.get("train.batch_size") // 2

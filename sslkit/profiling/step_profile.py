@@ -1,7 +1,7 @@
 """Measures the training steps of a recipe twice: as in a run, and stage by stage."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -59,18 +59,23 @@ class Profile:
         return self.step - self.waiting
 
 
-def profile(recipe: Recipe, seconds: float = 20.0, *, leave: bool = True) -> Profile:
+def profile(
+    recipe: Recipe, seconds: float = 20.0, *, leave: bool = True, on_start: Callable[[], None] = lambda: None
+) -> Profile:
     """Set up a run and measure its steps for about ``seconds``; nothing is written to disk.
 
     With several processes, ``leave`` says whether they leave their process group after it; if not, a run may follow.
+    ``on_start`` is called once everything is set up.
     """
     source = open_source(recipe.data).without_labels()
     steps_per_epoch(recipe, source)
-    with one_thread():
-        images = image_costs(source, ViewPipeline(recipe.views, recipe.train.seed), seconds / 5)
     accelerator = make_accelerator(recipe)
     try:
-        return measure(set_up_training(recipe, source, accelerator), images, seconds)
+        training = set_up_training(recipe, source, accelerator)
+        on_start()
+        with one_thread():
+            images = image_costs(source, ViewPipeline(recipe.views, recipe.train.seed), seconds / 5)
+        return measure(training, images, seconds)
     finally:
         if leave:
             accelerator.end_training()

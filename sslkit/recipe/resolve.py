@@ -5,6 +5,7 @@ tables, the paper (`Method.paper_defaults`), the view policy, the file, the comm
 """
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -283,13 +284,27 @@ def _name_mistakes(tables: dict[str, Any]) -> list[str]:
             check(name)
         except UserError as error:
             mistakes.append(str(error))
-    if mistakes:
-        for table, model in TABLES.items():
-            try:
-                model.model_validate(tables.get(table, {}))
-            except ValidationError as error:
-                mistakes += [_sentence(table, model, item) for item in error.errors() if item["type"] != "missing"]
+    return mistakes + _key_mistakes(tables) if mistakes else []
+
+
+def _key_mistakes(tables: Mapping[str, Any]) -> list[str]:
+    """Check the keys of the tables that need no defaults, each for itself."""
+    mistakes = []
+    for table, model in TABLES.items():
+        try:
+            model.model_validate(tables.get(table, {}))
+        except ValidationError as error:
+            wrong = [item for item in error.errors() if item["type"] != "missing" and item["loc"]]
+            mistakes += [_sentence(table, model, item) for item in wrong]
     return mistakes
+
+
+def check_stated(tables: Mapping[str, Mapping[str, Any]], name: str) -> None:
+    """Check tables that state only a part of a recipe; raise a UserError with a sentence for each mistake."""
+    check_plain(dict(tables), name)
+    names = {"method": {"name": "moco_v2"}, "backbone": {"name": "resnet18"}}
+    whole: dict[str, Any] = {**tables, **{table: {**keys, **tables.get(table, {})} for table, keys in names.items()}}
+    _refuse(name, _shape_mistakes(whole) or _name_mistakes(whole) or _key_mistakes(tables))
 
 
 def _lay_over(defaults: dict[str, dict[str, Any]], tables: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -64,7 +64,7 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
         (["quickstart", "--set", "train.batch_size=20000"], "is more than the 10000 images"),
         (["quickstart", "--set", "train.epocs=3"], "did you mean 'epochs'?"),
         (["quikstart"], "did you mean 'quickstart'?"),
-        (["--method", "moco_v2"], "missing: --backbone, --data"),
+        (["--method", "moco_v2"], "missing: --data"),
         ([*SMALL, "--set", "train.batch_size=33"], "33 does not split into 2 equal parts"),
     ],
 )
