@@ -5,6 +5,9 @@ options is the method's to say: `Method.fitted_options`.
 """
 
 import math
+from typing import Any
+
+import timm
 
 from sslkit.methods import Progress, find_method
 from sslkit.parts.backbone import family
@@ -136,7 +139,7 @@ def hints(draft: Draft, facts: Facts, seconds_per_step: float) -> list[str]:
     if facts.count < FEW and not draft.get("backbone.pretrained"):
         found.append(
             f"{facts.count} images are few to learn from alone; start from public weights instead: sslkit adapt "
-            f"WEIGHTS --data {draft.get('data.path')}"
+            f"{_public_weights(draft.get('backbone.name'))} --data {draft.get('data.path')}"
         )
     return found
 
@@ -145,6 +148,12 @@ def steps_per_epoch(draft: Draft, facts: Facts) -> int:
     """Whole batches in an epoch."""
     batch_size: int = draft.get("train.batch_size")
     return max(facts.count // batch_size, 1)
+
+
+def _public_weights(backbone: str) -> str:
+    """The timm name of a backbone's public weights; those of a ResNet-50 where it has none."""
+    config: Any = timm.get_pretrained_cfg(backbone)
+    return f"{config.architecture}.{config.tag}" if config is not None and config.tag else "resnet50.a1_in1k"
 
 
 def _power_of_two(limit: float) -> int:

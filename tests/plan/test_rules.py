@@ -150,6 +150,6 @@ def test_hints_on_few_images_and_few_updates() -> None:
     _, draft = planned(replace(FEW, hours=0.01), 1.0)  # 2 epochs of 12 steps
     hints = rules.hints(draft, FEW, 1.0)
     assert hints[0] == ("24 updates hardly change random weights: a useful run has 500 or more: --hours 0.16 or more")
-    assert hints[1].endswith("sslkit adapt WEIGHTS --data photos")
+    assert hints[1].endswith("sslkit adapt resnet18.a1_in1k --data photos")
     _, draft = planned(ON_GPU, 0.5)
     assert rules.hints(draft, ON_GPU, 0.5) == []
