@@ -1,9 +1,12 @@
-"""Whether one encoder is better than another on the same images: a paired difference, its interval and a sentence."""
+"""Whether one encoder is better than others on the same images: paired differences, their intervals and a sentence."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from sslkit.text import join, pluralize
 
 RESAMPLES = 10_000
 QUANTILES = (0.025, 0.975)
@@ -45,11 +48,15 @@ class Difference:
         """Such as ``better by 2.1 points (0.9 to 3.3)`` or ``no difference seen (-0.8 to 1.1)``."""
         if not self.is_better and not self.is_worse:
             return f"no difference seen ({_format(self.low)} to {_format(self.high)})"
-        direction = "better" if self.is_better else "worse"
+        return f"{'better' if self.is_better else 'worse'} by {self.size}"
+
+    @property
+    def size(self) -> str:
+        """How large the difference is, without its sign, such as ``2.1 points (0.9 to 3.3)``."""
         low, high = sorted((abs(self.low), abs(self.high)))
         digits = next((digits for digits in (1, 2) if round(low, digits)), 3)
         ends = f"{_format(low, digits)} to {_format(high, digits)}"
-        return f"{direction} by {_format(abs(self.points), digits)} points ({ends})"
+        return f"{_format(abs(self.points), digits)} points ({ends})"
 
 
 def paired_difference(correct_a: ArrayLike, correct_b: ArrayLike, *, seed: int = 0) -> Difference:
@@ -71,9 +78,31 @@ def paired_difference(correct_a: ArrayLike, correct_b: ArrayLike, *, seed: int =
         raise ValueError(f"paired difference: needs two arrays of one length, not {first.shape} and {second.shape}")
     if not all(np.all((each >= 0.0) & (each <= 1.0)) for each in (first, second)):
         raise ValueError("paired difference: values must be in [0, 1]")
-    means = _resampled_means(first - second, np.random.default_rng(seed))
-    low, high = np.quantile(means, QUANTILES)
-    return Difference(100 * float((first - second).mean()), 100 * float(low), 100 * float(high), len(first))
+    resamples = _resampled_means(first - second, np.random.default_rng(seed))
+    return resampled_difference(float((first - second).mean()), resamples, len(first))
+
+
+def resampled_difference(mean: float, resamples: NDArray[np.float64], images: int) -> Difference:
+    """The difference whose value is ``mean`` on all ``images``, and ``resamples`` on resamples of them."""
+    low, high = np.quantile(resamples, QUANTILES)
+    return Difference(100 * mean, 100 * float(low), 100 * float(high), images)
+
+
+def verdict(differences: Mapping[str, Difference]) -> str:
+    """One sentence on how an encoder stands against baselines, from its differences from them; empty for none.
+
+    What it does not beat comes first. A baseline is beaten if the whole interval is above 0.
+    """
+    if not differences:
+        return ""
+    beaten = [f"{name} by {each.size}" for name, each in differences.items() if each.is_better]
+    others = [f"{name}: {each}" for name, each in differences.items() if not each.is_better]
+    clauses = [f"does not beat {', nor '.join(others)}"] if others else []
+    if beaten:
+        every = "" if others or len(beaten) == 1 else "every baseline: "
+        clauses.append(f"{'it ' if others else ''}beats {every}{join(beaten)}")
+    images = pluralize(max(each.images for each in differences.values()), "test image")
+    return f"The encoder {'; '.join(clauses)} (95 % intervals, paired over {images})"
 
 
 def _resampled_means(differences: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:

@@ -177,4 +177,9 @@ def count_classes(*labels: Tensor) -> int:
 
 def share_correct(predicted: Tensor, truth: Tensor) -> float:
     """Top-1 accuracy of predicted classes, (N,) both."""
-    return float((predicted.cpu() == truth.cpu()).float().mean())
+    return float(is_correct(predicted, truth).float().mean())
+
+
+def is_correct(predicted: Tensor, truth: Tensor) -> Tensor:
+    """Whether each predicted class is right, (N,) bool on the CPU."""
+    return predicted.cpu() == truth.cpu()

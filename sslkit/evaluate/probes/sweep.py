@@ -73,11 +73,16 @@ class Head:
 
 @dataclass(frozen=True)
 class SweepScore:
-    """Test accuracy of the head that is best on the held-out images, that head, and the whole grid, best first."""
+    """The head that is best on the held-out images, which test images it has right, and the whole grid, best first."""
 
-    accuracy: float
+    correct: Tensor  # (Q,) bool
     chosen: Head
     grid: list[Head]
+
+    @property
+    def accuracy(self) -> float:
+        """Accuracy of the chosen head on the test set."""
+        return float(self.correct.float().mean())
 
 
 class _Heads:
@@ -121,6 +126,11 @@ class _Heads:
             if self.lr_times_decay is not None:
                 buffer.addcmul_(param, self.lr_times_decay)
             param.sub_(buffer, alpha=factor)
+
+    def is_correct(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Which images each head has right, (N, heads) bool on the CPU."""
+        batches = (self.logits(rows.to(self.weight.device))[1] for rows in features.split(TEST_BATCH))
+        return torch.cat([logits.argmax(dim=1).cpu() for logits in batches]) == labels.cpu()[:, None]
 
     def scores(self, features: Tensor, labels: Tensor) -> list[tuple[float, float]]:
         """Accuracy of each head, and minus its loss to break ties."""
@@ -174,8 +184,8 @@ def sweep(
             ranked.append((score, Head(readout, lr / scale, decay, norm, score[0]), index))
     ranked.sort(key=lambda item: item[0], reverse=True)
     _, best, index = ranked[0]
-    accuracy = heads[best.readout, best.norm].scores(test[best.readout], truth)[index][0]
-    return SweepScore(accuracy, best, [head for _, head, _ in ranked])
+    correct = heads[best.readout, best.norm].is_correct(test[best.readout], truth)[:, index]
+    return SweepScore(correct, best, [head for _, head, _ in ranked])
 
 
 def _train(
