@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from sslkit.errors import UserError
 from sslkit.evaluate.input_checks import as_features, check_seed, choose_protocol
-from sslkit.evaluate.probes.knn import count_classes, is_correct
+from sslkit.evaluate.probes.knn import count_classes, is_correct, share
 
 C_GRID = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 HELD_OUT = 0.1
@@ -100,15 +100,11 @@ class LinearProtocol:
 
 @dataclass(frozen=True)
 class LinearScore:
-    """Which test images are right, (Q,) bool, and what was selected: C of ``logistic``, the epoch of SGD."""
+    """Accuracy on the test set, and what was selected: C of ``logistic``, the epoch of SGD."""
 
-    correct: Tensor
+    accuracy: float
     chosen: str
-
-    @property
-    def accuracy(self) -> float:
-        """Accuracy on the test set."""
-        return float(self.correct.float().mean())
+    correct: Tensor = field(compare=False, repr=False)  # (Q,) bool: which test images are right
 
 
 def linear_accuracy(
@@ -180,7 +176,7 @@ def _logistic(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, protoc
             break  # weaker penalties only overfit more
         best_c, best_loss, best = c, loss, classifier
     classifier = fit_logistic(train, labels, num_classes, best_c, best)
-    return LinearScore(_is_correct(classifier, test, truth), f"C = {best_c:g}")
+    return _score(_is_correct(classifier, test, truth), f"C = {best_c:g}")
 
 
 def _sgd(
@@ -218,8 +214,12 @@ def _sgd(
         if correct.sum() > best.sum():
             best, best_epoch = correct, epoch + 1
     if protocol.scored == "last":
-        return LinearScore(correct, f"last of {protocol.epochs} epochs, as in the paper")
-    return LinearScore(best, f"best of {protocol.epochs} epochs: {best_epoch}, as in the paper")
+        return _score(correct, f"last of {protocol.epochs} epochs, as in the paper")
+    return _score(best, f"best of {protocol.epochs} epochs: {best_epoch}, as in the paper")
+
+
+def _score(correct: Tensor, chosen: str) -> LinearScore:
+    return LinearScore(share(correct), chosen, correct)
 
 
 @torch.no_grad()

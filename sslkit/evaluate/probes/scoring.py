@@ -24,7 +24,7 @@ from sslkit.evaluate.features.readouts import Readout, extract_readouts
 from sslkit.evaluate.label_subsets import choose_subset
 from sslkit.evaluate.labelled_data import LabelledPair, Splits, open_pair
 from sslkit.evaluate.probes.finetune import FinetuneProtocol, finetune
-from sslkit.evaluate.probes.knn import KnnProtocol, check_neighbours, is_correct, predict
+from sslkit.evaluate.probes.knn import KnnProtocol, check_neighbours, is_correct, predict, share
 from sslkit.evaluate.probes.linear import SELECTED_ON_HELD_OUT, EpochFeatures, LinearProtocol, linear_accuracy
 from sslkit.evaluate.probes.sweep import SweepProtocol, sweep
 from sslkit.evaluate.protocol import data_settings, digest_of, preprocessing_settings
@@ -231,7 +231,7 @@ def _scores(rows: Sequence[Row]) -> list[Score]:
     scores, own = [], rows[0][1]
     for encoder, correct, note in rows:
         name, revision = (encoder, "") if isinstance(encoder, str) else (encoder.description, encoder.revision)
-        accuracy = float(correct.float().mean())
+        accuracy = share(correct)
         interval = bootstrap_interval(accuracy, len(correct))
         difference = None if correct is own else paired_difference(own, correct)
         scores.append(Score(name, accuracy, interval, note, encoder_revision=revision, difference=difference))

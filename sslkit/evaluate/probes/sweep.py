@@ -7,7 +7,7 @@ training images select one.
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn.functional import batch_norm
 
 from sslkit.errors import UserError
 from sslkit.evaluate.input_checks import as_features, check_rates, check_seed
-from sslkit.evaluate.probes.knn import count_classes
+from sslkit.evaluate.probes.knn import count_classes, share
 from sslkit.evaluate.probes.linear import hold_out
 
 TEST_BATCH = 1024
@@ -73,16 +73,12 @@ class Head:
 
 @dataclass(frozen=True)
 class SweepScore:
-    """The head that is best on the held-out images, which test images it has right, and the whole grid, best first."""
+    """Test accuracy of the head that is best on the held-out images, that head, and the whole grid, best first."""
 
-    correct: Tensor  # (Q,) bool
+    accuracy: float
     chosen: Head
     grid: list[Head]
-
-    @property
-    def accuracy(self) -> float:
-        """Accuracy of the chosen head on the test set."""
-        return float(self.correct.float().mean())
+    correct: Tensor = field(compare=False, repr=False)  # (Q,) bool: which test images the chosen head has right
 
 
 class _Heads:
@@ -185,7 +181,7 @@ def sweep(
     ranked.sort(key=lambda item: item[0], reverse=True)
     _, best, index = ranked[0]
     correct = heads[best.readout, best.norm].is_correct(test[best.readout], truth)[:, index]
-    return SweepScore(correct, best, [head for _, head, _ in ranked])
+    return SweepScore(share(correct), best, [head for _, head, _ in ranked], correct)
 
 
 def _train(
