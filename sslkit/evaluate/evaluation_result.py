@@ -1,12 +1,14 @@
 """The result of an evaluation: the scores of an encoder and of its baselines under one protocol."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from sslkit.evaluate.protocol import protocol_hash
-from sslkit.evaluate.verdict import QUANTILES, RESAMPLES, Difference, verdict
+from sslkit.evaluate.verdict import QUANTILES, RESAMPLES, Difference, paired_difference, verdict
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,25 @@ class EvaluationResult:
     @property
     def verdict(self) -> str:
         """One sentence: how the encoder stands against each baseline. Empty if there is none."""
-        return verdict({score.encoder: score.difference for score in self.scores if score.difference})
+        return verdict_of(self.scores)
+
+
+def verdict_of(scores: Sequence[Score]) -> str:
+    """One sentence: how the first encoder stands against each of the others. Empty if there are none."""
+    return verdict({score.encoder: score.difference for score in scores if score.difference})
+
+
+def score_of(
+    encoder: str, correct: ArrayLike, own: ArrayLike | None = None, *, note: str = "", revision: str = ""
+) -> Score:
+    """The score of an encoder from whether each test image is classified correctly, (N,) bool.
+
+    For a baseline, ``own`` says the same of the evaluated encoder.
+    """
+    accuracy = float(np.asarray(correct, dtype=np.float32).mean())
+    interval = bootstrap_interval(accuracy, len(np.asarray(correct)))
+    difference = None if own is None else paired_difference(own, correct)
+    return Score(encoder, accuracy, interval, note, encoder_revision=revision, difference=difference)
 
 
 def bootstrap_interval(accuracy: float, count: int, seed: int = 0) -> tuple[float, float]:

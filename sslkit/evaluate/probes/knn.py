@@ -177,7 +177,7 @@ def count_classes(*labels: Tensor) -> int:
 
 def share_correct(predicted: Tensor, truth: Tensor) -> float:
     """Top-1 accuracy of predicted classes, (N,) both."""
-    return share(is_correct(predicted, truth))
+    return share_of(is_correct(predicted, truth))
 
 
 def is_correct(predicted: Tensor, truth: Tensor) -> Tensor:
@@ -185,6 +185,6 @@ def is_correct(predicted: Tensor, truth: Tensor) -> Tensor:
     return predicted.cpu() == truth.cpu()
 
 
-def share(correct: Tensor) -> float:
+def share_of(correct: Tensor) -> float:
     """Share of True, such as of `is_correct`."""
     return float(correct.float().mean())

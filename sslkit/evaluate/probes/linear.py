@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from sslkit.errors import UserError
 from sslkit.evaluate.input_checks import as_features, check_seed, choose_protocol
-from sslkit.evaluate.probes.knn import count_classes, is_correct, share
+from sslkit.evaluate.probes.knn import count_classes, is_correct, share_of
 
 C_GRID = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 HELD_OUT = 0.1
@@ -219,7 +219,7 @@ def _sgd(
 
 
 def _score(correct: Tensor, chosen: str) -> LinearScore:
-    return LinearScore(share(correct), chosen, correct)
+    return LinearScore(share_of(correct), chosen, correct)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sslkit.data.loading.shared_memory import explain_death
 from sslkit.data.sources.image_source import DataConfig, ImageSource
 from sslkit.errors import UserError
-from sslkit.evaluate.evaluation_result import EvaluationResult, Score, bootstrap_interval
+from sslkit.evaluate.evaluation_result import EvaluationResult, Score, score_of
 from sslkit.evaluate.features.compared_encoders import TransferOptions, frozen_encoders, trained_encoders
 from sslkit.evaluate.features.encoder import Encoder
 from sslkit.evaluate.features.extraction import extract_features
@@ -24,11 +24,10 @@ from sslkit.evaluate.features.readouts import Readout, extract_readouts
 from sslkit.evaluate.label_subsets import choose_subset
 from sslkit.evaluate.labelled_data import LabelledPair, Splits, open_pair
 from sslkit.evaluate.probes.finetune import FinetuneProtocol, finetune
-from sslkit.evaluate.probes.knn import KnnProtocol, check_neighbours, is_correct, predict, share
+from sslkit.evaluate.probes.knn import KnnProtocol, check_neighbours, is_correct, predict
 from sslkit.evaluate.probes.linear import SELECTED_ON_HELD_OUT, EpochFeatures, LinearProtocol, linear_accuracy
 from sslkit.evaluate.probes.sweep import SweepProtocol, sweep
 from sslkit.evaluate.protocol import data_settings, digest_of, preprocessing_settings
-from sslkit.evaluate.verdict import paired_difference
 
 Row = tuple[Encoder | str, Tensor, str]  # encoder or name of a pixel baseline, `is_correct`, and what was chosen
 Features = Callable[[ImageSource], list[Tensor]]  # of the training or the test images, for each readout
@@ -231,10 +230,7 @@ def _scores(rows: Sequence[Row]) -> list[Score]:
     scores, own = [], rows[0][1]
     for encoder, correct, note in rows:
         name, revision = (encoder, "") if isinstance(encoder, str) else (encoder.description, encoder.revision)
-        accuracy = share(correct)
-        interval = bootstrap_interval(accuracy, len(correct))
-        difference = None if correct is own else paired_difference(own, correct)
-        scores.append(Score(name, accuracy, interval, note, encoder_revision=revision, difference=difference))
+        scores.append(score_of(name, correct, None if correct is own else own, note=note, revision=revision))
     return scores
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import batch_norm
 
 from sslkit.errors import UserError
 from sslkit.evaluate.input_checks import as_features, check_rates, check_seed
-from sslkit.evaluate.probes.knn import count_classes, share
+from sslkit.evaluate.probes.knn import count_classes, share_of
 from sslkit.evaluate.probes.linear import hold_out
 
 TEST_BATCH = 1024
@@ -181,7 +181,7 @@ def sweep(
     ranked.sort(key=lambda item: item[0], reverse=True)
     _, best, index = ranked[0]
     correct = heads[best.readout, best.norm].is_correct(test[best.readout], truth)[:, index]
-    return SweepScore(share(correct), best, [head for _, head, _ in ranked], correct)
+    return SweepScore(share_of(correct), best, [head for _, head, _ in ranked], correct)
 
 
 def _train(
