@@ -209,8 +209,11 @@ def starts_of(model: str) -> "list[Encoder]":
     from sslkit.recipe.resolve import load_saved
 
     file = Path(model, "recipe.toml")
+    recipe = None
+    with suppress(UserError):  # an evaluation does not need a valid recipe
+        recipe = load_saved(file) if model and file.is_file() else None
     try:
-        start = create_start(load_saved(file)) if model and file.is_file() else None
+        start = create_start(recipe) if recipe else None
     except UserError as error:
         print_message(f"WARNING: {model}: is not compared with its start: {error}")
         return []

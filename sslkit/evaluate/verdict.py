@@ -102,7 +102,7 @@ def verdict(differences: Mapping[str, Difference]) -> str:
         every = "" if others or len(beaten) == 1 else "every baseline: "
         clauses.append(f"{'it ' if others else ''}beats {every}{join(beaten)}")
     images = pluralize(max(each.images for each in differences.values()), "test image")
-    return f"The encoder {'; '.join(clauses)} (95 % intervals, paired over {images})"
+    return f"On {images}, the encoder {'; '.join(clauses)}"
 
 
 def _resampled_means(differences: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
