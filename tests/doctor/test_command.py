@@ -9,6 +9,7 @@ import pytest
 from conftest import run
 from methods.mutants import MUTANTS
 
+from sslkit.doctor.findings import LOADING
 from sslkit.methods import METHODS
 
 SMALL = [
@@ -22,6 +23,7 @@ def test_a_sound_recipe_is_a_table_and_code_0(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sslkit.doctor.run_checks.forecast_time", lambda *_: LOADING.ok("in an hour"))
     code, out, err = run(capsys, "doctor", *SMALL)
     assert code == 0
     assert "batch norm leak" not in out
