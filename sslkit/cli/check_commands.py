@@ -1,6 +1,7 @@
 """``sslkit doctor`` and ``sslkit bench``: check a recipe before training, and measure the speed of its steps."""
 
 import dataclasses
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,7 +20,11 @@ FAULT_FOUND = 2  # exit code
 BAR_WIDTH = 24  # characters
 
 
-def doctor(recipe: RecipeOptions, as_json: AsJson = False) -> None:
+def doctor(
+    recipe: RecipeOptions,
+    every: Annotated[bool, typer.Option("--all", help="List every check, also those that are ok.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Check a recipe with its own data. Without a recipe, report the devices and memory of this machine.
 
     Exits with code 2 if there is a fault, and with 0 if there are only warnings. Writes nothing to disk.
@@ -27,31 +32,47 @@ def doctor(recipe: RecipeOptions, as_json: AsJson = False) -> None:
     with fast_imports():
         from sslkit.doctor import Report, check_machine, check_recipe
 
-    if recipe != RecipeOptions():
+    of_recipe = recipe != RecipeOptions()
+    if of_recipe:
         loaded = recipe.load()
         report = check_recipe(loaded, lambda stage: print_message(f"{stage} ..."))
     else:
         report = Report(check_machine())
     if report.findings:
-        print_findings(report, as_json)
+        print_findings(report, as_json, every=every or not of_recipe)
     if report.of("fault"):
         raise typer.Exit(FAULT_FOUND)
 
 
-def print_findings(report: "Report", as_json: bool) -> None:
-    """Print the findings of the doctor: as a table, the worst first, or all of them as JSON, in their own order."""
+def print_findings(report: "Report", as_json: bool, *, every: bool) -> None:
+    """Print the findings of the doctor: as a table, or all of them as JSON, in their own order.
+
+    The table has time, memory, faults and warnings, and the settings that these advise follow it. With ``every`` it
+    has the checks that are ok too.
+    """
     counts = {verdict: len(report.of(verdict)) for verdict in ("fault", "warning", "ok")}
     if as_json:
         print_json({**counts, "findings": [dataclasses.asdict(finding) for finding in report.findings]})
         return
     colours = {"fault": "bold red", "warning": "yellow", "ok": "green"}
-    table = PlainTable("check", "verdict", "finding")
-    for finding in [*report.of("fault"), *report.of("warning"), *report.of("ok")]:
-        table.add_row(finding.check, Text(finding.verdict, colours[finding.verdict]), finding.sentence)
-    console.print(table)
+    costs, fine = report.costs(), report.of("ok")
+    shown = [*costs, *report.of("fault"), *report.of("warning"), *(fine if every else [])]
+    if shown:
+        table = PlainTable("check", "verdict", "finding")
+        for finding in dict.fromkeys(shown):
+            table.add_row(finding.check, Text(finding.verdict, colours[finding.verdict]), finding.sentence)
+        console.print(table)
+    if advised := report.settings():
+        print_line("to follow the advice, add: " + " ".join(f"--set {shlex.quote(each)}" for each in advised))
     skipped = [finding.check for finding in report.of("not applicable")]
-    print_line("not applicable: " + (", ".join(skipped) or "none"))
-    print_line(f"{pluralize(counts['fault'], 'fault')}, {pluralize(counts['warning'], 'warning')}, {counts['ok']} ok")
+    total = f"{pluralize(counts['fault'], 'fault')}, {pluralize(counts['warning'], 'warning')}"
+    if every:
+        print_line("not applicable: " + (", ".join(skipped) or "none"))
+        print_line(f"{total}, {counts['ok']} ok")
+        return
+    hidden = len(set(fine) - set(costs))
+    ok = f"{pluralize(hidden, 'other check is', 'other checks are')} ok"
+    print_line(f"{total}; {ok}, {len(skipped)} not applicable (--all lists them)")
 
 
 def bench(

@@ -63,7 +63,7 @@ def knn(model: Model, probe: Probe, settings: KnnSettings, as_json: AsJson = Fal
     grid = [KnnProtocol(k, temperature) for k, temperature in itertools.product(neighbours, temperatures)]
     chosen = KnnProtocol.from_name(settings.protocol) if settings.protocol else grid
     protocols = [dataclasses.replace(each, centre=settings.centre) for each in chosen]
-    results = evaluate_knn_grid(model, probe.config(model), protocols, probe.readout(), **probe.comparison())
+    results = evaluate_knn_grid(model, probe.config(model), protocols, probe.readout(), **probe.comparison(model))
     print_and_store(model, results, as_json)
 
 
@@ -80,7 +80,7 @@ def linear(
     with fast_imports():
         from sslkit.evaluate import evaluate_linear
 
-    options = {"augment": augment, "epochs": epochs, **probe.comparison()}
+    options = {"augment": augment, "epochs": epochs, **probe.comparison(model)}
     result = evaluate_linear(model, probe.config(model), protocol, probe.readout(), **options)
     print_and_store(model, [result], as_json)
 
@@ -111,7 +111,7 @@ def sweep(model: Model, probe: Probe, settings: SweepSettings, as_json: AsJson =
         raise UserError(f"--norm {settings.norm}: must be no, yes or no,yes")
     protocol = SweepProtocol(rates, decays, norms, settings.epochs, settings.batch_size, settings.seed)
     readouts = [probe.readout(layer) for layer in probe.layer.split(",")]
-    result = evaluate_sweep(model, probe.config(model), protocol, readouts, **probe.comparison())
+    result = evaluate_sweep(model, probe.config(model), protocol, readouts, **probe.comparison(model))
     print_and_store(model, [result], as_json)
 
 

@@ -21,7 +21,7 @@ from sslkit.terminal import print_message
 
 if TYPE_CHECKING:
     from sslkit.data.sources.image_source import DataConfig
-    from sslkit.evaluate import Splits
+    from sslkit.evaluate import Encoder, Splits
     from sslkit.evaluate.features.readouts import Readout
     from sslkit.plan.make_plan import Plan
     from sslkit.recipe.resolve import Recipe
@@ -139,9 +139,12 @@ class Probe(Labelled):
         chosen = Readout.from_name(layer or self.layer)
         return dataclasses.replace(chosen, crop_pct=self.crop_pct, workers=self.workers, store=store)
 
-    def comparison(self) -> dict[str, Any]:
-        """Baselines and splits, as arguments of the evaluations of frozen features."""
-        return {"baselines": self.baseline or (), "splits": self.splits()}
+    def comparison(self, model: str) -> dict[str, Any]:
+        """Baselines and splits, as arguments of the evaluations of frozen features.
+
+        The weights that a run began from are a baseline too, if they are to be had.
+        """
+        return {"baselines": [*starts_of(model), *(self.baseline or ())], "splits": self.splits()}
 
 
 def command(app: typer.Typer, example: str, name: str | None = None) -> Callable[[Command], Command]:
@@ -217,6 +220,24 @@ def find_background(given: str, model: str = "") -> str:
     with suppress(UserError):  # an evaluation does not need a valid recipe
         return load_saved(recipe).data.background if model and recipe.is_file() else WHITE
     return WHITE
+
+
+def starts_of(model: str) -> "list[Encoder]":
+    """The pretrained weights that a run began from, with its preprocessing; empty for random ones and other models."""
+    from sslkit.evaluate import load_encoder
+    from sslkit.publish.encoder_folder import create_start
+    from sslkit.recipe.resolve import load_saved
+
+    file = Path(model, "recipe.toml")
+    recipe = None
+    with suppress(UserError):  # an evaluation does not need a valid recipe
+        recipe = load_saved(file) if model and file.is_file() else None
+    try:
+        start = create_start(recipe) if recipe else None
+    except UserError as error:
+        print_message(f"WARNING: {model}: is not compared with its start: {error}")
+        return []
+    return [dataclasses.replace(load_encoder(model), module=start[1], description=start[0])] if start else []
 
 
 def data_config(

@@ -9,13 +9,13 @@ import torch
 from sslkit.data.loading.loader import cores_of_a_process, resolve_workers
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.doctor.doctor_setup import DoctorSetup, StepRecord, load_batches, num_processes
-from sslkit.doctor.findings import Check, Finding
+from sslkit.doctor.findings import LOADING, MEMORY, Check, Finding
 from sslkit.doctor.machine_checks import GIB, has_bf16, memory_of_device, training_device
 from sslkit.engine.accelerator import processes_here
 from sslkit.recipe.resolve import Recipe
 from sslkit.text import format_duration, pluralize
 
-MEMORY, LOADING, THREADS, PRECISION = map(Check, ("memory", "data loading", "threads", "precision"))
+THREADS, PRECISION = map(Check, ("threads", "precision"))
 
 OPTIMIZER_COPIES = {"sgd": 1, "lars": 1, "lars_simclr": 1, "larc": 1, "adamw": 2, "lamb": 2}
 HALF_PRECISION = 0.6  # of float32's activations, as norms and losses stay in float32
@@ -96,14 +96,15 @@ def compare_speeds(recipe: Recipe, computing: float, loading: float, num_images:
     step = max(compute, load) if workers else compute + load
     steps = train.epochs * (num_images // train.batch_size)
     sentence = (
-        f"a step of {local} images takes about {_seconds(compute)} to compute and {_seconds(load)} to load with "
-        f"{pluralize(workers, 'data worker')}; {steps} steps take about {format_duration(step * steps)} on this machine"
+        f"{pluralize(steps, 'step')} take about {format_duration(step * steps)} on this machine: a step of {local} "
+        f"images takes about {_seconds(compute)} to compute and {_seconds(load)} to load with "
+        f"{pluralize(workers, 'data worker')}"
     )
     if load <= compute:
         return LOADING.ok(sentence)
     needed = max(round(loading / computing), workers + 1)
     return LOADING.warning(
-        f"computing waits for data: {sentence}. Set data.workers = {needed} if there are so many cores, or pack the "
+        f"{sentence}. Computing waits for data: set data.workers = {needed} if there are so many cores, or pack the "
         f"images with sslkit prepare {recipe.data.path} packed"
     )
 

@@ -1,10 +1,14 @@
 """The result of a check: a verdict and one sentence."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from sslkit.errors import first_line
+
+# As the sentences write them: `set train.batch_size = 32 or more`, `set train.precision = "no"`.
+SETTING = re.compile(r'\b(?:set|and) (\w+(?:\.\w+)+) = ("[^"]*"|\[[^\]]*\]|[-+.\w]*\w)')
 
 Verdict = Literal["ok", "warning", "fault", "not applicable"]
 LogMessage = Callable[[str], None]
@@ -46,6 +50,9 @@ class Check(str):
             return self.not_applicable(f"could not be checked: {describe_error(error)}")
 
 
+LOADING, MEMORY = Check("data loading"), Check("memory")
+
+
 @dataclass(frozen=True)
 class Report:
     """All findings, in the order of the checks."""
@@ -55,6 +62,19 @@ class Report:
     def of(self, verdict: Verdict) -> list[Finding]:
         """The findings with this verdict."""
         return [finding for finding in self.findings if finding.verdict == verdict]
+
+    def costs(self) -> list[Finding]:
+        """The forecasts of time and memory, in this order, unless they could not be made."""
+        found = {finding.check: finding for finding in self.findings if finding.verdict != "not applicable"}
+        return [found[check] for check in (LOADING, MEMORY) if check in found]
+
+    def settings(self) -> list[str]:
+        """The settings that faults and warnings advise, ready for ``--set``; of each key the first one."""
+        advised: dict[str, str] = {}
+        for finding in [*self.of("fault"), *self.of("warning")]:
+            for key, value in SETTING.findall(finding.sentence):
+                advised.setdefault(key, value)
+        return [f"{key}={value}" for key, value in advised.items()]
 
 
 def describe_error(error: BaseException) -> str:

@@ -19,6 +19,7 @@ ALPHA, COPIES, COLOUR, CROPS = map(Check, ("alpha", "copies", "colour", "crops")
 SIZE, BLUR, PIXELS = map(Check, ("view size", "blur", "pixel values"))
 
 SAMPLED = 32
+SMALLEST_LARGEST = 0.3  # share of the image that the largest crop covers
 SMALLEST_CROP = 8.0  # pixels: the CIFAR-10 recipes, which work, go down to 9
 
 
@@ -97,12 +98,13 @@ def _crops(views: ViewsConfig, images: ImageSummary) -> Finding:
         if side < SMALLEST_CROP:
             key = f"{role}.crop_scale" if role == "local" else "crop_scale"
             fitting = float(f"{min((SMALLEST_CROP * 1.5) ** 2 / area, 1.0):.2g}")
+            largest = policy.crop_scale[1] if role == "local" or policy.crop_scale[1] >= SMALLEST_LARGEST else 1.0
             return CROPS.warning(
                 f"the smallest crops of images of {size} pixels have {side:.0f} pixels per side, too few to show "
-                f"anything: set views.{key} = {[fitting, max(policy.crop_scale[1], fitting)]}"
+                f"anything: set views.{key} = {[fitting, max(largest, fitting)]}"
             )
     smallest, largest = views.crop_scale
-    if largest < 0.3:
+    if largest < SMALLEST_LARGEST:
         return CROPS.warning(f"no crop covers over {largest:.0%} of an image: set views.crop_scale = {[smallest, 1.0]}")
     side = (smallest * area) ** 0.5
     return CROPS.ok(f"the smallest have about {side:.0f} pixels per side, from images of {size} pixels")

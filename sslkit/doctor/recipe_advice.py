@@ -4,6 +4,7 @@ The limits are wide: nothing that a paper or a shipped recipe does gets a warnin
 """
 
 import math
+from dataclasses import replace
 
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.doctor.findings import Check, Finding
@@ -150,8 +151,8 @@ def _learning_rate(recipe: Recipe, method: Method) -> Finding:
         if lowest <= peak <= highest:
             return RATE.ok(f"peak {peak:.3g}, usual for {name} (the paper uses another optimizer)")
         return RATE.warning(
-            f"a peak of {peak:.3g} is outside the usual range of {name}, {lowest:g} to {highest:g}: set optim.lr so "
-            f"that the peak is about {(lowest * highest) ** 0.5:.1g}"
+            f"a peak of {peak:.3g} is outside the usual range of {name}, {lowest:g} to {highest:g}: "
+            + _rate_for(recipe, (lowest * highest) ** 0.5)
         )
     is_linear = optim.get("lr_rule", "linear") != "none"
     paper_batch = 256 if is_linear else paper.get("train", {}).get("batch_size", batch_size)
@@ -162,9 +163,15 @@ def _learning_rate(recipe: Recipe, method: Method) -> Finding:
     is_high = ratio > 5 and not (name == "adamw" and peak <= SAFE_ADAMW)
     lowest = 0.01 if recipe.backbone.pretrained else 0.2  # continuing from trained weights needs a low rate
     if unscaled or is_high or ratio < lowest or not peak:
-        cure = 'set optim.lr_rule = "linear"' if unscaled else f"set optim.lr so that the peak is about {expected:.2g}"
+        cure = 'set optim.lr_rule = "linear"' if unscaled else _rate_for(recipe, expected)
         return RATE.warning(f"a peak of {peak:.3g} is {ratio:.3g} times {expected:.3g} ({rule}): {cure}")
     return RATE.ok(f"peak {peak:.3g}; the paper's rule gives {expected:.3g} ({rule})")
+
+
+def _rate_for(recipe: Recipe, peak: float) -> str:
+    """The advice to set the base rate that gives this peak."""
+    unit = replace(recipe, optim=recipe.optim.model_copy(update={"lr": 1.0}))
+    return f"set optim.lr = {peak / unit.peak_lr:.2g}, for a peak of about {peak:.2g}"
 
 
 def _weight_decay(recipe: Recipe) -> Finding:

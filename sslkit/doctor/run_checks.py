@@ -6,9 +6,9 @@ import torch
 
 from sslkit.data.augment.cpu import normalise
 from sslkit.data.sources.image_source import ImageSource, open_source
-from sslkit.doctor.cost_forecast import LOADING, MEMORY, check_precision, check_threads, forecast_memory, forecast_time
+from sslkit.doctor.cost_forecast import check_precision, check_threads, forecast_memory, forecast_time
 from sslkit.doctor.doctor_setup import launched_processes, num_processes, set_up_checks
-from sslkit.doctor.findings import Finding, LogMessage, Report, describe_error
+from sslkit.doctor.findings import LOADING, MEMORY, Finding, LogMessage, Report, describe_error
 from sslkit.doctor.image_checks import ImageSummary, check_alpha, check_pixels, summarise_images
 from sslkit.doctor.process_checks import NOT_LAUNCHED, check_processes
 from sslkit.doctor.recipe_advice import check_settings

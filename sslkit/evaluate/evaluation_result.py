@@ -1,13 +1,14 @@
 """The result of an evaluation: the scores of an encoder and of its baselines under one protocol."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from sslkit.evaluate.protocol import protocol_hash
-
-RESAMPLES = 10_000
+from sslkit.evaluate.verdict import QUANTILES, RESAMPLES, Difference, paired_difference, verdict
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Score:
         measures: All measures by name, in [0, 1], if there is more than one.
         intervals: Bootstrap 95 % interval of each measure.
         encoder_revision: Commit on the Hugging Face Hub; empty for encoders from elsewhere.
+        difference: Of a baseline: how much better the evaluated encoder is, in points, on the same images.
     """
 
     encoder: str
@@ -31,6 +33,7 @@ class Score:
     measures: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     encoder_revision: str = ""
+    difference: Difference | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,29 @@ class EvaluationResult:
         """Hash of the protocol; only scores with equal hashes are comparable."""
         return protocol_hash(self.protocol)
 
+    @property
+    def verdict(self) -> str:
+        """One sentence: how the encoder stands against each baseline. Empty if there is none."""
+        return verdict_of(self.scores)
+
+
+def verdict_of(scores: Sequence[Score]) -> str:
+    """One sentence: how the first encoder stands against each of the others. Empty if there are none."""
+    return verdict({score.encoder: score.difference for score in scores if score.difference})
+
+
+def score_of(
+    encoder: str, correct: ArrayLike, own: ArrayLike | None = None, *, note: str = "", revision: str = ""
+) -> Score:
+    """The score of an encoder from whether each test image is classified correctly, (N,) bool.
+
+    For a baseline, ``own`` says the same of the evaluated encoder.
+    """
+    accuracy = float(np.asarray(correct, dtype=np.float32).mean())
+    interval = bootstrap_interval(accuracy, len(np.asarray(correct)))
+    difference = None if own is None else paired_difference(own, correct)
+    return Score(encoder, accuracy, interval, note, encoder_revision=revision, difference=difference)
+
 
 def bootstrap_interval(accuracy: float, count: int, seed: int = 0) -> tuple[float, float]:
     """Bootstrap 95 % interval of an accuracy on ``count`` images, from `RESAMPLES` resamples.
@@ -65,5 +91,5 @@ def bootstrap_interval(accuracy: float, count: int, seed: int = 0) -> tuple[floa
     The number of correct images in a resample is binomial, so it is drawn directly.
     """
     correct = np.random.default_rng(seed).binomial(count, accuracy, size=RESAMPLES)
-    low, high = np.quantile(correct / count, [0.025, 0.975])
+    low, high = np.quantile(correct / count, QUANTILES)
     return float(low), float(high)

@@ -61,6 +61,11 @@ def read_encoder_config(folder: Path) -> EncoderConfig:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: is not readable as JSON ({first_line(error)})") from error
+    return parse_encoder_config(config, file)
+
+
+def parse_encoder_config(config: Any, file: str | Path) -> EncoderConfig:
+    """Check the content of a ``config.json``; raises `UserError`, which names the ``file``."""
     if not isinstance(config, dict):
         raise UserError(f"{file}: must be a JSON object")
     architecture, model_args = config.get("architecture"), config.get("model_args") or {}
@@ -209,7 +214,7 @@ def _leaves(value: Any, depth: int, where: str) -> Iterator[Any]:
         raise UserError(f"{where} must be plain data, not a {type(value).__name__}")
 
 
-def _check_preprocessing(config: dict[str, Any], file: Path) -> None:
+def _check_preprocessing(config: dict[str, Any], file: str | Path) -> None:
     size = config.get("input_size")
     channels = size[0] if isinstance(size, list) and size and type(size[0]) is int and size[0] <= MAX_SIDE else 3
 

@@ -56,6 +56,19 @@ def create_untrained(recipe: Recipe) -> nn.Module:
     return create_backbone(recipe.backbone_config().model_copy(update={"pretrained": False}))
 
 
+def create_start(recipe: Recipe) -> tuple[str, nn.Module] | None:
+    """The pretrained weights that a run of the recipe begins from, with a name; None if it begins from random ones.
+
+    Raises `UserError` if they cannot be had.
+    """
+    pretrained = recipe.backbone.pretrained
+    if not pretrained:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        backbone = create_backbone(recipe.backbone_config())
+    return f"the start ({pretrained if isinstance(pretrained, str) else recipe.backbone.name})", backbone
+
+
 def timm_config(model: nn.Module, data_config: dict[str, Any], license_id: str) -> dict[str, Any]:
     """timm's ``config.json`` for a timm model, without the keys of other weights of that architecture.
 

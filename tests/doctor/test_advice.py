@@ -8,7 +8,7 @@ from conftest import small_recipe
 from torch import nn
 
 from sslkit.data.sources.image_source import DataConfig, open_source
-from sslkit.doctor.findings import Finding
+from sslkit.doctor.findings import Finding, Report
 from sslkit.doctor.image_checks import ImageSummary, check_pixels, summarise_images
 from sslkit.doctor.recipe_advice import check_settings
 from sslkit.engine.monitor.image_variety import Variety
@@ -91,6 +91,13 @@ CALLS: list[tuple[str, list[str], ImageSummary, str]] = [
 @pytest.mark.parametrize(("name", "words", "facts", "check"), CALLS, ids=lambda value: str(value)[:40])
 def test_advice_is_given_where_it_is_due(name: str, words: list[str], facts: ImageSummary, check: str) -> None:
     assert set(warned(load_recipe(name, words), facts)) == {check}
+
+
+@pytest.mark.parametrize(("name", "words", "facts", "check"), CALLS, ids=lambda value: str(value)[:40])
+def test_following_the_advice_ends_the_warning(name: str, words: list[str], facts: ImageSummary, check: str) -> None:
+    advised = Report(advise(load_recipe(name, words), facts)).settings()
+    assert advised
+    assert check not in warned(load_recipe(name, words + advised), facts)
 
 
 def test_thresholds_are_where_the_sentences_say() -> None:

@@ -1,12 +1,15 @@
 """``sslkit doctor`` as a stranger types it."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 from conftest import run
 from methods.mutants import MUTANTS
 
+from sslkit.doctor.findings import LOADING
 from sslkit.methods import METHODS
 
 SMALL = [
@@ -20,13 +23,33 @@ def test_a_sound_recipe_is_a_table_and_code_0(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sslkit.doctor.run_checks.forecast_time", lambda *_: LOADING.ok("in an hour"))
     code, out, err = run(capsys, "doctor", *SMALL)
     assert code == 0
-    assert "batch norm leak" in out
-    assert "0 fault" in out
-    assert "not applicable: processes agree" in " ".join(out.split())
+    assert "batch norm leak" not in out
+    assert 0 < out.index("data loading") < out.index("memory")
+    found = re.search(r"0 faults, (\d) warnings; (\d+) other checks are ok, (\d+) not applicable \(--all lists", out)
+    assert found
+    warnings, fine, skipped = map(int, found.groups())
+    code, every, _ = run(capsys, "doctor", *SMALL, "--all")
+    assert code == 0
+    assert "batch norm leak" in every
+    assert f"0 faults, {warnings} warnings, {fine + 2} ok" in every  # with data loading and memory
+    assert skipped == len(every.split("not applicable: ")[1].split("\n")[0].split(", "))
     assert "16 images, on the CPU" in err
     assert not list(tmp_path.iterdir())  # nothing is written
+
+
+def test_settings_that_are_advised_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["doctor", *SMALL, "--set", "views.crop_scale=[0.01, 0.02]", "--set", "train.precision=bf16"]
+    _, out, _ = run(capsys, *words)
+    line = next(line for line in out.splitlines() if line.startswith("to follow the advice, add: "))
+    pasted = shlex.split(line.partition(": ")[2])
+    assert "--set" in pasted
+    assert any(each.startswith("views.crop_scale=[") for each in pasted)
+    _, after, _ = run(capsys, *words, *pasted)
+    assert "crops" not in after
+    assert len(after.splitlines()) < len(out.splitlines())
 
 
 def test_a_fault_is_code_2_and_named_in_json(

@@ -67,8 +67,8 @@ def test_too_little_memory_asks_for_slices(source: ImageSource, monkeypatch: pyt
 def test_who_waits_for_whom(computing: float, loading: float, verdict: str) -> None:
     found = cost.compare_speeds(small_recipe(data={"workers": 1}), computing, loading, num_images=2000)
     assert found.verdict == verdict
-    assert found.sentence.startswith("computing waits for data") == (verdict == "warning")
-    assert "62 steps" in found.sentence
+    assert ("Computing waits for data" in found.sentence) == (verdict == "warning")
+    assert found.sentence.startswith("62 steps take about ")
 
 
 @pytest.mark.parametrize(

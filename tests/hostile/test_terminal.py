@@ -217,7 +217,9 @@ def test_tables_and_the_journal(word: str, tmp_path: Path, capsys: pytest.Captur
     print_and_store("absent", [EvaluationResult(word, word, {}, measured)], as_json=False)
     row = {"evaluation": word, "protocol_hash": word, "accuracy": 0.5, "interval": None, "measure": word}
     print_comparison([{word: row}], as_json=False)
-    print_findings(Report([Finding(word, "fault", word), Finding(word, "not applicable", word)]), as_json=False)
+    print_findings(
+        Report([Finding(word, "fault", word), Finding(word, "not applicable", word)]), as_json=False, every=True
+    )
     RunLogger(tmp_path, 0, active=True).log_message(word)
     printed = capsys.readouterr()
     assert_harmless(printed.out + printed.err)

@@ -1,21 +1,23 @@
 """The evaluations of a run while it trains: kNN every few epochs, diagnostics every few steps, and their alarms."""
 
 import time
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from functools import partial
+from typing import Any
 
 import torch
 
 from sslkit.distributed.collectives import max_over_processes
 from sslkit.engine.logging.logger import RunLogger, kind_of
 from sslkit.engine.monitor.alarms import data_alarm, dip_alarm, leak_alarm, read_curve, teacher_alarm
+from sslkit.engine.monitor.baseline_scores import score_baselines
 from sslkit.engine.monitor.diagnostics import Diagnostics
 from sslkit.engine.monitor.image_variety import sample_variety
 from sslkit.engine.monitor.knn_monitor import KnnMonitor
 from sslkit.engine.state import TrainingState
 from sslkit.engine.step import StepResult
 from sslkit.errors import UserError
-from sslkit.evaluate.evaluation_result import bootstrap_interval
+from sslkit.evaluate.evaluation_result import bootstrap_interval, verdict_of
 from sslkit.evaluate.protocol import protocol_hash
 from sslkit.files.jsonl_reader import rows_of
 from sslkit.methods import Progress
@@ -91,11 +93,15 @@ class RunMonitor:
         except UserError as error:  # the same on all processes: it is about the images of all of them
             logger.log_message(f"WARNING: epoch {epoch:g}: kNN cannot be measured: {error}; the run continues")
             return False
+        without = f", without {self.knn.left_out} images that cannot be read" if self.knn.left_out else ""
+        seconds = format_duration(time.monotonic() - started)
+        logger.log_message(f"epoch {epoch:g}: kNN {accuracy:.2%}{without} ({seconds})")
+        standing = self._compare() if step == self.state.last_step else {}
         if not logger.active:
             return False
         left_out = {"left_out": self.knn.left_out} if self.knn.left_out else {}
         settings = {**self.knn.settings, **left_out}
-        written = logger.log_result(
+        return logger.log_result(
             {
                 "by": "monitor",
                 "step": step,
@@ -107,12 +113,22 @@ class RunMonitor:
                 "protocol": settings,
                 "protocol_hash": protocol_hash(settings),
                 **left_out,
+                **standing,
             }
         )
-        without = f", without {self.knn.left_out} images that cannot be read" if left_out else ""
-        seconds = format_duration(time.monotonic() - started)
-        logger.log_message(f"epoch {epoch:g}: kNN {accuracy:.2%}{without} ({seconds})")
-        return written
+
+    def _compare(self) -> dict[str, Any]:
+        """Fields of results.jsonl on how the encoder just measured stands against baselines; empty if unknown."""
+        assert self.knn is not None
+        try:
+            scores = score_baselines(self.knn, self.state.method.encoder, self.state.recipe)
+        except UserError as error:
+            self.logger.log_message(f"WARNING: kNN of the baselines cannot be measured: {error}")
+            return {}
+        found = ", ".join(f"{score.encoder} {score.accuracy:.2%}" for score in scores[1:])
+        self.logger.log_message(f"kNN on the same images: {found}")
+        self.logger.log_message(verdict := verdict_of(scores))
+        return {"scores": list(map(asdict, scores)), "verdict": verdict}
 
     def _log_diagnostics(self, fields: dict[str, object], *, knn_measured: bool) -> None:
         """Write a line of diagnostics.jsonl, with the alarms of the kNN curve if a kNN of this step is in it."""

@@ -17,13 +17,14 @@ from sslkit.engine.logging.sample_images import DrawImage, neighbours_image
 from sslkit.errors import UserError
 from sslkit.evaluate.features.extraction import batch_bytes, extract_features
 from sslkit.evaluate.features.readouts import Readout
-from sslkit.evaluate.features.transforms import evaluation_transform
+from sslkit.evaluate.features.transforms import Transform, evaluation_transform
 from sslkit.evaluate.labelled_data import LabelledPair, open_pair
-from sslkit.evaluate.probes.knn import KnnProtocol, knn_accuracy
+from sslkit.evaluate.probes.knn import KnnProtocol, count_classes, is_correct, predict, share_of
 from sslkit.evaluate.protocol import data_settings, preprocessing_settings
 from sslkit.recipe.resolve import Recipe
 
 BATCH = 256  # images at a time
+GATHERED = 4096  # rows at a time, which bounds the memory on the device
 
 
 class KnnMonitor:
@@ -55,19 +56,33 @@ class KnnMonitor:
         nearest neighbours. Raises a UserError if too few images can be read, or features are not finite.
         """
         broadcast_buffers(backbone)
-        bank, kept = self._features(backbone, self.pair.train)
-        queries, asked = self._features(backbone, self.pair.test)
+        bank, kept = self.features(backbone, self.pair.train)
+        queries, asked = self.features(backbone, self.pair.test)
         self.left_out, self.scored = int((~kept).sum() + (~asked).sum()), int(asked.sum())
         if kept.sum() < self.protocol.k or not asked.any():
             raise UserError(f"[monitor] data: {self.left_out} images of {self.pair.description} cannot be read")
-        if not (bank[kept].isfinite().all() and queries[asked].isfinite().all()):
-            raise UserError("the features are not finite")
+        self.kept, self.asked = kept, asked
+        self.correct = self.classify(bank, queries)
         show(partial(neighbours_image, self.pair, bank, kept, queries, asked, self.seed))
-        labels, truth = self.pair.train_labels[kept], self.pair.test_labels[asked]
-        return knn_accuracy(bank[kept], labels, queries[asked], truth, self.protocol)
+        return share_of(self.correct)
 
-    def _features(self, backbone: nn.Module, source: ImageSource) -> tuple[Tensor, Tensor]:
-        """Features (N, D), and which of the images can be read, (N,) bool."""
+    def classify(self, bank: Tensor, queries: Tensor, *, centre: bool = False) -> Tensor:
+        """Which of the test images that were readable are classified correctly, bool, by features of all images.
+
+        ``centre`` subtracts the bank's mean. Raises a UserError if features are not finite.
+        """
+        bank, queries = bank[self.kept], queries[self.asked]
+        if not (bank.isfinite().all() and queries.isfinite().all()):
+            raise UserError("the features are not finite")
+        labels, truth = self.pair.train_labels[self.kept], self.pair.test_labels[self.asked]
+        protocol = replace(self.protocol, centre=centre)
+        [predicted] = predict(queries, bank, labels, count_classes(labels, truth), [protocol])
+        return is_correct(predicted, truth)
+
+    def features(
+        self, backbone: nn.Module, source: ImageSource, transform: Transform | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Features (N, D), and which of the images can be read, (N,) bool. Default: the encoder's transform."""
         # Each process encodes every world-size-th image. The last ones wrap around, so that all encode as many.
         share = -(-len(source) // world_size())
         own = (rank() + world_size() * np.arange(share)) % len(source)
@@ -75,7 +90,7 @@ class KnnMonitor:
         features = extract_features(
             backbone,
             source.subset(own),
-            self.transform,
+            transform or self.transform,
             device=self.device,
             workers=fitting_workers(self.batch_bytes, self.workers),
             batch_size=BATCH,
@@ -83,8 +98,9 @@ class KnnMonitor:
         )
         readable = torch.ones(share, 1)
         readable[unreadable] = 0.0
-        gathered = gather_rows(torch.cat([features, readable], dim=1).to(self.device)).cpu()
-        interleaved = gathered.view(world_size(), share, -1).transpose(0, 1).flatten(0, 1)[: len(source)]
+        parts = torch.cat([features, readable], dim=1).split(GATHERED)
+        gathered = [gather_rows(part.to(self.device)).cpu().unflatten(0, (world_size(), -1)) for part in parts]
+        interleaved = torch.cat(gathered, dim=1).transpose(0, 1).flatten(0, 1)[: len(source)]
         return interleaved[:, :-1], interleaved[:, -1] > 0
 
 

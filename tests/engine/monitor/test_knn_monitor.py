@@ -77,7 +77,7 @@ def test_features_that_are_not_numbers_have_no_score_and_end_no_run(class_folder
 
 def vanish(monkeypatch: pytest.MonkeyPatch, folder: Path, stays: int) -> None:
     """All images of the monitor but some of each split go once the run has begun."""
-    measure = monitors.KnnMonitor._features
+    measure = monitors.KnnMonitor.features
 
     def after_that(self: Any, backbone: nn.Module, source: Any) -> Any:
         for split in ("train", "test"):
@@ -85,7 +85,7 @@ def vanish(monkeypatch: pytest.MonkeyPatch, folder: Path, stays: int) -> None:
                 file.unlink()
         return measure(self, backbone, source)
 
-    monkeypatch.setattr(monitors.KnnMonitor, "_features", after_that)
+    monkeypatch.setattr(monitors.KnnMonitor, "features", after_that)
 
 
 def not_a_number(monkeypatch: pytest.MonkeyPatch, _folder: Path) -> None:

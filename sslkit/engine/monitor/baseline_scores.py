@@ -1,0 +1,62 @@
+"""How the encoder of a run stands: the kNN of random weights, pixels and the start on the images of the monitor."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from sslkit.distributed.consistency import all_or_none
+from sslkit.engine.monitor.knn_monitor import KnnMonitor, preprocessing_of
+from sslkit.errors import UserError
+from sslkit.evaluate.evaluation_result import Score, score_of
+from sslkit.evaluate.features.encoder import Encoder
+from sslkit.evaluate.features.pixel_baselines import PixelTransform, pixel_baselines, raw_pixel_side
+from sslkit.evaluate.features.transforms import Transform
+from sslkit.hub.untrusted import parse_encoder_config
+from sslkit.publish.encoder_folder import create_start, encoder_config
+from sslkit.recipe.resolve import Recipe
+
+MAX_IMAGES = 100_000  # of bank and test; the pixels of more fill the memory of small machines
+
+
+def score_baselines(knn: KnnMonitor, backbone: nn.Module, recipe: Recipe) -> list[Score]:
+    """Scores of the ``backbone`` that ``knn`` has just measured, and of its baselines; all processes call it.
+
+    The baselines are those of `sslkit eval knn`. Raises `UserError` if there are too many images, or weights or images
+    cannot be read.
+    """
+    images = len(knn.pair.train) + len(knn.pair.test)
+    if images > MAX_IMAGES:
+        raise UserError(
+            f"{images} images are more than {MAX_IMAGES}; set [monitor] max_train, or use `sslkit eval knn`"
+        )
+    own = knn.correct
+    scores = [score_of("this run", own)]
+    for name, module in _encoders(backbone, recipe):
+        scores.append(score_of(name, knn.classify(*_features(knn, module)), own))
+    if recipe.views.channels == 3:
+        readable = knn.kept.nonzero()[:1, 0].numpy()
+        transform = PixelTransform(raw_pixel_side(knn.pair.train.subset(readable)))
+        for name, pixels in pixel_baselines(*_features(knn, nn.Identity(), transform)).items():
+            scores.append(score_of(name, knn.classify(*pixels, centre=True), own))  # centred as by `sslkit eval knn`
+    return scores
+
+
+def _features(knn: KnnMonitor, module: nn.Module, transform: Transform | None = None) -> tuple[Tensor, Tensor]:
+    """Features of the bank and of the test images."""
+    (bank, kept), (queries, asked) = (
+        knn.features(module, source, transform) for source in (knn.pair.train, knn.pair.test)
+    )
+    if bool((knn.kept & ~kept).any() or (knn.asked & ~asked).any()):
+        raise UserError("images that the encoder was measured on cannot be read any more")
+    return bank, queries
+
+
+def _encoders(backbone: nn.Module, recipe: Recipe) -> Iterator[tuple[str, nn.Module]]:
+    """Random weights as in `sslkit eval`, and the start of a run from pretrained weights."""
+    config = parse_encoder_config(encoder_config(recipe, "other"), "recipe.toml")
+    architecture = config.architecture, config.model_args, config.small_stem
+    twin = Encoder(backbone, preprocessing_of(recipe.views), "", *architecture).random_twin()
+    yield twin.description, twin.module
+    start = all_or_none(lambda: create_start(recipe))
+    if start is not None:
+        yield start
