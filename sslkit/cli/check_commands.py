@@ -1,7 +1,6 @@
 """``sslkit doctor`` and ``sslkit bench``: check a recipe before training, and measure the speed of its steps."""
 
 import dataclasses
-import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -62,8 +61,8 @@ def print_findings(report: "Report", as_json: bool, *, every: bool) -> None:
         for finding in dict.fromkeys(shown):
             table.add_row(finding.check, Text(finding.verdict, colours[finding.verdict]), finding.sentence)
         console.print(table)
-    if advised := report.settings():
-        print_line("to follow the advice, add: " + " ".join(f"--set {shlex.quote(each)}" for each in advised))
+    if report.settings():
+        print_line(report.settings_line())
     skipped = [finding.check for finding in report.of("not applicable")]
     total = f"{pluralize(counts['fault'], 'fault')}, {pluralize(counts['warning'], 'warning')}"
     if every:

@@ -1,6 +1,7 @@
 """The result of a check: a verdict and one sentence."""
 
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -75,6 +76,10 @@ class Report:
             for key, value in SETTING.findall(finding.sentence):
                 advised.setdefault(key, value)
         return [f"{key}={value}" for key, value in advised.items()]
+
+    def settings_line(self) -> str:
+        """`settings` as a line to paste."""
+        return "to follow the advice, add: " + " ".join(f"--set {shlex.quote(each)}" for each in self.settings())
 
 
 def describe_error(error: BaseException) -> str:

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 from sslkit.data.sources.image_source import ImageSource
-from sslkit.doctor.findings import Check, Finding
+from sslkit.doctor.findings import Check, Finding, Report
 from sslkit.doctor.image_checks import ImageSummary, check_view_settings, summarise_images
 from sslkit.errors import UserError
 from sslkit.methods import Method, MomentumOptions, Progress
@@ -53,8 +53,9 @@ def advise_at_start(recipe: Recipe, method: Method, source: ImageSource) -> list
         found = check_settings(recipe, method, summarise_images(source))
     except UserError:
         return []  # of images that cannot be read the run itself says more
-    warnings = [finding for finding in found if finding.verdict in ("warning", "fault")]
-    return [f"WARNING: {finding.check}: {finding.sentence}" for finding in warnings]
+    report = Report(found)
+    messages = [f"WARNING: {each.check}: {each.sentence}" for each in [*report.of("fault"), *report.of("warning")]]
+    return [*messages, report.settings_line()] if messages and report.settings() else messages
 
 
 def _queue_length(recipe: Recipe, method: Method, images: int) -> Finding | None:

@@ -1,10 +1,11 @@
 """Each piece of advice: what calls for it, and what does not."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import small_recipe
+from conftest import run, small_recipe
 from torch import nn
 
 from sslkit.data.sources.image_source import DataConfig, open_source
@@ -128,3 +129,15 @@ def test_pixels_out_of_range() -> None:
     assert check_pixels(sound * 0.25 + 0.5).verdict == "ok"  # SimCLR leaves pixels in [0, 1]
     for broken in (sound - 500, sound * 100, sound * 0.001):
         assert check_pixels(broken).verdict == "warning"
+
+
+def test_a_run_says_at_its_start_what_does_not_fit_its_data(
+    capsys: pytest.CaptureFixture[str], class_folders: Path, tmp_path: Path
+) -> None:
+    words = ["--data", str(class_folders), "--set", "train.batch_size=16", "--set", "train.max_steps=1"]
+    small = ["--set", "backbone.name=test_resnet", "--set", "views.size=64", "--output", str(tmp_path / "run")]
+    code, out, _ = run(capsys, "pretrain", "mocov2_r50", *words, *small, "--set", "data.workers=0")
+    assert code == 0
+    assert "WARNING: queue length: the queue holds 1638.4 epochs of the 40 images" in out  # 65 536 / 40
+    advice = next(line for line in out.splitlines() if line.startswith("to follow the advice, add: "))
+    assert {"method.queue_size=8", "method.bn_groups=2", "views.size=32"} <= set(advice.split())
