@@ -58,6 +58,10 @@ def _print_summaries(summaries: list["Summary"]) -> None:
             " -> ".join(f"{value:.1%}" for value in summary.knn) if summary.knn else "not monitored",
         )
     console.print(table)
+    for summary in summaries:
+        name = f", {summary.name}" if len(summaries) > 1 else ""
+        for verdict in summary.verdicts:
+            print_line(f"verdict{name}: {verdict}")
     for alarm in (alarm for summary in summaries for alarm in summary.alarms):
         when = f"epoch {alarm.first:.3g}" + (f" to {alarm.last:.3g}" if alarm.last > alarm.first else "")
         print_line(f"alarm, {alarm.run}, {when}: {alarm.message}", "bold red" if alarm.active else "yellow")

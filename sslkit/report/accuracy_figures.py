@@ -1,15 +1,15 @@
 """Accuracy over epochs, next to published results, and the table of all scores. A curve has one protocol and data."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 
-from sslkit.evaluate.protocol import protocol_hash
 from sslkit.files.jsonl_reader import Row, number
 from sslkit.report.figures import (
     GREY,
+    PALETTE,
     Panel,
     Style,
     escape_html,
@@ -20,13 +20,13 @@ from sslkit.report.figures import (
     values_of,
 )
 from sslkit.report.run_record import RunRecord
+from sslkit.report.standing import HOW_TO_COMPARE, Series, baselines_of, compared_row, series_of
 
-Series = tuple[str, str, str]  # evaluation, data, hash of the protocol
 TOP_1 = "top-1 accuracy"
 
 
 def accuracy_panel(runs: Sequence[RunRecord]) -> Panel:
-    """Top-1 accuracy of each protocol over epochs, with confidence intervals and published results."""
+    """Top-1 accuracy of each protocol over epochs, with intervals, baselines and published results."""
     if not any(run.results for run in runs):
         how = "No scores yet: set [monitor] every_epochs and data, or run `sslkit eval knn RUN --data DIR`."
         return Panel("Accuracy on labels", absent=how)
@@ -37,6 +37,9 @@ def accuracy_panel(runs: Sequence[RunRecord]) -> Panel:
         for curve_index, (series, name) in enumerate(_series_names(scored, with_data=True).items()):
             rows = [row for row in scored if series_of(row) == series]
             figure.add_trace(_score_curve(run, rows, style.name(run, name), style.line(index, curve_index)))
+        baselines, notes = _baseline_lines(run, scored, style)
+        figure.add_traces(baselines)
+        sources += notes
         reference = run.recipe.reference
         figure.add_traces(published_curve(reference.get("knn_by_epoch"), style.name(run, "published kNN by epoch")))
         for key, protocol, dash in (("knn_top1", "kNN", "dot"), ("linear_top1", "linear", "dash")):
@@ -49,6 +52,23 @@ def accuracy_panel(runs: Sequence[RunRecord]) -> Panel:
     layout: dict[str, Any] = {"showlegend": True, "xaxis": {"range": [0, 1.03 * end]}}
     figure_json = to_json(figure, y="top-1 (%)", height=360, **layout)
     return Panel("Accuracy on labels", join_notes(sources, len(runs)), figure_json, wide=True)
+
+
+def _baseline_lines(
+    run: RunRecord, scored: Sequence[Row], style: Style
+) -> tuple[list[go.Scatter], list[tuple[str, str]]]:
+    """Lines of random init, raw pixels and other baselines of kNN; and a note by the run, if they were not measured."""
+    row = compared_row(scored)
+    if row is None:
+        return [], [
+            (run.name, f"random init and raw pixels are not drawn, because they were not measured. {HOW_TO_COMPARE}")
+        ]
+    lines = []
+    for index, baseline in enumerate(baselines_of(row)):
+        percent = 100 * baseline["accuracy"]
+        name = style.name(run, f"{baseline.get('encoder', 'baseline')}, {percent:.1f}")
+        lines.append(horizontal_line(run, percent, name, color=PALETTE[-1 - index % len(PALETTE)], dash="longdash"))
+    return lines, [(run.name, f"lines: {row.get('evaluation', 'accuracy')} of the baselines, on the same images.")]
 
 
 def _score_curve(run: RunRecord, rows: list[Row], name: str, line: dict[str, Any]) -> go.Scatter:
@@ -85,7 +105,7 @@ def score_rows(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
             is_repeated = (series_of(row), row.get("step")) in evaluated
             if row.get("by") == "monitor" and (row is not last or is_repeated):
                 continue
-            baselines = values_of(row.get("scores", [])[1:], "accuracy")
+            baselines = baselines_of(row)
             cells = {
                 "run": run.name,
                 "evaluation": names[series_of(row)],
@@ -113,18 +133,6 @@ def _interval(row: Row) -> tuple[float, float] | None:
 def _format_interval(row: Row) -> str:
     ends = _interval(row)
     return f"{ends[0]:.2%} to {ends[1]:.2%}" if ends else ""
-
-
-def series_of(row: Mapping[str, Any]) -> Series:
-    """Evaluation, data and protocol hash of a score. Rows of older versions of sslkit have an empty hash.
-
-    The hash does not include the number of unreadable images that the monitor left out.
-    """
-    protocol = row.get("protocol")
-    digest = str(row.get("protocol_hash", ""))
-    if isinstance(protocol, dict) and "left_out" in protocol:
-        digest = protocol_hash({name: value for name, value in protocol.items() if name != "left_out"})
-    return str(row.get("evaluation", "accuracy")), str(row.get("data", "")), digest
 
 
 def _series_names(rows: Sequence[Row], with_data: bool) -> dict[Series, str]:

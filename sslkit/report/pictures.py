@@ -1,6 +1,7 @@
 """PNG pictures of a run: its curves, and the views that it trains on."""
 
 import io
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from sslkit.files.jsonl_reader import number
 from sslkit.files.run_reader import RECIPE
 from sslkit.recipe.resolve import load_saved
 from sslkit.report.run_record import read_run
+from sslkit.report.standing import baselines_of, compared_row
 
 
 def draw_run(folder: Path) -> list[Path]:
@@ -47,6 +49,10 @@ def draw_curves(folder: Path) -> Path:
         axis.set(title=title, xlabel="epoch")
     percentages = [100 * row["accuracy"] for row in monitored]
     axes[3].plot(list(map(run.epoch_of, monitored)), percentages, "o-", color="#c4501b")
+    if (compared := compared_row(monitored)) is not None:
+        for style, baseline in zip(cycle(("--", ":", "-.")), baselines_of(compared), strict=False):
+            axes[3].axhline(100 * baseline["accuracy"], color="#7f7f7f", ls=style, label=baseline.get("encoder", ""))
+        axes[3].legend(fontsize="small")
     axes[3].set(title="kNN top-1 (%)" if monitored else "kNN top-1: not monitored", xlabel="epoch")
     for axis in axes:
         axis.grid(alpha=0.25)

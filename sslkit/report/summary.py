@@ -6,6 +6,7 @@ from statistics import median
 from sslkit.report.chance_level import chance_of
 from sslkit.report.figures import values_of
 from sslkit.report.run_record import RunRecord
+from sslkit.report.standing import HOW_TO_COMPARE, verdicts_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Summary:
     knn: tuple[float, float, float] | None  # first, best and last accuracy of the monitor
     images_per_second: float | None  # median over the run
     alarms: list[Alarm]
+    verdicts: list[str]  # how the encoder stands beside baselines; how to measure it if that is not known
 
 
 def summarise(run: RunRecord) -> Summary:
@@ -51,6 +53,7 @@ def summarise(run: RunRecord) -> Summary:
         knn=(monitored[0], max(monitored), monitored[-1]) if monitored else None,
         images_per_second=median(speeds) if speeds else None,
         alarms=alarms_of(run),
+        verdicts=verdicts_of(run) or [f"whether it beats random init and raw pixels is not known. {HOW_TO_COMPARE}"],
     )
 
 

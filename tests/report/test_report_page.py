@@ -108,8 +108,11 @@ def test_curves_are_the_log(page: Page, run: Path) -> None:
         trace = figures[panel]["data"][0]
         assert trace["y"] == [row[key] for row in metrics]
         assert trace["x"] == [row["epoch"] for row in metrics]
-    monitored, evaluated = figures["Accuracy on labels"]["data"]
+    monitored, evaluated, *baselines = figures["Accuracy on labels"]["data"]
     results = read_lines(run / "results.jsonl")
+    measured = [row for row in results if row["by"] == "monitor"][-1]["scores"][1:]  # of kNN, not the linear probe's
+    assert [trace["y"] for trace in baselines] == [[100 * each["accuracy"]] * 2 for each in measured]
+    assert [trace["name"].split(",")[0] for trace in baselines][:2] == ["random init", "raw pixels"]
     assert monitored["y"] == [100 * row["accuracy"] for row in results if row["by"] == "monitor"]
     assert (evaluated["y"], evaluated["error_y"]["array"], evaluated["error_y"]["arrayminus"]) == (
         [50.0],
@@ -121,6 +124,23 @@ def test_curves_are_the_log(page: Page, run: Path) -> None:
     # 4 T ln(1 + 31 E), E = Gamma(d/2) (2 T)^(d/2 - 1) I_(d/2 - 1)(1/T) with d = 16 and T = 0.2
     mean_exp = gamma(8) * 0.4**7 * iv(7, 5.0)
     assert chance["y"] == pytest.approx([0.8 * np.log(1 + 31 * mean_exp)] * 2, rel=1e-9)
+
+
+def test_the_page_opens_with_the_verdict(page: Page, run: Path, bare: Path, tmp_path: Path) -> None:
+    words, results = page.words(), read_lines(run / "results.jsonl")
+    verdict = next(row["verdict"] for row in results if "verdict" in row)
+    assert verdict.startswith("On 8 test images, the encoder ")
+    assert f"Verdict: knn k=3 temperature=0.07: {verdict}" in words
+    assert words.index("Verdict: knn") < words.index("Alarm: spread")
+    unknown = written([bare], tmp_path / "page.html")
+    assert "Verdict: whether it beats random init and raw pixels is not known. `sslkit eval knn RUN" in unknown.words()
+    assert "Accuracy on labels" not in unknown.figures()
+    lacking = shutil.copytree(run, tmp_path / "lacking")  # as of an earlier version of sslkit
+    rows = [{key: row[key] for key in row.keys() - {"scores", "verdict"}} for row in results]
+    (lacking / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    old = written([lacking], tmp_path / "old.html")
+    assert len(old.figures()["Accuracy on labels"]["data"]) == 2
+    assert "Random init and raw pixels are not drawn, because they were not measured" in old.words()
 
 
 def test_summary_scores_and_alarms(page: Page, run: Path) -> None:
