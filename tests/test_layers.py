@@ -15,6 +15,7 @@ LAYERS = {
     "exit_codes": 0,
     "errors": 1,
     "terminal": 2,
+    "progress": 3,
     "files": 3,
     "hub": 3,
     "distributed": 3,

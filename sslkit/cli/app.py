@@ -24,6 +24,7 @@ from sslkit.cli.report_commands import report, views, watch
 from sslkit.cli.run_commands import pretrain, replay, submit
 from sslkit.errors import RunError, UserError, check_path
 from sslkit.exit_codes import BAD_INPUT, INTERRUPTED
+from sslkit.progress import show_stages
 from sslkit.terminal import error_messages, print_message, print_traceback, sanitize, sanitize_other_libraries
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -72,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         for argument in arguments:
             check_path(argument, "command line", lines=True)
-        with print_data_messages(to_stderr="--json" in arguments):
+        with print_data_messages(to_stderr="--json" in arguments), show_stages():
             code = app(arguments, standalone_mode=False)
     except UserError as error:
         _fail(error_messages(error), BAD_INPUT)

@@ -13,6 +13,7 @@ from sslkit.data.tools.inspection import count_alpha, describe_alpha
 from sslkit.doctor.findings import Check, Finding
 from sslkit.engine.monitor.alarms import data_alarm
 from sslkit.engine.monitor.image_variety import Variety, variety_of
+from sslkit.progress import track
 
 ALPHA, COPIES, COLOUR, CROPS = map(Check, ("alpha", "copies", "colour", "crops"))
 SIZE, BLUR, PIXELS = map(Check, ("view size", "blur", "pixel values"))
@@ -35,7 +36,7 @@ class ImageSummary:
 def summarise_images(source: ImageSource) -> ImageSummary:
     """Read `SAMPLED` images, spread over the source."""
     indices = np.linspace(0, len(source) - 1, min(SAMPLED, len(source)), dtype=int)
-    images = [source.read(int(index)) for index in indices]
+    images = [source.read(int(index)) for index in track(indices, "images", "image")]
     height, width = (int(np.median([image.shape[axis] for image in images])) for axis in (0, 1))
     return ImageSummary(len(source), height, width, all(_is_grey(image) for image in images), variety_of(images))
 

@@ -18,6 +18,7 @@ from sslkit.data.sources.image_source import ImageSource
 from sslkit.errors import UserError
 from sslkit.evaluate.features.encoder import fingerprint
 from sslkit.evaluate.features.transforms import Transform, blank_input, read_input
+from sslkit.progress import stage, track
 
 MAX_RAW_PIXEL_SIDE = 32
 BLANK_SIDE = 256
@@ -83,7 +84,8 @@ def extract_features(
     module.eval().to(device)
     features = []
     # Not inference mode, which marks sharded weights.
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), explain_death(nbytes):
+    shown = stage("features", len(source), "image")
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), explain_death(nbytes), shown as advance:
         for pixels, positions in loader:
             output = module(pixels.to(device))
             if not isinstance(output, Tensor) or output.ndim != 2:
@@ -95,6 +97,7 @@ def extract_features(
             features.append(output.to("cpu", torch.float32))
             if unreadable is not None:
                 unreadable += (positions[positions < 0] + len(source)).tolist()
+            advance(len(positions))
     module.train(was_training)
     if fingerprint(module) != before:
         raise RuntimeError("the encoder changed while its features were extracted")
@@ -142,7 +145,7 @@ def raw_pixel_side(source: ImageSource) -> int:
 def raw_pixels(source: ImageSource, side: int) -> Tensor:
     """RGB values of the images, resized to ``side`` x ``side``: (len(source), 3 * side * side), in [0, 1]."""
     rows = []
-    for index in range(len(source)):
+    for index in track(range(len(source)), "pixels", "image"):
         image = Image.fromarray(source.read(index))
         if image.size != (side, side):
             image = image.resize((side, side), Image.Resampling.BILINEAR)

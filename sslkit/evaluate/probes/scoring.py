@@ -15,7 +15,13 @@ from sslkit.data.loading.shared_memory import explain_death
 from sslkit.data.sources.image_source import DataConfig, ImageSource
 from sslkit.errors import UserError
 from sslkit.evaluate.evaluation_result import EvaluationResult, Score, bootstrap_interval
-from sslkit.evaluate.features.compared_encoders import TransferOptions, frozen_encoders, trained_encoders
+from sslkit.evaluate.features.compared_encoders import (
+    RAW_PIXELS,
+    TransferOptions,
+    frozen_encoders,
+    in_turn,
+    trained_encoders,
+)
 from sslkit.evaluate.features.encoder import Encoder
 from sslkit.evaluate.features.extraction import extract_features, raw_pixel_side, raw_pixels
 from sslkit.evaluate.features.readouts import Readout, extract_readouts
@@ -26,8 +32,6 @@ from sslkit.evaluate.probes.knn import KnnProtocol, check_neighbours, predict, s
 from sslkit.evaluate.probes.linear import SELECTED_ON_HELD_OUT, EpochFeatures, LinearProtocol, linear_accuracy
 from sslkit.evaluate.probes.sweep import SweepProtocol, sweep
 from sslkit.evaluate.protocol import data_settings, digest_of, preprocessing_settings
-
-RAW_PIXELS = "raw pixels"
 
 
 def evaluate_knn(
@@ -69,7 +73,7 @@ def evaluate_knn_grid(
     scores: list[list[Score]] = [[] for _ in protocols]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     own, encoders = frozen_encoders(model, baselines, readout)
-    for encoder in encoders:
+    for encoder in in_turn(encoders):
         # Raw pixels are always centred: the mean brightness hides the differences between images.
         used = [protocol if encoder else replace(protocol, centre=True) for protocol in protocols]
         bank, queries = (_features(encoder, source, pair, [readout])[0] for source in (pair.train, pair.test))
@@ -110,7 +114,7 @@ def evaluate_linear(
     own, encoders = frozen_encoders(model, baselines, readout)
     scores = []
     settings: dict[str, Any] = {}
-    for encoder in encoders:
+    for encoder in in_turn(encoders):
         used = LinearProtocol.from_name(protocol, is_vit=encoder is not None and encoder.is_vit)
         used = replace(used, epochs=epochs or used.epochs)
         test = _features(encoder, pair.test, pair, [readout])[0]
@@ -148,7 +152,7 @@ def evaluate_sweep(
     scores: list[Score] = []
     grid: list[dict[str, Any]] = []
     own, encoders = frozen_encoders(model, baselines, readouts[0])
-    for encoder in encoders:
+    for encoder in in_turn(encoders):
         train, test = (
             dict(zip(map(str, readouts), _features(encoder, source, pair, readouts), strict=False))
             for source in (pair.train, pair.test)
@@ -197,7 +201,7 @@ def evaluate_finetune(
     encoders = trained_encoders(model, "fine-tuning", options, protocol.seed)
     training: dict[str, Any] = {"workers": options.workers, "log_message": options.log_message}
     scores = []
-    for encoder in encoders:
+    for encoder in in_turn(encoders):
         options.log_message(encoder.description)
         training["neck"] = neck if encoder is encoders[0] else None
         with explain_death():
