@@ -44,6 +44,7 @@ from sslkit.engine.state import RecoveryState, TrainingState
 from sslkit.files.atomic import replace_text
 from sslkit.files.run_reader import STOP_MARKER
 from sslkit.parts.batchnorm import has_batch_norm
+from sslkit.progress import show_with
 from sslkit.recipe.resolve import Recipe, changes
 from sslkit.text import pluralize
 
@@ -134,7 +135,7 @@ def _run(
     start, back_to = state.step, state.recovery.back_to
     saver = Saver(folder, recipe, state.steps_per_epoch, start, logger.log_message, back_to=back_to, active=active)
     logger.trackers = Trackers(recipe, folder, logger.log_message, active=active)
-    with logger.trackers, logger, saver:
+    with logger.trackers, logger, saver, show_with(logger.show_stage):
         if checkpoint is not None and state.step >= state.last_step:
             saver.complete(checkpoint)
             return Run(folder, state.step)

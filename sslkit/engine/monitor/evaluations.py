@@ -20,6 +20,7 @@ from sslkit.evaluate.protocol import protocol_hash
 from sslkit.files.jsonl_reader import rows_of
 from sslkit.methods import Progress
 from sslkit.parts.batchnorm import has_batch_norm
+from sslkit.progress import group
 from sslkit.text import format_duration
 
 
@@ -87,7 +88,8 @@ class RunMonitor:
         logger, step, started = self.logger, self.state.step, time.monotonic()
         epoch = step / self.state.steps_per_epoch
         try:
-            accuracy = self.knn(self.state.method.encoder, partial(logger.log_image, "neighbours", step))
+            with group(f"epoch {epoch:g}, kNN"):
+                accuracy = self.knn(self.state.method.encoder, partial(logger.log_image, "neighbours", step))
         except UserError as error:  # the same on all processes: it is about the images of all of them
             logger.log_message(f"WARNING: epoch {epoch:g}: kNN cannot be measured: {error}; the run continues")
             return False
@@ -111,7 +113,8 @@ class RunMonitor:
         )
         without = f", without {self.knn.left_out} images that cannot be read" if left_out else ""
         seconds = format_duration(time.monotonic() - started)
-        logger.log_message(f"epoch {epoch:g}: kNN {accuracy:.2%}{without} ({seconds})")
+        data = self.knn.pair.description
+        logger.log_message(f"epoch {epoch:g}: kNN {accuracy:.2%} on {data}{without} ({seconds})")
         return written
 
     def _log_diagnostics(self, fields: dict[str, object], *, knn_measured: bool) -> None:
