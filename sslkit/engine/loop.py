@@ -19,7 +19,7 @@ from sslkit.engine.logging.throughput import ThroughputMeter
 from sslkit.engine.monitor.evaluations import RunMonitor
 from sslkit.engine.resilience.crash_dump import try_to_write_crash_dump
 from sslkit.engine.resilience.guard import Guard
-from sslkit.engine.resilience.preemption import StopRequest
+from sslkit.engine.resilience.preemption import EVALUATION, STEP, StopRequest
 from sslkit.engine.resilience.rewind import is_rewind_point
 from sslkit.engine.run_folder.dataset_identity import BadSamples, recorded_names_digest
 from sslkit.engine.setup import make_train_loader
@@ -52,6 +52,7 @@ def run_loop(state: TrainingState, run: RunServices) -> str:
     run.monitor.resume()
     state.method.train()
     run.heartbeat.at(state.step, "starting")
+    run.stop.finishing = STEP
     meter = ThroughputMeter(state.recipe.train.batch_size)
     for batch in meter.timed(make_train_loader(state)):
         run.heartbeat.at(state.step, "in forward and backward")
@@ -68,8 +69,10 @@ def run_loop(state: TrainingState, run: RunServices) -> str:
             compare_weights(state.method, state.step, state.accelerator.device)
 
         run.heartbeat.at(state.step, "evaluating")
+        run.stop.finishing = EVALUATION
         ends = state.step == state.last_step
         evaluated = run.monitor.after_step(result, stops=stop_asked and not ends)
+        run.stop.finishing = STEP
 
         saves = ends or stop_asked or (save_asked and not state.recovery.skipped)
         if saves:
