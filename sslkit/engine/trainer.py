@@ -37,7 +37,7 @@ from sslkit.engine.run_folder.resume import (
     check_folder,
     check_saved_by_run,
     inspect_folder,
-    keep_background,
+    keep_earlier_defaults,
 )
 from sslkit.engine.setup import build_method, make_train_loader, set_up_training, steps_per_epoch
 from sslkit.engine.state import RecoveryState, TrainingState
@@ -68,7 +68,7 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto") -> Run:
         UserError: Recipe, data or folder cannot be used as they are. Nothing has been written then.
     """
     folder = Path(output)
-    recipe, messages = keep_background(folder, recipe)
+    recipe, messages = keep_earlier_defaults(folder, recipe)
     check_folder(folder, recipe, resume)  # to refuse early; it is checked again once the folder is locked
     check_trackers(recipe)
     source = open_source(recipe.data).without_labels()

@@ -22,7 +22,7 @@ from sslkit.errors import UserError, check_path, near_miss
 from sslkit.methods import MethodOptions, canonical_name, find_method
 from sslkit.parts.backbone import BackboneConfig, check_name
 from sslkit.recipe import schema
-from sslkit.recipe.cross_checks import contradictions
+from sslkit.recipe.cross_checks import contradictions, remarks_on_monitor
 from sslkit.recipe.paper_defaults import origin_of_views, paper_defaults, values_of_another_run
 from sslkit.recipe.schema import MAX_RECIPE_BYTES, TABLES, check_plain
 
@@ -158,7 +158,9 @@ def build_recipe(
 
     ``name`` starts every error message. Pipeline files of ``[views]`` are searched in ``folder``.
     """
-    tables = {table: dict(keys) if isinstance(keys, dict) else keys for table, keys in tables.items()}
+    own = tables = {table: dict(keys) if isinstance(keys, dict) else keys for table, keys in tables.items()}
+    if overrides:
+        tables = {table: dict(keys) if isinstance(keys, dict) else keys for table, keys in own.items()}
     for override in overrides or []:
         _apply_override(tables, override)
     check_plain(tables, name)
@@ -175,8 +177,10 @@ def build_recipe(
         except ValidationError as error:
             mistakes += [_sentence(table, model, item) for item in error.errors()]
     _refuse(name, mistakes)
+    parsed["monitor"] = parsed["monitor"].spread_over(parsed["train"].epochs)
     of_batch = method.remark_on_batch(parsed["method"], parsed["train"].batch_size)
     others = [of_batch, origin_of_views(tables.get("views", {}), parsed["views"])]
+    others += remarks_on_monitor(own, overrides or [], parsed["data"].path, parsed["monitor"])
     remarks = (*values_of_another_run(method, tables, parsed), *filter(None, others))
     recipe = Recipe(method_name=method_name, **parsed, reference=tables.get("reference", {}), remarks=remarks)
     _refuse(name, contradictions(recipe))

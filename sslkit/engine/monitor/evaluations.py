@@ -37,7 +37,7 @@ class RunMonitor:
         """Whether kNN is measured after ``step`` steps: every few epochs, and at the end."""
         if self.knn is None:
             return False
-        period = self.state.recipe.monitor.every_epochs * self.state.steps_per_epoch
+        period = (self.state.recipe.monitor.every_epochs or 0) * self.state.steps_per_epoch
         return step % period == 0 or step == self.state.last_step
 
     def check_data(self) -> None:

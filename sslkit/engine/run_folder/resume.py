@@ -85,23 +85,31 @@ def _changed(before: dict[str, Any], recipe: Recipe) -> list[str]:
     return [line for line in changes(with_defaults(before), recipe.as_tables()) if not line.startswith(FREE_KEYS)]
 
 
-def keep_background(folder: Path, recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """Set ``[data] background`` to "keep" for a run older than the key, unless the recipe states it; with messages."""
-    saved = folder / "recipe.toml"
-    if "background" in recipe.data.model_fields_set or not saved.is_file():
-        return recipe, []
+def keep_earlier_defaults(folder: Path, recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """Let a run keep the defaults that it started with, unless the recipe states the keys; with messages.
+
+    ``[data] background`` was "keep", and ``[monitor] every_epochs`` was 0 even if there was ``data``.
+    """
     try:
-        before = read_tables(saved).get("data")
+        saved = folder / "recipe.toml"
+        before = read_tables(saved) if saved.is_file() else {}
     except UserError:  # `check_folder` reports it
         return recipe, []
+    data, monitor, messages = before.get("data"), before.get("monitor"), []
     # The key is in the saved recipe if the run was resumed before.
-    if not isinstance(before, dict) or before.get("background", KEEP) != KEEP:
-        return recipe, []
-    recipe = replace(recipe, data=recipe.data.model_copy(update={"background": KEEP}))
-    return recipe, [
-        f'{folder}: this run started with [data] background = "keep", the only behaviour before the key existed, and '
-        "keeps it; another background needs a new folder"
-    ]
+    old_background = isinstance(data, dict) and data.get("background", KEEP) == KEEP
+    if old_background and "background" not in recipe.data.model_fields_set:
+        recipe = replace(recipe, data=recipe.data.model_copy(update={"background": KEEP}))
+        messages.append(
+            f'{folder}: this run started with [data] background = "keep", the only behaviour before the key existed, '
+            "and keeps it; another background needs a new folder"
+        )
+    measured = recipe.monitor.every_epochs and "every_epochs" not in recipe.monitor.model_fields_set
+    if measured and isinstance(monitor, dict) and monitor.get("every_epochs") == 0:
+        remarks = tuple(remark for remark in recipe.remarks if not remark.startswith("[monitor]"))
+        recipe = replace(recipe, monitor=recipe.monitor.model_copy(update={"every_epochs": 0}), remarks=remarks)
+        messages.append(f"{folder}: this run started with [monitor] every_epochs = 0, without kNN, and keeps it")
+    return recipe, messages
 
 
 def _list_changes(lines: list[str]) -> str:
