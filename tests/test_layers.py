@@ -13,6 +13,7 @@ LAYERS = {
     "text": 0,
     "random_draws": 0,
     "exit_codes": 0,
+    "command_line": 1,
     "errors": 1,
     "terminal": 2,
     "progress": 3,

@@ -22,6 +22,7 @@ from sslkit.cli.options import command
 from sslkit.cli.output import print_data_messages
 from sslkit.cli.report_commands import report, views, watch
 from sslkit.cli.run_commands import pretrain, replay, submit
+from sslkit.command_line import running
 from sslkit.errors import RunError, UserError, check_path
 from sslkit.exit_codes import BAD_INPUT, INTERRUPTED
 from sslkit.progress import show_stages
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         for argument in arguments:
             check_path(argument, "command line", lines=True)
-        with print_data_messages(to_stderr="--json" in arguments), show_stages():
+        with print_data_messages(to_stderr="--json" in arguments), show_stages(), running(arguments):
             code = app(arguments, standalone_mode=False)
     except UserError as error:
         _fail(error_messages(error), BAD_INPUT)

@@ -108,6 +108,21 @@ def steps_per_epoch(recipe: Recipe, source: ImageSource) -> int:
     return len(source) // recipe.train.batch_size
 
 
+def check_steps_left(recipe: Recipe, source: ImageSource, checkpoint: Checkpoint) -> None:
+    """Raise a UserError if a run that starts from another run's checkpoint would have no step to make."""
+    period, train, step = steps_per_epoch(recipe, source), recipe.train, checkpoint.step
+    if 0 < train.max_steps <= step:
+        raise UserError(
+            f"--resume: {checkpoint.folder} is of step {step}, and [train] max_steps = {train.max_steps} ends this run "
+            f"before; set train.max_steps={step + period}, or 0 for no limit"
+        )
+    if step >= train.epochs * period:
+        raise UserError(
+            f"--resume: {checkpoint.folder} is of step {step}, and {pluralize(train.epochs, 'epoch')} of {period} "
+            f"steps end there or before; set train.epochs={step // period + 1} or more"
+        )
+
+
 def check_batch_split(recipe: Recipe, method: Method, processes: int) -> None:
     """Raise a UserError if the batch does not split equally into processes, slices and BN groups of each module."""
     batch, micro = recipe.train.batch_size, recipe.train.micro_batch
