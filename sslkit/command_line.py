@@ -37,22 +37,26 @@ def same_command(*, output: str = "", resume: str = "", overrides: Sequence[str]
         also = f" with {', '.join(overrides)} in the recipe" if overrides else ""
         return f"sslkit.train(recipe, {', '.join(arguments)}){also}"
     if words[0] == "pretrain" and "TORCHELASTIC_RUN_ID" not in os.environ:
-        return shlex.join(["sslkit", *_without(words, given), *options])
+        return shlex.join(["sslkit", *_without(words, given, overrides), *options])
     if words[0] != "pretrain" and not resume:
-        return shlex.join(["sslkit", *_without(words, given), *options])
+        return shlex.join(["sslkit", *_without(words, given, overrides), *options])
     opening = "the same command" if words[0] == "pretrain" else "sslkit pretrain"
     return f"{opening} with {shlex.join(options)}"
 
 
-def _without(words: Sequence[str], options: dict[str, str]) -> list[str]:
-    """The words without these options, which take a value; those without a new value stay."""
+def _without(words: Sequence[str], options: dict[str, str], overrides: Sequence[str]) -> list[str]:
+    """The words without those options that get a new value, and without ``--set`` of the same keys."""
+    keys = {override.partition("=")[0] for override in overrides}
     kept: list[str] = []
-    skip = False
-    for word in words:
-        name, equals, _ = word.partition("=")
-        if not skip and not options.get(name):
-            kept.append(word)
-        skip = not skip and bool(options.get(name)) and not equals
+    following = iter(words)
+    for word in following:
+        name, equals, value = word.partition("=")
+        takes_next = not equals and (name == "--set" or name in options)
+        if takes_next:
+            value = next(following, "")
+        replaced = value.partition("=")[0].strip() in keys if name == "--set" else bool(options.get(name))
+        if not replaced:
+            kept += [word, value] if takes_next else [word]
     return kept
 
 

@@ -19,6 +19,7 @@ from sslkit.methods import Method, find_method
 from sslkit.parts.backbone import create_backbone, feature_dim, recompute_activations
 from sslkit.parts.batch_slices import local_bn_groups
 from sslkit.parts.batchnorm import has_batch_norm
+from sslkit.parts.memory_bank import MemoryBank
 from sslkit.recipe.resolve import Recipe
 from sslkit.text import pluralize
 
@@ -60,6 +61,7 @@ def set_up_training(
         shard(method, method.backbones(), accelerator.device)
     optimizer = make_optimizer(recipe, method)
     if checkpoint is not None:
+        check_memory(checkpoint, method)
         restore(checkpoint, method, optimizer, accelerator.scaler)
     # A sharded method reduces its gradients itself; Accelerate then adds mixed precision but no DDP.
     wrapped = accelerator.prepare_model(method, evaluation_mode=recipe.train.shard)
@@ -121,6 +123,17 @@ def check_steps_left(recipe: Recipe, source: ImageSource, checkpoint: Checkpoint
             f"--resume: {checkpoint.folder} is of step {step}, and {pluralize(train.epochs, 'epoch')} of {period} "
             f"steps end there or before; set train.epochs={step // period + 1} or more"
         )
+
+
+def check_memory(checkpoint: Checkpoint, method: Method) -> None:
+    """Raise a UserError if a checkpoint has a memory bank of other images; only for runs that start from another's."""
+    for name, bank in method.dictionaries().items():
+        rows = checkpoint.model.get(f"{name}.rows")
+        if isinstance(bank, MemoryBank) and rows is not None and rows.ndim and len(rows) != len(bank.rows):
+            raise UserError(
+                f"{checkpoint.folder}: has a memory bank of {len(rows)} images, and the data has {len(bank.rows)}; a "
+                "method with a memory bank cannot go on with other images: start a new run, without --resume"
+            )
 
 
 def check_batch_split(recipe: Recipe, method: Method, processes: int) -> None:

@@ -91,7 +91,7 @@ def _position(state: TrainingState, folder: Path, checkpoint: Checkpoint) -> str
         return f"continuing {folder} from step {step} of {last} (checkpoint {checkpoint_name(step)})"
     epoch, lr = step / state.steps_per_epoch, learning_rate(recipe, step, state.steps_per_epoch)
     return (
-        f"starting from {checkpoint.folder}: weights, optimizer, teacher and queue. It counts as the first {step} of "
+        f"starting from {checkpoint.folder}, with its optimizer state. It counts as the first {step} of "
         f"{last} steps: epoch {epoch:.4g} of {recipe.train.epochs} on these images, learning rate "
         f"{lr * state.recovery.lr_factor:.3g} there"
     )

@@ -16,6 +16,7 @@ from sslkit.engine.run_folder.lock import PROBE, refuse_unwritable
 from sslkit.errors import UserError, check_path
 from sslkit.files.atomic import refuse_links
 from sslkit.files.run_reader import LOCK
+from sslkit.methods import find_method
 from sslkit.recipe.resolve import Recipe, as_saved, build_recipe, changes, read_tables
 from sslkit.recipe.schema import check_plain
 from sslkit.text import pluralize
@@ -164,6 +165,9 @@ def _how_to_add_images(folder: Path, recipe: Recipe, found: ImageSource, source:
     """The command that trains on images which were added since the run started, if there are any."""
     if not found.root or found is source or set(found.paths()) <= set(source.paths()):
         return []
+    if find_method(recipe.method_name).negatives == "bank":
+        command = same_command(output=free_folder(folder))
+        return [f"{recipe.method_name} has a memory of every image; to train on them too, start anew: {command}"]
     period, newest = len(found) // recipe.train.batch_size, max(saved_steps(folder / "checkpoints"), default=0)
     epochs = max(recipe.train.epochs, newest // max(period, 1) + 1)
     longer = [f"train.epochs={epochs}"] if epochs > recipe.train.epochs else []
