@@ -99,7 +99,7 @@ def _usage_hint(problem: str) -> str:
 
     if (found := re.search(r"No such option: --([\w-]+)", problem)) is not None:
         key = found[1].replace("-", "_")
-        tables = [table for table, model in TABLES.items() if key in model.model_fields]
+        tables = [table for table, model in TABLES.items() if key in model.model_fields and key != "device"]
         return f"; write --set {tables[0]}.{key}=VALUE" if len(tables) == 1 else ""
     found = re.search(r"extra argument\S* \(([\w.]+\.\w+=[^ ]*)", problem)
     return f"; write --set {found[1].rstrip(')')}" if found else ""

@@ -140,9 +140,13 @@ def check_batch_split(recipe: Recipe, method: Method, processes: int) -> None:
     """Raise a UserError if the batch does not split equally into processes, slices and BN groups of each module."""
     batch, micro = recipe.train.batch_size, recipe.train.micro_batch
     if micro and batch % (processes * micro):
+        divisors = [each for each in range(1, batch // processes + 1) if batch % (processes * each) == 0]
+        fitting = sorted(
+            {max(filter(micro.__gt__, divisors), default=1), min(filter(micro.__lt__, divisors), default=0)}
+        )
         raise UserError(
             f"[train] micro_batch: {micro} does not divide the {batch / processes:g} images of each process's part of "
-            f"[train] batch_size = {batch}; take a divisor"
+            f"[train] batch_size = {batch}; take {' or '.join(str(each) for each in fitting if each)}"
         )
     for groups in dict.fromkeys(method.batch_norm_groups().values()):
         across = method.groups_across_processes
