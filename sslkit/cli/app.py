@@ -22,8 +22,10 @@ from sslkit.cli.options import command
 from sslkit.cli.output import print_data_messages
 from sslkit.cli.report_commands import report, views, watch
 from sslkit.cli.run_commands import pretrain, replay, submit
+from sslkit.command_line import running
 from sslkit.errors import RunError, UserError, check_path
 from sslkit.exit_codes import BAD_INPUT, INTERRUPTED
+from sslkit.progress import show_stages
 from sslkit.terminal import error_messages, print_message, print_traceback, sanitize, sanitize_other_libraries
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -72,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         for argument in arguments:
             check_path(argument, "command line", lines=True)
-        with print_data_messages(to_stderr="--json" in arguments):
+        with print_data_messages(to_stderr="--json" in arguments), show_stages(), running(arguments):
             code = app(arguments, standalone_mode=False)
     except UserError as error:
         _fail(error_messages(error), BAD_INPUT)
@@ -97,7 +99,7 @@ def _usage_hint(problem: str) -> str:
 
     if (found := re.search(r"No such option: --([\w-]+)", problem)) is not None:
         key = found[1].replace("-", "_")
-        tables = [table for table, model in TABLES.items() if key in model.model_fields]
+        tables = [table for table, model in TABLES.items() if key in model.model_fields and key != "device"]
         return f"; write --set {tables[0]}.{key}=VALUE" if len(tables) == 1 else ""
     found = re.search(r"extra argument\S* \(([\w.]+\.\w+=[^ ]*)", problem)
     return f"; write --set {found[1].rstrip(')')}" if found else ""

@@ -1,19 +1,16 @@
 """``sslkit data check`` finds bad images before training; ``sslkit prepare`` packs images for faster reading."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from sslkit.cli.options import DataName, ImageColumn, LabelColumn, command, data_config
 from sslkit.cli.output import AsJson, console
 from sslkit.errors import UserError, check_path
 from sslkit.exit_codes import BAD_INPUT
+from sslkit.progress import stage
 from sslkit.terminal import PlainTable, print_json, print_line
 from sslkit.text import pluralize
 
@@ -64,7 +61,7 @@ def check(
 
     config = data.config().model_copy(update={"split": split, "channels": None if channels == 3 else channels})
     source = open_source(config)
-    with _progress(len(source)) as advance:
+    with stage("check", len(source), "image") as advance:
         found = inspect_images(source, cores_of_a_process(1) if workers < 0 else workers, advance)
     found["left_out"] = dict(skipped_files(config).most_common())
     if as_json:
@@ -107,7 +104,7 @@ def prepare(
         source = open_source(config.model_copy(update={"split": each}))
         folder = Path(output) / each
         print_line(describe_alpha(source))
-        with _progress(len(source)) as advance:
+        with stage(f"pack {each}", len(source), "image") as advance:
             packed = pack(source, folder, packing, cores_of_a_process(1) if workers < 0 else workers, advance)
         print_line(
             f"{folder}: {pluralize(packed.images, 'image')}, {packed.shrunk} of them shrunk, "
@@ -121,15 +118,6 @@ def prepare(
 
 def _size(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error if that is a terminal; yields a function that moves it."""
-    errors = Console(stderr=True)
-    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
-        images = bar.add_task("images", total=total)
-        yield lambda count: bar.advance(images, count)
 
 
 def _print_findings(found: dict[str, Any]) -> None:

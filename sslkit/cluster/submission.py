@@ -97,9 +97,9 @@ def submit(recipe: "Recipe", output: str | Path, resources: Resources, cluster: 
     output = _run_folder(output)
     if cluster not in ("slurm", "local"):
         raise UserError(f"--cluster: must be slurm or local, not {cluster!r}")
-    from sslkit.engine.run_folder.resume import check_folder, keep_background
+    from sslkit.engine.run_folder.resume import check_folder, keep_earlier_defaults
 
-    recipe, _ = keep_background(output, recipe)  # the recipe of the job states every key
+    recipe, _ = keep_earlier_defaults(output, recipe)  # the recipe of the job states every key
     check_folder(output, recipe, "auto")  # instead of hours later, when the job starts
     missing = [name for name in ("sbatch", "srun") if shutil.which(name) is None]
     if missing and cluster == "slurm":

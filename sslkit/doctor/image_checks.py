@@ -14,6 +14,7 @@ from sslkit.data.tools.inspection import count_alpha, describe_alpha
 from sslkit.doctor.findings import Check, Finding
 from sslkit.engine.monitor.alarms import data_alarm
 from sslkit.engine.monitor.image_variety import Variety, variety_of
+from sslkit.progress import track
 
 ALPHA, COPIES, COLOUR, CROPS = map(Check, ("alpha", "copies", "colour", "crops"))
 SIZE, BLUR, PIXELS = map(Check, ("view size", "blur", "pixel values"))
@@ -37,7 +38,7 @@ class ImageSummary:
 def summarise_images(source: ImageSource) -> ImageSummary:
     """Read `SAMPLED` images, spread over the source; an UnreadableImage if none can be read."""
     images, problem = [], UnreadableImage("no image")
-    for index in np.linspace(0, len(source) - 1, min(SAMPLED, len(source)), dtype=int):
+    for index in track(np.linspace(0, len(source) - 1, min(SAMPLED, len(source)), dtype=int), "images", "image"):
         try:
             images.append(source.read(int(index)))
         except UnreadableImage as error:

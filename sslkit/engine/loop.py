@@ -14,17 +14,17 @@ from sslkit.distributed.consistency import compare_weights
 from sslkit.distributed.heartbeat import Heartbeat
 from sslkit.engine.checkpoint.writer import SaveError, Saver
 from sslkit.engine.logging.logger import RunLogger
+from sslkit.engine.logging.progress_line import progress_line
 from sslkit.engine.logging.throughput import ThroughputMeter
 from sslkit.engine.monitor.evaluations import RunMonitor
 from sslkit.engine.resilience.crash_dump import try_to_write_crash_dump
 from sslkit.engine.resilience.guard import Guard
-from sslkit.engine.resilience.preemption import StopRequest
+from sslkit.engine.resilience.preemption import EVALUATION, STEP, StopRequest
 from sslkit.engine.resilience.rewind import is_rewind_point
 from sslkit.engine.run_folder.dataset_identity import BadSamples, recorded_names_digest
 from sslkit.engine.setup import make_train_loader
 from sslkit.engine.state import TrainingState
 from sslkit.engine.step import StepResult, train_step
-from sslkit.text import format_duration
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,12 @@ def run_loop(state: TrainingState, run: RunServices) -> str:
         RewindError: There were too many consecutive bad steps; see `sslkit.engine.resilience.rewind`.
     """
     guard = Guard(state.recipe.guard, state.recovery, state.method)
-    meter = ThroughputMeter(state.recipe.train.batch_size)
     run.heartbeat.at(state.step, "evaluating")
     run.monitor.resume()
     state.method.train()
     run.heartbeat.at(state.step, "starting")
+    run.stop.finishing = STEP
+    meter = ThroughputMeter(state.recipe.train.batch_size)
     for batch in meter.timed(make_train_loader(state)):
         run.heartbeat.at(state.step, "in forward and backward")
         result = train_step(state, batch, guard, poll=partial(poll_flags, state, run, batch))
@@ -68,8 +69,10 @@ def run_loop(state: TrainingState, run: RunServices) -> str:
             compare_weights(state.method, state.step, state.accelerator.device)
 
         run.heartbeat.at(state.step, "evaluating")
+        run.stop.finishing = EVALUATION
         ends = state.step == state.last_step
         evaluated = run.monitor.after_step(result, stops=stop_asked and not ends)
+        run.stop.finishing = STEP
 
         saves = ends or stop_asked or (save_asked and not state.recovery.skipped)
         if saves:
@@ -106,27 +109,26 @@ def refuse_step(state: TrainingState, run: RunServices, guard: Guard, result: St
 
 
 def log_step(state: TrainingState, logger: RunLogger, meter: ThroughputMeter, result: StepResult) -> None:
-    """Write a line of metrics.jsonl and the progress line, every ``[train] log_every`` steps and after each epoch."""
-    train, step = state.recipe.train, state.step
-    epoch_ends = step % state.steps_per_epoch == 0 or step == state.last_step
-    if not (step % train.log_every == 0 or epoch_ends or result.skipped):
-        return
+    """Show progress; every ``[train] log_every`` steps and after each epoch, also write a line of metrics.jsonl."""
+    step, epoch_ends = state.step, state.step % state.steps_per_epoch == 0 or state.step == state.last_step
+    if step % state.recipe.train.log_every == 0 or epoch_ends or result.skipped:
+        write_metrics(state, logger, meter, result)
+    logger.show_progress(progress_line(state, meter.end_step(), result, logger.method_metrics))
+
+
+def write_metrics(state: TrainingState, logger: RunLogger, meter: ThroughputMeter, result: StepResult) -> None:
+    """Write a line of metrics.jsonl. All processes call it together."""
     metrics = {name: float(mean_over_processes(value)) for name, value in result.metrics.items()}
     updated = {"skipped": 1.0} if result.skipped else result.updated
     scheduled = {"lr": result.lr}
     if state.recipe.schedule.weight_decay_end is not None:
         scheduled["weight_decay"] = result.weight_decay
     fields = {"loss": result.loss, **scheduled, "grad_norm": result.grad_norm, **updated, **metrics}
-    epoch = step / state.steps_per_epoch
     rate, waiting = meter.read()
     speed = {"images_per_second": rate, "data_wait": waiting}
-    logger.log_metrics({"step": step, "epoch": round(epoch, 6), **fields, **speed, **result.layer_gradients})
-    seconds_left = (state.last_step - step) * train.batch_size / max(rate, 1e-9)
-    shown = "  ".join(f"{name} {value:.4g}" for name, value in fields.items())
-    logger.show_progress(
-        f"epoch {epoch:.2f}/{train.epochs}  {shown}  {rate:.0f} img/s  waiting for data {waiting:.0%}  "
-        f"ETA {format_duration(seconds_left)}"
-    )
+    position = {"step": state.step, "epoch": round(state.step / state.steps_per_epoch, 6)}
+    logger.log_metrics({**position, **fields, **speed, **result.layer_gradients})
+    logger.method_metrics = metrics
 
 
 def save_checkpoint(state: TrainingState, saver: Saver, *, wait: bool) -> None:

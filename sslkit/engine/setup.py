@@ -19,6 +19,7 @@ from sslkit.methods import Method, find_method
 from sslkit.parts.backbone import create_backbone, feature_dim, recompute_activations
 from sslkit.parts.batch_slices import local_bn_groups
 from sslkit.parts.batchnorm import has_batch_norm
+from sslkit.parts.memory_bank import MemoryBank
 from sslkit.recipe.resolve import Recipe
 from sslkit.text import pluralize
 
@@ -60,6 +61,7 @@ def set_up_training(
         shard(method, method.backbones(), accelerator.device)
     optimizer = make_optimizer(recipe, method)
     if checkpoint is not None:
+        check_memory(checkpoint, method)
         restore(checkpoint, method, optimizer, accelerator.scaler)
     # A sharded method reduces its gradients itself; Accelerate then adds mixed precision but no DDP.
     wrapped = accelerator.prepare_model(method, evaluation_mode=recipe.train.shard)
@@ -108,13 +110,43 @@ def steps_per_epoch(recipe: Recipe, source: ImageSource) -> int:
     return len(source) // recipe.train.batch_size
 
 
+def check_steps_left(recipe: Recipe, source: ImageSource, checkpoint: Checkpoint) -> None:
+    """Raise a UserError if a run that starts from another run's checkpoint would have no step to make."""
+    period, train, step = steps_per_epoch(recipe, source), recipe.train, checkpoint.step
+    if 0 < train.max_steps <= step:
+        raise UserError(
+            f"--resume: {checkpoint.folder} is of step {step}, and [train] max_steps = {train.max_steps} ends this run "
+            f"before; set train.max_steps={step + period}, or 0 for no limit"
+        )
+    if step >= train.epochs * period:
+        raise UserError(
+            f"--resume: {checkpoint.folder} is of step {step}, and {pluralize(train.epochs, 'epoch')} of {period} "
+            f"steps end there or before; set train.epochs={step // period + 1} or more"
+        )
+
+
+def check_memory(checkpoint: Checkpoint, method: Method) -> None:
+    """Raise a UserError if a checkpoint has a memory bank of other images; only for runs that start from another's."""
+    for name, bank in method.dictionaries().items():
+        rows = checkpoint.model.get(f"{name}.rows")
+        if isinstance(bank, MemoryBank) and rows is not None and rows.ndim and len(rows) != len(bank.rows):
+            raise UserError(
+                f"{checkpoint.folder}: has a memory bank of {len(rows)} images, and the data has {len(bank.rows)}; a "
+                "method with a memory bank cannot go on with other images: start a new run, without --resume"
+            )
+
+
 def check_batch_split(recipe: Recipe, method: Method, processes: int) -> None:
     """Raise a UserError if the batch does not split equally into processes, slices and BN groups of each module."""
     batch, micro = recipe.train.batch_size, recipe.train.micro_batch
     if micro and batch % (processes * micro):
+        divisors = [each for each in range(1, batch // processes + 1) if batch % (processes * each) == 0]
+        fitting = sorted(
+            {max(filter(micro.__gt__, divisors), default=1), min(filter(micro.__lt__, divisors), default=0)}
+        )
         raise UserError(
             f"[train] micro_batch: {micro} does not divide the {batch / processes:g} images of each process's part of "
-            f"[train] batch_size = {batch}; take a divisor"
+            f"[train] batch_size = {batch}; take {' or '.join(str(each) for each in fitting if each)}"
         )
     for groups in dict.fromkeys(method.batch_norm_groups().values()):
         across = method.groups_across_processes

@@ -13,10 +13,8 @@ from accelerate.state import AcceleratorState
 from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.sources.image_identity import names_digest
 from sslkit.data.sources.image_source import ImageSource, open_source
-from sslkit.data.tools.inspection import describe_alpha
 from sslkit.distributed.consistency import all_or_none, compare_facts
 from sslkit.distributed.heartbeat import Heartbeat, is_others_fault
-from sslkit.distributed.sharding import local_shard
 from sslkit.engine.accelerator import make_accelerator, workers_of
 from sslkit.engine.checkpoint.format import Checkpoint, restore
 from sslkit.engine.checkpoint.retention import checkpoint_name
@@ -38,23 +36,18 @@ from sslkit.engine.run_folder.resume import (
     check_folder,
     check_saved_by_run,
     inspect_folder,
-    keep_background,
+    is_of_other_run,
+    keep_earlier_defaults,
 )
-from sslkit.engine.setup import build_method, make_train_loader, set_up_training, steps_per_epoch
+from sslkit.engine.setup import build_method, check_steps_left, make_train_loader, set_up_training, steps_per_epoch
+from sslkit.engine.startup_messages import startup_messages
 from sslkit.engine.state import RecoveryState, TrainingState
 from sslkit.files.atomic import replace_text
 from sslkit.files.run_reader import STOP_MARKER
 from sslkit.methods import Method
-from sslkit.parts.batchnorm import has_batch_norm
+from sslkit.progress import show_with
 from sslkit.recipe.resolve import Recipe, changes
 from sslkit.text import pluralize
-
-LR_RULES = {
-    "linear": "scaled by batch size / 256",
-    "sqrt": "scaled by the square root of batch size / 256",
-    "none": "not scaled with batch size",
-}
-
 
 Advise = Callable[[Recipe, Method, ImageSource], list[str]]
 
@@ -73,7 +66,7 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto", advise: Advi
         UserError: Recipe, data or folder cannot be used as they are. Nothing has been written then.
     """
     folder = Path(output)
-    recipe, messages = keep_background(folder, recipe)
+    recipe, messages = keep_earlier_defaults(folder, recipe)
     check_folder(folder, recipe, resume)  # to refuse early; it is checked again once the folder is locked
     check_trackers(recipe)
     source = open_source(recipe.data).without_labels()
@@ -98,6 +91,8 @@ def _prepare(
     recipe: Recipe, folder: Path, source: ImageSource, checkpoint: Checkpoint | None, accelerator: Accelerator
 ) -> tuple[TrainingState, KnnMonitor | None]:
     """Set up training and its kNN monitor. Mistakes in recipe and data are raised here, before a run is written."""
+    if checkpoint is not None and is_of_other_run(checkpoint, folder):
+        check_steps_left(recipe, source, checkpoint)
     steps_per_epoch(recipe, source)
     read_or_replace(source, recipe.train.seed, epoch=0, sample=0)  # at least one image can be read
     fixed = [line for line in changes({}, recipe.as_tables()) if not line.startswith(FREE_KEYS)]
@@ -134,7 +129,7 @@ def _run(
     all_or_none(partial(open_folder, folder, recipe, state.accelerator, source))
     bad_samples.drop_later(state.step)
     logger = RunLogger(folder, state.step, active=active)
-    for message in [*messages, *_startup_messages(state, folder)]:
+    for message in [*messages, *startup_messages(state, folder, checkpoint)]:
         logger.log_message(message)
     monitor = RunMonitor(state, logger, knn)
     if active and not state.step:
@@ -142,7 +137,7 @@ def _run(
     start, back_to = state.step, state.recovery.back_to
     saver = Saver(folder, recipe, state.steps_per_epoch, start, logger.log_message, back_to=back_to, active=active)
     logger.trackers = Trackers(recipe, folder, logger.log_message, active=active)
-    with logger.trackers, logger, saver:
+    with logger.trackers, logger, saver, show_with(logger.show_stage):
         if checkpoint is not None and state.step >= state.last_step:
             saver.complete(checkpoint)
             return Run(folder, state.step)
@@ -153,42 +148,6 @@ def _run(
             reason = _run_with_rewinds(state, services)
         _close(state, services, reason)
     return Run(folder, state.step, reason)
-
-
-def _startup_messages(state: TrainingState, folder: Path) -> list[str]:
-    """Model, data, processes, learning rate, and from which step the run in ``folder`` continues."""
-    recipe, accelerator, source = state.recipe, state.accelerator, state.source
-    trained = sum(param.numel() for param in state.method.parameters() if param.requires_grad)
-    train, num_workers = recipe.train, workers_of(recipe, accelerator)
-    processes = pluralize(accelerator.num_processes, "process", "processes")
-    messages = [
-        *recipe.remarks,
-        f"{recipe.method_name} on {recipe.backbone.name}: {trained / 1e6:.2f} M trained parameters",
-        f"data {source.description}: {len(source)} images, batch {train.batch_size}, "
-        f"{pluralize(train.epochs, 'epoch')}",
-        f"{processes}, {accelerator.device.type}, precision {train.precision}, "
-        f"{pluralize(num_workers, 'data worker')} each",
-        f"learning rate: base {recipe.optim.lr:g}, {LR_RULES[recipe.optim.lr_rule]}, peak {recipe.peak_lr:g}",
-    ]
-    if accelerator.is_main_process and source.channels is None:
-        messages.append(describe_alpha(source))
-    if train.shard and accelerator.num_processes > 1:
-        params = list(state.method.parameters())
-        here, total = sum(local_shard(param).numel() for param in params), sum(param.numel() for param in params)
-        messages.append(f"weights of student and teacher sharded: {here} of {total} on this process")
-    if streaming := source.describe_streaming(train.batch_size, accelerator.num_processes, num_workers):
-        messages.append(streaming)
-    if train.micro_batch and has_batch_norm(state.method.backbone):
-        slices = train.batch_size // train.micro_batch
-        messages.append(
-            f"{slices} slices, each with its own BatchNorm statistics, as on {slices} GPUs; in a backbone without "
-            "BatchNorm slices change nothing"
-        )
-    if state.step >= state.last_step:
-        messages.append(f"{folder} is already trained to step {state.step} of {state.last_step}; nothing to do")
-    elif state.step:
-        messages.append(f"continuing {folder} from step {state.step} of {state.last_step}")
-    return messages
 
 
 def _run_with_rewinds(state: TrainingState, run: RunServices) -> str:

@@ -220,6 +220,28 @@ def takes_image_size(name: str) -> bool:
     return family(name) == "vit" or bool(config is not None and config.fixed_input_size)
 
 
+def fresh_tensors(config: BackboneConfig, model: nn.Module) -> list[str]:
+    """Names of the tensors of a pretrained backbone that `create_backbone` did not take from the weights."""
+    fresh = {"conv1.weight"} if config.small_stem else set()
+    if config.init == "moco_v3":
+        linear = (name for name, layer in model.named_modules() if isinstance(layer, nn.Linear))
+        fresh |= {f"{name}.{kind}" for name in (*linear, "patch_embed.proj") for kind in ("weight", "bias")}
+        fresh.add("cls_token")
+    if config.pos_embed == "sincos2d":
+        fresh.add("pos_embed")
+    return [name for name in model.state_dict() if name in fresh]
+
+
+def weights_file(config: BackboneConfig) -> Path | None:
+    """The file of ``pretrained`` weights that are in a folder or on the Hub."""
+    if not isinstance(config.pretrained, str):
+        return None
+    if config.pretrained.startswith("local-dir:"):
+        return Path(config.pretrained.removeprefix("local-dir:")) / "model.safetensors"
+    with quiet_hub():
+        return resolve_hub_encoder(config.pretrained).folder / "model.safetensors"
+
+
 def replace_stem_for_small_images(model: nn.Module, config: BackboneConfig) -> None:
     """Give a timm ResNet the stem of the MoCo authors' CIFAR-10 notebook: 3 x 3, stride 1, no max-pooling.
 

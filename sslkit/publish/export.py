@@ -14,6 +14,7 @@ from sslkit.files.atomic import write_text
 from sslkit.hub.meta_build import shapes_of
 from sslkit.hub.untrusted import read_encoder_config, tensor_shapes
 from sslkit.parts.backbone import check_backbone_size
+from sslkit.progress import stage
 from sslkit.publish.encoder_folder import (
     check_empty,
     check_license,
@@ -53,8 +54,10 @@ def write_export(
     recipe = load_recipe(run / "recipe.toml")
     state, tag = _read_encoder(run / "encoder", recipe)
     public, text = public_recipe(run / "recipe.toml")
-    write_encoder_files(encoder_config(recipe, license_id), tag, state, temporary)
-    result = _verify(recipe, state, temporary, folder)
+    with stage("export", 2, "step") as advance:
+        write_encoder_files(encoder_config(recipe, license_id), tag, state, temporary)
+        advance(1)
+        result = _verify(recipe, state, temporary, folder)
     write_text(temporary / "README.md", model_card(public, run, source, tag, license_id, curves=curves))
     write_text(temporary / "recipe.toml", text)
     refuse_tokens(temporary, f"{run / 'recipe.toml'} or {run / 'results.jsonl'}")

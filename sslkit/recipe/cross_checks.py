@@ -1,13 +1,16 @@
 """Checks of a recipe that involve several tables."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from sslkit.data.augment.policies import POLICIES
 from sslkit.errors import path_problem
 from sslkit.methods import all_methods, find_method
 from sslkit.methods.base import view_mistake
 from sslkit.parts.backbone import takes_image_size
+from sslkit.recipe.schema import MonitorConfig
+from sslkit.text import pluralize
 
 if TYPE_CHECKING:
     from sslkit.recipe.resolve import Recipe
@@ -54,6 +57,30 @@ def _views_not_taken(recipe: "Recipe") -> Iterator[str]:
         of_policy = POLICIES[recipe.views.policy].get("local", {}).get("count", 0) == counts["local"] != 0
         origin = f" (of policy {recipe.views.policy!r})" if of_policy else ""
         yield f"[views.local] count: {counts['local']}{origin}, but {mistake}"
+
+
+def remarks_on_monitor(
+    own: Mapping[str, Any], overrides: Iterable[str], path: str, monitor: MonitorConfig
+) -> list[str]:
+    """Messages about kNN that the recipe does not state, or that scores other images than those trained on.
+
+    ``own`` are the tables before the overrides, ``path`` is that of the data.
+    """
+    if not monitor.every_epochs:
+        return []
+    if "every_epochs" not in monitor.model_fields_set:
+        period = pluralize(monitor.every_epochs, "epoch")
+        return [f"[monitor] data without every_epochs: kNN every {period}; --set monitor.every_epochs=0 turns it off"]
+    tables = [keys if isinstance(keys, dict) else {} for keys in (own.get("data"), own.get("monitor"))]
+    trained, scored = tables[0].get("path"), tables[1].get("data")
+    stated = any(override.partition("=")[0].strip() == "monitor.data" for override in overrides)
+    if stated or scored != monitor.data or not trained or trained == path:
+        return []
+    line = shlex.quote(f"monitor.data={path}")
+    return [
+        f"[monitor] data: the recipe's kNN scores {scored!r}, not the images trained on; --set {line} scores those (it "
+        "needs labels: a folder per class), and --set monitor.every_epochs=0 turns kNN off"
+    ]
 
 
 def _not_sharded(recipe: "Recipe") -> list[str]:

@@ -23,7 +23,7 @@ from sslkit.errors import UserError, check_path, near_miss
 from sslkit.methods import MethodOptions, canonical_name, find_method
 from sslkit.parts.backbone import BackboneConfig, check_name
 from sslkit.recipe import schema
-from sslkit.recipe.cross_checks import contradictions
+from sslkit.recipe.cross_checks import contradictions, remarks_on_monitor
 from sslkit.recipe.paper_defaults import origin_of_views, paper_defaults, values_of_another_run
 from sslkit.recipe.schema import MAX_RECIPE_BYTES, TABLES, check_plain
 
@@ -37,6 +37,7 @@ TYPE_MESSAGES = {
     **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "must be a whole number, such as 10"),
     **dict.fromkeys(("bool_parsing", "bool_type"), "must be true or false"),
     **dict.fromkeys(("string_type",), "must be text in quotes"),
+    **dict.fromkeys(("tuple_type", "list_type"), "must be a list, such as [0.2, 1.0]"),
     "greater_than_equal": "must be {ge:g} or more",
     "greater_than": "must be more than {gt:g}",
     "less_than_equal": "must be {le:g} or less",
@@ -159,7 +160,9 @@ def build_recipe(
 
     ``name`` starts every error message. Pipeline files of ``[views]`` are searched in ``folder``.
     """
-    tables = {table: dict(keys) if isinstance(keys, dict) else keys for table, keys in tables.items()}
+    own = tables = {table: dict(keys) if isinstance(keys, dict) else keys for table, keys in tables.items()}
+    if overrides:
+        tables = {table: dict(keys) if isinstance(keys, dict) else keys for table, keys in own.items()}
     for override in overrides or []:
         _apply_override(tables, override)
     check_plain(tables, name)
@@ -176,8 +179,10 @@ def build_recipe(
         except ValidationError as error:
             mistakes += [_sentence(table, model, item) for item in error.errors()]
     _refuse(name, mistakes)
+    parsed["monitor"] = parsed["monitor"].spread_over(parsed["train"].epochs)
     of_batch = method.remark_on_batch(parsed["method"], parsed["train"].batch_size)
     others = [of_batch, origin_of_views(tables.get("views", {}), parsed["views"])]
+    others += remarks_on_monitor(own, overrides or [], parsed["data"].path, parsed["monitor"])
     remarks = (*values_of_another_run(method, tables, parsed), *filter(None, others))
     recipe = Recipe(method_name=method_name, **parsed, reference=tables.get("reference", {}), remarks=remarks)
     _refuse(name, contradictions(recipe))
@@ -240,7 +245,9 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     table, dot, key = name.strip().partition(".")
     if not (equals and dot and table and key):
-        raise UserError(f"--set {override}: write table.key=value, for example train.epochs=10")
+        homes = [known for known, model in TABLES.items() if name.strip() in _keys_of(model)] if equals else []
+        example = f"{homes[0]}.{override.strip()}" if len(homes) == 1 else "train.epochs=10"
+        raise UserError(f"--set {override}: write table.key=value, for example {example}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
@@ -262,7 +269,9 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
 def _shape_mistakes(tables: dict[str, Any]) -> list[str]:
     """Check table names and types, and the three required keys."""
     mistakes = [
-        f"[{table}]: unknown table{near_miss(table, ALL_TABLES)}" for table in tables if table not in ALL_TABLES
+        f"[{table}]: unknown table{near_miss(table, ALL_TABLES)}; the tables are {', '.join(ALL_TABLES)}"
+        for table in tables
+        if table not in ALL_TABLES
     ]
     mistakes += [f"{table}: must be a table [{table}]" for table, keys in tables.items() if not isinstance(keys, dict)]
     for table, key in (("method", "name"), ("backbone", "name"), ("data", "path")):
@@ -328,6 +337,17 @@ def _lay_over(defaults: dict[str, dict[str, Any]], tables: dict[str, Any]) -> di
     return layered
 
 
+def _keys_of(model: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _where_key_is(table: str, key: str, model: type[BaseModel]) -> str:
+    """Which other tables have a key, and which keys the table has."""
+    others = [name for name, each in TABLES.items() if key in _keys_of(each)]
+    elsewhere = f"; it is a key of {' and '.join(f'[{name}]' for name in others)}" if others else ""
+    return f"{elsewhere}; [{table}] has {', '.join(_keys_of(model)) or 'no keys'}"
+
+
 def _sentence(table: str, model: type[BaseModel], item: Any) -> str:
     """One pydantic error as a sentence with table, key and the nearest valid name."""
     key = str(item["loc"][0]) if item["loc"] else ""
@@ -338,8 +358,7 @@ def _sentence(table: str, model: type[BaseModel], item: Any) -> str:
     if table == "train" and "accumulat" in key:
         return f"[train] {key}: {ACCUMULATION}"
     if item["type"] == "extra_forbidden":
-        known = [field.alias or name for name, field in model.model_fields.items()]
-        return f"[{table}] {key}: unknown key{near_miss(key, known)}"
+        return f"[{table}] {key}: unknown key{near_miss(key, _keys_of(model))}{_where_key_is(table, key, model)}"
     if item["type"] == "missing":
         return f"[{table}] {key}: missing"
     plain = TYPE_MESSAGES.get(item["type"], "").format_map(item.get("ctx", {}))

@@ -11,6 +11,7 @@ from sslkit.parts.backbone import BackboneConfig
 
 MAX_RECIPE_BYTES = 1_000_000
 MAX_DEPTH = 8  # of nested tables and lists
+EVALUATIONS = 10  # by kNN in a run, unless the recipe states how many
 MAX_INTEGER = 2**63  # the bound of TOML, which tomllib does not check
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -137,7 +138,8 @@ class MonitorConfig(_Table):
     """``[monitor]``: kNN evaluation on labelled images during training, and diagnostics without labels.
 
     Attributes:
-        every_epochs: Epochs between kNN evaluations (0: none); another follows at the end of the run.
+        every_epochs: Epochs between kNN evaluations (0: none); another follows at the end of the run. Default: about
+            `EVALUATIONS` evaluations in the run if ``data`` is given, else none.
         data: A labelled source, as in ``[data] path``.
         name: Configuration of ``data``, if it has several.
         train_split: Split of the training images; ``"all"`` uses all images and scores a fifth of them. Default: train.
@@ -149,7 +151,7 @@ class MonitorConfig(_Table):
         diagnose_every: Steps between rows of diagnostics.jsonl (0: none). Each costs two small forward passes.
     """
 
-    every_epochs: int = Field(strict=True, default=0, ge=0)
+    every_epochs: int | None = Field(strict=True, default=None, ge=0)
     data: str = ""
     name: str | None = None
     train_split: str | None = None
@@ -166,6 +168,14 @@ class MonitorConfig(_Table):
         if self.every_epochs and not self.data:
             raise ValueError("every_epochs needs data, a labelled source")
         return self
+
+    def spread_over(self, epochs: int) -> "MonitorConfig":
+        """Set ``every_epochs`` for a run of this length if it is not stated; it then still counts as not stated."""
+        if self.every_epochs is not None:
+            return self
+        chosen = self.model_copy(update={"every_epochs": max(epochs // EVALUATIONS, 1) if self.data else 0})
+        chosen.model_fields_set.discard("every_epochs")
+        return chosen
 
     def source(self) -> DataConfig:
         """The labelled images."""

@@ -18,6 +18,7 @@ from sslkit.errors import UserError
 from sslkit.files.atomic import refuse_links
 from sslkit.files.jsonl_reader import rows_of
 from sslkit.files.jsonl_writer import JsonlWriter, append_text
+from sslkit.progress import FIRST_SECONDS, Stage
 from sslkit.terminal import print_line, sanitize
 
 FILES = ("metrics", "results", "diagnostics")
@@ -36,7 +37,8 @@ class RunLogger:
         self.console = console or Console(stderr=False)
         self.writers = {name: JsonlWriter(folder / f"{name}.jsonl", self.log_message) for name in FILES}
         self.live: Live | None = None
-        self.last_plain = 0.0
+        self.last_plain = -math.inf
+        self.method_metrics: dict[str, float] = {}  # the newest, for the progress line
         self.alarms_raised: set[str] = set()
         self.trackers: Trackers | None = None
         self.tracked_up_to = dict.fromkeys(FILES, 0.0)
@@ -105,6 +107,11 @@ class RunLogger:
         elif self.active and time.monotonic() - self.last_plain > PLAIN_SECONDS:
             self.last_plain = time.monotonic()
             self.log_message(line)
+
+    def show_stage(self, stage: Stage) -> None:
+        """Show the progress of an evaluation in place of the progress line, if it takes more than a moment."""
+        if not stage.ended and stage.seconds > (0.5 if self.live else FIRST_SECONDS):
+            self.show_progress(str(stage))
 
     def log_message(self, message: str) -> None:
         """Print a line above the progress line; on the first process only."""

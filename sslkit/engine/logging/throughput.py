@@ -1,9 +1,12 @@
 """How fast training goes, and which share of the time it waits for data."""
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 
 from sslkit.data.batch import Batch
+
+RECENT = 50  # steps
 
 
 class ThroughputMeter:
@@ -11,11 +14,29 @@ class ThroughputMeter:
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
+        self.recent: deque[float] = deque(maxlen=RECENT)  # seconds of the latest steps
+        self.only_first = True
         self.restart()
+        self.step_started = self.started
 
     def restart(self) -> None:
         """Start a new window, so that evaluation and saving do not count."""
         self.started, self.waited, self.steps = time.monotonic(), 0.0, 0
+        self.step_started = self.started
+
+    def end_step(self) -> float:
+        """End a step; returns images per second of the latest ones, in the same window or not.
+
+        The first step is slower than all others, as workers start and kernels are chosen. It counts as long as there is
+        no other.
+        """
+        if self.recent and self.only_first:
+            self.recent.clear()
+            self.only_first = False
+        now = time.monotonic()
+        self.recent.append(now - self.step_started)
+        self.step_started = now
+        return self.batch_size * len(self.recent) / max(sum(self.recent), 1e-9)
 
     def timed(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the loader's batches, one a step, and time the wait for each."""
@@ -32,6 +53,7 @@ class ThroughputMeter:
     def read(self) -> tuple[float, float]:
         """Images per second and share of time spent waiting in this window; starts a new one."""
         seconds = max(time.monotonic() - self.started, 1e-9)
-        rates = self.steps * self.batch_size / seconds, self.waited / seconds
+        rates, step_started = (self.steps * self.batch_size / seconds, self.waited / seconds), self.step_started
         self.restart()
+        self.step_started = step_started
         return rates

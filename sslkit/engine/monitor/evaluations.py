@@ -22,6 +22,7 @@ from sslkit.evaluate.protocol import protocol_hash
 from sslkit.files.jsonl_reader import rows_of
 from sslkit.methods import Progress
 from sslkit.parts.batchnorm import has_batch_norm
+from sslkit.progress import group
 from sslkit.text import format_duration
 
 
@@ -38,7 +39,7 @@ class RunMonitor:
         """Whether kNN is measured after ``step`` steps: every few epochs, and at the end."""
         if self.knn is None:
             return False
-        period = self.state.recipe.monitor.every_epochs * self.state.steps_per_epoch
+        period = (self.state.recipe.monitor.every_epochs or 0) * self.state.steps_per_epoch
         return step % period == 0 or step == self.state.last_step
 
     def check_data(self) -> None:
@@ -89,13 +90,15 @@ class RunMonitor:
         logger, step, started = self.logger, self.state.step, time.monotonic()
         epoch = step / self.state.steps_per_epoch
         try:
-            accuracy = self.knn(self.state.method.encoder, partial(logger.log_image, "neighbours", step))
+            with group(f"epoch {epoch:g}, kNN"):
+                accuracy = self.knn(self.state.method.encoder, partial(logger.log_image, "neighbours", step))
         except UserError as error:  # the same on all processes: it is about the images of all of them
             logger.log_message(f"WARNING: epoch {epoch:g}: kNN cannot be measured: {error}; the run continues")
             return False
         without = f", without {self.knn.left_out} images that cannot be read" if self.knn.left_out else ""
         seconds = format_duration(time.monotonic() - started)
-        logger.log_message(f"epoch {epoch:g}: kNN {accuracy:.2%}{without} ({seconds})")
+        data = self.knn.pair.description
+        logger.log_message(f"epoch {epoch:g}: kNN {accuracy:.2%} on {data}{without} ({seconds})")
         standing = self._compare() if step == self.state.last_step else {}
         if not logger.active:
             return False
@@ -107,7 +110,7 @@ class RunMonitor:
                 "step": step,
                 "epoch": epoch,
                 "evaluation": str(self.knn.protocol),
-                "data": self.knn.pair.description,
+                "data": data,
                 "accuracy": accuracy,
                 "interval": bootstrap_interval(accuracy, self.knn.scored),
                 "protocol": settings,

@@ -1,7 +1,8 @@
 """Stopping on request. A signal or the time limit only sets a flag; the loop sees it, saves once, and ends.
 
 Schedulers send SIGTERM or SIGUSR1 (Slurm) before they take a machine away, a person sends SIGINT. All three mean the
-same here. A second signal, half a second later or more, ends the process at once.
+same here. A second signal, half a second later or more, ends the process at once. The first process answers each on
+standard error at once.
 """
 
 import ctypes
@@ -11,12 +12,15 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 SAME_SECONDS = 0.5  # signals within this time count as one: the terminal and the launcher may both send it
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STEP, EVALUATION = "this step", "the evaluation and a step"
+CLEAR_LINE, SHOW_CURSOR = "\r\x1b[2K", "\x1b[?25h"
 
 
 class StopRequest:
@@ -29,6 +33,7 @@ class StopRequest:
         self.deadline = time.monotonic() + 3600 * max_hours if max_hours else math.inf
         self.max_hours = max_hours
         self.received, self.received_at = "", 0.0
+        self.finishing = "the start and a step"  # what is done before the run is saved
         self.previous_handlers: dict[signal.Signals, Any] = {}
 
     @property
@@ -53,10 +58,28 @@ class StopRequest:
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.received and now - self.received_at > SAME_SECONDS:
+            answer(f"stopped without saving{SHOW_CURSOR if os.isatty(2) else ''}")
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         if not self.received:
             self.received, self.received_at = signal.Signals(number).name, now
+            if number == signal.SIGINT:
+                opening, again = "", "press again to stop"
+            else:
+                opening, again = f"{self.received}: ", "a second signal stops"
+            answer(f"{opening}finishing {self.finishing}, then saving; {again} without saving")
+
+
+def answer(message: str) -> None:
+    """Write a line on standard error from a signal handler, on the first process.
+
+    Not through Python's buffers, which the interrupted code may be using.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    with suppress(OSError):
+        # On a terminal the line takes the place of the progress line, which is drawn again below it.
+        os.write(2, f"{CLEAR_LINE if os.isatty(2) else ''}sslkit: {message}\n".encode())
 
 
 def stop_with_launcher() -> None:

@@ -24,7 +24,7 @@ DEFAULT_PERIOD = 1000  # steps between rewind points if [checkpoint] every_steps
 def is_rewind_point(recipe: Recipe, steps_per_epoch: int, step: int) -> bool:
     """Whether a run with ``[guard] policy = "skip"`` can go back to its state after ``step`` steps."""
     rules = recipe.checkpoint
-    epochs = (rules.keep_every_epochs, recipe.monitor.every_epochs if rules.keep_best else 0)
+    epochs = (rules.keep_every_epochs, (recipe.monitor.every_epochs or 0) if rules.keep_best else 0)
     periods = (rules.every_steps or DEFAULT_PERIOD, *(each * steps_per_epoch for each in epochs))
     return any(every and step % every == 0 for every in periods)
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 from pyarrow import parquet
 from pydantic import BaseModel, Field
 
+from sslkit.command_line import free_folder, same_command
 from sslkit.data.batch import Batch
 from sslkit.data.formats.folder_listing import printable, table_of
 from sslkit.data.sources.image_identity import image_digest, names_digest, spread_sample
@@ -180,7 +181,8 @@ def _examples(names: list[str]) -> str:
 
 
 def _changed(folder: Path, source: ImageSource, change: str) -> UserError:
+    command = same_command(output=free_folder(folder), resume=str(folder))
     return UserError(
         f"[data] path: {source.description} has changed since this run started: {change}; restore the images, or "
-        f"continue in another folder with --resume {folder}"
+        f"train its newest checkpoint on with these in a new folder: {command}"
     )

@@ -25,10 +25,11 @@ from sslkit.evaluate.detection.detector import choose_arch
 from sslkit.evaluate.detection.detector_training import DetectProtocol, train_detector
 from sslkit.evaluate.detection.masks import check_masks
 from sslkit.evaluate.evaluation_result import EvaluationResult, Score
-from sslkit.evaluate.features.compared_encoders import TransferOptions, trained_encoders
+from sslkit.evaluate.features.compared_encoders import TransferOptions, in_turn, trained_encoders
 from sslkit.evaluate.features.encoder import Encoder
 from sslkit.evaluate.labelled_data import Splits
 from sslkit.evaluate.verdict import resampled_difference
+from sslkit.progress import track
 
 
 def evaluate_detect(
@@ -57,7 +58,7 @@ def evaluate_detect(
     chosen = choose_arch(encoders[0], arch)
     training: dict[str, Any] = {"arch": chosen, "masks": masks, "workers": options.workers}
     found: list[AveragePrecision] = []
-    for encoder in encoders:
+    for encoder in in_turn(encoders):
         options.log_message(encoder.description)
         with explain_death(batch_bytes):
             detector = train_detector(encoder, pair, protocol, log_message=options.log_message, **training)
@@ -111,7 +112,7 @@ def detect_objects(
     options: dict[str, Any] = {"num_workers": workers, "worker_init_fn": start_worker, "generator": torch.Generator()}
     loader: Any = DataLoader(images, batch_size=None, collate_fn=_decode, **options)  # type: ignore[arg-type]
     detections = []
-    for image in loader:
+    for image in track(loader, "detection", "image"):
         (result,) = detector([image.to(device).float() / 255])
         arrays = {name: tensor.cpu().numpy() for name, tensor in result.items()}
         encoded = [encode_mask((mask[0] > 0.5).astype(np.uint8)) for mask in arrays["masks"]] if masks else []

@@ -23,6 +23,7 @@ from sslkit.evaluate.features.encoder import Encoder
 from sslkit.evaluate.features.extraction import seed_from
 from sslkit.evaluate.input_checks import check_rates, check_seed, choose_protocol
 from sslkit.parts.schedules import warmup_then_steps
+from sslkit.progress import track
 
 Target = dict[str, Tensor]
 Batch = list[tuple[Tensor, Target]]
@@ -123,7 +124,8 @@ def train_detector(
         optimizer = _make_optimizer(detector, protocol.peak_lr(vit), vit)
         batches = _batches(pair.train, protocol, protocol.steps + bn_steps, masks, workers)
         total, log_every = 0.0, max(protocol.steps // 20, 1)
-        for step, batch in enumerate(itertools.islice(batches, protocol.steps)):
+        tracked = track(itertools.islice(batches, protocol.steps), "training", "step", protocol.steps)
+        for step, batch in enumerate(tracked):
             torch.manual_seed(seed_from(protocol.seed, step))
             loss = _loss(detector, batch, device)
             if not bool(loss.isfinite()):

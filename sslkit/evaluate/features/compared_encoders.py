@@ -1,11 +1,17 @@
 """The encoders that an evaluation compares: the model, the same architecture with random weights, and baselines."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from sslkit.errors import UserError
 from sslkit.evaluate.features.encoder import Encoder, load_encoder
 from sslkit.evaluate.features.readouts import Readout
+from sslkit.progress import group
+
+RAW_PIXELS = "raw pixels"
+
+Compared = TypeVar("Compared", bound=Encoder | None)
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,13 @@ def frozen_encoders(
     encoder, *others = (_with_crop(each, readout) for each in loaded)
     pixels = [None] if encoder.channels == 3 else []
     return encoder, [encoder, encoder.random_twin(), *pixels, *others]
+
+
+def in_turn(encoders: Sequence[Compared]) -> Iterator[Compared]:
+    """The encoders one after the other; the progress that is shown meanwhile names each. None stands for raw pixels."""
+    for encoder in encoders:
+        with group(RAW_PIXELS if encoder is None else encoder.description):
+            yield encoder
 
 
 def trained_encoders(model: str, task: str, options: TransferOptions, seed: int) -> list[Encoder]:

@@ -17,6 +17,7 @@ from sslkit.data.sources.image_source import ImageSource
 from sslkit.errors import UserError
 from sslkit.evaluate.features.encoder import fingerprint
 from sslkit.evaluate.features.transforms import Transform, blank_input, read_input
+from sslkit.progress import stage
 
 BLANK_SIDE = 256
 PREFETCH = 2  # batches per worker, if shared memory allows
@@ -81,7 +82,8 @@ def extract_features(
     module.eval().to(device)
     features = []
     # Not inference mode, which marks sharded weights.
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), explain_death(nbytes):
+    shown = stage("features", len(source), "image")
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), explain_death(nbytes), shown as advance:
         for pixels, positions in loader:
             output = module(pixels.to(device))
             if not isinstance(output, Tensor) or output.ndim != 2:
@@ -93,6 +95,7 @@ def extract_features(
             features.append(output.to("cpu", torch.float32))
             if unreadable is not None:
                 unreadable += (positions[positions < 0] + len(source)).tolist()
+            advance(len(positions))
     module.train(was_training)
     if fingerprint(module) != before:
         raise RuntimeError("the encoder changed while its features were extracted")

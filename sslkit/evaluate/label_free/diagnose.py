@@ -6,6 +6,7 @@ import torch
 
 from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.errors import UserError
+from sslkit.evaluate.features.compared_encoders import in_turn
 from sslkit.evaluate.features.encoder import load_encoder
 from sslkit.evaluate.features.readouts import Readout, extract_readouts
 from sslkit.evaluate.input_checks import check_seed
@@ -67,7 +68,7 @@ def diagnose_encoder(
     source = source.subset(source.sample(count, seed))
     encoder = load_encoder(model)
     diagnoses = []
-    for each in (encoder, encoder.random_twin(seed)):
+    for each in in_turn([encoder, encoder.random_twin(seed)]):
         transform = each.training_transform()
         seeds = range(seed * views, (seed + 1) * views)
         features = [extract_readouts(each, source, transform, [readout], view_seed)[0] for view_seed in seeds]

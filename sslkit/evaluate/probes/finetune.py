@@ -23,6 +23,7 @@ from sslkit.evaluate.features.transforms import training_transform
 from sslkit.evaluate.input_checks import check_rates, check_seed, choose_protocol
 from sslkit.parts.layerwise_optimizers import Lars
 from sslkit.parts.schedules import cosine, linear, per_epoch, warmup_then_cosine, warmup_then_steps
+from sslkit.progress import track
 from sslkit.random_draws import DrawPurpose
 
 FEW_LABELS = 0.03  # share of labelled images below which SwAV's 1 % learning rates apply, not its 10 % ones
@@ -147,7 +148,8 @@ def finetune(
             shuffled: dict[str, Any] = {"shuffle": True, "generator": order, "drop_last": True}
             loader, _ = image_loader(TransformedImages(source, transform, key), batch_size, workers, **shuffled)
             total = 0.0
-            for step, (images, positions) in enumerate(loader):
+            shown = track(loader, f"epoch {epoch + 1} of {protocol.epochs}", "step")
+            for step, (images, positions) in enumerate(shown):
                 _set_lr(optimizer, protocol, epoch + step / steps, batch_size)
                 _seed_all(*key, step)
                 images, targets = images.to(device), labels[positions].to(device)

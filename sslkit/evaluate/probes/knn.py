@@ -12,6 +12,7 @@ from torch.linalg import vector_norm
 
 from sslkit.errors import UserError
 from sslkit.evaluate.input_checks import check_finite, choose_protocol
+from sslkit.progress import stage
 
 QUERY_CHUNK, BANK_CHUNK = 512, 65536  # rows; 1024 and 16384 take 10 % longer
 MAX_CHUNK_ELEMENTS = 2**26  # of a chunk of the bank
@@ -74,14 +75,16 @@ def nearest(queries: Tensor, bank: Tensor, k: int, prepare: Prepare = lambda row
     # One buffer for all products: a new one of this size costs a page fault for each of its pages.
     size = max(min(len(bank), BANK_CHUNK, MAX_CHUNK_ELEMENTS // max(bank.shape[1], 1)), 1)
     products = parts[0].new_empty(len(parts[0]) * size)
-    for start in range(0, len(bank), size):
-        chunk = prepare(bank[start : start + size].to(queries.device))
-        for index, part in enumerate(parts):
-            similarity = products[: len(part) * len(chunk)].view(len(part), len(chunk))
-            values, columns = largest(_product(part, chunk, similarity), k)
-            values, columns = torch.cat([best[index], values], dim=1), torch.cat([rows[index], columns + start], dim=1)
-            best[index], order = values.topk(min(k, values.shape[1]), dim=1)
-            rows[index] = columns.gather(1, order)
+    with stage("neighbours", len(parts) * -(-len(bank) // size), "chunk") as advance:
+        for start in range(0, len(bank), size):
+            chunk = prepare(bank[start : start + size].to(queries.device))
+            for index, part in enumerate(parts):
+                similarity = products[: len(part) * len(chunk)].view(len(part), len(chunk))
+                values, columns = largest(_product(part, chunk, similarity), k)
+                values, columns = torch.cat([best[index], values], 1), torch.cat([rows[index], columns + start], 1)
+                best[index], order = values.topk(min(k, values.shape[1]), dim=1)
+                rows[index] = columns.gather(1, order)
+                advance(1)
     return torch.cat(best), torch.cat(rows)
 
 

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from sslkit.errors import UserError
 from sslkit.evaluate.input_checks import as_features, check_seed, choose_protocol
 from sslkit.evaluate.probes.knn import count_classes, is_correct, share_of
+from sslkit.progress import track
 
 C_GRID = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 HELD_OUT = 0.1
@@ -168,7 +169,7 @@ def _logistic(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, protoc
     held_out, fit = hold_out(len(train), protocol.seed)
     best_c, best_loss = 0.0, math.inf
     best: nn.Linear | None = None
-    for c in C_GRID:
+    for c in track(C_GRID, "logistic regression, penalties", "fit"):
         classifier = fit_logistic(train[fit], labels[fit], num_classes, c, best)
         with torch.no_grad():
             loss = float(cross_entropy(classifier(train[held_out]), labels[held_out]))
@@ -195,7 +196,7 @@ def _sgd(
         nesterov=protocol.nesterov,
     )
     best, best_epoch, correct = torch.zeros(len(truth), dtype=torch.bool), 0, torch.zeros(0, dtype=torch.bool)
-    for epoch in range(protocol.epochs):
+    for epoch in track(range(protocol.epochs), "linear classifier", "epoch"):
         features = as_features(train(epoch), f"linear, epoch {epoch + 1}") if callable(train) else train
         for step, batch in enumerate(torch.randperm(len(features), generator=generator)[:images].split(batch_size)):
             for group in optimizer.param_groups:

@@ -16,7 +16,7 @@ from sslkit.data.loading.shared_memory import explain_death
 from sslkit.data.sources.image_source import DataConfig, ImageSource
 from sslkit.errors import UserError
 from sslkit.evaluate.evaluation_result import EvaluationResult, Score, score_of
-from sslkit.evaluate.features.compared_encoders import TransferOptions, frozen_encoders, trained_encoders
+from sslkit.evaluate.features.compared_encoders import TransferOptions, frozen_encoders, in_turn, trained_encoders
 from sslkit.evaluate.features.encoder import Encoder
 from sslkit.evaluate.features.extraction import extract_features
 from sslkit.evaluate.features.pixel_baselines import pixel_baselines, raw_pixel_side, raw_pixels
@@ -200,7 +200,7 @@ def evaluate_finetune(
     encoders = trained_encoders(model, "fine-tuning", options, protocol.seed)
     training: dict[str, Any] = {"workers": options.workers, "log_message": options.log_message}
     rows: list[Row] = []
-    for encoder in encoders:
+    for encoder in in_turn(encoders):
         options.log_message(encoder.description)
         training["neck"] = neck if encoder is encoders[0] else None
         with explain_death():
@@ -238,7 +238,7 @@ def _compared(
     encoders: Sequence[Encoder | None], pair: LabelledPair, readouts: Sequence[Readout]
 ) -> Iterator[tuple[Encoder | str, Features]]:
     """Each encoder and its features of each readout; for None, the pixel baselines, with one for all readouts."""
-    for encoder in encoders:
+    for encoder in in_turn(encoders):
         if encoder is not None:
             yield encoder, partial(_features, encoder, readouts)
             continue

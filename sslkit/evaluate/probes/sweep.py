@@ -18,6 +18,7 @@ from sslkit.errors import UserError
 from sslkit.evaluate.input_checks import as_features, check_rates, check_seed
 from sslkit.evaluate.probes.knn import count_classes, share_of
 from sslkit.evaluate.probes.linear import hold_out
+from sslkit.progress import track
 
 TEST_BATCH = 1024
 MOMENTUM = 0.9
@@ -194,7 +195,7 @@ def _train(
     device = next(iter(heads.values())).weight.device
     generator = torch.Generator().manual_seed(protocol.seed + 1)
     steps, step = protocol.epochs * -(-len(fit) // protocol.batch_size), 0
-    for _ in range(protocol.epochs):
+    for _ in track(range(protocol.epochs), "linear classifiers", "epoch"):
         for rows in fit[torch.randperm(len(fit), generator=generator)].split(protocol.batch_size):
             factor = 0.5 * (1.0 + math.cos(math.pi * step / steps))
             step += 1

@@ -1,0 +1,31 @@
+"""The progress line of a run: time left and speed first, then what else fits in the width."""
+
+import math
+from collections.abc import Mapping
+
+from sslkit.engine.state import TrainingState
+from sslkit.engine.step import StepResult
+from sslkit.text import format_duration
+
+WIDTH = 80  # columns
+
+
+def progress_line(state: TrainingState, rate: float, result: StepResult, metrics: Mapping[str, float]) -> str:
+    """Progress after a step; ``rate`` is in images per second, ``metrics`` are the newest logged ones of the method."""
+    train = state.recipe.train
+    seconds_left = (state.last_step - state.step) * train.batch_size / max(rate, 1e-9)
+    epoch = f"epoch {state.step / state.steps_per_epoch:.2f}/{train.epochs}"
+    others = [f"{name} {value:.3g}" for name, value in metrics.items() if math.isfinite(value)]
+    skipped = ["step skipped"] if result.skipped else []
+    parts = [f"{rate:.3g} img/s" if rate < 100 else f"{rate:.0f} img/s", epoch, f"loss {result.loss:.4g}"]
+    return fit([f"ETA {format_duration(seconds_left)}", *parts, *skipped, f"lr {result.lr:.3g}", *others])
+
+
+def fit(parts: list[str], width: int = WIDTH) -> str:
+    """The first parts, as many as fit in ``width`` columns, with two spaces between them."""
+    line = parts[0]
+    for part in parts[1:]:
+        if len(line) + 2 + len(part) > width:
+            break
+        line += f"  {part}"
+    return line
