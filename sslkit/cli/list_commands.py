@@ -29,7 +29,7 @@ def recipes(context: typer.Context) -> None:
     """List the recipes of sslkit, or show one."""
     if context.invoked_subcommand is not None:
         return
-    from sslkit.recipe.resolve import shipped_recipes
+    from sslkit.recipe.shipped import shipped_recipes
 
     table = PlainTable("recipe", "description")
     for name, file in shipped_recipes().items():

@@ -69,7 +69,7 @@ class RecipeOptions:
     def plan(self, hours: float | None) -> "Plan":
         """Plan a run; see `make_plan`."""
         from sslkit.plan.make_plan import make_plan
-        from sslkit.recipe.resolve import stated_tables
+        from sslkit.recipe.overrides import stated_tables
 
         stated = stated_tables(self.stated())
         if "path" not in stated.get("data", {}):
@@ -87,7 +87,7 @@ class RecipeOptions:
     def name(self) -> str:
         """Default name of a run or page: that of the recipe file, of method and backbone, or of the images."""
         from sslkit.methods import canonical_name
-        from sslkit.recipe.resolve import stated_tables
+        from sslkit.recipe.overrides import stated_tables
 
         if self.recipe:
             return Path(self.recipe).stem
