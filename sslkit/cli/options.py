@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin,
 
 import typer
 
+from sslkit.cli.completion import complete_method, complete_recipe
 from sslkit.errors import UserError
 from sslkit.terminal import print_message
 
@@ -29,7 +30,12 @@ if TYPE_CHECKING:
 Number = TypeVar("Number", int, float)
 Command = TypeVar("Command", bound=Callable[..., None])
 
-RecipeName = Annotated[str, typer.Argument(help="TOML file, or the name of a recipe; see sslkit recipes.")]
+RecipeName = Annotated[
+    str, typer.Argument(help="TOML file, or the name of a recipe; see sslkit recipes.", autocompletion=complete_recipe)
+]
+MethodName = Annotated[
+    str, typer.Option(help="Method, such as moco_v2; see sslkit methods.", autocompletion=complete_method)
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a recipe value; repeatable.")
 ]
@@ -56,7 +62,7 @@ class RecipeOptions:
 
     recipe: RecipeName = ""
     overrides: Overrides = None
-    method: Annotated[str, "Method, such as moco_v2; see sslkit methods."] = ""
+    method: MethodName = ""
     backbone: Annotated[str, "timm name, such as resnet18."] = ""
     data: Annotated[str, "Folder of images, datasets id, or builtin:NAME. Alone: plan a run on them."] = ""
 
