@@ -29,7 +29,7 @@ def train(
 ) -> Run: ...
 
 
-def train(
+def train(  # type: ignore[misc]  # a run folder after a Recipe comes as ``overrides``
     recipe: Recipe | str | Path | Mapping[str, Any],
     overrides: Overrides | str | Path | None = None,
     output: str | Path | None = None,
@@ -56,7 +56,7 @@ def train(
     """
     if isinstance(recipe, Recipe):
         if overrides is not None:  # the arguments are recipe, output and resume
-            overrides, output, resume = None, _run_folder(overrides), str(output or resume)
+            output, resume = _run_folder(overrides), str(output or resume)
         if output is None:
             raise UserError('output: missing; give the run folder, for example sslkit.train(recipe, "runs/photos")')
         return train_recipe(recipe, output, resume, advise_at_start)
