@@ -33,10 +33,11 @@ LAYERS = {
     "cluster": 10,
     "plan": 11,
     "report": 11,
-    "cli": 12,
-    "pretrain": 13,
-    "__main__": 13,
-    "__init__": 13,
+    "python_api": 12,
+    "cli": 13,
+    "pretrain": 14,
+    "__main__": 14,
+    "__init__": 14,
 }
 
 

@@ -13,6 +13,7 @@ import typer
 
 import sslkit
 from sslkit.cli.check_commands import bench, doctor
+from sslkit.cli.completion import prepare_completion
 from sslkit.cli.data_commands import data_app, prepare
 from sslkit.cli.encoder_commands import export, import_, publish
 from sslkit.cli.eval_commands import eval_app
@@ -28,7 +29,7 @@ from sslkit.exit_codes import BAD_INPUT, INTERRUPTED
 from sslkit.progress import show_stages
 from sslkit.terminal import error_messages, print_message, print_traceback, sanitize, sanitize_other_libraries
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 for function, example in (
     (pretrain, "sslkit pretrain mocov3_vits --set data.path=photos --output runs/photos"),
     (submit, "sslkit submit mocov3_vits --nodes 2 --gpus-per-node 8 --time 1-0"),
@@ -70,12 +71,13 @@ def main(arguments: list[str] | None = None) -> None:
     sanitize_other_libraries()
     if threading.excepthook is threading.__excepthook__:  # a test runner has its own
         threading.excepthook = lambda failed: print_traceback(failed.exc_value or failed.exc_type())
+    prepare_completion()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         for argument in arguments:
             check_path(argument, "command line", lines=True)
         with print_data_messages(to_stderr="--json" in arguments), show_stages(), running(arguments):
-            code = app(arguments, standalone_mode=False)
+            code = app(arguments, standalone_mode=False, prog_name="sslkit")
     except UserError as error:
         _fail(error_messages(error), BAD_INPUT)
     except RunError as error:

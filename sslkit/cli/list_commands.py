@@ -2,11 +2,10 @@
 
 import itertools
 import sys
-from typing import Annotated
 
 import typer
 
-from sslkit.cli.options import Overrides, command
+from sslkit.cli.options import Overrides, RecipeName, command
 from sslkit.cli.output import console
 from sslkit.terminal import PlainTable, print_text
 
@@ -29,7 +28,7 @@ def recipes(context: typer.Context) -> None:
     """List the recipes of sslkit, or show one."""
     if context.invoked_subcommand is not None:
         return
-    from sslkit.recipe.resolve import shipped_recipes
+    from sslkit.recipe.shipped import shipped_recipes
 
     table = PlainTable("recipe", "description")
     for name, file in shipped_recipes().items():
@@ -38,9 +37,7 @@ def recipes(context: typer.Context) -> None:
 
 
 @command(recipes_app, "sslkit recipes show mocov3_vits", "show")
-def show_recipe(
-    name: Annotated[str, typer.Argument(help="Name of a recipe, or a TOML file.")], overrides: Overrides = None
-) -> None:
+def show_recipe(name: RecipeName, overrides: Overrides = None) -> None:
     """Print a recipe with all its values, including defaults, and the comment at its top."""
     from sslkit.recipe.resolve import find_recipe, load_recipe
 

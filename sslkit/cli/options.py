@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin,
 
 import typer
 
+from sslkit.cli.completion import complete_method, complete_recipe
 from sslkit.errors import UserError
 from sslkit.terminal import print_message
 
@@ -29,7 +30,12 @@ if TYPE_CHECKING:
 Number = TypeVar("Number", int, float)
 Command = TypeVar("Command", bound=Callable[..., None])
 
-RecipeName = Annotated[str, typer.Argument(help="TOML file, or the name of a recipe; see sslkit recipes.")]
+RecipeName = Annotated[
+    str, typer.Argument(help="TOML file, or the name of a recipe; see sslkit recipes.", autocompletion=complete_recipe)
+]
+MethodName = Annotated[
+    str, typer.Option(help="Method, such as moco_v2; see sslkit methods.", autocompletion=complete_method)
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a recipe value; repeatable.")
 ]
@@ -56,7 +62,7 @@ class RecipeOptions:
 
     recipe: RecipeName = ""
     overrides: Overrides = None
-    method: Annotated[str, "Method, such as moco_v2; see sslkit methods."] = ""
+    method: MethodName = ""
     backbone: Annotated[str, "timm name, such as resnet18."] = ""
     data: Annotated[str, "Folder of images, datasets id, or builtin:NAME. Alone: plan a run on them."] = ""
 
@@ -69,7 +75,7 @@ class RecipeOptions:
     def plan(self, hours: float | None) -> "Plan":
         """Plan a run; see `make_plan`."""
         from sslkit.plan.make_plan import make_plan
-        from sslkit.recipe.resolve import stated_tables
+        from sslkit.recipe.overrides import stated_tables
 
         stated = stated_tables(self.stated())
         if "path" not in stated.get("data", {}):
@@ -87,7 +93,7 @@ class RecipeOptions:
     def name(self) -> str:
         """Default name of a run or page: that of the recipe file, of method and backbone, or of the images."""
         from sslkit.methods import canonical_name
-        from sslkit.recipe.resolve import stated_tables
+        from sslkit.recipe.overrides import stated_tables
 
         if self.recipe:
             return Path(self.recipe).stem

@@ -38,6 +38,9 @@ class Plan:
     seconds: float  # expected duration of the run
     hints: tuple[str, ...]  # sentences on what would be better than this plan
 
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
     def lines(self) -> list[str]:
         """The plan as text: each value with its reason, the expected end, and what would be better."""
         words = {choice.key: f"{choice.key} = {json.dumps(choice.value)}" for choice in self.choices}

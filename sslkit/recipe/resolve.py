@@ -24,8 +24,10 @@ from sslkit.methods import MethodOptions, canonical_name, find_method
 from sslkit.parts.backbone import BackboneConfig, check_name
 from sslkit.recipe import schema
 from sslkit.recipe.cross_checks import contradictions, remarks_on_monitor
+from sslkit.recipe.overrides import Overrides, apply_overrides, stated_tables
 from sslkit.recipe.paper_defaults import origin_of_views, paper_defaults, values_of_another_run
-from sslkit.recipe.schema import MAX_RECIPE_BYTES, TABLES, check_plain
+from sslkit.recipe.schema import MAX_RECIPE_BYTES, TABLES, check_plain, keys_of
+from sslkit.recipe.shipped import shipped_recipes
 
 ACCUMULATION = (
     "accumulating gradients of small batches changes the loss, because every image meets fewer negatives; "
@@ -92,16 +94,20 @@ class Recipe:
         return tomli_w.dumps(self.as_tables())
 
 
-def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe from a file, or a shipped one by name, and resolve it.
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Overrides | None = None) -> Recipe:
+    """Read a recipe from a file, a shipped one by name, or from tables, and resolve it.
 
     The ``recipe.toml`` of a run folder keeps the views of its run, even if it is older than some keys of ``[views]``.
     In other recipes the policy fills missing keys. A UserError has one sentence per mistake.
 
     Args:
-        source: Path of a TOML file, or a name such as ``"mocov3_vits"``.
-        overrides: ``"table.key=value"`` strings, values in TOML (bare words are taken as strings).
+        source: Path of a TOML file, a name such as ``"mocov3_vits"``, or a dict of tables such as ``{"data": {"path":
+            "photos"}, ...}``.
+        overrides: Values that replace those of the recipe, such as ``{"train.epochs": 2}`` or ``{"train": {"epochs":
+            2}}``, or ``["train.epochs=2"]`` as on the command line; see `apply_overrides`.
     """
+    if isinstance(source, Mapping):
+        return build_recipe(stated_tables(source, "recipe"), overrides)
     file = find_recipe(source)
     tables = _with_views_saved(read_tables(file)) if is_of_run(file) else read_tables(file)
     return build_recipe(tables, overrides, name=str(source), folder=file.parent)
@@ -154,7 +160,7 @@ def is_of_run(file: Path) -> bool:
 
 
 def build_recipe(
-    tables: dict[str, Any], overrides: list[str] | None = None, name: str = "recipe", folder: Path | None = None
+    tables: dict[str, Any], overrides: Overrides | None = None, name: str = "recipe", folder: Path | None = None
 ) -> Recipe:
     """Resolve parsed tables; see `load_recipe`.
 
@@ -163,8 +169,7 @@ def build_recipe(
     own = tables = {table: dict(keys) if isinstance(keys, dict) else keys for table, keys in tables.items()}
     if overrides:
         tables = {table: dict(keys) if isinstance(keys, dict) else keys for table, keys in own.items()}
-    for override in overrides or []:
-        _apply_override(tables, override)
+        apply_overrides(tables, overrides)
     check_plain(tables, name)
     _refuse(name, _shape_mistakes(tables) or _name_mistakes(tables))
     method_name = canonical_name(tables["method"]["name"])
@@ -192,13 +197,6 @@ def build_recipe(
 def _refuse(name: str, mistakes: list[str]) -> None:
     if mistakes:
         raise UserError(*(f"{name} {mistake}" for mistake in mistakes))
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """The files of the shipped recipes, by name."""
-    here = Path(__file__).resolve().parents[1]
-    folder = here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
-    return {file.stem: file for file in sorted(folder.glob("*.toml"))}
 
 
 def find_recipe(source: str | Path) -> Path:
@@ -231,39 +229,6 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             if before.get(key) != after.get(key)
         ]
     return lines
-
-
-def stated_tables(overrides: list[str]) -> dict[str, dict[str, Any]]:
-    """The tables that ``table.key=value`` strings state, without defaults."""
-    tables: dict[str, dict[str, Any]] = {}
-    for override in overrides:
-        _apply_override(tables, override)
-    return tables
-
-
-def _apply_override(tables: dict[str, Any], override: str) -> None:
-    name, equals, text = override.partition("=")
-    table, dot, key = name.strip().partition(".")
-    if not (equals and dot and table and key):
-        homes = [known for known, model in TABLES.items() if name.strip() in _keys_of(model)] if equals else []
-        example = f"{homes[0]}.{override.strip()}" if len(homes) == 1 else "train.epochs=10"
-        raise UserError(f"--set {override}: write table.key=value, for example {example}")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        value = text.strip()
-    *path, last = [table, *key.split(".")]
-    if table == "views" and isinstance(tables.get("views", {}), dict):
-        for part in [last, *reversed(path[1:])]:
-            value = {part: value}
-        tables["views"] = layer_views(tables.get("views", {}), value)
-        return
-    target: Any = tables
-    for part in path:
-        target = target.setdefault(part, {})
-        if not isinstance(target, dict):
-            raise UserError(f"--set {override}: {part} is not a table but {target!r}")
-    target[last] = value
 
 
 def _shape_mistakes(tables: dict[str, Any]) -> list[str]:
@@ -337,15 +302,11 @@ def _lay_over(defaults: dict[str, dict[str, Any]], tables: dict[str, Any]) -> di
     return layered
 
 
-def _keys_of(model: type[BaseModel]) -> list[str]:
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
 def _where_key_is(table: str, key: str, model: type[BaseModel]) -> str:
     """Which other tables have a key, and which keys the table has."""
-    others = [name for name, each in TABLES.items() if key in _keys_of(each)]
+    others = [name for name, each in TABLES.items() if key in keys_of(each)]
     elsewhere = f"; it is a key of {' and '.join(f'[{name}]' for name in others)}" if others else ""
-    return f"{elsewhere}; [{table}] has {', '.join(_keys_of(model)) or 'no keys'}"
+    return f"{elsewhere}; [{table}] has {', '.join(keys_of(model)) or 'no keys'}"
 
 
 def _sentence(table: str, model: type[BaseModel], item: Any) -> str:
@@ -358,7 +319,7 @@ def _sentence(table: str, model: type[BaseModel], item: Any) -> str:
     if table == "train" and "accumulat" in key:
         return f"[train] {key}: {ACCUMULATION}"
     if item["type"] == "extra_forbidden":
-        return f"[{table}] {key}: unknown key{near_miss(key, _keys_of(model))}{_where_key_is(table, key, model)}"
+        return f"[{table}] {key}: unknown key{near_miss(key, keys_of(model))}{_where_key_is(table, key, model)}"
     if item["type"] == "missing":
         return f"[{table}] {key}: missing"
     plain = TYPE_MESSAGES.get(item["type"], "").format_map(item.get("ctx", {}))

@@ -260,3 +260,8 @@ TABLES: dict[str, type[BaseModel]] = {
     "guard": GuardConfig,
     "track": TrackConfig,
 }
+
+
+def keys_of(model: type[BaseModel]) -> list[str]:
+    """The keys of a table, as a recipe writes them."""
+    return [field.alias or name for name, field in model.model_fields.items()]
