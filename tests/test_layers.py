@@ -30,6 +30,7 @@ LAYERS = {
     "profiling": 10,
     "cluster": 10,
     "report": 11,
+    "adapt": 11,
     "cli": 12,
     "pretrain": 13,
     "__main__": 13,

@@ -30,6 +30,8 @@ FREE_KEYS = (
     *("train.max_steps", "train.processes", "train.shard", "train.log_every"),
     *("train.max_hours", "monitor.diagnose_every", "checkpoint.", "guard.", "track.", "reference."),
 )
+# Keys that a run started from another run's checkpoint must share with it.
+SAME_KEYS = ("method.", "backbone.", "adapt.", "optim.name", "optim.exclude")
 
 
 def check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
@@ -142,7 +144,7 @@ def find_checkpoint(folder: Path, recipe: Recipe, resume: str) -> tuple[Checkpoi
         raise UserError(f"--resume {resume}: has no checkpoint; give a run or checkpoint folder, auto or never")
     check_plain(checkpoint.state["recipe"], f"--resume {resume}: its recipe:")
     differing = changes(with_defaults(checkpoint.state["recipe"]), recipe.as_tables())
-    unfit = [line for line in differing if line.startswith(("method.", "backbone.", "optim.name", "optim.exclude"))]
+    unfit = [line for line in differing if line.startswith(SAME_KEYS)]
     if unfit:
         raise UserError(
             f"--resume {resume}: was trained by another recipe; these keys must be the same: {_list_changes(unfit)}"
