@@ -1,5 +1,7 @@
 """Format text for messages: durations, counts, and names that hold unprintable characters."""
 
+from collections.abc import Sequence
+
 ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
@@ -15,6 +17,11 @@ def format_duration(seconds: float) -> str:
 def pluralize(count: int, noun: str, plural: str = "") -> str:
     """A count and its noun: ``1 image``, ``2 images``. ``plural`` is needed if it is not the noun with an s."""
     return f"{count} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def join(parts: Sequence[str], word: str = "and") -> str:
+    """The parts as a list in a sentence: ``a, b and c``."""
+    return f" {word} ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def escape(text: object) -> str:

@@ -28,7 +28,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tabl
 def print_and_store(model: str, results: "Sequence[EvaluationResult]", as_json: bool) -> None:
     """Print evaluations; if the model is a run, add them to its results.jsonl, after printing: the disk may be full."""
     if as_json:
-        fields = [{**dataclasses.asdict(each), "protocol_hash": each.protocol_hash} for each in results]
+        properties = ("protocol_hash", "verdict")
+        fields = [dataclasses.asdict(each) | {name: getattr(each, name) for name in properties} for each in results]
         print_json(fields[0] if len(fields) == 1 else fields)
     else:
         for result in results:
@@ -49,7 +50,7 @@ def _store(run: Path, result: "EvaluationResult") -> None:
     row = {"step": step, "by": "eval", "evaluation": result.evaluation, "data": result.data}
     row |= {"accuracy": own.accuracy, "measure": result.measure, "interval": own.interval}
     row |= {"protocol_hash": result.protocol_hash, "protocol": result.protocol}
-    row |= {"scores": [dataclasses.asdict(score) for score in result.scores]}
+    row |= {"scores": [dataclasses.asdict(score) for score in result.scores], "verdict": result.verdict}
     append_result(run, json.loads(without_tokens(json.dumps(row))))  # reports and model cards show it
 
 
@@ -62,6 +63,8 @@ def _print_result(result: "EvaluationResult") -> None:
         for head in result.grid:
             grid.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in head.values()))
         console.print(grid)
+    if result.verdict:
+        print_line(result.verdict)
 
 
 def _table_of_scores(scores: "Sequence[Score]", measure: str) -> Table:

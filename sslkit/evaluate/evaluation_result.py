@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 
 from sslkit.evaluate.protocol import protocol_hash
-
-RESAMPLES = 10_000
+from sslkit.evaluate.verdict import QUANTILES, RESAMPLES, Difference, verdict
 
 
 @dataclass(frozen=True)
@@ -22,6 +21,7 @@ class Score:
         measures: All measures by name, in [0, 1], if there is more than one.
         intervals: Bootstrap 95 % interval of each measure.
         encoder_revision: Commit on the Hugging Face Hub; empty for encoders from elsewhere.
+        difference: Of a baseline: how much better the evaluated encoder is, in points, on the same images.
     """
 
     encoder: str
@@ -31,6 +31,7 @@ class Score:
     measures: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     encoder_revision: str = ""
+    difference: Difference | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class EvaluationResult:
         """Hash of the protocol; only scores with equal hashes are comparable."""
         return protocol_hash(self.protocol)
 
+    @property
+    def verdict(self) -> str:
+        """One sentence: how the encoder stands against each baseline. Empty if there is none."""
+        return verdict({score.encoder: score.difference for score in self.scores if score.difference})
+
 
 def bootstrap_interval(accuracy: float, count: int, seed: int = 0) -> tuple[float, float]:
     """Bootstrap 95 % interval of an accuracy on ``count`` images, from `RESAMPLES` resamples.
@@ -65,5 +71,5 @@ def bootstrap_interval(accuracy: float, count: int, seed: int = 0) -> tuple[floa
     The number of correct images in a resample is binomial, so it is drawn directly.
     """
     correct = np.random.default_rng(seed).binomial(count, accuracy, size=RESAMPLES)
-    low, high = np.quantile(correct / count, [0.025, 0.975])
+    low, high = np.quantile(correct / count, QUANTILES)
     return float(low), float(high)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from sslkit.errors import UserError
 from sslkit.evaluate.detection.annotated_image import AnnotatedImage
+from sslkit.evaluate.verdict import QUANTILES
 
 MEASURES = ("AP", "AP50", "AP75")
 RECALLS = np.linspace(0, 1, 101)
@@ -33,10 +34,16 @@ class Detections:
 
 @dataclass(frozen=True)
 class AveragePrecision:
-    """The `MEASURES` by name, in [0, 1], and their bootstrap 95 % intervals over images."""
+    """The `MEASURES` by name, in [0, 1], and their values on resamples of the images, as of `bootstrap_precision`."""
 
     measures: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
+    resamples: dict[str, NDArray[np.float64]]
+
+    @property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Bootstrap 95 % interval of each measure."""
+        ends = {name: np.nanquantile(values, QUANTILES).tolist() for name, values in self.resamples.items()}
+        return {name: (low, high) for name, (low, high) in ends.items()}
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ def average_precision(
     """
     evaluated = _evaluate(images, detections, classes, kind)
     if evaluated is None:
-        return AveragePrecision(dict.fromkeys(MEASURES, 0.0), dict.fromkeys(MEASURES, (0.0, 0.0)))
+        return AveragePrecision(dict.fromkeys(MEASURES, 0.0), dict.fromkeys(MEASURES, np.zeros(RESAMPLES)))
     measures = dict(zip(MEASURES, map(float, evaluated.stats[:3]), strict=True))
     return AveragePrecision(measures, bootstrap_precision(_matches(evaluated), len(images)))
 
@@ -95,17 +102,16 @@ def _compute_iou(evaluation: Any, compute_iou: Callable[[int, int], Any], image:
     return overlaps
 
 
-def bootstrap_precision(matches: list[ClassMatches], num_images: int, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """The 95 % interval of each measure over `RESAMPLES` resamples of the images.
+def bootstrap_precision(matches: list[ClassMatches], num_images: int, seed: int = 0) -> dict[str, NDArray[np.float64]]:
+    """Each measure on `RESAMPLES` resamples of the images, the same for every detector; NaN without a scored object.
 
     Matches are within an image, so they are computed once; an image drawn twice counts twice.
     """
     rng = np.random.default_rng(seed)
     uniform = np.full(num_images, 1 / num_images)
     resamples = [resampled_precision(matches, rng.multinomial(num_images, uniform)) for _ in range(RESAMPLES)]
-    measures = np.array([each for each in resamples if each is not None])
-    low, high = np.quantile(measures, [0.025, 0.975], axis=0).tolist()
-    return dict(zip(MEASURES, zip(low, high, strict=True), strict=True))
+    without = (np.nan,) * len(MEASURES)
+    return dict(zip(MEASURES, np.array([each or without for each in resamples]).T, strict=True))
 
 
 def resampled_precision(matches: list[ClassMatches], counts: NDArray[np.int64]) -> tuple[float, float, float] | None:

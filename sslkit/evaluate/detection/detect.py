@@ -26,7 +26,9 @@ from sslkit.evaluate.detection.detector_training import DetectProtocol, train_de
 from sslkit.evaluate.detection.masks import check_masks
 from sslkit.evaluate.evaluation_result import EvaluationResult, Score
 from sslkit.evaluate.features.compared_encoders import TransferOptions, trained_encoders
+from sslkit.evaluate.features.encoder import Encoder
 from sslkit.evaluate.labelled_data import Splits
+from sslkit.evaluate.verdict import resampled_difference
 
 
 def evaluate_detect(
@@ -54,19 +56,29 @@ def evaluate_detect(
     encoders = trained_encoders(model, "detection", options, protocol.seed)
     chosen = choose_arch(encoders[0], arch)
     training: dict[str, Any] = {"arch": chosen, "masks": masks, "workers": options.workers}
-    scores = []
+    found: list[AveragePrecision] = []
     for encoder in encoders:
         options.log_message(encoder.description)
         with explain_death(batch_bytes):
             detector = train_detector(encoder, pair, protocol, log_message=options.log_message, **training)
-            found = score_detector(detector, pair, masks=masks, workers=options.workers)
-        ap = found.measures["AP"], found.intervals["AP"]
-        scores.append(Score(encoder.description, *ap, "", found.measures, found.intervals, encoder.revision))
+            found.append(score_detector(detector, pair, masks=masks, workers=options.workers))
     settings = {"kind": "detect", **vars(protocol), "arch": chosen, "masks": masks}
     settings |= {"peak_lr": protocol.peak_lr(encoders[0].is_vit), "selection": "none, the last update"}
     settings |= {name: list(encoders[0].preprocessing[name]) for name in ("mean", "std")} | pair.settings()
     name = f"detect {protocol.name} {chosen}{masks * ' masks'}, {protocol.steps} steps of {protocol.batch_size}"
+    scores = [_score(*each, found[0], len(pair.test)) for each in zip(encoders, found, strict=True)]
     return EvaluationResult(name, pair.description, settings, scores, measure="box AP")
+
+
+def _score(encoder: Encoder, found: AveragePrecision, own: AveragePrecision, images: int) -> Score:
+    """The score of an encoder; that of a baseline has the difference of the encoder's ``own`` from it."""
+    ap, intervals = found.measures["AP"], found.intervals
+    difference = None
+    if found is not own:
+        resamples = own.resamples["AP"] - found.resamples["AP"]
+        difference = resampled_difference(own.measures["AP"] - ap, resamples[~np.isnan(resamples)], images)
+    revision = encoder.revision
+    return Score(encoder.description, ap, intervals["AP"], "", found.measures, intervals, revision, difference)
 
 
 def _check_images(pair: AnnotatedPair, protocol: DetectProtocol, workers: int, *, masks: bool) -> int:
@@ -119,7 +131,7 @@ def score_detector(
     segments = average_precision(pair.test, detections, pair.classes, "segm")
     return AveragePrecision(
         boxes.measures | {f"mask {name}": value for name, value in segments.measures.items()},
-        boxes.intervals | {f"mask {name}": interval for name, interval in segments.intervals.items()},
+        boxes.resamples | {f"mask {name}": values for name, values in segments.resamples.items()},
     )
 
 

@@ -13,14 +13,17 @@ class TransferOptions:
     """Options of evaluations that train the whole encoder."""
 
     scratch: bool = True  # whether to train the architecture from random weights too
-    baselines: Sequence[str] = ()  # timm models to train too
+    baselines: Sequence[str | Encoder] = ()  # timm models, or encoders, to train too
     workers: int = 0  # processes that decode and augment
     log_message: Callable[[str], None] = lambda _message: None  # called with the progress, such as an epoch's loss
 
 
-def frozen_encoders(model: str, baselines: Sequence[str], readout: Readout) -> tuple[Encoder, list[Encoder | None]]:
-    """The encoder; and it, its random twin, None for raw pixels (RGB encoders only), and the baselines."""
-    encoder, *others = (_with_crop(load_encoder(name), readout) for name in (model, *baselines))
+def frozen_encoders(
+    model: str, baselines: Sequence[str | Encoder], readout: Readout
+) -> tuple[Encoder, list[Encoder | None]]:
+    """The encoder; and it, its random twin, None for the pixel baselines (RGB encoders only), and the baselines."""
+    loaded = [each if isinstance(each, Encoder) else load_encoder(each) for each in (model, *baselines)]
+    encoder, *others = (_with_crop(each, readout) for each in loaded)
     pixels = [None] if encoder.channels == 3 else []
     return encoder, [encoder, encoder.random_twin(), *pixels, *others]
 
@@ -37,7 +40,8 @@ def trained_encoders(model: str, task: str, options: TransferOptions, seed: int)
             "linear evaluation"
         )
     twins = [replace(encoder.random_twin(seed), description="from scratch")] if options.scratch else []
-    return [encoder, *twins, *map(load_encoder, options.baselines)]
+    others = [each if isinstance(each, Encoder) else load_encoder(each) for each in options.baselines]
+    return [encoder, *twins, *others]
 
 
 def _with_crop(encoder: Encoder, readout: Readout) -> Encoder:

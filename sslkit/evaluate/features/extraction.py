@@ -1,4 +1,4 @@
-"""Features of all images of a source, and raw pixels as features."""
+"""Features of all images of a source."""
 
 import random
 from collections.abc import Iterator
@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,7 +18,6 @@ from sslkit.errors import UserError
 from sslkit.evaluate.features.encoder import fingerprint
 from sslkit.evaluate.features.transforms import Transform, blank_input, read_input
 
-MAX_RAW_PIXEL_SIDE = 32
 BLANK_SIDE = 256
 PREFETCH = 2  # batches per worker, if shared memory allows
 
@@ -131,21 +129,3 @@ def keep_random_state(*, cuda: bool = False) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-def raw_pixel_side(source: ImageSource) -> int:
-    """Side of the raw-pixel features in pixels: the shorter side of the first image, limited to 8 ... 32."""
-    sides: tuple[int, ...] = source.read(0).shape[:2]
-    return max(min(MAX_RAW_PIXEL_SIDE, *sides), 8)
-
-
-def raw_pixels(source: ImageSource, side: int) -> Tensor:
-    """RGB values of the images, resized to ``side`` x ``side``: (len(source), 3 * side * side), in [0, 1]."""
-    rows = []
-    for index in range(len(source)):
-        image = Image.fromarray(source.read(index))
-        if image.size != (side, side):
-            image = image.resize((side, side), Image.Resampling.BILINEAR)
-        rows.append(np.asarray(image))
-    pixels = np.stack(rows)
-    return torch.from_numpy(pixels.reshape(len(pixels), -1).astype(np.float32) / 255.0)

@@ -177,4 +177,14 @@ def count_classes(*labels: Tensor) -> int:
 
 def share_correct(predicted: Tensor, truth: Tensor) -> float:
     """Top-1 accuracy of predicted classes, (N,) both."""
-    return float((predicted.cpu() == truth.cpu()).float().mean())
+    return share(is_correct(predicted, truth))
+
+
+def is_correct(predicted: Tensor, truth: Tensor) -> Tensor:
+    """Whether each predicted class is right, (N,) bool on the CPU."""
+    return predicted.cpu() == truth.cpu()
+
+
+def share(correct: Tensor) -> float:
+    """Share of True, such as of `is_correct`."""
+    return float(correct.float().mean())

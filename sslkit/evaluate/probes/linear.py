@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from sslkit.errors import UserError
 from sslkit.evaluate.input_checks import as_features, check_seed, choose_protocol
-from sslkit.evaluate.probes.knn import count_classes, share_correct
+from sslkit.evaluate.probes.knn import count_classes, is_correct, share
 
 C_GRID = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 HELD_OUT = 0.1
@@ -104,6 +104,7 @@ class LinearScore:
 
     accuracy: float
     chosen: str
+    correct: Tensor = field(compare=False, repr=False)  # (Q,) bool: which test images are right
 
 
 def linear_accuracy(
@@ -175,7 +176,7 @@ def _logistic(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, protoc
             break  # weaker penalties only overfit more
         best_c, best_loss, best = c, loss, classifier
     classifier = fit_logistic(train, labels, num_classes, best_c, best)
-    return LinearScore(_accuracy(classifier, test, truth), f"C = {best_c:g}")
+    return _score(_is_correct(classifier, test, truth), f"C = {best_c:g}")
 
 
 def _sgd(
@@ -193,7 +194,7 @@ def _sgd(
         weight_decay=protocol.weight_decay,
         nesterov=protocol.nesterov,
     )
-    best, best_epoch, accuracy = 0.0, 0, 0.0
+    best, best_epoch, correct = torch.zeros(len(truth), dtype=torch.bool), 0, torch.zeros(0, dtype=torch.bool)
     for epoch in range(protocol.epochs):
         features = as_features(train(epoch), f"linear, epoch {epoch + 1}") if callable(train) else train
         for step, batch in enumerate(torch.randperm(len(features), generator=generator)[:images].split(batch_size)):
@@ -209,12 +210,16 @@ def _sgd(
                 f"up to {float(test.abs().max()):.2g} are too large for a learning rate of {protocol.lr:g}; use "
                 "--protocol logistic"
             )
-        accuracy = _accuracy(classifier, test, truth)
-        if accuracy > best:
-            best, best_epoch = accuracy, epoch + 1
+        correct = _is_correct(classifier, test, truth)
+        if correct.sum() > best.sum():
+            best, best_epoch = correct, epoch + 1
     if protocol.scored == "last":
-        return LinearScore(accuracy, f"last of {protocol.epochs} epochs, as in the paper")
-    return LinearScore(best, f"best of {protocol.epochs} epochs: {best_epoch}, as in the paper")
+        return _score(correct, f"last of {protocol.epochs} epochs, as in the paper")
+    return _score(best, f"best of {protocol.epochs} epochs: {best_epoch}, as in the paper")
+
+
+def _score(correct: Tensor, chosen: str) -> LinearScore:
+    return LinearScore(share(correct), chosen, correct)
 
 
 @torch.no_grad()
@@ -239,5 +244,5 @@ def _decay(protocol: LinearProtocol, epoch: float) -> float:
 
 
 @torch.no_grad()
-def _accuracy(classifier: nn.Linear, features: Tensor, labels: Tensor) -> float:
-    return share_correct(classifier(features).argmax(dim=1), labels)
+def _is_correct(classifier: nn.Linear, features: Tensor, labels: Tensor) -> Tensor:
+    return is_correct(classifier(features).argmax(dim=1), labels)

@@ -1,11 +1,12 @@
 """Evaluations with labels: kNN, linear probes, a sweep of linear probes, and fine-tuning.
 
-Each evaluation scores the encoder and its baselines: the same architecture with random weights, raw pixels, and any
-timm models. Pretraining that does not beat random weights and raw pixels has learned nothing.
+Each evaluation scores the encoder and its baselines: the same architecture with random weights, raw pixels, colour
+histograms, and any timm models. Pretraining that does not beat random weights and pixels has learned nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,17 +18,20 @@ from sslkit.errors import UserError
 from sslkit.evaluate.evaluation_result import EvaluationResult, Score, bootstrap_interval
 from sslkit.evaluate.features.compared_encoders import TransferOptions, frozen_encoders, trained_encoders
 from sslkit.evaluate.features.encoder import Encoder
-from sslkit.evaluate.features.extraction import extract_features, raw_pixel_side, raw_pixels
+from sslkit.evaluate.features.extraction import extract_features
+from sslkit.evaluate.features.pixel_baselines import pixel_baselines, raw_pixel_side, raw_pixels
 from sslkit.evaluate.features.readouts import Readout, extract_readouts
 from sslkit.evaluate.label_subsets import choose_subset
 from sslkit.evaluate.labelled_data import LabelledPair, Splits, open_pair
 from sslkit.evaluate.probes.finetune import FinetuneProtocol, finetune
-from sslkit.evaluate.probes.knn import KnnProtocol, check_neighbours, predict, share_correct
+from sslkit.evaluate.probes.knn import KnnProtocol, check_neighbours, is_correct, predict, share
 from sslkit.evaluate.probes.linear import SELECTED_ON_HELD_OUT, EpochFeatures, LinearProtocol, linear_accuracy
 from sslkit.evaluate.probes.sweep import SweepProtocol, sweep
 from sslkit.evaluate.protocol import data_settings, digest_of, preprocessing_settings
+from sslkit.evaluate.verdict import paired_difference
 
-RAW_PIXELS = "raw pixels"
+Row = tuple[Encoder | str, Tensor, str]  # encoder or name of a pixel baseline, `is_correct`, and what was chosen
+Features = Callable[[ImageSource], list[Tensor]]  # of the training or the test images, for each readout
 
 
 def evaluate_knn(
@@ -36,7 +40,7 @@ def evaluate_knn(
     protocol: KnnProtocol | None = None,
     readout: Readout | None = None,
     *,
-    baselines: Sequence[str] = (),
+    baselines: Sequence[str | Encoder] = (),
     splits: Splits | None = None,
 ) -> EvaluationResult:
     """Evaluate by one kNN protocol, by default `KnnProtocol()`. Arguments as for `evaluate_knn_grid`."""
@@ -50,7 +54,7 @@ def evaluate_knn_grid(
     protocols: Sequence[KnnProtocol],
     readout: Readout | None = None,
     *,
-    baselines: Sequence[str] = (),
+    baselines: Sequence[str | Encoder] = (),
     splits: Splits | None = None,
 ) -> list[EvaluationResult]:
     """Evaluate by several kNN protocols. Features and neighbours are computed once for all of them.
@@ -60,27 +64,28 @@ def evaluate_knn_grid(
         data: Labelled images.
         protocols: Numbers of neighbours and temperatures.
         readout: Layer, pooling and crop. Default: the model's output.
-        baselines: timm models to score too.
+        baselines: timm models, or encoders, to score too.
         splits: The bank (``train``) and the queries (``test``).
     """
     readout = readout or Readout()
     pair = _open_splits(data, splits)
     check_neighbours(protocols, len(pair.train))
-    scores: list[list[Score]] = [[] for _ in protocols]
+    rows: list[list[Row]] = [[] for _ in protocols]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     own, encoders = frozen_encoders(model, baselines, readout)
-    for encoder in encoders:
-        # Raw pixels are always centred: the mean brightness hides the differences between images.
-        used = [protocol if encoder else replace(protocol, centre=True) for protocol in protocols]
-        bank, queries = (_features(encoder, source, pair, [readout])[0] for source in (pair.train, pair.test))
+    for encoder, features in _compared(encoders, pair, [readout]):
+        # Pixels are always centred: the mean brightness hides the differences between images.
+        is_pixels = isinstance(encoder, str)
+        used = [replace(protocol, centre=True) if is_pixels else protocol for protocol in protocols]
+        bank, queries = (features(source)[0] for source in (pair.train, pair.test))
         predictions = predict(queries.to(device), bank, pair.train_labels, len(pair.classes), used)
-        for found, predicted in zip(scores, predictions, strict=True):
-            found.append(_score(encoder, share_correct(predicted, pair.test_labels), pair))
+        for found, predicted in zip(rows, predictions, strict=True):
+            found.append((encoder, is_correct(predicted, pair.test_labels), ""))
     others = readout.settings(), preprocessing_settings(own.preprocessing), data_settings(pair)
     names = [f"{protocol}{_readout_suffix(readout)}" for protocol in protocols]
     return [
-        EvaluationResult(name, pair.description, protocol.settings(*others), found)
-        for name, protocol, found in zip(names, protocols, scores, strict=True)
+        EvaluationResult(name, pair.description, protocol.settings(*others), _scores(found))
+        for name, protocol, found in zip(names, protocols, rows, strict=True)
     ]
 
 
@@ -92,7 +97,7 @@ def evaluate_linear(
     *,
     augment: bool = True,
     epochs: int = 0,
-    baselines: Sequence[str] = (),
+    baselines: Sequence[str | Encoder] = (),
     splits: Splits | None = None,
 ) -> EvaluationResult:
     """Evaluate by a linear classifier on frozen features. Other arguments as for `evaluate_knn_grid`.
@@ -108,23 +113,23 @@ def evaluate_linear(
     readout = readout or Readout()
     pair = _open_splits(data, splits)
     own, encoders = frozen_encoders(model, baselines, readout)
-    scores = []
+    rows: list[Row] = []
     settings: dict[str, Any] = {}
-    for encoder in encoders:
-        used = LinearProtocol.from_name(protocol, is_vit=encoder is not None and encoder.is_vit)
+    for encoder, features in _compared(encoders, pair, [readout]):
+        used = LinearProtocol.from_name(protocol, is_vit=isinstance(encoder, Encoder) and encoder.is_vit)
         used = replace(used, epochs=epochs or used.epochs)
-        test = _features(encoder, pair.test, pair, [readout])[0]
+        test = features(pair.test)[0]
         train: Tensor | EpochFeatures
-        if encoder is not None and augment and used.name != "logistic":
+        if isinstance(encoder, Encoder) and augment and used.name != "logistic":
             train = _augmented_features(encoder, pair.train, readout)
         else:
-            train = _features(encoder, pair.train, pair, [readout])[0]
+            train = features(pair.train)[0]
         score = linear_accuracy(train, pair.train_labels, test, pair.test_labels, used)
-        scores.append(_score(encoder, score.accuracy, pair, score.chosen))
+        rows.append((encoder, score.correct, score.chosen))
         if encoder is own:
             settings = {"kind": "linear", **used.settings(), "augment": callable(train), "selection": used.selection}
     settings |= {**preprocessing_settings(own.preprocessing), **readout.settings(), **data_settings(pair)}
-    return EvaluationResult(f"linear {protocol}{_readout_suffix(readout)}", pair.description, settings, scores)
+    return EvaluationResult(f"linear {protocol}{_readout_suffix(readout)}", pair.description, settings, _scores(rows))
 
 
 def evaluate_sweep(
@@ -133,7 +138,7 @@ def evaluate_sweep(
     protocol: SweepProtocol | None = None,
     readouts: Sequence[Readout] = (),
     *,
-    baselines: Sequence[str] = (),
+    baselines: Sequence[str | Encoder] = (),
     splits: Splits | None = None,
 ) -> EvaluationResult:
     """Evaluate by a sweep of linear probes. Each encoder is scored by the head that its held-out images select.
@@ -145,23 +150,22 @@ def evaluate_sweep(
     if not all(readout.shares_pass_with(readouts[0]) for readout in readouts):
         raise UserError("linear sweep: readouts may differ in layers and pooling only, not in crop, workers or store")
     pair = _open_splits(data, splits)
-    scores: list[Score] = []
+    rows: list[Row] = []
     grid: list[dict[str, Any]] = []
     own, encoders = frozen_encoders(model, baselines, readouts[0])
-    for encoder in encoders:
+    for encoder, features in _compared(encoders, pair, readouts):
         train, test = (
-            dict(zip(map(str, readouts), _features(encoder, source, pair, readouts), strict=False))
-            for source in (pair.train, pair.test)
+            dict(zip(map(str, readouts), features(source), strict=False)) for source in (pair.train, pair.test)
         )
         result = sweep(train, pair.train_labels, test, pair.test_labels, protocol)
         best = result.chosen
         note = f"{best.readout}, lr {best.lr:g}, decay {best.weight_decay:g}" + (", normed" if best.norm else "")
-        scores.append(_score(encoder, result.accuracy, pair, note))
+        rows.append((encoder, result.correct, note))
         grid = grid or [head.row() for head in result.grid]
     settings = {"kind": "linear sweep", **vars(protocol), "selection": SELECTED_ON_HELD_OUT}
     settings |= {**preprocessing_settings(own.preprocessing), "layers": [str(readout) for readout in readouts]}
     name = f"linear sweep of {len(grid)} heads{_readout_suffix(*readouts)}"
-    return EvaluationResult(name, pair.description, {**settings, **data_settings(pair)}, scores, grid=grid)
+    return EvaluationResult(name, pair.description, {**settings, **data_settings(pair)}, _scores(rows), grid=grid)
 
 
 def evaluate_finetune(
@@ -196,7 +200,7 @@ def evaluate_finetune(
     source, train_labels = pair.train.subset(chosen), pair.train_labels[torch.from_numpy(chosen)]
     encoders = trained_encoders(model, "fine-tuning", options, protocol.seed)
     training: dict[str, Any] = {"workers": options.workers, "log_message": options.log_message}
-    scores = []
+    rows: list[Row] = []
     for encoder in encoders:
         options.log_message(encoder.description)
         training["neck"] = neck if encoder is encoders[0] else None
@@ -204,12 +208,12 @@ def evaluate_finetune(
             classifier = finetune(encoder, source, train_labels, len(pair.classes), protocol, **training)
         device = next(classifier.parameters()).device
         logits = extract_features(classifier, pair.test, encoder.transform(), device=device, workers=options.workers)
-        scores.append(_score(encoder, share_correct(logits.argmax(dim=1), pair.test_labels), pair))
+        rows.append((encoder, is_correct(logits.argmax(dim=1), pair.test_labels), ""))
     settings = {"kind": "finetune", **vars(protocol), "neck": neck is not None, "selection": "none, the last epoch"}
     settings |= {**preprocessing_settings(encoders[0].preprocessing), **data_settings(pair)}
     settings |= {"labelled_images": len(chosen), "chosen": digest_of(chosen)}
     name = f"finetune {protocol.name}, {protocol.epochs} epochs, {labels} of the labels ({len(chosen)})"
-    return EvaluationResult(name, pair.description, settings, scores)
+    return EvaluationResult(name, pair.description, settings, _scores(rows))
 
 
 def _open_splits(data: DataConfig, splits: Splits | None) -> LabelledPair:
@@ -222,18 +226,38 @@ def _readout_suffix(*readouts: Readout) -> str:
     return ", " + ", ".join(map(str, readouts)) if any(readout.reads_blocks for readout in readouts) else ""
 
 
-def _score(encoder: Encoder | None, accuracy: float, pair: LabelledPair, note: str = "") -> Score:
-    name, revision = (encoder.description, encoder.revision) if encoder else (RAW_PIXELS, "")
-    return Score(name, accuracy, bootstrap_interval(accuracy, len(pair.test)), note, encoder_revision=revision)
+def _scores(rows: Sequence[Row]) -> list[Score]:
+    """Scores of what was compared, the encoder first, and its differences from the others."""
+    scores, own = [], rows[0][1]
+    for encoder, correct, note in rows:
+        name, revision = (encoder, "") if isinstance(encoder, str) else (encoder.description, encoder.revision)
+        accuracy = share(correct)
+        interval = bootstrap_interval(accuracy, len(correct))
+        difference = None if correct is own else paired_difference(own, correct)
+        scores.append(Score(name, accuracy, interval, note, encoder_revision=revision, difference=difference))
+    return scores
 
 
-def _features(
-    encoder: Encoder | None, source: ImageSource, pair: LabelledPair, readouts: Sequence[Readout]
-) -> list[Tensor]:
-    """Features of each readout; of raw pixels (None), one for all readouts."""
-    if encoder is None:
-        return [raw_pixels(source, raw_pixel_side(pair.train))]
+def _compared(
+    encoders: Sequence[Encoder | None], pair: LabelledPair, readouts: Sequence[Readout]
+) -> Iterator[tuple[Encoder | str, Features]]:
+    """Each encoder and its features of each readout; for None, the pixel baselines, with one for all readouts."""
+    for encoder in encoders:
+        if encoder is not None:
+            yield encoder, partial(_features, encoder, readouts)
+            continue
+        side, workers = raw_pixel_side(pair.train), readouts[0].workers
+        pixels = [raw_pixels(source, side, workers) for source in (pair.train, pair.test)]
+        for name, (train, test) in pixel_baselines(*pixels).items():
+            yield name, partial(_of_split, pair, train, test)
+
+
+def _features(encoder: Encoder, readouts: Sequence[Readout], source: ImageSource) -> list[Tensor]:
     return extract_readouts(encoder, source, encoder.transform(), readouts)
+
+
+def _of_split(pair: LabelledPair, train: Tensor, test: Tensor, source: ImageSource) -> list[Tensor]:
+    return [train if source is pair.train else test]
 
 
 def _augmented_features(encoder: Encoder, source: ImageSource, readout: Readout) -> EpochFeatures:

@@ -7,7 +7,7 @@ training images select one.
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn.functional import batch_norm
 
 from sslkit.errors import UserError
 from sslkit.evaluate.input_checks import as_features, check_rates, check_seed
-from sslkit.evaluate.probes.knn import count_classes
+from sslkit.evaluate.probes.knn import count_classes, share
 from sslkit.evaluate.probes.linear import hold_out
 
 TEST_BATCH = 1024
@@ -78,6 +78,7 @@ class SweepScore:
     accuracy: float
     chosen: Head
     grid: list[Head]
+    correct: Tensor = field(compare=False, repr=False)  # (Q,) bool: which test images the chosen head has right
 
 
 class _Heads:
@@ -121,6 +122,11 @@ class _Heads:
             if self.lr_times_decay is not None:
                 buffer.addcmul_(param, self.lr_times_decay)
             param.sub_(buffer, alpha=factor)
+
+    def is_correct(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Which images each head has right, (N, heads) bool on the CPU."""
+        batches = (self.logits(rows.to(self.weight.device))[1] for rows in features.split(TEST_BATCH))
+        return torch.cat([logits.argmax(dim=1).cpu() for logits in batches]) == labels.cpu()[:, None]
 
     def scores(self, features: Tensor, labels: Tensor) -> list[tuple[float, float]]:
         """Accuracy of each head, and minus its loss to break ties."""
@@ -174,8 +180,8 @@ def sweep(
             ranked.append((score, Head(readout, lr / scale, decay, norm, score[0]), index))
     ranked.sort(key=lambda item: item[0], reverse=True)
     _, best, index = ranked[0]
-    accuracy = heads[best.readout, best.norm].scores(test[best.readout], truth)[index][0]
-    return SweepScore(accuracy, best, [head for _, head, _ in ranked])
+    correct = heads[best.readout, best.norm].is_correct(test[best.readout], truth)[:, index]
+    return SweepScore(share(correct), best, [head for _, head, _ in ranked], correct)
 
 
 def _train(

@@ -19,7 +19,8 @@ from sslkit.errors import UserError
 from sslkit.evaluate import KnnProtocol, LinearProtocol, knn_accuracy, linear_accuracy
 from sslkit.evaluate.features import compared_encoders
 from sslkit.evaluate.features.encoder import fingerprint
-from sslkit.evaluate.features.extraction import extract_features, raw_pixel_side, raw_pixels
+from sslkit.evaluate.features.extraction import extract_features
+from sslkit.evaluate.features.pixel_baselines import raw_pixel_side, raw_pixels
 from sslkit.evaluate.probes import knn as knn_module
 from sslkit.evaluate.probes.knn import largest, nearest, predict
 from sslkit.evaluate.probes.linear import C_GRID, fit_logistic
