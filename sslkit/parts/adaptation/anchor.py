@@ -1,6 +1,7 @@
 """The anchor: a frozen copy of the backbone that a run starts from, whose features the student's keep near."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,9 @@ class Anchor(MomentumTeacher):
         self.module.eval()
         if size:
             try:
-                if hasattr(self.module, "set_input_size"):
-                    self.module.set_input_size(img_size=(size, size))
+                set_input_size: Any = getattr(self.module, "set_input_size", None)
+                if set_input_size is not None:
+                    set_input_size(img_size=(size, size))
                 self.module(next(self.module.parameters()).new_zeros(1, channels, size, size))
             except (AssertionError, RuntimeError, TypeError, ValueError) as error:
                 reason = first_line(error)
