@@ -109,10 +109,18 @@ class JudgedImages:
 
 
 def open_judged(config: DataConfig, option: str, seed: int = 0) -> JudgedImages:
+    """`_open_judged`, whose messages then begin with the ``option``."""
+    try:
+        return _open_judged(config, seed)
+    except UserError as error:
+        raise UserError(*(f"{option}: {message}" for message in error.messages)) from error
+
+
+def _open_judged(config: DataConfig, seed: int) -> JudgedImages:
     """Open a labelled set, with its test split if it has one.
 
     Raises:
-        UserError: It has no labels, or too few images or classes. The message names the ``option``.
+        UserError: It has no labels, or too few images or classes.
     """
     splits = available_splits(config)
     if any(SPLIT_OF.get(name, "train") != "train" for name in splits):
@@ -131,7 +139,7 @@ def open_judged(config: DataConfig, option: str, seed: int = 0) -> JudgedImages:
         )
     if len(labels) < MIN_IMAGES or len(truth) < MIN_IMAGES or len(torch.unique(labels)) < 2:
         raise UserError(
-            f"{option}: {description} has {pluralize(len(truth), 'labelled image')} of "
+            f"{description} has {pluralize(len(truth), 'labelled image')} of "
             f"{pluralize(len(torch.unique(labels)), 'class', 'classes')}; a verdict needs {MIN_IMAGES} images and 2 "
             "classes"
         )

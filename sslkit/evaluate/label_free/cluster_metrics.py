@@ -58,7 +58,8 @@ def intrinsic_dimension(features: Tensor) -> float | None:
     rows = torch.unique(features.double(), dim=0)
     if len(rows) < 10:
         return None
-    first, second = torch.cdist(rows, rows).topk(3, dim=1, largest=False).values[:, 1:].unbind(dim=1)
+    distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")  # the other way loses digits
+    first, second = distances.topk(3, dim=1, largest=False).values[:, 1:].unbind(dim=1)
     ratios = (second / first.clamp_min(1e-300)).log().sort().values
     kept = int(len(ratios) * (1.0 - LARGEST_SHARE))
     x = ratios[:kept]
