@@ -22,7 +22,18 @@ WAYS: dict[str, dict[str, Any]] = {
     "last": {"last_blocks": LAST_BLOCKS},
     "lora": {"lora_rank": LORA_RANK},
 }
-BLUR = 2.0 / 224  # largest sigma of the papers' blur, relative to the view's side
+# Where the weights know larger images than these, the frozen start teaches their features: it sees each view enlarged.
+LARGER_TEACHES: dict[str, Any] = {
+    "adapt": {"anchor": 30.0},
+    "views": {"crop_scale": [0.8, 1.0], "jitter_prob": 0.0, "gray_prob": 0.0},
+    "lr": 1e-3,
+}
+# Elsewhere the method teaches, and the start only holds.
+STAYS_NEAR: dict[str, Any] = {
+    "adapt": {"anchor": 1.0, "layer_decay": 0.75},
+    "views": {"crop_scale": [0.3, 1.0]},
+    "lr": 1e-4,
+}
 
 
 @dataclass(frozen=True)
@@ -90,22 +101,24 @@ def adaptation_recipe(start: Start, data: Mapping[str, Any], images: ImageSummar
     Raises:
         UserError: A stated key is wrong, or the way does not fit the encoder.
     """
+    larger = anchor_size(start, size)
     batch = _power_of_two(min(max(images.count / STEPS_PER_EPOCH, MIN_BATCH), MAX_BATCH))
     epochs = wishes.epochs or 1
     grey = {"jitter": [0.2, 0.2, 0.0, 0.0], "gray_prob": 0.0}
     colour = {"jitter": [0.2, 0.2, 0.2, 0.05], "gray_prob": 0.1}
+    how = LARGER_TEACHES if larger else STAYS_NEAR
     tables: dict[str, dict[str, Any]] = {
         "method": {"name": "moco_v2", "bn_groups": 1, "momentum": 0.99, "queue_size": _queue(images.count, batch)},
         "backbone": start.backbone,
-        "adapt": {**WAYS[wishes.way], "layer_decay": 1.0, "anchor": 30.0, "anchor_size": anchor_size(start, size)},
+        "adapt": {**WAYS[wishes.way], **how["adapt"], "anchor_size": larger},
         "data": dict(data),
         "views": {
-            **{"policy": "moco_v2", "size": size, "crop_scale": [0.3, 1.0], "crop_pct": 1.0},
-            **{"blur_prob": 0.0, "blur_sigma": [0.1, max(round(BLUR * size, 2), 0.2)]},
+            **{"policy": "moco_v2", "size": size, "crop_pct": 1.0, "blur_prob": 0.0},
             **(grey if images.grey else colour),
+            **how["views"],
             **start.views,
         },
-        "optim": {"name": "adamw", "lr": 3e-4, "lr_rule": "none", "weight_decay": 0.0},
+        "optim": {"name": "adamw", "lr": how["lr"], "lr_rule": "none", "weight_decay": 0.0},
         "schedule": {"decay": "cosine", "warmup_epochs": epochs / 10, "per": "step"},
         "train": {"batch_size": batch, "epochs": epochs, "head_warmup_epochs": 0.0, "log_every": 10},
         "monitor": {"diagnose_every": 0},

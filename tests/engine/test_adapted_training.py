@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from conftest import small_recipe
+from launching import finish, pretrain, start
 from safetensors.torch import load_file
 from test_step import BATCH, CPU, accelerator, assert_same, batch_of, sliced
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ def test_the_anchor_adds_the_distance_from_the_start(name: str, size: int, weigh
         with torch.no_grad():
             for param in one.backbone.parameters():
                 param += 0.05 * torch.randn(param.shape, generator=generator, dtype=param.dtype)
-    start = timm.create_model(weights["test_resnet"], pretrained=True).double().eval()
+    first = timm.create_model(weights["test_resnet"], pretrained=True).double().eval()
     moved = timm.create_model("test_resnet", num_classes=0).double().eval()
     moved.load_state_dict(method.backbone.state_dict())
     views = [view.float().double() for view in batch_of(method).views]
@@ -84,7 +85,7 @@ def test_the_anchor_adds_the_distance_from_the_start(name: str, size: int, weigh
     terms = []
     for view in views:
         large = interpolate(view, (size, size), mode="bicubic", align_corners=False) if size else view
-        a, b = moved(view), start(large)
+        a, b = moved(view), first(large)
         terms.append(1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)))
     expected = 0.7 * torch.cat(terms).mean().item()
     assert expected > 1e-4
@@ -116,9 +117,9 @@ def test_kept_statistics_stay_those_of_the_start(name: str, weights: dict[str, s
     recipe = adapted(weights, name, "test_resnet", {"freeze_batch_norm": True})
     run = sslkit.train(recipe, tmp_path / "run")
     state = load_file(run.folder / f"checkpoints/step-{run.step:08d}/model.safetensors")
-    start = load_file(Path(weights["test_resnet"].removeprefix("local-dir:")) / "model.safetensors")
+    begun = load_file(Path(weights["test_resnet"].removeprefix("local-dir:")) / "model.safetensors")
     for prefix in ("backbone", "teacher_backbone.module"):
-        changed = {key for key, value in start.items() if not torch.equal(state[f"{prefix}.{key}"], value)}
+        changed = {key for key, value in begun.items() if not torch.equal(state[f"{prefix}.{key}"], value)}
         assert any(key.endswith("conv1.weight") for key in changed)
         assert not {key for key in changed if "running" in key or "num_batches" in key}
 
@@ -165,9 +166,9 @@ def test_a_stopped_run_continues_bit_for_bit(micro_batch: int, weights: dict[str
         ends.append(load_file(run.folder / "checkpoints/step-00000006/model.safetensors"))
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
-    start = load_file(Path(weights["test_vit"].removeprefix("local-dir:")) / "model.safetensors")
-    assert torch.equal(ends[0]["anchor_backbone.module.norm.weight"], start["norm.weight"])
-    assert not torch.equal(ends[0]["backbone.norm.weight"], start["norm.weight"])
+    begun = load_file(Path(weights["test_vit"].removeprefix("local-dir:")) / "model.safetensors")
+    assert torch.equal(ends[0]["anchor_backbone.module.norm.weight"], begun["norm.weight"])
+    assert not torch.equal(ends[0]["backbone.norm.weight"], begun["norm.weight"])
 
 
 @functools.cache
@@ -222,8 +223,8 @@ def test_lora_trains_little_and_is_merged(weights: dict[str, str], tmp_path: Pat
     method.load_state_dict(load_file(run.folder / f"checkpoints/step-{run.step:08d}/model.safetensors"))
     merged = timm.create_model(f"local-dir:{run.folder / 'encoder'}", pretrained=True)
     torch.testing.assert_close(features(merged), features(method.backbone), rtol=1e-4, atol=1e-5)
-    start = timm.create_model(weights["test_vit"], pretrained=True, img_size=32)
-    assert not torch.allclose(features(merged), features(start), atol=1e-2)
+    first = timm.create_model(weights["test_vit"], pretrained=True, img_size=32)
+    assert not torch.allclose(features(merged), features(first), atol=1e-2)
     assert sslkit.train(recipe, tmp_path / "run").step == run.step  # its checkpoint is read again
 
 
@@ -239,3 +240,27 @@ def test_the_anchor_keeps_no_gradient_and_no_training_mode(weights: dict[str, st
     assert not trained(anchor)
     assert not any(module.training for module in anchor.module.modules())
     assert method.backbone.training
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("micro_batch", [0, 4])
+def test_two_processes_train_as_one(micro_batch: int, weights: dict[str, str], tmp_path: Path) -> None:
+    """The anchor, kept BatchNorm statistics and rates by layer: the same losses and weights."""
+    adapt = {"anchor": 0.5, "anchor_size": 40, "freeze_batch_norm": True, "layer_decay": 0.7}
+    tables = {
+        "train": {"max_steps": 4, "batch_size": 16, "micro_batch": micro_batch, "log_every": 1},
+        "method": {"bn_groups": 1, "queue_size": 96, "dim": 16},
+        "optim": {"name": "sgd", "lr": 0.05, "weight_decay": 1e-4},
+    }
+    recipe = adapted(weights, "moco_v2", "test_resnet", adapt, **tables)
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    alone = sslkit.train(recipe, tmp_path / "one")
+    process = start(pretrain(tmp_path / "recipe.toml", tmp_path / "two"), processes=2)
+    printed = finish(process)
+    assert process.returncode == 0, printed[-3000:]
+    rows = sslkit.Run(tmp_path / "two", 4).metrics()
+    for field in ("loss", "anchor"):
+        assert [row[field] for row in rows] == pytest.approx([row[field] for row in alone.metrics()], rel=1e-4)
+    one, two = (load_file(tmp_path / name / "checkpoints/step-00000004/model.safetensors") for name in ("one", "two"))
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-5, msg=key)
