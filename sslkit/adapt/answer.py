@@ -6,6 +6,7 @@ from typing import Any
 
 from sslkit.adapt.candidates import Candidate, Comparison
 from sslkit.adapt.label_free_verdict import LabelFreeComparison
+from sslkit.text import pluralize
 
 KNN, PROBE = 0, 1  # positions in a list of comparisons
 
@@ -58,14 +59,14 @@ class Answer:
         if not self.comparisons:
             kept = f"the encoder of epoch {self.epoch} is kept" if self.gained else "the start is handed back"
             return f"Without labels nobody can say whether training helped; by the measures above {kept}"
-        knn = self.comparisons[KNN].difference
+        knn, probe = (self.comparisons[each].difference for each in (KNN, PROBE))
         if self.gained:
-            return f"Adapted: {knn} than the start by kNN on {knn.images} images"
-        if knn.is_better:
-            return (
-                f"kNN is {knn}, but the linear probe is {self.comparisons[PROBE].difference}: the start is handed back"
-            )
-        return f"Nothing gained: {knn} by kNN on {knn.images} images; the start is handed back"
+            return f"Adapted: {knn} than the start by kNN on {pluralize(knn.images, 'image')}"
+        if not knn.is_better:
+            return f"Nothing gained: {knn} by kNN on {pluralize(knn.images, 'image')}; the start is handed back"
+        if probe.is_worse:
+            return f"kNN is {knn}, but the linear probe is {probe}: the start is handed back"
+        return f"kNN is {knn} on the whole, but the best use of the start equals the best end: the start is handed back"
 
     def lines(self) -> list[str]:
         """The answer as text, the verdict last."""

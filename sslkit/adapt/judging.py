@@ -93,6 +93,8 @@ class Judge:
         starts = [each for each in self.candidates if each.size == size or not self.fixed]
         comparisons = compare_encoders(self.judged, starts, ends)
         gained = comparisons[KNN].difference.is_better and not comparisons[PROBE].difference.is_worse
+        # With few images the many uses of the start may have been chosen badly, each by its fifths.
+        gained &= bool(best(ends).choosing.mean() > best(starts).choosing.mean())
         chosen = next(point for point in points if point.epoch == best(ends).epoch)
         retained = []
         if self.retained:

@@ -131,6 +131,7 @@ def test_noise_is_called_noise(weights: str, noise: Path, tmp_path: Path) -> Non
     assert same_weights(load_encoder(str(tmp_path / "blind")).module, load_encoder(weights).module)
 
 
+@pytest.mark.full
 def test_the_retained_set_is_judged_alike(weights: str, photos: Path, noise: Path, tmp_path: Path) -> None:
     answer = adapt(weights, noise, tmp_path / "out", noise, retain=photos).answer
     assert answer is not None
@@ -139,6 +140,7 @@ def test_the_retained_set_is_judged_alike(weights: str, photos: Path, noise: Pat
     assert any(line.startswith("retained, kNN: ") for line in answer.lines())
 
 
+@pytest.mark.full
 def test_a_stopped_adaptation_continues(
     weights: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

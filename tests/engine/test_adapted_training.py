@@ -155,7 +155,7 @@ def test_layer_decay_is_timms(weights: dict[str, str]) -> None:
         assert len(set(found.values())) > 4
 
 
-@pytest.mark.parametrize("micro_batch", [0, 16])
+@pytest.mark.parametrize("micro_batch", [0, pytest.param(16, marks=pytest.mark.full)])
 def test_a_stopped_run_continues_bit_for_bit(micro_batch: int, weights: dict[str, str], tmp_path: Path) -> None:
     adapt = {"anchor": 0.5, "anchor_size": 48, "layer_decay": 0.7, "last_blocks": 2}
     ends = []
