@@ -27,12 +27,14 @@ LARGER_TEACHES: dict[str, Any] = {
     "adapt": {"anchor": 30.0},
     "views": {"crop_scale": [0.8, 1.0], "jitter_prob": 0.0, "gray_prob": 0.0},
     "lr": 1e-3,
+    "head_warmup": 0.0,
 }
 # Elsewhere the method teaches, and the start only holds.
 STAYS_NEAR: dict[str, Any] = {
     "adapt": {"anchor": 1.0, "layer_decay": 0.75},
     "views": {"crop_scale": [0.3, 1.0]},
     "lr": 1e-4,
+    "head_warmup": 0.1,  # of the epochs: fresh heads have nothing to say to the backbone
 }
 
 
@@ -120,11 +122,23 @@ def adaptation_recipe(start: Start, data: Mapping[str, Any], images: ImageSummar
         },
         "optim": {"name": "adamw", "lr": how["lr"], "lr_rule": "none", "weight_decay": 0.0},
         "schedule": {"decay": "cosine", "warmup_epochs": epochs / 10, "per": "step"},
-        "train": {"batch_size": batch, "epochs": epochs, "head_warmup_epochs": 0.0, "log_every": 10},
+        "train": {
+            "batch_size": batch,
+            "epochs": epochs,
+            "head_warmup_epochs": how["head_warmup"] * epochs,
+            "log_every": 10,
+        },
         "monitor": {"diagnose_every": 0},
         "checkpoint": {"keep_every_epochs": max(epochs // POINTS, 1), "keep": 1},
     }
-    return build_recipe(tables, list(wishes.stated), name="adapt")
+    recipe = build_recipe(tables, list(wishes.stated), name="adapt")
+    for option, key, wanted, found in (
+        ("--size", "views.size", size, recipe.views.size),
+        ("--epochs", "train.epochs", epochs, recipe.train.epochs),
+    ):
+        if wanted != found:
+            raise UserError(f"--set {key}={found}: give {option} {found} instead")
+    return recipe
 
 
 def _queue(count: int, batch: int) -> int:

@@ -48,15 +48,17 @@ class Judge:
         self.retained = open_judged(retain, "--retain") if retain else None
         self.starts: dict[int, Encoder] = {}
         self.candidates: list[Candidate] = []
-        self.fixed = False
+        self.fixed = 0
 
     @property
     def description(self) -> str:
         """Of the images that the verdict is given on."""
         return self.judged.description if self.judged else self.source.description
 
-    def judge_start(self, start: Start, sizes: list[int], *, fixed: bool) -> int:
-        """Judge the untouched encoder at some sizes; returns the best, or the first if it is fixed or unlabelled.
+    def judge_start(self, start: Start, sizes: list[int], *, fixed: int = 0) -> int:
+        """Judge the untouched encoder at some sizes; returns the ``fixed`` one if there is, else the best.
+
+        Without labels, the best is the smallest.
 
         Raises:
             UserError: The encoder takes images of none of the sizes.
@@ -71,10 +73,10 @@ class Judge:
                 found = candidates_of(encoder, 0, self.judged, self.readout)
                 self.candidates += found
                 self._log(found)
-        if not self.starts or (fixed and sizes[0] not in self.starts):
-            raise UserError(f"--size: {start.encoder.description} does not take images of {sizes[0]} pixels")
+        if not self.starts or (fixed and fixed not in self.starts):
+            raise UserError(f"--size: {start.encoder.description} does not take images of {fixed or sizes[0]} pixels")
         if fixed or not self.judged:
-            return next(iter(self.starts))
+            return fixed or next(iter(self.starts))
         return best([each for each in self.candidates if not each.whitened]).size
 
     def start_at(self, size: int) -> Encoder:

@@ -48,6 +48,11 @@ def read_start(weights: str) -> Start:
         UserError: There are none, or their encoder cannot be trained further by timm.
     """
     encoder = load_encoder(weights)
+    if encoder.channels != 3:
+        raise UserError(
+            f"{weights}: takes images of {encoder.channels} channels, sslkit adapt only RGB; continue it with sslkit "
+            "pretrain, [backbone] pretrained and [adapt]"
+        )
     if encoder.small_stem:
         raise UserError(
             f"{weights}: has sslkit's stem for small images, which timm cannot load as pretrained weights; continue "

@@ -89,7 +89,7 @@ def test_too_little_training_hands_the_start_back(weights: str, photos: Path, tm
     assert [row["evaluation"] for row in rows] == ["adapt kNN, target", "adapt linear probe, target"]
     assert rows[0]["scores"][1] == {"encoder": "start", "accuracy": answer.comparisons[0].start}
     assert json.loads((tmp_path / "out/answer.json").read_text())["verdict"] == answer.verdict
-    again = adapt(weights, photos, tmp_path / "out", photos)  # judged again, not trained again
+    again = adapt(weights, photos, tmp_path / "out", photos, stated=("train.batch_size=16",))  # judged again, not trained again
     assert again.answer == answer
     assert len(rows_of(tmp_path / "out/run/results.jsonl")) == len(rows)
 
@@ -205,3 +205,46 @@ def test_too_few_images_and_a_foreign_folder(weights: str, photos: Path, noise: 
     assert "has 5 images; adapting needs 16 or more" in found
     found = cli_error(["adapt", weights, "--data", str(photos), "--output", str(few)])
     assert "is not empty and holds no adaptation" in found
+
+
+@pytest.mark.full
+def test_another_adaptation_is_not_continued(weights: str, photos: Path, tmp_path: Path) -> None:
+    """Nor judged: the folder keeps what it holds, and the message names what differs."""
+    out = tmp_path / "out"
+    first = adapt(weights, photos, out)
+    assert first.answer is not None
+    before = (out / "answer.json").read_text()
+    common = ["adapt", weights, "--data", str(photos), "--output", str(out), "--set", "data.workers=0", "--size", "32"]
+    assert "train.epochs: 1 -> 2" in cli_error([*common, "--epochs", "2"])
+    assert "adapt.last_blocks" in cli_error([*common, "--way", "last"])
+    assert "--set views.size=64: give --size 64 instead" in cli_error([*common, "--set", "views.size=64"])
+    other = tmp_path / "other"
+    timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=0), str(other), safe_serialization=True)
+    assert "backbone.pretrained" in cli_error([*common[:1], str(other), *common[2:]])
+    assert (out / "answer.json").read_text() == before
+    assert adapt(weights, photos, out, size=0, epochs=0).answer == first.answer  # size and length are the run's
+
+
+@pytest.mark.full
+def test_the_size_is_chosen(photos: Path, tmp_path: Path) -> None:
+    """A ViT for 160 pixels is judged at four sizes, and written for the one that was best."""
+    folder = tmp_path / "weights"
+    torch.manual_seed(5)
+    timm.models.save_for_hf(timm.create_model("test_vit", num_classes=0), str(folder), safe_serialization=True)
+    answer = adapt(str(folder), photos, tmp_path / "out", photos, size=0, way="last").answer
+    assert answer is not None
+    plain = {use.size: use.accuracy for use in answer.uses if use.epoch == 0 and not use.whitened}
+    assert sorted(plain) == [32, 64, 160]
+    trained = {use.size for use in answer.uses if use.epoch}
+    assert trained == {max(plain, key=lambda size: plain[size])}
+    written = timm.create_model(f"local-dir:{tmp_path / 'out/encoder'}", pretrained=True)
+    assert written.pretrained_cfg["input_size"] == (3, answer.size, answer.size)
+    assert written.patch_embed.img_size == (answer.size, answer.size)
+
+
+def test_weights_of_other_channels_are_refused(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    model = timm.create_model("test_resnet", num_classes=0, in_chans=4)
+    timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+    found = cli_error(["adapt", str(folder), "--data", str(photos), "--output", str(tmp_path / "out")])
+    assert "takes images of 4 channels, sslkit adapt only RGB" in found
