@@ -66,6 +66,7 @@ ONLY_READ = {
     "--method simsiam": "needs the plugin; tests/examples installs and runs it",
     "LABELLED_FOLDER": "stands for the reader's own",
     "vit_small_patch16_224.dino": "downloads weights",
+    "resnet50.a1_in1k": "downloads weights; tests/adapt runs it small",
     "replay runs/mine": "needs a run that was stopped by an alarm; tests/engine has it",
     "runs/simclr": "needs a SimCLR run of one's own; tests/evaluate has it",
     "flowers": "ten minutes of a ViT on a CPU; tests/evaluate runs each small",

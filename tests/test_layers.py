@@ -33,6 +33,7 @@ LAYERS = {
     "cluster": 10,
     "plan": 11,
     "report": 11,
+    "adapt": 11,
     "python_api": 12,
     "cli": 13,
     "pretrain": 14,

@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import sslkit
+from sslkit.cli.adapt_commands import adapt
 from sslkit.cli.check_commands import bench, doctor
 from sslkit.cli.completion import prepare_completion
 from sslkit.cli.data_commands import data_app, prepare
@@ -32,6 +33,7 @@ from sslkit.terminal import error_messages, print_message, print_traceback, sani
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 for function, example in (
     (pretrain, "sslkit pretrain mocov3_vits --set data.path=photos --output runs/photos"),
+    (adapt, "sslkit adapt resnet50.a1_in1k --data photos --labelled sorted-photos"),
     (submit, "sslkit submit mocov3_vits --nodes 2 --gpus-per-node 8 --time 1-0"),
     (replay, "sslkit replay runs/photos/capsules/step-00012345"),
     (export, "sslkit export runs/quickstart my-encoder"),

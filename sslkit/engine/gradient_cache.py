@@ -68,9 +68,10 @@ def sliced_step(
     with torch.no_grad(), accelerator.autocast():
         encoded = method.student_in_slices(views, slices, permutation, prepare, seed_slice)
         keys = method.teacher_in_slices(views, slices, permutation, prepare)
+        anchored = method.anchor_in_slices(views, slices, permutation, prepare)
     features = [each.requires_grad_() for each in encoded]
     with accelerator.autocast():
-        step = method.objective(features, keys, batch.info, batch.progress)
+        step = method.anchored(method.objective(features, keys, batch.info, batch.progress), features, anchored)
     accelerator.backward(step.loss)
     grads = [torch.zeros_like(each) if each.grad is None else each.grad for each in features]
     _backward_in_slices(accelerator, method, batch, slices, grads, seed_slice)

@@ -1,5 +1,6 @@
 """Optimizers with the papers' parameter groups, and the schedules of learning rate and weight decay."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from sslkit.methods import Method, Multipliers
+from sslkit.parts.adaptation.trained_layers import rate_multipliers
 from sslkit.parts.layerwise_optimizers import Larc, Lars
 from sslkit.parts.schedules import Progress, cosine, per_epoch, warmup_then_cosine, warmup_then_steps
 from sslkit.recipe.resolve import Recipe
@@ -16,7 +18,9 @@ from sslkit.recipe.resolve import Recipe
 def make_optimizer(recipe: Recipe, method: Method) -> Optimizer:
     """The recipe's optimizer over all parameters of ``method`` that require gradient; a teacher's do not."""
     optim = recipe.optim
-    groups = _parameter_groups(method, optim.weight_decay, optim.exclude_from_decay == "norm_and_bias")
+    scales = rate_multipliers(method.backbone, recipe.adapt.layer_decay) if recipe.adapt.layer_decay < 1.0 else {}
+    exempt_vectors = optim.exclude_from_decay == "norm_and_bias"
+    groups = _parameter_groups(method, optim.weight_decay, exempt_vectors, scales)
     lr = recipe.peak_lr
     if optim.name in ("lars", "lars_simclr"):
         return Lars(groups, lr, optim.weight_decay, optim.momentum, rate_in_momentum=optim.name == "lars_simclr")
@@ -52,21 +56,27 @@ def _fused(recipe: Recipe, method: nn.Module) -> bool | None:
     return True if devices <= {"cpu", "cuda"} and recipe.train.precision != "fp16" else None
 
 
-def _parameter_groups(method: Method, weight_decay: float, exempt_vectors: bool) -> list[dict[str, Any]]:
-    """Groups of parameters that share the method's multipliers and, if vectors have no weight decay, their kind."""
+def _parameter_groups(
+    method: Method, weight_decay: float, exempt_vectors: bool, scales: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Groups of parameters that share the method's multipliers and, if vectors have no weight decay, their kind.
+
+    ``scales`` are further multipliers on the learning rate, by the name of a parameter of the backbone.
+    """
     declared = method.param_groups()
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, bool, float], list[nn.Parameter]] = {}
     for name, param in method.named_parameters():
         if param.requires_grad:
             modules = [each for each in declared if f"{name}.".startswith(f"{each}.")]
             exempt = exempt_vectors and param.ndim <= 1
-            groups.setdefault((max(modules, key=len, default=""), exempt), []).append(param)
+            scale = scales.get(name.removeprefix("backbone."), 1.0) if name.startswith("backbone.") else 1.0
+            groups.setdefault((max(modules, key=len, default=""), exempt, scale), []).append(param)
     result = []
-    for (module, exempt), params in sorted(groups.items(), key=lambda group: group[0]):
+    for (module, exempt, scale), params in sorted(groups.items(), key=lambda group: group[0]):
         factors = declared.get(module, Multipliers())
         decay = 0.0 if exempt else factors.weight_decay
         result.append({"params": params, "weight_decay": weight_decay * decay})
-        result[-1] |= {"lr_multiplier": factors.lr, "weight_decay_multiplier": decay}
+        result[-1] |= {"lr_multiplier": factors.lr * scale, "weight_decay_multiplier": decay}
     return result
 
 

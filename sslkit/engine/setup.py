@@ -16,6 +16,9 @@ from sslkit.engine.optim import make_optimizer
 from sslkit.engine.state import RecoveryState, TrainingState
 from sslkit.errors import UserError
 from sslkit.methods import Method, find_method
+from sslkit.parts.adaptation.anchor import Anchor
+from sslkit.parts.adaptation.lora import add_lora
+from sslkit.parts.adaptation.trained_layers import train_last_blocks
 from sslkit.parts.backbone import create_backbone, feature_dim, recompute_activations
 from sslkit.parts.batch_slices import local_bn_groups
 from sslkit.parts.batchnorm import has_batch_norm
@@ -83,6 +86,12 @@ def build_method(recipe: Recipe, num_samples: int = 0) -> Method:
     width = feature_dim(backbone, recipe.views.size, channels=spec.channels)
     if recipe.views.local.count:
         feature_dim(backbone, recipe.views.policy_of("local").size, "local.size", spec.channels)
+    adapt = recipe.adapt
+    anchor = Anchor(backbone, adapt.anchor, adapt.anchor_size, spec.channels) if adapt.anchor else None
+    if adapt.last_blocks:
+        train_last_blocks(backbone, adapt.last_blocks)
+    if adapt.lora_rank:
+        add_lora(backbone, adapt.lora_rank)
     try:
         method = find_method(recipe.method_name)(backbone, width, recipe.method)
         method.set_num_samples(num_samples)
@@ -94,7 +103,11 @@ def build_method(recipe: Recipe, num_samples: int = 0) -> Method:
         ) from error
     if recipe.train.activation_checkpointing:
         recompute_activations(method.backbone, recipe.backbone.name)
-    if recipe.train.micro_batch and has_batch_norm(backbone):
+    if adapt.keeps_statistics:
+        method.keep_statistics()
+    if anchor is not None:
+        method.keep_near(anchor)
+    if recipe.train.micro_batch and has_batch_norm(backbone) and not adapt.keeps_statistics:
         # A slice has batch statistics of its own, whatever process it is on.
         method.bn_groups = max(recipe.train.batch_size // recipe.train.micro_batch, method.bn_groups)
     return method

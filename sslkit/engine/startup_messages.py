@@ -47,7 +47,7 @@ def startup_messages(state: TrainingState, folder: Path, checkpoint: Checkpoint 
         messages.append(f"weights of student and teacher sharded: {here} of {total} on this process")
     if streaming := source.describe_streaming(train.batch_size, accelerator.num_processes, num_workers):
         messages.append(streaming)
-    if train.micro_batch and has_batch_norm(state.method.backbone):
+    if train.micro_batch and has_batch_norm(state.method.backbone) and not recipe.adapt.keeps_statistics:
         slices = train.batch_size // train.micro_batch
         messages.append(
             f"{slices} slices, each with its own BatchNorm statistics, as on {slices} GPUs; in a backbone without "

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sslkit.distributed.collectives import exchange_rows, world_size
-from sslkit.errors import UserError
 from sslkit.methods.method_options import Fitted, MethodOptions
+from sslkit.parts.adaptation.anchor import Anchor
 from sslkit.parts.backbone import Family
 from sslkit.parts.batch_slices import encode_in_slices, local_bn_groups, shuffle_views
-from sslkit.parts.batchnorm import GroupStatistics, synchronise_in_groups
+from sslkit.parts.batchnorm import GroupStatistics, batch_norms, synchronise_in_groups
 from sslkit.parts.chance_loss import ChanceLoss
 from sslkit.parts.memory_bank import MemoryBank
 from sslkit.parts.momentum_teacher import MomentumTeacher
@@ -113,6 +113,7 @@ class Method(nn.Module, ABC):
             processes.
         groups_across_processes: Whether a group may span processes. If not, each process is a group where there are
             more processes than groups.
+        keeps_statistics: Whether the student's backbone normalises by its running statistics while training.
         shuffle_keys: Whether keys are computed in another batch order than queries (shuffling BN).
         teacher_views: Indices of the views that the teacher encodes. Under `shuffle_keys` they are shuffled for it.
         student_key_views: Indices of the views that are keys to the student itself (end-to-end). Under `shuffle_keys`
@@ -130,6 +131,7 @@ class Method(nn.Module, ABC):
     groups_across_processes: ClassVar[bool] = False
     backbone: nn.Module
     bn_groups: int = 1
+    keeps_statistics: bool = False
     shuffle_keys: bool = False
     teacher_views: tuple[int, ...] = ()
     student_key_views: tuple[int, ...] = ()
@@ -195,6 +197,25 @@ class Method(nn.Module, ABC):
             start: The start of the run, with its number of updates and its batch size.
         """
         return ()
+
+    def keep_statistics(self) -> None:
+        """Normalise by the running statistics as they are now, in the student's backbone and its teacher's."""
+        self.keeps_statistics = True
+        if (teacher := self.teachers().get("backbone")) is not None:
+            teacher.batch_statistics = False
+        self.train(self.training)
+
+    def keep_near(self, anchor: Anchor) -> None:
+        """Add a term to the loss that keeps the student's features near the anchor's."""
+        self.add_module("anchor_backbone", anchor)
+
+    def train(self, mode: bool = True) -> "Method":
+        """Set the mode of all modules; see `keep_statistics`."""
+        super().train(mode)
+        if self.keeps_statistics:
+            for norm in batch_norms(self.backbone):
+                norm.training = False
+        return self
 
     def set_num_samples(self, num_samples: int) -> None:
         """Receive the number of samples in the data, once, before training: a memory bank has one row for each."""
@@ -263,7 +284,10 @@ class Method(nn.Module, ABC):
         groups = local_bn_groups(self.bn_groups)
         student_features = self.student_in_slices(views, groups, permutation, prepare)
         teacher_features = self.teacher_in_slices(views, groups, permutation, prepare)
-        return self.objective(student_features, teacher_features, batch, progress)
+        anchored = self.anchor_in_slices(views, groups, permutation, prepare)
+        return self.anchored(
+            self.objective(student_features, teacher_features, batch, progress), student_features, anchored
+        )
 
     def student_in_slices(
         self,
@@ -300,6 +324,28 @@ class Method(nn.Module, ABC):
             features = [exchange_rows(each, np.argsort(permutation)) for each in features]
         return features
 
+    def anchor_in_slices(
+        self, views: Views, slices: int, permutation: Permutation | None = None, prepare: Prepare | None = None
+    ) -> Features:
+        """What `student_in_slices` returns with the anchor as the backbone; empty without an anchor."""
+        anchor = self._modules.get("anchor_backbone")
+        if anchor is None:
+            return []
+        student, self.backbone = self.backbone, anchor
+        try:
+            with torch.no_grad():
+                return self.student_in_slices(views, slices, permutation, prepare)
+        finally:
+            self.backbone = student
+
+    def anchored(self, step: Step, student_features: Features, anchored: Features) -> Step:
+        """Add the anchor's term to a step's loss; without an anchor, the step as it is."""
+        anchor = self._modules.get("anchor_backbone")
+        if not isinstance(anchor, Anchor):
+            return step
+        distance = anchor.distance(student_features, anchored)
+        return Step(step.loss + anchor.weight * distance, {**step.metrics, "anchor": distance.detach()})
+
     def backbones(self) -> list[nn.Module]:
         """The large modules: the student's backbone and, if a teacher follows it, the teacher's."""
         teacher = self.teachers().get("backbone")
@@ -320,32 +366,3 @@ class Method(nn.Module, ABC):
         """Compute batch statistics over the processes that share a group. Called once, by all processes."""
         across = self.groups_across_processes
         synchronise_in_groups(self, device, self.batch_norm_groups(), across_processes=across)
-
-
-def view_mistake(name: str, method: type[Method], role: str, made: int) -> str:
-    """What is wrong with the number of views of one role, in a few words; empty if the method takes so many.
-
-    Args:
-        name: Of the method.
-        method: Its class.
-        role: One of `VIEW_ROLES`.
-        made: How many views of this role are made of each image.
-
-    Raises:
-        UserError: The method declares a role that there is not.
-    """
-    if unknown := sorted(set(method.views) - set(VIEW_ROLES)):
-        raise UserError(f"[method] name: {name} declares views of role {unknown[0]!r}; the roles are {VIEW_ROLES}")
-    count = method.views.get(role, 0)
-    fewest, most = count if isinstance(count, tuple) else (count, count)
-    if made >= fewest and (most is None or made <= most):
-        return ""
-    if most == 0:
-        way_out = "set it to 0"
-        if role == "local" and method.views is Method.views and not method.__module__.startswith("sslkit."):
-            way_out += f'. If it takes them, declare views = {{"global": 2, "local": (0, None)}} in {method.__name__}'
-        return f"{name} takes no {role} views; {way_out}"
-    if most is None:
-        return f"{name} takes {fewest} or more {role} views; set it to {fewest}"
-    wanted = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-    return f"{name} takes {wanted} {role} views; set it to {min(max(made, fewest), most)}"

@@ -176,6 +176,11 @@ class GroupStatistics:
             torch._foreach_copy_(self.statistics, self.sums)
 
 
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """The layers of ``module`` that can normalise by batch statistics."""
+    return [layer for layer in module.modules() if isinstance(layer, (_BatchNorm, GlobalBatchNorm))]
+
+
 def has_batch_norm(module: nn.Module) -> bool:
-    """Whether any layer of ``module`` normalises by batch statistics."""
-    return any(isinstance(layer, (_BatchNorm, GlobalBatchNorm)) for layer in module.modules())
+    """Whether any layer of ``module`` can normalise by batch statistics."""
+    return bool(batch_norms(module))

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sslkit.data.augment.policies import POLICIES
-from sslkit.errors import path_problem
+from sslkit.errors import UserError, path_problem
 from sslkit.methods import all_methods, find_method
-from sslkit.methods.base import view_mistake
+from sslkit.methods.base import VIEW_ROLES, Method
 from sslkit.parts.backbone import takes_image_size
 from sslkit.recipe.schema import MonitorConfig
 from sslkit.text import pluralize
@@ -44,6 +44,9 @@ def _pairs_that_do_not_fit(recipe: "Recipe") -> Iterator[str]:
     if (channels or 3) != backbone.channels or channels == 3:
         fit = f"the backbone takes {backbone.channels}"
         yield f"[data] channels: {channels}, but {fit}; leave it out and set [backbone] args.in_chans"
+    partial = [key for key in ("last_blocks", "lora_rank", "anchor") if getattr(recipe.adapt, key)]
+    if partial and not backbone.pretrained:
+        yield f"[adapt] {partial[0]}: there is nothing to keep of random weights; set [backbone] pretrained"
     yield from (f"[views] {mistake}" for mistake in recipe.views.unfit_for(backbone.channels))
 
 
@@ -95,6 +98,36 @@ def _not_sharded(recipe: "Recipe") -> list[str]:
         "[train] precision = 'fp16'; take bf16": train.precision == "fp16",
         "[train] compile": train.compile,
         "[train] micro_batch": bool(train.micro_batch),
+        "[adapt] anchor or lora_rank": bool(recipe.adapt.anchor or recipe.adapt.lora_rank),
         "[monitor] layer_gradients": recipe.monitor.layer_gradients,
     }
     return [f"[train] shard: does not work with {what}" for what, found in unfit.items() if found]
+
+
+def view_mistake(name: str, method: type[Method], role: str, made: int) -> str:
+    """What is wrong with the number of views of one role, in a few words; empty if the method takes so many.
+
+    Args:
+        name: Of the method.
+        method: Its class.
+        role: One of `VIEW_ROLES`.
+        made: How many views of this role are made of each image.
+
+    Raises:
+        UserError: The method declares a role that there is not.
+    """
+    if unknown := sorted(set(method.views) - set(VIEW_ROLES)):
+        raise UserError(f"[method] name: {name} declares views of role {unknown[0]!r}; the roles are {VIEW_ROLES}")
+    count = method.views.get(role, 0)
+    fewest, most = count if isinstance(count, tuple) else (count, count)
+    if made >= fewest and (most is None or made <= most):
+        return ""
+    if most == 0:
+        way_out = "set it to 0"
+        if role == "local" and method.views is Method.views and not method.__module__.startswith("sslkit."):
+            way_out += f'. If it takes them, declare views = {{"global": 2, "local": (0, None)}} in {method.__name__}'
+        return f"{name} takes no {role} views; {way_out}"
+    if most is None:
+        return f"{name} takes {fewest} or more {role} views; set it to {fewest}"
+    wanted = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    return f"{name} takes {wanted} {role} views; set it to {min(max(made, fewest), most)}"

@@ -21,6 +21,7 @@ from sslkit.data.decode.background import KEEP
 from sslkit.data.sources.image_source import DataConfig
 from sslkit.errors import UserError, check_path, near_miss
 from sslkit.methods import MethodOptions, canonical_name, find_method
+from sslkit.parts.adaptation.adapt_config import AdaptConfig
 from sslkit.parts.backbone import BackboneConfig, check_name
 from sslkit.recipe import schema
 from sslkit.recipe.cross_checks import contradictions, remarks_on_monitor
@@ -57,6 +58,7 @@ class Recipe:
     method_name: str
     method: MethodOptions
     backbone: BackboneConfig
+    adapt: AdaptConfig
     data: DataConfig
     views: ViewsConfig
     optim: schema.OptimConfig
@@ -81,10 +83,11 @@ class Recipe:
         return self.backbone.model_copy(update={"img_size": self.backbone.img_size or self.views.size})
 
     def as_tables(self) -> dict[str, dict[str, Any]]:
-        """All values of the recipe as plain data, ready for TOML or JSON."""
+        """All values of the recipe as plain data, ready for TOML or JSON; without ``[adapt]`` if it changes nothing."""
         tables = {
             name: getattr(self, name).model_dump(mode="json", exclude_none=True, by_alias=True)
             for name in ("method", *TABLES)
+            if name != "adapt" or not self.adapt.changes_nothing
         }
         tables["method"] = {"name": self.method_name, **tables["method"]}
         return {**tables, "reference": self.reference}

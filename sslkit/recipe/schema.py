@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.sources.image_source import DataConfig
 from sslkit.errors import UserError, check_path, without_tokens
+from sslkit.parts.adaptation.adapt_config import AdaptConfig
 from sslkit.parts.backbone import BackboneConfig
 
 MAX_RECIPE_BYTES = 1_000_000
@@ -250,6 +251,7 @@ class TrackConfig(_Table):
 
 TABLES: dict[str, type[BaseModel]] = {
     "backbone": BackboneConfig,
+    "adapt": AdaptConfig,
     "data": DataConfig,
     "views": ViewsConfig,
     "optim": OptimConfig,

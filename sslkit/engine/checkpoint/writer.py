@@ -21,6 +21,7 @@ from sslkit.engine.checkpoint.retention import checkpoint_name, monitor_scores, 
 from sslkit.errors import RunError
 from sslkit.files.atomic import atomic_folder, remove, replace_text, sync, write_json, write_tensors
 from sslkit.methods import find_method
+from sslkit.parts.adaptation.lora import merge_lora
 from sslkit.publish.encoder_folder import encoder_config, write_encoder
 from sslkit.recipe.resolve import Recipe
 
@@ -189,7 +190,7 @@ class Saver:
         prefix = f"{find_method(self.recipe.method_name).encoder_name}."
         model = {name.removeprefix(prefix): each for name, each in snapshot.model.items() if name.startswith(prefix)}
         tag = f"{self.recipe.method_name}_e{snapshot.step // self.steps_per_epoch}"
-        write_encoder(self.config, tag, model, self.folder / "encoder", step=str(snapshot.step))
+        write_encoder(self.config, tag, merge_lora(model), self.folder / "encoder", step=str(snapshot.step))
 
 
 def _check_finite(tensors: dict[str, Tensor]) -> None:

@@ -27,8 +27,6 @@ FIRST_FILES = (
     *(DATA, IMAGES),
     *(f".{name}.tmp" for name in (DATA, IMAGES, "recipe.toml")),
 )
-# Keys that a checkpoint's weights and optimizer state depend on.
-TRAINED_KEYS = ("method.", "backbone.", "optim.name", "optim.exclude")
 MAX_LISTED = 20  # changed keys that a message lists
 # Keys that do not change what is learned; a run may be resumed with other values.
 FREE_KEYS = (
@@ -36,6 +34,8 @@ FREE_KEYS = (
     *("train.max_steps", "train.processes", "train.shard", "train.log_every"),
     *("train.max_hours", "monitor.diagnose_every", "checkpoint.", "guard.", "track.", "reference."),
 )
+# Keys that a run started from another run's checkpoint must share with it.
+SAME_KEYS = ("method.", "backbone.", "adapt.", "optim.name", "optim.exclude")
 
 
 def check_folder(folder: Path, recipe: Recipe, resume: str) -> None:
@@ -87,7 +87,7 @@ def _other_run(folder: Path, before: dict[str, Any], recipe: Recipe, changed: li
             f"holds a run of {pluralize(epochs, 'epoch')}, and the schedule of {recipe.train.epochs} is another; to "
             f"train its newest checkpoint on in a new folder: {from_run}"
         )
-    from_it = "" if any(line.startswith(TRAINED_KEYS) for line in changed) else f"; to start from this run: {from_run}"
+    from_it = "" if any(line.startswith(SAME_KEYS) for line in changed) else f"; to start from this run: {from_run}"
     return (
         f"holds a run of another recipe: {_list_changes(changed)}; to train in another folder: {anew}{from_it}; to "
         f"continue this run, give its own recipe, {folder / 'recipe.toml'}"
@@ -197,7 +197,7 @@ def find_checkpoint(folder: Path, recipe: Recipe, resume: str) -> tuple[Checkpoi
         raise UserError(f"--resume {resume}: has no checkpoint; give a run or checkpoint folder, auto or never")
     check_plain(checkpoint.state["recipe"], f"--resume {resume}: its recipe:")
     differing = changes(with_defaults(checkpoint.state["recipe"]), recipe.as_tables())
-    unfit = [line for line in differing if line.startswith(TRAINED_KEYS)]
+    unfit = [line for line in differing if line.startswith(SAME_KEYS)]
     if unfit:
         raise UserError(
             f"--resume {resume}: was trained by another recipe; these keys must be the same: {_list_changes(unfit)}"

@@ -142,6 +142,35 @@ def predict(
     return [predicted[protocol] for protocol in protocols]
 
 
+def predict_by_others(
+    queries: Tensor,
+    bank: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    protocol: KnnProtocol,
+    copies: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Predict the class of every query (Q, D) by the bank's images that are not copies of it, (Q,).
+
+    Args:
+        queries: Features of the images to classify; with ``bank`` itself, one is left out at a time.
+        bank: (N, D).
+        labels: Classes of the bank, (N,).
+        num_classes: Number of classes.
+        protocol: Number and weights of neighbours. Where fewer are left, these are used.
+        copies: A number for each query, (Q,), and for each row of the bank, (N,): equal for copies of an image.
+    """
+    check_finite(bank, "knn, bank")
+    check_finite(queries, "knn, queries")
+    of_queries, of_bank = copies
+    most = int(torch.unique(of_bank, return_counts=True)[1].max())
+    mean = bank.mean(dim=0, dtype=torch.float32) if protocol.centre else 0.0
+    similarity, rows = nearest(queries, bank, min(protocol.k + most, len(bank)), partial(_normalise, mean))
+    similarity = similarity.masked_fill(of_bank[rows] == of_queries[:, None], -torch.inf)
+    similarity, order = similarity.topk(min(protocol.k, similarity.shape[1]), dim=1)
+    return _vote(similarity, labels[rows.gather(1, order)], num_classes, protocol)
+
+
 def _normalise(mean: Tensor | float, rows: Tensor) -> Tensor:
     rows = rows.float() - mean  # a copy, so the next lines may work in place
     # Scaling by powers of two is exact, and the squares of the results neither overflow nor underflow.
