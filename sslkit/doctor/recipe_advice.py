@@ -107,7 +107,7 @@ def _momentum(recipe: Recipe, method: Method, start: Progress) -> Finding | None
         what = "equals the student of the previous step" if momentum == 0 else "follows the student too fast"
         return MOMENTUM.warning(f"the teacher {what} (momentum {momentum:.3g}); the papers use 0.99 to 0.999: {cure}")
     half_life = math.log(0.5) / math.log(momentum)
-    if half_life > limit:
+    if half_life > limit and start.total_updates >= MIN_UPDATES:  # a shorter run has one warning, of its schedule
         until = f"the warm-up of {warmup:.0f}" if warmup else f"an eighth of the run, {limit:.0f}"
         return MOMENTUM.warning(
             f"the teacher updates too slowly for this short run ({start.total_updates} steps): half of its random "

@@ -1,7 +1,7 @@
 """Checks of a recipe that involve several tables."""
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sslkit.data.augment.policies import POLICIES
@@ -63,11 +63,11 @@ def _views_not_taken(recipe: "Recipe") -> Iterator[str]:
 
 
 def remarks_on_monitor(
-    own: Mapping[str, Any], overrides: Iterable[str], path: str, monitor: MonitorConfig
+    own: Mapping[str, Any], stated: Mapping[str, Mapping[str, Any]], path: str, monitor: MonitorConfig
 ) -> list[str]:
     """Messages about kNN that the recipe does not state, or that scores other images than those trained on.
 
-    ``own`` are the tables before the overrides, ``path`` is that of the data.
+    ``own`` are the tables before the overrides, ``stated`` those of the overrides, ``path`` is that of the data.
     """
     if not monitor.every_epochs:
         return []
@@ -76,8 +76,7 @@ def remarks_on_monitor(
         return [f"[monitor] data without every_epochs: kNN every {period}; --set monitor.every_epochs=0 turns it off"]
     tables = [keys if isinstance(keys, dict) else {} for keys in (own.get("data"), own.get("monitor"))]
     trained, scored = tables[0].get("path"), tables[1].get("data")
-    stated = any(override.partition("=")[0].strip() == "monitor.data" for override in overrides)
-    if stated or scored != monitor.data or not trained or trained == path:
+    if "data" in stated.get("monitor", {}) or scored != monitor.data or not trained or trained == path:
         return []
     line = shlex.quote(f"monitor.data={path}")
     return [

@@ -190,7 +190,7 @@ def build_recipe(
     parsed["monitor"] = parsed["monitor"].spread_over(parsed["train"].epochs)
     of_batch = method.remark_on_batch(parsed["method"], parsed["train"].batch_size)
     others = [of_batch, origin_of_views(tables.get("views", {}), parsed["views"])]
-    others += remarks_on_monitor(own, overrides or [], parsed["data"].path, parsed["monitor"])
+    others += remarks_on_monitor(own, stated_tables(overrides or []), parsed["data"].path, parsed["monitor"])
     remarks = (*values_of_another_run(method, tables, parsed), *filter(None, others))
     recipe = Recipe(method_name=method_name, **parsed, reference=tables.get("reference", {}), remarks=remarks)
     _refuse(name, contradictions(recipe))
