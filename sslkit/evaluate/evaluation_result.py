@@ -69,7 +69,8 @@ class EvaluationResult:
 
 def verdict_of(scores: Sequence[Score]) -> str:
     """One sentence: how the first encoder stands against each of the others. Empty if there are none."""
-    return verdict({score.encoder: score.difference for score in scores if score.difference})
+    names = {"from scratch": "training from scratch"}
+    return verdict({names.get(each.encoder, each.encoder): each.difference for each in scores if each.difference})
 
 
 def score_of(

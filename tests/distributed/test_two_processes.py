@@ -100,6 +100,9 @@ def test_training_on_two_processes_equals_one(name: str, model: str, tolerance: 
     for key in trained:
         torch.testing.assert_close(two[key], one[key], rtol=tolerance, atol=tolerance, msg=key)
     assert together.results()[-1]["accuracy"] == pytest.approx(alone.results()[-1]["accuracy"], abs=0.003)
+    for mine, theirs in zip(alone.results()[-1]["scores"], together.results()[-1]["scores"], strict=True):
+        assert theirs["encoder"] == mine["encoder"]
+        assert theirs["accuracy"] == pytest.approx(mine["accuracy"], abs=0.003)
     ones, twos = (read_lines(tmp_path / n / "diagnostics.jsonl") for n in ("one", "two"))
     assert [row["step"] for row in twos] == [1, 2, 4, 6]
     for mine, theirs in zip(ones, twos, strict=True):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from sslkit.evaluate.verdict import Difference, paired_difference
+from sslkit.evaluate.verdict import Difference, paired_difference, verdict
 
 # images that only the first, only the second, and both or none classify correctly
 TABLES = [(30, 12, 158), (12, 30, 158), (9, 9, 32), (0, 0, 50), (40, 0, 160), (151, 90, 759), (1, 0, 1999)]
@@ -104,6 +104,30 @@ def test_same_arguments_give_the_same_interval_and_the_images_order_does_not_mat
 )
 def test_sentence(numbers: tuple[float, float, float], sentence: str) -> None:
     assert str(Difference(*numbers, 1000)) == sentence
+
+
+BETTER, WORSE, SAME = (Difference(*ends, 1000) for ends in ((2.1, 0.9, 3.3), (-4.0, -5.5, -2.5), (0.2, -0.8, 1.1)))
+
+
+@pytest.mark.parametrize(
+    ("differences", "sentence"),
+    [
+        ({}, ""),
+        ({"raw pixels": BETTER}, "On 1000 test images, the encoder beats raw pixels by 2.1 points (0.9 to 3.3)"),
+        (
+            {"random init": BETTER, "raw pixels": BETTER},
+            "On 1000 test images, the encoder beats every baseline: random init by 2.1 points (0.9 to 3.3) and raw "
+            "pixels by 2.1 points (0.9 to 3.3)",
+        ),
+        (
+            {"random init": BETTER, "raw pixels": WORSE, "colour histograms": SAME},
+            "On 1000 test images, the encoder does not beat raw pixels: worse by 4.0 points (2.5 to 5.5), nor colour "
+            "histograms: no difference seen (-0.8 to 1.1); it beats random init by 2.1 points (0.9 to 3.3)",
+        ),
+    ],
+)
+def test_verdict_names_first_what_is_not_beaten(differences: dict[str, Difference], sentence: str) -> None:
+    assert verdict(differences) == sentence
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from sslkit.distributed.consistency import all_or_none
@@ -53,7 +54,8 @@ def _features(knn: KnnMonitor, module: nn.Module, transform: Transform | None = 
 
 def _encoders(backbone: nn.Module, recipe: Recipe) -> Iterator[tuple[str, nn.Module]]:
     """Random weights as in `sslkit eval`, and the start of a run from pretrained weights."""
-    config = parse_encoder_config(encoder_config(recipe, "other"), "recipe.toml")
+    with torch.random.fork_rng(devices=[]):
+        config = parse_encoder_config(encoder_config(recipe, "other"), "recipe.toml")
     architecture = config.architecture, config.model_args, config.small_stem
     twin = Encoder(backbone, preprocessing_of(recipe.views), "", *architecture).random_twin()
     yield twin.description, twin.module

@@ -249,6 +249,9 @@ def test_the_command_tabulates_and_records(
     assert [score["encoder"] for score in result["scores"]] == [str(run), "from scratch"]
     names = ["AP", "AP50", "AP75", "mask AP", "mask AP50", "mask AP75"]
     assert all(list(score["measures"]) == names for score in result["scores"])
+    own, baseline = result["scores"]
+    assert baseline["difference"]["points"] == pytest.approx(100 * (own["accuracy"] - baseline["accuracy"]))
+    assert "training from scratch" in result["verdict"]
     assert (result["protocol"]["arch"], result["protocol"]["short_sides"][-1]) == ("c4", 64)
     row = json.loads((run / "results.jsonl").read_text().splitlines()[-1])
     assert (row["measure"], row["evaluation"]) == ("box AP", "detect voc c4 masks, 2 steps of 2")
