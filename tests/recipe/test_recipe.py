@@ -213,3 +213,22 @@ def test_an_unknown_method_does_not_hide_other_mistakes() -> None:
     sentences = str(caught.value).splitlines()
     assert ["mocov4" in sentences[0], "resnet51x" in sentences[1], "epochz" in sentences[2]] == [True] * 3
     assert len(sentences) == 3
+
+
+def test_a_monitor_that_is_not_on_the_images_trained_on_is_said() -> None:
+    (said,) = load_recipe("quickstart", ['data.path="my photos"']).remarks
+    assert "scores 'builtin:fashion_mnist', not the images trained on; --set 'monitor.data=my photos'" in said
+    stated = ["data.path=photos", "monitor.data=builtin:fashion_mnist"]
+    assert load_recipe("quickstart", stated).remarks == ()
+    assert load_recipe("quickstart", ["data.path=photos", "monitor.every_epochs=0"]).remarks == ()
+
+
+def test_monitor_data_alone_measures_about_ten_times() -> None:
+    recipe = load_recipe("mocov2_r50", ["data.path=photos", "monitor.data=labelled"])
+    assert recipe.monitor.every_epochs == 20  # of 200 epochs
+    assert recipe.remarks == (
+        "[monitor] data without every_epochs: kNN every 20 epochs; --set monitor.every_epochs=0 turns it off",
+    )
+    assert build_recipe(recipe.as_tables()).remarks == ()
+    assert load_recipe("mocov2_r50", ["data.path=photos", "monitor.data=x", "monitor.every_epochs=0"]).remarks == ()
+    assert load_recipe("mocov2_r50", ["data.path=photos"]).as_tables()["monitor"]["every_epochs"] == 0

@@ -66,3 +66,24 @@ def test_weights_of_timm_bring_their_normalisation() -> None:
 def test_another_architecture_is_refused(exported: Path) -> None:
     with pytest.raises(UserError, match="holds a 'test_vit'; name that instead"):
         build_method(small_recipe("moco_v3", "test_vit2", backbone={"pretrained": f"local-dir:{exported}"}))
+
+
+def test_a_run_says_which_tensors_it_took(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = small_recipe(
+        "moco_v3", "test_vit", backbone={"pretrained": f"local-dir:{exported}"}, train={"max_steps": 1}
+    )
+    sslkit.train(recipe, tmp_path / "run")
+    count = len(load_file(exported / "model.safetensors"))
+    said = f"weights local-dir:{exported}: {count} tensors taken; fresh: projector, predictor; the teacher starts as a"
+    assert said in capsys.readouterr().out
+
+
+def test_a_run_without_knn_keeps_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs of earlier versions have data but every_epochs = 0 in their recipes, which stated neither."""
+    monitor = {"data": "builtin:fashion_mnist", "max_train": 50, "diagnose_every": 0}
+    sslkit.train(small_recipe(monitor={**monitor, "every_epochs": 0}, train={"max_steps": 1}), tmp_path / "run")
+    run = sslkit.train(small_recipe(monitor=monitor, train={"max_steps": 2}), tmp_path / "run")
+    assert (run.step, run.results()) == (2, [])
+    assert "this run started with [monitor] every_epochs = 0, without kNN, and keeps it" in capsys.readouterr().out
+    new = sslkit.train(small_recipe(monitor=monitor, train={"max_steps": 1}), tmp_path / "new")
+    assert [row["step"] for row in new.results()] == [1]
