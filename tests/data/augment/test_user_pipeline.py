@@ -260,7 +260,9 @@ def test_a_run_is_not_continued_with_another_pipeline(tmp_path: Path) -> None:
     (folder / "recipe.toml").write_text(recipe(file).to_toml())
     check_folder(folder, recipe(save(tmp_path / "moved.json", A.HorizontalFlip(p=0.5))), "auto")
     save(file, A.HorizontalFlip(p=0.4))
-    with pytest.raises(UserError, match=r"undo: views\.transforms: pipeline file with sha256 \w{16} -> pipeline file"):
+    with pytest.raises(
+        UserError, match=r"another recipe: views\.transforms: pipeline file with sha256 \w{16} -> pipeline file"
+    ):
         check_folder(folder, recipe(file), "auto")
 
 

@@ -111,6 +111,7 @@ def test_the_command_that_is_named_can_be_pasted(tmp_path: Path, monkeypatch: py
         )
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
         assert same_command(output="b") == "the same command with --output b"
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     assert same_command(output="b") == "sslkit.train(recipe, 'b')"
     for name in ("run", "run-2"):
         (tmp_path / name).mkdir()
