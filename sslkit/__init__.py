@@ -29,7 +29,7 @@ _HOMES |= {"Recipe": "recipe.resolve", "load_recipe": "recipe.resolve"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("evaluate", "publish", "report", "methods", "parts", "data"):
+    if name in ("adapt", "evaluate", "publish", "report", "methods", "parts", "data"):
         return importlib.import_module(f"sslkit.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(f"sslkit.{_HOMES[name]}"), name)
