@@ -89,7 +89,9 @@ def test_too_little_training_hands_the_start_back(weights: str, photos: Path, tm
     assert [row["evaluation"] for row in rows] == ["adapt kNN, target", "adapt linear probe, target"]
     assert rows[0]["scores"][1] == {"encoder": "start", "accuracy": answer.comparisons[0].start}
     assert json.loads((tmp_path / "out/answer.json").read_text())["verdict"] == answer.verdict
-    again = adapt(weights, photos, tmp_path / "out", photos, stated=("train.batch_size=16",))  # judged again, not trained again
+    again = adapt(
+        weights, photos, tmp_path / "out", photos, stated=("train.batch_size=16",)
+    )  # judged again, not trained again
     assert again.answer == answer
     assert len(rows_of(tmp_path / "out/run/results.jsonl")) == len(rows)
 
