@@ -269,5 +269,5 @@ def test_two_processes_train_as_one(micro_batch: int, weights: dict[str, str], t
 
 def test_lora_without_peft_says_what_to_install(weights: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UserError, match="lora_rank: needs peft .*pip install peft"):
+    with pytest.raises(UserError, match=r"lora_rank: needs peft .*pip install peft"):
         build_method(adapted(weights, "simclr", "test_vit", {"lora_rank": 2}))
