@@ -6,8 +6,8 @@
 
 Each cell (variant of `adapt_experiments.toml`, set, seed) is the recipe of `sslkit adapt` with other values, trained
 with one thread in a process of its own and scored by code that shares nothing with `sslkit eval`. Results are kept in
-`adapt_measured.json` by the content of the cell. Finished cells are not repeated. ``--start`` scores the untouched
-weights at several sizes.
+`adapt_measured.json` by the content of the cell. Finished cells are not repeated; after a change of the command's own
+recipe, remove the file. ``--start`` scores the untouched weights at several sizes.
 """
 
 import argparse

@@ -29,7 +29,7 @@ __all__ = ["Plan", "Recipe", "Run", "UserError", "load_recipe", "plan_run", "tra
 
 _HOMES = {"Run": "engine", "UserError": "errors", "Plan": "plan.make_plan"}
 _HOMES |= {"plan_run": "python_api", "train": "python_api", "Recipe": "recipe.resolve", "load_recipe": "recipe.resolve"}
-_ROOMS = ("evaluate", "publish", "report", "methods", "parts", "data")
+_ROOMS = ("adapt", "evaluate", "publish", "report", "methods", "parts", "data")
 
 
 def __getattr__(name: str) -> Any:

@@ -82,7 +82,7 @@ def _run_folder(given: Overrides | str | Path) -> str | Path:
 def plan_run(data: str | Path, hours: float = DEFAULT_HOURS, overrides: Overrides | None = None) -> Plan:
     """Plan a run that fits these images, this machine and the time, as ``sslkit pretrain --data`` does.
 
-    Measures a training step, which takes some seconds. ``print(plan)`` shows the values with their reasons,
+    Measures a training step, which takes some seconds. The plan as text has each value with its reason;
     ``plan.recipe`` can be trained.
 
     Args:

@@ -64,12 +64,12 @@ def test_a_plan_is_printed_and_trained(
     class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(planning, "MEASURED_SECONDS", 0.2)
-    stated = {"backbone.name": "test_resnet", "data.workers": 0, "train": {"max_steps": 1}}
+    stated = {"backbone.name": "test_resnet", "data.workers": 0, "train": {"epochs": 1}}
     plan = sslkit.plan_run(class_folders, hours=0.01, overrides=stated)
     assert "measuring a step" in capsys.readouterr().err
-    assert "as you said: backbone.name, data.path, data.workers, train.max_steps" in str(plan)
+    assert "as you said: backbone.name, data.path, data.workers, train.epochs" in str(plan)
     assert str(plan).splitlines()[0].startswith("images: 40, grey")
-    assert sslkit.train(plan.recipe, tmp_path / "run").step == 1
+    assert sslkit.train(plan.recipe, tmp_path / "run").step == 2
 
 
 def mistakes() -> list[tuple[Any, str]]:

@@ -164,7 +164,7 @@ def commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def test_help_of_every_command_has_an_example() -> None:
     found = dict(commands(typer.main.get_command(app), "sslkit"))
-    assert len(found) == 26
+    assert len(found) == 27
     for name, command in found.items():
         assert (command.epilog or "").startswith(f"Example: {name}"), name
         assert (command.help or "").endswith("."), name

@@ -1,6 +1,7 @@
 """[adapt]: what trains, at which rate, and the anchor, for every method, whole and sliced, killed and resumed."""
 
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -264,3 +265,9 @@ def test_two_processes_train_as_one(micro_batch: int, weights: dict[str, str], t
     one, two = (load_file(tmp_path / name / "checkpoints/step-00000004/model.safetensors") for name in ("one", "two"))
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_lora_without_peft_says_what_to_install(weights: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"lora_rank: needs peft .*pip install peft"):
+        build_method(adapted(weights, "simclr", "test_vit", {"lora_rank": 2}))

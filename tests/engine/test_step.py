@@ -1,7 +1,6 @@
 """A batch in slices against the same batch at once: loss, gradients, statistics, random draws."""
 
 import copy
-import functools
 
 import numpy as np
 import pytest
@@ -26,7 +25,6 @@ def as_is(view: Tensor) -> Tensor:
     return view
 
 
-@functools.cache
 def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
 

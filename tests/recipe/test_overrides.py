@@ -71,7 +71,7 @@ def test_tables_are_a_recipe() -> None:
         ({"data": {"path": {"x": 1}}}, "overrides data.path: is not a table but 'builtin:fashion_mnist'"),
         ({"a.b": 1, "a.b.c": 2}, "overrides a.b: is not a table but 1"),
         ("train.epochs=2", "must be a dict, for example {\"train.epochs\": 10}, not the string 'train.epochs=2'"),
-        (["epochs=2"], "--set epochs=2: write table.key=value, for example train.epochs=10"),
+        (["epochs=2"], "--set epochs=2: write table.key=value, for example train.epochs=2"),
     ],
     ids=str,
 )

@@ -33,7 +33,7 @@ def add_lora(model: nn.Module, rank: int) -> None:
     try:
         peft: Any = importlib.import_module("peft")
     except ImportError as error:
-        raise UserError(f"[adapt] lora_rank: needs peft ({error}); install sslkit[lora]") from error
+        raise UserError(f"[adapt] lora_rank: needs peft ({error}); pip install peft") from error
     config = peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=targets)
     peft.inject_adapter_in_model(config, model)
 
