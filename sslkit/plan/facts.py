@@ -15,7 +15,7 @@ from sslkit.engine.accelerator import processes_started
 from sslkit.errors import UserError
 from sslkit.text import pluralize
 
-MIN_IMAGES = 32  # fewer give no batch worth learning from
+MIN_IMAGES = 16  # fewer give no batch worth learning from
 COMPARED, COMPARING_SECONDS = 5000, 5.0  # at most, to find copies
 NORMALISED = 32  # images whose channels are averaged
 

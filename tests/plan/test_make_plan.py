@@ -118,7 +118,7 @@ def test_two_processes_make_one_plan(class_folders: Path, tmp_path: Path) -> Non
 
 
 MISTAKES = [
-    (["--data", "FEW"], "has 4 images; pretraining needs 32 or more"),
+    (["--data", "FEW"], "has 4 images; pretraining needs 16 or more"),
     (["--method", "moco_v2"], "give a recipe, such as quickstart, or --data with a folder of images"),
     (["--data", "FOLDER", "--method", "mocov22"], "did you mean 'moco_v2'?"),
     (["--data", "FOLDER", "--set", "optim.lr=fast"], "[optim] lr: must be a number"),
