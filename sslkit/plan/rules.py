@@ -28,7 +28,7 @@ MAX_EPOCHS = {FEW: 400, MANY: 300}
 LONGEST, UNMEASURED_EPOCHS = 200, 100  # epochs: of more images; where the time of a step is not known
 TRAINING_SHARE = 0.9  # of the time; the rest is for evaluations and checkpoints
 WARMUP_SHARE = 0.1
-EVALUATIONS = 10
+EVALUATIONS, FEWEST_MONITORED = 10, 50
 FEWEST_UPDATES = 500  # a shorter run hardly leaves its random weights
 
 
@@ -118,8 +118,8 @@ def choose_options(draft: Draft, facts: Facts) -> None:
 
 
 def choose_monitor(draft: Draft, facts: Facts) -> None:
-    """The kNN monitor, where the images have labels."""
-    if facts.classes < 2:
+    """The kNN monitor, where the images have labels and are enough for its neighbours."""
+    if facts.classes < 2 or facts.count < FEWEST_MONITORED:
         return
     every = max(math.ceil(draft.get("train.epochs") / EVALUATIONS), 1)
     draft.choose("monitor.data", draft.get("data.path"), f"{facts.classes} classes: kNN accuracy shows the progress")
