@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.doctor.findings import Check, Finding, Report
-from sslkit.doctor.image_checks import ImageSummary, check_view_settings, summarise_images
+from sslkit.doctor.image_checks import COPIES, ImageSummary, check_view_settings, summarise_images
 from sslkit.errors import UserError
 from sslkit.methods import Method, MomentumOptions, Progress
 from sslkit.parts.backbone import family
@@ -53,7 +53,7 @@ def advise_at_start(recipe: Recipe, method: Method, source: ImageSource) -> list
         found = check_settings(recipe, method, summarise_images(source))
     except UserError:
         return []  # of images that cannot be read the run itself says more
-    report = Report(found)
+    report = Report([finding for finding in found if finding.check != COPIES])  # of copies too
     messages = [f"WARNING: {each.check}: {each.sentence}" for each in [*report.of("fault"), *report.of("warning")]]
     return [*messages, report.settings_line()] if messages and report.settings() else messages
 
