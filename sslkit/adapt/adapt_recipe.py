@@ -8,6 +8,7 @@ from sslkit.adapt.start_weights import Start
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.doctor.image_checks import ImageSummary, summarise_images
 from sslkit.errors import UserError
+from sslkit.methods.method_options import negatives_below, power_of_two
 from sslkit.recipe.resolve import Recipe, build_recipe
 
 GRID = 32  # the size of the input is a multiple of it
@@ -104,13 +105,18 @@ def adaptation_recipe(start: Start, data: Mapping[str, Any], images: ImageSummar
         UserError: A stated key is wrong, or the way does not fit the encoder.
     """
     larger = anchor_size(start, size)
-    batch = _power_of_two(min(max(images.count / STEPS_PER_EPOCH, MIN_BATCH), MAX_BATCH))
+    batch = power_of_two(min(max(images.count / STEPS_PER_EPOCH, MIN_BATCH), MAX_BATCH))
     epochs = wishes.epochs or 1
     grey = {"jitter": [0.2, 0.2, 0.0, 0.0], "gray_prob": 0.0}
     colour = {"jitter": [0.2, 0.2, 0.2, 0.05], "gray_prob": 0.1}
     how = LARGER_TEACHES if larger else STAYS_NEAR
     tables: dict[str, dict[str, Any]] = {
-        "method": {"name": "moco_v2", "bn_groups": 1, "momentum": 0.99, "queue_size": _queue(images.count, batch)},
+        "method": {
+            "name": "moco_v2",
+            "bn_groups": 1,
+            "momentum": 0.99,
+            "queue_size": max(negatives_below(images.count, MAX_QUEUE), batch),
+        },
         "backbone": start.backbone,
         "adapt": {**WAYS[wishes.way], **how["adapt"], "anchor_size": larger},
         "data": dict(data),
@@ -139,12 +145,3 @@ def adaptation_recipe(start: Start, data: Mapping[str, Any], images: ImageSummar
         if wanted != found:
             raise UserError(f"--set {key}={found}: give {option} {found} instead")
     return recipe
-
-
-def _queue(count: int, batch: int) -> int:
-    return max(min(_power_of_two(count / 2), MAX_QUEUE), batch)
-
-
-def _power_of_two(limit: float) -> int:
-    """The largest power of two up to ``limit``."""
-    return 1 << max(int(limit), 1).bit_length() - 1

@@ -1,7 +1,6 @@
 """Continue public weights on own images, judge the result, and hand back the better encoder."""
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,6 +16,7 @@ from sslkit.adapt.judging import Judge
 from sslkit.adapt.start_weights import read_start
 from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.doctor.image_checks import ImageSummary
+from sslkit.engine.accelerator import processes_started
 from sslkit.engine.setup import build_method
 from sslkit.engine.trainer import train
 from sslkit.errors import UserError
@@ -82,7 +82,7 @@ def adapt_weights(
         UserError: Weights, images, options or folder cannot be used.
     """
     options = options or AdaptOptions()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes_started() > 1:
         raise UserError("sslkit adapt runs in 1 process; to train on several, set [adapt] in a recipe of pretrain")
     folder, wishes = Path(output), options.wishes
     start, source = read_start(weights), open_source(data).without_labels()

@@ -11,6 +11,7 @@ from sslkit.doctor.findings import Check, Finding, Report
 from sslkit.doctor.image_checks import COPIES, ImageSummary, check_view_settings, summarise_images
 from sslkit.errors import UserError
 from sslkit.methods import Method, MomentumOptions, Progress
+from sslkit.methods.method_options import power_of_two
 from sslkit.parts.backbone import family
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.recipe.resolve import Recipe
@@ -59,7 +60,7 @@ def advise_at_start(recipe: Recipe, method: Method, source: ImageSource) -> list
 
 
 def _queue_length(recipe: Recipe, method: Method, images: int) -> Finding | None:
-    batch_size, fitting = recipe.train.batch_size, _power_of_two(images / 4)
+    batch_size, fitting = recipe.train.batch_size, power_of_two(images / 4)
     if method.negatives == "queue":
         held = method.updates_to_fill_queue(batch_size) * batch_size  # both views of an image may be queued
         if held >= images:
@@ -70,7 +71,7 @@ def _queue_length(recipe: Recipe, method: Method, images: int) -> Finding | None
         if any(len(part.state_dict()["keys"]) < batch_size for part in method.dictionaries().values()):
             return QUEUE.warning(
                 f"the queue has fewer keys than a batch of {batch_size} images, but should give more negatives: set "
-                f"method.queue_size = {min(_power_of_two(16 * batch_size), fitting)}"
+                f"method.queue_size = {min(power_of_two(16 * batch_size), fitting)}"
             )
         return QUEUE.ok(f"the queue holds keys of {held / images:.0%} of the images")
     chance = method.chance_loss(batch_size)
@@ -85,11 +86,6 @@ def _queue_length(recipe: Recipe, method: Method, images: int) -> Finding | None
     return QUEUE.ok(f"{drawn} negatives are drawn from a memory bank of {images} images")
 
 
-def _power_of_two(limit: float) -> int:
-    """The largest power of two up to ``limit``."""
-    return 1 << max(int(limit), 1).bit_length() - 1
-
-
 def _momentum(recipe: Recipe, method: Method, start: Progress) -> Finding | None:
     teacher = next(iter(method.teachers().values()), None)
     if teacher is None:
@@ -100,7 +96,7 @@ def _momentum(recipe: Recipe, method: Method, start: Progress) -> Finding | None
     fitting = max((each for each in MOMENTA if each <= 0.5 ** (2 / limit)), default=MOMENTA[0])
     cure = f"set method.momentum = {fitting:g}"
     if isinstance(recipe.method, MomentumOptions) and recipe.method.momentum_half_life is not None:
-        cure = f"set method.momentum_half_life = {_power_of_two(limit * start.batch_size / 2)}"
+        cure = f"set method.momentum_half_life = {power_of_two(limit * start.batch_size / 2)}"
     if momentum == 1.0:
         return MOMENTUM.warning(f"the teacher never moves (momentum 1): {cure}, unless you distil a fixed teacher")
     if momentum < 0.9:

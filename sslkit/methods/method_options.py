@@ -56,6 +56,11 @@ class MomentumOptions(MethodOptions):
         return {"momentum_half_life": Fitted(float(round(half_life)), reason)}
 
 
+def power_of_two(limit: float) -> int:
+    """The largest power of two up to ``limit``; 1 if there is none."""
+    return 1 << max(int(limit), 1).bit_length() - 1
+
+
 def negatives_below(num_images: int, most: int) -> int:
-    """A power of two well below the number of images, so that negatives are of other images than the query."""
-    return min(1 << max(num_images // 2, 2).bit_length() - 1, most)
+    """A power of two of at most half the images, so that negatives are of other images than the query."""
+    return min(power_of_two(max(num_images / 2, 2)), most)

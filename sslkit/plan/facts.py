@@ -8,7 +8,7 @@ import numpy as np
 
 from sslkit.data.loading.loader import cores_of_a_process
 from sslkit.data.sources.image_source import ImageSource
-from sslkit.data.tools.inspection import channel_moments, count_alpha
+from sslkit.data.tools.inspection import channel_moments, count_alpha, describe_alpha
 from sslkit.doctor.image_checks import summarise_images
 from sslkit.doctor.machine_checks import GIB, has_bf16, memory_of_device, training_device
 from sslkit.engine.accelerator import processes_started
@@ -29,7 +29,7 @@ class Facts:
     width: int
     grey: bool  # all sampled images are greyscale
     moments: tuple[list[float], list[float]] | None  # mean and deviation of each channel in [0, 1]; None for RGB
-    alpha: int  # images with an alpha channel, of `SAMPLED`
+    alpha: str  # a sentence, if some images have an alpha channel
     copies: int  # files that equal another one, of ``compared``
     compared: int
     classes: int  # labels; 0 without. Used to monitor the run, not to train
@@ -56,7 +56,7 @@ class Facts:
             + (f", {self.processes} processes" if self.processes > 1 else ""),
         ]
         if self.alpha:
-            lines.append("some images have transparent pixels; they are shown on white ([data] background)")
+            lines.append(self.alpha)
         if self.copies:
             lines.append(
                 f"{self.copies} of {self.compared} images looked at are copies of others, which teach nothing: sslkit "
@@ -85,7 +85,7 @@ def gather_facts(source: ImageSource, hours: float) -> Facts:
         width=images.width,
         grey=images.grey,
         moments=None if source.channels is None else _moments(source),
-        alpha=0 if source.channels is not None else count_alpha(source)[0],
+        alpha=describe_alpha(source) if source.channels is None and count_alpha(source)[0] else "",
         copies=copies,
         compared=compared,
         classes=_count_classes(source),

@@ -10,9 +10,11 @@ from typing import Any
 import timm
 
 from sslkit.methods import Progress, find_method
+from sslkit.methods.method_options import power_of_two
 from sslkit.parts.backbone import family
 from sslkit.plan.draft import Draft
 from sslkit.plan.facts import Facts
+from sslkit.recipe.schema import EVALUATIONS
 from sslkit.text import format_duration, pluralize
 
 VIEW_SIZES = (32, 48, 64, 96, 128, 160, 192, 224)
@@ -28,8 +30,8 @@ MAX_EPOCHS = {FEW: 400, MANY: 300}
 LONGEST, UNMEASURED_EPOCHS = 200, 100  # epochs: of more images; where the time of a step is not known
 TRAINING_SHARE = 0.9  # of the time; the rest is for evaluations and checkpoints
 WARMUP_SHARE = 0.1
-EVALUATIONS, FEWEST_MONITORED = 10, 50
-FEWEST_UPDATES = 500  # a shorter run hardly leaves its random weights
+FEWEST_MONITORED = 50
+FEWEST_UPDATES = 600  # of the runs in docs/plan.md
 
 
 def choose_model(draft: Draft, facts: Facts) -> None:
@@ -67,7 +69,7 @@ def choose_views(draft: Draft, facts: Facts) -> None:
 def choose_batch(draft: Draft, facts: Facts) -> None:
     """Batch size, a multiple of the number of processes."""
     usual = BATCH_ON_CPU if facts.device == "cpu" else min(BATCH_ON_GPU * facts.processes, LARGEST_BATCH)
-    size = min(usual, _power_of_two(max(facts.count / STEPS_PER_EPOCH, SMALLEST_BATCH)))
+    size = min(usual, power_of_two(max(facts.count / STEPS_PER_EPOCH, SMALLEST_BATCH)))
     size = max(size // facts.processes, 2) * facts.processes
     steps = facts.count // size
     why = "usual on this device" if size >= usual else f"so that an epoch has {pluralize(steps, 'step')}"
@@ -101,8 +103,10 @@ def choose_length(draft: Draft, facts: Facts, seconds_per_step: float) -> None:
     )
     most = next((epochs for count, epochs in MAX_EPOCHS.items() if facts.count <= count), LONGEST)
     epochs = min(max(affordable, 1), most)
-    why = f"more gains little on {facts.count} images" if seconds_per_step else "the time of a step was not measured"
-    if seconds_per_step and epochs < most:
+    why = f"the most that is planned for {facts.count} images"
+    if not seconds_per_step:
+        why = "the time of a step was not measured"
+    elif epochs < most:
         why = f"what fits in {format_duration(3600 * facts.hours)} (--hours)"
     draft.choose("train.epochs", epochs, why)
     warmup = round(draft.get("train.epochs") * WARMUP_SHARE, 2)
@@ -133,7 +137,7 @@ def hints(draft: Draft, facts: Facts, seconds_per_step: float) -> list[str]:
     if updates < FEWEST_UPDATES and seconds_per_step:
         hours = FEWEST_UPDATES * seconds_per_step / TRAINING_SHARE / 3600
         found.append(
-            f"{pluralize(updates, 'update')} hardly change random weights: a useful run has {FEWEST_UPDATES} or more: "
+            f"{pluralize(updates, 'update')} are few; the runs behind these rules have {FEWEST_UPDATES} or more: "
             f"--hours {math.ceil(hours * 100) / 100:g} or more"
         )
     if facts.count < FEW and not draft.get("backbone.pretrained"):
@@ -154,8 +158,3 @@ def _public_weights(backbone: str) -> str:
     """The timm name of a backbone's public weights; those of a ResNet-50 where it has none."""
     config: Any = timm.get_pretrained_cfg(backbone)
     return f"{config.architecture}.{config.tag}" if config is not None and config.tag else "resnet50.a1_in1k"
-
-
-def _power_of_two(limit: float) -> int:
-    """The largest power of two up to ``limit``."""
-    return 1 << max(int(limit), 1).bit_length() - 1

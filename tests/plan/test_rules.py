@@ -22,7 +22,7 @@ PHOTOS = Facts(
     width=64,
     grey=False,
     moments=None,
-    alpha=0,
+    alpha="",
     copies=0,
     compared=1365,
     classes=54,
@@ -149,7 +149,7 @@ def test_pretrained_weights_get_a_low_rate() -> None:
 def test_hints_on_few_images_and_few_updates() -> None:
     _, draft = planned(replace(FEW, hours=0.01), 1.0)  # 2 epochs of 12 steps
     hints = rules.hints(draft, FEW, 1.0)
-    assert hints[0] == ("24 updates hardly change random weights: a useful run has 500 or more: --hours 0.16 or more")
+    assert hints[0] == ("24 updates are few; the runs behind these rules have 600 or more: --hours 0.19 or more")
     assert hints[1].endswith("sslkit adapt resnet18.a1_in1k --data photos")
     _, draft = planned(ON_GPU, 0.5)
     assert rules.hints(draft, ON_GPU, 0.5) == []
