@@ -25,6 +25,7 @@ from sslkit.text import format_duration
 
 DEFAULT_HOURS = 1.0
 MEASURED_SECONDS = 10.0
+LEAST_BATCH = 8  # tried where memory is short
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _seconds_per_step(draft: Draft, facts: Facts, log_message: LogMessage) -> fl
             break
         except torch.OutOfMemoryError:
             size = draft.get("train.batch_size") // 2
-            if "train.batch_size" in draft.stated or size < rules.SMALLEST_BATCH:
+            if "train.batch_size" in draft.stated or size < LEAST_BATCH:
                 raise UserError(
                     f"a batch of {2 * size} views of {draft.get('views.size')} pixels does not fit in the memory of "
                     f"this device: --set train.batch_size={max(size, 2)}, or a smaller --backbone"

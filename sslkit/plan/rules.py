@@ -22,7 +22,8 @@ LARGEST_ON_CPU = 96
 BLUR_PER_PIXEL = 2.0 / 224  # the papers' largest blur, for views of 224 pixels
 SMALLEST_BLURRED = 64  # of smaller views a blur to scale is less than a pixel wide
 BATCH_ON_CPU, BATCH_ON_GPU, LARGEST_BATCH = 64, 256, 1024
-SMALLEST_BATCH, STEPS_PER_EPOCH = 16, 16  # an epoch has at least so many steps, where the images allow
+SMALLEST_BATCH = 32  # the doctor warns of smaller ones
+STEPS_PER_EPOCH = 16  # an epoch has at least so many, where the images allow
 RATES = {"resnet": 1e-3, "vit": 5e-4, "other": 1e-3}  # of AdamW, up to a batch of 256
 PRETRAINED_RATE = 1e-4
 FEW, MANY = 10_000, 100_000  # images
@@ -69,7 +70,7 @@ def choose_views(draft: Draft, facts: Facts) -> None:
 def choose_batch(draft: Draft, facts: Facts) -> None:
     """Batch size, a multiple of the number of processes."""
     usual = BATCH_ON_CPU if facts.device == "cpu" else min(BATCH_ON_GPU * facts.processes, LARGEST_BATCH)
-    size = min(usual, power_of_two(max(facts.count / STEPS_PER_EPOCH, SMALLEST_BATCH)))
+    size = min(usual, power_of_two(max(facts.count / STEPS_PER_EPOCH, SMALLEST_BATCH)), power_of_two(facts.count))
     size = max(size // facts.processes, 2) * facts.processes
     steps = facts.count // size
     why = "usual on this device" if size >= usual else f"so that an epoch has {pluralize(steps, 'step')}"

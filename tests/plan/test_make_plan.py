@@ -33,14 +33,14 @@ def stated(data: Path | str, **tables: dict[str, Any]) -> dict[str, dict[str, An
 
 def test_epochs_fill_the_time(monkeypatch: pytest.MonkeyPatch, class_folders: Path) -> None:
     monkeypatch.setattr(planning, "profile", lambda *_args, **_kwargs: SimpleNamespace(step=0.5))
-    plan = make_plan(stated(class_folders), hours=0.1)  # 40 images are 2 steps of 16: 324 s for 1 s an epoch
-    assert plan.recipe.train.batch_size == 16
-    assert plan.recipe.train.epochs == 324
-    assert plan.seconds == pytest.approx(360.0)
+    plan = make_plan(stated(class_folders), hours=0.1)  # 40 images are 1 step of 32: 324 s for 0.5 s an epoch
+    assert plan.recipe.train.batch_size == 32
+    assert plan.recipe.train.epochs == 400  # the most: 200 s, with a tenth for evaluations
+    assert plan.seconds == pytest.approx(400 * 0.5 / 0.9)
     text = "\n".join(plan.lines())
     assert "images: 40, grey, about 28 x 28 pixels, 10 classes" in text
     assert "as you said: backbone.name, data.path, data.workers" in text
-    assert "in 6m00s" in text
+    assert "in 3m42s" in text
     assert "note: 40 images are few to learn from alone" in text
 
 
@@ -87,10 +87,10 @@ def test_pretrain_with_data_alone_plans_trains_and_continues(
     assert "measuring a step of moco_v2 on test_resnet" in err
     assert "method.symmetric = true" in out
     folder = Path("runs") / class_folders.name
-    assert Run(folder, 2).metrics()[-1]["step"] == 2
+    assert Run(folder, 1).metrics()[-1]["step"] == 1
     code, out, err = run(capsys, *words)
     assert code == 0, err
-    assert "already trained to step 2" in out
+    assert "already trained to step 1" in out
     assert "measuring" not in err
 
 

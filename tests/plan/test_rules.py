@@ -72,10 +72,10 @@ CASES: list[tuple[Facts, float, dict[str, Any]]] = [
         },
     ),
     (
-        FEW,  # 12 steps of 16; no labels
+        FEW,  # 6 steps of 32; no labels
         0.001,
         {
-            **{"views.size": 96, "train.batch_size": 16, "method.queue_size": 64, "train.epochs": 400},
+            **{"views.size": 96, "train.batch_size": 32, "method.queue_size": 64, "train.epochs": 400},
             **{"monitor.every_epochs": 0, "monitor.data": ""},
         },
     ),
@@ -147,9 +147,9 @@ def test_pretrained_weights_get_a_low_rate() -> None:
 
 
 def test_hints_on_few_images_and_few_updates() -> None:
-    _, draft = planned(replace(FEW, hours=0.01), 1.0)  # 2 epochs of 12 steps
+    _, draft = planned(replace(FEW, hours=0.01), 1.0)  # 5 epochs of 6 steps
     hints = rules.hints(draft, FEW, 1.0)
-    assert hints[0] == ("24 updates are few; the runs behind these rules have 600 or more: --hours 0.19 or more")
+    assert hints[0] == ("30 updates are few; the runs behind these rules have 600 or more: --hours 0.19 or more")
     assert hints[1].endswith("sslkit adapt resnet18.a1_in1k --data photos")
     _, draft = planned(ON_GPU, 0.5)
     assert rules.hints(draft, ON_GPU, 0.5) == []
