@@ -27,20 +27,38 @@ from own_scorer import colours, load_encoder, pixels, score
 from small_sets import load
 
 from sslkit.engine import train
+from sslkit.plan.make_plan import make_plan
 from sslkit.recipe.resolve import build_recipe
 
 HERE = Path(__file__).parent
+PLAN = "plan"  # the variant that is what `sslkit pretrain --data` does
+SHOWN = ("knn5", "knn20", "logistic")
 MEASURED, VARIANTS = HERE / "plan_measured.json", HERE / "plan_experiments.toml"
 
 
 def cell_tables(spec: dict[str, Any], variant: str, name: str, seed: int) -> dict[str, dict[str, Any]]:
     """The recipe of a cell: the base, the set's own values, the variant's, the seed."""
-    flat: dict[str, Any] = dict(spec["base"])
     chosen = spec["variant"][variant]
+    flat: dict[str, Any] = dict(spec["base"])
     for layer in (spec["set"][name], chosen.get("all", {}), chosen.get(name, {}), {"train.seed": seed}):
         flat |= layer
     for key in chosen.get("without", []):
         flat.pop(key, None)
+    return nested(flat)
+
+
+def planned_tables(spec: dict[str, Any], name: str, seed: int, sets: Path) -> dict[str, dict[str, Any]]:
+    """The recipe that the plan makes for the images, with the backbone and the epochs of the cells."""
+    same = ("backbone.name", "train.log_every", "data.workers", "checkpoint.every_minutes")
+    flat = {key: spec["base"][key] for key in same} | {"train.seed": seed}
+    flat["train.epochs"] = spec["set"][name]["train.epochs"]
+    plan = make_plan(nested({**flat, "data.path": load(name, sets).path}), hours=None)
+    flat |= {choice.key: choice.value for choice in plan.choices if not choice.key.startswith("monitor.")}
+    return nested({**flat, "monitor.diagnose_every": 0})
+
+
+def nested(flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Tables of a recipe from its keys with dots."""
     tables: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         *path, last = key.split(".")
@@ -87,7 +105,7 @@ def report(measured: dict[str, Any]) -> str:
     """A table of means over seeds, one row a variant."""
     rows: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
     for cell in measured.values():
-        rows[cell["variant"]][cell["set"]].append([cell["scores"][key] for key in ("knn5", "knn20", "logistic")])
+        rows[cell["variant"]][cell["set"]].append([cell["scores"].get(key, np.nan) for key in SHOWN])
     names = sorted({name for row in rows.values() for name in row})
     lines = ["| variant | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
     for variant, row in rows.items():
@@ -120,9 +138,10 @@ def main() -> None:
     measured = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
     cells = []
     for seed in words.seeds:
-        for variant in words.only or spec["variant"]:
+        for variant in words.only or [PLAN, *spec["variant"]]:
             for name in words.sets:
-                tables = cell_tables(spec, variant, name, seed)
+                planned = variant == PLAN
+                tables = planned_tables(spec, name, seed, words.folder) if planned else cell_tables(spec, variant, name, seed)
                 if digest(tables, name) not in measured:
                     cells.append({"variant": variant, "set": name, "seed": seed, "tables": tables})
 

@@ -114,7 +114,7 @@ def replay(
     crash_dump: Annotated[str, typer.Argument(help="A folder in capsules/ of the run folder.")],
     as_json: AsJson = False,
 ) -> None:
-    """Recompute, on the CPU, a step that [guard] refused, and name the first module with a non-finite output.
+    """Recompute, on the CPU, a step that the guard refused, and name the first module with a non-finite output.
 
     Needs the images of the run at their original path. Changes nothing.
     """

@@ -20,6 +20,7 @@ ALPHA, COPIES, COLOUR, CROPS = map(Check, ("alpha", "copies", "colour", "crops")
 SIZE, BLUR, PIXELS = map(Check, ("view size", "blur", "pixel values"))
 
 SAMPLED = 32
+SMALLEST_VIEW = 64  # smaller images gain by being enlarged to it: docs/plan.md
 SMALLEST_LARGEST = 0.3  # share of the image that the largest crop covers
 SMALLEST_CROP = 8.0  # pixels: the CIFAR-10 recipes, which work, go down to 9
 
@@ -113,10 +114,11 @@ def _crops(views: ViewsConfig, images: ImageSummary) -> Finding:
 
 def _size(views: ViewsConfig, images: ImageSummary) -> Finding:
     size, short_side = f"{images.width} x {images.height}", min(images.height, images.width)
-    if views.size > 2 * short_side:
+    better = max(-(-short_side // 32) * 32, SMALLEST_VIEW)
+    if views.size > max(2 * short_side, SMALLEST_VIEW):
         return SIZE.warning(
-            f"images of {size} pixels are enlarged to views of {views.size}, which costs time and adds nothing: set "
-            f"views.size = {-(-short_side // 32) * 32}"
+            f"images of {size} pixels are enlarged to views of {views.size}, which cost {(views.size / better) ** 2:.0f} "
+            f"times the computation of {better}: set views.size = {better}"
         )
     return SIZE.ok(f"{views.size} pixels, from images of {size} pixels")
 

@@ -1,13 +1,16 @@
 """The ``[method]`` table: options that several methods share, and how they fit a run on few images."""
 
+import math
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sslkit.distributed.collectives import world_size
 from sslkit.parts.schedules import Progress, cosine, half_life_momentum
 
 HALF_LIFE_SHARE = 0.05  # of the images of a run: docs/plan.md
 SHORTEST_HALF_LIFE = 7  # updates: momentum 0.9; a faster teacher gives inconsistent keys (MoCo v1, table 3)
+BN_GROUP, MOST_BN_GROUPS = 16, 8  # images: docs/plan.md; groups: the GPUs of MoCo v1
 LONGEST_HALF_LIFE = 177_000.0  # images: momentum 0.999 at batch size 256 (MoCo v1)
 
 
@@ -64,3 +67,12 @@ def power_of_two(limit: float) -> int:
 def negatives_below(num_images: int, most: int) -> int:
     """A power of two of at most half the images, so that negatives are of other images than the query."""
     return min(power_of_two(max(num_images / 2, 2)), most)
+
+
+def fitted_bn_groups(batch_size: int) -> Fitted:
+    """BatchNorm groups of about 16 images or more, the same number on each process, and a divisor of its batch."""
+    processes = world_size()
+    own = power_of_two(min(batch_size / BN_GROUP, MOST_BN_GROUPS) / processes)
+    groups = math.gcd(batch_size // processes, own) * processes
+    reason = f"of {batch_size // groups} images; keys are shuffled between them, so that statistics give away none"
+    return Fitted(groups, reason)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sslkit.distributed.collectives import gather_rows
 from sslkit.methods.base import BatchInfo, Features, Method, PaperRun, Step, Views
-from sslkit.methods.method_options import Fitted, MomentumOptions, negatives_below
+from sslkit.methods.method_options import Fitted, MomentumOptions, fitted_bn_groups, negatives_below
 from sslkit.parts.backbone import Family
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance_loss
@@ -114,7 +114,7 @@ class MoCoV1(Method):
         queue = max(negatives_below(num_images, most=65536), start.batch_size)
         return {
             "queue_size": Fitted(queue, f"well below the {num_images} images: hardly a key is of the query's image"),
-            "bn_groups": Fitted(1, "the batch is too small to be divided"),
+            "bn_groups": fitted_bn_groups(start.batch_size),
             "symmetric": Fitted(True, "each view is query and key: more is learnt from each image"),
             **cls.Options.fitted_half_life(start),
         }

@@ -17,10 +17,12 @@ from sslkit.plan.facts import Facts
 from sslkit.recipe.schema import EVALUATIONS
 from sslkit.text import format_duration, pluralize
 
-VIEW_SIZES = (32, 48, 64, 96, 128, 160, 192, 224)
+VIEW_SIZES = (64, 96, 128, 160, 192, 224)
+REDUCTION = 32  # the stride of a ResNet: from 64 pixels, 2 x 2 positions are left
 LARGEST_ON_CPU = 96
 BLUR_PER_PIXEL = 2.0 / 224  # the papers' largest blur, for views of 224 pixels
-SMALLEST_BLURRED = 64  # of smaller views a blur to scale is less than a pixel wide
+SMALLEST_BLURRED = 96  # of smaller views a blur to scale is less than a pixel wide
+WEAK_JITTER, WEAK_GRAY = [0.2, 0.2, 0.2, 0.05], 0.05  # brightness, contrast, saturation, hue; probability of grey
 BATCH_ON_CPU, BATCH_ON_GPU, LARGEST_BATCH = 64, 256, 1024
 SMALLEST_BATCH = 32  # the doctor warns of smaller ones
 STEPS_PER_EPOCH = 16  # an epoch has at least so many, where the images allow
@@ -41,6 +43,8 @@ def choose_model(draft: Draft, facts: Facts) -> None:
     on_cpu = facts.device == "cpu"
     why = "small enough to train on a CPU" if on_cpu else "the usual size for a GPU"
     draft.choose("backbone.name", "resnet18" if on_cpu else "resnet50", why)
+    if family(draft.get("backbone.name")) == "resnet" and not draft.get("backbone.pretrained"):
+        draft.choose("backbone.zero_init_last", True, "each block begins as the identity: better features of few updates")
     if facts.bf16:
         draft.choose("train.precision", "bf16", "this GPU computes in bf16 natively")
 
@@ -51,6 +55,8 @@ def choose_views(draft: Draft, facts: Facts) -> None:
     fitting = [size for size in VIEW_SIZES if size <= max(facts.short_side, VIEW_SIZES[0])]
     size = min(fitting[-1], LARGEST_ON_CPU) if facts.device == "cpu" else fitting[-1]
     limited = f"; at most {LARGEST_ON_CPU} on a CPU" if size < fitting[-1] else ""
+    if facts.short_side < size:
+        limited = f": enlarged, because most networks reduce their input {REDUCTION} times"
     draft.choose("views.size", size, f"the images have {facts.short_side} pixels on the shorter side{limited}")
     size = draft.get("views.size")
     if size < SMALLEST_BLURRED:
@@ -60,8 +66,11 @@ def choose_views(draft: Draft, facts: Facts) -> None:
         draft.choose("views.blur_sigma", sigma, f"the paper's 2 pixels of 224, for {size}")
     if facts.grey or facts.moments:
         kind = "have other channels than RGB" if facts.moments else "are grey"
-        draft.choose("views.jitter", [0.4, 0.4, 0.0, 0.0], f"the images {kind}: brightness and contrast only")
+        draft.choose("views.jitter", [*WEAK_JITTER[:2], 0.0, 0.0], f"the images {kind}: brightness and contrast only")
         draft.choose("views.gray_prob", 0.0, f"the images {kind}")
+    elif facts.count <= MANY:
+        draft.choose("views.jitter", WEAK_JITTER, "half the paper's changes: colour tells few images apart")
+        draft.choose("views.gray_prob", WEAK_GRAY, "a quarter of the paper's, for the same reason")
     if facts.moments:
         for key, values in zip(("views.mean", "views.std"), facts.moments, strict=True):
             draft.choose(key, values, "measured on a sample of the images")

@@ -9,7 +9,8 @@ from torch import nn
 
 from sslkit.doctor.image_checks import ImageSummary
 from sslkit.doctor.recipe_advice import check_settings
-from sslkit.methods import METHODS, find_method
+from sslkit.doctor.training_checks import check_batch_norm_leak
+from sslkit.methods import METHODS, find_method, method_options
 from sslkit.parts.backbone import family
 from sslkit.plan import rules
 from sslkit.plan.draft import Draft
@@ -59,23 +60,24 @@ CASES: list[tuple[Facts, float, dict[str, Any]]] = [
         1.0,
         {
             **{"views.size": 64, "train.batch_size": 64, "train.epochs": 154, "method.queue_size": 512},
-            **{"views.blur_sigma": (0.1, 0.57), "schedule.warmup_epochs": 15.4, "monitor.every_epochs": 16},
-            **{"method.momentum_half_life": 10349.0, "optim.lr": 1e-3, "backbone.name": "resnet18"},
+            **{"views.blur_prob": 0.0, "views.jitter": (0.2, 0.2, 0.2, 0.05), "backbone.zero_init_last": True},
+            **{"schedule.warmup_epochs": 15.4, "monitor.every_epochs": 16},
+            **{"method.momentum_half_life": 10349.0, "method.bn_groups": 4, "optim.lr": 1e-3, "backbone.name": "resnet18"},
         },
     ),
     (
         GARMENTS,  # 156 steps of 64; 0.9 h / (156 * 0.1 s) = 207 epochs
         0.1,
         {
-            **{"views.size": 32, "views.blur_prob": 0.0, "views.gray_prob": 0.0, "train.epochs": 207},
-            **{"views.jitter": (0.4, 0.4, 0.0, 0.0), "method.queue_size": 4096},
+            **{"views.size": 64, "views.blur_prob": 0.0, "views.gray_prob": 0.0, "train.epochs": 207},
+            **{"views.jitter": (0.2, 0.2, 0.0, 0.0), "method.queue_size": 4096},
         },
     ),
     (
         FEW,  # 6 steps of 32; no labels
         0.001,
         {
-            **{"views.size": 96, "train.batch_size": 32, "method.queue_size": 64, "train.epochs": 400},
+            **{"views.size": 96, "train.batch_size": 32, "method.bn_groups": 2, "method.queue_size": 64, "train.epochs": 400},
             **{"monitor.every_epochs": 0, "monitor.data": ""},
         },
     ),
@@ -84,12 +86,12 @@ CASES: list[tuple[Facts, float, dict[str, Any]]] = [
         0.5,
         {
             **{"views.size": 224, "train.batch_size": 256, "method.queue_size": 16384, "train.precision": "bf16"},
-            **{"train.epochs": 33, "backbone.name": "resnet50", "views.blur_sigma": (0.1, 2.0)},
+            **{"train.epochs": 33, "method.bn_groups": 8, "backbone.name": "resnet50", "views.blur_sigma": (0.1, 2.0)},
         },
     ),
-    (ON_GPUS, 0.5, {"train.batch_size": 1024, "optim.lr": 2e-3, "method.queue_size": 65536, "train.epochs": 13}),
+    (ON_GPUS, 0.5, {"train.batch_size": 1024, "views.gray_prob": 0.2, "optim.lr": 2e-3, "method.queue_size": 65536, "train.epochs": 13}),
     (replace(PHOTOS, processes=3), 1.0, {"train.batch_size": 63}),
-    (BANDS, 1.0, {"views.mean": (0.1,) * 5, "views.jitter": (0.4, 0.4, 0.0, 0.0)}),
+    (BANDS, 1.0, {"views.mean": (0.1,) * 5, "views.jitter": (0.2, 0.2, 0.0, 0.0)}),
 ]
 
 
@@ -121,7 +123,20 @@ def test_the_doctor_has_no_warning_about_a_plan(name: str, backbone: str) -> Non
             found = [each.check for each in check_settings(recipe, method, images) if each.verdict == "warning"]
             few = {"batch size"}  # the papers' batches are larger than such data and devices allow
             few |= {"schedule"} if facts.count < 1000 else set()
+            assert check_batch_norm_leak(method).verdict != "fault"
             assert set(found) <= few, (facts.count, seconds, {check: warned[check] for check in found})
+
+
+@pytest.mark.parametrize(
+    ("processes", "batch_size", "groups"),
+    [(1, 64, 4), (1, 16, 1), (1, 50, 2), (1, 2048, 8), (2, 64, 4), (3, 63, 3), (4, 1024, 8), (16, 1024, 16)],
+)
+def test_batch_norm_groups_divide_the_batch_of_a_process(
+    monkeypatch: pytest.MonkeyPatch, processes: int, batch_size: int, groups: int
+) -> None:
+    monkeypatch.setattr(method_options, "world_size", lambda: processes)
+    assert method_options.fitted_bn_groups(batch_size).value == groups
+    assert batch_size // processes % (groups // processes) == 0
 
 
 def test_what_is_stated_is_kept() -> None:
