@@ -33,8 +33,8 @@ def load_encoder(folder: Path) -> nn.Module:
 def score(model: nn.Module, images: SmallSet) -> dict[str, float]:
     """Accuracy in percent: kNN by cosine of mean-subtracted features, and logistic regression.
 
-    ``knn5``: the most frequent class of 5 neighbours; ``knn20_majority``: of 20; ``knn20``: 20 neighbours, each with the
-    weight exp(cosine / 0.07).
+    ``knn5``: the most frequent class of 5 neighbours; ``knn20_majority``: of 20; ``knn20``: 20 neighbours, each with
+    the weight exp(cosine / 0.07).
     """
     config: Any = model.pretrained_cfg
     size, mean, std = config["input_size"][-1], config["mean"], config["std"]

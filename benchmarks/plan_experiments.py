@@ -140,8 +140,10 @@ def main() -> None:
     for seed in words.seeds:
         for variant in words.only or [PLAN, *spec["variant"]]:
             for name in words.sets:
-                planned = variant == PLAN
-                tables = planned_tables(spec, name, seed, words.folder) if planned else cell_tables(spec, variant, name, seed)
+                if variant == PLAN:
+                    tables = planned_tables(spec, name, seed, words.folder)
+                else:
+                    tables = cell_tables(spec, variant, name, seed)
                 if digest(tables, name) not in measured:
                     cells.append({"variant": variant, "set": name, "seed": seed, "tables": tables})
 

@@ -3,9 +3,9 @@
     python benchmarks/plan_others.py runs/small_sets [--only NAME ...] [--sets NAME ...] [--seeds 0 1 2] [--size 32]
 
 Settings are those of their CIFAR-10 examples at 32 pixels (lightly 1.6: MoCo and SimCLR of its benchmark;
-stable-pretraining 0.1.8: SimCLR), with the backbone, the images and the epochs of the cells. Loss, projector, optimizer,
-transform and teacher are those packages' own classes; the loop around them is plain PyTorch. Both packages must be
-installed; sslkit does not need them.
+stable-pretraining 0.1.8: SimCLR), with the backbone, the images and the epochs of the cells. Loss, projector,
+optimizer, transform and teacher are those packages' own classes; the loop around them is plain PyTorch. Both packages
+must be installed; sslkit does not need them.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import math
 import random
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,17 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-import tomllib
+from lightly.loss import NTXentLoss
+from lightly.models import utils
+from lightly.models.modules import heads
+from lightly.transforms import SimCLRTransform
 from own_scorer import score
 from PIL import Image
 from plan_experiments import MEASURED, VARIANTS
 from small_sets import SmallSet, load
+from stable_pretraining.data import transforms
+from stable_pretraining.losses import NTXEntLoss
+from stable_pretraining.optim import LARS, LinearWarmupCosineAnnealing
 from torch import Tensor, nn
 
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -35,16 +42,12 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 def lightly_transform(size: int) -> Any:
     """Two views by SimCLR's transform at half the colour changes and without blur, as the benchmark has it."""
-    from lightly.transforms import SimCLRTransform
 
     return SimCLRTransform(input_size=size, cj_strength=0.5, gaussian_blur=0.0)
 
 
 def lightly_moco(backbone: nn.Module, epochs: int, steps: int) -> tuple[Step, Any, Any]:
     """MoCo: symmetric, bank of 4 096, temperature 0.1, teacher momentum 0.99, SGD at 0.06 for a batch of 128."""
-    from lightly.loss import NTXentLoss
-    from lightly.models import utils
-    from lightly.models.modules import heads
 
     width = backbone.num_features
     head = heads.MoCoProjectionHead(width, width, 128)
@@ -70,8 +73,6 @@ def lightly_moco(backbone: nn.Module, epochs: int, steps: int) -> tuple[Step, An
 
 def lightly_simclr(backbone: nn.Module, epochs: int, steps: int) -> tuple[Step, Any, Any]:
     """SimCLR: temperature 0.5, SGD at 0.06 for a batch of 128."""
-    from lightly.loss import NTXentLoss
-    from lightly.models.modules import heads
 
     width = backbone.num_features
     head = heads.SimCLRProjectionHead(width, width, 128)
@@ -95,7 +96,6 @@ def _sgd(modules: list[nn.Module], epochs: int, steps: int) -> tuple[Any, Any]:
 
 def stable_transform(size: int) -> Any:
     """Two views by the transform of the example."""
-    from stable_pretraining.data import transforms
 
     def one() -> Any:
         return transforms.Compose(
@@ -113,8 +113,6 @@ def stable_transform(size: int) -> Any:
 
 def stable_simclr(backbone: nn.Module, epochs: int, steps: int) -> tuple[Step, Any, Any]:
     """SimCLR: projector 2048-2048-256, temperature 0.5, LARS at 5 for a batch of 256, a tenth of warm-up, cosine."""
-    from stable_pretraining.losses import NTXEntLoss
-    from stable_pretraining.optim import LARS, LinearWarmupCosineAnnealing
 
     head = nn.Sequential(
         *(nn.Linear(backbone.num_features, 2048), nn.BatchNorm1d(2048), nn.ReLU(inplace=True)),

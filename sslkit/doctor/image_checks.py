@@ -117,8 +117,8 @@ def _size(views: ViewsConfig, images: ImageSummary) -> Finding:
     better = max(-(-short_side // 32) * 32, SMALLEST_VIEW)
     if views.size > max(2 * short_side, SMALLEST_VIEW):
         return SIZE.warning(
-            f"images of {size} pixels are enlarged to views of {views.size}, which cost {(views.size / better) ** 2:.0f} "
-            f"times the computation of {better}: set views.size = {better}"
+            f"images of {size} pixels are enlarged to views of {views.size}, which take "
+            f"{(views.size / better) ** 2:.0f} times the computation of {better}: set views.size = {better}"
         )
     return SIZE.ok(f"{views.size} pixels, from images of {size} pixels")
 

@@ -113,7 +113,7 @@ def log_step(state: TrainingState, logger: RunLogger, meter: ThroughputMeter, re
     step, epoch_ends = state.step, state.step % state.steps_per_epoch == 0 or state.step == state.last_step
     if step % state.recipe.train.log_every == 0 or epoch_ends or result.skipped:
         write_metrics(state, logger, meter, result)
-    logger.show_progress(progress_line(state, meter.end_step(), result, logger.method_metrics))
+    logger.show_progress(progress_line(state, meter, result, logger.method_metrics))
 
 
 def write_metrics(state: TrainingState, logger: RunLogger, meter: ThroughputMeter, result: StepResult) -> None:

@@ -44,7 +44,7 @@ def choose_model(draft: Draft, facts: Facts) -> None:
     why = "small enough to train on a CPU" if on_cpu else "the usual size for a GPU"
     draft.choose("backbone.name", "resnet18" if on_cpu else "resnet50", why)
     if family(draft.get("backbone.name")) == "resnet" and not draft.get("backbone.pretrained"):
-        draft.choose("backbone.zero_init_last", True, "each block begins as the identity: better features of few updates")
+        draft.choose("backbone.zero_init_last", True, "each block begins as the identity: learns more in few updates")
     if facts.bf16:
         draft.choose("train.precision", "bf16", "this GPU computes in bf16 natively")
 

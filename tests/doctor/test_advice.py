@@ -135,9 +135,9 @@ def test_a_run_says_at_its_start_what_does_not_fit_its_data(
     capsys: pytest.CaptureFixture[str], class_folders: Path, tmp_path: Path
 ) -> None:
     words = ["--data", str(class_folders), "--set", "train.batch_size=16", "--set", "train.max_steps=1"]
-    small = ["--set", "backbone.name=test_resnet", "--set", "views.size=64", "--output", str(tmp_path / "run")]
+    small = ["--set", "backbone.name=test_resnet", "--set", "views.size=96", "--output", str(tmp_path / "run")]
     code, out, _ = run(capsys, "pretrain", "mocov2_r50", *words, *small, "--set", "data.workers=0")
     assert code == 0
     assert "WARNING: queue length: the queue holds 1638.4 epochs of the 40 images" in out  # 65 536 / 40
     advice = next(line for line in out.splitlines() if line.startswith("to follow the advice, add: "))
-    assert {"method.queue_size=8", "method.bn_groups=2", "views.size=32"} <= set(advice.split())
+    assert {"method.queue_size=8", "method.bn_groups=2", "views.size=64"} <= set(advice.split())

@@ -62,7 +62,8 @@ CASES: list[tuple[Facts, float, dict[str, Any]]] = [
             **{"views.size": 64, "train.batch_size": 64, "train.epochs": 154, "method.queue_size": 512},
             **{"views.blur_prob": 0.0, "views.jitter": (0.2, 0.2, 0.2, 0.05), "backbone.zero_init_last": True},
             **{"schedule.warmup_epochs": 15.4, "monitor.every_epochs": 16},
-            **{"method.momentum_half_life": 10349.0, "method.bn_groups": 4, "optim.lr": 1e-3, "backbone.name": "resnet18"},
+            **{"method.momentum_half_life": 10349.0, "method.bn_groups": 4, "optim.lr": 1e-3},
+            "backbone.name": "resnet18",
         },
     ),
     (
@@ -77,7 +78,8 @@ CASES: list[tuple[Facts, float, dict[str, Any]]] = [
         FEW,  # 6 steps of 32; no labels
         0.001,
         {
-            **{"views.size": 96, "train.batch_size": 32, "method.bn_groups": 2, "method.queue_size": 64, "train.epochs": 400},
+            **{"views.size": 96, "train.batch_size": 32, "method.bn_groups": 2},
+            **{"method.queue_size": 64, "train.epochs": 400},
             **{"monitor.every_epochs": 0, "monitor.data": ""},
         },
     ),
@@ -89,7 +91,14 @@ CASES: list[tuple[Facts, float, dict[str, Any]]] = [
             **{"train.epochs": 33, "method.bn_groups": 8, "backbone.name": "resnet50", "views.blur_sigma": (0.1, 2.0)},
         },
     ),
-    (ON_GPUS, 0.5, {"train.batch_size": 1024, "views.gray_prob": 0.2, "optim.lr": 2e-3, "method.queue_size": 65536, "train.epochs": 13}),
+    (
+        ON_GPUS,
+        0.5,
+        {
+            **{"train.batch_size": 1024, "views.gray_prob": 0.2, "optim.lr": 2e-3, "method.queue_size": 65536},
+            **{"train.epochs": 13, "method.bn_groups": 8},
+        },
+    ),
     (replace(PHOTOS, processes=3), 1.0, {"train.batch_size": 63}),
     (BANDS, 1.0, {"views.mean": (0.1,) * 5, "views.jitter": (0.2, 0.2, 0.0, 0.0)}),
 ]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+from sslkit.engine.logging.throughput import ThroughputMeter
 from sslkit.engine.state import TrainingState
 from sslkit.engine.step import StepResult
 from sslkit.text import format_duration
@@ -10,11 +11,13 @@ from sslkit.text import format_duration
 WIDTH = 80  # columns
 
 
-def progress_line(state: TrainingState, rate: float, result: StepResult, metrics: Mapping[str, float]) -> str:
-    """Progress after a step; ``rate`` is in images per second, ``metrics`` are the newest logged ones of the method."""
-    train = state.recipe.train
-    seconds_left = (state.last_step - state.step) * train.batch_size / max(rate, 1e-9)
-    epoch = f"epoch {state.step / state.steps_per_epoch:.2f}/{train.epochs}"
+def progress_line(
+    state: TrainingState, meter: ThroughputMeter, result: StepResult, metrics: Mapping[str, float]
+) -> str:
+    """Progress after a step, which this ends for ``meter``; ``metrics`` are the newest logged ones of the method."""
+    rate = meter.end_step()
+    seconds_left = meter.seconds_left(state.last_step - state.step)
+    epoch = f"epoch {state.step / state.steps_per_epoch:.2f}/{state.recipe.train.epochs}"
     others = [f"{name} {value:.3g}" for name, value in metrics.items() if math.isfinite(value)]
     skipped = ["step skipped"] if result.skipped else []
     parts = [f"{rate:.3g} img/s" if rate < 100 else f"{rate:.0f} img/s", epoch, f"loss {result.loss:.4g}"]

@@ -16,12 +16,14 @@ class ThroughputMeter:
         self.batch_size = batch_size
         self.recent: deque[float] = deque(maxlen=RECENT)  # seconds of the latest steps
         self.only_first = True
-        self.restart()
-        self.step_started = self.started
+        self.count, self.paused = 0, 0.0  # steps, and seconds of evaluations and saving between them
+        self.started = self.step_started = time.monotonic()
+        self.waited, self.steps = 0.0, 0
 
     def restart(self) -> None:
         """Start a new window, so that evaluation and saving do not count."""
         self.started, self.waited, self.steps = time.monotonic(), 0.0, 0
+        self.paused += self.started - self.step_started
         self.step_started = self.started
 
     def end_step(self) -> float:
@@ -36,7 +38,12 @@ class ThroughputMeter:
         now = time.monotonic()
         self.recent.append(now - self.step_started)
         self.step_started = now
+        self.count += 1
         return self.batch_size * len(self.recent) / max(sum(self.recent), 1e-9)
+
+    def seconds_left(self, steps: int) -> float:
+        """Time of this many steps at the latest speed, with as much evaluation and saving a step as so far."""
+        return steps * (sum(self.recent) / max(len(self.recent), 1) + self.paused / max(self.count, 1))
 
     def timed(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the loader's batches, one a step, and time the wait for each."""
@@ -53,7 +60,6 @@ class ThroughputMeter:
     def read(self) -> tuple[float, float]:
         """Images per second and share of time spent waiting in this window; starts a new one."""
         seconds = max(time.monotonic() - self.started, 1e-9)
-        rates, step_started = (self.steps * self.batch_size / seconds, self.waited / seconds), self.step_started
-        self.restart()
-        self.step_started = step_started
+        rates = self.steps * self.batch_size / seconds, self.waited / seconds
+        self.started, self.waited, self.steps = time.monotonic(), 0.0, 0
         return rates

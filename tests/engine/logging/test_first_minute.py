@@ -34,6 +34,18 @@ def test_the_slow_first_step_counts_only_while_there_is_no_other(monkeypatch: py
     assert [meter.end_step() for _ in range(3)] == [3.0, 30.0, 20.0]
 
 
+def test_the_time_left_contains_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 9.0, 10.0, 11.0, 17.0, 18.0])  # a slow first step, two of 1 s, a pause of 6 s, a step of 1 s
+    monkeypatch.setattr("sslkit.engine.logging.throughput.time.monotonic", lambda: next(clock))
+    meter = ThroughputMeter(batch_size=30)
+    for _ in range(3):
+        meter.end_step()
+    assert meter.seconds_left(20) == 20.0
+    meter.restart()
+    meter.end_step()
+    assert meter.seconds_left(20) == 20 * (1.0 + 6.0 / 4)
+
+
 @pytest.mark.parametrize(
     ("number", "said"),
     [
