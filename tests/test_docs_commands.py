@@ -65,8 +65,8 @@ ONLY_READ = {
     "import moco_v2_800ep": "the authors' file is not here; tests/publish makes one",
     "--method simsiam": "needs the plugin; tests/examples installs and runs it",
     "LABELLED_FOLDER": "stands for the reader's own",
-    "vit_small_patch16_224.dino": "downloads weights",
     "resnet50.a1_in1k": "downloads weights; tests/adapt runs it small",
+    "resnet18.a1_in1k": "downloads weights; tests/adapt runs it small",
     "replay runs/mine": "needs a run that was stopped by an alarm; tests/engine has it",
     "runs/simclr": "needs a SimCLR run of one's own; tests/evaluate has it",
     "flowers": "ten minutes of a ViT on a CPU; tests/evaluate runs each small",
@@ -190,7 +190,8 @@ def place(root: Path) -> Path:
     shutil.copytree(ROOT / "recipes", root / "recipes")
     sslkit(root, "pretrain", "quickstart", *TINY.split(), "--output", "runs/quickstart")
     sslkit(root, "export", "runs/quickstart", "my-encoder")
-    (root / "folder-of-class-folders").symlink_to("photos")
+    for name in ("folder-of-class-folders", "sorted-photos"):
+        (root / name).symlink_to("photos")
     for name in ("a", "b", "c", "photos"):
         shutil.copytree(root / "runs" / "quickstart", root / "runs" / name)
     sslkit(root, "eval", "knn", "runs/a", "--data", "builtin:fashion_mnist")

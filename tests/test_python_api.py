@@ -67,7 +67,7 @@ def test_a_plan_is_printed_and_trained(
     stated = {"backbone.name": "test_resnet", "data.workers": 0, "train": {"epochs": 1}}
     plan = sslkit.plan_run(class_folders, hours=0.01, overrides=stated)
     assert "measuring a step" in capsys.readouterr().err
-    assert "as you said: backbone.name, data.path, data.workers, train.epochs" in str(plan)
+    assert "stated: backbone.name, data.path, data.workers, train.epochs" in str(plan)
     assert str(plan).splitlines()[0].startswith("images: 40, grey")
     assert sslkit.train(plan.recipe, tmp_path / "run").step == 1
 

@@ -57,16 +57,18 @@ class Answer:
     def verdict(self) -> str:
         """One sentence."""
         if not self.comparisons:
-            kept = f"the encoder of epoch {self.epoch} is kept" if self.gained else "the start is handed back"
-            return f"Without labels nobody can say whether training helped; by the measures above {kept}"
+            kept = f"the encoder of epoch {self.epoch} is kept" if self.gained else "encoder/ holds the start"
+            return f"Without labels it is not known whether training helped. By the measures above, {kept}"
         knn, probe = (self.comparisons[each].difference for each in (KNN, PROBE))
         if self.gained:
             return f"Adapted: {knn} than the start by kNN on {pluralize(knn.images, 'image')}"
         if not knn.is_better:
-            return f"Nothing gained: {knn} by kNN on {pluralize(knn.images, 'image')}; the start is handed back"
+            return f"Nothing gained: {knn} by kNN on {pluralize(knn.images, 'image')}; encoder/ holds the start"
         if probe.is_worse:
-            return f"kNN is {knn}, but the linear probe is {probe}: the start is handed back"
-        return f"kNN is {knn} on the whole, but the best use of the start equals the best end: the start is handed back"
+            return f"kNN is {knn}, but the linear probe is {probe}: encoder/ holds the start"
+        return (
+            f"kNN is {knn}, but on the images that choose, the start is as good as any point: encoder/ holds the start"
+        )
 
     def lines(self) -> list[str]:
         """The answer as text, the verdict last."""

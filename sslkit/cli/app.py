@@ -32,7 +32,7 @@ from sslkit.terminal import error_messages, print_message, print_traceback, sani
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 for function, example in (
-    (pretrain, "sslkit pretrain mocov3_vits --set data.path=photos --output runs/photos"),
+    (pretrain, "sslkit pretrain --data photos --hours 2"),
     (adapt, "sslkit adapt resnet50.a1_in1k --data photos --labelled sorted-photos"),
     (submit, "sslkit submit mocov3_vits --nodes 2 --gpus-per-node 8 --time 1-0"),
     (replay, "sslkit replay runs/photos/capsules/step-00012345"),
@@ -43,7 +43,7 @@ for function, example in (
     (watch, "sslkit watch runs/quickstart"),
     (views, "sslkit views mocov3_vits --data photos"),
     (prepare, "sslkit prepare photos packed"),
-    (doctor, "sslkit doctor mocov3_vits --data photos"),
+    (doctor, "sslkit doctor --data photos"),
     (bench, "sslkit bench mocov3_vits --data photos"),
     (methods, "sslkit methods"),
 ):

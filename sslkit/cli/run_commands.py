@@ -28,7 +28,9 @@ def pretrain(
     recipe: RecipeOptions,
     output: Annotated[str, "Run folder. Default: runs/NAME of the recipe, or of the images of a plan."] = "",
     resume: Annotated[str, "auto, never, or the path of a checkpoint or run."] = "auto",
-    hours: Annotated[float, typer.Option(min=0.01, max=10_000, help="Without a recipe: time for the run.")] = 1.0,
+    hours: Annotated[
+        float | None, typer.Option(min=0.01, max=10_000, help="Without a recipe: time for a new run. Default: 1.")
+    ] = None,
 ) -> None:
     """Pretrain an encoder. The same command continues an interrupted run.
 
@@ -41,6 +43,8 @@ def pretrain(
         from sslkit.doctor.recipe_advice import advise_at_start
         from sslkit.engine import train
 
+    if recipe.recipe and hours is not None:
+        raise UserError(f"--hours: {recipe.recipe} says how long to train: leave --hours out, or --set train.epochs=N")
     folder = Path(output or Path("runs") / recipe.name())
     loaded = recipe.load() if recipe.recipe else _plan(recipe, hours, folder)
     if train(loaded, folder, resume, advise_at_start).stopped:
@@ -48,13 +52,14 @@ def pretrain(
         raise typer.Exit(RESUMABLE)
 
 
-def _plan(recipe: RecipeOptions, hours: float, folder: Path) -> "Recipe":
+def _plan(recipe: RecipeOptions, hours: float | None, folder: Path) -> "Recipe":
     """Plan a run and print the plan; a run that was planned before keeps its plan."""
+    from sslkit.plan.make_plan import DEFAULT_HOURS
     from sslkit.recipe.resolve import load_recipe
 
     if (folder / "recipe.toml").is_file():
         return load_recipe(folder / "recipe.toml", recipe.stated())
-    plan = recipe.plan(hours)
+    plan = recipe.plan(hours or DEFAULT_HOURS)
     if os.environ.get("RANK", "0") == "0":
         for line in plan.lines():
             print_line(line)

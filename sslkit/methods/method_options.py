@@ -70,9 +70,11 @@ def negatives_below(num_images: int, most: int) -> int:
 
 
 def fitted_bn_groups(batch_size: int) -> Fitted:
-    """BatchNorm groups of about 16 images or more, the same number on each process, and a divisor of its batch."""
+    """BatchNorm groups of 16 images or more, but two at least; as many on each process, a divisor of its batch."""
     processes = world_size()
-    own = power_of_two(min(batch_size / BN_GROUP, MOST_BN_GROUPS) / processes)
+    own = power_of_two(max(min(batch_size / BN_GROUP, MOST_BN_GROUPS), 2) / processes)
     groups = math.gcd(batch_size // processes, own) * processes
-    reason = f"of {batch_size // groups} images; keys are shuffled between them, so that statistics give away none"
+    reason = (
+        f"of {batch_size // groups} images; keys are shuffled between them: batch statistics do not reveal the positive"
+    )
     return Fitted(groups, reason)

@@ -113,9 +113,11 @@ class MoCoV1(Method):
     def fitted_options(cls, num_images: int, start: Progress) -> dict[str, Fitted]:
         queue = max(negatives_below(num_images, most=65536), start.batch_size)
         return {
-            "queue_size": Fitted(queue, f"well below the {num_images} images: hardly a key is of the query's image"),
+            "queue_size": Fitted(
+                queue, f"at most half of the {num_images} images: few keys are of the query's own image"
+            ),
             "bn_groups": fitted_bn_groups(start.batch_size),
-            "symmetric": Fitted(True, "each view is query and key: more is learnt from each image"),
+            "symmetric": Fitted(True, "each view is query and key, at twice the computation"),
             **cls.Options.fitted_half_life(start),
         }
 

@@ -59,8 +59,8 @@ class Facts:
             lines.append(self.alpha)
         if self.copies:
             lines.append(
-                f"{self.copies} of {self.compared} images looked at are copies of others, which teach nothing: sslkit "
-                "data check lists them"
+                f"{self.copies} of {self.compared} images looked at are copies of others and add no information: "
+                "sslkit data check lists them"
             )
         return lines
 

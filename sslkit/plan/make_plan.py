@@ -48,7 +48,7 @@ class Plan:
         width = min(max(map(len, words.values()), default=0), 40)
         end = datetime.now().astimezone() + timedelta(seconds=self.seconds)
         when = f"{end:%H:%M}" if self.seconds < 12 * 3600 else f"{end:%A %H:%M}"
-        kept = [f"  as you said: {', '.join(self.stated)}"] if self.stated else []
+        kept = [f"  stated: {', '.join(self.stated)}"] if self.stated else []
         return [
             *self.facts,
             "plan (--set KEY=VALUE changes a value):",

@@ -44,7 +44,7 @@ def choose_model(draft: Draft, facts: Facts) -> None:
     why = "small enough to train on a CPU" if on_cpu else "the usual size for a GPU"
     draft.choose("backbone.name", "resnet18" if on_cpu else "resnet50", why)
     if family(draft.get("backbone.name")) == "resnet" and not draft.get("backbone.pretrained"):
-        draft.choose("backbone.zero_init_last", True, "each block begins as the identity: learns more in few updates")
+        draft.choose("backbone.zero_init_last", True, "each block begins as the identity")
     if facts.bf16:
         draft.choose("train.precision", "bf16", "this GPU computes in bf16 natively")
 
@@ -69,8 +69,8 @@ def choose_views(draft: Draft, facts: Facts) -> None:
         draft.choose("views.jitter", [*WEAK_JITTER[:2], 0.0, 0.0], f"the images {kind}: brightness and contrast only")
         draft.choose("views.gray_prob", 0.0, f"the images {kind}")
     elif facts.count <= MANY:
-        draft.choose("views.jitter", WEAK_JITTER, "half the paper's changes: colour tells few images apart")
-        draft.choose("views.gray_prob", WEAK_GRAY, "a quarter of the paper's, for the same reason")
+        draft.choose("views.jitter", WEAK_JITTER, "half the paper's changes, so that the encoder still learns colour")
+        draft.choose("views.gray_prob", WEAK_GRAY, "a quarter of the paper's")
     if facts.moments:
         for key, values in zip(("views.mean", "views.std"), facts.moments, strict=True):
             draft.choose(key, values, "measured on a sample of the images")
@@ -111,7 +111,7 @@ def choose_length(draft: Draft, facts: Facts, seconds_per_step: float) -> None:
         if not seconds_per_step
         else int(TRAINING_SHARE * facts.hours * 3600 / (seconds_per_step * steps_per_epoch(draft, facts)))
     )
-    most = next((epochs for count, epochs in MAX_EPOCHS.items() if facts.count <= count), LONGEST)
+    most = _most_epochs(facts)
     epochs = min(max(affordable, 1), most)
     why = f"the most that is planned for {facts.count} images"
     if not seconds_per_step:
@@ -145,10 +145,14 @@ def hints(draft: Draft, facts: Facts, seconds_per_step: float) -> list[str]:
     found = []
     updates = draft.get("train.epochs") * steps_per_epoch(draft, facts)
     if updates < FEWEST_UPDATES and seconds_per_step:
-        hours = FEWEST_UPDATES * seconds_per_step / TRAINING_SHARE / 3600
+        longer = ""
+        if "train.epochs" in draft.stated:
+            longer = f": --set train.epochs={math.ceil(FEWEST_UPDATES / steps_per_epoch(draft, facts))} or more"
+        elif draft.get("train.epochs") < _most_epochs(facts):
+            hours = FEWEST_UPDATES * seconds_per_step / TRAINING_SHARE / 3600
+            longer = f": --hours {math.ceil(hours * 100) / 100:g} or more"
         found.append(
-            f"{pluralize(updates, 'update')} are few; the runs behind these rules have {FEWEST_UPDATES} or more: "
-            f"--hours {math.ceil(hours * 100) / 100:g} or more"
+            f"{pluralize(updates, 'update')} are few; the shortest runs in docs/plan.md have {FEWEST_UPDATES}{longer}"
         )
     if facts.count < FEW and not draft.get("backbone.pretrained"):
         found.append(
@@ -162,6 +166,10 @@ def steps_per_epoch(draft: Draft, facts: Facts) -> int:
     """Whole batches in an epoch."""
     batch_size: int = draft.get("train.batch_size")
     return max(facts.count // batch_size, 1)
+
+
+def _most_epochs(facts: Facts) -> int:
+    return next((epochs for count, epochs in MAX_EPOCHS.items() if facts.count <= count), LONGEST)
 
 
 def _public_weights(backbone: str) -> str:

@@ -39,7 +39,7 @@ def test_epochs_fill_the_time(monkeypatch: pytest.MonkeyPatch, class_folders: Pa
     assert plan.seconds == pytest.approx(400 * 0.5 / 0.9)
     text = "\n".join(plan.lines())
     assert "images: 40, grey, about 28 x 28 pixels, 10 classes" in text
-    assert "as you said: backbone.name, data.path, data.workers" in text
+    assert "stated: backbone.name, data.path, data.workers" in text
     assert "in 3m42s" in text
     assert "note: 40 images are few to learn from alone" in text
 
@@ -125,6 +125,7 @@ MISTAKES = [
     (["--data", "FOLDER", "--set", "train.batch_size=64"], "batch_size: 64 is more than the 40 images"),
     (["--data", "nowhere"], "nowhere"),
     (["--data", "FOLDER", "--hours", "0"], "hours"),
+    (["mocov2_r50", "--data", "FOLDER", "--hours", "2"], "leave --hours out"),
 ]
 
 

@@ -138,7 +138,7 @@ def test_the_doctor_has_no_warning_about_a_plan(name: str, backbone: str) -> Non
 
 @pytest.mark.parametrize(
     ("processes", "batch_size", "groups"),
-    [(1, 64, 4), (1, 16, 1), (1, 50, 2), (1, 2048, 8), (2, 64, 4), (3, 63, 3), (4, 1024, 8), (16, 1024, 16)],
+    [(1, 64, 4), (1, 16, 2), (1, 31, 1), (1, 50, 2), (1, 2048, 8), (2, 64, 4), (3, 63, 3), (4, 1024, 8), (16, 1024, 16)],
 )
 def test_batch_norm_groups_divide_the_batch_of_a_process(
     monkeypatch: pytest.MonkeyPatch, processes: int, batch_size: int, groups: int
@@ -173,7 +173,11 @@ def test_pretrained_weights_get_a_low_rate() -> None:
 def test_hints_on_few_images_and_few_updates() -> None:
     _, draft = planned(replace(FEW, hours=0.01), 1.0)  # 5 epochs of 6 steps
     hints = rules.hints(draft, FEW, 1.0)
-    assert hints[0] == ("30 updates are few; the runs behind these rules have 600 or more: --hours 0.19 or more")
+    assert hints[0] == "30 updates are few; the shortest runs in docs/plan.md have 600: --hours 0.19 or more"
     assert hints[1].endswith("sslkit adapt resnet18.a1_in1k --data photos")
+    _, draft = planned(FEW, 1.0, train={"epochs": 5})
+    assert rules.hints(draft, FEW, 1.0)[0].endswith("have 600: --set train.epochs=100 or more")
+    tiny = replace(FEW, count=33)  # one step an epoch, 400 epochs at most
+    assert rules.hints(planned(tiny, 1e-4)[1], tiny, 1e-4)[0].endswith("have 600")
     _, draft = planned(ON_GPU, 0.5)
     assert rules.hints(draft, ON_GPU, 0.5) == []
