@@ -1,7 +1,7 @@
 """Continue public weights on own images, judge the result, and hand back the better encoder."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,8 @@ from sslkit.adapt.answer import Answer
 from sslkit.adapt.judging import Judge
 from sslkit.adapt.start_weights import read_start
 from sslkit.data.sources.image_source import DataConfig, open_source
+from sslkit.distributed.collectives import processes_started
 from sslkit.doctor.image_checks import ImageSummary
-from sslkit.engine.accelerator import processes_started
 from sslkit.engine.setup import build_method
 from sslkit.engine.trainer import train
 from sslkit.errors import UserError
@@ -91,8 +91,9 @@ def adapt_weights(
     table: dict[str, Any] = data.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
     saved = _saved_recipe(folder, partial(adaptation_recipe, start, table, images), wishes)
     if saved is None:  # mistakes are found before anything that takes minutes
+        recipes = (adaptation_recipe(start, table, images, size, wishes) for size in sizes)
         with torch.random.fork_rng(devices=[]):
-            build_method(adaptation_recipe(start, table, images, sizes[0], wishes), len(source))
+            _check_one_is_possible(recipes, len(source))
     judge = Judge(source, options.labelled, options.retain, options.log_message)
     if saved:
         sizes = sorted({*sizes, saved.views.size}) if options.labelled else [saved.views.size]
@@ -111,6 +112,20 @@ def adapt_weights(
     encoder = chosen.encoder if answer.gained else judge.start_at(answer.size)
     write_answer(folder, encoder, answer, chosen.step, judge.description)
     return AdaptResult(folder, answer)
+
+
+def _check_one_is_possible(recipes: Iterable[Recipe], num_images: int) -> None:
+    """Build the method of the recipes until one can be built; otherwise raise what is wrong with the first."""
+    problem: UserError | None = None
+    for recipe in recipes:
+        try:
+            build_method(recipe, num_images)
+        except UserError as error:
+            problem = problem or error
+        else:
+            return
+    if problem:
+        raise problem
 
 
 def _saved_recipe(folder: Path, make: Callable[[int, Wishes], Recipe], wishes: Wishes) -> Recipe | None:

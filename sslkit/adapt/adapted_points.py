@@ -51,6 +51,7 @@ def write_answer(folder: Path, encoder: Encoder, answer: Answer, step: int, data
     Raises:
         UserError: The folder cannot be written to.
     """
+    encoder.module.cpu()  # judging may have moved it to a GPU
     config = timm_config(encoder.module, encoder.preprocessing, _license(encoder))
     state = {name: value.contiguous().cpu() for name, value in encoder.module.state_dict().items()}
     tag = f"adapted_e{answer.epoch}" if answer.gained else "start"

@@ -22,6 +22,7 @@ MOST = 5000  # images of a set that are judged, drawn by the seed
 FOLDS = 5
 NEIGHBOURS = 5  # as few as small classes allow
 MIN_IMAGES = 10
+UNREADABLE = "unreadable"
 
 
 @dataclass(frozen=True)
@@ -137,13 +138,23 @@ def _open_judged(config: DataConfig, seed: int) -> JudgedImages:
             None,
             f"{source.description}: {pluralize(len(train), 'image')}, each classified by the others",
         )
+    digests = [pixel_digests(train), pixel_digests(test) if test is not None else []]
+    train, labels, digests[0] = _read_ones(train, labels, digests[0])
+    if test is None:
+        truth = labels
+    else:
+        test, truth, digests[1] = _read_ones(test, truth, digests[1])
+        if len(set(digests[0]) - set(digests[1])) < 2:
+            raise UserError(
+                f"{description}: the training images are those of the test split, and no image may be classified by "
+                "its copies; give two different sets, or one without a test split"
+            )
     if len(labels) < MIN_IMAGES or len(truth) < MIN_IMAGES or len(torch.unique(labels)) < 2:
         raise UserError(
             f"{description} has {pluralize(len(truth), 'labelled image')} of "
             f"{pluralize(len(torch.unique(labels)), 'class', 'classes')}; a verdict needs {MIN_IMAGES} images and 2 "
             "classes"
         )
-    digests = [pixel_digests(train), pixel_digests(test) if test is not None else []]
     numbers = torch.from_numpy(np.unique([*digests[0], *digests[1]], return_inverse=True)[1].astype(np.int64))
     copies, test_copies = numbers[: len(train)], numbers[len(train) :]
     test_copies = copies if test is None else test_copies
@@ -152,6 +163,15 @@ def _open_judged(config: DataConfig, seed: int) -> JudgedImages:
         digests=digests[0] if test is None else digests[1],
         folds=_folds(test_copies, seed),
     )
+
+
+def _read_ones(source: ImageSource, labels: Tensor, digests: list[str]) -> tuple[ImageSource, Tensor, list[str]]:
+    """The images that can be read, their labels and their digests."""
+    kept = [index for index, digest in enumerate(digests) if not digest.startswith(UNREADABLE)]
+    if len(kept) == len(digests):
+        return source, labels, digests
+    rows = np.array(kept, dtype=np.int64)
+    return source.subset(rows), labels[torch.from_numpy(rows)], [digests[index] for index in kept]
 
 
 def _limit(source: ImageSource, seed: int) -> tuple[ImageSource, NDArray[np.int64]]:
@@ -174,5 +194,5 @@ def pixel_digests(source: ImageSource) -> list[str]:
             pixels = source.read(index)
             found.append(hashlib.blake2b(pixels.tobytes() + str(pixels.shape).encode(), digest_size=16).hexdigest())
         except UnreadableImage:
-            found.append(f"unreadable {source.name(index)}")
+            found.append(f"{UNREADABLE} {source.name(index)}")
     return found

@@ -58,21 +58,22 @@ class Judge:
     def judge_start(self, start: Start, sizes: list[int], *, fixed: int = 0) -> int:
         """Judge the untouched encoder at some sizes; returns the ``fixed`` one if there is, else the best.
 
-        Without labels, the best is the smallest.
+        Without labels, the best is the smallest that the encoder takes.
 
         Raises:
             UserError: The encoder takes images of none of the sizes.
         """
         self.fixed = fixed
-        for size in sizes if self.judged else sizes[:1]:
+        for size in sizes:
             encoder = at_size(start.encoder, size)
             if encoder is None:
                 continue
             self.starts[size] = encoder
-            if self.judged:
-                found = candidates_of(encoder, 0, self.judged, self.readout)
-                self.candidates += found
-                self._log(found)
+            if self.judged is None:
+                break
+            found = candidates_of(encoder, 0, self.judged, self.readout)
+            self.candidates += found
+            self._log(found)
         if not self.starts or (fixed and fixed not in self.starts):
             raise UserError(f"--size: {start.encoder.description} does not take images of {fixed or sizes[0]} pixels")
         if fixed or not self.judged:

@@ -1,10 +1,12 @@
 """Start and end compared without labels. None of these measures is an accuracy; see `CAVEAT`."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from sslkit.data.decode.rgb import UnreadableImage
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.evaluate.features.encoder import Encoder
 from sslkit.evaluate.features.readouts import Readout, extract_readouts
@@ -46,7 +48,7 @@ MEANINGS = {
 
 def label_free_measures(encoder: Encoder, source: ImageSource, seed: int = 0) -> dict[str, float | None]:
     """The measures of `MEANINGS` on random views of a sample of images. Labels are not read."""
-    chosen = source.without_labels().subset(source.sample(min(IMAGES, len(source)), seed))
+    chosen = readable(source.without_labels().subset(source.sample(min(IMAGES, len(source)), seed)))
     plain = extract_readouts(encoder, chosen, encoder.transform(), [Readout()])[0]
     views = [
         extract_readouts(encoder, chosen, encoder.training_transform(), [Readout()], seed * VIEWS + view)[0]
@@ -59,6 +61,16 @@ def label_free_measures(encoder: Encoder, source: ImageSource, seed: int = 0) ->
         "cluster learnability": cluster_learnability(plain, seed),
         "intrinsic dimension": intrinsic_dimension(plain),
     }
+
+
+def readable(source: ImageSource) -> ImageSource:
+    """The images of a source that can be read."""
+    kept = []
+    for index in range(len(source)):
+        with suppress(UnreadableImage):
+            source.read(index)
+            kept.append(index)
+    return source.subset(np.array(kept, dtype=np.int64))
 
 
 def compare_measures(start: dict[str, float | None], end: dict[str, float | None]) -> list[LabelFreeComparison]:
@@ -76,7 +88,10 @@ def neighbour_correlation(source: ImageSource, sample: int = 32) -> float:
     """Median correlation of pixels with their right neighbours over a sample of images; about 0 for noise."""
     found = []
     for index in np.linspace(0, len(source) - 1, min(sample, len(source)), dtype=int):
-        grey = source.read(int(index)).astype(np.float64).mean(axis=2)
+        try:
+            grey = source.read(int(index)).astype(np.float64).mean(axis=2)
+        except UnreadableImage:
+            continue
         left, right = grey[:, :-1].ravel(), grey[:, 1:].ravel()
         if left.size > 1 and left.std() > 0.0 and right.std() > 0.0:
             found.append(float(np.corrcoef(left, right)[0, 1]))

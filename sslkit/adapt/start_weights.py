@@ -1,11 +1,12 @@
 """The weights that an adaptation starts from: the encoder that is judged, and the ``[backbone]`` that trains it."""
 
-import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from torch import nn
 
 from sslkit.errors import UserError
 from sslkit.evaluate.features.encoder import Encoder, load_encoder
@@ -77,15 +78,24 @@ def at_size(encoder: Encoder, size: int) -> Encoder | None:
     preprocessing = {**encoder.preprocessing, "input_size": (channels, size, size), "crop_pct": 1.0}
     module: Any = encoder.module
     args = dict(encoder.model_args)
-    if (channels, size, size) != tuple(encoder.preprocessing["input_size"]) and hasattr(module, "set_input_size"):
-        module = copy.deepcopy(module)
-        args["img_size"] = size
     try:
-        if "img_size" in args and module is not encoder.module:
-            module.set_input_size(img_size=(size, size))
+        if (channels, size, size) != tuple(encoder.preprocessing["input_size"]) and hasattr(module, "set_input_size"):
+            args["img_size"] = size
+            module = _as_built(encoder, args)
         with torch.no_grad():
             device = next(module.parameters()).device
             module.eval()(torch.zeros(1, channels, size, size, device=device))
     except (AssertionError, RuntimeError, TypeError, ValueError):
         return None
     return replace(encoder, module=module, preprocessing=preprocessing, model_args=args)
+
+
+def _as_built(encoder: Encoder, args: dict[str, Any]) -> nn.Module:
+    """The network that a run with these arguments trains: timm resizes embeddings and tables as it loads the weights.
+
+    `set_input_size` would leave another network where the size also changes the windows, as in Swin.
+    """
+    weights = {"state_dict": encoder.module.state_dict()}
+    options = {**args, "num_classes": 0, "pretrained_cfg_overlay": weights}
+    module: nn.Module = timm.create_model(encoder.architecture, pretrained=True, **options)
+    return module.to(next(encoder.module.parameters()).device)

@@ -3,6 +3,7 @@
 Every process holds the same number of rows B. The global batch is the N = B * world_size rows in rank order.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
@@ -39,6 +40,11 @@ def running_collective() -> str:
 def world_size() -> int:
     """Number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def processes_started() -> int:
+    """Number of processes that the launcher started, on all machines; known before there is a process group."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:

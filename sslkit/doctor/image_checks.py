@@ -1,5 +1,6 @@
 """Checks of the images, and of the recipe's views on images of this size and colour."""
 
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 
 import numpy as np
@@ -38,16 +39,26 @@ class ImageSummary:
 
 def summarise_images(source: ImageSource) -> ImageSummary:
     """Read `SAMPLED` images, spread over the source; an UnreadableImage if none can be read."""
-    images, problem = [], UnreadableImage("no image")
-    for index in track(np.linspace(0, len(source) - 1, min(SAMPLED, len(source)), dtype=int), "images", "image"):
-        try:
-            images.append(source.read(int(index)))
-        except UnreadableImage as error:
-            problem = error
-    if not images:
+    shapes, grey, problem = list[tuple[int, int]](), list[bool](), UnreadableImage("no image")
+
+    def readable() -> Iterator[NDArray[np.uint8]]:
+        nonlocal problem
+        chosen = np.linspace(0, len(source) - 1, min(SAMPLED, len(source)), dtype=int)
+        for index in track(chosen, "images", "image"):
+            try:
+                image = source.read(int(index))
+            except UnreadableImage as error:
+                problem = error
+                continue
+            shapes.append((image.shape[0], image.shape[1]))
+            grey.append(_is_grey(image))
+            yield image
+
+    variety = variety_of(readable())  # one image at a time: 32 photographs of 50 megapixels would be 5 GB
+    if not shapes:
         raise problem
-    height, width = (int(np.median([image.shape[axis] for image in images])) for axis in (0, 1))
-    return ImageSummary(len(source), height, width, all(_is_grey(image) for image in images), variety_of(images))
+    height, width = (int(side) for side in np.median(shapes, axis=0))
+    return ImageSummary(len(source), height, width, all(grey), variety)
 
 
 def check_alpha(source: ImageSource) -> Finding:

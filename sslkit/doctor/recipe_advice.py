@@ -38,7 +38,7 @@ def check_settings(recipe: Recipe, method: Method, images: ImageSummary) -> list
         _momentum(recipe, method, start),
         _temperature(recipe, method),
         *(OPTIONS.warning(sentence) for sentence in method.advise(start)),
-        _batch_size(recipe, method),
+        _batch_size(recipe, method, images.count),
         _learning_rate(recipe, method),
         _weight_decay(recipe),
         _schedule(recipe, start),
@@ -122,20 +122,29 @@ def _temperature(recipe: Recipe, method: Method) -> Finding | None:
     return TEMPERATURE.ok(f"{chance.temperature:g}, as in the papers")
 
 
-def _batch_size(recipe: Recipe, method: Method) -> Finding:
+def _batch_size(recipe: Recipe, method: Method, num_images: int) -> Finding:
     batch_size, groups, smallest = recipe.train.batch_size, method.bn_groups, method.smallest_batch
-    if batch_size / groups < MIN_GROUP:
-        return BATCH.warning(
-            f"{batch_size / groups:g} images in each of {groups} BatchNorm groups are too few for batch statistics: "
-            f"set method.bn_groups = {max(batch_size // (4 * MIN_GROUP), 2)} or a larger train.batch_size"
-        )
+    if groups > 1 and batch_size / groups < MIN_GROUP:
+        few = f"{batch_size / groups:g} images in each of {groups} BatchNorm groups are too few for batch statistics"
+        fitting = [each for each in range(2, groups) if batch_size % each == 0 and batch_size / each >= MIN_GROUP]
+        if fitting:
+            return BATCH.warning(f"{few}: set method.bn_groups = {fitting[-1]} or a larger train.batch_size")
+        if MIN_GROUP * groups <= num_images:
+            return BATCH.warning(f"{few}: set train.batch_size = {MIN_GROUP * groups}")
+        return BATCH.warning(f"{few}; more images would allow a larger batch")
     if batch_size < smallest:
+        few = f"{batch_size} is small for {recipe.method_name}, whose paper goes down to {smallest}"
+        if smallest > num_images:
+            return BATCH.warning(f"{few}; methods with a queue need less, as moco_v2")
         return BATCH.warning(
-            f"{batch_size} is small for {recipe.method_name}, whose paper goes down to {smallest}: set "
-            f"train.batch_size = {smallest} (with train.micro_batch if memory is short), or use a queue, as in moco_v2"
+            f"{few}: set train.batch_size = {smallest} (with train.micro_batch if memory is short), or use a queue, as "
+            "in moco_v2"
         )
     if batch_size < MIN_BATCH:
-        return BATCH.warning(f"{batch_size} is small for any method: set train.batch_size = {MIN_BATCH} or more")
+        few = f"{batch_size} is small for any method"
+        if num_images < MIN_BATCH:
+            return BATCH.warning(f"{few}; more images would allow a larger batch")
+        return BATCH.warning(f"{few}: set train.batch_size = {MIN_BATCH} or more")
     return BATCH.ok(f"{batch_size}" + (f", {batch_size / groups:g} in each BatchNorm group" if groups > 1 else ""))
 
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from sslkit.data.loading.loader import resolve_workers
+from sslkit.distributed.collectives import processes_started
 from sslkit.distributed.rendezvous import rendezvous_url
 from sslkit.errors import UserError
 from sslkit.recipe.resolve import Recipe
@@ -51,11 +52,6 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             ),
         ],
     )
-
-
-def processes_started() -> int:
-    """Number of processes that the launcher started, on all machines."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def processes_here() -> int:

@@ -4,6 +4,7 @@ import os
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from sslkit.data.augment.cpu import ViewPipeline
 from sslkit.data.loading.loader import cores_of_a_process
@@ -16,10 +17,17 @@ from sslkit.engine.optim import make_optimizer
 from sslkit.engine.state import RecoveryState, TrainingState
 from sslkit.errors import UserError
 from sslkit.methods import Method, find_method
+from sslkit.parts.adaptation.adapt_config import AdaptConfig
 from sslkit.parts.adaptation.anchor import Anchor
 from sslkit.parts.adaptation.lora import add_lora
 from sslkit.parts.adaptation.trained_layers import train_last_blocks
-from sslkit.parts.backbone import create_backbone, feature_dim, recompute_activations
+from sslkit.parts.backbone import (
+    BackboneConfig,
+    create_backbone,
+    feature_dim,
+    recompute_activations,
+    takes_image_size,
+)
 from sslkit.parts.batch_slices import local_bn_groups
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.memory_bank import MemoryBank
@@ -87,7 +95,7 @@ def build_method(recipe: Recipe, num_samples: int = 0) -> Method:
     if recipe.views.local.count:
         feature_dim(backbone, recipe.views.policy_of("local").size, "local.size", spec.channels)
     adapt = recipe.adapt
-    anchor = Anchor(backbone, adapt.anchor, adapt.anchor_size, spec.channels) if adapt.anchor else None
+    anchor = _anchor(spec, backbone, adapt) if adapt.anchor else None
     if adapt.last_blocks:
         train_last_blocks(backbone, adapt.last_blocks)
     if adapt.lora_rank:
@@ -111,6 +119,14 @@ def build_method(recipe: Recipe, num_samples: int = 0) -> Method:
         # A slice has batch statistics of its own, whatever process it is on.
         method.bn_groups = max(recipe.train.batch_size // recipe.train.micro_batch, method.bn_groups)
     return method
+
+
+def _anchor(spec: BackboneConfig, backbone: nn.Module, adapt: AdaptConfig) -> Anchor:
+    """The frozen start. With an image size of its own, its position embedding is resized from the weights' once."""
+    start = backbone
+    if adapt.anchor_size and takes_image_size(spec.name):
+        start = create_backbone(spec.model_copy(update={"img_size": adapt.anchor_size}))
+    return Anchor(start, adapt.anchor, adapt.anchor_size, spec.channels)
 
 
 def steps_per_epoch(recipe: Recipe, source: ImageSource) -> int:

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sslkit.distributed.collectives import world_size
+from sslkit.distributed.collectives import processes_started, world_size
 from sslkit.parts.schedules import Progress, cosine, half_life_momentum
 
 HALF_LIFE_SHARE = 0.05  # of the images of a run: docs/plan.md
@@ -71,9 +71,9 @@ def negatives_below(num_images: int, most: int) -> int:
 
 def fitted_bn_groups(batch_size: int) -> Fitted:
     """BatchNorm groups of 16 images or more, but two at least; as many on each process, a divisor of its batch."""
-    processes = world_size()
-    own = power_of_two(max(min(batch_size / BN_GROUP, MOST_BN_GROUPS), 2) / processes)
-    groups = math.gcd(batch_size // processes, own) * processes
+    processes = max(world_size(), processes_started())
+    own, each = power_of_two(max(min(batch_size / BN_GROUP, MOST_BN_GROUPS), 2) / processes), batch_size // processes
+    groups = math.gcd(each, min(own, power_of_two(each / 2))) * processes
     reason = (
         f"of {batch_size // groups} images; keys are shuffled between them: batch statistics do not reveal the positive"
     )

@@ -111,11 +111,11 @@ class MoCoV1(Method):
 
     @classmethod
     def fitted_options(cls, num_images: int, start: Progress) -> dict[str, Fitted]:
-        queue = max(negatives_below(num_images, most=65536), start.batch_size)
+        below = negatives_below(num_images, most=65536)
+        queue = max(below, start.batch_size)
+        why = f"at most half of the {num_images} images: few keys are of the query's own image"
         return {
-            "queue_size": Fitted(
-                queue, f"at most half of the {num_images} images: few keys are of the query's own image"
-            ),
+            "queue_size": Fitted(queue, why if queue == below else "one batch, the smallest queue there is"),
             "bn_groups": fitted_bn_groups(start.batch_size),
             "symmetric": Fitted(True, "each view is query and key, at twice the computation"),
             **cls.Options.fitted_half_life(start),

@@ -147,7 +147,7 @@ class SwAV(Method):
             negatives_below(num_images // 8, most=3000),
             start.total_updates / start.updates_per_epoch,
         )
-        queue = min(max(num_images // 4, prototypes), 3840)
+        queue = min(max(num_images // 4, prototypes, start.batch_size), 3840)
         return {
             "prototypes": Fitted(prototypes, f"16 or more of the {num_images} images for each"),
             "queue_size": Fitted(queue, "codes of a small batch need earlier embeddings"),

@@ -2,16 +2,18 @@
 
 import hashlib
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
+from sslkit.data.decode.rgb import UnreadableImage
 from sslkit.data.loading.loader import cores_of_a_process
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.data.tools.inspection import channel_moments, count_alpha, describe_alpha
+from sslkit.distributed.collectives import processes_started
 from sslkit.doctor.image_checks import summarise_images
 from sslkit.doctor.machine_checks import GIB, has_bf16, memory_of_device, training_device
-from sslkit.engine.accelerator import processes_started
 from sslkit.errors import UserError
 from sslkit.text import pluralize
 
@@ -116,10 +118,13 @@ def _count_copies(source: ImageSource) -> tuple[int, int]:
 def _moments(source: ImageSource) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel over a sample of the images."""
     chosen = np.linspace(0, len(source) - 1, min(NORMALISED, len(source)), dtype=int)
-    each = [channel_moments(source.read(int(index))) for index in chosen]
+    each = []
+    for index in chosen:
+        with suppress(UnreadableImage):
+            each.append(channel_moments(source.read(int(index))))
     means, deviations = (np.stack(values) for values in zip(*each, strict=True))
     mean = means.mean(axis=0)
-    deviation = np.sqrt((deviations**2 + means**2).mean(axis=0) - mean**2)
+    deviation = np.sqrt(np.maximum((deviations**2 + means**2).mean(axis=0) - mean**2, 0.0))
     return mean.round(4).tolist(), deviation.clip(min=1e-3).round(4).tolist()
 
 

@@ -110,21 +110,25 @@ def _seconds_per_step(draft: Draft, facts: Facts, log_message: LogMessage) -> fl
             measured = profile(recipe, MEASURED_SECONDS, leave=False, on_start=partial(log_message, message))
             break
         except torch.OutOfMemoryError:
-            size = draft.get("train.batch_size") // 2
+            old = draft.get("train.batch_size")
+            size = old // 2 // facts.processes * facts.processes
             if "train.batch_size" in draft.stated or size < LEAST_BATCH:
                 raise UserError(
-                    f"a batch of {2 * size} views of {draft.get('views.size')} pixels does not fit in the memory of "
-                    f"this device: --set train.batch_size={max(size, 2)}, or a smaller --backbone"
+                    f"a batch of {old} views of {draft.get('views.size')} pixels does not fit in the memory of "
+                    f"this device: --set train.batch_size={max(size, 2 * facts.processes)}, or a smaller --backbone"
                 ) from None
             torch.cuda.empty_cache()
             draft.choose("train.batch_size", size, "what fits in the memory of this device")
+            rules.choose_optimizer(draft, facts)
     return float(max_over_processes(torch.tensor(measured.step, device=training_device())))
 
 
 def _trial_recipe(draft: Draft, facts: Facts) -> Recipe:
     """A recipe with the values that were chosen so far; its length does not matter to the time of a step."""
     trial = deepcopy(draft)
-    trial.choose("train.epochs", 1, "")
+    longest = max(draft.get("schedule.warmup_epochs", 0), *draft.get("schedule.milestones", []), 0)
+    trial.choose("train.epochs", int(longest) + 1, "")
     trial.choose("schedule.warmup_epochs", 0.1, "")
     rules.choose_options(trial, facts)
+    rules.choose_monitor(trial, facts)
     return build_recipe(trial.tables, name="command line")

@@ -5,6 +5,7 @@ options is the method's to say: `Method.fitted_options`.
 """
 
 import math
+import shlex
 from typing import Any
 
 import timm
@@ -28,6 +29,7 @@ SMALLEST_BATCH = 32  # the doctor warns of smaller ones
 STEPS_PER_EPOCH = 16  # an epoch has at least so many, where the images allow
 RATES = {"resnet": 1e-3, "vit": 5e-4, "other": 1e-3}  # of AdamW, up to a batch of 256
 PRETRAINED_RATE = 1e-4
+SGD_RATE = 0.03
 FEW, MANY = 10_000, 100_000  # images
 MAX_EPOCHS = {FEW: 400, MANY: 300}
 LONGEST, UNMEASURED_EPOCHS = 200, 100  # epochs: of more images; where the time of a step is not known
@@ -59,7 +61,7 @@ def choose_views(draft: Draft, facts: Facts) -> None:
         limited = f": enlarged, because most networks reduce their input {REDUCTION} times"
     draft.choose("views.size", size, f"the images have {facts.short_side} pixels on the shorter side{limited}")
     size = draft.get("views.size")
-    if size < SMALLEST_BLURRED:
+    if size < SMALLEST_BLURRED and "views.blur_sigma" not in draft.stated:
         draft.choose("views.blur_prob", 0.0, f"a blur in proportion to views of {size} pixels changes nothing")
     else:
         sigma = [0.1, max(round(size * BLUR_PER_PIXEL, 2), 0.2)]
@@ -82,15 +84,22 @@ def choose_batch(draft: Draft, facts: Facts) -> None:
     size = min(usual, power_of_two(max(facts.count / STEPS_PER_EPOCH, SMALLEST_BATCH)), power_of_two(facts.count))
     size = max(size // facts.processes, 2) * facts.processes
     steps = facts.count // size
-    why = "usual on this device" if size >= usual else f"so that an epoch has {pluralize(steps, 'step')}"
+    is_usual = size >= usual // facts.processes * facts.processes
+    why = "usual on this device" if is_usual else f"so that an epoch has {pluralize(steps, 'step')}"
     draft.choose("train.batch_size", size, why)
 
 
 def choose_optimizer(draft: Draft, facts: Facts) -> None:
-    """Optimizer and learning rate. An optimizer that was stated keeps the paper's numbers."""
+    """Optimizer and learning rate. The paper's optimizer, if it is stated, keeps the paper's numbers."""
     draft.choose("optim.name", "adamw", "learns in few epochs, whatever the backbone")
-    if "optim.name" not in draft.stated:
-        batch_size, kind = draft.get("train.batch_size"), family(draft.get("backbone.name"))
+    batch_size, kind = draft.get("train.batch_size"), family(draft.get("backbone.name"))
+    paper = find_method(draft.get("method.name")).paper_defaults(kind).get("optim", {})
+    if draft.get("optim.name") == "sgd" != paper.get("name"):
+        draft.choose("optim.lr", SGD_RATE, "of MoCo v1, for a batch of 256")
+        draft.choose("optim.lr_rule", "linear", "as in MoCo v1")
+        draft.choose("optim.weight_decay", 1e-4, "as in MoCo v1")
+        draft.choose("optim.momentum", 0.9, "as in MoCo v1")
+    elif draft.get("optim.name") == "adamw":
         rate, why = RATES[kind], "of AdamW for a network from random weights"
         if draft.get("backbone.pretrained"):
             rate, why = PRETRAINED_RATE, "low, to keep what the pretrained weights know"
@@ -99,7 +108,7 @@ def choose_optimizer(draft: Draft, facts: Facts) -> None:
         draft.choose("optim.lr_rule", "none", "the rate is for this batch size")
         draft.choose("optim.weight_decay", 0.01, "PyTorch's default for AdamW")
         draft.choose("optim.betas", [0.9, 0.999], "PyTorch's default")
-    if "schedule.decay" not in draft.stated:
+    if not draft.stated & {"schedule.decay", "schedule.milestones"}:
         draft.choose("schedule.decay", "cosine", "needs no milestones")
         draft.choose("schedule.per", "step", "the run is short")
 
@@ -116,6 +125,8 @@ def choose_length(draft: Draft, facts: Facts, seconds_per_step: float) -> None:
     why = f"the most that is planned for {facts.count} images"
     if not seconds_per_step:
         why = "the time of a step was not measured"
+    elif affordable < 1:
+        why = f"one epoch, which takes longer than {format_duration(3600 * facts.hours)} (--hours)"
     elif epochs < most:
         why = f"what fits in {format_duration(3600 * facts.hours)} (--hours)"
     draft.choose("train.epochs", epochs, why)
@@ -128,6 +139,8 @@ def choose_options(draft: Draft, facts: Facts) -> None:
     epoch, batch_size = steps_per_epoch(draft, facts), draft.get("train.batch_size")
     start = Progress(0, draft.get("train.epochs") * epoch, epoch, batch_size)
     for key, fitted in find_method(draft.get("method.name")).fitted_options(facts.count, start).items():
+        if key == "momentum_half_life" and draft.stated & {"method.momentum", "method.momentum_schedule"}:
+            continue  # it would take their place
         draft.choose(f"method.{key}", fitted.value, fitted.reason)
 
 
@@ -135,9 +148,14 @@ def choose_monitor(draft: Draft, facts: Facts) -> None:
     """The kNN monitor, where the images have labels and are enough for its neighbours."""
     if facts.classes < 2 or facts.count < FEWEST_MONITORED:
         return
+    if draft.stated & {"data.data_dir", "data.data_files"}:
+        return  # the monitor has no such keys
     every = max(math.ceil(draft.get("train.epochs") / EVALUATIONS), 1)
     draft.choose("monitor.data", draft.get("data.path"), f"{facts.classes} classes: kNN accuracy shows the progress")
     draft.choose("monitor.every_epochs", every, "about ten times in the run")
+    for key, own in (*((key, key) for key in ("name", "image_column", "label_column")), ("train_split", "split")):
+        if value := draft.get(f"data.{own}"):
+            draft.choose(f"monitor.{key}", value, f"as data.{own}")
 
 
 def hints(draft: Draft, facts: Facts, seconds_per_step: float) -> list[str]:
@@ -154,10 +172,10 @@ def hints(draft: Draft, facts: Facts, seconds_per_step: float) -> list[str]:
         found.append(
             f"{pluralize(updates, 'update')} are few; the shortest runs in docs/plan.md have {FEWEST_UPDATES}{longer}"
         )
-    if facts.count < FEW and not draft.get("backbone.pretrained"):
+    if facts.count < FEW and not draft.get("backbone.pretrained") and not facts.moments:
         found.append(
             f"{facts.count} images are few to learn from alone; start from public weights instead: sslkit adapt "
-            f"{_public_weights(draft.get('backbone.name'))} --data {draft.get('data.path')}"
+            f"{_public_weights(draft.get('backbone.name'))} --data {shlex.quote(draft.get('data.path'))}"
         )
     return found
 

@@ -3,13 +3,16 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from sslkit.adapt.candidates import Candidate, best, compare_encoders, fairly_judged
 from sslkit.adapt.judged_images import JudgedImages, open_judged
-from sslkit.data.sources.image_source import DataConfig
+from sslkit.adapt.label_free_verdict import neighbour_correlation, readable
+from sslkit.data.sources.image_source import DataConfig, open_source
+from sslkit.errors import UserError
 from sslkit.evaluate.features.whitening import whiten
 from sslkit.evaluate.probes.knn import KnnProtocol, predict, predict_by_others
 
@@ -48,12 +51,32 @@ def test_copies_do_not_answer_for_each_other(tmp_path: Path) -> None:
 
 
 def test_a_test_split_is_used_and_its_copies_are_not(tmp_path: Path) -> None:
-    write(tmp_path / "train", 40, 1)
-    write(tmp_path / "test", 40, 1)  # the same images
+    write(tmp_path / "train", 60, 1)
+    write(tmp_path / "test", 40, 1)  # images that are in train too
     judged = open_judged(DataConfig(path=str(tmp_path)), "--labelled")
     assert judged.test is not None
     assert judged.copied == 40
     assert judged.knn_correct(pixels(judged)).mean() < 0.8
+
+
+def test_a_test_split_of_the_training_images_is_refused_at_once(tmp_path: Path) -> None:
+    write(tmp_path / "train", 40, 1)
+    write(tmp_path / "test", 40, 1)
+    with pytest.raises(UserError, match=r"--labelled: .*the training images are those of the test split"):
+        open_judged(DataConfig(path=str(tmp_path)), "--labelled")
+
+
+def test_unreadable_images_are_left_out(tmp_path: Path) -> None:
+    write(tmp_path, 40, 1)
+    for name in ("class0/0.png", "class1/39.png"):
+        (tmp_path / name).write_bytes(b"no image")
+    source = open_source(DataConfig(path=str(tmp_path)))
+    judged = open_judged(DataConfig(path=str(tmp_path)), "--labelled")
+    assert judged.count == len(judged.digests) == len(judged.folds) == 38
+    assert [judged.train.read(row).shape for row in range(38)] == [(8, 8, 3)] * 38
+    assert judged.labels.tolist() == [0] * 19 + [1] * 19
+    assert abs(neighbour_correlation(source)) < 0.2
+    assert len(readable(source)) == 38
 
 
 def test_neighbours_are_those_of_scikit_learn() -> None:

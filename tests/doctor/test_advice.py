@@ -110,6 +110,21 @@ def test_thresholds_are_where_the_sentences_say() -> None:
     assert "learning rate" in warned(load_recipe("mocov3_vits", ["optim.lr=2.5e-5"]), IMAGENET)
 
 
+def test_advice_on_the_batch_is_possible() -> None:
+    few = ImageSummary(20, 64, 64, grey=False)
+    small = ["train.batch_size=14", "method.bn_groups=2"]
+    sentences = [
+        warned(load_recipe("mocov2_r50", small), IMAGENET)["batch size"],
+        warned(load_recipe("mocov2_r50", [*small, "method.queue_size=14"]), few)["batch size"],
+        warned(load_recipe("mocov2_r50", ["train.batch_size=14", "method.bn_groups=1"]), few)["batch size"],
+        warned(load_recipe("simclr_r50", ["train.batch_size=16"]), few)["batch size"],
+    ]
+    assert sentences[0].endswith("too few for batch statistics: set train.batch_size = 16")
+    assert sentences[1].endswith("too few for batch statistics: set train.batch_size = 16")
+    assert sentences[2] == "14 is small for any method; more images would allow a larger batch"
+    assert sentences[3].endswith("methods with a queue need less, as moco_v2")
+
+
 def test_advice_for_any_method_and_optimizer() -> None:
     tables: list[dict[str, Any]] = [{"optim": {"name": "lamb", "lr": 1e-2, "weight_decay": 0.1}}, {}]
     for name in ("moco_v3", "byol", "swav", "end_to_end", "instdisc"):

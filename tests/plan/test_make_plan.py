@@ -8,9 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import tifffile
 import torch
 from conftest import cli_error, run
+from PIL import Image
 
 from sslkit.engine.run_folder.layout import Run
 from sslkit.errors import UserError
@@ -48,6 +51,54 @@ def test_a_plan_without_measurement_says_so(class_folders: Path) -> None:
     plan = make_plan(stated(class_folders), hours=None)
     assert plan.recipe.train.epochs == 100
     assert not any("expected end" in line for line in plan.lines())
+
+
+# What is stated of a plan for images with labels, and keys of the plan that must or must not be there.
+STATED: list[tuple[dict[str, dict[str, Any]], dict[str, Any], set[str]]] = [
+    ({"schedule": {"warmup_epochs": 10}}, {"schedule.warmup_epochs": 10.0, "train.epochs": 100}, set()),
+    ({"monitor": {"every_epochs": 5}}, {"monitor.every_epochs": 5}, set()),
+    ({"checkpoint": {"keep_best": "knn"}}, {"monitor.every_epochs": 10}, set()),
+    ({"method": {"momentum": 0.9}}, {"method.momentum_half_life": None}, {"method.momentum_half_life"}),
+    ({"optim": {"name": "adamw"}}, {"optim.lr": 1e-3, "optim.weight_decay": 0.01}, set()),
+    ({"optim": {"name": "sgd"}}, {"optim.lr": 0.03, "optim.lr_rule": "linear"}, {"optim.lr", "optim.momentum"}),
+    (
+        {"optim": {"name": "sgd"}, "method": {"name": "byol"}},
+        {"optim.lr": 0.03, "optim.weight_decay": 1e-4, "optim.momentum": 0.9},
+        set(),
+    ),
+    ({"schedule": {"decay": "steps", "milestones": [60, 80]}}, {"schedule.milestones": [60.0, 80.0]}, set()),
+    ({"views": {"blur_sigma": (0.1, 1.0)}}, {"views.blur_prob": 0.5}, {"views.blur_prob"}),
+    ({"train": {"batch_size": 2}}, {"method.bn_groups": 1}, set()),
+    ({"train": {"batch_size": 7}}, {"method.bn_groups": 1}, set()),
+    ({"data": {"split": "train"}}, {"monitor.train_split": "train"}, set()),
+]
+
+
+@pytest.mark.parametrize("case", STATED, ids=lambda case: str(case[0]))
+def test_what_is_stated_fits_the_rest(
+    case: tuple[dict[str, dict[str, Any]], dict[str, Any], set[str]], tmp_path: Path
+) -> None:
+    given, expected, left_out = case
+    for index in range(60):
+        (tmp_path / f"class{index % 2}").mkdir(exist_ok=True)
+        pixels = np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"class{index % 2}" / f"{index}.png")
+    tables = stated(tmp_path)
+    plan = make_plan({**tables, **given, "data": {**tables["data"], **given.get("data", {})}}, hours=None)
+    for key, value in expected.items():
+        table, _, name = key.partition(".")
+        assert getattr(getattr(plan.recipe, table), name) == value, key
+    assert not left_out & {choice.key for choice in plan.choices}
+
+
+def test_channels_are_measured_beside_images_that_cannot_be_read(tmp_path: Path) -> None:
+    for index in range(20):
+        pixels = np.full((5, 16, 16), 12345, dtype=np.uint16)  # every channel is constant
+        tifffile.imwrite(tmp_path / f"{index}.tif", pixels, photometric="minisblack", planarconfig="separate")
+    (tmp_path / "0.tif").write_bytes(b"no image")
+    found = make_plan(stated(tmp_path, backbone={"name": "test_resnet", "args": {"in_chans": 5}}), hours=None)
+    assert found.recipe.views.mean == pytest.approx((12345 / 65535,) * 5, abs=1e-4)
+    assert found.recipe.views.std == (1e-3,) * 5
 
 
 def test_the_batch_shrinks_until_memory_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
