@@ -8,6 +8,7 @@ are kept in `plan_measured.json` by the content of the cell. Finished cells are 
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -32,14 +33,14 @@ from sslkit.recipe.resolve import build_recipe
 
 HERE = Path(__file__).parent
 PLAN = "plan"  # the variant that is what `sslkit pretrain --data` does
-SHOWN = ("knn5", "knn20", "logistic")
+SHOWN = ("knn5", "knn20", "knn20_majority", "logistic")
 MEASURED, VARIANTS = HERE / "plan_measured.json", HERE / "plan_experiments.toml"
 
 
 def cell_tables(spec: dict[str, Any], variant: str, name: str, seed: int) -> dict[str, dict[str, Any]]:
     """The recipe of a cell: the base, the set's own values, the variant's, the seed."""
-    chosen = spec["variant"][variant]
     flat: dict[str, Any] = dict(spec["base"])
+    chosen = spec["variant"][variant]
     for layer in (spec["set"][name], chosen.get("all", {}), chosen.get(name, {}), {"train.seed": seed}):
         flat |= layer
     for key in chosen.get("without", []):
@@ -102,7 +103,7 @@ def baselines(name: str, sets: Path, size: int, seed: int, backbone: str) -> dic
 
 
 def report(measured: dict[str, Any]) -> str:
-    """A table of means over seeds, one row a variant."""
+    """A table of means over seeds, one row a variant: the scores of `SHOWN`."""
     rows: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
     for cell in measured.values():
         rows[cell["variant"]][cell["set"]].append([cell["scores"].get(key, np.nan) for key in SHOWN])
@@ -113,10 +114,25 @@ def report(measured: dict[str, Any]) -> str:
         for name in names:
             found = np.array(row[name])
             texts.append(
-                " / ".join(f"{x:.1f}" for x in found.mean(axis=0)) + f" (n {len(found)})" if len(found) else ""
+                " / ".join("-" if np.isnan(x) else f"{x:.1f}" for x in found.mean(axis=0)) + f" (n {len(found)})"
+                if len(found)
+                else ""
             )
         lines.append(f"| {variant} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
+
+
+def missing_cells(spec: dict[str, Any], measured: dict[str, Any], words: argparse.Namespace) -> list[dict[str, Any]]:
+    """The cells that were asked for and are not measured."""
+    cells = []
+    for seed, variant, name in itertools.product(words.seeds, words.only or [PLAN, *spec["variant"]], words.sets):
+        if variant == PLAN:
+            tables = planned_tables(spec, name, seed, words.folder)
+        else:
+            tables = cell_tables(spec, variant, name, seed)
+        if digest(tables, name) not in measured:
+            cells.append({"variant": variant, "set": name, "seed": seed, "tables": tables})
+    return cells
 
 
 def main() -> None:
@@ -127,6 +143,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="*", default=["emoji", "tiles", "garments"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--baselines", action="store_true", help="only score raw pixels, colours and random weights")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     words = parser.parse_args()
     if words.cell:
@@ -135,17 +152,12 @@ def main() -> None:
         print(json.dumps(run_cell(cell["tables"], cell["set"], words.folder, folder)))
         return
     spec = tomllib.loads(VARIANTS.read_text(encoding="utf-8"))
+    if words.baselines:
+        for name, size in itertools.product(words.sets, (32, 64)):
+            print(name, size, baselines(name, words.folder, size, words.seeds[0], spec["base"]["backbone.name"]))
+        return
     measured = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
-    cells = []
-    for seed in words.seeds:
-        for variant in words.only or [PLAN, *spec["variant"]]:
-            for name in words.sets:
-                if variant == PLAN:
-                    tables = planned_tables(spec, name, seed, words.folder)
-                else:
-                    tables = cell_tables(spec, variant, name, seed)
-                if digest(tables, name) not in measured:
-                    cells.append({"variant": variant, "set": name, "seed": seed, "tables": tables})
+    cells = missing_cells(spec, measured, words)
 
     def run(cell: dict[str, Any]) -> None:
         arguments = [sys.executable, __file__, str(words.folder), "--cell", json.dumps(cell)]

@@ -97,5 +97,7 @@ def _as_built(encoder: Encoder, args: dict[str, Any]) -> nn.Module:
     """
     weights = {"state_dict": encoder.module.state_dict()}
     options = {**args, "num_classes": 0, "pretrained_cfg_overlay": weights}
-    module: nn.Module = timm.create_model(encoder.architecture, pretrained=True, **options)
-    return module.to(next(encoder.module.parameters()).device)
+    module: Any = timm.create_model(encoder.architecture, pretrained=True, **options)
+    module.pretrained_cfg = module.default_cfg = encoder.module.pretrained_cfg  # without the tensors
+    built: nn.Module = module
+    return built.to(next(encoder.module.parameters()).device)

@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 
+from sslkit.doctor.image_checks import SMALLEST_VIEW
 from sslkit.methods import Progress, find_method
 from sslkit.methods.method_options import power_of_two
 from sslkit.parts.backbone import family
@@ -18,7 +19,7 @@ from sslkit.plan.facts import Facts
 from sslkit.recipe.schema import EVALUATIONS
 from sslkit.text import format_duration, pluralize
 
-VIEW_SIZES = (64, 96, 128, 160, 192, 224)
+VIEW_SIZES = (SMALLEST_VIEW, 96, 128, 160, 192, 224)
 REDUCTION = 32  # the stride of a ResNet: from 64 pixels, 2 x 2 positions are left
 LARGEST_ON_CPU = 96
 BLUR_PER_PIXEL = 2.0 / 224  # the papers' largest blur, for views of 224 pixels
@@ -94,7 +95,7 @@ def choose_optimizer(draft: Draft, facts: Facts) -> None:
     draft.choose("optim.name", "adamw", "learns in few epochs, whatever the backbone")
     batch_size, kind = draft.get("train.batch_size"), family(draft.get("backbone.name"))
     paper = find_method(draft.get("method.name")).paper_defaults(kind).get("optim", {})
-    if draft.get("optim.name") == "sgd" != paper.get("name"):
+    if draft.get("optim.name") == "sgd" and paper.get("name") != "sgd":
         draft.choose("optim.lr", SGD_RATE, "of MoCo v1, for a batch of 256")
         draft.choose("optim.lr_rule", "linear", "as in MoCo v1")
         draft.choose("optim.weight_decay", 1e-4, "as in MoCo v1")
@@ -153,6 +154,8 @@ def choose_monitor(draft: Draft, facts: Facts) -> None:
     every = max(math.ceil(draft.get("train.epochs") / EVALUATIONS), 1)
     draft.choose("monitor.data", draft.get("data.path"), f"{facts.classes} classes: kNN accuracy shows the progress")
     draft.choose("monitor.every_epochs", every, "about ten times in the run")
+    if "monitor.data" in draft.stated:
+        return
     for key, own in (*((key, key) for key in ("name", "image_column", "label_column")), ("train_split", "split")):
         if value := draft.get(f"data.{own}"):
             draft.choose(f"monitor.{key}", value, f"as data.{own}")

@@ -10,6 +10,7 @@ from torch import nn
 from sslkit.adapt.start_weights import at_size
 from sslkit.engine.setup import build_method
 from sslkit.evaluate.features.encoder import Encoder
+from sslkit.publish.encoder_folder import timm_config
 from sslkit.recipe.resolve import build_recipe
 
 NETWORKS = {
@@ -40,6 +41,8 @@ def test_the_start_at_a_size_is_what_a_run_of_this_size_trains(name: str) -> Non
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(trained(images), found.module(images))
+    assert found.module.pretrained_cfg is start.module.pretrained_cfg  # without the tensors it was built from
+    assert timm_config(found.module, found.preprocessing, "mit")["architecture"] == name
 
 
 def test_the_anchor_has_the_position_embedding_of_the_weights(tmp_path: Any) -> None:
