@@ -5,4 +5,5 @@ import sys
 from sslkit.cli import main
 
 if __name__ == "__main__":
-    main(["pretrain", *sys.argv[1:]])
+    sys.argv.insert(1, "pretrain")
+    main()

@@ -18,7 +18,12 @@ from sslkit.cli.completion import prepare_completion
 from sslkit.cli.data_commands import data_app, prepare
 from sslkit.cli.encoder_commands import export, import_, publish
 from sslkit.cli.eval_commands import eval_app
-from sslkit.cli.launcher_exit import is_printed_by_first, leave_for_launcher, wait_for_others
+from sslkit.cli.launcher_exit import (
+    exit_without_finalization,
+    is_printed_by_first,
+    leave_for_launcher,
+    wait_for_others,
+)
 from sslkit.cli.list_commands import methods, recipes_app
 from sslkit.cli.options import command
 from sslkit.cli.output import print_data_messages
@@ -70,11 +75,21 @@ def sslkit_command(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command, by default that of this process, and exit. Bad input is reported in one sentence."""
+    if arguments is not None:
+        return _run_command(arguments)
+    try:
+        _run_command(sys.argv[1:])
+    except SystemExit as leaving:
+        exit_without_finalization(leaving.code)
+        raise
+
+
+def _run_command(arguments: list[str]) -> None:
+    """Run a command and raise SystemExit with its exit code."""
     sanitize_other_libraries()
     if threading.excepthook is threading.__excepthook__:  # a test runner has its own
         threading.excepthook = lambda failed: print_traceback(failed.exc_value or failed.exc_type())
     prepare_completion()
-    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         for argument in arguments:
             check_path(argument, "command line", lines=True)

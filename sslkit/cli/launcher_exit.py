@@ -1,12 +1,16 @@
-"""Report errors to the launcher that started this process: torchrun or ``accelerate launch``.
+"""End this process, and report errors to the launcher that started it: torchrun or ``accelerate launch``.
 
 PyTorch's launcher kills all processes when one has failed, and prints a summary with the message that a process wrote
 to the file in ``TORCHELASTIC_ERROR_FILE``. On a machine these are ``.../0/error.json``, ``.../1/error.json``, ...
 """
 
+import atexit
+import contextlib
 import json
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +50,22 @@ def wait_for_others() -> None:
     """Wait until the other processes of this machine have failed too, so that the launcher does not kill them."""
     files = _files_of_all()
     _wait_until(lambda: all(file.is_file() for file in files))
+
+
+def exit_without_finalization(code: str | int | None) -> None:
+    """Exit after the exit handlers, without the interpreter's finalization; does nothing where torch is not loaded.
+
+    During finalization, CPython before 3.14 ends a thread that asks for the interpreter's lock. If the thread belongs to
+    a C++ library, such as a process group's, this aborts the process: a finished run would have the exit code 134.
+    """
+    if "torch" not in sys.modules or isinstance(code, str):
+        return
+    threading._shutdown()  # type: ignore[attr-defined]  # joins the threads that are not daemons
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or its reader has ended
+            stream.flush()
+    os._exit(code or 0)
 
 
 def _files_of_all() -> list[Path]:

@@ -168,3 +168,32 @@ def test_help_of_every_command_has_an_example() -> None:
     for name, command in found.items():
         assert (command.epilog or "").startswith(f"Example: {name}"), name
         assert (command.help or "").endswith("."), name
+
+
+THREAD_THAT_ABORTS = """
+import atexit, datetime, sys, threading, torch.distributed
+from sslkit.cli import main
+
+store = torch.distributed.HashStore()
+
+def wait() -> None:
+    while True:
+        try:
+            store.wait(["absent"], datetime.timedelta(milliseconds=10))
+        except RuntimeError:
+            pass
+
+threading.Thread(target=wait, daemon=True).start()
+atexit.register(print, "exit handlers have run")
+sys.argv = ["sslkit", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize(("words", "code"), [(["methods"], 0), (["info", "absent.toml"], 2)])
+def test_threads_of_libraries_do_not_change_the_exit_code(words: list[str], code: int) -> None:
+    """A thread in C++ code that asks for the interpreter's lock at its end aborts the process: exit code 134."""
+    done = subprocess.run([sys.executable, "-c", THREAD_THAT_ABORTS, *words], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.endswith("exit handlers have run\n")
+    assert len(done.stdout.splitlines() + done.stderr.splitlines()) > 1
