@@ -4,6 +4,8 @@ Parameters, their gradients and the optimizer's state are sharded (`DTensor`); b
 Student and teacher are sharded alike, so that the teacher is updated without communication.
 """
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,6 +22,8 @@ def shard(method: nn.Module, encoders: list[nn.Module], device: torch.device) ->
     """
     if world_size() == 1:
         return
+    # An encoder's features are a view of its tokens; no method changes them in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh = init_device_mesh(device.type, (world_size(),))
     for encoder in encoders:
         blocks = getattr(encoder, "blocks", None)
