@@ -91,7 +91,9 @@ def _table_of_measures(scores: "Sequence[Score]") -> Table:
 
 
 def print_comparison(groups: list[dict[str, dict[str, Any]]], as_json: bool) -> None:
-    """Print one table per protocol, the best score first."""
+    """Print one table per protocol, the best score first, and a sentence on how far the others are."""
+    from sslkit.evaluate.compare_scores import best_sentence
+
     if as_json:
         print_json(groups)
         return
@@ -102,6 +104,9 @@ def print_comparison(groups: list[dict[str, dict[str, Any]]], as_json: bool) -> 
         for model, row in sorted(group.items(), key=lambda item: -item[1]["accuracy"]):
             table.add_row(model, f"{row['accuracy']:.2%}", _format_interval(row.get("interval")))
         console.print(table)
+        if sentence := best_sentence(group):
+            print_line(sentence)
+    print_line("To compare image by image, with narrower intervals: sslkit eval knn MODEL --data DATA --baseline OTHER")
 
 
 def _format_interval(interval: "Sequence[float] | None") -> str:
@@ -135,6 +140,8 @@ def print_diagnosis(diagnosis: "Diagnosis", as_json: bool) -> None:
     console.print(table)
     for alarm in alarms:
         print_line(alarm, "bold red")
+    if not alarms:
+        print_line(diagnosis.verdict)
 
 
 class _PrintHandler(logging.Handler):

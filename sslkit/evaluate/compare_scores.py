@@ -1,10 +1,13 @@
 """Comparison of the scores of several models, for protocols that all of them were evaluated with."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sslkit.errors import UserError
+from sslkit.evaluate.verdict import Difference
+from sslkit.text import join
 
 Row = dict[str, Any]
 
@@ -37,6 +40,33 @@ def comparable(rows: Mapping[str, Sequence[Row]], evaluation: str = "") -> list[
     if not shared:
         raise UserError(f"eval compare: the models have no protocol in common: {_differences(newest)}")
     return [{model: found[digest] for model, found in newest.items()} for digest in shared]
+
+
+def best_sentence(group: Mapping[str, Row]) -> str:
+    """One sentence: which model of a group of `comparable` is best, and how far the others are from it.
+
+    Only the scores and their intervals are stored, so the difference is that of independent samples.
+    """
+    best, *others = sorted(group, key=lambda model: -group[model]["accuracy"])
+    differences = {model: _unpaired_difference(group[best], group[model]) for model in others}
+    if not others or any(each is None for each in differences.values()):
+        return ""
+    above = [f"above {model} by {each.size}" for model, each in differences.items() if each and each.is_better]
+    equal = [
+        str(each).replace("seen", f"seen from {model}", 1)
+        for model, each in differences.items()
+        if each and not each.is_better
+    ]
+    return f"The highest score is that of {best}: {join([*above, *equal])}"
+
+
+def _unpaired_difference(first: Row, second: Row) -> Difference | None:
+    """How much better the first score is, from the intervals of both; None if one has no interval."""
+    if not first.get("interval") or not second.get("interval"):
+        return None
+    halves = [(row["interval"][1] - row["interval"][0]) / 2 for row in (first, second)]
+    points, half = 100 * (first["accuracy"] - second["accuracy"]), 100 * math.hypot(*halves)
+    return Difference(points, points - half, points + half, 0)
 
 
 def _differences(newest: Mapping[str, Mapping[str, Row]]) -> str:

@@ -25,7 +25,7 @@ from sslkit.evaluate import (
     evaluate_linear,
     load_encoder,
 )
-from sslkit.evaluate.compare_scores import comparable
+from sslkit.evaluate.compare_scores import best_sentence, comparable
 from sslkit.evaluate.detection.annotations import open_annotated
 from sslkit.evaluate.evaluation_result import bootstrap_interval
 from sslkit.evaluate.features.readouts import Readout
@@ -239,3 +239,13 @@ def test_compare_on_the_command_line(
     code, _, err = run(capsys, "eval", "compare", str(files[0]), str(tmp_path))
     assert code == 2
     assert "neither a run folder nor a file with the output of eval --json" in err
+
+
+def test_a_comparison_names_the_best_and_how_far_the_others_are() -> None:
+    """Independent samples: the half-widths add in quadrature, so 0.02 and 0.03 make 0.0361."""
+    rows = {"a": (0.70, 0.03), "b": (0.80, 0.02), "c": (0.79, 0.02)}
+    group = {name: {"accuracy": mean, "interval": [mean - half, mean + half]} for name, (mean, half) in rows.items()}
+    wanted = "The highest score is that of b: above a by 10.0 points (6.4 to 13.6) and no difference seen from c"
+    assert best_sentence(group) == f"{wanted} (-1.8 to 3.8)"
+    assert best_sentence({"a": group["a"]}) == ""
+    assert best_sentence({**group, "d": {"accuracy": 0.1, "interval": None}}) == ""

@@ -46,6 +46,16 @@ class Diagnosis:
     views: int
     encoders: list[EncoderDiagnosis]
 
+    @property
+    def verdict(self) -> str:
+        """One sentence: effective directions against those of random weights, for an encoder that has not collapsed."""
+        own, random = (each.numbers.effective_rank for each in self.encoders)
+        more = "more" if own > random else "fewer"
+        return (
+            f"Not collapsed: {own:.3g} effective directions, {more} than random init ({random:.3g}). That does not say "
+            "whether the encoder is better; labelled images do: sslkit eval knn MODEL --data DIR"
+        )
+
 
 def diagnose_encoder(
     model: str, data: DataConfig, readout: Readout | None = None, *, images: int = 1000, views: int = 8, seed: int = 0

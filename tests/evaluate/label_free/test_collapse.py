@@ -166,7 +166,9 @@ def test_a_trained_encoder_beside_its_random_twin(capsys: pytest.CaptureFixture[
         assert stop.value.code == 0
     table, _, line = capsys.readouterr().out.rpartition('{"data"')
     assert "effective_rank" in table
-    assert "random init" in table
+    verdict = f"{own.numbers.effective_rank:.3g} effective directions, "
+    assert verdict in table
+    assert f"than random init ({twin.numbers.effective_rank:.3g})" in " ".join(table.split())
     printed = json.loads('{"data"' + line)
     assert printed["contestants"][0]["numbers"]["effective_rank"] == own.numbers.effective_rank
     assert printed["alarms"] == []
