@@ -55,8 +55,8 @@ def wait_for_others() -> None:
 def exit_without_finalization(code: str | int | None) -> None:
     """Exit after the exit handlers, without the interpreter's finalization; does nothing where torch is not loaded.
 
-    During finalization, CPython before 3.14 ends a thread that asks for the interpreter's lock. If the thread belongs to
-    a C++ library, such as a process group's, this aborts the process: a finished run would have the exit code 134.
+    During finalization, CPython before 3.14 ends a thread that asks for the interpreter's lock. If it is a thread of a
+    C++ library, such as a process group's, this aborts the process: a finished run would have the exit code 134.
     """
     if "torch" not in sys.modules or isinstance(code, str):
         return
