@@ -163,6 +163,13 @@ def _saved_recipe(folder: Path, make: Callable[[int, Wishes], Recipe], wishes: W
     return saved
 
 
+def fitting_epochs(epoch: float, seconds_at_end: Callable[[int], float], left: float) -> tuple[int, float]:
+    """The most epochs, at least 1, that fit into the seconds that are left, and the seconds for judging after them."""
+    judging = {n: seconds_at_end(math.ceil(n / kept_every(n))) for n in range(1, MAX_EPOCHS + 1)}
+    epochs = max((n for n, seconds in judging.items() if n * epoch + seconds <= left), default=1)
+    return epochs, judging[epochs]
+
+
 def _elsewhere(folder: Path) -> str:
     free = free_folder(folder)
     return f"to adapt in a new folder: {same_command(output=free, python=f'output={free!r}')}"
@@ -186,14 +193,10 @@ def _new_recipe(
     options.log_message("measuring a step")
     epoch = profile(recipe, MEASURED_SECONDS).step * (images.count // recipe.train.batch_size)
     left -= time.monotonic() - begin
-    needed = {
-        epochs: (epochs * epoch, seconds_at_end(math.ceil(epochs / kept_every(epochs))))
-        for epochs in range(1, MAX_EPOCHS + 1)
-    }
-    epochs = max((each for each, seconds in needed.items() if sum(seconds) <= left), default=1)
+    epochs, judging_seconds = fitting_epochs(epoch, seconds_at_end, left)
     length = f"{pluralize(epochs, 'epoch')} of {format_duration(epoch)}"
-    judging = f"then {format_duration(needed[epochs][1])} for judging"
-    if sum(needed[epochs]) > left:
+    judging = f"then {format_duration(judging_seconds)} for judging"
+    if epochs * epoch + judging_seconds > left:
         options.log_message(f"{length}, {judging}: the least, and more than is left of --hours {options.hours:g}")
     else:
         options.log_message(f"{length}, {judging} (--hours {options.hours:g}, at most {MAX_EPOCHS} epochs)")
