@@ -147,10 +147,10 @@ def _open_judged(config: DataConfig, seed: int) -> JudgedImages:
         description, copied = source.description, train.copies
     images, classes = min(len(train.digests), len(test.digests)), len(torch.unique(train.labels))
     if images < MIN_IMAGES or classes < 2:
-        different = "different " if copied else ""
+        left_out = f" ({copied} left out as copies)" if copied else ""
         raise UserError(
-            f"{description} has {pluralize(images, f'{different}labelled image')} of "
-            f"{pluralize(classes, 'class', 'classes')}; a verdict needs {MIN_IMAGES} {different}images and 2 classes"
+            f"{description} has {pluralize(images, 'labelled image')}{left_out} of "
+            f"{pluralize(classes, 'class', 'classes')}; a verdict needs {MIN_IMAGES} different images and 2 classes"
         )
     if test is train:
         description = f"{description}: {pluralize(images, 'image')}, each fifth of them classified by the others"

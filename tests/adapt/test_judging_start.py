@@ -114,11 +114,13 @@ def test_a_better_size_of_the_start_is_in_the_last_sentence(images: Path, start:
     judge.judge_start(start, [32, 64], 32)
     judge.compares_sizes = False
     judge.candidates = [
-        replace(each, correct=np.full(judge.judged.count, each.size == 64)) for each in judge.candidates if judge.judged
+        replace(each, correct=each.correct | True, merit=1.0) if each.size == 64 and not each.whitened else each
+        for each in judge.candidates
     ]
     same = at_size(start.encoder, 32)
     assert same is not None
     answer, _ = judge.judge_end([Point(1, 1, same)], 32)
+    assert answer.lines()[-1].startswith("Nothing gained: no difference seen")
     assert answer.lines()[-1].endswith("But the untouched encoder at 64 pixels has 100.0%: use --size 64")
     assert answer.verdict == answer.lines()[-1]
     assert not any("untouched" in line for line in answer.lines()[:-1])  # the scores were logged as they were found
