@@ -112,8 +112,8 @@ def score_of_draws(encoder: str, draws: Sequence[ArrayLike], own: ArrayLike, *, 
 def bootstrap_interval(accuracy: float, count: int, seed: int = 0) -> tuple[float, float]:
     """Bootstrap 95 % interval of an accuracy on ``count`` images, from `RESAMPLES` resamples.
 
-    The number of correct images in a resample is binomial, so it is drawn directly. Where all images are right, or none,
-    all resamples are alike; the exact interval (Clopper and Pearson) is returned then.
+    The number of correct images in a resample is binomial, so it is drawn directly. Where all images are right, or
+    none, all resamples are alike; the exact interval (Clopper and Pearson) is returned then.
     """
     if accuracy in (0.0, 1.0):
         other = float(QUANTILES[0] ** (1 / count))
