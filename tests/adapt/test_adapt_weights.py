@@ -208,6 +208,7 @@ def test_too_few_images_and_a_foreign_folder(weights: str, photos: Path, noise: 
     found = cli_error(["adapt", weights, "--data", str(photos), "--output", str(few)])
     assert "is not empty and holds no adaptation" in found
     assert found.rstrip().endswith(f"--output {few}-2")
+    assert "did you mean 'resnet18'?" in cli_error(["adapt", "resnet_18", "--data", str(photos)])
 
 
 @pytest.mark.full

@@ -124,3 +124,19 @@ def test_a_better_size_of_the_start_is_in_the_last_sentence(images: Path, start:
     assert answer.lines()[-1].endswith("But the untouched encoder at 64 pixels has 100.0%: use --size 64")
     assert answer.verdict == answer.lines()[-1]
     assert not any("untouched" in line for line in answer.lines()[:-1])  # the scores were logged as they were found
+
+
+def test_shared_images_are_told_in_proportion(images: Path, start: Start, tmp_path: Path) -> None:
+    same = at_size(start.encoder, 32)
+    assert same is not None
+    found = []
+    for count in (2, 30, 40):
+        source = open_source(DataConfig(path=str(images))).subset(np.arange(count))
+        judge = Judge(source, DataConfig(path=str(images)), None, tmp_path / "features", lambda _: None)
+        judge.judge_start(start, [32], 32)
+        answer, _ = judge.judge_end([Point(1, 1, same)], 32)
+        found.append(next(each for each in answer.remarks if "are images of --data" in each))
+    assert found[0].startswith("2 of the 40 judged images are images of --data")
+    assert found[0].endswith("it did not see the other 38")
+    assert "For the verdict on new images, leave these out" in found[1]
+    assert "The verdict holds for these images" in found[2]
