@@ -17,7 +17,8 @@ from sslkit.errors import UserError, check_path
 from sslkit.files.atomic import refuse_links
 from sslkit.files.run_reader import LOCK
 from sslkit.methods import find_method
-from sslkit.recipe.resolve import Recipe, as_saved, build_recipe, changes, read_tables
+from sslkit.recipe.overrides import Overrides
+from sslkit.recipe.resolve import Recipe, as_saved, build_recipe, changes, load_recipe, read_tables
 from sslkit.recipe.schema import check_plain
 from sslkit.text import pluralize
 
@@ -203,6 +204,25 @@ def find_checkpoint(folder: Path, recipe: Recipe, resume: str) -> tuple[Checkpoi
             f"--resume {resume}: was trained by another recipe; these keys must be the same: {_list_changes(unfit)}"
         )
     return checkpoint, problems
+
+
+def load_resumed(resume: str, overrides: Overrides) -> Recipe:
+    """The recipe of the run that ``--resume`` names, by its folder or by a checkpoint, with ``overrides`` on top.
+
+    Raises:
+        UserError: There is no run and no checkpoint, or the recipe is not valid.
+    """
+    check_path(resume, "--resume")
+    path = Path(resume).absolute()
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / "recipe.toml").is_file() and (folder / "checkpoints").is_dir():
+            return load_recipe(folder / "recipe.toml", overrides)
+    if not (path / "manifest.json").is_file():
+        raise UserError(f"--resume {resume}: has no checkpoint; give a run or checkpoint folder, auto or never")
+    name = f"--resume {resume}: its recipe:"
+    saved = read_checkpoint(path).state["recipe"]
+    check_plain(saved, name)
+    return build_recipe(as_saved(saved), overrides, name)
 
 
 def is_of_other_run(checkpoint: Checkpoint, folder: Path) -> bool:
