@@ -75,7 +75,7 @@ def fitted_bn_groups(batch_size: int) -> Fitted:
     own, each = power_of_two(max(min(batch_size / BN_GROUP, MOST_BN_GROUPS), 2) / processes), batch_size // processes
     groups = math.gcd(each, min(own, power_of_two(each / 2))) * processes
     if groups == 1:
-        return Fitted(1, f"a batch of {batch_size} has no equal groups to shuffle keys between; take an even batch")
+        return Fitted(1, f"a batch of {batch_size} has no equal groups to shuffle keys between; a multiple of 4 has")
     reason = (
         f"of {batch_size // groups} images; keys are shuffled between them: batch statistics do not reveal the positive"
     )

@@ -63,9 +63,7 @@ class Facts:
         device = {"cpu": "CPU, " + pluralize(self.cores, "core"), "cuda": "GPU", "mps": "Apple GPU"}[self.device]
         size = f"about {self.width} x {self.height} pixels"
         if self.sides and self.sides[0] < self.sides[2]:
-            size = (
-                f"{self.width} x {self.height} pixels in the median, shorter sides {self.sides[0]} to {self.sides[2]}"
-            )
+            size += f" (medians; shorter side from {self.sides[0]} to {self.sides[2]})"
         lines = [
             f"images: {self.count}, {kind}, {size}{classes}",
             f"machine: {device}, {self.memory / GIB:.0f} GiB"

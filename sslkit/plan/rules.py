@@ -113,8 +113,10 @@ def choose_batch(draft: Draft, facts: Facts) -> None:
     usual = BATCH_ON_CPU if facts.device == "cpu" else min(BATCH_ON_GPU * facts.processes, LARGEST_BATCH)
     usual = max(usual // facts.processes, 2) * facts.processes
     smallest = find_method(draft.get("method.name")).smallest_batch
+    usual_why = "usual on this device"
     if facts.different > SMALL_SET and usual < smallest:
         usual = math.ceil(smallest / facts.processes) * facts.processes
+        usual_why = f"the paper goes down to {smallest}"
     by_steps = power_of_two(max(facts.different / STEPS_PER_EPOCH, SMALLEST_BATCH))
     size = max(min(usual, by_steps, power_of_two(facts.count)) // facts.processes, 2) * facts.processes
     groups = max(draft.get("method.bn_groups", 1), 1) if look_at_backbone(draft).batch_norm else 1
@@ -122,7 +124,7 @@ def choose_batch(draft: Draft, facts: Facts) -> None:
     unit = math.lcm(facts.processes * max(slices, 1), groups)
     least = math.ceil(2 * max(facts.processes, groups) / unit) * unit  # two images in each part
     fitting = max(size // unit * unit, least)
-    why = "usual on this device" if size >= usual else f"so that an epoch has {pluralize(facts.count // size, 'step')}"
+    why = usual_why if size >= usual else f"so that an epoch has {pluralize(facts.count // size, 'step')}"
     if fitting != size:
         parts = [f"{groups} BatchNorm groups"] * (groups > 1) + [f"slices of {slices}"] * (slices > 1)
         why = f"divides into {join(parts)}"

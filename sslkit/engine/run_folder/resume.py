@@ -16,9 +16,9 @@ from sslkit.engine.run_folder.lock import PROBE, refuse_unwritable
 from sslkit.errors import UserError, check_path
 from sslkit.files.atomic import refuse_links
 from sslkit.files.run_reader import LOCK
-from sslkit.methods import find_method
-from sslkit.recipe.overrides import Overrides
-from sslkit.recipe.resolve import Recipe, as_saved, build_recipe, changes, load_recipe, read_tables
+from sslkit.methods import canonical_name, find_method
+from sslkit.recipe.overrides import Overrides, stated_tables
+from sslkit.recipe.resolve import Recipe, as_saved, build_recipe, changes, read_tables
 from sslkit.recipe.schema import check_plain
 from sslkit.text import pluralize
 
@@ -213,16 +213,20 @@ def load_resumed(resume: str, overrides: Overrides) -> Recipe:
         UserError: There is no run and no checkpoint, or the recipe is not valid.
     """
     check_path(resume, "--resume")
-    path = Path(resume).absolute()
-    for folder in (path, path.parent, path.parent.parent):
-        if (folder / "recipe.toml").is_file() and (folder / "checkpoints").is_dir():
-            return load_recipe(folder / "recipe.toml", overrides)
-    if not (path / "manifest.json").is_file():
+    path, name = Path(resume).absolute(), f"--resume {resume}: its recipe:"
+    runs = (each for each in (path, path.parent, path.parent.parent) if (each / "checkpoints").is_dir())
+    file = next((found for folder in runs if (found := folder / "recipe.toml").is_file()), None)
+    if file is None and not (path / "manifest.json").is_file():
         raise UserError(f"--resume {resume}: has no checkpoint; give a run or checkpoint folder, auto or never")
-    name = f"--resume {resume}: its recipe:"
-    saved = read_checkpoint(path).state["recipe"]
+    saved = as_saved(read_tables(file) if file else read_checkpoint(path).state["recipe"])
     check_plain(saved, name)
-    return build_recipe(as_saved(saved), overrides, name)
+    before = build_recipe(saved, name=name, folder=file and file.parent).method_name
+    method = stated_tables(overrides).get("method", {}).get("name", before)
+    if canonical_name(method) != before:
+        raise UserError(
+            f"--resume {resume}: was trained with {before}, not {method}; to start anew, leave --resume out"
+        )
+    return build_recipe(saved, overrides, name, file and file.parent)
 
 
 def is_of_other_run(checkpoint: Checkpoint, folder: Path) -> bool:
