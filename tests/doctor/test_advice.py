@@ -172,7 +172,7 @@ def test_copies_are_mentioned() -> None:
     ],
 )
 def test_views_are_whole_patches(name: str, views: dict[str, Any], advice: set[str]) -> None:
-    recipe = small_recipe("swav", name, views={"small_crops": 0, **views})
+    recipe = load_recipe(small_recipe("swav", name, views={"small_crops": 0}).as_tables(), {"views": views})
     with torch.device("meta"):
         method = find_method("swav")(create_backbone(recipe.backbone_config()), 8, recipe.method)
     report = Report([each for each in check_settings(recipe, method, CIFAR) if each.check == "patches"])
