@@ -16,6 +16,7 @@ MIN_IMAGES = 16
 MAX_BATCH, MIN_BATCH = 64, 8
 STEPS_PER_EPOCH = 16  # at least, where there are enough images
 MAX_QUEUE = 4096
+ANCHOR_FACTOR = 2.5  # docs/adapt.md
 POINTS = 4  # of the run that are judged
 LAST_BLOCKS, LORA_RANK = 2, 8
 WAYS: dict[str, dict[str, Any]] = {
@@ -76,8 +77,8 @@ def _on_grid(side: float) -> int:
 
 
 def anchor_size(start: Start, size: int) -> int:
-    """Size at which the frozen start sees the views: twice as large as the student's, up to its own; else 0."""
-    larger = min(_on_grid(2 * size), start.native_size)
+    """Size at which the frozen start sees the views: 2.5 times the student's, up to its own; 0 if that is no larger."""
+    larger = min(_on_grid(ANCHOR_FACTOR * size), start.native_size)
     return larger if larger > size else 0
 
 

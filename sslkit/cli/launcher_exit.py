@@ -58,7 +58,8 @@ def exit_without_finalization(code: str | int | None) -> None:
     During finalization, CPython before 3.14 ends a thread that asks for the interpreter's lock. If it is a thread of a
     C++ library, such as a process group's, this aborts the process: a finished run would have the exit code 134.
     """
-    if "torch" not in sys.modules or isinstance(code, str):
+    watched = sys.getprofile() or sys.gettrace()  # a profiler, which writes its file afterwards
+    if "torch" not in sys.modules or isinstance(code, str) or watched:
         return
     threading._shutdown()  # type: ignore[attr-defined]  # joins the threads that are not daemons
     atexit._run_exitfuncs()

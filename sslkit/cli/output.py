@@ -71,7 +71,7 @@ def _table_of_scores(scores: "Sequence[Score]", measure: str) -> Table:
     """One row per encoder."""
     with_intervals, with_notes = any(score.interval for score in scores), any(score.note for score in scores)
     table = PlainTable("encoder", measure)
-    for heading in ["95 % interval"] * with_intervals + ["chosen"] * with_notes:
+    for heading in ["95 % interval"] * with_intervals + ["note"] * with_notes:
         table.add_column(heading)
     for score in scores:
         cells = [f"{score.accuracy:.2%}"] + [_format_interval(score.interval)] * with_intervals

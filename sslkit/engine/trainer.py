@@ -1,6 +1,7 @@
 """From a recipe to a finished run folder: check, set up, continue, train, rewind, close."""
 
 import importlib.metadata
+import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -204,4 +205,9 @@ def _close(state: TrainingState, run: RunServices, reason: str) -> None:
         return
     for kept, why in run.saver.kept().items():
         run.logger.log_message(f"kept {run.folder / 'checkpoints' / checkpoint_name(kept)}: {why}")
+    if run.monitor.knn is None:
+        run.logger.log_message(
+            "whether the encoder beats random weights and raw pixels is not known; a hundred labelled images tell: "
+            f"sslkit eval knn {shlex.quote(str(run.folder))} --data DIR"
+        )
     run.logger.log_message(f"done: {run.folder} (encoder in {run.folder / 'encoder'})")

@@ -10,6 +10,8 @@ from numpy.typing import ArrayLike
 from sslkit.evaluate.protocol import protocol_hash
 from sslkit.evaluate.verdict import QUANTILES, RESAMPLES, Difference, paired_difference, verdict
 
+RANDOM_DRAWS = 3  # of random weights
+
 
 @dataclass(frozen=True)
 class Score:
@@ -86,11 +88,36 @@ def score_of(
     return Score(encoder, accuracy, interval, note, encoder_revision=revision, difference=difference)
 
 
+def score_of_draws(encoder: str, draws: Sequence[ArrayLike], own: ArrayLike, *, note: str = "") -> Score:
+    """The score of random weights: the mean over some draws of them, each (N,) bool as for `score_of`.
+
+    One draw may be 10 points above another. The intervals therefore reach from the lowest end to the highest of all
+    draws, so that an encoder beats random weights only if it beats each draw.
+    """
+    scores = [score_of(encoder, correct, own, note=note) for correct in draws]
+    differences = [each.difference for each in scores if each.difference is not None]
+    intervals = [each.interval for each in scores if each.interval is not None]
+    mean = Difference(
+        float(np.mean([each.points for each in differences])),
+        min(each.low for each in differences),
+        max(each.high for each in differences),
+        differences[0].images,
+    )
+    interval = min(low for low, _ in intervals), max(high for _, high in intervals)
+    accuracy = float(np.mean([each.accuracy for each in scores]))
+    note = note or (f"mean of {len(draws)} draws" if len(draws) > 1 else "")
+    return Score(encoder, accuracy, interval, note, difference=mean)
+
+
 def bootstrap_interval(accuracy: float, count: int, seed: int = 0) -> tuple[float, float]:
     """Bootstrap 95 % interval of an accuracy on ``count`` images, from `RESAMPLES` resamples.
 
-    The number of correct images in a resample is binomial, so it is drawn directly.
+    The number of correct images in a resample is binomial, so it is drawn directly. Where all images are right, or
+    none, all resamples are alike; the exact interval (Clopper and Pearson) is returned then.
     """
+    if accuracy in (0.0, 1.0):
+        other = float(QUANTILES[0] ** (1 / count))
+        return (other, 1.0) if accuracy else (0.0, 1.0 - other)
     correct = np.random.default_rng(seed).binomial(count, accuracy, size=RESAMPLES)
     low, high = np.quantile(correct / count, QUANTILES)
     return float(low), float(high)

@@ -15,6 +15,7 @@ from sslkit.data.sources.image_source import DataConfig
 from sslkit.errors import UserError
 from sslkit.evaluate import LinearProtocol, evaluate_linear, knn_accuracy, linear_accuracy
 from sslkit.evaluate.detection.detector_training import DetectProtocol
+from sslkit.evaluate.evaluation_result import RANDOM_DRAWS
 from sslkit.evaluate.labelled_data import open_pair
 from sslkit.evaluate.probes.finetune import FinetuneProtocol
 from sslkit.evaluate.probes.knn import KnnProtocol
@@ -24,7 +25,7 @@ from sslkit.evaluate.probes.sweep import SweepProtocol, sweep
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The same encoder whole, and with a weight that is not a number."""
-    torch.manual_seed(1)
+    torch.manual_seed(9)  # not a seed of the random twins
     model, folders = timm.create_model("test_resnet", num_classes=0), {}
     for name in ("whole", "nan"):
         folders[name] = str(tmp_path_factory.mktemp("encoder") / name)
@@ -176,7 +177,7 @@ def test_a_damaged_cache_is_extracted_again(
         files = sorted(tmp_path.rglob("features.safetensors"))
         for file in files:
             file.write_bytes(file.read_bytes()[:-5])
-    assert len(files) == 4
+    assert len(files) == 2 * (1 + RANDOM_DRAWS)
     assert printed[0] == printed[1]
 
 

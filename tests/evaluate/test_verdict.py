@@ -7,6 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from sslkit.evaluate.evaluation_result import bootstrap_interval, score_of, score_of_draws
 from sslkit.evaluate.verdict import Difference, paired_difference, verdict
 
 # images that only the first, only the second, and both or none classify correctly
@@ -143,3 +144,27 @@ def test_verdict_names_first_what_is_not_beaten(differences: dict[str, Differenc
 def test_arrays_that_do_not_fit_are_refused(a: list[float], b: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         paired_difference(a, b)
+
+
+def test_random_weights_are_beaten_only_if_each_draw_is() -> None:
+    """One lucky draw of random weights makes the interval reach it; the score is the mean of the draws."""
+    own = np.arange(400) % 10 < 6
+    draws = [np.arange(400) % 10 < 2, np.arange(400) % 10 < 4, np.arange(400) % 20 < 12]
+    score = score_of_draws("random init", draws, own)
+    single = [score_of("random init", each, own) for each in draws]
+    assert score.accuracy == pytest.approx((0.2 + 0.4 + 0.6) / 3, abs=1e-6)
+    assert score.difference is not None
+    assert score.difference.points == pytest.approx(20.0)
+    assert score.difference.low == min(each.difference.low for each in single if each.difference) <= 0.0
+    assert score.difference.high == max(each.difference.high for each in single if each.difference)
+    assert not score.difference.is_better
+    assert score.note == "mean of 3 draws"
+    without_luck = score_of_draws("random init", draws[:2], own)
+    assert without_luck.difference is not None
+    assert without_luck.difference.is_better
+
+
+def test_the_interval_of_all_right_is_exact() -> None:
+    """Clopper and Pearson: of 10 right of 10, the lower end is 0.025 ** (1 / 10)."""
+    assert bootstrap_interval(1.0, 10) == pytest.approx((0.6915, 1.0), abs=1e-4)
+    assert bootstrap_interval(0.0, 10) == pytest.approx((0.0, 0.3085), abs=1e-4)

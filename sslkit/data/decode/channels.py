@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sslkit.data.decode.orientation import ORIENTATION, turn_upright
+from sslkit.data.decode.png_chunks import without_profile
 from sslkit.data.decode.rgb import (
     MAX_PIXELS,
     TIFF,
@@ -73,7 +74,7 @@ def _decode_plain(encoded: bytes, name: str, channels: int) -> NDArray[Any]:
     if header.format == "PNG" and encoded[24:25] == b"\x10" and channels > 1:
         if encoded[24:26] != DEEP_PNG:
             raise UnreadableImage(name, "a PNG of 16-bit grey with alpha, which would lose bits; convert it to TIFF")
-        values = cv2.imdecode(np.frombuffer(encoded, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
+        values = cv2.imdecode(np.frombuffer(without_profile(encoded), dtype=np.uint8), cv2.IMREAD_UNCHANGED)
         if values is None or values.ndim != 3 or values.shape[2] != channels:
             raise UnreadableImage(name, "damaged or truncated")
         return turn_upright(np.asarray(values[..., [2, 1, 0, 3]]), header.orientation)

@@ -16,6 +16,7 @@ from PIL import AvifImagePlugin, Image, TiffImagePlugin, UnidentifiedImageError
 
 from sslkit.data.decode.background import KEEP, flatten
 from sslkit.data.decode.orientation import ORIENTATION, metadata_first, orientation_of, turn_upright
+from sslkit.data.decode.png_chunks import without_profile
 from sslkit.errors import UserError, first_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -216,7 +217,9 @@ def _decode_with_opencv(encoded: bytes, header: Header, by: int, *, with_alpha: 
     """Pixels, rotated only if a TIFF; None if OpenCV cannot decode it."""
     flags = cv2.IMREAD_UNCHANGED if with_alpha else REDUCED.get(by, cv2.IMREAD_COLOR_RGB)
     try:
-        pixels = cv2.imdecode(np.frombuffer(encoded, dtype=np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
+        pixels = cv2.imdecode(
+            np.frombuffer(without_profile(encoded), dtype=np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION
+        )
     except cv2.error:  # for example an image too large for OpenCV
         return None
     if pixels is None:

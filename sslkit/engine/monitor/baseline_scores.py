@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from sslkit.distributed.consistency import all_or_none
 from sslkit.engine.monitor.knn_monitor import KnnMonitor, preprocessing_of
 from sslkit.errors import UserError
-from sslkit.evaluate.evaluation_result import Score, score_of
-from sslkit.evaluate.features.encoder import Encoder
+from sslkit.evaluate.evaluation_result import RANDOM_DRAWS, Score, score_of, score_of_draws
+from sslkit.evaluate.features.encoder import RANDOM_INIT, Encoder
 from sslkit.evaluate.features.pixel_baselines import PixelTransform, pixel_baselines, raw_pixel_side
 from sslkit.evaluate.features.transforms import Transform
 from sslkit.hub.untrusted import parse_encoder_config
@@ -32,10 +32,13 @@ def score_baselines(knn: KnnMonitor, backbone: nn.Module, recipe: Recipe) -> lis
         )
     own = knn.correct
     scores = [score_of("this run", own)]
-    for name, module in _encoders(backbone, recipe):
-        scores.append(score_of(name, knn.classify(*_features(knn, module)), own))
+    draws = [knn.classify(*_features(knn, module)) for module in _random_twins(backbone, recipe)]
+    scores.append(score_of_draws(RANDOM_INIT, draws, own))
+    start = all_or_none(lambda: create_start(recipe))
+    if start is not None:
+        scores.append(score_of(start[0], knn.classify(*_features(knn, start[1])), own))
     if recipe.views.channels == 3:
-        readable = knn.kept.nonzero()[:1, 0].numpy()
+        readable = knn.kept.nonzero()[:, 0].numpy()
         transform = PixelTransform(raw_pixel_side(knn.pair.train.subset(readable)))
         for name, pixels in pixel_baselines(*_features(knn, nn.Identity(), transform)).items():
             scores.append(score_of(name, knn.classify(*pixels, centre=True), own))  # centred as by `sslkit eval knn`
@@ -52,13 +55,10 @@ def _features(knn: KnnMonitor, module: nn.Module, transform: Transform | None = 
     return bank, queries
 
 
-def _encoders(backbone: nn.Module, recipe: Recipe) -> Iterator[tuple[str, nn.Module]]:
-    """Random weights as in `sslkit eval`, and the start of a run from pretrained weights."""
+def _random_twins(backbone: nn.Module, recipe: Recipe) -> Iterator[nn.Module]:
+    """The same architecture with random weights, as in `sslkit eval`."""
     with torch.random.fork_rng(devices=[]):
         config = parse_encoder_config(encoder_config(recipe, "other"), "recipe.toml")
     architecture = config.architecture, config.model_args, config.small_stem
-    twin = Encoder(backbone, preprocessing_of(recipe.views), "", *architecture).random_twin()
-    yield twin.description, twin.module
-    start = all_or_none(lambda: create_start(recipe))
-    if start is not None:
-        yield start
+    encoder = Encoder(backbone, preprocessing_of(recipe.views), "", *architecture)
+    return (encoder.random_twin(seed).module for seed in range(RANDOM_DRAWS))

@@ -1,7 +1,8 @@
 """The encoders that an evaluation compares: the model, the same architecture with random weights, and baselines."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TypeVar
 
 from sslkit.errors import UserError
@@ -25,16 +26,20 @@ class TransferOptions:
 
 
 def frozen_encoders(
-    model: str, baselines: Sequence[str | Encoder], readout: Readout
-) -> tuple[Encoder, list[Encoder | None]]:
-    """The encoder; and it, its random twin, None for the pixel baselines (RGB encoders only), and the baselines."""
+    model: str, baselines: Sequence[str | Encoder], readout: Readout, draws: int
+) -> tuple[Encoder, Iterable[Encoder | None]]:
+    """The encoder; and it, its random twins, None for the pixel baselines (RGB encoders only), and the baselines.
+
+    There are as many random twins as ``draws``, each made when it is its turn.
+    """
     loaded = [each if isinstance(each, Encoder) else load_encoder(each) for each in (model, *baselines)]
     encoder, *others = (_with_crop(each, readout) for each in loaded)
     pixels = [None] if encoder.channels == 3 else []
-    return encoder, [encoder, encoder.random_twin(), *pixels, *others]
+    twins = (encoder.random_twin(seed) for seed in range(draws))
+    return encoder, chain([encoder], twins, pixels, others)
 
 
-def in_turn(encoders: Sequence[Compared]) -> Iterator[Compared]:
+def in_turn(encoders: Iterable[Compared]) -> Iterator[Compared]:
     """The encoders one after the other; the progress that is shown meanwhile names each. None stands for raw pixels."""
     for encoder in encoders:
         with group(RAW_PIXELS if encoder is None else encoder.description):

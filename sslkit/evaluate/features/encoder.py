@@ -24,6 +24,9 @@ from sslkit.terminal import print_message
 MAX_BATCH_ELEMENTS = 256 * 3 * 512**2
 
 
+RANDOM_INIT = "random init"  # name of an encoder with random weights
+
+
 @dataclass(frozen=True)
 class Encoder:
     """A backbone without a classifier, and the preprocessing of its inputs.
@@ -74,7 +77,7 @@ class Encoder:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = build_backbone(self.architecture, self.model_args, self.small_stem)
-        return replace(self, module=module, description="random init", revision="")
+        return replace(self, module=module, description=RANDOM_INIT, revision="")
 
     def copy(self, **model_args: Any) -> nn.Module:
         """A copy of the module, built with further timm arguments if the architecture accepts them."""

@@ -10,6 +10,7 @@ from sslkit.evaluate.features.extraction import extract_features
 
 RAW_PIXELS, COLOUR_HISTOGRAMS = "raw pixels", "colour histograms"
 MAX_SIDE, MIN_SIDE = 32, 8
+SOME = 16  # images whose sides are read
 BINS = 8  # of each channel; 4 and 6 are weaker on photographs
 GREY = 0.01  # mean difference of the channels, in [0, 1], below which images are grey
 CHUNK = 4096  # images at a time
@@ -29,9 +30,10 @@ class PixelTransform:
 
 
 def raw_pixel_side(source: ImageSource) -> int:
-    """Side of the raw-pixel features in pixels: the shorter side of the first image, limited to 8 ... 32."""
-    sides: tuple[int, ...] = source.read(0).shape[:2]
-    return max(min(MAX_SIDE, *sides), MIN_SIDE)
+    """Side of the raw-pixel features in pixels: the median of some images' shorter side, limited to 8 ... 32."""
+    some = np.linspace(0, len(source) - 1, min(len(source), SOME)).astype(int)
+    sides = [min(source.read(int(index)).shape[:2]) for index in some]
+    return max(min(MAX_SIDE, int(np.median(sides))), MIN_SIDE)
 
 
 def raw_pixels(source: ImageSource, side: int, workers: int = 0) -> Tensor:

@@ -4,7 +4,7 @@ Each evaluation scores the encoder and its baselines: the same architecture with
 histograms, and any timm models. Pretraining that does not beat random weights and pixels has learned nothing.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from sslkit.data.loading.shared_memory import explain_death
 from sslkit.data.sources.image_source import DataConfig, ImageSource
 from sslkit.errors import UserError
-from sslkit.evaluate.evaluation_result import EvaluationResult, Score, score_of
+from sslkit.evaluate.evaluation_result import RANDOM_DRAWS, EvaluationResult, Score, score_of, score_of_draws
 from sslkit.evaluate.features.compared_encoders import TransferOptions, frozen_encoders, in_turn, trained_encoders
-from sslkit.evaluate.features.encoder import Encoder
+from sslkit.evaluate.features.encoder import RANDOM_INIT, Encoder
 from sslkit.evaluate.features.extraction import extract_features
 from sslkit.evaluate.features.pixel_baselines import pixel_baselines, raw_pixel_side, raw_pixels
 from sslkit.evaluate.features.readouts import Readout, extract_readouts
@@ -71,7 +71,7 @@ def evaluate_knn_grid(
     check_neighbours(protocols, len(pair.train))
     rows: list[list[Row]] = [[] for _ in protocols]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    own, encoders = frozen_encoders(model, baselines, readout)
+    own, encoders = frozen_encoders(model, baselines, readout, RANDOM_DRAWS)
     for encoder, features in _compared(encoders, pair, [readout]):
         # Pixels are always centred: the mean brightness hides the differences between images.
         is_pixels = isinstance(encoder, str)
@@ -111,7 +111,8 @@ def evaluate_linear(
         raise UserError("--epochs: does not apply to the protocol logistic, which runs to convergence; omit it")
     readout = readout or Readout()
     pair = _open_splits(data, splits)
-    own, encoders = frozen_encoders(model, baselines, readout)
+    # The papers' protocols train for many epochs.
+    own, encoders = frozen_encoders(model, baselines, readout, RANDOM_DRAWS if protocol == "logistic" else 1)
     rows: list[Row] = []
     settings: dict[str, Any] = {}
     for encoder, features in _compared(encoders, pair, [readout]):
@@ -151,7 +152,7 @@ def evaluate_sweep(
     pair = _open_splits(data, splits)
     rows: list[Row] = []
     grid: list[dict[str, Any]] = []
-    own, encoders = frozen_encoders(model, baselines, readouts[0])
+    own, encoders = frozen_encoders(model, baselines, readouts[0], 1)
     for encoder, features in _compared(encoders, pair, readouts):
         train, test = (
             dict(zip(map(str, readouts), features(source), strict=False)) for source in (pair.train, pair.test)
@@ -228,14 +229,22 @@ def _readout_suffix(*readouts: Readout) -> str:
 def _scores(rows: Sequence[Row]) -> list[Score]:
     """Scores of what was compared, the encoder first, and its differences from the others."""
     scores, own = [], rows[0][1]
+    draws = [correct for encoder, correct, _ in rows if _is_random(encoder)]
     for encoder, correct, note in rows:
         name, revision = (encoder, "") if isinstance(encoder, str) else (encoder.description, encoder.revision)
-        scores.append(score_of(name, correct, None if correct is own else own, note=note, revision=revision))
+        if not _is_random(encoder):
+            scores.append(score_of(name, correct, None if correct is own else own, note=note, revision=revision))
+        elif correct is draws[0]:
+            scores.append(score_of_draws(name, draws, own, note=note))
     return scores
 
 
+def _is_random(encoder: Encoder | str) -> bool:
+    return isinstance(encoder, Encoder) and encoder.description == RANDOM_INIT
+
+
 def _compared(
-    encoders: Sequence[Encoder | None], pair: LabelledPair, readouts: Sequence[Readout]
+    encoders: Iterable[Encoder | None], pair: LabelledPair, readouts: Sequence[Readout]
 ) -> Iterator[tuple[Encoder | str, Features]]:
     """Each encoder and its features of each readout; for None, the pixel baselines, with one for all readouts."""
     for encoder in in_turn(encoders):

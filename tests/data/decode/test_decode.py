@@ -12,7 +12,7 @@ import pytest
 from hostile import bad_images, good_images, photo, png_of_size, webp_of_size, write_hostile_things
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from sslkit.data.decode.rgb import MAX_PIXELS, UnreadableImage, decode_rgb, read_file, read_header
 from sslkit.data.formats.folder_listing import list_images, printable, table_of_folders, to_path, to_text
@@ -40,6 +40,27 @@ def test_16_bit_grey_keeps_its_high_byte(suffix: str) -> None:
     grey = photo()[..., 0]
     encoded = cv2.imencode(suffix, grey.astype(np.uint16) * 256 + 99)[1].tobytes()
     assert np.array_equal(decode_rgb(encoded, "x"), np.repeat(grey[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_a_wrong_colour_profile_is_not_reported_by_libpng(mode: str, capfd: pytest.CaptureFixture[str]) -> None:
+    image, stream = Image.fromarray(photo()).convert(mode), io.BytesIO()
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile[16:20] = b"CMYK"
+    image.save(stream, "PNG", icc_profile=bytes(profile))
+    assert b"iCCP" in stream.getvalue()
+    assert np.array_equal(decode_rgb(stream.getvalue(), "x", "white"), decode_rgb(png(image), "x", "white"))
+    assert capfd.readouterr().err == ""
+    import cv2  # noqa: PLC0415
+
+    cv2.imdecode(np.frombuffer(stream.getvalue(), dtype=np.uint8), cv2.IMREAD_UNCHANGED)
+    assert "iCCP" in capfd.readouterr().err  # what a user would see
+
+
+def png(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
 
 
 @pytest.mark.parametrize("name", BAD)
