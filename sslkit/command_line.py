@@ -22,16 +22,18 @@ def running(words: Sequence[str]) -> Iterator[None]:
         _words.reset(token)
 
 
-def same_command(*, output: str = "", resume: str = "", overrides: Sequence[str] = ()) -> str:
+def same_command(*, output: str = "", resume: str = "", overrides: Sequence[str] = (), python: str = "") -> str:
     """The command that is running, with another ``--output`` and ``--resume`` and more ``--set``, to be pasted.
 
     Under a launcher, whose words are not known, and for commands other than ``pretrain`` it names the options to add.
-    From Python it is a call of `sslkit.train`.
+    From Python it is ``python``, or else a call of `sslkit.train`.
     """
     given = {"--output": str(output), "--resume": str(resume)}
     options = [word for name, value in given.items() if value for word in (name, value)]
     options += [word for override in overrides for word in ("--set", override)]
     words = _words.get()
+    if not words and python:
+        return python
     if not words:
         arguments = [repr(str(output)) if output else "output", *([f"resume={str(resume)!r}"] if resume else [])]
         also = f" with {', '.join(overrides)} in the recipe" if overrides else ""

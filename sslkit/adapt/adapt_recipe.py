@@ -82,6 +82,11 @@ def anchor_size(start: Start, size: int) -> int:
     return larger if larger > size else 0
 
 
+def kept_every(epochs: int) -> int:
+    """Every how many epochs a checkpoint is kept, to be judged: about `POINTS` in all, or each of a short run."""
+    return max(epochs // POINTS, 1)
+
+
 def look_at(source: ImageSource, option: str) -> ImageSummary:
     """A sample of the images; a UserError if there are too few to train on."""
     if len(source) < MIN_IMAGES:
@@ -136,7 +141,7 @@ def adaptation_recipe(start: Start, data: Mapping[str, Any], images: ImageSummar
             "log_every": 10,
         },
         "monitor": {"diagnose_every": 0},
-        "checkpoint": {"keep_every_epochs": max(epochs // POINTS, 1), "keep": 1},
+        "checkpoint": {"keep_every_epochs": kept_every(epochs), "keep": 1},
     }
     recipe = build_recipe(tables, list(wishes.stated), name="adapt")
     for option, key, wanted, found in (

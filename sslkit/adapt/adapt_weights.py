@@ -1,6 +1,7 @@
 """Continue public weights on own images, judge the result, and hand back the better encoder."""
 
 import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -9,11 +10,12 @@ from typing import Any
 
 import torch
 
-from sslkit.adapt.adapt_recipe import Wishes, adaptation_recipe, input_sizes, look_at
+from sslkit.adapt.adapt_recipe import Wishes, adaptation_recipe, input_sizes, kept_every, look_at
 from sslkit.adapt.adapted_points import points_of, write_answer
 from sslkit.adapt.answer import Answer
 from sslkit.adapt.judging import Judge
 from sslkit.adapt.start_weights import read_start
+from sslkit.command_line import free_folder, same_command
 from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.distributed.collectives import processes_started
 from sslkit.doctor.image_checks import ImageSummary
@@ -27,7 +29,10 @@ from sslkit.text import format_duration, pluralize
 DEFAULT_HOURS, MEASURED_SECONDS = 1.0, 10.0
 MAX_EPOCHS = 20
 MAX_LISTED = 5  # keys that a message lists
-TRAINING_SHARE = 0.8  # of the time; the rest is for judging
+PLANNED_SHARE = 0.9  # of the time; the rest is for linear probes and for estimates that were too low
+# Share of the time that judging the untouched encoder at one more size may take, where the size is stated and not.
+OTHER_SIZE_SHARE, SIZE_SHARE = 0.1, 0.3
+STORE = "features"  # in the output folder
 LogMessage = Callable[[str], None]
 
 
@@ -81,7 +86,7 @@ def adapt_weights(
     Raises:
         UserError: Weights, images, options or folder cannot be used.
     """
-    options = options or AdaptOptions()
+    options, begin = options or AdaptOptions(), time.monotonic()
     if processes_started() > 1:
         raise UserError("sslkit adapt runs in 1 process; to train on several, set [adapt] in a recipe of pretrain")
     folder, wishes = Path(output), options.wishes
@@ -94,12 +99,18 @@ def adapt_weights(
         recipes = (adaptation_recipe(start, table, images, size, wishes) for size in sizes)
         with torch.random.fork_rng(devices=[]):
             _check_one_is_possible(recipes, len(source))
-    judge = Judge(source, options.labelled, options.retain, options.log_message)
+    judge = Judge(source, options.labelled, options.retain, folder / STORE, options.log_message)
+    required = saved.views.size if saved else wishes.size
     if saved:
-        sizes = sorted({*sizes, saved.views.size}) if options.labelled else [saved.views.size]
-    size = judge.judge_start(start, sizes, fixed=wishes.size)
-    size = saved.views.size if saved else size
-    recipe = saved or _new_recipe(partial(adaptation_recipe, start, table, images, size), images, options)
+        sizes = sorted({*sizes, required}) if options.labelled else [required]
+    share = OTHER_SIZE_SHARE if wishes.size else SIZE_SHARE
+    size = judge.judge_start(start, sizes, required, 3600 * options.hours * share)
+    judge.compares_sizes = not wishes.size
+    recipe = saved
+    if recipe is None:
+        left = 3600 * options.hours * PLANNED_SHARE - (time.monotonic() - begin)
+        make = partial(adaptation_recipe, start, table, images, size)
+        recipe = _new_recipe(make, images, options, partial(judge.seconds_at_end, size), left)
     options.log_message(
         f"training: {recipe.method_name}, views of {size} px, batch {recipe.train.batch_size}, "
         f"{pluralize(recipe.train.epochs, 'epoch')}, [adapt] {_stated(recipe)}"
@@ -135,32 +146,60 @@ def _saved_recipe(folder: Path, make: Callable[[int, Wishes], Recipe], wishes: W
         UserError: The folder holds something else, or an adaptation with other settings.
     """
     file = folder / "run" / "recipe.toml"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder}: is a file; {_elsewhere(folder)}")
     if not file.is_file():
-        if folder.exists() and any(entry.name != "run" for entry in folder.iterdir()):
-            raise UserError(f"--output {folder}: is not empty and holds no adaptation; name a new folder")
+        if folder.exists() and any(entry.name not in ("run", STORE) for entry in folder.iterdir()):
+            raise UserError(f"--output {folder}: is not empty and holds no adaptation; {_elsewhere(folder)}")
         return None
     saved = load_saved(file)
     size, epochs = wishes.size or saved.views.size, wishes.epochs or saved.train.epochs
     asked = make(size, replace(wishes, epochs=epochs))
     if changed := changes(saved.as_tables(), asked.as_tables()):
         raise UserError(
-            f"--output {folder}: holds an adaptation with other settings ({'; '.join(changed[:MAX_LISTED])}); name "
-            "another folder"
+            f"--output {folder}: holds an adaptation with other settings ({'; '.join(changed[:MAX_LISTED])}); "
+            f"{_elsewhere(folder)}"
         )
     return saved
 
 
-def _new_recipe(make: Callable[[Wishes], Recipe], images: ImageSummary, options: AdaptOptions) -> Recipe:
-    """The recipe, with as many epochs as fit in the time."""
-    wishes = options.wishes
+def fitting_epochs(epoch: float, seconds_at_end: Callable[[int], float], left: float) -> tuple[int, float]:
+    """The most epochs, at least 1, that fit into the seconds that are left, and the seconds for judging after them."""
+    judging = {n: seconds_at_end(math.ceil(n / kept_every(n))) for n in range(1, MAX_EPOCHS + 1)}
+    epochs = max((n for n, seconds in judging.items() if n * epoch + seconds <= left), default=1)
+    return epochs, judging[epochs]
+
+
+def _elsewhere(folder: Path) -> str:
+    free = free_folder(folder)
+    return f"to adapt in a new folder: {same_command(output=free, python=f'output={free!r}')}"
+
+
+def _new_recipe(
+    make: Callable[[Wishes], Recipe],
+    images: ImageSummary,
+    options: AdaptOptions,
+    seconds_at_end: Callable[[int], float],
+    left: float,
+) -> Recipe:
+    """The recipe, with as many epochs as fit in the seconds that are left, with judging at the end.
+
+    ``seconds_at_end`` gives what judging takes for a number of points.
+    """
+    wishes, begin = options.wishes, time.monotonic()
     recipe = make(wishes)
     if wishes.epochs:
         return recipe
     options.log_message("measuring a step")
-    seconds = profile(recipe, MEASURED_SECONDS).step * (images.count // recipe.train.batch_size)
-    epochs = max(min(math.floor(TRAINING_SHARE * 3600 * options.hours / seconds), MAX_EPOCHS), 1)
-    length = f"{pluralize(epochs, 'epoch')} of {format_duration(seconds)}"
-    options.log_message(f"{length} (--hours {options.hours:g}, at most {MAX_EPOCHS} epochs)")
+    epoch = profile(recipe, MEASURED_SECONDS).step * (images.count // recipe.train.batch_size)
+    left -= time.monotonic() - begin
+    epochs, judging_seconds = fitting_epochs(epoch, seconds_at_end, left)
+    length = f"{pluralize(epochs, 'epoch')} of {format_duration(epoch)}"
+    judging = f"then {format_duration(judging_seconds)} for judging"
+    if epochs * epoch + judging_seconds > left:
+        options.log_message(f"{length}, {judging}: the least, and more than is left of --hours {options.hours:g}")
+    else:
+        options.log_message(f"{length}, {judging} (--hours {options.hours:g}, at most {MAX_EPOCHS} epochs)")
     return make(replace(wishes, epochs=epochs))
 
 

@@ -41,6 +41,8 @@ class Answer:
         uses: Every use of the encoder that was judged by kNN.
         remarks: Sentences on what the answer is worth.
         hints: Sentences on what is better and costs nothing.
+        better_start: The untouched encoder at another size, if it is better than what is written: the end of a
+            sentence.
     """
 
     gained: bool
@@ -52,10 +54,15 @@ class Answer:
     uses: list[Use] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     hints: list[str] = field(default_factory=list)
+    better_start: str = ""
 
     @property
     def verdict(self) -> str:
         """One sentence."""
+        return f"{self._found}. But {self.better_start}" if self.better_start else self._found
+
+    @property
+    def _found(self) -> str:
         if not self.comparisons:
             kept = f"the encoder of epoch {self.epoch} is kept" if self.gained else "encoder/ holds the start"
             return f"Without labels it is not known whether training helped. By the measures above, {kept}"
@@ -72,10 +79,7 @@ class Answer:
 
     def lines(self) -> list[str]:
         """The answer as text, the verdict last."""
-        lines = [f"  {use.name}: {use.accuracy:.1%}" for use in self.uses]
-        if lines:
-            lines.insert(0, f"kNN accuracy ({self.comparisons[KNN].difference.images} images):")
-        lines += [f"target, {each}" for each in self.comparisons]
+        lines = [f"target, {each}" for each in self.comparisons]
         lines += [f"retained, {each}" for each in self.retained]
         lines += [str(each) for each in self.label_free]
         if any(each.difference.is_worse for each in self.retained):

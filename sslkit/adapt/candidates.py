@@ -1,7 +1,7 @@
 """What an encoder can be used as: a point of the run, an input size, features as they are or whitened.
 
-The best of several candidates looks better than it is on the images that chose it. So each image is judged with the
-candidate that the other images chose.
+The best of several candidates looks better than it is on the images that chose it, and on those that chose it by it.
+So each part of the images is judged with the candidate that the other parts chose among themselves.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sslkit.adapt.judged_images import FOLDS, JudgedImages
+from sslkit.adapt.judged_images import JudgedImages
 from sslkit.evaluate.features.encoder import Encoder
 from sslkit.evaluate.features.readouts import Readout, extract_readouts
 from sslkit.evaluate.features.whitening import whiten
@@ -28,8 +28,9 @@ class Candidate:
         epoch: Point of the run; 0 is the start.
         size: Side of the input in pixels.
         whitened: Whether its features are whitened.
-        correct: (N,) of the judged images.
-        choosing: (M,) of the images that may choose it: those that classify, if there is a test split.
+        correct: (N,) of the judged images, each part classified by the others, or by the training images.
+        choosing: (P,) accuracy on the images that choose for each part: those that classify it, by each other.
+        merit: Accuracy on all images that may choose: ``correct``'s mean; with a test split, on the training images.
         features: Of the judged sources, as they are.
     """
 
@@ -38,7 +39,8 @@ class Candidate:
     size: int
     whitened: bool
     correct: NDArray[np.bool_]
-    choosing: NDArray[np.bool_]
+    choosing: NDArray[np.float64]
+    merit: float
     features: list[Tensor]
 
     @property
@@ -57,28 +59,29 @@ def candidates_of(encoder: Encoder, epoch: int, judged: JudgedImages, readout: R
     name = f"{f'epoch {epoch}' if epoch else 'untouched'}, {size} px"
     found = []
     for whitened in (False, True):
-        used = whiten(*features) if whitened else features
-        correct = judged.knn_correct(used)
-        choosing = correct if judged.test is None else judged.bank_correct(used[0])
+        correct, choosing = judged.knn(whiten(*features) if whitened else features)
+        merit = float(correct.mean() if judged.test is None else choosing[0])
         label = f"{name}, whitened" if whitened else name
-        found.append(Candidate(label, epoch, size, whitened, correct, choosing, features))
+        found.append(Candidate(label, epoch, size, whitened, correct, choosing, merit, features))
     return found
 
 
 def best(candidates: Sequence[Candidate]) -> Candidate:
-    """The candidate with most correct images among those that choose; the first of equals."""
-    return max(candidates, key=lambda candidate: candidate.choosing.mean())
+    """The candidate with the highest merit; the first of equals."""
+    return max(candidates, key=lambda candidate: candidate.merit)
+
+
+def chosen_by_parts(candidates: Sequence[Candidate], judged: JudgedImages) -> list[Candidate]:
+    """The candidate to judge each part with: the best by the images that classify it."""
+    parts = range(len(judged.parts))
+    return [max(candidates, key=lambda candidate: candidate.choosing[part]) for part in parts]
 
 
 def fairly_judged(candidates: Sequence[Candidate], judged: JudgedImages) -> NDArray[np.bool_]:
-    """Which images the best candidate classifies correctly, each judged with the choice of other images: (N,)."""
-    if judged.test is not None:
-        return best(candidates).correct
+    """Which images are classified correctly, each with the candidate that other images chose: (N,)."""
     correct = np.zeros(judged.count, dtype=np.bool_)
-    folds = judged.folds.numpy()
-    for fold in range(FOLDS):
-        chosen = max(candidates, key=lambda candidate: candidate.choosing[folds != fold].mean())
-        correct[folds == fold] = chosen.correct[folds == fold]
+    for (_, tested), chosen in zip(judged.parts, chosen_by_parts(candidates, judged), strict=True):
+        correct[tested.numpy()] = chosen.correct[tested.numpy()]
     return correct
 
 
@@ -112,5 +115,8 @@ def compare_encoders(judged: JudgedImages, starts: Sequence[Candidate], ends: Se
     """Compare the best end with the best start by kNN and by a linear probe; see `fairly_judged`."""
     knn = compare("kNN", fairly_judged(starts, judged), fairly_judged(ends, judged))
     with torch.random.fork_rng(devices=[]):
-        probes = [judged.linear_correct(best(each).features) for each in (starts, ends)]
+        probes = [
+            judged.linear_correct([chosen.features for chosen in chosen_by_parts(each, judged)])
+            for each in (starts, ends)
+        ]
     return [knn, compare("linear probe", *probes)]

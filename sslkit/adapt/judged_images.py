@@ -1,6 +1,7 @@
-"""Labelled images on which start and end are compared, image by image; copies of an image never answer for it."""
+"""Labelled images on which start and end are compared, image by image; copies of an image count once."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +15,7 @@ from sslkit.data.formats.splits import SPLIT_OF
 from sslkit.data.sources.image_source import DataConfig, ImageSource, available_splits, open_source
 from sslkit.errors import UserError
 from sslkit.evaluate.labelled_data import open_pair
-from sslkit.evaluate.probes.knn import KnnProtocol, is_correct, predict_by_others
+from sslkit.evaluate.probes.knn import KnnProtocol, is_correct, predict, predict_by_others, share_correct
 from sslkit.evaluate.probes.linear import linear_accuracy
 from sslkit.text import pluralize
 
@@ -27,9 +28,9 @@ UNREADABLE = "unreadable"
 
 @dataclass(frozen=True)
 class JudgedImages:
-    """A labelled set: images that classify, and images that are classified.
+    """A labelled set: images that classify, and images that are classified. No two of them have equal pixels.
 
-    Without a test split, each image is classified by all others (kNN), or by a probe of the other folds.
+    Without a test split, the images are cut into `FOLDS` parts, and each part is classified by the others.
 
     Attributes:
         description: For messages.
@@ -37,10 +38,9 @@ class JudgedImages:
         test: Images that are classified; None if they are those of ``train``.
         labels: (len(train),) int64.
         truth: (len(test),) int64; ``labels`` without a test split.
-        copies: (len(train),) int64, equal for images of equal pixels, of the numbers of ``test_copies``.
-        test_copies: Likewise for the images that are classified.
         digests: Of the pixels of the images that are classified.
-        folds: (len(test),) int64 in [0, FOLDS): parts of the images that are classified, copies in one part.
+        folds: (len(test),) int64 in [0, FOLDS): the part of each image that is classified.
+        copied: How many images were left out as copies of others.
     """
 
     description: str
@@ -48,23 +48,14 @@ class JudgedImages:
     test: ImageSource | None
     labels: Tensor
     truth: Tensor
-    copies: Tensor
-    test_copies: Tensor
     digests: list[str]
     folds: Tensor
+    copied: int = 0
 
     @property
     def count(self) -> int:
         """Number of images that are classified."""
         return len(self.truth)
-
-    @property
-    def copied(self) -> int:
-        """How many images that are classified have a copy among those that classify."""
-        if self.test is not None:
-            return int(torch.isin(self.test_copies, self.copies).sum())
-        _, counts = torch.unique(self.copies, return_counts=True)
-        return int(counts[counts > 1].sum())
 
     @cached_property
     def classes(self) -> int:
@@ -81,31 +72,45 @@ class JudgedImages:
         """The images whose features are needed."""
         return [self.train] if self.test is None else [self.train, self.test]
 
-    def knn_correct(self, features: list[Tensor]) -> NDArray[np.bool_]:
-        """Whether kNN classifies each image correctly, from the features of `sources`: (count,)."""
-        predicted = predict_by_others(
-            features[-1], features[0], self.labels, self.classes, self.protocol, (self.test_copies, self.copies)
-        )
-        return is_correct(predicted, self.truth).numpy()
+    @cached_property
+    def parts(self) -> list[tuple[Tensor, Tensor]]:
+        """Positions of the images that classify and of those that are classified by them: one part with a test split.
 
-    def bank_correct(self, features: Tensor) -> NDArray[np.bool_]:
-        """Whether kNN classifies each image of ``train`` correctly by the others: (len(train),)."""
-        copies = self.copies, self.copies
-        predicted = predict_by_others(features, features, self.labels, self.classes, self.protocol, copies)
-        return is_correct(predicted, self.labels).numpy()
-
-    def linear_correct(self, features: list[Tensor]) -> NDArray[np.bool_]:
-        """Whether a logistic regression classifies each image correctly, from the features of `sources`: (count,)."""
+        What a part is judged with is chosen by its images that classify.
+        """
         if self.test is not None:
-            kept = ~torch.isin(self.copies, self.test_copies)
-            score = linear_accuracy(features[0][kept], self.labels[kept], features[1], self.truth)
-            return score.correct.numpy()
+            return [(torch.arange(len(self.labels)), torch.arange(self.count))]
+        return [
+            (torch.nonzero(self.folds != n).flatten(), torch.nonzero(self.folds == n).flatten()) for n in range(FOLDS)
+        ]
+
+    def knn(self, features: list[Tensor]) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+        """Classify by kNN, from the features of `sources`.
+
+        Returns:
+            Whether each image is classified correctly, (count,), and the accuracy on the images that classify, each
+            by the others of its part, (len(parts),).
+        """
         correct = np.zeros(self.count, dtype=np.bool_)
-        for fold in range(FOLDS):
-            tested = self.folds == fold
-            if tested.any() and int((~tested).sum()) > 1:
-                rows = features[0][~tested], self.labels[~tested], features[0][tested], self.labels[tested]
-                correct[tested.numpy()] = linear_accuracy(*rows).correct.numpy()
+        choosing = []
+        for bank, tested in self.parts:
+            rows, labels = features[0][bank], self.labels[bank]
+            [predicted] = predict(features[-1][tested], rows, labels, self.classes, [self.protocol])
+            correct[tested.numpy()] = is_correct(predicted, self.truth[tested]).numpy()
+            numbers = torch.arange(len(bank))
+            predicted = predict_by_others(rows, rows, labels, self.classes, self.protocol, (numbers, numbers))
+            choosing.append(share_correct(predicted, labels))
+        return correct, np.array(choosing)
+
+    def linear_correct(self, features: Sequence[list[Tensor]]) -> NDArray[np.bool_]:
+        """Whether a logistic regression classifies each image correctly, from the features of `sources` for each part.
+
+        The result has the shape (count,).
+        """
+        correct = np.zeros(self.count, dtype=np.bool_)
+        for (bank, tested), used in zip(self.parts, features, strict=True):
+            score = linear_accuracy(used[0][bank], self.labels[bank], used[-1][tested], self.truth[tested])
+            correct[tested.numpy()] = score.correct.numpy()
         return correct
 
 
@@ -126,64 +131,72 @@ def _open_judged(config: DataConfig, seed: int) -> JudgedImages:
     splits = available_splits(config)
     if any(SPLIT_OF.get(name, "train") != "train" for name in splits):
         pair = open_pair(config, seed=seed)
-        train, train_rows = _limit(pair.train, seed)
-        test, test_rows = _limit(pair.test, seed)
-        labels, truth, description = pair.train_labels[train_rows], pair.test_labels[test_rows], pair.description
-    else:
-        source = open_source(config)
-        names = np.unique(source.labels(), return_inverse=True)[1].astype(np.int64)
-        train, train_rows = _limit(source, seed)
-        labels = truth = torch.from_numpy(names)[train_rows]
-        test, description = (
-            None,
-            f"{source.description}: {pluralize(len(train), 'image')}, each classified by the others",
-        )
-    digests = [pixel_digests(train), pixel_digests(test) if test is not None else []]
-    train, labels, digests[0] = _read_ones(train, labels, digests[0])
-    if test is None:
-        truth = labels
-    else:
-        test, truth, digests[1] = _read_ones(test, truth, digests[1])
-        if len(set(digests[0]) - set(digests[1])) < 2:
+        all_of_train = _distinct(pair.train, pair.train_labels, seed)
+        test = _distinct(pair.test, pair.test_labels, seed)
+        train, description = all_of_train.without(test), pair.description
+        copied = train.copies + test.copies
+        if len(train.digests) < min(2, len(all_of_train.digests)):
             raise UserError(
                 f"{description}: the training images are those of the test split, and no image may be classified by "
                 "its copies; give two different sets, or one without a test split"
             )
-    if len(labels) < MIN_IMAGES or len(truth) < MIN_IMAGES or len(torch.unique(labels)) < 2:
+    else:
+        source = open_source(config)
+        names = np.unique(source.labels(), return_inverse=True)[1].astype(np.int64)
+        test = train = _distinct(source, torch.from_numpy(names), seed)
+        description, copied = source.description, train.copies
+    images, classes = min(len(train.digests), len(test.digests)), len(torch.unique(train.labels))
+    if images < MIN_IMAGES or classes < 2:
+        left_out = f" ({copied} left out as copies)" if copied else ""
         raise UserError(
-            f"{description} has {pluralize(len(truth), 'labelled image')} of "
-            f"{pluralize(len(torch.unique(labels)), 'class', 'classes')}; a verdict needs {MIN_IMAGES} images and 2 "
-            "classes"
+            f"{description} has {pluralize(images, 'labelled image')}{left_out} of "
+            f"{pluralize(classes, 'class', 'classes')}; a verdict needs {MIN_IMAGES} different images and 2 classes"
         )
-    numbers = torch.from_numpy(np.unique([*digests[0], *digests[1]], return_inverse=True)[1].astype(np.int64))
-    copies, test_copies = numbers[: len(train)], numbers[len(train) :]
-    test_copies = copies if test is None else test_copies
+    if test is train:
+        description = f"{description}: {pluralize(images, 'image')}, each fifth of them classified by the others"
+    order = np.random.default_rng(seed).permutation(len(test.labels))
     return JudgedImages(
-        *(description, train, test, labels, truth, copies, test_copies),
-        digests=digests[0] if test is None else digests[1],
-        folds=_folds(test_copies, seed),
+        *(description, train.source, None if test is train else test.source, train.labels, test.labels, test.digests),
+        folds=torch.from_numpy(order % FOLDS),
+        copied=copied,
     )
 
 
-def _read_ones(source: ImageSource, labels: Tensor, digests: list[str]) -> tuple[ImageSource, Tensor, list[str]]:
-    """The images that can be read, their labels and their digests."""
-    kept = [index for index, digest in enumerate(digests) if not digest.startswith(UNREADABLE)]
-    if len(kept) == len(digests):
-        return source, labels, digests
-    rows = np.array(kept, dtype=np.int64)
-    return source.subset(rows), labels[torch.from_numpy(rows)], [digests[index] for index in kept]
+@dataclass(frozen=True)
+class _Distinct:
+    """Images of which no two have equal pixels, and how many copies were left out."""
+
+    source: ImageSource
+    labels: Tensor
+    digests: list[str]
+    copies: int
+
+    def at(self, kept: list[int], copies: int) -> "_Distinct":
+        """Some of the images."""
+        rows = np.array(kept, dtype=np.int64)
+        digests = [self.digests[row] for row in kept]
+        return _Distinct(self.source.subset(rows), self.labels[torch.from_numpy(rows)], digests, copies)
+
+    def without(self, others: "_Distinct") -> "_Distinct":
+        """The images that are not among the others."""
+        seen = set(others.digests)
+        kept = [row for row, digest in enumerate(self.digests) if digest not in seen]
+        return self.at(kept, self.copies + len(self.digests) - len(kept))
 
 
-def _limit(source: ImageSource, seed: int) -> tuple[ImageSource, NDArray[np.int64]]:
+def _distinct(source: ImageSource, labels: Tensor, seed: int) -> _Distinct:
+    """At most `MOST` images, without unreadable ones; of images with equal pixels, the first."""
     rows = np.sort(np.random.default_rng(seed).permutation(len(source))[:MOST])
-    return source.subset(rows), rows
-
-
-def _folds(copies: Tensor, seed: int) -> Tensor:
-    """Parts of equal size, up to copies: each distinct image is in one part with all of its copies."""
-    distinct, numbers = torch.unique(copies, return_inverse=True)
-    order = np.random.default_rng(seed).permutation(len(distinct))
-    return torch.from_numpy(order % FOLDS)[numbers]
+    images = source.subset(rows)
+    digests = pixel_digests(images)
+    readable = [digest for digest in digests if not digest.startswith(UNREADABLE)]
+    first: dict[str, int] = {}
+    for row, digest in enumerate(digests):
+        if not digest.startswith(UNREADABLE):
+            first.setdefault(digest, row)
+    return _Distinct(images, labels[torch.from_numpy(rows)], digests, 0).at(
+        list(first.values()), len(readable) - len(first)
+    )
 
 
 def pixel_digests(source: ImageSource) -> list[str]:

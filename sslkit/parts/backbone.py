@@ -79,12 +79,17 @@ class BackboneConfig(BaseModel):
 def check_name(name: str) -> None:
     """Raise `UserError` unless ``name`` is a timm model name."""
     if not timm.is_model(name):
-        raise UserError(f"[backbone] name: timm has no model {name!r}{near_miss(name, timm.list_models())}")
+        raise UserError(f"[backbone] name: timm has no model {name!r}{model_hint(name)}")
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         known = timm.list_pretrained(f"{name.split('.')[0]}.*")
         raise UserError(f"[backbone] name: timm has no weights {name!r}{near_miss(name, known)}") from error
+
+
+def model_hint(name: str) -> str:
+    """`near_miss` among timm's models; for a name with a tag, such as ``resnet5O.a1_in1k``, among its weights."""
+    return near_miss(name, timm.list_pretrained() if "." in name else timm.list_models())
 
 
 def family(name: str) -> Family:

@@ -207,6 +207,8 @@ def test_too_few_images_and_a_foreign_folder(weights: str, photos: Path, noise: 
     assert "has 5 images; adapting needs 16 or more" in found
     found = cli_error(["adapt", weights, "--data", str(photos), "--output", str(few)])
     assert "is not empty and holds no adaptation" in found
+    assert found.rstrip().endswith(f"--output {few}-2")
+    assert "did you mean 'resnet18'?" in cli_error(["adapt", "resnet_18", "--data", str(photos)])
 
 
 @pytest.mark.full
@@ -219,6 +221,9 @@ def test_another_adaptation_is_not_continued(weights: str, photos: Path, tmp_pat
     common = ["adapt", weights, "--data", str(photos), "--output", str(out), "--set", "data.workers=0", "--size", "32"]
     assert "train.epochs: 1 -> 2" in cli_error([*common, "--epochs", "2"])
     assert "adapt.last_blocks" in cli_error([*common, "--way", "last"])
+    refused = cli_error([*common, "--size", "64"])
+    assert f"to adapt in a new folder: sslkit adapt {weights}" in refused
+    assert f"--size 64 --output {out}-2" in refused
     assert "--set views.size=64: give --size 64 instead" in cli_error([*common, "--set", "views.size=64"])
     other = tmp_path / "other"
     timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=0), str(other), safe_serialization=True)

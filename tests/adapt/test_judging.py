@@ -1,5 +1,6 @@
-"""What the verdict rests on: no image answers for its copy, and no choice is judged by the images that made it."""
+"""What the verdict rests on: copies count once, and no choice is judged by the images that made it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from sslkit.adapt.label_free_verdict import neighbour_correlation, readable
 from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.errors import UserError
 from sslkit.evaluate.features.whitening import whiten
-from sslkit.evaluate.probes.knn import KnnProtocol, predict, predict_by_others
+from sslkit.evaluate.probes.knn import KnnProtocol, predict_by_others
 
 
 def write(folder: Path, count: int, seed: int, copies: int = 0) -> Path:
@@ -36,18 +37,29 @@ def pixels(judged: JudgedImages) -> list[torch.Tensor]:
     ]
 
 
-def test_copies_do_not_answer_for_each_other(tmp_path: Path) -> None:
+def test_copies_count_once(tmp_path: Path) -> None:
     judged = open_judged(DataConfig(path=str(write(tmp_path, 60, 0, copies=60))), "--labelled")
-    assert judged.count == 120
-    assert judged.copied == 120
-    features = pixels(judged)
-    naive = predict(features[0], features[0], judged.labels, 2, [KnnProtocol(1)])[0]
-    assert (naive == judged.labels).all()
-    for correct in (judged.knn_correct(features), judged.linear_correct(features)):
-        assert correct.mean() < 0.7
-        assert np.array_equal(correct[judged.copies.argsort(stable=True)][::2].shape, (60,))
-    for fold in judged.folds.unique():
-        assert not set(judged.copies[judged.folds == fold].tolist()) & set(judged.copies[judged.folds != fold].tolist())
+    assert judged.count == len(judged.train) == len(set(judged.digests)) == 60
+    assert judged.copied == 60
+    assert torch.bincount(judged.folds).tolist() == [12] * 5
+    correct, choosing = judged.knn(pixels(judged))  # a copy would always find the other
+    assert correct.shape == (60,)
+    assert correct.mean() < 0.7
+    assert choosing.max() < 0.75
+    assert judged.linear_correct([pixels(judged)] * 5).mean() < 0.7
+    [knn, _] = compare_encoders(judged, [guess(judged, 0)], [guess(judged, 1)])
+    assert knn.difference.images == 60
+
+
+def test_equal_images_are_refused(tmp_path: Path) -> None:
+    for index in range(40):
+        (tmp_path / f"class{index % 2}").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (90, 10, 0)).save(tmp_path / f"class{index % 2}" / f"{index}.png")
+    with pytest.raises(UserError) as caught:
+        open_judged(DataConfig(path=str(tmp_path)), "--labelled")
+    [message] = caught.value.messages
+    assert message.startswith("--labelled: ")
+    assert "has 1 labelled image (39 left out as copies) of 1 class; a verdict needs 10 different images and" in message
 
 
 def test_a_test_split_is_used_and_its_copies_are_not(tmp_path: Path) -> None:
@@ -56,7 +68,11 @@ def test_a_test_split_is_used_and_its_copies_are_not(tmp_path: Path) -> None:
     judged = open_judged(DataConfig(path=str(tmp_path)), "--labelled")
     assert judged.test is not None
     assert judged.copied == 40
-    assert judged.knn_correct(pixels(judged)).mean() < 0.8
+    assert len(judged.train) == len(judged.labels) == 20
+    assert judged.count == 40
+    correct, choosing = judged.knn(pixels(judged))
+    assert correct.mean() < 0.8
+    assert choosing.shape == (1,)
 
 
 def test_a_test_split_of_the_training_images_is_refused_at_once(tmp_path: Path) -> None:
@@ -95,23 +111,71 @@ def test_neighbours_are_those_of_scikit_learn() -> None:
         assert learner.predict(unit[row : row + 1])[0] == found[row]
 
 
-def candidate(name: str, correct: np.ndarray, features: torch.Tensor) -> Candidate:  # type: ignore[type-arg]
-    return Candidate(name, 1, 32, False, correct, correct, [features])
+def guess(judged: JudgedImages, seed: int, signal: float = 0.0) -> Candidate:
+    """A candidate of random features, which tell the classes by ``signal``."""
+    rows = torch.randn(judged.count, 4, generator=torch.Generator().manual_seed(seed))
+    rows[:, 0] += signal * judged.labels
+    correct, choosing = judged.knn([rows])
+    return Candidate(str(seed), 1, 32, False, correct, choosing, float(correct.mean()), [rows])
+
+
+def test_no_part_chooses_or_classifies_for_itself(tmp_path: Path) -> None:
+    """Other features and labels of a part change neither what is chosen for it, nor how one of its images fares."""
+    judged = open_judged(DataConfig(path=str(write(tmp_path, 60, 3))), "--labelled")
+    rows = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    correct, choosing = judged.knn([rows])
+    for part, (others, tested) in enumerate(judged.parts):
+        assert sorted([*others.tolist(), *tested.tolist()]) == list(range(60))
+        kept, *changed = tested.tolist()
+        moved, labels = rows.clone(), judged.labels.clone()
+        moved[changed] = rows[kept] + 0.01 * rows[changed]
+        labels[changed] = 1 - labels[kept]
+        other = replace(judged, labels=labels, truth=labels)
+        after, chosen = other.knn([moved])
+        assert chosen[part] == choosing[part]
+        assert after[kept] == correct[kept]
+        assert not np.array_equal(chosen, choosing)
 
 
 def test_the_best_of_many_equals_is_no_better(tmp_path: Path) -> None:
     """Forty encoders that guess: the best looks far better than one, but is not called so."""
     judged = open_judged(DataConfig(path=str(write(tmp_path, 200, 3))), "--labelled")
-    generator = np.random.default_rng(0)
-    rows = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
-    guesses = [candidate(str(index), generator.random(200) < 0.5, rows) for index in range(40)]
-    start = candidate("start", generator.random(200) < 0.5, rows)
+    guesses = [guess(judged, seed) for seed in range(40)]
+    start = guess(judged, 100)
     assert best(guesses).accuracy > 0.56
     assert abs(fairly_judged(guesses, judged).mean() - 0.5) < 0.06
     knn, _ = compare_encoders(judged, [start], guesses)
     assert not knn.difference.is_better
-    better = [*guesses, candidate("better", generator.random(200) < 0.9, rows)]
+    better = [*guesses, guess(judged, 101, signal=3.0)]
     assert compare_encoders(judged, [start], better)[0].difference.is_better
+
+
+@pytest.mark.full
+def test_the_choice_does_not_raise_the_score() -> None:
+    """One of eight equal encoders, chosen as before on images that had the judged ones as neighbours, scores 3 points
+    more than another one; chosen by the other fifths alone, it does not.
+    """
+    before, fair = [], []
+    numbers, labels = torch.arange(50), torch.arange(50) % 2
+    for seed in range(80):
+        generator = torch.Generator().manual_seed(seed)
+        image = torch.randn(2, 16, generator=generator)[labels] * 0.5 + torch.randn(50, 16, generator=generator)
+        folds = torch.from_numpy(np.random.default_rng(seed).permutation(50) % 5)
+        judged = JudgedImages("", None, None, labels, labels, [], folds)  # type: ignore[arg-type]
+        found, naive = [], []
+        for _ in range(9):
+            rows = image + torch.randn(50, 16, generator=generator)
+            correct, choosing = judged.knn([rows])
+            found.append(Candidate("", 1, 32, False, correct, choosing, float(correct.mean()), [rows]))
+            by_all = predict_by_others(rows, rows, labels, 2, judged.protocol, (numbers, numbers))
+            naive.append((by_all == labels).numpy())
+        fair.append(fairly_judged(found[:-1], judged).mean() - found[-1].accuracy)
+        chosen = [
+            max(naive[:-1], key=lambda each: each[folds != fold].mean())[folds == fold].sum() for fold in range(5)
+        ]
+        before.append(sum(chosen) / 50 - naive[-1].mean())
+    assert np.mean(before) > 0.02
+    assert abs(np.mean(fair)) < 0.01
 
 
 def test_whitening_gives_equal_variances() -> None:

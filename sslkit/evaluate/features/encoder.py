@@ -13,12 +13,12 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from sslkit.distributed.sharding import local_shard
-from sslkit.errors import UserError, check_path, first_line, near_miss
+from sslkit.errors import UserError, check_path, first_line
 from sslkit.evaluate.features.transforms import Transform, evaluation_transform, training_transform
 from sslkit.hub.availability import quiet_hub, unavailable_reason
 from sslkit.hub.revisions import is_hub_name, resolve_hub_encoder, resolve_timm_weights
 from sslkit.hub.untrusted import check_model, encoder_state, list_names, read_encoder_config, tensor_shapes
-from sslkit.parts.backbone import BackboneConfig, family, replace_stem_for_small_images
+from sslkit.parts.backbone import BackboneConfig, family, model_hint, replace_stem_for_small_images
 from sslkit.terminal import print_message
 
 MAX_BATCH_ELEMENTS = 256 * 3 * 512**2
@@ -105,8 +105,7 @@ def load_encoder(name: str) -> Encoder:
             found = resolve_hub_encoder(name)
         return replace(_load_folder(found.folder, found.description), revision=found.revision)
     if not timm.is_model(name):
-        hint = near_miss(name, timm.list_pretrained())
-        raise UserError(f"{name}: is not a run folder, an exported folder or a timm model{hint}")
+        raise UserError(f"{name}: is not a run folder, an exported folder or a timm model{model_hint(name)}")
     return _load_from_timm(name)
 
 
