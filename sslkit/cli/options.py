@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
@@ -100,7 +101,7 @@ class RecipeOptions:
         if self.method and self.backbone:
             return f"{canonical_name(self.method)}_{self.backbone}"
         path = str(stated_tables(self.stated()).get("data", {}).get("path", ""))
-        return Path(path.rpartition(":")[2]).absolute().name
+        return Path(os.path.abspath(path.rpartition(":")[2])).name or "images"  # the root folder has no name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from sslkit.cluster.submission import submit as submit_run
 from sslkit.errors import UserError
 from sslkit.exit_codes import RESUMABLE
 from sslkit.terminal import PlainTable, print_json, print_line, print_text
-from sslkit.text import pluralize
+from sslkit.text import join, pluralize
 
 if TYPE_CHECKING:
     from sslkit.recipe.resolve import Recipe
@@ -45,25 +45,36 @@ def pretrain(
 
     if recipe.recipe and hours is not None:
         raise UserError(f"--hours: {recipe.recipe} says how long to train: leave --hours out, or --set train.epochs=N")
+    stated = [each.partition("=")[0].strip() for each in recipe.stated()]
+    if resume not in ("auto", "never") and not (recipe.recipe or output or "data.path" in stated):
+        raise UserError(f"--resume {resume}: give the folder of the new run too, such as --output runs/longer")
     folder = Path(output or Path("runs") / recipe.name())
-    loaded = recipe.load() if recipe.recipe else _plan(recipe, hours, folder)
+    loaded = recipe.load() if recipe.recipe else _plan(recipe, hours, folder, resume)
     if train(loaded, folder, resume, advise_at_start).stopped:
         leave_for_launcher("sslkit: stopped on request, checkpoint saved; the same command continues the run")
         raise typer.Exit(RESUMABLE)
 
 
-def _plan(recipe: RecipeOptions, hours: float | None, folder: Path) -> "Recipe":
-    """Plan a run and print the plan; a run that was planned before keeps its plan."""
+def _plan(recipe: RecipeOptions, hours: float | None, folder: Path, resume: str) -> "Recipe":
+    """Plan a run and print the plan; a run that was planned before, here or where it resumes from, keeps its plan."""
+    from sslkit.engine.run_folder.resume import load_resumed
     from sslkit.plan.make_plan import DEFAULT_HOURS
     from sslkit.recipe.resolve import load_recipe
 
     if (folder / "recipe.toml").is_file():
         return load_recipe(folder / "recipe.toml", recipe.stated())
-    plan = recipe.plan(hours or DEFAULT_HOURS)
+    if resume not in ("auto", "never"):
+        loaded = load_resumed(resume, recipe.stated())
+        stated = join(list(dict.fromkeys(each.partition("=")[0].strip() for each in recipe.stated())))
+        length = pluralize(loaded.train.epochs, "epoch") + ("; --hours has no effect" if hours is not None else "")
+        lines = [f"recipe: that of {resume}, not a new plan{f', with {stated} as stated' if stated else ''}; {length}"]
+    else:
+        plan = recipe.plan(hours or DEFAULT_HOURS)
+        loaded, lines = plan.recipe, plan.lines()
     if os.environ.get("RANK", "0") == "0":
-        for line in plan.lines():
+        for line in lines:
             print_line(line)
-    return plan.recipe
+    return loaded
 
 
 def _exit_as_resumable_on_signals() -> None:

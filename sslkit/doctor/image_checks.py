@@ -1,5 +1,7 @@
 """Checks of the images, and of the recipe's views on images of this size and colour."""
 
+import hashlib
+import time
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 
@@ -15,12 +17,16 @@ from sslkit.data.tools.inspection import count_alpha, describe_alpha
 from sslkit.doctor.findings import Check, Finding
 from sslkit.engine.monitor.alarms import data_alarm
 from sslkit.engine.monitor.image_variety import Variety, variety_of
+from sslkit.errors import UserError
+from sslkit.parts.backbone import whole_patches
 from sslkit.progress import track
 
 ALPHA, COPIES, COLOUR, CROPS = map(Check, ("alpha", "copies", "colour", "crops"))
 SIZE, BLUR, PIXELS = map(Check, ("view size", "blur", "pixel values"))
 
 SAMPLED = 32
+COMPARED, COMPARING_SECONDS = 5000, 5.0  # files, at most, to find copies
+MANY_COPIES = 0.1  # share of the compared images
 SMALLEST_VIEW = 64  # smaller images gain by being enlarged to it: docs/plan.md
 SMALLEST_LARGEST = 0.3  # share of the image that the largest crop covers
 SMALLEST_CROP = 8.0  # pixels: the CIFAR-10 recipes, which work, go down to 9
@@ -35,6 +41,14 @@ class ImageSummary:
     width: int  # median, in pixels
     grey: bool  # all sampled images are greyscale
     variety: Variety | None = None  # how many of the sampled images differ; None if not known
+    sides: tuple[int, int, int] | None = None  # the shorter sides in the sample: least, median, largest; or not known
+    copies: int = 0  # files that equal another one, of ``compared``
+    compared: int = 0
+
+    @property
+    def different(self) -> int:
+        """Number of images that differ, as far as they were compared."""
+        return different_images(self.count, self.copies, self.compared)
 
 
 def summarise_images(source: ImageSource) -> ImageSummary:
@@ -58,7 +72,37 @@ def summarise_images(source: ImageSource) -> ImageSummary:
     if not shapes:
         raise problem
     height, width = (int(side) for side in np.median(shapes, axis=0))
-    return ImageSummary(len(source), height, width, all(grey), variety)
+    shorter = np.min(shapes, axis=1)
+    sides = (int(shorter.min()), int(np.median(shorter)), int(shorter.max()))
+    return ImageSummary(len(source), height, width, all(grey), variety, sides)
+
+
+def count_copies(source: ImageSource) -> tuple[int, int]:
+    """How many files of the source equal an earlier one byte by byte, and how many were compared in a few seconds."""
+    started, seen, compared = time.monotonic(), set[bytes](), 0
+    for index in range(min(len(source), COMPARED)):
+        try:
+            encoded = source.encoded(index)[1]
+        except UserError:
+            continue
+        seen.add(hashlib.blake2b(encoded, digest_size=16).digest())
+        compared += 1
+        if time.monotonic() - started > COMPARING_SECONDS:
+            break
+    return compared - len(seen), compared
+
+
+def different_images(count: int, copies: int, compared: int) -> int:
+    """Number of images of ``count`` that differ, if the share of copies is that of the compared ones; at least 1."""
+    return max(round(count * (1 - copies / compared)), 1) if copies else count
+
+
+def describe_copies(copies: int, compared: int) -> str:
+    """A sentence about copies among the compared files."""
+    return (
+        f"{copies} of {compared} images looked at are copies of others and add no information: sslkit data check "
+        "lists them"
+    )
 
 
 def check_alpha(source: ImageSource) -> Finding:
@@ -75,14 +119,17 @@ def _is_grey(image: NDArray[np.uint8]) -> bool:
     return bool(np.ptp(image.astype(np.int16), axis=2).max(initial=0) <= 2)
 
 
-def check_view_settings(views: ViewsConfig, images: ImageSummary) -> list[Finding]:
-    """Compare the ``[views]`` table with the size and colour of the images."""
-    copies = [_variety(images.variety)] if images.variety else []
-    return [*copies, _colour(views, images), _crops(views, images), _size(views, images), _blur(views)]
+def check_view_settings(views: ViewsConfig, images: ImageSummary, patch: int = 1) -> list[Finding]:
+    """Compare the ``[views]`` table with the size and colour of the images; ``patch`` as of `patch_size`."""
+    copies = [_variety(images, images.variety)] if images.variety else []
+    return [*copies, _colour(views, images), _crops(views, images), _size(views, images, patch), _blur(views)]
 
 
-def _variety(variety: Variety) -> Finding:
+def _variety(images: ImageSummary, variety: Variety) -> Finding:
     alarms = data_alarm(*astuple(variety))
+    if not alarms and images.copies:
+        sentence = describe_copies(images.copies, images.compared)
+        return COPIES.warning(sentence) if images.copies > images.compared * MANY_COPIES else COPIES.ok(sentence)
     if not alarms:
         return COPIES.ok(f"{variety.different} of {variety.sampled} sampled images differ")
     sentence = alarms[0].partition(": ")[2]
@@ -123,10 +170,10 @@ def _crops(views: ViewsConfig, images: ImageSummary) -> Finding:
     return CROPS.ok(f"the smallest have about {side:.0f} pixels per side, from images of {size} pixels")
 
 
-def _size(views: ViewsConfig, images: ImageSummary) -> Finding:
+def _size(views: ViewsConfig, images: ImageSummary, patch: int) -> Finding:
     size, short_side = f"{images.width} x {images.height}", min(images.height, images.width)
-    better = max(-(-short_side // 32) * 32, SMALLEST_VIEW)
-    if views.size > max(2 * short_side, SMALLEST_VIEW):
+    better = whole_patches(max(-(-short_side // 32) * 32, SMALLEST_VIEW), patch)
+    if views.size > max(2 * short_side, SMALLEST_VIEW, better):
         return SIZE.warning(
             f"images of {size} pixels are enlarged to views of {views.size}, which take "
             f"{(views.size / better) ** 2:.0f} times the computation of {better}: set views.size = {better}"

@@ -12,13 +12,14 @@ from sslkit.doctor.image_checks import COPIES, ImageSummary, check_view_settings
 from sslkit.errors import UserError
 from sslkit.methods import Method, MomentumOptions, Progress
 from sslkit.methods.method_options import power_of_two
-from sslkit.parts.backbone import family
+from sslkit.parts.backbone import family, patch_size, whole_patches
 from sslkit.parts.batchnorm import has_batch_norm
+from sslkit.parts.schedules import momentum_text
 from sslkit.recipe.resolve import Recipe
 
 QUEUE, MOMENTUM, TEMPERATURE, OPTIONS = map(Check, ("queue length", "momentum", "temperature", "method options"))
 BATCH, RATE, DECAY = map(Check, ("batch size", "learning rate", "weight decay"))
-SCHEDULE, SAVING, SLICES = map(Check, ("schedule", "saving", "slices"))
+SCHEDULE, SAVING, SLICES, PATCHES = map(Check, ("schedule", "saving", "slices", "patches"))
 
 # Peak rates outside of which an optimizer that is not the paper's is unlikely to work.
 USUAL_RATES = {"sgd": (1e-3, 5.0), "adamw": (1e-5, 1e-2), "lamb": (1e-4, 5e-2)}
@@ -27,6 +28,7 @@ SAFE_ADAMW = 2e-3  # works for small networks at any batch size
 MAX_DECAY = {"sgd": 5e-3, "lars": 1e-3, "lars_simclr": 1e-3, "larc": 1e-3, "adamw": 0.5, "lamb": 0.5}
 MOMENTA = (0.9, 0.95, 0.97, 0.98, 0.99, 0.996, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
 MIN_BATCH, MIN_GROUP, LARGE_BATCH, MIN_UPDATES = 32, 8, 1024, 200
+SMALL_SET = 100_000  # images, up to which more updates are worth more than large batches: docs/plan.md
 
 
 def check_settings(recipe: Recipe, method: Method, images: ImageSummary) -> list[Finding]:
@@ -34,7 +36,7 @@ def check_settings(recipe: Recipe, method: Method, images: ImageSummary) -> list
     steps_per_epoch = max(images.count // recipe.train.batch_size, 1)
     start = Progress(0, recipe.train.epochs * steps_per_epoch, steps_per_epoch, recipe.train.batch_size)
     found = [
-        _queue_length(recipe, method, images.count),
+        _queue_length(recipe, method, images.different),
         _momentum(recipe, method, start),
         _temperature(recipe, method),
         *(OPTIONS.warning(sentence) for sentence in method.advise(start)),
@@ -44,8 +46,10 @@ def check_settings(recipe: Recipe, method: Method, images: ImageSummary) -> list
         _schedule(recipe, start),
         _saving(recipe),
         _slices(recipe, method),
+        _patches(recipe, method),
     ]
-    return [finding for finding in found if finding is not None] + check_view_settings(recipe.views, images)
+    of_views = check_view_settings(recipe.views, images, patch_size(method.backbone))
+    return [finding for finding in found if finding is not None] + of_views
 
 
 def advise_at_start(recipe: Recipe, method: Method, source: ImageSource) -> list[str]:
@@ -60,15 +64,19 @@ def advise_at_start(recipe: Recipe, method: Method, source: ImageSource) -> list
 
 
 def _queue_length(recipe: Recipe, method: Method, images: int) -> Finding | None:
-    batch_size, fitting = recipe.train.batch_size, power_of_two(images / 4)
+    batch_size = recipe.train.batch_size
+    fitting = max(power_of_two(images / 4), batch_size if method.negatives == "queue" else 1)
     if method.negatives == "queue":
         held = method.updates_to_fill_queue(batch_size) * batch_size  # both views of an image may be queued
+        rows = min(len(part.state_dict()["keys"]) for part in method.dictionaries().values())
+        if rows == batch_size:
+            return QUEUE.ok(f"the queue holds one batch of {rows} keys, the smallest queue there is")
         if held >= images:
             return QUEUE.warning(
                 f"the queue holds {held / images:.1f} epochs of the {images} images, so older keys of an image are its "
                 f"own negatives: set method.queue_size = {fitting}"
             )
-        if any(len(part.state_dict()["keys"]) < batch_size for part in method.dictionaries().values()):
+        if rows < batch_size:
             return QUEUE.warning(
                 f"the queue has fewer keys than a batch of {batch_size} images, but should give more negatives: set "
                 f"method.queue_size = {min(power_of_two(16 * batch_size), fitting)}"
@@ -109,7 +117,7 @@ def _momentum(recipe: Recipe, method: Method, start: Progress) -> Finding | None
             f"the teacher updates too slowly for this short run ({start.total_updates} steps): half of its random "
             f"initial weights remain after {half_life:.0f} steps, longer than {until} steps; {cure}"
         )
-    return MOMENTUM.ok(f"{momentum:.4g}: the teacher's weights have a half-life of {half_life:.0f} steps")
+    return MOMENTUM.ok(f"{momentum_text(momentum)}: the teacher's weights have a half-life of {half_life:.0f} steps")
 
 
 def _temperature(recipe: Recipe, method: Method) -> Finding | None:
@@ -132,10 +140,8 @@ def _batch_size(recipe: Recipe, method: Method, num_images: int) -> Finding:
         if MIN_GROUP * groups <= num_images:
             return BATCH.warning(f"{few}: set train.batch_size = {MIN_GROUP * groups}")
         return BATCH.warning(f"{few}; more images would allow a larger batch")
-    if batch_size < smallest:
+    if batch_size < smallest and num_images > SMALL_SET:
         few = f"{batch_size} is small for {recipe.method_name}, whose paper goes down to {smallest}"
-        if smallest > num_images:
-            return BATCH.warning(f"{few}; methods with a queue need less, as moco_v2")
         return BATCH.warning(
             f"{few}: set train.batch_size = {smallest} (with train.micro_batch if memory is short), or use a queue, as "
             "in moco_v2"
@@ -145,6 +151,11 @@ def _batch_size(recipe: Recipe, method: Method, num_images: int) -> Finding:
         if num_images < MIN_BATCH:
             return BATCH.warning(f"{few}; more images would allow a larger batch")
         return BATCH.warning(f"{few}: set train.batch_size = {MIN_BATCH} or more")
+    if batch_size < smallest:
+        return BATCH.ok(
+            f"{batch_size}, where {recipe.method_name}'s paper goes down to {smallest}; on small sets 64 is as good, "
+            "because there are more updates (docs/plan.md)"
+        )
     return BATCH.ok(f"{batch_size}" + (f", {batch_size / groups:g} in each BatchNorm group" if groups > 1 else ""))
 
 
@@ -234,3 +245,21 @@ def _slices(recipe: Recipe, method: Method) -> Finding:
             "the negatives, as keys are not shuffled: set train.micro_batch = 0, or use a ViT, which has no BatchNorm"
         )
     return SLICES.ok(f"of {micro_batch} images, each with BatchNorm statistics of its own")
+
+
+def _patches(recipe: Recipe, method: Method) -> Finding | None:
+    """A ViT reads whole patches, and leaves the pixels at the right and the bottom out."""
+    patch, views = patch_size(method.backbone), recipe.views
+    if patch == 1:
+        return None
+    sizes = {"views.size": views.size}
+    if views.local.count:
+        sizes["views.local.size"] = views.policy_of("local").size
+    for key, size in sizes.items():
+        if size % patch:
+            unseen = 1 - (size // patch * patch / size) ** 2
+            return PATCHES.warning(
+                f"views of {size} pixels are not a whole number of the backbone's patches of {patch}, so {unseen:.0%} "
+                f"of their pixels are never seen: set {key} = {whole_patches(size, patch)}"
+            )
+    return PATCHES.ok(f"views are a whole number of patches of {patch} pixels")

@@ -1,6 +1,7 @@
 """All checks of a recipe, in order."""
 
 import os
+from dataclasses import replace
 
 import torch
 
@@ -9,7 +10,7 @@ from sslkit.data.sources.image_source import ImageSource, open_source
 from sslkit.doctor.cost_forecast import check_precision, check_threads, forecast_memory, forecast_time
 from sslkit.doctor.doctor_setup import launched_processes, num_processes, set_up_checks
 from sslkit.doctor.findings import LOADING, MEMORY, Finding, LogMessage, Report, describe_error
-from sslkit.doctor.image_checks import ImageSummary, check_alpha, check_pixels, summarise_images
+from sslkit.doctor.image_checks import ImageSummary, check_alpha, check_pixels, count_copies, summarise_images
 from sslkit.doctor.process_checks import NOT_LAUNCHED, check_processes
 from sslkit.doctor.recipe_advice import check_settings
 from sslkit.doctor.training_checks import CONTRACT, STEP, check_batch_norm_leak, check_training
@@ -35,7 +36,8 @@ def check_recipe(recipe: Recipe, log_message: LogMessage = lambda _message: None
     if os.environ.get("RANK", "0") != "0":
         return Report([])
     log_message(f"checking {len(source)} images of {source.description} and their views")
-    images = summarise_images(source)
+    copies, compared = count_copies(source)
+    images = replace(summarise_images(source), copies=copies, compared=compared)
     of_data = [*check_views(recipe, source), check_alpha(source)]
     of_method = check_method(recipe, source, images, log_message)
     return Report([*of_method, agreement, *of_data, check_threads(recipe), check_precision(recipe)])

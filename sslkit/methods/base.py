@@ -151,12 +151,13 @@ class Method(nn.Module, ABC):
         return ()
 
     @classmethod
-    def fitted_options(cls, num_images: int, start: Progress) -> dict[str, Fitted]:
+    def fitted_options(cls, num_images: int, start: Progress, stated: Mapping[str, Any]) -> dict[str, Fitted]:
         """Options for a run on few images, where the paper's values are for ImageNet.
 
         Args:
-            num_images: Images in the data.
+            num_images: Images in the data that differ.
             start: The start of the run, with its number of updates and its batch size.
+            stated: The options that the user stated, which are kept: the others are to fit them.
         """
         return {}
 

@@ -70,7 +70,7 @@ class BYOL(Method):
         return self.update_teachers(replace(progress, updates=progress.updates - 1))
 
     @classmethod
-    def fitted_options(cls, num_images: int, start: Progress) -> dict[str, Fitted]:
+    def fitted_options(cls, num_images: int, start: Progress, stated: Mapping[str, Any]) -> dict[str, Fitted]:
         return {
             "hidden_dim": Fitted(1024, "the paper's width of 4096 is for a million images"),
             **MomentumOptions.fitted_half_life(start),

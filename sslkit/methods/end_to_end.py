@@ -4,6 +4,9 @@ He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", 
 section 4.1. Encoder, head, views and loss are MoCo v1's; only the source of the keys differs.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -53,7 +56,7 @@ class EndToEnd(Method):
         self.bn_groups = options.bn_groups if has_batch_norm(backbone) else 1
 
     @classmethod
-    def fitted_options(cls, num_images: int, start: Progress) -> dict[str, Fitted]:
+    def fitted_options(cls, num_images: int, start: Progress, stated: Mapping[str, Any]) -> dict[str, Fitted]:
         return {
             "bn_groups": Fitted(1, "the batch is too small to be divided"),
             "symmetric": Fitted(True, "each view is query and key: more is learnt from each image"),

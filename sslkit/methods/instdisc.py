@@ -65,9 +65,9 @@ class InstDisc(Method):
         self.bank = MemoryBank(num_samples, self.options.dim)
 
     @classmethod
-    def fitted_options(cls, num_images: int, start: Progress) -> dict[str, Fitted]:
+    def fitted_options(cls, num_images: int, start: Progress, stated: Mapping[str, Any]) -> dict[str, Fitted]:
         negatives = negatives_below(num_images, most=4096)
-        return {"negatives": Fitted(negatives, f"drawn from the memory bank of {num_images} images")}
+        return {"negatives": Fitted(negatives, f"at most half of the {num_images} different images")}
 
     def student(self, views: Views) -> Features:
         return [self.backbone(views[0])]

@@ -5,6 +5,7 @@ section 4.1. Encoder, head, views and loss are MoCo v1's; only the source of the
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from pydantic import Field
 from torch import nn
@@ -61,9 +62,9 @@ class MemoryBankMechanism(Method):
         self.bank = MemoryBank(num_samples, self.options.dim)
 
     @classmethod
-    def fitted_options(cls, num_images: int, start: Progress) -> dict[str, Fitted]:
+    def fitted_options(cls, num_images: int, start: Progress, stated: Mapping[str, Any]) -> dict[str, Fitted]:
         negatives = negatives_below(num_images, most=65536)
-        return {"negatives": Fitted(negatives, f"drawn from the memory bank of {num_images} images")}
+        return {"negatives": Fitted(negatives, f"at most half of the {num_images} different images")}
 
     def student(self, views: Views) -> Features:
         return [self.backbone(views[0])]

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from sslkit.distributed.collectives import processes_started, world_size
-from sslkit.parts.schedules import Progress, cosine, half_life_momentum
+from sslkit.parts.schedules import Progress, cosine, half_life_momentum, momentum_text
 
 HALF_LIFE_SHARE = 0.05  # of the images of a run: docs/plan.md
 SHORTEST_HALF_LIFE = 7  # updates: momentum 0.9; a faster teacher gives inconsistent keys (MoCo v1, table 3)
@@ -55,7 +55,7 @@ class MomentumOptions(MethodOptions):
         images = start.total_updates * start.batch_size
         half_life = max(min(HALF_LIFE_SHARE * images, LONGEST_HALF_LIFE), SHORTEST_HALF_LIFE * start.batch_size)
         momentum = half_life_momentum(start.batch_size, half_life)
-        reason = f"the teacher's, in images: {half_life / images:.0%} of the run (momentum {momentum:.3g})"
+        reason = f"the teacher's, in images: {half_life / images:.0%} of the run (momentum {momentum_text(momentum)})"
         return {"momentum_half_life": Fitted(float(round(half_life)), reason)}
 
 
@@ -74,6 +74,8 @@ def fitted_bn_groups(batch_size: int) -> Fitted:
     processes = max(world_size(), processes_started())
     own, each = power_of_two(max(min(batch_size / BN_GROUP, MOST_BN_GROUPS), 2) / processes), batch_size // processes
     groups = math.gcd(each, min(own, power_of_two(each / 2))) * processes
+    if groups == 1:
+        return Fitted(1, f"a batch of {batch_size} has no equal groups to shuffle keys between; a multiple of 4 has")
     reason = (
         f"of {batch_size // groups} images; keys are shuffled between them: batch statistics do not reveal the positive"
     )

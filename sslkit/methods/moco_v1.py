@@ -110,10 +110,10 @@ class MoCoV1(Method):
         return info_nce_chance_loss(options.queue_size, options.temperature, options.dim, scale=len(self.student_views))
 
     @classmethod
-    def fitted_options(cls, num_images: int, start: Progress) -> dict[str, Fitted]:
+    def fitted_options(cls, num_images: int, start: Progress, stated: Mapping[str, Any]) -> dict[str, Fitted]:
         below = negatives_below(num_images, most=65536)
         queue = max(below, start.batch_size)
-        why = f"at most half of the {num_images} images: few keys are of the query's own image"
+        why = f"at most half of the {num_images} different images: few keys are of the query's own image"
         return {
             "queue_size": Fitted(queue, why if queue == below else "one batch, the smallest queue there is"),
             "bn_groups": fitted_bn_groups(start.batch_size),

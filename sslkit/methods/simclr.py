@@ -4,6 +4,7 @@ arXiv:2002.05709, 2020. Two views of every image go through one encoder in one b
 the other view's; its negatives are all other embeddings of the global batch. No teacher and no queue.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class SimCLR(Method):
         return Step(loss, {"accuracy": accuracy})
 
     @classmethod
-    def fitted_options(cls, num_images: int, start: Progress) -> dict[str, Fitted]:
+    def fitted_options(cls, num_images: int, start: Progress, stated: Mapping[str, Any]) -> dict[str, Fitted]:
         return {"temperature": Fitted(0.2, "a batch has few negatives; the paper's 0.1 is for thousands")}
 
     def chance_loss(self, batch_size: int) -> ChanceLoss:

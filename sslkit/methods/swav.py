@@ -142,14 +142,12 @@ class SwAV(Method):
         return softmax_chance_loss(self.options.prototypes, self.options.temperature, self.options.dim)
 
     @classmethod
-    def fitted_options(cls, num_images: int, start: Progress) -> dict[str, Fitted]:
-        prototypes, epochs = (
-            negatives_below(num_images // 8, most=3000),
-            start.total_updates / start.updates_per_epoch,
-        )
-        queue = min(max(num_images // 4, prototypes, start.batch_size), 3840)
+    def fitted_options(cls, num_images: int, start: Progress, stated: Mapping[str, Any]) -> dict[str, Fitted]:
+        fitting, epochs = negatives_below(num_images // 8, most=3000), start.total_updates / start.updates_per_epoch
+        prototypes = stated.get("prototypes", fitting)  # codes need as many embeddings
+        queue = trimmed(max(min(num_images // 4, 3840), prototypes, start.batch_size), start.batch_size)
         return {
-            "prototypes": Fitted(prototypes, f"16 or more of the {num_images} images for each"),
+            "prototypes": Fitted(fitting, f"{num_images // fitting} of the {num_images} different images for each"),
             "queue_size": Fitted(queue, "codes of a small batch need earlier embeddings"),
             "queue_start_epoch": Fitted(round(epochs / 10, 2), "after a tenth of the run"),
             "freeze_prototypes_steps": Fitted(

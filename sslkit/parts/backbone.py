@@ -122,6 +122,20 @@ def create_backbone(config: BackboneConfig) -> nn.Module:
     return model
 
 
+def patch_size(model: nn.Module) -> int:
+    """Side of the patches that a model cuts its images into, in pixels; 1 if it needs no whole number of them."""
+    embed: Any = getattr(model, "patch_embed", None)
+    size = getattr(embed, "patch_size", 1)
+    if getattr(embed, "dynamic_img_pad", False):
+        return 1
+    return max(size) if isinstance(size, tuple | list) else int(size)
+
+
+def whole_patches(size: int, patch: int) -> int:
+    """The multiple of ``patch``, at least one patch, nearest to an image size; both in pixels."""
+    return max(round(size / patch), 1) * patch
+
+
 def feature_dim(model: nn.Module, img_size: int, key: str = "size", channels: int = 3) -> int:
     """Width D of the pooled features, found by one forward pass in eval mode on a blank image.
 

@@ -56,6 +56,13 @@ def half_life_momentum(images: float, half_life: float) -> float:
     return float(0.5 ** (images / half_life))
 
 
+def momentum_text(momentum: float) -> str:
+    """A momentum with three decimals, or as many as show how far from 1 it is: 0.906, 0.99975."""
+    if not 0 < momentum < 1:
+        return f"{momentum:g}"
+    return f"{momentum:.{max(3, 1 - math.floor(math.log10(1 - momentum)))}f}"
+
+
 def per_epoch(epoch: float) -> float:
     """Round a position in epochs down to the start of its epoch, for papers that change the rate once an epoch.
 

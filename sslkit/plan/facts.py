@@ -1,7 +1,5 @@
 """What a plan depends on: the images, the machine and the time."""
 
-import hashlib
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -12,13 +10,12 @@ from sslkit.data.loading.loader import cores_of_a_process
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.data.tools.inspection import channel_moments, count_alpha, describe_alpha
 from sslkit.distributed.collectives import processes_started
-from sslkit.doctor.image_checks import summarise_images
+from sslkit.doctor.image_checks import count_copies, describe_copies, different_images, summarise_images
 from sslkit.doctor.machine_checks import GIB, has_bf16, memory_of_device, training_device
 from sslkit.errors import UserError
 from sslkit.text import pluralize
 
 MIN_IMAGES = 16  # fewer give no batch worth learning from
-COMPARED, COMPARING_SECONDS = 5000, 5.0  # at most, to find copies
 NORMALISED = 32  # images whose channels are averaged
 
 
@@ -41,29 +38,41 @@ class Facts:
     cores: int  # usable by a process
     processes: int
     hours: float  # time for the run
+    sides: tuple[int, int, int] | None = None  # the shorter sides in the sample: least, median, largest; or not known
 
     @property
     def short_side(self) -> int:
-        """The shorter side of the median image, in pixels."""
-        return min(self.height, self.width)
+        """The median of the shorter sides of the images, in pixels."""
+        return self.sides[1] if self.sides else min(self.height, self.width)
+
+    @property
+    def range_of_sides(self) -> str:
+        """``64 (the median; from 8 to 1000)``: the shorter sides in pixels; the median alone if all are equal."""
+        least, _, largest = self.sides or (self.short_side,) * 3
+        return f"{self.short_side}" + (f" (the median; from {least} to {largest})" if least < largest else "")
+
+    @property
+    def different(self) -> int:
+        """Number of images that differ, as far as they were compared."""
+        return max(different_images(self.count, self.copies, self.compared), min(self.count, MIN_IMAGES))
 
     def lines(self) -> list[str]:
         """A line about the images, one about the machine, and one about whatever is wrong with the images."""
         kind = f"{len(self.moments[0])}-channel" if self.moments else "grey" if self.grey else "colour"
         classes = f", {self.classes} classes" if self.classes > 1 else ", no labels"
         device = {"cpu": "CPU, " + pluralize(self.cores, "core"), "cuda": "GPU", "mps": "Apple GPU"}[self.device]
+        size = f"about {self.width} x {self.height} pixels"
+        if self.sides and self.sides[0] < self.sides[2]:
+            size += f" (medians; shorter side from {self.sides[0]} to {self.sides[2]})"
         lines = [
-            f"images: {self.count}, {kind}, about {self.width} x {self.height} pixels{classes}",
+            f"images: {self.count}, {kind}, {size}{classes}",
             f"machine: {device}, {self.memory / GIB:.0f} GiB"
             + (f", {self.processes} processes" if self.processes > 1 else ""),
         ]
         if self.alpha:
             lines.append(self.alpha)
         if self.copies:
-            lines.append(
-                f"{self.copies} of {self.compared} images looked at are copies of others and add no information: "
-                "sslkit data check lists them"
-            )
+            lines.append(describe_copies(self.copies, self.compared))
         return lines
 
 
@@ -80,7 +89,7 @@ def gather_facts(source: ImageSource, hours: float) -> Facts:
             "name such as resnet18.a1_in1k"
         )
     images, device = summarise_images(source), training_device()
-    copies, compared = _count_copies(source)
+    copies, compared = count_copies(source)
     return Facts(
         count=len(source),
         height=images.height,
@@ -97,22 +106,8 @@ def gather_facts(source: ImageSource, hours: float) -> Facts:
         cores=cores_of_a_process(1),
         processes=processes_started(),
         hours=hours,
+        sides=images.sides,
     )
-
-
-def _count_copies(source: ImageSource) -> tuple[int, int]:
-    """How many files of the source equal an earlier one byte by byte, and how many were compared in a few seconds."""
-    started, seen, compared = time.monotonic(), set[bytes](), 0
-    for index in range(min(len(source), COMPARED)):
-        try:
-            encoded = source.encoded(index)[1]
-        except UserError:
-            continue
-        seen.add(hashlib.blake2b(encoded, digest_size=16).digest())
-        compared += 1
-        if time.monotonic() - started > COMPARING_SECONDS:
-            break
-    return compared - len(seen), compared
 
 
 def _moments(source: ImageSource) -> tuple[list[float], list[float]]:

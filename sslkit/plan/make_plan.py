@@ -129,6 +129,8 @@ def _trial_recipe(draft: Draft, facts: Facts) -> Recipe:
     longest = max(draft.get("schedule.warmup_epochs", 0), *draft.get("schedule.milestones", []), 0)
     trial.choose("train.epochs", int(longest) + 1, "")
     trial.choose("schedule.warmup_epochs", 0.1, "")
+    if draft.get("schedule.decay") == "steps":
+        trial.choose("schedule.milestones", [0.5], "")
     rules.choose_options(trial, facts)
     rules.choose_monitor(trial, facts)
     return build_recipe(trial.tables, name="command line")

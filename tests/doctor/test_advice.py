@@ -1,5 +1,6 @@
 """Each piece of advice: what calls for it, and what does not."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from sslkit.doctor.image_checks import ImageSummary, check_pixels, summarise_ima
 from sslkit.doctor.recipe_advice import check_settings
 from sslkit.engine.monitor.image_variety import Variety
 from sslkit.methods import find_method
-from sslkit.parts.backbone import family
+from sslkit.parts.backbone import create_backbone, family
 from sslkit.recipe.resolve import Recipe, load_recipe, shipped_recipes
 
 IMAGENET = ImageSummary(1_281_167, 350, 400, grey=False)
@@ -122,7 +123,62 @@ def test_advice_on_the_batch_is_possible() -> None:
     assert sentences[0].endswith("too few for batch statistics: set train.batch_size = 16")
     assert sentences[1].endswith("too few for batch statistics: set train.batch_size = 16")
     assert sentences[2] == "14 is small for any method; more images would allow a larger batch"
-    assert sentences[3].endswith("methods with a queue need less, as moco_v2")
+    assert sentences[3] == "16 is small for any method; more images would allow a larger batch"
+
+
+# Method, options, images, batch, views: what the doctor says, or nothing.
+SMALL_SETS: list[tuple[str, list[str], ImageSummary, str]] = [
+    ("simclr", ["train.batch_size=64"], CIFAR, ""),
+    ("byol", ["train.batch_size=32"], CIFAR, ""),
+    ("moco_v2", ["train.batch_size=16", "method.queue_size=16"], ImageSummary(16, 64, 64, False), "more images would"),
+    ("moco_v2", ["train.batch_size=32", "method.queue_size=32"], ImageSummary(32, 64, 64, False), ""),
+    ("moco_v2", ["train.batch_size=32", "method.queue_size=4096"], ImageSummary(64, 64, 64, False), "queue_size = 32"),
+    (
+        "moco_v2",
+        ["train.batch_size=32", "method.queue_size=256"],
+        ImageSummary(600, 64, 64, False, Variety(32, 30, 0), copies=400, compared=600),
+        "1.3 epochs of the 200 images",  # 256 keys of 200 different images
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "words", "facts", "said"), SMALL_SETS, ids=lambda value: str(value)[:40])
+def test_advice_on_small_sets(method: str, words: list[str], facts: ImageSummary, said: str) -> None:
+    tables = small_recipe(method, "test_resnet", train={"epochs": 400, "batch_size": 32}).as_tables()
+    found = warned(load_recipe(tables, words), facts)
+    sentences = [found[check] for check in ("queue length", "batch size") if check in found]
+    assert len(sentences) == bool(said)
+    assert said in "".join(sentences)
+
+
+def test_copies_are_mentioned() -> None:
+    recipe = load_recipe("mocov2_cifar10")
+    few, many = (replace(CIFAR, variety=Variety(32, 31, 0), copies=count, compared=5000) for count in (3, 2500))
+    assert (
+        "3 of 5000 images looked at are copies" in {each.check: each.sentence for each in advise(recipe, few)}["copies"]
+    )
+    assert "copies" not in warned(recipe, few)
+    assert "2500 of 5000 images looked at are copies" in warned(recipe, many)["copies"]
+
+
+@pytest.mark.parametrize(
+    ("name", "views", "advice"),
+    [
+        ("vit_small_patch14_dinov2", {"size": 64}, {"views.size=70"}),  # 56 of 64: 1 - (56 / 64)^2 = 23%
+        ("vit_small_patch14_dinov2", {"size": 98}, set()),
+        ("vit_small_patch14_dinov2", {"size": 98, "local": {"count": 2, "size": 40}}, {"views.local.size=42"}),
+        ("vit_small_patch16_224", {"size": 64}, set()),
+        ("resnet18", {"size": 65}, set()),
+    ],
+)
+def test_views_are_whole_patches(name: str, views: dict[str, Any], advice: set[str]) -> None:
+    recipe = load_recipe(small_recipe("swav", name, views={"small_crops": 0}).as_tables(), {"views": views})
+    with torch.device("meta"):
+        method = find_method("swav")(create_backbone(recipe.backbone_config()), 8, recipe.method)
+    report = Report([each for each in check_settings(recipe, method, CIFAR) if each.check == "patches"])
+    assert set(report.settings()) == advice
+    if views["size"] == 64 and advice:
+        assert "23% of their pixels are never seen" in report.of("warning")[0].sentence
 
 
 def test_advice_for_any_method_and_optimizer() -> None:
@@ -134,7 +190,7 @@ def test_advice_for_any_method_and_optimizer() -> None:
 
 def test_images_are_looked_at() -> None:
     facts = summarise_images(open_source(DataConfig(path="builtin:fashion_mnist", split="test")))
-    assert facts == ImageSummary(2000, 28, 28, grey=True, variety=Variety(32, 32, 0))
+    assert facts == ImageSummary(2000, 28, 28, grey=True, variety=Variety(32, 32, 0), sides=(28, 28, 28))
 
 
 def test_pixels_out_of_range() -> None:
@@ -155,4 +211,4 @@ def test_a_run_says_at_its_start_what_does_not_fit_its_data(
     assert code == 0
     assert "WARNING: queue length: the queue holds 1638.4 epochs of the 40 images" in out  # 65 536 / 40
     advice = next(line for line in out.splitlines() if line.startswith("to follow the advice, add: "))
-    assert {"method.queue_size=8", "method.bn_groups=2", "views.size=64"} <= set(advice.split())
+    assert {"method.queue_size=16", "method.bn_groups=2", "views.size=64"} <= set(advice.split())

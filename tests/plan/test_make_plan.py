@@ -15,6 +15,7 @@ import torch
 from conftest import cli_error, run
 from PIL import Image
 
+from sslkit.cli.options import RecipeOptions
 from sslkit.engine.run_folder.layout import Run
 from sslkit.errors import UserError
 from sslkit.methods import METHODS
@@ -126,6 +127,26 @@ def test_copies_are_counted(class_folders: Path, tmp_path: Path) -> None:
         shutil.copy(first, first.with_name(f"copy{index}.png"))
     plan = make_plan(stated(tmp_path / "images"), hours=None)
     assert any(line.startswith("3 of 43 images looked at are copies of others") for line in plan.facts)
+    assert [each.reason for each in plan.choices if each.key == "method.queue_size"] == [
+        "one batch, the smallest queue there is"
+    ]
+
+
+def test_images_of_many_sizes(tmp_path: Path) -> None:
+    for index in range(24):
+        side = (8, 64, 300)[min(index % 4, 2)] if index % 8 else 64
+        pixels = np.random.default_rng(index).integers(0, 256, (side, 2 * side, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+    plan = make_plan(stated(tmp_path), hours=None)
+    assert "shorter side from 8 to 300" in plan.facts[0]
+    assert any("(the median; from 8 to 300)" in each.reason for each in plan.choices if each.key == "views.size")
+
+
+def test_the_run_folder_is_named_after_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos/2020").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "photos/2020")
+    names = {"..": "photos", ".": "2020", "/": "images", "../2020/": "2020", "builtin:fashion_mnist": "fashion_mnist"}
+    assert {path: RecipeOptions(data=path).name() for path in names} == names
 
 
 def test_pretrain_with_data_alone_plans_trains_and_continues(

@@ -16,7 +16,8 @@ from sslkit.engine.run_folder.lock import PROBE, refuse_unwritable
 from sslkit.errors import UserError, check_path
 from sslkit.files.atomic import refuse_links
 from sslkit.files.run_reader import LOCK
-from sslkit.methods import find_method
+from sslkit.methods import canonical_name, find_method
+from sslkit.recipe.overrides import Overrides, stated_tables
 from sslkit.recipe.resolve import Recipe, as_saved, build_recipe, changes, read_tables
 from sslkit.recipe.schema import check_plain
 from sslkit.text import pluralize
@@ -203,6 +204,29 @@ def find_checkpoint(folder: Path, recipe: Recipe, resume: str) -> tuple[Checkpoi
             f"--resume {resume}: was trained by another recipe; these keys must be the same: {_list_changes(unfit)}"
         )
     return checkpoint, problems
+
+
+def load_resumed(resume: str, overrides: Overrides) -> Recipe:
+    """The recipe of the run that ``--resume`` names, by its folder or by a checkpoint, with ``overrides`` on top.
+
+    Raises:
+        UserError: There is no run and no checkpoint, or the recipe is not valid.
+    """
+    check_path(resume, "--resume")
+    path, name = Path(resume).absolute(), f"--resume {resume}: its recipe:"
+    runs = (each for each in (path, path.parent, path.parent.parent) if (each / "checkpoints").is_dir())
+    file = next((found for folder in runs if (found := folder / "recipe.toml").is_file()), None)
+    if file is None and not (path / "manifest.json").is_file():
+        raise UserError(f"--resume {resume}: has no checkpoint; give a run or checkpoint folder, auto or never")
+    saved = as_saved(read_tables(file) if file else read_checkpoint(path).state["recipe"])
+    check_plain(saved, name)
+    before = build_recipe(saved, name=name, folder=file and file.parent).method_name
+    method = stated_tables(overrides).get("method", {}).get("name", before)
+    if canonical_name(method) != before:
+        raise UserError(
+            f"--resume {resume}: was trained with {before}, not {method}; to start anew, leave --resume out"
+        )
+    return build_recipe(saved, overrides, name, file and file.parent)
 
 
 def is_of_other_run(checkpoint: Checkpoint, folder: Path) -> bool:
