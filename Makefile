@@ -76,7 +76,7 @@ evidence: $(BIN)/.installed
 	$(BIN)/python benchmarks/plan_experiments.py runs/small_sets --baselines
 	$(BIN)/python benchmarks/plan_experiments.py runs/small_sets --only plan --seeds 0 1 2
 	$(BIN)/python benchmarks/adapt_experiments.py runs/small_sets runs/lite0 --start 64 96 128 160 224 \
-	    --only "anchor 160, weak views, 8 epochs" --seeds 0 1 2
+	    --only "anchor 160, weak views" "anchor 160, weak views, 8 epochs" --seeds 0 1 2
 
 docs: $(BIN)/.installed
 	$(BIN)/zensical build --strict

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 from conftest import run, small_recipe
-from scipy.stats import binom
+from scipy.stats import binom, binomtest
 
 import sslkit
 from sslkit.data.sources.image_identity import images_digest
@@ -55,7 +55,9 @@ def test_the_interval_is_the_bootstraps() -> None:
     low, high = bootstrap_interval(float(right.mean()), 400)
     assert (low, high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.004)
     assert (low, high) == pytest.approx(binom.ppf([0.025, 0.975], 400, right.mean()) / 400, abs=0.003)
-    assert bootstrap_interval(1.0, 50) == (1.0, 1.0)
+    exact = binomtest(50, 50).proportion_ci(0.95, "exact")
+    assert bootstrap_interval(1.0, 50) == pytest.approx((exact.low, exact.high))
+    assert bootstrap_interval(0.0, 50) == pytest.approx((1 - exact.high, 1 - exact.low))
 
 
 def test_the_hash_knows_every_setting_and_no_order() -> None:
