@@ -105,7 +105,7 @@ def score_of_draws(encoder: str, draws: Sequence[ArrayLike], own: ArrayLike, *, 
     )
     interval = min(low for low, _ in intervals), max(high for _, high in intervals)
     accuracy = float(np.mean([each.accuracy for each in scores]))
-    note = note or (f"mean of {len(draws)} draws" if len(draws) > 1 else "")
+    note = f"mean of {len(draws)} draws" if len(draws) > 1 else note  # what was chosen may differ between draws
     return Score(encoder, accuracy, interval, note, difference=mean)
 
 
