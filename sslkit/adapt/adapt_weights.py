@@ -104,8 +104,8 @@ def adapt_weights(
     if saved:
         sizes = sorted({*sizes, required}) if options.labelled else [required]
     share = OTHER_SIZE_SHARE if wishes.size else SIZE_SHARE
-    size = judge.judge_start(start, sizes, required, 3600 * options.hours * share)
-    judge.compares_sizes = not wishes.size
+    limit = 3600 * options.hours * share
+    size = judge.judge_start(start, sizes, required, limit, compares_sizes=not wishes.size)
     recipe = saved
     if recipe is None:
         left = 3600 * options.hours * PLANNED_SHARE - (time.monotonic() - begin)

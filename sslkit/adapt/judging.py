@@ -61,7 +61,7 @@ class Judge:
         self.cost = JudgingCost(store)
         self.starts: dict[int, Encoder] = {}
         self.candidates: list[Candidate] = []
-        self.compares_sizes = True  # whether the end is compared with the start at all sizes, or at its own
+        self.compares_sizes = True
         self.start_measures: dict[str, float | None] = {}
         self.measuring = 0.0  # seconds for the measures without labels
 
@@ -70,15 +70,25 @@ class Judge:
         """Of the images that the verdict is given on."""
         return self.judged.description if self.judged else self.source.description
 
-    def judge_start(self, start: Start, sizes: list[int], required: int = 0, limit: float = math.inf) -> int:
+    def judge_start(
+        self,
+        start: Start,
+        sizes: list[int],
+        required: int = 0,
+        limit: float = math.inf,
+        *,
+        compares_sizes: bool = True,
+    ) -> int:
         """Judge the untouched encoder at some sizes; returns the ``required`` one if there is, else the best.
 
         Without labels, the best is the smallest that the encoder takes. Sizes after the first, other than the required
-        one, are judged only if each takes less than ``limit`` seconds.
+        one, are judged only if each takes less than ``limit`` seconds. ``compares_sizes`` says whether the end is
+        compared with the start at all of them, or at its own size.
 
         Raises:
             UserError: The encoder takes images of none of the sizes.
         """
+        self.compares_sizes = compares_sizes
         for size in sizes:
             encoder = at_size(start.encoder, size)
             if encoder is None or (self.starts and size != required and self._is_too_dear(size, limit)):

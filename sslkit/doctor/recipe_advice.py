@@ -28,7 +28,7 @@ SAFE_ADAMW = 2e-3  # works for small networks at any batch size
 MAX_DECAY = {"sgd": 5e-3, "lars": 1e-3, "lars_simclr": 1e-3, "larc": 1e-3, "adamw": 0.5, "lamb": 0.5}
 MOMENTA = (0.9, 0.95, 0.97, 0.98, 0.99, 0.996, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
 MIN_BATCH, MIN_GROUP, LARGE_BATCH, MIN_UPDATES = 32, 8, 1024, 200
-SMALL_SET = 100_000  # images, up to which more updates are worth more than large batches: docs/plan.md
+SMALL_SET = 100_000  # images, up to which more updates are preferred to the paper's batch: docs/plan.md
 
 
 def check_settings(recipe: Recipe, method: Method, images: ImageSummary) -> list[Finding]:
@@ -153,8 +153,7 @@ def _batch_size(recipe: Recipe, method: Method, num_images: int) -> Finding:
         return BATCH.warning(f"{few}: set train.batch_size = {MIN_BATCH} or more")
     if batch_size < smallest:
         return BATCH.ok(
-            f"{batch_size}, where {recipe.method_name}'s paper goes down to {smallest}; on small sets 64 is as good, "
-            "because there are more updates (docs/plan.md)"
+            f"{batch_size}, below the {smallest} of {recipe.method_name}'s paper, for more updates: see docs/plan.md"
         )
     return BATCH.ok(f"{batch_size}" + (f", {batch_size / groups:g} in each BatchNorm group" if groups > 1 else ""))
 

@@ -74,7 +74,7 @@ def choose_views(draft: Draft, facts: Facts) -> None:
     asked = [draft.get(key) for key in draft.stated if key.startswith("views.") and key.endswith("blur_prob")]
     if size < SMALLEST_BLURRED and "views.blur_sigma" not in draft.stated and not any(asked):
         draft.choose("views.blur_prob", 0.0, f"a blur in proportion to views of {size} pixels changes nothing")
-    elif any(asked) or not asked:
+    elif any(asked) or not asked:  # not where the user has switched blur off
         sigma = [0.1, max(round(size * BLUR_PER_PIXEL, 2), 0.2)]
         draft.choose("views.blur_sigma", sigma, f"the paper's 2 pixels of {PAPER_VIEW}, for {size}")
     if facts.grey or facts.moments:

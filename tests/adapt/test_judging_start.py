@@ -111,8 +111,7 @@ def test_the_retained_images_are_judged_at_the_best_of_both(images: Path, start:
 
 def test_a_better_size_of_the_start_is_in_the_last_sentence(images: Path, start: Start, tmp_path: Path) -> None:
     judge = judge_of(images, tmp_path, lambda _: None)
-    judge.judge_start(start, [32, 64], 32)
-    judge.compares_sizes = False
+    judge.judge_start(start, [32, 64], 32, compares_sizes=False)
     judge.candidates = [
         replace(each, correct=each.correct | True, merit=1.0) if each.size == 64 and not each.whitened else each
         for each in judge.candidates
