@@ -29,6 +29,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslkit.data.batch import Batch
@@ -44,7 +45,10 @@ GPU = torch.device("cuda", 0)
 EPOCH_STEPS = 100
 aten = torch.ops.aten
 # Operators that give memory a shape, or allocate it, and launch nothing.
-NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "alias", "device"}
+NO_LAUNCH = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+    *("detach", "lift_fresh", "alias", "device"),
+}
 SHAPE_FROM_VALUES = {"nonzero", "masked_select", "unique", "_unique2", "unique_consecutive", "bincount"}
 
 
@@ -131,7 +135,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def is_view(func: Any, name: str) -> bool:
     """Whether an operator launches nothing."""
-    return name in NO_LAUNCH or any(value.alias_info and not value.alias_info.is_write for value in func._schema.returns)
+    aliases = [value.alias_info for value in func._schema.returns]
+    return name in NO_LAUNCH or any(alias and not alias.is_write for alias in aliases)
 
 
 def one_like(tensor: Tensor) -> Any:
@@ -152,16 +157,7 @@ def site() -> str:
 def backward(outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Add the gradients of the leaves that ``outputs`` depend on: autograd's algorithm, in this thread."""
     roots = [(output.grad_fn, output.output_nr, grad) for output, grad in zip(outputs, grads, strict=True)]
-    waiting: dict[Any, int] = defaultdict(int)
-    seen, stack = set(), [node for node, _, _ in roots]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            for following, _ in node.next_functions:
-                if following is not None:
-                    waiting[following] += 1
-                    stack.append(following)
+    waiting = edges_into_nodes([node for node, _, _ in roots])
     arrived: dict[Any, dict[int, Tensor]] = defaultdict(dict)
     for node, index, grad in roots:
         accumulate(node, arrived[node], index, grad)
@@ -177,6 +173,21 @@ def backward(outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
             waiting[following] -= 1
             if not waiting[following]:
                 ready.append(following)
+
+
+def edges_into_nodes(roots: Sequence[Any]) -> dict[Any, int]:
+    """For each node of the graph, how many gradients it waits for."""
+    waiting: dict[Any, int] = defaultdict(int)
+    seen, stack = set(), list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            following = [each for each, _ in node.next_functions if each is not None]
+            stack.extend(following)
+            for each in following:
+                waiting[each] += 1
+    return waiting
 
 
 def gradients(node: Any, inputs: dict[int, Tensor]) -> Sequence[Tensor | None]:
@@ -228,15 +239,13 @@ def fake_gpu(processes: int) -> Iterator[FakeTensorMode]:
 
     with ExitStack() as stack:
         if processes > 1:
-            from torch.testing._internal.distributed.fake_pg import FakeStore
-
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
             stack.callback(dist.destroy_process_group)
         stack.enter_context(mock.patch.object(torch.Tensor, "backward", engine))
         stack.enter_context(mock.patch.object(torch.autograd, "backward", engine_of_many))
-        stack.enter_context(mock.patch.object(torch.cuda, "is_available", lambda: True))
-        stack.enter_context(mock.patch.object(torch.cuda, "device_count", lambda: 1))
-        stack.enter_context(mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_a, **_k: True))
+        stack.enter_context(mock.patch.object(torch.cuda, "is_available", return_value=True))
+        stack.enter_context(mock.patch.object(torch.cuda, "device_count", return_value=1))
+        stack.enter_context(mock.patch.object(torch.cuda, "is_bf16_supported", return_value=True))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", to_list))
         yield FakeGpuMode(allow_non_fake_inputs=True)
 
