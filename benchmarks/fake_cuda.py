@@ -29,16 +29,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.utils import clip_grad
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslkit.data.batch import Batch
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.engine.optim import make_optimizer
-from sslkit.engine.resilience.guard import Guard
-from sslkit.engine.setup import build_method
+from sslkit.engine.setup import build_method, lag_of
 from sslkit.engine.state import RecoveryState, TrainingState
-from sslkit.engine.step import train_step
+from sslkit.engine.step import finish_step, guard_of, start_step
 from sslkit.recipe.resolve import Recipe, load_recipe
 
 GPU = torch.device("cuda", 0)
@@ -246,6 +246,10 @@ def fake_gpu(processes: int) -> Iterator[FakeTensorMode]:
         stack.enter_context(mock.patch.object(torch.cuda, "is_available", return_value=True))
         stack.enter_context(mock.patch.object(torch.cuda, "device_count", return_value=1))
         stack.enter_context(mock.patch.object(torch.cuda, "is_bf16_supported", return_value=True))
+        stack.enter_context(mock.patch.object(torch.cuda, "Event"))
+        stack.enter_context(mock.patch.object(torch.cuda, "manual_seed"))
+        # PyTorch takes lists of plain tensors only.
+        stack.enter_context(mock.patch.object(clip_grad, "_has_foreach_support", return_value=True))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", to_list))
         yield FakeGpuMode(allow_non_fake_inputs=True)
 
@@ -293,7 +297,7 @@ def fake_batch(recipe: Recipe, batch_size: int) -> Batch:
 
 
 def count_step(recipe: Recipe, processes: int = 1) -> Counts:
-    """Count what the second step of a recipe asks for on one of ``processes`` GPUs, with nothing due to be logged."""
+    """Count what the third step of a recipe asks for on one of ``processes`` GPUs, with nothing due to be logged."""
     with fake_gpu(processes) as mode:
         torch.manual_seed(0)
         method = build_method(recipe, EPOCH_STEPS * recipe.train.batch_size)
@@ -308,12 +312,15 @@ def count_step(recipe: Recipe, processes: int = 1) -> Counts:
             recovery = RecoveryState()
             source: ImageSource = mock.Mock()
             state = TrainingState(recipe, accelerator, source, method, wrapped, optimizer, EPOCH_STEPS, 0, recovery)
-            guard = Guard(recipe.guard, recovery, method)
-            for _ in range(2):
+            state.lag = lag_of(recipe, GPU, optimizer.optimizer)
+            guard = guard_of(state)
+            for _ in range(3):  # the first make the optimizer's state, and learn what buffers hold
                 batch = fake_batch(recipe, recipe.train.batch_size // processes)
                 counting = Counting()
                 with counting:
-                    train_step(state, batch, guard, lambda: (False, False, False))
+                    started = start_step(state, batch, guard, lambda: (False, False, False))
+                    if not state.lag:
+                        finish_step(state, guard, started)
         AcceleratorState._reset_state(reset_partial_state=True)
     return counting.counts
 

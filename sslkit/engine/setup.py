@@ -5,6 +5,7 @@ import os
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.optim import Optimizer
 
 from sslkit.data.augment.cpu import ViewPipeline
 from sslkit.data.loading.loader import cores_of_a_process
@@ -33,6 +34,8 @@ from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.memory_bank import MemoryBank
 from sslkit.recipe.resolve import Recipe
 from sslkit.text import pluralize
+
+LAG = 2  # steps
 
 
 def set_up_training(
@@ -78,7 +81,17 @@ def set_up_training(
     wrapped = accelerator.prepare_model(method, evaluation_mode=recipe.train.shard)
     prepared = accelerator.prepare_optimizer(optimizer)
     step, recovery = checkpoint.step if checkpoint else 0, recovery or RecoveryState()
-    return TrainingState(recipe, accelerator, source, method, wrapped, prepared, epoch_steps, step, recovery)
+    lag = lag_of(recipe, accelerator.device, optimizer)
+    return TrainingState(recipe, accelerator, source, method, wrapped, prepared, epoch_steps, step, recovery, lag)
+
+
+def lag_of(recipe: Recipe, device: torch.device, optimizer: Optimizer) -> int:
+    """How many steps to start before the numbers of one are read: on a GPU, if the update can be left to its decision.
+
+    Sharded parameters are updated on the host's word.
+    """
+    gated = getattr(optimizer, "_step_supports_amp_scaling", False)  # as PyTorch's fused optimizers say
+    return LAG if device.type == "cuda" and gated and not recipe.train.shard else 0
 
 
 def build_method(recipe: Recipe, num_samples: int = 0) -> Method:

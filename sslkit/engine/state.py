@@ -50,6 +50,7 @@ class TrainingState:
     steps_per_epoch: int  # whole global batches in the images
     step: int  # steps made so far
     recovery: RecoveryState
+    lag: int = 0  # number of steps that are started before the numbers of one are read; a GPU is not waited for
 
     @property
     def last_step(self) -> int:
