@@ -16,13 +16,13 @@ class Uploads(TorchDispatchMode):
     """Counts copies to the fake GPU."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket.__name__ in ("_to_copy", "copy_"):
-            self.count += out.is_cuda and not args[-1].is_cuda
+            self.count += int(out.is_cuda and not args[-1].is_cuda)
         return out
 
 
