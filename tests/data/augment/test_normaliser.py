@@ -17,7 +17,7 @@ class Uploads(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.count: int = 0
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -60,9 +60,10 @@ def test_constants_are_uploaded_once_a_run() -> None:
 
 def count_uploads(calls: int) -> int:
     run = Normaliser((0.5, 0.4, 0.3), (0.2, 0.2, 0.3))
+    uploads = Uploads()
     with FakeGpu():
         pixels = torch.empty(4, 8, 8, 3, dtype=torch.uint8, device="cuda")
-        with Uploads() as uploads:
+        with uploads:
             for _ in range(calls):
                 assert run(pixels).device.type == "cuda"
     return uploads.count
