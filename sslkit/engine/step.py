@@ -8,14 +8,12 @@ handed to it together with a gate that it computes itself, and the step's number
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sslkit.data.augment.cpu import normalise
 from sslkit.data.augment.gpu import finish_on
 from sslkit.data.batch import Batch
 from sslkit.distributed.collectives import mean_over_processes, upload
@@ -168,7 +166,7 @@ def forward_and_backward(state: TrainingState, batch: Batch) -> Step:
         BatchInfo(batch.sample_ids),
         state.progress,
         shuffle_order(recipe, state.step) if method.shuffle_keys else None,
-        partial(normalise, mean=recipe.views.mean, std=recipe.views.std),
+        state.normalise,
     )
     if recipe.train.micro_batch:
         return sliced_step(accelerator, method, inputs, recipe.train.micro_batch, seed_slice)
