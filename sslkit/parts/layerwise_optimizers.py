@@ -35,7 +35,7 @@ class _LayerwiseOptimizer(Optimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
-        self._layers_of_rows: dict[tuple[torch.device, *tuple[int, ...]], Tensor] = {}
+        self._layers_of_rows: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -82,7 +82,7 @@ class _LayerwiseOptimizer(Optimizer):
         layer of each row (R,), and each layer's part of the matrix in the layout of its momentum buffer.
         """
         counts = tuple(-(-grad.numel() // ROW) for grad in grads)
-        key = (grads[0].device, *counts)
+        key = (grads[0].device, counts)
         if key not in self._layers_of_rows:
             self._layers_of_rows[key] = torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(key[0])
         matrix = grads[0].new_empty((sum(counts), ROW))
