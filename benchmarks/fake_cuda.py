@@ -202,11 +202,16 @@ def gradients(node: Any, inputs: dict[int, Tensor]) -> Sequence[Tensor | None]:
     metadata = node._input_metadata
     values = [inputs.get(index) for index in range(len(metadata))]
     if hasattr(node, "_forward_cls"):  # a `torch.autograd.Function`; missing gradients are zeros
-        zeros = [torch.zeros(each.shape, dtype=each.dtype, device=each.device) for each in metadata]
-        found = node.apply(*(zero if value is None else value for value, zero in zip(values, zeros, strict=True)))
+        given = (zeros(each) if value is None else value for value, each in zip(values, metadata, strict=True))
+        found = node.apply(*given)
     else:
         found = node(*values)
     return found if isinstance(found, (tuple, list)) else (found,)
+
+
+def zeros(metadata: Any) -> Tensor:
+    """A missing gradient."""
+    return torch.zeros(metadata.shape, dtype=metadata.dtype, device=metadata.device)
 
 
 def accumulate(node: Any, arrived: dict[int, Tensor], index: int, grad: Tensor) -> None:
@@ -297,8 +302,7 @@ def count_step(recipe: Recipe, processes: int = 1) -> Counts:
     with fake_gpu(processes) as mode:
         torch.manual_seed(0)
         method = build_method(recipe, EPOCH_STEPS * recipe.train.batch_size)
-        if processes > 1:
-            method.synchronise_batch_norm(GPU)
+        method.synchronise_batch_norm(GPU)
         move_to_gpu(method, mode, torch.contiguous_format if recipe.train.shard else torch.channels_last)
         accelerator = make_accelerator(recipe)
         method.train()
