@@ -16,7 +16,7 @@ backward pass of CUDA tensors, so the graph is walked here, node by node.
 import argparse
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +50,22 @@ NO_LAUNCH = {
     *("detach", "lift_fresh", "alias", "device"),
 }
 SHAPE_FROM_VALUES = {"nonzero", "masked_select", "unique", "_unique2", "unique_consecutive", "bincount"}
+
+
+def empty_statistics(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Two numbers for each channel, in float32 or wider."""
+    size, dtype = x.shape[1], torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=dtype)
+
+
+# PyTorch has no shapes for these.
+SYNCHRONISED_BATCH_NORM: dict[str, Callable[..., Any]] = {
+    "batch_norm_stats": empty_statistics,
+    "batch_norm_gather_stats_with_counts": empty_statistics,
+    "batch_norm_elemt": lambda x, *_: torch.empty_like(x),
+    "batch_norm_backward_reduce": lambda grad, *_: (*empty_statistics(grad), *empty_statistics(grad)),
+    "batch_norm_backward_elemt": lambda grad, *_: torch.empty_like(grad),
+}
 
 
 @dataclass
@@ -92,6 +108,10 @@ class Counting(TorchDispatchMode):
             self.counts.launches += 1
             self.counts.operators[name] += 1
             return None
+        if name in SYNCHRONISED_BATCH_NORM:
+            self.counts.launches += 1
+            self.counts.operators[name] += 1
+            return SYNCHRONISED_BATCH_NORM[name](*args)
         if on_gpu and self._depends_on_values(name, args):
             self.counts.waits[f"{name} at {site()}"] += 1
         out = func(*args, **kwargs)

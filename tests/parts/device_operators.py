@@ -6,7 +6,7 @@ Importing this module registers them. PyTorch has `aten::batch_norm_stats` and i
 import torch
 from torch import Tensor
 
-import sslkit.parts.batchnorm.chunk_kernels  # noqa: F401: defines the operators
+import sslkit.parts.batchnorm.chunk_kernels  # noqa: F401
 
 ours = torch.library.Library("sslkit", "IMPL")
 pytorchs = torch.library.Library("aten", "IMPL")
