@@ -16,7 +16,7 @@ backward pass of CUDA tensors, so the graph is walked here, node by node.
 import argparse
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +50,22 @@ NO_LAUNCH = {
     *("detach", "lift_fresh", "alias", "device"),
 }
 SHAPE_FROM_VALUES = {"nonzero", "masked_select", "unique", "_unique2", "unique_consecutive", "bincount"}
+
+
+def empty_statistics(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Two numbers for each channel, in float32 or wider."""
+    size, dtype = x.shape[1], torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=dtype)
+
+
+# PyTorch has no shapes for these.
+SYNCHRONISED_BATCH_NORM: dict[str, Callable[..., Any]] = {
+    "batch_norm_stats": empty_statistics,
+    "batch_norm_gather_stats_with_counts": empty_statistics,
+    "batch_norm_elemt": lambda x, *_: torch.empty_like(x),
+    "batch_norm_backward_reduce": lambda grad, *_: (*empty_statistics(grad), *empty_statistics(grad)),
+    "batch_norm_backward_elemt": lambda grad, *_: torch.empty_like(grad),
+}
 
 
 @dataclass
@@ -92,6 +108,10 @@ class Counting(TorchDispatchMode):
             self.counts.launches += 1
             self.counts.operators[name] += 1
             return None
+        if name in SYNCHRONISED_BATCH_NORM:
+            self.counts.launches += 1
+            self.counts.operators[name] += 1
+            return SYNCHRONISED_BATCH_NORM[name](*args)
         if on_gpu and self._depends_on_values(name, args):
             self.counts.waits[f"{name} at {site()}"] += 1
         out = func(*args, **kwargs)
@@ -202,11 +222,16 @@ def gradients(node: Any, inputs: dict[int, Tensor]) -> Sequence[Tensor | None]:
     metadata = node._input_metadata
     values = [inputs.get(index) for index in range(len(metadata))]
     if hasattr(node, "_forward_cls"):  # a `torch.autograd.Function`; missing gradients are zeros
-        zeros = [torch.zeros(each.shape, dtype=each.dtype, device=each.device) for each in metadata]
-        found = node.apply(*(zero if value is None else value for value, zero in zip(values, zeros, strict=True)))
+        given = (zeros(each) if value is None else value for value, each in zip(values, metadata, strict=True))
+        found = node.apply(*given)
     else:
         found = node(*values)
     return found if isinstance(found, (tuple, list)) else (found,)
+
+
+def zeros(metadata: Any) -> Tensor:
+    """A missing gradient."""
+    return torch.zeros(metadata.shape, dtype=metadata.dtype, device=metadata.device)
 
 
 def accumulate(node: Any, arrived: dict[int, Tensor], index: int, grad: Tensor) -> None:
@@ -301,8 +326,7 @@ def count_step(recipe: Recipe, processes: int = 1) -> Counts:
     with fake_gpu(processes) as mode:
         torch.manual_seed(0)
         method = build_method(recipe, EPOCH_STEPS * recipe.train.batch_size)
-        if processes > 1:
-            method.synchronise_batch_norm(GPU)
+        method.synchronise_batch_norm(GPU)
         move_to_gpu(method, mode, torch.contiguous_format if recipe.train.shard else torch.channels_last)
         accelerator = make_accelerator(recipe)
         method.train()

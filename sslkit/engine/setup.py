@@ -60,7 +60,7 @@ def set_up_training(
         torch.manual_seed(recipe.train.seed)
         method = build_method(recipe, len(source))
     check_batch_split(recipe, method, accelerator.num_processes)
-    if accelerator.num_processes > 1 and has_batch_norm(method):
+    if has_batch_norm(method):
         method.synchronise_batch_norm(accelerator.device)
     if accelerator.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # A thread that shares its core with a data worker slows all the others down.

@@ -16,8 +16,8 @@ from sslkit.distributed.collectives import gather_rows, rank, world_size
 from sslkit.methods.base import BatchInfo, Features, Method, PaperRun, Step, ViewCount, Views
 from sslkit.methods.method_options import Fitted, MethodOptions, negatives_below
 from sslkit.parts.backbone import Family
-from sslkit.parts.batch_slices import encode_in_slices, local_bn_groups
-from sslkit.parts.batchnorm import GroupStatistics, has_batch_norm
+from sslkit.parts.batch_slices import encode_in_slices, encode_together, local_bn_groups
+from sslkit.parts.batchnorm import GroupStatistics, can_divide, has_batch_norm
 from sslkit.parts.chance_loss import ChanceLoss, softmax_chance_loss
 from sslkit.parts.heads import swav_head
 from sslkit.parts.host_value import HostValue
@@ -110,14 +110,15 @@ class SwAV(Method):
 
     def project(self, features: Features) -> Features:
         """Embeddings (B, C) of each crop's features. All crops of a BN group go through the projector together."""
-        if self.options.bn_groups == 1:
-            return list(self.projector(torch.cat(features)).chunk(len(features)))
 
-        def project_group(crops: Views) -> Features:
-            return list(self.projector(torch.cat(list(crops))).chunk(len(crops)))
+        def project(crops: Views) -> Features:
+            return encode_together(crops, self.projector)
 
-        groups = local_bn_groups(self.options.bn_groups)
-        return encode_in_slices(project_group, features, groups, statistics=GroupStatistics([self.projector]))
+        bn_groups = self.options.bn_groups
+        groups = local_bn_groups(bn_groups)
+        slices = 1 if can_divide(self.projector) else groups
+        statistics = GroupStatistics([self.projector], slices, groups=groups // slices, average=bn_groups > 1)
+        return encode_in_slices(project, features, slices, statistics=statistics)
 
     def batch_norm_groups(self) -> dict[str, int]:
         return {**super().batch_norm_groups(), "projector": self.options.bn_groups}
