@@ -40,8 +40,10 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         raise UserError("[train] precision: 'fp16' needs a GPU; on CPUs take 'no' or 'bf16'")
     # torch 2.15 deprecates the name by which accelerate passes this option.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    # FSDP2 gathers in low precision itself; autocast would keep a copy of all weights until the backward pass.
+    sharded = recipe.train.shard and started > 1
     accelerator = Accelerator(
-        mixed_precision=precision,
+        mixed_precision="no" if sharded else precision,
         cpu=True if training_device().type == "cpu" else None,
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
