@@ -15,6 +15,7 @@ from sslkit.distributed.sharding import shard
 from sslkit.engine.accelerator import processes_here, workers_of
 from sslkit.engine.checkpoint.format import Checkpoint, restore
 from sslkit.engine.optim import make_optimizer
+from sslkit.engine.runtime.precision import chosen_precision
 from sslkit.engine.state import RecoveryState, TrainingState
 from sslkit.errors import UserError
 from sslkit.methods import Method, find_method
@@ -30,7 +31,7 @@ from sslkit.parts.backbone import (
     takes_image_size,
 )
 from sslkit.parts.batch_slices import local_bn_groups
-from sslkit.parts.batchnorm import has_batch_norm
+from sslkit.parts.batchnorm import batch_norms, has_batch_norm
 from sslkit.parts.memory_bank import MemoryBank
 from sslkit.recipe.resolve import Recipe
 from sslkit.text import pluralize
@@ -72,7 +73,9 @@ def set_up_training(
         for encoder in method.backbones():
             encoder.compile()  # in place: modules and parameters keep their names
     if recipe.train.shard:
-        shard(method, method.backbones(), accelerator.device)
+        low = torch.bfloat16 if chosen_precision(recipe) == "bf16" else None
+        norms = batch_norms(method)
+        shard(method, method.backbones(), accelerator.device, compute_dtype=low, full_precision=norms)
     optimizer = make_optimizer(recipe, method)
     if checkpoint is not None:
         check_memory(checkpoint, method)
