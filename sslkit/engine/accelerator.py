@@ -3,7 +3,6 @@
 import os
 import re
 import warnings
-from datetime import timedelta
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -11,6 +10,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from sslkit.data.loading.loader import resolve_workers
 from sslkit.distributed.collectives import processes_started
+from sslkit.distributed.failures import group_timeout
 from sslkit.distributed.rendezvous import rendezvous_url
 from sslkit.engine.runtime.precision import chosen_precision, set_backends, training_device
 from sslkit.errors import UserError
@@ -48,7 +48,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             InitProcessGroupKwargs(
-                init_method=rendezvous_url(), timeout=timedelta(seconds=recipe.guard.timeout_seconds)
+                init_method=rendezvous_url(),
+                timeout=group_timeout(recipe.guard.timeout_seconds, on_gpu=not _only_cpu()),
             ),
         ],
     )

@@ -15,7 +15,8 @@ from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.sources.image_identity import names_digest
 from sslkit.data.sources.image_source import ImageSource, open_source
 from sslkit.distributed.consistency import all_or_none, compare_facts
-from sslkit.distributed.heartbeat import Heartbeat, is_others_fault
+from sslkit.distributed.failures import explain_nccl, is_others_fault
+from sslkit.distributed.heartbeat import Heartbeat
 from sslkit.engine.accelerator import make_accelerator, workers_of
 from sslkit.engine.checkpoint.format import Checkpoint, restore
 from sslkit.engine.checkpoint.retention import checkpoint_name
@@ -55,6 +56,7 @@ Advise = Callable[[Recipe, Method, ImageSource], list[str]]
 
 
 @restored_backends()
+@explain_nccl()
 def train(recipe: Recipe, output: str | Path, resume: str = "auto", advise: Advise | None = None) -> Run:
     """Pretrain as the recipe says, in a run folder; continue if the folder holds an unfinished run of the recipe.
 

@@ -14,6 +14,7 @@ from sslkit.data.batch import Batch
 from sslkit.data.loading.loader import cores_of_a_process
 from sslkit.data.sources.image_source import open_source
 from sslkit.distributed.collectives import max_over_processes
+from sslkit.distributed.failures import explain_nccl
 from sslkit.engine.accelerator import make_accelerator, processes_here, workers_of
 from sslkit.engine.logging.throughput import ThroughputMeter
 from sslkit.engine.resilience.guard import Guard
@@ -61,6 +62,7 @@ class Profile:
 
 
 @restored_backends()
+@explain_nccl()
 def profile(
     recipe: Recipe, seconds: float = 20.0, *, leave: bool = True, on_start: Callable[[], None] = lambda: None
 ) -> Profile:
