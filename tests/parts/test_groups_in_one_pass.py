@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+import triton
 from conftest import small_recipe
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from sslkit.engine.setup import build_method
 from sslkit.methods import BatchInfo, Method
@@ -25,6 +28,7 @@ from sslkit.parts.batchnorm import (
     DeviceBatchNorm,
     GroupStatistics,
     can_divide,
+    chunk_kernels,
     device_norm,
     device_norms,
     normalisation,
@@ -303,7 +307,7 @@ def kernels() -> dict[str, float]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-4), ("bfloat16", 1e-2)])
 @pytest.mark.parametrize("case", ["rows", "images", "splits", "views"])
 def test_the_kernels_compute_what_the_operators_mean(
     kernels: dict[str, float], case: str, dtype: str, tolerance: float
@@ -314,3 +318,34 @@ def test_the_kernels_compute_what_the_operators_mean(
 @pytest.mark.full
 def test_a_value_that_is_not_finite_stays_visible(kernels: dict[str, float]) -> None:
     assert kernels["nan in"] == kernels["nan out"] == 1.0
+
+
+INTS = ("i32",) * 4
+KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict[str, float]]] = {
+    "_moments_kernel": (("*{x}", "*fp32"), INTS, {}),
+    "_normalise_kernel": (("*{x}", "*fp32", "*fp32", "*fp32", "*{x}"), INTS, {"eps": 1e-5}),
+    "_gradient_sums_kernel": (("*{x}", "*{x}", "*fp32", "*fp32"), (*INTS, "i32"), {"eps": 1e-5}),
+    "_gradient_kernel": (("*{x}", "*{x}", "*fp32", "*fp32", "*fp32", "*{x}"), INTS, {"eps": 1e-5}),
+    "_combine_kernel": (("*fp32",) * 4, (*INTS, "i32"), {"views": 2, "momentum": 0.1, "padded": 8}),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_kernels_compile_for_gpus(
+    name: str, dtype: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton compiles to machine code without a GPU."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    pointers, sizes, constants = KERNELS[name]
+    constants = {**constants, "tile_rows": 64, "tile_channels": 64}
+    kernel = getattr(chunk_kernels, name)
+    signature: dict[str, Any] = dict.fromkeys(kernel.arg_names, "constexpr")
+    signature |= {"tensors": tuple(each.format(x=dtype) for each in pointers), "sizes": sizes}
+    given = {each: value for each, value in constants.items() if each in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=given)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+    assert compiled.metadata.shared <= 48 * 1024
+    assert compiled.asm["cubin"]
