@@ -15,7 +15,8 @@ from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.sources.image_identity import names_digest
 from sslkit.data.sources.image_source import ImageSource, open_source
 from sslkit.distributed.consistency import all_or_none, compare_facts
-from sslkit.distributed.heartbeat import Heartbeat, is_others_fault
+from sslkit.distributed.failures import explain_nccl, is_others_fault
+from sslkit.distributed.heartbeat import Heartbeat
 from sslkit.engine.accelerator import make_accelerator, workers_of
 from sslkit.engine.checkpoint.format import Checkpoint, restore
 from sslkit.engine.checkpoint.retention import checkpoint_name
@@ -40,6 +41,7 @@ from sslkit.engine.run_folder.resume import (
     is_of_other_run,
     keep_earlier_defaults,
 )
+from sslkit.engine.runtime.precision import resolve_precision, restored_backends
 from sslkit.engine.setup import build_method, check_steps_left, make_train_loader, set_up_training, steps_per_epoch
 from sslkit.engine.startup_messages import startup_messages
 from sslkit.engine.state import RecoveryState, TrainingState
@@ -53,6 +55,8 @@ from sslkit.text import pluralize
 Advise = Callable[[Recipe, Method, ImageSource], list[str]]
 
 
+@restored_backends()
+@explain_nccl()
 def train(recipe: Recipe, output: str | Path, resume: str = "auto", advise: Advise | None = None) -> Run:
     """Pretrain as the recipe says, in a run folder; continue if the folder holds an unfinished run of the recipe.
 
@@ -68,6 +72,7 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto", advise: Advi
     """
     folder = Path(output)
     recipe, messages = keep_earlier_defaults(folder, recipe)
+    recipe = resolve_precision(recipe)
     check_folder(folder, recipe, resume)  # to refuse early; it is checked again once the folder is locked
     check_trackers(recipe)
     source = open_source(recipe.data).without_labels()

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from sslkit.distributed.sharding import local_shard
 from sslkit.parts.batchnorm import GlobalBatchNorm
 from sslkit.parts.schedules import Progress
+from sslkit.parts.update_gate import current_gate
 
 GRAIN = 32_768  # elements; PyTorch divides larger tensors among its threads
 
@@ -73,16 +74,18 @@ class MomentumTeacher(nn.Module):
         return self.module(*args, **kwargs)
 
     @torch.no_grad()
-    def update(self, student: nn.Module, momentum: float, gate: Tensor | None = None) -> None:
+    def update(self, student: nn.Module, momentum: float) -> None:
         """Move every parameter towards the student's, in place. Of sharded parameters each process moves its shard.
+
+        Under `sslkit.parts.update_gate.gated` every bit may stay as it is.
 
         Args:
             student: The module this teacher was copied from, with its current parameters.
             momentum: Weight of the teacher's own value, in [0, 1]. 1 leaves every bit as it is; 0 copies.
-            gate: () float32 on the device: 1 to move, 0 to leave every bit as it is. The host does not wait for it.
         """
         own: list[Tensor] = [local_shard(param.detach()) for param in self.module.parameters()]
         theirs: list[Tensor] = [local_shard(param.detach()) for param in student.parameters()]
+        gate = current_gate()
         if gate is not None and gate.device.type != "cpu":
             move_where(gate, own, theirs, 1.0 - momentum)
         elif gate is None or gate.item() == 1:
@@ -114,7 +117,7 @@ def move(own: list[Tensor], theirs: list[Tensor], weight: float) -> None:
 
 
 def move_where(gate: Tensor, own: list[Tensor], theirs: list[Tensor], weight: float) -> None:
-    """`move` by a fused update, which does nothing where ``gate`` () is 0."""
+    """`move` by a fused update, which does nothing where ``gate`` () is 0; the host does not wait for it."""
     torch._fused_sgd_(
         own,
         torch._foreach_sub(own, theirs),

@@ -14,9 +14,11 @@ from sslkit.data.batch import Batch
 from sslkit.data.loading.loader import cores_of_a_process
 from sslkit.data.sources.image_source import open_source
 from sslkit.distributed.collectives import max_over_processes
+from sslkit.distributed.failures import explain_nccl
 from sslkit.engine.accelerator import make_accelerator, processes_here, workers_of
 from sslkit.engine.logging.throughput import ThroughputMeter
 from sslkit.engine.resilience.guard import Guard
+from sslkit.engine.runtime.precision import resolve_precision, restored_backends
 from sslkit.engine.setup import make_train_loader, set_up_training, steps_per_epoch
 from sslkit.engine.state import TrainingState
 from sslkit.engine.step import train_step
@@ -59,6 +61,8 @@ class Profile:
         return self.step - self.waiting
 
 
+@restored_backends()
+@explain_nccl()
 def profile(
     recipe: Recipe, seconds: float = 20.0, *, leave: bool = True, on_start: Callable[[], None] = lambda: None
 ) -> Profile:
@@ -67,6 +71,7 @@ def profile(
     With several processes, ``leave`` says whether they leave their process group after it; if not, a run may follow.
     ``on_start`` is called once everything is set up.
     """
+    recipe = resolve_precision(recipe)
     source = open_source(recipe.data).without_labels()
     steps_per_epoch(recipe, source)
     accelerator = make_accelerator(recipe)

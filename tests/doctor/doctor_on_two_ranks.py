@@ -29,9 +29,9 @@ def as_is(rows: Tensor) -> Tensor:
     return rows
 
 
-def move_on_first(self: MomentumTeacher, student: Any, momentum: float, gate: Tensor | None = None) -> None:
+def move_on_first(self: MomentumTeacher, student: Any, momentum: float) -> None:
     if rank() == 0:
-        MOVE(self, student, momentum, gate)
+        MOVE(self, student, momentum)
 
 
 def mistakes() -> dict[str, tuple[str, Any]]:

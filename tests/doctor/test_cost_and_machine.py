@@ -9,9 +9,10 @@ from conftest import small_recipe
 from sslkit.data.sources.image_source import ImageSource, open_source
 from sslkit.doctor import cost_forecast as cost
 from sslkit.doctor import machine_checks as machine
-from sslkit.doctor.doctor_setup import DoctorSetup, StepRecord, saved_bytes, set_up_checks
+from sslkit.doctor.doctor_setup import DoctorSetup, StepRecord, set_up_checks
 from sslkit.doctor.recipe_advice import _slices
 from sslkit.engine.setup import build_method
+from sslkit.engine.step_cost import saved_bytes
 from sslkit.recipe.resolve import Recipe
 
 

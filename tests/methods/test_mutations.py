@@ -53,8 +53,8 @@ def teacher_in_eval_mode(patch: Patch) -> None:
 def buffers_averaged(patch: Patch) -> None:
     update = MomentumTeacher.update
 
-    def averaging(self: MomentumTeacher, student: nn.Module, momentum: float, gate: Tensor | None = None) -> None:
-        update(self, student, momentum, gate)
+    def averaging(self: MomentumTeacher, student: nn.Module, momentum: float) -> None:
+        update(self, student, momentum)
         for own, theirs in zip(self.module.buffers(), student.buffers(), strict=True):
             if own.is_floating_point():
                 own.lerp_(theirs, 1 - momentum)
@@ -65,9 +65,9 @@ def buffers_averaged(patch: Patch) -> None:
 def teacher_moved_twice(patch: Patch) -> None:
     update = MomentumTeacher.update
 
-    def twice(self: MomentumTeacher, student: nn.Module, momentum: float, gate: Tensor | None = None) -> None:
-        update(self, student, momentum, gate)
-        update(self, student, momentum, gate)
+    def twice(self: MomentumTeacher, student: nn.Module, momentum: float) -> None:
+        update(self, student, momentum)
+        update(self, student, momentum)
 
     patch.setattr(MomentumTeacher, "update", twice)
 
@@ -76,8 +76,8 @@ def teacher_moved_before_the_optimizer(patch: Patch) -> None:
     """The teacher of a step is one update behind."""
     update, last = MomentumTeacher.update, {}
 
-    def late(self: MomentumTeacher, student: nn.Module, momentum: float, gate: Tensor | None = None) -> None:
-        update(self, last.get(id(self), student), momentum, gate)
+    def late(self: MomentumTeacher, student: nn.Module, momentum: float) -> None:
+        update(self, last.get(id(self), student), momentum)
         last[id(self)] = copy.deepcopy(student)
 
     patch.setattr(MomentumTeacher, "update", late)

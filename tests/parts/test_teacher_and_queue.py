@@ -13,6 +13,7 @@ from sslkit.methods import MomentumOptions, Progress
 from sslkit.parts import momentum_teacher
 from sslkit.parts.momentum_teacher import MomentumTeacher, move_where
 from sslkit.parts.queue import KeyQueue
+from sslkit.parts.update_gate import gated
 
 
 def small_net() -> nn.Sequential:
@@ -106,8 +107,10 @@ def test_a_gate_keeps_every_bit_or_moves_as_without_it() -> None:
     student = uneven_net(0)
     held, moved, plain = (MomentumTeacher(uneven_net(1)) for _ in range(3))
     before = copy.deepcopy(held.state_dict())
-    held.update(student, 0.9, torch.zeros(()))
-    moved.update(student, 0.9, torch.ones(()))
+    with gated(torch.zeros(())):
+        held.update(student, 0.9)
+    with gated(torch.ones(())):
+        moved.update(student, 0.9)
     plain.update(student, 0.9)
     for name, value in plain.state_dict().items():
         assert torch.equal(held.state_dict()[name], before[name])
