@@ -1,14 +1,17 @@
 """The momentum teacher: a copy of a module that follows its student as a moving average."""
 
 import copy
+import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from sslkit.distributed.sharding import local_shard
@@ -16,6 +19,7 @@ from sslkit.parts.batchnorm import GlobalBatchNorm
 from sslkit.parts.schedules import Progress
 from sslkit.parts.update_gate import current_gate
 
+CONVERTED_BY_AUTOCAST = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}
 GRAIN = 32_768  # elements; PyTorch divides larger tensors among its threads
 
 
@@ -54,6 +58,7 @@ class MomentumTeacher(nn.Module):
         self.batch_statistics, self.dropout = batch_statistics, dropout
         self.module = copy.deepcopy(student)
         self.module.requires_grad_(False)
+        self._low_precision = LowPrecisionWeights()
         self.train(student.training)
 
     def momentum_at(self, progress: Progress) -> float:
@@ -71,7 +76,8 @@ class MomentumTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the copy without recording a graph."""
-        return self.module(*args, **kwargs)
+        with self._low_precision.used_by(self.module):
+            return self.module(*args, **kwargs)
 
     @torch.no_grad()
     def update(self, student: nn.Module, momentum: float) -> None:
@@ -90,6 +96,69 @@ class MomentumTeacher(nn.Module):
             move_where(gate, own, theirs, 1.0 - momentum)
         elif gate is None or gate.item() == 1:
             move(own, theirs, 1.0 - momentum)
+
+
+class LowPrecisionWeights:
+    """Weights of linear and convolutional layers in the dtype of autocast, converted once after every change.
+
+    Autocast itself converts them in each forward pass: it keeps only what requires gradient. The module's own weights,
+    its state dict and the numbers that it computes stay as they are.
+    """
+
+    def __init__(self) -> None:
+        self._places: list[tuple[dict[str, Any], str]] | None = None  # the dict that holds each weight, and its name
+        self._originals: list[Tensor] = []
+        self._versions: list[int] = []
+        self._converted: list[Tensor] = []  # empty where the originals are not converted: shards, for example
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LowPrecisionWeights":
+        return LowPrecisionWeights()
+
+    @contextmanager
+    def used_by(self, module: nn.Module) -> Iterator[None]:
+        """Let the layers of ``module``, always the same one, hold the converted weights where autocast is on."""
+        if self._places is None:
+            self._places = _places_of_weights(module)
+        originals: list[Tensor] = [held[name] for held, name in self._places]
+        device = originals[0].device.type if originals else "cpu"
+        if originals and torch.is_autocast_enabled(device):
+            self._refresh(originals, torch.get_autocast_dtype(device))
+            try:
+                for (held, name), converted in zip(self._places, self._converted, strict=False):
+                    held[name] = converted
+                yield
+            finally:
+                for (held, name), original in zip(self._places, originals, strict=True):
+                    held[name] = original
+        else:
+            yield
+
+    def _refresh(self, originals: list[Tensor], dtype: torch.dtype) -> None:
+        """Convert the weights again unless they are the same tensors, unchanged."""
+        versions = [param._version for param in originals]
+        convertible = all(param.dtype == torch.float32 and not isinstance(param, DTensor) for param in originals)
+        same = len(self._originals) == len(originals) and all(map(operator.is_, self._originals, originals))
+        same = same and all(each.dtype == dtype and each.device == originals[0].device for each in self._converted)
+        if not convertible:
+            self._converted = []
+        elif not same or not self._converted:
+            self._converted = [torch.empty_like(param, dtype=dtype) for param in originals]
+            torch._foreach_copy_(self._converted, originals)
+        elif versions != self._versions:
+            torch._foreach_copy_(self._converted, originals)
+        self._originals, self._versions = originals, versions
+
+
+def _places_of_weights(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where the weights are that autocast converts; nowhere if a part is compiled, which converts by itself."""
+    layers = list(module.modules())
+    if any(layer._compiled_call_impl is not None for layer in layers):
+        return []
+    # A subclass may do more with its weight than to multiply by it.
+    plain = [layer for layer in layers if type(layer) in CONVERTED_BY_AUTOCAST]
+    return [
+        (layer._parameters, name) for layer in plain for name, held in layer._parameters.items() if held is not None
+    ]
 
 
 def move(own: list[Tensor], theirs: list[Tensor], weight: float) -> None:
