@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -200,6 +201,7 @@ def move_where(gate: Tensor, own: list[Tensor], theirs: list[Tensor], weight: fl
         is_first_step=False,
         found_inf=1.0 - gate,
     )
+    increment_version(own)  # a fused update does not
 
 
 def _chunks(own: list[Tensor], theirs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

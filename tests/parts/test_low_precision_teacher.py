@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sslkit.parts.momentum_teacher import MomentumTeacher
+from sslkit.parts.momentum_teacher import MomentumTeacher, move_where
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -108,7 +108,12 @@ def to_double_and_back(teacher: MomentumTeacher) -> None:
     change_one(teacher)
 
 
-@pytest.mark.parametrize("change", [load, assign, change_one, replace_one, to_double_and_back])
+def move_as_a_gpu(teacher: MomentumTeacher) -> None:
+    student = encoder("test_vit", seed=1)
+    move_where(torch.ones(()), [each.detach() for each in teacher.parameters()], list(student.parameters()), 0.5)
+
+
+@pytest.mark.parametrize("change", [load, assign, change_one, replace_one, to_double_and_back, move_as_a_gpu])
 def test_no_change_is_missed(change: Callable[[MomentumTeacher], None]) -> None:
     teacher = MomentumTeacher(encoder("test_vit")).eval()
     before = computed(teacher)
