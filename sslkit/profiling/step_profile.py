@@ -18,9 +18,11 @@ from sslkit.distributed.failures import explain_nccl
 from sslkit.engine.accelerator import make_accelerator, processes_here, workers_of
 from sslkit.engine.logging.throughput import ThroughputMeter
 from sslkit.engine.resilience.guard import Guard
+from sslkit.engine.resilience.out_of_memory import explain_set_up, explain_step
 from sslkit.engine.setup import make_train_loader, set_up_training, steps_per_epoch
 from sslkit.engine.state import TrainingState
 from sslkit.engine.step import train_step
+from sslkit.errors import is_out_of_memory
 from sslkit.profiling.image_cost import ImageCosts, image_costs
 from sslkit.profiling.stage_timer import BACKWARD, COLLECTIVES, REST, STAGES, StageTimer, synchronize, timed
 from sslkit.recipe.resolve import Recipe
@@ -73,11 +75,17 @@ def profile(
     steps_per_epoch(recipe, source)
     accelerator = make_accelerator(recipe)
     try:
-        training = set_up_training(recipe, source, accelerator)
+        with explain_set_up(accelerator.device):
+            training = set_up_training(recipe, source, accelerator)
         on_start()
         with one_thread():
             images = image_costs(source, ViewPipeline(recipe.views, recipe.train.seed), seconds / 5)
-        return measure(training, images, seconds)
+        try:
+            return measure(training, images, seconds)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise explain_step(training, error) from error
+            raise
     finally:
         if leave:
             accelerator.end_training()

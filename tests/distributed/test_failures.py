@@ -136,7 +136,7 @@ def test_a_process_that_hangs_on_the_device_ends_once_another_has_stopped(monkey
     heartbeat.at(7, TRAINING)
     heartbeat._send(TRAINING)
     assert not heartbeat._must_end()
-    store.set("beat/1", json.dumps(beat(3, 5, "stopped by OutOfMemory: out of GPU memory")))
+    store.set("beat/1", json.dumps(beat(3, 5, "stopped by OutOfMemoryError: out of GPU memory")))
     store.set("one has stopped", "")
     heartbeat._send(TRAINING)
     assert not heartbeat._must_end()  # gloo's error may come yet
@@ -145,7 +145,7 @@ def test_a_process_that_hangs_on_the_device_ends_once_another_has_stopped(monkey
     heartbeat.at(7, "saving")
     assert not heartbeat._must_end()  # what is being saved is saved
     blamed = str(heartbeat.blame())
-    assert "process 1 stopped by OutOfMemory: out of GPU memory at step 5" in blamed
+    assert "process 1 stopped by OutOfMemoryError: out of GPU memory at step 5" in blamed
 
 
 def test_equal_steps_under_nccl_blame_the_device_or_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
