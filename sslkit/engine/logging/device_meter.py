@@ -67,11 +67,15 @@ class DeviceMeter:
         if not self.active:
             return {}
         fields = {} if (busy := self._busy_share()) is None else {"device_busy": busy}
-        if self.flops and self.peak:
-            fields["mfu"] = self.flops * steps_per_second / self.peak
+        if (mfu := self.mfu(steps_per_second)) is not None:
+            fields["mfu"] = mfu
         fields["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / GIB
         torch.cuda.reset_peak_memory_stats(self.device)
         return fields
+
+    def mfu(self, steps_per_second: float) -> float | None:
+        """Model FLOPs utilization: the share of the peak that the model's FLOPs are; None if either is not known."""
+        return self.flops * steps_per_second / self.peak if self.flops and self.peak else None
 
     def _mark(self) -> Any:
         event = self.make_event()
