@@ -46,7 +46,8 @@ def write_trace(training: TrainingState, file: Path) -> float | None:
     All processes call it together.
 
     Returns:
-        The share of the time in which kernels or copies ran on the GPU; None on CPUs, and on other processes than the first.
+        The share of the time in which kernels or copies ran on the GPU; None on CPUs, and on all processes but the
+        first.
     """
     device, guard = training.accelerator.device, Guard(training.recipe.guard, training.recovery, training.method)
     batches = iter(make_train_loader(training, ENDLESS))
