@@ -1,13 +1,14 @@
 """The state of training: what a step reads and changes, and what a run must remember to recover from bad steps."""
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from pydantic import Field, field_validator
 from torch import nn
 
+from sslkit.data.augment.cpu import Normaliser
 from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.files.json_reader import StrictModel
@@ -50,6 +51,11 @@ class TrainingState:
     steps_per_epoch: int  # whole global batches in the images
     step: int  # steps made so far
     recovery: RecoveryState
+    lag: int = 0  # number of steps that are started before the numbers of one are read; a GPU is not waited for
+    normalise: Normaliser = field(init=False)  # of views on the device, by ``[views] mean`` and ``std``
+
+    def __post_init__(self) -> None:
+        self.normalise = Normaliser(self.recipe.views.mean, self.recipe.views.std)
 
     @property
     def last_step(self) -> int:

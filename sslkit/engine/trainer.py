@@ -47,6 +47,7 @@ from sslkit.engine.run_folder.resume import (
     is_of_other_run,
     keep_earlier_defaults,
 )
+from sslkit.engine.runtime.precision import resolve_precision, restored_backends
 from sslkit.engine.setup import build_method, check_steps_left, make_train_loader, set_up_training, steps_per_epoch
 from sslkit.engine.startup_messages import startup_messages
 from sslkit.engine.state import RecoveryState, TrainingState
@@ -61,6 +62,7 @@ from sslkit.text import pluralize
 Advise = Callable[[Recipe, Method, ImageSource], list[str]]
 
 
+@restored_backends()
 @explain_nccl()
 def train(recipe: Recipe, output: str | Path, resume: str = "auto", advise: Advise | None = None) -> Run:
     """Pretrain as the recipe says, in a run folder; continue if the folder holds an unfinished run of the recipe.
@@ -77,6 +79,7 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto", advise: Advi
     """
     folder = Path(output)
     recipe, messages = keep_earlier_defaults(folder, recipe)
+    recipe = resolve_precision(recipe)
     check_folder(folder, recipe, resume)  # to refuse early; it is checked again once the folder is locked
     check_trackers(recipe)
     source = open_source(recipe.data).without_labels()

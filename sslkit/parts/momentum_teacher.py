@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from sslkit.distributed.sharding import local_shard
 from sslkit.parts.batchnorm import GlobalBatchNorm
 from sslkit.parts.schedules import Progress
+from sslkit.parts.update_gate import current_gate
 
 
 class MomentumTeacher(nn.Module):
@@ -77,4 +78,10 @@ class MomentumTeacher(nn.Module):
         """
         own: list[Tensor] = [local_shard(param) for param in self.module.parameters()]
         theirs: list[Tensor] = [local_shard(param) for param in student.parameters()]
-        torch._foreach_lerp_(own, theirs, 1.0 - momentum)
+        gate = current_gate()
+        if gate is None:
+            torch._foreach_lerp_(own, theirs, 1.0 - momentum)
+            return
+        moves = torch._foreach_sub(theirs, own)
+        torch._foreach_mul_(moves, (1.0 - momentum) * gate)
+        torch._foreach_add_(own, moves)

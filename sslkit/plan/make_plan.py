@@ -13,8 +13,8 @@ import torch
 from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.distributed.collectives import max_over_processes
 from sslkit.doctor.findings import LogMessage
-from sslkit.doctor.machine_checks import training_device
 from sslkit.engine.resilience.out_of_memory import OutOfMemoryError
+from sslkit.engine.runtime.precision import training_device
 from sslkit.engine.setup import steps_per_epoch
 from sslkit.errors import UserError
 from sslkit.plan import rules

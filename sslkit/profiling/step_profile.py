@@ -16,10 +16,11 @@ from sslkit.data.sources.image_source import open_source
 from sslkit.distributed.collectives import max_over_processes
 from sslkit.distributed.failures import explain_nccl
 from sslkit.engine.accelerator import make_accelerator, processes_here, workers_of
-from sslkit.engine.logging.device_meter import make_device_meter
+from sslkit.engine.cost.device_meter import make_device_meter
 from sslkit.engine.logging.throughput import ThroughputMeter
 from sslkit.engine.resilience.guard import Guard
 from sslkit.engine.resilience.out_of_memory import explain_set_up, explain_step
+from sslkit.engine.runtime.precision import resolve_precision, restored_backends
 from sslkit.engine.setup import make_train_loader, set_up_training, steps_per_epoch
 from sslkit.engine.state import TrainingState
 from sslkit.engine.step import train_step
@@ -65,6 +66,7 @@ class Profile:
         return self.step - self.waiting
 
 
+@restored_backends()
 @explain_nccl()
 def profile(
     recipe: Recipe,
@@ -80,6 +82,7 @@ def profile(
     ``on_start`` is called once everything is set up. ``trace`` is called after the measurement, and returns
     `Profile.gpu_busy`.
     """
+    recipe = resolve_precision(recipe)
     source = open_source(recipe.data).without_labels()
     steps_per_epoch(recipe, source)
     accelerator = make_accelerator(recipe)

@@ -103,9 +103,11 @@ class TrainConfig(_Table):
         batch_size: Global batch size, over all processes.
         micro_batch: Images per process that pass through the backbone at a time (0: all), with the loss and gradient of
             the whole batch.
-        precision: Autocast dtype; ``no`` is float32.
+        precision: Autocast dtype; ``no`` is float32. ``auto`` is bf16 on GPUs that have it (NVIDIA: from Ampere on) and
+            float32 elsewhere. The run folder records which it was, and a resumed run keeps it.
         seed: Seed of the sample order and of every random draw.
-        tf32: Use TF32 for float32 matrix products on Ampere and later GPUs: faster, inputs have 10 bits of mantissa.
+        tf32: Compute float32 matrix products and convolutions in TF32 on Ampere and later GPUs: faster, inputs have 10
+            bits of mantissa. False: in float32, the convolutions too.
         compile: Compile the backbones with ``torch.compile``: slower start, faster steps, equal within rounding.
         activation_checkpointing: Recompute activations of the student's backbone in the backward pass to save memory:
             about a third more computation, same results.
@@ -122,7 +124,7 @@ class TrainConfig(_Table):
     max_steps: int = Field(strict=True, default=0, ge=0)
     batch_size: int = Field(strict=True, ge=2, le=10_000_000)
     micro_batch: int = Field(strict=True, default=0, ge=0)
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     tf32: bool = False
     compile: bool = False
     activation_checkpointing: bool = False

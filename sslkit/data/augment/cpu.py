@@ -196,12 +196,37 @@ def shift_hue(pixels: Pixels, shift: float) -> Pixels:
     return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL), dtype=np.uint8)
 
 
-def normalise(pixels: Tensor, mean: PerChannel, std: PerChannel) -> Tensor:
-    """Normalise uint8 pixels (B, H, W, 3) to floats (B, 3, H, W), channels-last in memory, on their device.
+class Normaliser:
+    """Normalises pixels on their device. Mean and standard deviation are uploaded once a device, at the first call.
 
-    uint16 pixels of any number of channels are normalised by their full scale, 65535.
+    Keep one for a run: an upload in each step would make the host wait for the device.
+
+    Args:
+        mean: Mean of each channel, for values in [0, 1].
+        std: Standard deviation of each channel.
     """
-    full_scale = 255.0 if pixels.dtype == torch.uint8 else float(FULL_SCALE)
-    shift = torch.tensor(mean, device=pixels.device) * full_scale
-    scale = torch.tensor(std, device=pixels.device) * full_scale
-    return ((pixels.to(torch.float32) - shift) / scale).permute(0, 3, 1, 2)
+
+    def __init__(self, mean: PerChannel, std: PerChannel) -> None:
+        self.mean, self.std = mean, std
+        self._uploaded: dict[tuple[torch.device, float], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Normalise uint8 pixels (B, H, W, 3) to floats (B, 3, H, W), channels-last in memory.
+
+        uint16 pixels of any number of channels are normalised by their full scale, 65535.
+        """
+        shift, scale = self._constants(pixels.device, 255.0 if pixels.dtype == torch.uint8 else float(FULL_SCALE))
+        return ((pixels.to(torch.float32) - shift) / scale).permute(0, 3, 1, 2)
+
+    def _constants(self, device: torch.device, full_scale: float) -> tuple[Tensor, Tensor]:
+        """What is subtracted and what is divided by, on ``device``."""
+        key = device, full_scale
+        if key not in self._uploaded:
+            shift, scale = torch.tensor(self.mean) * full_scale, torch.tensor(self.std) * full_scale
+            self._uploaded[key] = shift.to(device), scale.to(device)
+        return self._uploaded[key]
+
+
+def normalise(pixels: Tensor, mean: PerChannel, std: PerChannel) -> Tensor:
+    """Normalise pixels once, as `Normaliser` does; the constants are uploaded in each call."""
+    return Normaliser(mean, std)(pixels)

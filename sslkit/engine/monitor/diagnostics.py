@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sslkit.data.augment.cpu import ViewPipeline, normalise
+from sslkit.data.augment.cpu import Normaliser, ViewPipeline
 from sslkit.data.augment.views_config import NUM_GLOBAL_VIEWS
 from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.sources.image_source import ImageSource
@@ -40,6 +40,7 @@ class Diagnostics:
         self.chunk = min(recipe.train.micro_batch or CHUNK, CHUNK)
         order = source.sample(self.share * world_size(), recipe.train.seed)
         self.sample = order[rank() * self.share : (rank() + 1) * self.share]
+        self.normalise = Normaliser(recipe.views.mean, recipe.views.std)
         self.detector = SpikeDetector()
         self.spikes: list[Spike] = []
         self.highest_rank = 0.0
@@ -108,11 +109,11 @@ class Diagnostics:
     def _encode(self, backbone: nn.Module, chunks: Iterable[Sequence[Tensor]]) -> Tensor:
         """Features (N, Q, D) of all processes' images."""
         broadcast_buffers(backbone)
-        views, device = self.recipe.views, self.accelerator.device
+        device = self.accelerator.device
         encoded = []
         with _in_eval_mode(backbone), self.accelerator.autocast():
             for chunk in chunks:
-                inputs = [normalise(view.to(device), views.mean, views.std) for view in chunk]
+                inputs = [self.normalise(view.to(device)) for view in chunk]
                 encoded.append(torch.stack([backbone(each).float() for each in inputs], dim=1))
         return gather_rows(torch.cat(encoded)).cpu()
 

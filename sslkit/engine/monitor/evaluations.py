@@ -1,11 +1,13 @@
 """The evaluations of a run while it trains: kNN every few epochs, diagnostics every few steps, and their alarms."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, astuple
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sslkit.distributed.collectives import max_over_processes
 from sslkit.engine.logging.logger import RunLogger, kind_of
@@ -62,21 +64,30 @@ class RunMonitor:
         if max_over_processes(torch.tensor(float(missing), device=self.state.accelerator.device)) > 0:
             self._evaluate_sample()
 
-    def after_step(self, result: StepResult, *, stops: bool) -> bool:
-        """Record the gradients of the step just made, and evaluate if that is due; returns whether kNN was measured.
+    def is_due(self, step: int) -> bool:
+        """Whether kNN or diagnostics are computed after ``step`` steps."""
+        return self.knn_is_due(step) or self._diagnostics_are_due(step)
+
+    def observe(self, result: StepResult) -> None:
+        """Record the gradients of a step."""
+        if self.diagnostics is not None and not result.skipped:
+            self.diagnostics.observe(result.step + 1, result.grad_norm, result.layer_gradients)
+
+    def after_step(self, views: Sequence[Tensor], *, stops: bool) -> bool:
+        """Evaluate if that is due after the step of these views; returns whether kNN was measured.
 
         A run that ``stops`` before its end leaves kNN to its continuation.
         """
         step = self.state.step
-        if self.diagnostics is not None and not result.skipped:
-            self.diagnostics.observe(step, result.grad_norm, result.layer_gradients)
         if self.knn_is_due(step) and not stops:
             self._evaluate_sample()
             return True
-        if self.diagnostics is not None and (self.diagnostics.is_due(step) or step == self.state.last_step):
-            fields = self.diagnostics.of_batch(self.state.method.encoder, result.batch.views)
-            self._log_diagnostics(fields, knn_measured=False)
+        if self.diagnostics is not None and self._diagnostics_are_due(step):
+            self._log_diagnostics(self.diagnostics.of_batch(self.state.method.encoder, views), knn_measured=False)
         return False
+
+    def _diagnostics_are_due(self, step: int) -> bool:
+        return self.diagnostics is not None and (self.diagnostics.is_due(step) or step == self.state.last_step)
 
     def _evaluate_sample(self) -> None:
         """Measure kNN, then diagnostics of a fixed sample of the data."""

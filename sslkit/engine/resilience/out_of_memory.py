@@ -9,10 +9,11 @@ import torch
 
 from sslkit.command_line import free_folder, same_command
 from sslkit.distributed.sharding import local_shard
+from sslkit.engine.cost.step_cost import count_step
 from sslkit.engine.optim import OPTIMIZER_COPIES
+from sslkit.engine.runtime.precision import chosen_precision, gpu_has_bf16
 from sslkit.engine.setup import check_batch_split
 from sslkit.engine.state import TrainingState
-from sslkit.engine.step_cost import count_step
 from sslkit.errors import UserError, first_line, is_out_of_memory
 from sslkit.files.run_reader import RunReader
 from sslkit.parts.batchnorm import has_batch_norm
@@ -79,7 +80,7 @@ def fitting_images(state: TrainingState, available: float) -> int:
     recipe, accelerator = state.recipe, state.accelerator
     local: int = recipe.train.batch_size // accelerator.num_processes
     try:
-        cost = count_step(recipe, local, low_precision=accelerator.mixed_precision != "no")
+        cost = count_step(recipe, local, low_precision=chosen_precision(recipe) != "no")
     except Exception:  # a method of others may read values that fake tensors do not have
         return local
     images: float = max(USABLE * available - held_bytes(state), 0) * local / max(cost.activation_bytes, 1)
@@ -139,7 +140,7 @@ def _splits(state: TrainingState, **train: int) -> bool:
 def _other_options(state: TrainingState) -> dict[str, str]:
     """Other keys that save memory."""
     on_gpu, found = state.accelerator.device.type == "cuda", {}
-    if on_gpu and state.accelerator.mixed_precision == "no" and torch.cuda.is_bf16_supported(including_emulation=False):
+    if on_gpu and chosen_precision(state.recipe) == "no" and gpu_has_bf16():
         found["train.precision=bf16"] = ""
     if not state.recipe.train.activation_checkpointing and hasattr(state.method.backbone, "set_grad_checkpointing"):
         found["train.activation_checkpointing=true"] = ""

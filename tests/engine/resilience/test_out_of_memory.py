@@ -14,12 +14,12 @@ from sslkit.cli import main
 from sslkit.data.sources.image_source import open_source
 from sslkit.engine import step as step_module
 from sslkit.engine.accelerator import make_accelerator
+from sslkit.engine.cost.step_cost import count_step
 from sslkit.engine.monitor.knn_monitor import KnnMonitor
 from sslkit.engine.resilience import out_of_memory
 from sslkit.engine.resilience.out_of_memory import OutOfMemoryError, explain_step, fitting_images, held_bytes
 from sslkit.engine.setup import build_method, check_batch_split, set_up_training
 from sslkit.engine.state import TrainingState
-from sslkit.engine.step_cost import count_step
 from sslkit.errors import is_out_of_memory
 from sslkit.profiling import profile
 from sslkit.recipe.resolve import Recipe
@@ -118,10 +118,10 @@ def test_bench_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
 def state_on_gpu(recipe: Recipe, available: int, monkeypatch: pytest.MonkeyPatch, processes: int = 1) -> TrainingState:
     """A state whose accelerator says that it is a GPU with 80 GiB, of which so many bytes are this process's."""
     state = set_up_training(recipe, open_source(recipe.data).without_labels(), make_accelerator(recipe))
-    gpu = SimpleNamespace(device=torch.device("cuda", 0), mixed_precision="no", num_processes=processes)
+    gpu = SimpleNamespace(device=torch.device("cuda", 0), num_processes=processes)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1 << 30, 80 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: available - (1 << 30))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_options: True)
+    monkeypatch.setattr(out_of_memory, "gpu_has_bf16", lambda: True)
     return dataclasses.replace(state, accelerator=gpu)  # type: ignore[arg-type]
 
 
