@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sslkit.engine.logging.gpu_peaks import peak_flops
+from sslkit.engine.runtime.precision import chosen_precision
 from sslkit.engine.state import TrainingState
 from sslkit.engine.step_cost import count_step
 
@@ -99,7 +100,7 @@ def make_device_meter(state: TrainingState) -> DeviceMeter:
     if device.type != "cuda" or not accelerator.is_main_process:
         return DeviceMeter(torch.device("cpu"))
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    peak = peak_flops(torch.cuda.get_device_name(device), accelerator.mixed_precision, tf32=tf32)
+    peak = peak_flops(torch.cuda.get_device_name(device), chosen_precision(state.recipe), tf32=tf32)
     return DeviceMeter(device, flops_of_step(state) if peak else 0, peak)
 
 
