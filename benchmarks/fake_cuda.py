@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sslkit.data.batch import Batch
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.engine.optim import make_optimizer
+from sslkit.engine.runtime.precision import chosen_precision
 from sslkit.engine.setup import build_method, lag_of
 from sslkit.engine.state import RecoveryState, TrainingState
 from sslkit.engine.step import finish_step, guard_of, start_step
@@ -290,7 +291,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState(cpu=True)
     PartialState._shared_state["device"] = GPU
-    return Accelerator(mixed_precision=recipe.train.precision)
+    return Accelerator(mixed_precision=chosen_precision(recipe))
 
 
 def move_to_gpu(module: nn.Module, mode: FakeTensorMode, memory_format: torch.memory_format) -> None:

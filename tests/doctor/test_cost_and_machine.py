@@ -96,8 +96,9 @@ def test_auto_precision_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     of_machine = {finding.check: finding for finding in machine.check_machine()}["precision"]
     assert of_machine.sentence.startswith('"auto" is float32; fp16 needs a GPU; bf16 is ')
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _index: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     properties = SimpleNamespace(major=9, total_memory=80 << 30, name="NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _index: properties)
     assert cost.check_precision(small_recipe()).sentence == "bf16 (auto; NVIDIA H100)"
