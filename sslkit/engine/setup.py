@@ -16,6 +16,7 @@ from sslkit.distributed.sharding import shard
 from sslkit.engine.accelerator import processes_here, workers_of
 from sslkit.engine.checkpoint.format import Checkpoint, restore
 from sslkit.engine.optim import make_optimizer
+from sslkit.engine.runtime.compilation import compile_encoders
 from sslkit.engine.runtime.precision import chosen_precision
 from sslkit.engine.state import RecoveryState, TrainingState
 from sslkit.errors import UserError
@@ -70,9 +71,7 @@ def set_up_training(
     # FSDP2 takes contiguous parameters only.
     memory_format = torch.contiguous_format if recipe.train.shard else torch.channels_last
     method.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
-    if recipe.train.compile:
-        for encoder in method.backbones():
-            encoder.compile()  # in place: modules and parameters keep their names
+    compile_encoders(method.backbones(), recipe.train.compile, recipe.backbone.name)
     if recipe.train.shard:
         low = torch.bfloat16 if chosen_precision(recipe) == "bf16" else None
         norms = batch_norms(method)
