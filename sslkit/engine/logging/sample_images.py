@@ -16,7 +16,7 @@ from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.data.tools.image_grid import make_image_grid
 from sslkit.evaluate.labelled_data import LabelledPair
-from sslkit.evaluate.probes.knn import nearest
+from sslkit.evaluate.probes.exact_search import nearest
 from sslkit.recipe.resolve import Recipe
 
 DrawImage = Callable[[], NDArray[np.uint8]]  # returns (H, W, 3)
