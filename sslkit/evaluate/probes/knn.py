@@ -77,9 +77,9 @@ def predict(
     for centre in {protocol.centre for protocol in protocols}:
         group = [protocol for protocol in protocols if protocol.centre == centre]
         mean = bank.mean(dim=0, dtype=torch.float32).to(queries.device) if centre else 0.0
-        similarity, rows = nearest(queries, bank, max(each.k for each in group), partial(_normalise, mean))
+        similarity, rows = nearest(queries, bank, max(each.k for each in group), partial(unit_rows, mean))
         for protocol in group:
-            predicted[protocol] = _vote(similarity, labels.to(queries.device)[rows], num_classes, protocol)
+            predicted[protocol] = vote(similarity, labels.to(queries.device)[rows], num_classes, protocol)
     return [predicted[protocol] for protocol in protocols]
 
 
@@ -106,13 +106,14 @@ def predict_by_others(
     of_queries, of_bank = copies
     most = int(torch.unique(of_bank, return_counts=True)[1].max())
     mean = bank.mean(dim=0, dtype=torch.float32) if protocol.centre else 0.0
-    similarity, rows = nearest(queries, bank, min(protocol.k + most, len(bank)), partial(_normalise, mean))
+    similarity, rows = nearest(queries, bank, min(protocol.k + most, len(bank)), partial(unit_rows, mean))
     similarity = similarity.masked_fill(of_bank[rows] == of_queries[:, None], -torch.inf)
     similarity, order = similarity.topk(min(protocol.k, similarity.shape[1]), dim=1)
-    return _vote(similarity, labels[rows.gather(1, order)], num_classes, protocol)
+    return vote(similarity, labels[rows.gather(1, order)], num_classes, protocol)
 
 
-def _normalise(mean: Tensor | float, rows: Tensor) -> Tensor:
+def unit_rows(mean: Tensor | float, rows: Tensor) -> Tensor:
+    """Rows (N, D) minus the mean, of unit length, float32. Rows of zeros stay zero."""
     rows = rows.float() - mean  # a copy, so the next lines may work in place
     # Scaling by powers of two is exact, and the squares of the results neither overflow nor underflow.
     _, exponents = vector_norm(rows, torch.inf, dim=1, keepdim=True).frexp()
@@ -120,7 +121,7 @@ def _normalise(mean: Tensor | float, rows: Tensor) -> Tensor:
     return rows.div_(vector_norm(rows, dim=1, keepdim=True).clamp_min(EPSILON))
 
 
-def _vote(similarity: Tensor, neighbours: Tensor, num_classes: int, protocol: KnnProtocol) -> Tensor:
+def vote(similarity: Tensor, neighbours: Tensor, num_classes: int, protocol: KnnProtocol) -> Tensor:
     """Class of every query from similarities and classes of its neighbours, (Q, at least k), most similar first."""
     # Subtracting the largest similarity does not change the winner and keeps the exponential finite.
     weights = ((similarity[:, : protocol.k] - similarity[:, :1]).double() / protocol.temperature).exp()

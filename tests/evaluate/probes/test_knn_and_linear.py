@@ -76,11 +76,11 @@ def test_votes_are_counted_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) ->
     neighbours = torch.randint(21_000, (4000, 20), generator=torch.Generator().manual_seed(1))
     neighbours[:, 3:7] = neighbours[:, :1]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    predicted = knn_module._vote(similarity, neighbours, 21_000, KnnProtocol(20))
+    predicted = knn_module.vote(similarity, neighbours, 21_000, KnnProtocol(20))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB; at once it were 656 250
     assert torch.equal(predicted, neighbours[:, 0])
     monkeypatch.setattr(knn_module, "MAX_VOTE_ELEMENTS", 1)
-    assert torch.equal(knn_module._vote(similarity[:50], neighbours[:50], 21_000, KnnProtocol(20)), predicted[:50])
+    assert torch.equal(knn_module.vote(similarity[:50], neighbours[:50], 21_000, KnnProtocol(20)), predicted[:50])
 
 
 def test_one_neighbour_on_the_bank_itself_is_perfect_and_small_temperatures_are_finite() -> None:
