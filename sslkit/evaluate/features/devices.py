@@ -54,3 +54,22 @@ def exact_products() -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+class Download:
+    """A copy of a tensor to the host, which waits for it only when it is read."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.arrived: torch.cuda.Event | None = None
+        if values.device.type == "cuda":
+            pinned = torch.empty_like(values, device="cpu", pin_memory=True)
+            self.values = pinned.copy_(values, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def wait(self) -> Tensor:
+        """The tensor on the CPU. May be called in another thread."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.values.cpu()
