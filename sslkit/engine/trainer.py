@@ -150,8 +150,9 @@ def _run(
         monitor.check_data()
     start, back_to = state.step, state.recovery.back_to
     saver = Saver(folder, recipe, state.steps_per_epoch, start, logger.log_message, back_to=back_to, active=active)
+    saver.before_save = monitor.finish
     logger.trackers = Trackers(recipe, folder, logger.log_message, active=active)
-    with logger.trackers, logger, saver, show_with(logger.show_stage):
+    with logger.trackers, logger, saver, monitor, show_with(logger.show_stage):
         if checkpoint is not None and state.step >= state.last_step:
             saver.complete(checkpoint)
             return Run(folder, state.step)
@@ -170,6 +171,7 @@ def _run_with_rewinds(state: TrainingState, run: RunServices) -> str:
         try:
             return run_loop(state, run)
         except RewindError as error:
+            run.monitor.finish()
             run.saver.wait()
             state.accelerator.wait_for_everyone()
             _rewind(state, run, str(error))

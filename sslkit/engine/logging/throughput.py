@@ -27,10 +27,10 @@ class ThroughputMeter:
         self.started = self.step_started = time.monotonic()
         self.waited, self.steps = 0.0, 0
 
-    def restart(self) -> None:
-        """Start a new window, so that evaluation and saving do not count."""
+    def restart(self, *, once: bool = False) -> None:
+        """Start a new window, so that evaluation and saving do not count; ``once`` what will not happen again."""
         self.started, self.waited, self.steps = time.monotonic(), 0.0, 0
-        self.paused += self.started - self.step_started
+        self.paused += 0.0 if once else self.started - self.step_started
         self.step_started = self.started
         self.device.restart()
 
