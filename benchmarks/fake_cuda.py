@@ -18,7 +18,7 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -28,11 +28,13 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.nn.utils import clip_grad
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sslkit.data.augment.device_plan import plan_views
+from sslkit.data.augment.parameters import draw_params
 from sslkit.data.batch import Batch
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.engine.optim import make_optimizer
@@ -45,6 +47,7 @@ from sslkit.recipe.resolve import Recipe, load_recipe
 
 GPU = torch.device("cuda", 0)
 EPOCH_STEPS = 100
+IMAGE = (375, 500)  # height and width that crops are drawn for
 aten = torch.ops.aten
 # Operators that give memory a shape, or allocate it, and launch nothing.
 NO_LAUNCH = {
@@ -320,10 +323,19 @@ def move_to_gpu(module: nn.Module, mode: FakeTensorMode, memory_format: torch.me
 
 
 def fake_batch(recipe: Recipe, batch_size: int) -> Batch:
-    """The views of a batch, in pinned memory."""
+    """The views of a batch, in pinned memory; if the GPU makes them, crops and a plan of parameters really drawn."""
     policies = recipe.views.view_policies()
     views = [torch.zeros(batch_size, each.size, each.size, 3, dtype=torch.uint8) for each in policies]
-    return Batch(views, torch.arange(batch_size))
+    batch = Batch(views, torch.arange(batch_size))
+    if recipe.views.device == "cpu":
+        return batch
+    params = [
+        np.stack([draw_params(each, (0, 0, sample, view), IMAGE).as_row() for sample in range(batch_size)])
+        for view, each in enumerate(policies)
+    ]
+    with unset_fake_temporarily():  # values decide about steps
+        plan = plan_views(params, policies, [each.size for each in policies])
+    return replace(batch, plan=replace(plan, packed=torch.zeros_like(plan.packed)))
 
 
 def count_step(recipe: Recipe, processes: int = 1) -> Counts:

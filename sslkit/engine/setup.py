@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from sslkit.data.augment.cpu import ViewPipeline
 from sslkit.data.loading.loader import cores_of_a_process
+from sslkit.data.loading.upload import Uploader
 from sslkit.data.loading.worker_pool import TrainLoader
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.distributed.sharding import shard
@@ -222,6 +223,7 @@ def _fitting_split(batch: int, groups: int, processes: int) -> str:
 def make_train_loader(state: TrainingState, total_steps: int | None = None) -> TrainLoader:
     """Load this process's batches from ``state.step`` to ``total_steps`` (None: to the end of the run)."""
     recipe, accelerator = state.recipe, state.accelerator
+    on_cuda = accelerator.device.type == "cuda"
     total_steps = state.last_step if total_steps is None else total_steps
     batches = state.batches(total_steps, rank=accelerator.process_index, world_size=accelerator.num_processes)
     return TrainLoader(
@@ -229,6 +231,7 @@ def make_train_loader(state: TrainingState, total_steps: int | None = None) -> T
         ViewPipeline(recipe.views, recipe.train.seed),
         batches,
         workers=workers_of(recipe, accelerator),
-        pin_memory=accelerator.device.type == "cuda",
+        pin_memory=on_cuda,
         timeout=recipe.data.worker_timeout,
+        upload=Uploader(accelerator.device) if on_cuda else None,
     )

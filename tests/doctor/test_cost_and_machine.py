@@ -13,8 +13,8 @@ from sslkit.doctor import cost_forecast as cost
 from sslkit.doctor import machine_checks as machine
 from sslkit.doctor.doctor_setup import DoctorSetup, StepRecord, set_up_checks
 from sslkit.doctor.recipe_advice import _slices
+from sslkit.engine.cost.step_cost import saved_bytes
 from sslkit.engine.setup import build_method
-from sslkit.engine.step_cost import saved_bytes
 from sslkit.recipe.resolve import Recipe
 
 

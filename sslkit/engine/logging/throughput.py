@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from sslkit.data.batch import Batch
-from sslkit.engine.logging.device_meter import DeviceMeter
+from sslkit.engine.cost.device_meter import DeviceMeter
 
 RECENT = 50  # steps
 
