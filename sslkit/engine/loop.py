@@ -22,6 +22,7 @@ from sslkit.engine.resilience.guard import Guard
 from sslkit.engine.resilience.preemption import EVALUATION, STEP, StopRequest
 from sslkit.engine.resilience.rewind import is_rewind_point
 from sslkit.engine.run_folder.dataset_identity import BadSamples, recorded_names_digest
+from sslkit.engine.runtime.compilation import WarmUp
 from sslkit.engine.runtime.garbage import collect_garbage, collected_between_steps
 from sslkit.engine.setup import make_train_loader
 from sslkit.engine.state import TrainingState
@@ -57,11 +58,14 @@ def run_loop(state: TrainingState, run: RunServices) -> str:
     run.heartbeat.at(state.step, "starting")
     run.stop.finishing = STEP
     meter = ThroughputMeter(state.recipe.train.batch_size, make_device_meter(state))
+    warm_up = WarmUp(state.recipe.train.compile, run.logger.log_message)
     asked = Asked()
     steps = StepsInFlight(state, guard, partial(poll_flags, run), partial(report_step, state, run, guard, meter, asked))
     for batch in meter.timed(make_train_loader(state)):
         run.heartbeat.at(state.step, "in forward and backward")
         steps.start(batch)
+        if warm_up.after_step():
+            meter.restart(once=True)
         run.heartbeat.at(state.step, "in bookkeeping")
         steps.finish(all_steps=is_due(state, run))
         if asked.to_save or asked.to_stop:

@@ -19,12 +19,12 @@ from sslkit.data.batch import Batch
 from sslkit.distributed.collectives import mean_over_processes, upload
 from sslkit.distributed.sharding import full_tensor
 from sslkit.engine.gradient_cache import GlobalBatch, sliced_step, whole_batch_step
+from sslkit.engine.logging.step_numbers import StepNumbers
 from sslkit.engine.optim import learning_rate, set_learning_rate, set_weight_decay, weight_decay
 from sslkit.engine.resilience.guard import Guard
 from sslkit.engine.state import TrainingState
-from sslkit.engine.step_numbers import StepNumbers
 from sslkit.methods import BatchInfo, Step
-from sslkit.parts.update_gate import gated
+from sslkit.parts.updates.update_gate import gated
 from sslkit.random_draws import DrawPurpose, draw_seed
 from sslkit.recipe.resolve import Recipe
 

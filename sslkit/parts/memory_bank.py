@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sslkit.distributed.collectives import gather_rows, rank, upload, world_size
-from sslkit.parts.host_value import HostValue
-from sslkit.parts.update_gate import allowed
+from sslkit.parts.updates.host_value import HostValue
+from sslkit.parts.updates.update_gate import allowed
 
 
 class MemoryBank(nn.Module):

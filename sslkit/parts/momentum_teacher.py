@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from sslkit.distributed.sharding import local_shard
 from sslkit.parts.batchnorm import GlobalBatchNorm
 from sslkit.parts.schedules import Progress
-from sslkit.parts.update_gate import current_gate
+from sslkit.parts.updates.update_gate import current_gate
 
 CONVERTED_BY_AUTOCAST = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}
 GRAIN = 32_768  # elements; PyTorch divides larger tensors among its threads
@@ -84,7 +84,7 @@ class MomentumTeacher(nn.Module):
     def update(self, student: nn.Module, momentum: float) -> None:
         """Move every parameter towards the student's, in place. Of sharded parameters each process moves its shard.
 
-        Under `sslkit.parts.update_gate.gated` every bit may stay as it is.
+        Under `sslkit.parts.updates.update_gate.gated` every bit may stay as it is.
 
         Args:
             student: The module this teacher was copied from, with its current parameters.

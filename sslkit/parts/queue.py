@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sslkit.parts.update_gate import allowed
+from sslkit.parts.updates.update_gate import allowed
 
 
 class KeyQueue(nn.Module):

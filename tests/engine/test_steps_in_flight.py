@@ -22,7 +22,7 @@ from sslkit.engine.resilience.guard import BadStepError, DeviceVerdicts, Guard
 from sslkit.engine.state import LOSS_WINDOW, RecoveryState
 from sslkit.methods import METHODS, BatchInfo, Progress
 from sslkit.methods.base import Step
-from sslkit.parts.update_gate import gated
+from sslkit.parts.updates.update_gate import gated
 from sslkit.recipe.schema import GuardConfig
 
 SPEED = ("images_per_second", "data_wait")

@@ -13,7 +13,7 @@ from sslkit.methods import MomentumOptions, Progress
 from sslkit.parts import momentum_teacher
 from sslkit.parts.momentum_teacher import MomentumTeacher, move_where
 from sslkit.parts.queue import KeyQueue
-from sslkit.parts.update_gate import gated
+from sslkit.parts.updates.update_gate import gated
 
 
 def small_net() -> nn.Sequential:

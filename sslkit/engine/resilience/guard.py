@@ -160,7 +160,7 @@ class DeviceVerdicts:
 
 
 def _small_buffers(module: nn.Module) -> Iterator[Tensor]:
-    """All buffers but the stored keys, which change under a gate (`sslkit.parts.update_gate`)."""
+    """All buffers but the stored keys, which change under a gate (`sslkit.parts.updates.update_gate`)."""
     for child in module.modules():
         for name, buffer in child.named_buffers(recurse=False):
             if not (isinstance(child, KeyQueue | MemoryBank) and name in ("keys", "rows")):

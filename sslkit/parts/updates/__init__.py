@@ -1,0 +1,1 @@
+"""Updates that a GPU decides about itself, while the host goes on."""
