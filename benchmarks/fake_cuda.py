@@ -18,7 +18,7 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -28,14 +28,18 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.nn.utils import clip_grad
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sslkit.data.augment.device_plan import plan_views
+from sslkit.data.augment.parameters import draw_params
 from sslkit.data.batch import Batch
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.engine.optim import make_optimizer
+from sslkit.engine.runtime import precision
+from sslkit.engine.runtime.precision import resolve_precision
 from sslkit.engine.setup import build_method, lag_of
 from sslkit.engine.state import RecoveryState, TrainingState
 from sslkit.engine.step import finish_step, guard_of, start_step
@@ -43,6 +47,7 @@ from sslkit.recipe.resolve import Recipe, load_recipe
 
 GPU = torch.device("cuda", 0)
 EPOCH_STEPS = 100
+IMAGE = (375, 500)  # height and width that crops are drawn for
 aten = torch.ops.aten
 # Operators that give memory a shape, or allocate it, and launch nothing.
 NO_LAUNCH = {
@@ -88,7 +93,7 @@ class Counting(TorchDispatchMode):
     """Counts operators, and answers those that need the values of a tensor."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts = Counts()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -179,17 +184,17 @@ def backward(outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     roots = [(output.grad_fn, output.output_nr, grad) for output, grad in zip(outputs, grads, strict=True)]
     waiting = edges_into_nodes([node for node, _, _ in roots])
     arrived: dict[Any, dict[int, Tensor]] = defaultdict(dict)
-    for node, index, grad in roots:
-        accumulate(node, arrived[node], index, grad)
-    ready = [node for node in dict.fromkeys(node for node, _, _ in roots) if not waiting[node]]
+    for root, index, grad in roots:
+        accumulate(root, arrived[root], index, grad)
+    ready: list[Any] = [node for node in dict.fromkeys(node for node, _, _ in roots) if not waiting[node]]
     while ready:
         node = ready.pop()
         inputs = arrived.pop(node, {})
-        for (following, index), grad in zip(node.next_functions, gradients(node, inputs), strict=False):
+        for (following, index), found in zip(node.next_functions, gradients(node, inputs), strict=False):
             if following is None:
                 continue
-            if grad is not None:
-                accumulate(following, arrived[following], index, grad)
+            if found is not None:
+                accumulate(following, arrived[following], index, found)
             waiting[following] -= 1
             if not waiting[following]:
                 ready.append(following)
@@ -272,6 +277,8 @@ def fake_gpu(processes: int) -> Iterator[FakeTensorMode]:
         stack.enter_context(mock.patch.object(torch.cuda, "device_count", return_value=1))
         stack.enter_context(mock.patch.object(torch.cuda, "is_bf16_supported", return_value=True))
         stack.enter_context(mock.patch.object(torch.cuda, "Event"))
+        stack.enter_context(mock.patch.object(torch.cuda, "get_device_name", return_value="GPU"))
+        stack.enter_context(mock.patch.object(precision, "gpu_has_bf16", return_value=True))
         stack.enter_context(mock.patch.object(torch.cuda, "manual_seed"))
         # PyTorch takes lists of plain tensors only.
         stack.enter_context(mock.patch.object(clip_grad, "_has_foreach_support", return_value=True))
@@ -299,7 +306,7 @@ def move_to_gpu(module: nn.Module, mode: FakeTensorMode, memory_format: torch.me
 
     def move(tensor: Tensor) -> Tensor:
         if tensor not in moved:
-            fake = mode.from_tensor(tensor.detach(), static_shapes=True)
+            fake: Tensor = mode.from_tensor(tensor.detach(), static_shapes=True)
             channels_last = fake.ndim == 4 and memory_format is torch.channels_last
             fake = fake.to(GPU, memory_format=torch.channels_last if channels_last else torch.preserve_format)
             is_param = isinstance(tensor, nn.Parameter)
@@ -308,22 +315,33 @@ def move_to_gpu(module: nn.Module, mode: FakeTensorMode, memory_format: torch.me
 
     with mode:
         for child in module.modules():
-            for held in (child._parameters, child._buffers):
+            tables: list[dict[str, Any]] = [child._parameters, child._buffers]
+            for held in tables:
                 for name, tensor in held.items():
                     if tensor is not None:
                         held[name] = move(tensor)
 
 
 def fake_batch(recipe: Recipe, batch_size: int) -> Batch:
-    """The views of a batch, in pinned memory."""
+    """The views of a batch, in pinned memory; if the GPU makes them, crops and a plan of parameters really drawn."""
     policies = recipe.views.view_policies()
     views = [torch.zeros(batch_size, each.size, each.size, 3, dtype=torch.uint8) for each in policies]
-    return Batch(views, torch.arange(batch_size))
+    batch = Batch(views, torch.arange(batch_size))
+    if recipe.views.device == "cpu":
+        return batch
+    params = [
+        np.stack([draw_params(each, (0, 0, sample, view), IMAGE).as_row() for sample in range(batch_size)])
+        for view, each in enumerate(policies)
+    ]
+    with unset_fake_temporarily():  # values decide about steps
+        plan = plan_views(params, policies, [each.size for each in policies])
+    return replace(batch, plan=replace(plan, packed=torch.zeros_like(plan.packed)))
 
 
 def count_step(recipe: Recipe, processes: int = 1) -> Counts:
     """Count what the third step of a recipe asks for on one of ``processes`` GPUs, with nothing due to be logged."""
     with fake_gpu(processes) as mode:
+        recipe = resolve_precision(recipe)
         torch.manual_seed(0)
         method = build_method(recipe, EPOCH_STEPS * recipe.train.batch_size)
         method.synchronise_batch_norm(GPU)

@@ -159,8 +159,7 @@ def broadcast_buffers(module: nn.Module) -> None:
         alike = [buffer for buffer in buffers if buffer.dtype == dtype]
         flat = torch.cat([buffer.flatten() for buffer in alike])
         dist.broadcast(flat, src=0)
-        for buffer, value in zip(alike, flat.split([buffer.numel() for buffer in alike]), strict=True):
-            buffer.copy_(value.view_as(buffer))
+        _scatter(flat, alike)
 
 
 def subgroup_of(groups: int) -> dist.ProcessGroup | None:
@@ -181,8 +180,13 @@ def average_tensors(tensors: list[Tensor]) -> None:
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
     flat /= world_size()
-    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(mean.view_as(tensor))
+    _scatter(flat, tensors)
+
+
+def _scatter(flat: Tensor, tensors: list[Tensor]) -> None:
+    """Copy the parts of ``flat`` to the tensors that it was put together from."""
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
 def average_gradients(module: nn.Module) -> None:

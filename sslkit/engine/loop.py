@@ -12,6 +12,7 @@ from sslkit.distributed.collectives import broadcast_buffers, max_over_processes
 from sslkit.distributed.consistency import compare_weights
 from sslkit.distributed.heartbeat import Heartbeat
 from sslkit.engine.checkpoint.writer import SaveError, Saver
+from sslkit.engine.logging.device_meter import make_device_meter
 from sslkit.engine.logging.logger import RunLogger
 from sslkit.engine.logging.progress_line import progress_line
 from sslkit.engine.logging.throughput import ThroughputMeter
@@ -21,6 +22,7 @@ from sslkit.engine.resilience.guard import Guard
 from sslkit.engine.resilience.preemption import EVALUATION, STEP, StopRequest
 from sslkit.engine.resilience.rewind import is_rewind_point
 from sslkit.engine.run_folder.dataset_identity import BadSamples, recorded_names_digest
+from sslkit.engine.runtime.garbage import collect_garbage, collected_between_steps
 from sslkit.engine.setup import make_train_loader
 from sslkit.engine.state import TrainingState
 from sslkit.engine.step import StepResult, guard_of
@@ -40,6 +42,7 @@ class RunServices:
     heartbeat: Heartbeat  # tells the other processes what this one does
 
 
+@collected_between_steps()
 def run_loop(state: TrainingState, run: RunServices) -> str:
     """Train from ``state.step`` to the last step; returns why training stopped before it, or an empty string.
 
@@ -53,7 +56,7 @@ def run_loop(state: TrainingState, run: RunServices) -> str:
     state.method.train()
     run.heartbeat.at(state.step, "starting")
     run.stop.finishing = STEP
-    meter = ThroughputMeter(state.recipe.train.batch_size)
+    meter = ThroughputMeter(state.recipe.train.batch_size, make_device_meter(state))
     asked = Asked()
     steps = StepsInFlight(state, guard, partial(poll_flags, run), partial(report_step, state, run, guard, meter, asked))
     for batch in meter.timed(make_train_loader(state)):
@@ -82,6 +85,7 @@ def run_loop(state: TrainingState, run: RunServices) -> str:
         asked.to_save = False
         if evaluated or saves:
             meter.restart()
+        collect_garbage(state.step, paused=evaluated or saves)
         run.heartbeat.at(state.step, "waiting for data")
     return ""
 
@@ -160,10 +164,8 @@ def write_metrics(state: TrainingState, logger: RunLogger, meter: ThroughputMete
     if state.recipe.schedule.weight_decay_end is not None:
         scheduled["weight_decay"] = result.weight_decay
     fields = {"loss": result.loss, **scheduled, "grad_norm": result.grad_norm, **updated, **result.metrics}
-    rate, waiting = meter.read()
-    speed = {"images_per_second": rate, "data_wait": waiting}
     position = {"step": result.step + 1, "epoch": round((result.step + 1) / state.steps_per_epoch, 6)}
-    logger.log_metrics({**position, **fields, **speed, **result.layer_gradients})
+    logger.log_metrics({**position, **fields, **meter.fields(), **result.layer_gradients})
     logger.method_metrics = result.metrics
 
 
