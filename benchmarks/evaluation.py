@@ -27,7 +27,8 @@ from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.evaluate.features.encoder import Encoder
 from sslkit.evaluate.features.readouts import Readout, extract_readouts
 from sslkit.evaluate.features.store import FeatureStore
-from sslkit.evaluate.probes.knn import KnnProtocol, nearest, predict
+from sslkit.evaluate.probes.exact_search import nearest
+from sslkit.evaluate.probes.knn import KnnProtocol, predict
 from sslkit.evaluate.probes.sweep import SweepProtocol, sweep
 
 HEADS = len(SweepProtocol().lrs) * len(SweepProtocol().weight_decays) * len(SweepProtocol().norms)

@@ -16,7 +16,7 @@ backward pass of CUDA tensors, so the graph is walked here, node by node.
 import argparse
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,6 +29,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.nn.utils import clip_grad
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,10 +38,11 @@ from sslkit.data.augment.parameters import draw_params
 from sslkit.data.batch import Batch
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.engine.optim import make_optimizer
-from sslkit.engine.resilience.guard import Guard
-from sslkit.engine.setup import build_method
+from sslkit.engine.runtime import precision
+from sslkit.engine.runtime.precision import resolve_precision
+from sslkit.engine.setup import build_method, lag_of
 from sslkit.engine.state import RecoveryState, TrainingState
-from sslkit.engine.step import train_step
+from sslkit.engine.step import finish_step, guard_of, start_step
 from sslkit.recipe.resolve import Recipe, load_recipe
 
 GPU = torch.device("cuda", 0)
@@ -53,6 +55,22 @@ NO_LAUNCH = {
     *("detach", "lift_fresh", "alias", "device"),
 }
 SHAPE_FROM_VALUES = {"nonzero", "masked_select", "unique", "_unique2", "unique_consecutive", "bincount"}
+
+
+def empty_statistics(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Two numbers for each channel, in float32 or wider."""
+    size, dtype = x.shape[1], torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=dtype)
+
+
+# PyTorch has no shapes for these.
+SYNCHRONISED_BATCH_NORM: dict[str, Callable[..., Any]] = {
+    "batch_norm_stats": empty_statistics,
+    "batch_norm_gather_stats_with_counts": empty_statistics,
+    "batch_norm_elemt": lambda x, *_: torch.empty_like(x),
+    "batch_norm_backward_reduce": lambda grad, *_: (*empty_statistics(grad), *empty_statistics(grad)),
+    "batch_norm_backward_elemt": lambda grad, *_: torch.empty_like(grad),
+}
 
 
 @dataclass
@@ -75,7 +93,7 @@ class Counting(TorchDispatchMode):
     """Counts operators, and answers those that need the values of a tensor."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts = Counts()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -95,6 +113,10 @@ class Counting(TorchDispatchMode):
             self.counts.launches += 1
             self.counts.operators[name] += 1
             return None
+        if name in SYNCHRONISED_BATCH_NORM:
+            self.counts.launches += 1
+            self.counts.operators[name] += 1
+            return SYNCHRONISED_BATCH_NORM[name](*args)
         if on_gpu and self._depends_on_values(name, args):
             self.counts.waits[f"{name} at {site()}"] += 1
         out = func(*args, **kwargs)
@@ -162,17 +184,17 @@ def backward(outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     roots = [(output.grad_fn, output.output_nr, grad) for output, grad in zip(outputs, grads, strict=True)]
     waiting = edges_into_nodes([node for node, _, _ in roots])
     arrived: dict[Any, dict[int, Tensor]] = defaultdict(dict)
-    for node, index, grad in roots:
-        accumulate(node, arrived[node], index, grad)
-    ready = [node for node in dict.fromkeys(node for node, _, _ in roots) if not waiting[node]]
+    for root, index, grad in roots:
+        accumulate(root, arrived[root], index, grad)
+    ready: list[Any] = [node for node in dict.fromkeys(node for node, _, _ in roots) if not waiting[node]]
     while ready:
         node = ready.pop()
         inputs = arrived.pop(node, {})
-        for (following, index), grad in zip(node.next_functions, gradients(node, inputs), strict=False):
+        for (following, index), found in zip(node.next_functions, gradients(node, inputs), strict=False):
             if following is None:
                 continue
-            if grad is not None:
-                accumulate(following, arrived[following], index, grad)
+            if found is not None:
+                accumulate(following, arrived[following], index, found)
             waiting[following] -= 1
             if not waiting[following]:
                 ready.append(following)
@@ -205,11 +227,16 @@ def gradients(node: Any, inputs: dict[int, Tensor]) -> Sequence[Tensor | None]:
     metadata = node._input_metadata
     values = [inputs.get(index) for index in range(len(metadata))]
     if hasattr(node, "_forward_cls"):  # a `torch.autograd.Function`; missing gradients are zeros
-        zeros = [torch.zeros(each.shape, dtype=each.dtype, device=each.device) for each in metadata]
-        found = node.apply(*(zero if value is None else value for value, zero in zip(values, zeros, strict=True)))
+        given = (zeros(each) if value is None else value for value, each in zip(values, metadata, strict=True))
+        found = node.apply(*given)
     else:
         found = node(*values)
     return found if isinstance(found, (tuple, list)) else (found,)
+
+
+def zeros(metadata: Any) -> Tensor:
+    """A missing gradient."""
+    return torch.zeros(metadata.shape, dtype=metadata.dtype, device=metadata.device)
 
 
 def accumulate(node: Any, arrived: dict[int, Tensor], index: int, grad: Tensor) -> None:
@@ -249,6 +276,12 @@ def fake_gpu(processes: int) -> Iterator[FakeTensorMode]:
         stack.enter_context(mock.patch.object(torch.cuda, "is_available", return_value=True))
         stack.enter_context(mock.patch.object(torch.cuda, "device_count", return_value=1))
         stack.enter_context(mock.patch.object(torch.cuda, "is_bf16_supported", return_value=True))
+        stack.enter_context(mock.patch.object(torch.cuda, "Event"))
+        stack.enter_context(mock.patch.object(torch.cuda, "get_device_name", return_value="GPU"))
+        stack.enter_context(mock.patch.object(precision, "gpu_has_bf16", return_value=True))
+        stack.enter_context(mock.patch.object(torch.cuda, "manual_seed"))
+        # PyTorch takes lists of plain tensors only.
+        stack.enter_context(mock.patch.object(clip_grad, "_has_foreach_support", return_value=True))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", to_list))
         yield FakeGpuMode(allow_non_fake_inputs=True)
 
@@ -273,7 +306,7 @@ def move_to_gpu(module: nn.Module, mode: FakeTensorMode, memory_format: torch.me
 
     def move(tensor: Tensor) -> Tensor:
         if tensor not in moved:
-            fake = mode.from_tensor(tensor.detach(), static_shapes=True)
+            fake: Tensor = mode.from_tensor(tensor.detach(), static_shapes=True)
             channels_last = fake.ndim == 4 and memory_format is torch.channels_last
             fake = fake.to(GPU, memory_format=torch.channels_last if channels_last else torch.preserve_format)
             is_param = isinstance(tensor, nn.Parameter)
@@ -282,7 +315,8 @@ def move_to_gpu(module: nn.Module, mode: FakeTensorMode, memory_format: torch.me
 
     with mode:
         for child in module.modules():
-            for held in (child._parameters, child._buffers):
+            tables: list[dict[str, Any]] = [child._parameters, child._buffers]
+            for held in tables:
                 for name, tensor in held.items():
                     if tensor is not None:
                         held[name] = move(tensor)
@@ -305,12 +339,12 @@ def fake_batch(recipe: Recipe, batch_size: int) -> Batch:
 
 
 def count_step(recipe: Recipe, processes: int = 1) -> Counts:
-    """Count what the second step of a recipe asks for on one of ``processes`` GPUs, with nothing due to be logged."""
+    """Count what the third step of a recipe asks for on one of ``processes`` GPUs, with nothing due to be logged."""
     with fake_gpu(processes) as mode:
+        recipe = resolve_precision(recipe)
         torch.manual_seed(0)
         method = build_method(recipe, EPOCH_STEPS * recipe.train.batch_size)
-        if processes > 1:
-            method.synchronise_batch_norm(GPU)
+        method.synchronise_batch_norm(GPU)
         move_to_gpu(method, mode, torch.contiguous_format if recipe.train.shard else torch.channels_last)
         accelerator = make_accelerator(recipe)
         method.train()
@@ -320,12 +354,15 @@ def count_step(recipe: Recipe, processes: int = 1) -> Counts:
             recovery = RecoveryState()
             source: ImageSource = mock.Mock()
             state = TrainingState(recipe, accelerator, source, method, wrapped, optimizer, EPOCH_STEPS, 0, recovery)
-            guard = Guard(recipe.guard, recovery, method)
-            for _ in range(2):
+            state.lag = lag_of(recipe, GPU, optimizer.optimizer)
+            guard = guard_of(state)
+            for _ in range(3):  # the first make the optimizer's state, and learn what buffers hold
                 batch = fake_batch(recipe, recipe.train.batch_size // processes)
                 counting = Counting()
                 with counting:
-                    train_step(state, batch, guard, lambda: (False, False, False))
+                    started = start_step(state, batch, guard, lambda: (False, False, False))
+                    if not state.lag:
+                        finish_step(state, guard, started)
         AcceleratorState._reset_state(reset_partial_state=True)
     return counting.counts
 

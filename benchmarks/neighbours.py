@@ -19,7 +19,8 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sslkit.evaluate.probes.knn import KnnProtocol, nearest, predict
+from sslkit.evaluate.probes.exact_search import nearest
+from sslkit.evaluate.probes.knn import KnnProtocol, predict
 
 CLASSES = 100
 

@@ -52,6 +52,11 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the host to ``device``; a GPU receives it when it gets there, and the host does not wait."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 @tracked
 @torch.no_grad()
 def gather_rows(rows: Tensor) -> Tensor:
@@ -83,7 +88,7 @@ def exchange_rows(rows: Tensor, permutation: NDArray[np.int64]) -> Tensor:
     with gradient. ``permutation`` (N,) is the same on every process: an array, as the exchange is planned on the host.
     """
     if world_size() == 1:
-        return rows[torch.from_numpy(permutation).to(rows.device)]
+        return rows[upload(torch.from_numpy(permutation), rows.device)]
     return _linear(
         rows, lambda rows: _exchange(rows, permutation), lambda grad: _exchange(grad, np.argsort(permutation))
     )
@@ -97,13 +102,13 @@ def _exchange(rows: Tensor, permutation: NDArray[np.int64]) -> Tensor:
     incoming = owner_of_target == me
     send_counts = np.bincount(owner_of_target[outgoing], minlength=world_size()).tolist()
     receive_counts = np.bincount(owner_of_source[incoming], minlength=world_size()).tolist()
-    sent = rows[torch.from_numpy(permutation[outgoing] % batch).to(rows.device)].contiguous()
+    sent = rows[upload(torch.from_numpy(permutation[outgoing] % batch), rows.device)].contiguous()
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, receive_counts, send_counts)
     # Rows arrive grouped by sender; a stable sort of the senders says where each belongs.
     arrival = np.argsort(owner_of_source[incoming], kind="stable")
     result = torch.empty_like(received)
-    result[torch.from_numpy(arrival).to(rows.device)] = received
+    result[upload(torch.from_numpy(arrival), rows.device)] = received
     return result
 
 
@@ -147,9 +152,14 @@ def gather_objects(value: Result) -> list[Result]:
 @torch.no_grad()
 def broadcast_buffers(module: nn.Module) -> None:
     """Copy the first process's buffers to all: the running statistics that evaluation and export use."""
-    if world_size() > 1:
-        for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)
+    if world_size() == 1:
+        return
+    buffers = list(module.buffers())
+    for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
+        alike = [buffer for buffer in buffers if buffer.dtype == dtype]
+        flat = torch.cat([buffer.flatten() for buffer in alike])
+        dist.broadcast(flat, src=0)
+        _scatter(flat, alike)
 
 
 def subgroup_of(groups: int) -> dist.ProcessGroup | None:
@@ -170,8 +180,13 @@ def average_tensors(tensors: list[Tensor]) -> None:
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
     flat /= world_size()
-    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(mean.view_as(tensor))
+    _scatter(flat, tensors)
+
+
+def _scatter(flat: Tensor, tensors: list[Tensor]) -> None:
+    """Copy the parts of ``flat`` to the tensors that it was put together from."""
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
 def average_gradients(module: nn.Module) -> None:

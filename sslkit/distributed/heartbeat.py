@@ -3,6 +3,9 @@
 The error of a failed collective does not say which process caused it. So every process writes once a second what it is
 doing to the key-value store of the launcher, from a thread of its own: a stuck process still sends heartbeats, a dead
 or frozen one does not.
+
+NCCL does not notice that another process has stopped, and aborts a process that has waited too long without saying
+why. So the thread also ends the process if another one has stopped, or the store has, and if a step takes too long.
 """
 
 import faulthandler
@@ -11,17 +14,29 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
 
 from sslkit.distributed.collectives import rank, running_collective, world_size
+from sslkit.distributed.failures import (
+    HANGS,
+    NOBODY,
+    STOPPED,
+    TIMED_OUT,
+    WAITING,
+    describe_failure,
+    find_problem,
+    is_others_fault,
+)
 from sslkit.errors import RunError, first_line
 from sslkit.terminal import print_message
 
 INTERVAL = 1.0
-WAITING, TIMED_OUT = "in the collective ", "timed out waiting for others"
+GRACE = 10.0  # seconds that the main thread has to find out itself that another process has stopped
 NO_TIMEOUT = ("starting", "evaluating", "saving")  # activities that may take any time
+ONE_STOPPED = "one has stopped"  # key in the store
 
 
 class Heartbeat:
@@ -32,7 +47,9 @@ class Heartbeat:
         self.step, self.doing, self.since = 0, "starting", time.monotonic()
         self.ended = threading.Event()
         self.count, self.timed_out = 0, False
+        self.doomed_at: float | None = None  # when it was seen that another process has stopped, or the store
         self.store: Any = None
+        self.blocking = True  # the backend's calls return when the collective is done
         self.thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def at(self, step: int, doing: str) -> None:
@@ -42,21 +59,24 @@ class Heartbeat:
     def __enter__(self) -> "Heartbeat":
         if world_size() > 1:
             self.store = dist.distributed_c10d._get_default_store().clone()
+            self.blocking = "nccl" not in dist.get_backend()
             self.thread.start()
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if self.store is None:
             return
-        if error is not None and not is_others_fault(error):
-            self._send(f"stopped by {type(error).__name__}: {first_line(error, 250)}")
         self.ended.set()
         self.thread.join(timeout=5.0)
+        if error is not None and not is_others_fault(error):  # after the last heartbeat of the thread
+            self._send(f"{STOPPED}{type(error).__name__}: {first_line(error, 250)}")
+            self._tell_all()
 
     def blame(self, error: BaseException | None = None) -> RunError:
         """Find the process that made a collective hang, or fail with ``error``; takes a few heartbeats."""
         where = self._doing()
-        reason = f" ({str(error).splitlines()[0][-160:]})" if error else ""
+        reason = f" ({describe_failure(error)})" if error else ""
+        own = {"step": self.step, "doing": self.doing}
         opening = f"process {rank()} cannot continue at step {self.step}, {where}"
         self.timed_out = True
         try:
@@ -67,9 +87,10 @@ class Heartbeat:
             return RunError(
                 f"{opening}: the store of the launcher does not answer; process 0 or its machine has ended{reason}"
             )
-        found = [_find_problem(other, before[other], after[other], self.step) for other in range(world_size())]
-        problems = [problem for other, problem in enumerate(found) if problem and other != rank()]
-        text = "; ".join(problems[:8]) or f"no process is dead or behind{reason}"
+        others = [other for other in range(world_size()) if other != rank()]
+        found = [find_problem(other, before[other], after[other], own, blocking=self.blocking) for other in others]
+        nobody = f"{NOBODY}{reason}" if self.blocking or error else HANGS
+        text = "; ".join(list(filter(None, found))[:8]) or nobody
         return RunError(f"{opening}: {text}. The same command continues from the last checkpoint")
 
     def _read_beats(self) -> list[dict[str, Any]]:
@@ -86,15 +107,32 @@ class Heartbeat:
         beat = {"count": self.count, "step": self.step, "doing": doing}
         try:
             self.store.set(f"beat/{rank()}", json.dumps(beat))
-        except (RuntimeError, OSError):
-            self.ended.set()  # the launcher has ended: the collectives will fail too
+            doomed = self.store.check([ONE_STOPPED])
+        except (RuntimeError, OSError):  # the launcher has ended: gloo's collectives will fail too
+            doomed = True
+            if self.blocking:
+                self.ended.set()
+        if doomed and self.doomed_at is None:
+            self.doomed_at = time.monotonic()
+
+    def _tell_all(self) -> None:
+        with suppress(RuntimeError, OSError):
+            self.store.set(ONE_STOPPED, "")
 
     def _beat(self) -> None:
         self._send(self.doing)
         while not self.ended.wait(INTERVAL):
             self._send(self._doing())
-            if self.doing not in NO_TIMEOUT and time.monotonic() - self.since > self.timeout + 5 * INTERVAL:
+            if not self.timed_out and self._must_end():
                 self._abort()
+
+    def _must_end(self) -> bool:
+        """Whether the main thread hangs, or the others cannot go on; a save is let finish."""
+        now = time.monotonic()
+        is_late = now - self.since > self.timeout + 5 * INTERVAL
+        if self.doomed_at is not None and now - self.doomed_at > GRACE and (self.doing != "saving" or is_late):
+            return True
+        return is_late and self.doing not in NO_TIMEOUT
 
     def _abort(self) -> None:
         """End the process from this thread, because the main thread hangs."""
@@ -102,23 +140,3 @@ class Heartbeat:
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         sys.stderr.flush()
         os._exit(1)
-
-
-def is_others_fault(error: BaseException) -> bool:
-    """Whether an exception comes from a collective that failed because of another process."""
-    # gloo raises plain RuntimeErrors
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-
-
-def _find_problem(other: int, before: dict[str, Any], after: dict[str, Any], step: int) -> str:
-    """What is wrong with another process, by two of its heartbeats; empty if nothing is."""
-    if not after:
-        return f"process {other} has sent no heartbeat"
-    doing = after["doing"]
-    if doing.startswith("stopped by"):
-        return f"process {other} {doing} at step {after['step']}"
-    if before and after["count"] == before["count"]:
-        return f"process {other} is dead or frozen; its last heartbeat was at step {after['step']}, {doing}"
-    if after["step"] < step or not doing.startswith((WAITING, TIMED_OUT)):
-        return f"process {other} is alive at step {after['step']}, {doing}"
-    return ""

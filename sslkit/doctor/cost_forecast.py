@@ -10,14 +10,15 @@ from sslkit.data.loading.loader import cores_of_a_process, resolve_workers
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.doctor.doctor_setup import DoctorSetup, StepRecord, load_batches, num_processes
 from sslkit.doctor.findings import LOADING, MEMORY, Check, Finding
-from sslkit.doctor.machine_checks import GIB, has_bf16, memory_of_device, training_device
+from sslkit.doctor.machine_checks import GIB, has_bf16, memory_of_device
 from sslkit.engine.accelerator import processes_here
+from sslkit.engine.optim import OPTIMIZER_COPIES
+from sslkit.engine.runtime.precision import chosen_precision, describe_precision, training_device
 from sslkit.recipe.resolve import Recipe
 from sslkit.text import format_duration, pluralize
 
 THREADS, PRECISION = map(Check, ("threads", "precision"))
 
-OPTIMIZER_COPIES = {"sgd": 1, "lars": 1, "lars_simclr": 1, "larc": 1, "adamw": 2, "lamb": 2}
 HALF_PRECISION = 0.6  # of float32's activations, as norms and losses stay in float32
 CUDA_CONTEXT = GIB
 REPEATS, GPU_COPIES = 2, 4
@@ -32,7 +33,7 @@ def forecast_memory(setup: DoctorSetup, record: StepRecord) -> Finding:
     state = sum(tensor.numel() * tensor.element_size() for tensor in [*method.parameters(), *method.buffers()])
     trained = sum(param.numel() * param.element_size() for param in method.parameters() if param.requires_grad)
     updates = trained * (1 + OPTIMIZER_COPIES[recipe.optim.name])
-    share = HALF_PRECISION if recipe.train.precision != "no" else 1.0
+    share = HALF_PRECISION if chosen_precision(recipe) != "no" else 1.0
     per_image = record.activation_bytes / setup.batch_size * share
     fixed = state + updates + (CUDA_CONTEXT if device.type == "cuda" else 0)
     needed = fixed + per_image * at_once
@@ -135,4 +136,6 @@ def check_precision(recipe: Recipe) -> Finding:
         return PRECISION.warning('fp16 needs a GPU, and this machine has none: set train.precision = "no"')
     if precision == "bf16" and not has_bf16(device):
         return PRECISION.warning('bf16 is emulated on this machine and slower than float32: set train.precision = "no"')
-    return PRECISION.ok("float32" if precision == "no" else f"{precision}, supported by this machine")
+    if precision in ("no", "auto"):
+        return PRECISION.ok(describe_precision(recipe))
+    return PRECISION.ok(f"{precision}, supported by this machine")

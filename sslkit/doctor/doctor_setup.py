@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +17,7 @@ from sslkit.data.loading.loader import make_loader
 from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.doctor.findings import LogMessage
+from sslkit.engine.cost.step_cost import saved_bytes
 from sslkit.methods import BatchInfo, Method, Progress
 from sslkit.methods.base import Features, Permutation, Views
 from sslkit.parts.batch_slices import local_bn_groups
@@ -110,19 +110,3 @@ def num_processes(recipe: Recipe) -> int:
 def spread_order(batch_size: int, bn_groups: int) -> Permutation:
     """The permutation that distributes each contiguous BN group over all of them."""
     return np.arange(batch_size).reshape(bn_groups, -1).T.reshape(-1)
-
-
-@contextmanager
-def saved_bytes(method: Method) -> Iterator[dict[int, int]]:
-    """Count what autograd saves for the backward pass: bytes by storage, without the method's parameters."""
-    parameters = {param.untyped_storage().data_ptr() for param in method.parameters()}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved

@@ -10,6 +10,7 @@ import torch
 
 from sslkit.data.loading.loader import cores_of_a_process
 from sslkit.doctor.findings import Check, Finding
+from sslkit.engine.runtime.precision import gpu_has_bf16, training_device
 
 GIB = 1 << 30
 SHARED_MEMORY = Path("/dev/shm")  # data workers pass batches through it
@@ -31,13 +32,6 @@ def check_machine() -> list[Finding]:
     return [Check(name).attempt(check) for name, check in checks.items()]
 
 
-def training_device() -> torch.device:
-    """The device that a run on this machine uses."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
 def memory_of_machine() -> int:
     """Memory in bytes: the machine's, or the limit of the container."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -55,7 +49,7 @@ def memory_of_device(device: torch.device) -> int:
 def has_bf16(device: torch.device) -> bool:
     """Whether the device computes in bf16 natively."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return gpu_has_bf16()
     flags = _read("/proc/cpuinfo")
     return device.type == "mps" or any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
 
@@ -138,5 +132,8 @@ def _precision(check: Check) -> Finding:
     device = training_device()
     native = has_bf16(device)
     if device.type == "cpu":
-        return check.ok(f"fp16 needs a GPU; bf16 is {'native' if native else 'slower than float32'}")
-    return check.ok("bf16 and fp16" if native else "fp16; bf16 is emulated")
+        bf16 = "native" if native else "slower than float32"
+        return check.ok(f'"auto" is float32; fp16 needs a GPU; bf16 is {bf16}')
+    if device.type == "cuda" and native:
+        return check.ok('"auto" is bf16; fp16 is there too')
+    return check.ok(f'"auto" is float32; fp16 is there too, and bf16 is {"native" if native else "emulated"}')

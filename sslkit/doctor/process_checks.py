@@ -11,6 +11,7 @@ from sslkit.distributed.consistency import compare_weights
 from sslkit.doctor.findings import Check, Finding, describe_error
 from sslkit.engine.accelerator import make_accelerator
 from sslkit.engine.resilience.guard import Guard
+from sslkit.engine.runtime.precision import restored_backends
 from sslkit.engine.setup import build_method, make_train_loader, set_up_training
 from sslkit.engine.step import train_step
 from sslkit.errors import RunError, UserError
@@ -24,6 +25,7 @@ NOT_LAUNCHED = AGREE.not_applicable(
 IMAGES_PER_PROCESS, STEPS = 8, 2
 
 
+@restored_backends()
 def check_processes(recipe: Recipe, source: ImageSource) -> Finding:
     """`train_and_compare` in a process group of its own: later checks run on each process alone."""
     accelerator = make_accelerator(recipe)

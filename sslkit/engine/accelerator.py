@@ -3,16 +3,16 @@
 import os
 import re
 import warnings
-from datetime import timedelta
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from sslkit.data.loading.loader import resolve_workers
 from sslkit.distributed.collectives import processes_started
+from sslkit.distributed.failures import group_timeout
 from sslkit.distributed.rendezvous import rendezvous_url
+from sslkit.engine.runtime.precision import chosen_precision, set_backends, training_device
 from sslkit.errors import UserError
 from sslkit.recipe.resolve import Recipe
 
@@ -35,23 +35,26 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             f"one: use `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked} ...` or "
             f"`torchrun --standalone --nproc_per_node {asked} ...`"
         )
-    if recipe.train.precision == "fp16" and _only_cpu():
+    precision = chosen_precision(recipe)
+    if precision == "fp16" and training_device().type == "cpu":
         raise UserError("[train] precision: 'fp16' needs a GPU; on CPUs take 'no' or 'bf16'")
-    if recipe.train.tf32:
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
     # torch 2.15 deprecates the name by which accelerate passes this option.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-    return Accelerator(
-        mixed_precision=recipe.train.precision,
-        cpu=True if _only_cpu() else None,
+    # FSDP2 gathers in low precision itself; autocast would keep a copy of all weights until the backward pass.
+    sharded = recipe.train.shard and started > 1
+    accelerator = Accelerator(
+        mixed_precision="no" if sharded else precision,
+        cpu=True if training_device().type == "cpu" else None,
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             InitProcessGroupKwargs(
-                init_method=rendezvous_url(), timeout=timedelta(seconds=recipe.guard.timeout_seconds)
+                init_method=rendezvous_url(),
+                timeout=group_timeout(recipe.guard.timeout_seconds, on_gpu=training_device().type == "cuda"),
             ),
         ],
     )
+    set_backends(recipe.train.tf32, accelerator.device.type)
+    return accelerator
 
 
 def processes_here() -> int:
@@ -64,10 +67,6 @@ def workers_of(recipe: Recipe, accelerator: Accelerator) -> int:
     return resolve_workers(
         recipe.data.workers, on_accelerator=accelerator.device.type != "cpu", processes_here=processes_here()
     )
-
-
-def _only_cpu() -> bool:
-    return not torch.cuda.is_available() and not torch.backends.mps.is_available()
 
 
 def _asked_of_launcher() -> int:

@@ -14,6 +14,8 @@ from sslkit.parts.layerwise_optimizers import Larc, Lars
 from sslkit.parts.schedules import Progress, cosine, per_epoch, warmup_then_cosine, warmup_then_steps
 from sslkit.recipe.resolve import Recipe
 
+OPTIMIZER_COPIES = {"sgd": 1, "lars": 1, "lars_simclr": 1, "larc": 1, "adamw": 2, "lamb": 2}  # of the trained weights
+
 
 def make_optimizer(recipe: Recipe, method: Method) -> Optimizer:
     """The recipe's optimizer over all parameters of ``method`` that require gradient; a teacher's do not."""
@@ -28,11 +30,10 @@ def make_optimizer(recipe: Recipe, method: Method) -> Optimizer:
         return Larc(groups, lr, optim.weight_decay, optim.momentum)
     if optim.name == "sgd":
         # timm's "sgd" uses Nesterov momentum; the papers' SGD is its "momentum".
-        fused = _fused(recipe, method)
-        sgd = create_optimizer_v2(groups, "momentum", lr, optim.weight_decay, optim.momentum, fused=fused)
+        sgd = create_optimizer_v2(groups, "momentum", lr, optim.weight_decay, optim.momentum, fused=_fused(method))
         init_momentum_buffers(sgd)
         return sgd
-    options: dict[str, Any] = {"fused": _fused(recipe, method)} if optim.name == "adamw" else {}
+    options: dict[str, Any] = {"fused": _fused(method)} if optim.name == "adamw" else {}
     return create_optimizer_v2(groups, optim.name, lr, optim.weight_decay, betas=optim.betas, **options)
 
 
@@ -47,13 +48,19 @@ def init_momentum_buffers(optimizer: Optimizer) -> None:
             optimizer.state[param].setdefault("momentum_buffer", torch.zeros_like(param))
 
 
-def _fused(recipe: Recipe, method: nn.Module) -> bool | None:
-    """Whether to update a parameter in one pass over memory instead of one for each operation.
+def _fused(method: nn.Module) -> bool | None:
+    """Whether to update a parameter in one pass over memory instead of one for each operation."""
+    return True if {param.device.type for param in method.parameters()} <= {"cpu", "cuda"} else None
 
-    Not with a gradient scaler: a fused update skips overflows without reporting them to `AcceleratedOptimizer`.
+
+def supports_found_inf(optimizer: Optimizer) -> bool:
+    """Whether `Optimizer.step` updates nothing if the attribute ``found_inf``, a () tensor on the device, is 1.
+
+    Such an update needs no answer from the device. True of PyTorch's fused SGD and AdamW, and of LARS and LARC; not of
+    timm's LAMB. ``optimizer`` may be wrapped by Accelerate.
     """
-    devices = {param.device.type for param in method.parameters()}
-    return True if devices <= {"cpu", "cuda"} and recipe.train.precision != "fp16" else None
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return bool(getattr(inner, "_step_supports_amp_scaling", False))
 
 
 def _parameter_groups(

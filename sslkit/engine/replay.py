@@ -49,7 +49,7 @@ def replay_step(folder: str | Path) -> Replay:
         raise UserError(f"{folder}: was made with {facts.images} images; {source.description} has {len(source)} now")
     remarks = _differences(facts, recipe)
     train: dict[str, Any] = {"compile": False, "clip_norm": 0.0}  # gradients as they were before clipping
-    train |= {"precision": "no"} if recipe.train.precision == "fp16" else {}
+    train |= {"precision": "bf16" if recipe.train.precision == "bf16" else "no"}  # fp16 needs a GPU
     data = recipe.data.model_copy(update={"workers": 0})
     recipe = replace(recipe, train=recipe.train.model_copy(update=train), data=data)
     accelerator = Accelerator(cpu=True, mixed_precision=recipe.train.precision)

@@ -5,6 +5,7 @@ import os
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.optim import Optimizer
 
 from sslkit.data.augment.cpu import ViewPipeline
 from sslkit.data.loading.loader import cores_of_a_process
@@ -15,6 +16,8 @@ from sslkit.distributed.sharding import shard
 from sslkit.engine.accelerator import processes_here, workers_of
 from sslkit.engine.checkpoint.format import Checkpoint, restore
 from sslkit.engine.optim import make_optimizer
+from sslkit.engine.runtime.compilation import compile_encoders
+from sslkit.engine.runtime.precision import chosen_precision
 from sslkit.engine.state import RecoveryState, TrainingState
 from sslkit.errors import UserError
 from sslkit.methods import Method, find_method
@@ -30,10 +33,12 @@ from sslkit.parts.backbone import (
     takes_image_size,
 )
 from sslkit.parts.batch_slices import local_bn_groups
-from sslkit.parts.batchnorm import has_batch_norm
+from sslkit.parts.batchnorm import batch_norms, has_batch_norm
 from sslkit.parts.memory_bank import MemoryBank
 from sslkit.recipe.resolve import Recipe
 from sslkit.text import pluralize
+
+LAG = 2  # steps
 
 
 def set_up_training(
@@ -58,7 +63,7 @@ def set_up_training(
         torch.manual_seed(recipe.train.seed)
         method = build_method(recipe, len(source))
     check_batch_split(recipe, method, accelerator.num_processes)
-    if accelerator.num_processes > 1 and has_batch_norm(method):
+    if has_batch_norm(method):
         method.synchronise_batch_norm(accelerator.device)
     if accelerator.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # A thread that shares its core with a data worker slows all the others down.
@@ -66,11 +71,11 @@ def set_up_training(
     # FSDP2 takes contiguous parameters only.
     memory_format = torch.contiguous_format if recipe.train.shard else torch.channels_last
     method.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
-    if recipe.train.compile:
-        for encoder in method.backbones():
-            encoder.compile()  # in place: modules and parameters keep their names
+    compile_encoders(method.backbones(), recipe.train.compile, recipe.backbone.name)
     if recipe.train.shard:
-        shard(method, method.backbones(), accelerator.device)
+        low = torch.bfloat16 if chosen_precision(recipe) == "bf16" else None
+        norms = batch_norms(method)
+        shard(method, method.backbones(), accelerator.device, compute_dtype=low, full_precision=norms)
     optimizer = make_optimizer(recipe, method)
     if checkpoint is not None:
         check_memory(checkpoint, method)
@@ -79,7 +84,17 @@ def set_up_training(
     wrapped = accelerator.prepare_model(method, evaluation_mode=recipe.train.shard)
     prepared = accelerator.prepare_optimizer(optimizer)
     step, recovery = checkpoint.step if checkpoint else 0, recovery or RecoveryState()
-    return TrainingState(recipe, accelerator, source, method, wrapped, prepared, epoch_steps, step, recovery)
+    lag = lag_of(recipe, accelerator.device, optimizer)
+    return TrainingState(recipe, accelerator, source, method, wrapped, prepared, epoch_steps, step, recovery, lag)
+
+
+def lag_of(recipe: Recipe, device: torch.device, optimizer: Optimizer) -> int:
+    """How many steps to start before the numbers of one are read: on a GPU, if the update can be left to its decision.
+
+    Sharded parameters are updated on the host's word.
+    """
+    gated = getattr(optimizer, "_step_supports_amp_scaling", False)  # as PyTorch's fused optimizers say
+    return LAG if device.type == "cuda" and gated and not recipe.train.shard else 0
 
 
 def build_method(recipe: Recipe, num_samples: int = 0) -> Method:

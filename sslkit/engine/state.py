@@ -51,6 +51,7 @@ class TrainingState:
     steps_per_epoch: int  # whole global batches in the images
     step: int  # steps made so far
     recovery: RecoveryState
+    lag: int = 0  # number of steps that are started before the numbers of one are read; a GPU is not waited for
     normalise: Normaliser = field(init=False)  # of views on the device, by ``[views] mean`` and ``std``
 
     def __post_init__(self) -> None:

@@ -15,7 +15,8 @@ from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.sources.image_identity import names_digest
 from sslkit.data.sources.image_source import ImageSource, open_source
 from sslkit.distributed.consistency import all_or_none, compare_facts
-from sslkit.distributed.heartbeat import Heartbeat, is_others_fault
+from sslkit.distributed.failures import explain_nccl, is_others_fault
+from sslkit.distributed.heartbeat import Heartbeat
 from sslkit.engine.accelerator import make_accelerator, workers_of
 from sslkit.engine.checkpoint.format import Checkpoint, restore
 from sslkit.engine.checkpoint.retention import checkpoint_name
@@ -27,6 +28,12 @@ from sslkit.engine.loop import RunServices, run_loop
 from sslkit.engine.monitor.evaluations import RunMonitor
 from sslkit.engine.monitor.knn_monitor import KnnMonitor, check_neighbours, make_knn_monitor
 from sslkit.engine.resilience.guard import BadStepError, RewindError
+from sslkit.engine.resilience.out_of_memory import (
+    OutOfMemoryError,
+    explain_evaluation,
+    explain_set_up,
+    explain_step,
+)
 from sslkit.engine.resilience.preemption import StopRequest, stop_with_launcher
 from sslkit.engine.resilience.rewind import recovery_state_of, reset_training, rewind_checkpoint
 from sslkit.engine.run_folder.dataset_identity import BadSamples
@@ -40,9 +47,11 @@ from sslkit.engine.run_folder.resume import (
     is_of_other_run,
     keep_earlier_defaults,
 )
+from sslkit.engine.runtime.precision import resolve_precision, restored_backends
 from sslkit.engine.setup import build_method, check_steps_left, make_train_loader, set_up_training, steps_per_epoch
 from sslkit.engine.startup_messages import startup_messages
 from sslkit.engine.state import RecoveryState, TrainingState
+from sslkit.errors import is_out_of_memory
 from sslkit.files.atomic import replace_text
 from sslkit.files.run_reader import STOP_MARKER
 from sslkit.methods import Method
@@ -53,6 +62,8 @@ from sslkit.text import pluralize
 Advise = Callable[[Recipe, Method, ImageSource], list[str]]
 
 
+@restored_backends()
+@explain_nccl()
 def train(recipe: Recipe, output: str | Path, resume: str = "auto", advise: Advise | None = None) -> Run:
     """Pretrain as the recipe says, in a run folder; continue if the folder holds an unfinished run of the recipe.
 
@@ -68,6 +79,7 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto", advise: Advi
     """
     folder = Path(output)
     recipe, messages = keep_earlier_defaults(folder, recipe)
+    recipe = resolve_precision(recipe)
     check_folder(folder, recipe, resume)  # to refuse early; it is checked again once the folder is locked
     check_trackers(recipe)
     source = open_source(recipe.data).without_labels()
@@ -110,7 +122,8 @@ def _prepare(
     if knn is not None and checkpoint is None:
         check_neighbours(knn, recipe.monitor.k)
     recovery = recovery_state_of(checkpoint, folder)
-    state = set_up_training(recipe, source, accelerator, checkpoint=checkpoint, recovery=recovery)
+    with explain_set_up(accelerator.device):
+        state = set_up_training(recipe, source, accelerator, checkpoint=checkpoint, recovery=recovery)
     make_train_loader(state)  # raises if shared memory is too small or read-only; starts no workers
     return state, knn
 
@@ -137,8 +150,9 @@ def _run(
         monitor.check_data()
     start, back_to = state.step, state.recovery.back_to
     saver = Saver(folder, recipe, state.steps_per_epoch, start, logger.log_message, back_to=back_to, active=active)
+    saver.before_save = monitor.finish
     logger.trackers = Trackers(recipe, folder, logger.log_message, active=active)
-    with logger.trackers, logger, saver, show_with(logger.show_stage):
+    with logger.trackers, logger, saver, monitor, show_with(logger.show_stage):
         if checkpoint is not None and state.step >= state.last_step:
             saver.complete(checkpoint)
             return Run(folder, state.step)
@@ -157,13 +171,23 @@ def _run_with_rewinds(state: TrainingState, run: RunServices) -> str:
         try:
             return run_loop(state, run)
         except RewindError as error:
+            run.monitor.finish()
             run.saver.wait()
             state.accelerator.wait_for_everyone()
             _rewind(state, run, str(error))
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise _explain_memory(state, run, error) from error
             if state.accelerator.num_processes > 1 and is_others_fault(error):
                 raise run.heartbeat.blame(error) from error
             raise
+
+
+def _explain_memory(state: TrainingState, run: RunServices, error: BaseException) -> OutOfMemoryError:
+    if run.heartbeat.doing != "evaluating":
+        return explain_step(state, error, run.folder)
+    knn = run.monitor.knn if run.monitor.knn_is_due(state.step) else None
+    return explain_evaluation(state, error, len(knn.pair.train) if knn is not None else None)
 
 
 def _rewind(state: TrainingState, run: RunServices, reason: str) -> None:

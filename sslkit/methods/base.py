@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sslkit.distributed.collectives import exchange_rows, world_size
+from sslkit.distributed.collectives import exchange_rows
 from sslkit.methods.method_options import Fitted, MethodOptions
 from sslkit.parts.adaptation.anchor import Anchor
 from sslkit.parts.backbone import Family
-from sslkit.parts.batch_slices import encode_in_slices, local_bn_groups, shuffle_views
-from sslkit.parts.batchnorm import GroupStatistics, batch_norms, synchronise_in_groups
+from sslkit.parts.batch_slices import encode_each, encode_in_slices, local_bn_groups, shuffle_views
+from sslkit.parts.batchnorm import GroupStatistics, batch_norms, can_divide, synchronise_in_groups
 from sslkit.parts.chance_loss import ChanceLoss
 from sslkit.parts.memory_bank import MemoryBank
 from sslkit.parts.momentum_teacher import MomentumTeacher
@@ -223,11 +223,11 @@ class Method(nn.Module, ABC):
 
     def student(self, views: Views) -> Features:
         """Features of the views that the student encodes, each (B, D), with gradient. By default of all views."""
-        return [self.backbone(view) for view in views]
+        return encode_each(views, self.backbone)
 
     def teacher(self, views: Views) -> Features:
         """Features of `teacher_views`, each (B, D), without gradient. By default from the backbone's teacher."""
-        return [self.teachers()["backbone"](views[view]) for view in self.teacher_views]
+        return encode_each((views[view] for view in self.teacher_views), self.teachers()["backbone"])
 
     @abstractmethod
     def objective(
@@ -273,7 +273,7 @@ class Method(nn.Module, ABC):
         permutation: Permutation | None = None,
         prepare: Prepare | None = None,
     ) -> Step:
-        """Compute `objective` of `student` and `teacher`, one BN group at a time, with keys shuffled.
+        """Compute `objective` of `student` and `teacher`, with keys shuffled. CPUs encode one BN group at a time.
 
         Args:
             views: Images as ``prepare`` takes them, B rows each; without ``prepare`` normalised, (B, 3, H, W).
@@ -282,13 +282,23 @@ class Method(nn.Module, ABC):
             permutation: (N,) int64, an order of the global batch, the same on every process; needed if `shuffle_keys`.
             prepare: Normalises a view.
         """
-        groups = local_bn_groups(self.bn_groups)
-        student_features = self.student_in_slices(views, groups, permutation, prepare)
-        teacher_features = self.teacher_in_slices(views, groups, permutation, prepare)
-        anchored = self.anchor_in_slices(views, groups, permutation, prepare)
+        slices = self.slices_of(len(batch.sample_ids))
+        student_features = self.student_in_slices(views, slices, permutation, prepare)
+        teacher_features = self.teacher_in_slices(views, slices, permutation, prepare)
+        anchored = self.anchor_in_slices(views, slices, permutation, prepare)
         return self.anchored(
             self.objective(student_features, teacher_features, batch, progress), student_features, anchored
         )
+
+    def slices_of(self, rows: int, micro_batch: int = 0) -> int:
+        """Number of passes over ``rows`` rows: slices of ``micro_batch`` (0: all) that are whole BN groups.
+
+        On CPUs a slice has one group.
+        """
+        groups = local_bn_groups(self.bn_groups)
+        slices = rows // micro_batch if micro_batch else 1
+        in_one_pass = groups % slices == 0 and all(map(can_divide, self.backbones()))
+        return slices if in_one_pass else max(slices, groups)
 
     def student_in_slices(
         self,
@@ -352,11 +362,10 @@ class Method(nn.Module, ABC):
         teacher = self.teachers().get("backbone")
         return [self.backbone] if teacher is None else [self.backbone, teacher.module]
 
-    def group_statistics(self, slices: int, encoders: list[nn.Module]) -> GroupStatistics | None:
-        """The running statistics of encoders that see the batch in groups; None if the batch is one group."""
-        if slices == 1 and (self.bn_groups == 1 or world_size() == 1):
-            return None
-        return GroupStatistics(encoders)
+    def group_statistics(self, slices: int, encoders: list[nn.Module]) -> GroupStatistics:
+        """The running statistics of encoders that see the batch in slices, each of one BN group or several."""
+        groups = max(local_bn_groups(self.bn_groups) // slices, 1)
+        return GroupStatistics(encoders, slices, groups=groups, average=self.bn_groups > 1)
 
     def batch_norm_groups(self) -> dict[str, int]:
         """Number of BN groups of the global batch for each child, by name; 1 for the others."""
@@ -364,6 +373,9 @@ class Method(nn.Module, ABC):
         return {name: self.bn_groups for name, child in self.named_children() if child in encoders}
 
     def synchronise_batch_norm(self, device: torch.device) -> None:
-        """Compute batch statistics over the processes that share a group. Called once, by all processes."""
+        """Compute batch statistics over the processes that share a group, and on GPUs over groups in one pass.
+
+        Called once, by all processes.
+        """
         across = self.groups_across_processes
         synchronise_in_groups(self, device, self.batch_norm_groups(), across_processes=across)

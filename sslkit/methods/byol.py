@@ -14,6 +14,7 @@ from torch import nn
 from sslkit.methods.base import BatchInfo, Features, Method, PaperRun, Step
 from sslkit.methods.method_options import Fitted, MomentumOptions
 from sslkit.parts.backbone import Family
+from sslkit.parts.batch_slices import encode_each
 from sslkit.parts.chance_loss import ChanceLoss
 from sslkit.parts.heads import byol_mlp
 from sslkit.parts.losses import regression_loss
@@ -60,8 +61,8 @@ class BYOL(Method):
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
     ) -> Step:
-        prediction_1, prediction_2 = (self.predictor(self.projector(features)) for features in student_features)
-        target_1, target_2 = (self.teacher_projector(features) for features in teacher_features)
+        prediction_1, prediction_2 = encode_each(student_features, self.projector, self.predictor)
+        target_1, target_2 = encode_each(teacher_features, self.teacher_projector)
         loss = regression_loss(prediction_1, target_2) + regression_loss(prediction_2, target_1)
         return Step(loss, {"similarity": 1.0 - loss.detach() / 4.0})
 

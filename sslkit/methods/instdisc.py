@@ -18,6 +18,7 @@ from sslkit.methods.method_options import Fitted, MethodOptions, negatives_below
 from sslkit.parts.backbone import Family
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.chance_loss import ChanceLoss, softmax_chance_loss
+from sslkit.parts.host_value import HostValue
 from sslkit.parts.losses import inner_products, nce_against_noise, unit_rows
 from sslkit.parts.memory_bank import MemoryBank
 from sslkit.parts.schedules import Progress
@@ -59,6 +60,7 @@ class InstDisc(Method):
         self.backbone = backbone
         self.projector = nn.Linear(feature_dim, options.dim)
         self.bn_groups = options.bn_groups if has_batch_norm(backbone) else 1
+        self._estimated = HostValue()
         self.register_buffer("normaliser", torch.zeros(()))  # Z of eq. 4; 0 until the first batch estimates it
 
     def set_num_samples(self, num_samples: int) -> None:
@@ -89,7 +91,7 @@ class InstDisc(Method):
         noise = self.bank.draw_noise(len(logits), self.options.negatives)
         positive = logits.gather(1, sample_ids[:, None])[:, 0].exp()
         negatives = logits.gather(1, noise).exp()
-        if self.training and not self.normaliser:
+        if self.training and not self._estimated.read(self.normaliser):
             seen = torch.cat([positive[:, None], negatives], dim=1)
             self.normaliser.copy_(mean_over_processes(seen.mean()) * len(self.bank.rows))
         return nce_against_noise(positive / self.normaliser, negatives / self.normaliser, 1 / len(self.bank.rows))

@@ -17,6 +17,7 @@ from sslkit.distributed.collectives import gather_rows
 from sslkit.methods.base import BatchInfo, Features, Method, PaperRun, Step, Views
 from sslkit.methods.method_options import Fitted, MomentumOptions, fitted_bn_groups, negatives_below
 from sslkit.parts.backbone import Family
+from sslkit.parts.batch_slices import encode_each
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance_loss
 from sslkit.parts.losses import info_nce_with_queue, unit_rows
@@ -81,7 +82,7 @@ class MoCoV1(Method):
         return nn.Linear(feature_dim, self.options.dim)
 
     def student(self, views: Views) -> Features:
-        return [self.backbone(views[view]) for view in self.student_views]
+        return encode_each((views[view] for view in self.student_views), self.backbone)
 
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress

@@ -15,6 +15,7 @@ from sslkit.distributed.collectives import gather_rows, rank
 from sslkit.methods.base import BatchInfo, Features, Method, PaperRun, Step
 from sslkit.methods.method_options import Fitted, MomentumOptions
 from sslkit.parts.backbone import Family
+from sslkit.parts.batch_slices import encode_each
 from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance_loss
 from sslkit.parts.heads import batch_norm_mlp
 from sslkit.parts.losses import info_nce_in_batch
@@ -88,8 +89,8 @@ class MoCoV3(Method):
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress
     ) -> Step:
-        query_1, query_2 = (self.predictor(self.projector(features)) for features in student_features)
-        key_1, key_2 = (self.teacher_projector(features) for features in teacher_features)
+        query_1, query_2 = encode_each(student_features, self.projector, self.predictor)
+        key_1, key_2 = encode_each(teacher_features, self.teacher_projector)
         loss_1, accuracy_1 = self.contrast(query_1, key_2)
         loss_2, accuracy_2 = self.contrast(query_2, key_1)
         return Step(loss_1 + loss_2, {"accuracy": (accuracy_1 + accuracy_2) / 2})

@@ -15,6 +15,7 @@ from sslkit.distributed.collectives import gather_rows_with_gradient, rank
 from sslkit.methods.base import BatchInfo, Features, Method, Step, Views
 from sslkit.methods.method_options import Fitted, MethodOptions
 from sslkit.parts.backbone import Family
+from sslkit.parts.batch_slices import encode_together
 from sslkit.parts.chance_loss import ChanceLoss, info_nce_chance_loss
 from sslkit.parts.heads import simclr_head
 from sslkit.parts.losses import nt_xent
@@ -54,8 +55,7 @@ class SimCLR(Method):
         self.projector = simclr_head(feature_dim, hidden_dim, options.dim, num_layers=options.projector_layers)
 
     def student(self, views: Views) -> Features:
-        first, second = views
-        return list(self.backbone(torch.cat([first, second])).chunk(2))
+        return encode_together(views, self.backbone)
 
     def objective(
         self, student_features: Features, teacher_features: Features, batch: BatchInfo, progress: Progress

@@ -16,10 +16,11 @@ from sslkit.distributed.collectives import gather_rows, rank, world_size
 from sslkit.methods.base import BatchInfo, Features, Method, PaperRun, Step, ViewCount, Views
 from sslkit.methods.method_options import Fitted, MethodOptions, negatives_below
 from sslkit.parts.backbone import Family
-from sslkit.parts.batch_slices import encode_in_slices, local_bn_groups
-from sslkit.parts.batchnorm import GroupStatistics, has_batch_norm
+from sslkit.parts.batch_slices import encode_in_slices, encode_together, local_bn_groups
+from sslkit.parts.batchnorm import GroupStatistics, can_divide, has_batch_norm
 from sslkit.parts.chance_loss import ChanceLoss, softmax_chance_loss
 from sslkit.parts.heads import swav_head
+from sslkit.parts.host_value import HostValue
 from sslkit.parts.losses import inner_products, sinkhorn_codes, swapped_prediction, unit_rows
 from sslkit.parts.multicrop import encode_by_size
 from sslkit.parts.queue import KeyQueue
@@ -85,6 +86,7 @@ class SwAV(Method):
         self.queues = nn.ModuleList(KeyQueue(options.queue_size, options.dim) for _ in range(num_queues))
         self.register_buffer("queue_open", torch.tensor(options.queue_start_epoch == 0.0))
         self.register_buffer("queue_filled", torch.zeros((), dtype=torch.long))
+        self._open, self._filled = HostValue(), HostValue()
         self.new_embeddings: list[Tensor] = []
         self.bn_groups = options.bn_groups if has_batch_norm(backbone) else 1
 
@@ -108,14 +110,15 @@ class SwAV(Method):
 
     def project(self, features: Features) -> Features:
         """Embeddings (B, C) of each crop's features. All crops of a BN group go through the projector together."""
-        if self.options.bn_groups == 1:
-            return list(self.projector(torch.cat(features)).chunk(len(features)))
 
-        def project_group(crops: Views) -> Features:
-            return list(self.projector(torch.cat(list(crops))).chunk(len(crops)))
+        def project(crops: Views) -> Features:
+            return encode_together(crops, self.projector)
 
-        groups = local_bn_groups(self.options.bn_groups)
-        return encode_in_slices(project_group, features, groups, statistics=GroupStatistics([self.projector]))
+        bn_groups = self.options.bn_groups
+        groups = local_bn_groups(bn_groups)
+        slices = 1 if can_divide(self.projector) else groups
+        statistics = GroupStatistics([self.projector], slices, groups=groups // slices, average=bn_groups > 1)
+        return encode_in_slices(project, features, slices, statistics=statistics)
 
     def batch_norm_groups(self) -> dict[str, int]:
         return {**super().batch_norm_groups(), "projector": self.options.bn_groups}
@@ -130,7 +133,7 @@ class SwAV(Method):
         """Codes (B, P) from the scores of an assignment crop and, once the queue is full, of queued embeddings."""
         batch = len(scores)
         size = trimmed(self.options.queue_size, batch * world_size())
-        if size and int(self.queue_filled) >= size:
+        if size and self._filled.read(self.queue_filled) >= size:
             queue = self.queue(crop).keys[:size][rank() :: world_size()]  # every process uses its share
             scores = torch.cat([inner_products(queue, self.prototypes.weight), scores])
         return sinkhorn_codes(scores, self.options.epsilon, self.options.sinkhorn_iterations)[-batch:]
@@ -186,11 +189,12 @@ class SwAV(Method):
             self.prototypes.weight.grad = None
 
     def after_update(self, progress: Progress) -> dict[str, float]:
-        if self.queue_open:
+        if self._open.read(self.queue_open):
             for crop, embeddings in enumerate(self.new_embeddings):
                 self.queue(crop).push(embeddings, trimmed(self.options.queue_size, len(embeddings)))
-            self.queue_filled += len(self.new_embeddings[0]) if self.new_embeddings else 0
-        self.queue_open.fill_(progress.epoch >= self.options.queue_start_epoch)
+            filled = self._filled.read(self.queue_filled) + sum(len(each) for each in self.new_embeddings[:1])
+            self._filled.write(self.queue_filled, filled)
+        self._open.write(self.queue_open, progress.epoch >= self.options.queue_start_epoch)
         return {}
 
     @staticmethod

@@ -1,15 +1,15 @@
 """A batch in contiguous slices, each encoded by itself with its own batch statistics, and shuffled across processes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslkit.distributed.collectives import exchange_rows, world_size
-from sslkit.parts.batchnorm import GroupStatistics
+from sslkit.parts.batchnorm import GroupStatistics, device_norms, shares_collectives
 
 
 class PreparedViews(Sequence[Tensor]):
@@ -73,10 +73,46 @@ def encode_in_slices(
         if before_slice is not None:
             before_slice(index)
         if statistics is not None:
-            statistics.start_group()
+            statistics.start_slice()
         parts.append(encode(part))
         if statistics is not None:
-            statistics.end_group()
+            statistics.end_slice()
     if statistics is not None:
         statistics.finish()
     return [torch.cat(features) if slices > 1 else features[0] for features in zip(*parts, strict=True)]
+
+
+def encode_each(views: Iterable[Tensor], *modules: nn.Module) -> list[Tensor]:
+    """Pass every view through ``modules``, one after the other; each view has batch statistics of its own.
+
+    On GPUs, where the statistics are of several processes, views of one size go through in one pass: BatchNorm keeps
+    them apart and gathers the statistics of all at once.
+    """
+    if shares_collectives(modules):
+        views = list(views)
+        one_size = len({view.shape for view in views}) == 1
+        for layer in device_norms(modules):
+            layer.view_rows = len(views[0]) if one_size else 0
+        if one_size and len(views) > 1:
+            number, joined = len(views), torch.cat(views)
+            del views
+            return list(_through(modules, joined).chunk(number))
+    return [_through(modules, view) for view in views]
+
+
+def encode_together(views: Sequence[Tensor], *modules: nn.Module) -> list[Tensor]:
+    """Pass views of one size through ``modules`` in one pass; all views of a BN group share their batch statistics."""
+    groups = max((layer.groups for layer in device_norms(modules)), default=1)
+    if groups == 1:
+        return list(_through(modules, torch.cat(list(views))).chunk(len(views)))
+    # The rows of a group must be contiguous: its share of each view.
+    shares = zip(*(view.chunk(groups) for view in views), strict=True)
+    features = _through(modules, torch.cat([share for group in shares for share in group]))
+    by_group = features.view(groups, len(views), -1, *features.shape[1:])
+    return list(by_group.transpose(0, 1).flatten(1, 2))
+
+
+def _through(modules: Iterable[nn.Module], rows: Tensor) -> Tensor:
+    for module in modules:
+        rows = module(rows)
+    return rows

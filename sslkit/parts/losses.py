@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sslkit.distributed.collectives import max_over_processes, sum_over_processes
+from sslkit.distributed.collectives import max_over_processes, sum_over_processes, world_size
 from sslkit.parts.info_nce import info_nce_in_pieces
 
 
@@ -152,7 +152,7 @@ def sinkhorn_codes(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
         # A constant cancels out; subtracting the largest score keeps the exponential finite.
         codes = ((scores - max_over_processes(scores.max())) / epsilon).exp()
         codes /= sum_over_processes(codes.sum())
-        num_prototypes, num_rows = codes.shape[1], sum_over_processes(codes.new_tensor(len(codes)))
+        num_prototypes, num_rows = codes.shape[1], float(len(codes) * world_size())
         for _ in range(iterations):
             codes /= sum_over_processes(codes.sum(dim=0)) * num_prototypes
             codes /= codes.sum(dim=1, keepdim=True) * num_rows

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sslkit.distributed.collectives import gather_rows, rank, world_size
+from sslkit.distributed.collectives import gather_rows, rank, upload, world_size
+from sslkit.parts.host_value import HostValue
+from sslkit.parts.update_gate import allowed
 
 
 class MemoryBank(nn.Module):
@@ -35,16 +37,18 @@ class MemoryBank(nn.Module):
         self.register_buffer("draws", torch.zeros((), dtype=torch.long))
         self.register_buffer("seed", torch.randint(2**40, ()))
         self.kept: tuple[Tensor, Tensor] | None = None
+        self._draws, self._seed = HostValue(), HostValue()
 
     def draw_noise(self, batch: int, num_negatives: int) -> Tensor:
         """Draw (B, K) row numbers for this process's ``batch``: uniform, with replacement, the positive included.
 
-        One draw serves the global batch; each process takes its part.
+        One draw serves the global batch; each process takes its part. It is made on the CPU, so that it is the same on
+        every device.
         """
-        generator = torch.Generator(self.rows.device).manual_seed(int(self.seed) + int(self.draws))
+        seed = int(self._seed.read(self.seed)) + int(self._draws.read(self.draws))
         shape = (batch * world_size(), num_negatives)
-        drawn = torch.randint(len(self.rows), shape, generator=generator, device=self.rows.device)
-        return drawn[rank() * batch : (rank() + 1) * batch]
+        drawn = torch.randint(len(self.rows), shape, generator=torch.Generator().manual_seed(seed))
+        return upload(drawn[rank() * batch : (rank() + 1) * batch], self.rows.device)
 
     @torch.no_grad()
     def keep(self, sample_ids: Tensor, embeddings: Tensor) -> None:
@@ -66,6 +70,7 @@ class MemoryBank(nn.Module):
             embeddings: (N, C), L2-normalised, in the same order.
             momentum: Weight of the old row (0.5 in the paper's code).
         """
-        moved = momentum * self.rows[sample_ids] + (1.0 - momentum) * embeddings.to(self.rows)
-        self.rows[sample_ids] = functional.normalize(moved, dim=1)
-        self.draws.add_(1)
+        old = self.rows[sample_ids]
+        moved = momentum * old + (1.0 - momentum) * embeddings.to(self.rows)
+        self.rows[sample_ids] = allowed(functional.normalize(moved, dim=1), old)
+        self._draws.write(self.draws, self._draws.read(self.draws) + 1)

@@ -3,8 +3,9 @@
 import itertools
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
+
+from sslkit.parts.batch_slices import encode_together
 
 
 def encode_by_size(encoder: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
@@ -15,5 +16,5 @@ def encode_by_size(encoder: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
     features: list[Tensor] = []
     for _, group in itertools.groupby(views, key=lambda view: view.shape[-1]):
         crops = list(group)
-        features += encoder(torch.cat(crops)).chunk(len(crops))
+        features += encode_together(crops, encoder)
     return features

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sslkit.parts.update_gate import allowed
+
 
 class KeyQueue(nn.Module):
     """A first-in-first-out dictionary of L2-normalised keys.
@@ -42,5 +44,5 @@ class KeyQueue(nn.Module):
             return
         overflow = max(keys.shape[0] - size, 0)
         rows = (self.pointer + torch.arange(overflow, keys.shape[0], device=self.keys.device)) % size
-        self.keys.index_copy_(0, rows, keys[overflow:].to(self.keys))
-        self.pointer.add_(keys.shape[0]).remainder_(size)
+        self.keys.index_copy_(0, rows, allowed(keys[overflow:].to(self.keys), self.keys[rows]))
+        self.pointer.copy_(allowed((self.pointer + keys.shape[0]) % size, self.pointer))

@@ -11,7 +11,8 @@ from sslkit.data.sources.image_source import ImageSource
 from sslkit.data.tools.inspection import channel_moments, count_alpha, describe_alpha
 from sslkit.distributed.collectives import processes_started
 from sslkit.doctor.image_checks import count_copies, describe_copies, different_images, summarise_images
-from sslkit.doctor.machine_checks import GIB, has_bf16, memory_of_device, training_device
+from sslkit.doctor.machine_checks import GIB, has_bf16, memory_of_device
+from sslkit.engine.runtime.precision import training_device
 from sslkit.errors import UserError
 from sslkit.text import pluralize
 

@@ -30,13 +30,19 @@ METRICS = {
     "images_per_second": (Panel("Images per second", absent=NOT_LOGGED), ""),
     "data_wait": (Panel("Time waiting for data", absent=NOT_LOGGED), "fraction"),
 }
+# Runs on GPUs only.
+GPU_METRICS = {
+    "mfu": (Panel("Model FLOPs utilization (MFU)"), "fraction of the GPU's peak"),
+    "device_busy": (Panel("Time with work on the GPU"), "fraction"),
+    "peak_memory_gib": (Panel("Peak GPU memory"), "GiB"),
+}
 
 
 def training_panels(runs: Sequence[RunRecord]) -> list[Panel]:
     """Loss, the metrics that all methods log, and all other metrics of the runs' methods."""
     logged = {key for run in runs for row in run.metrics for key, value in row.items() if number(value) is not None}
     others = sorted(key for key in logged - {"step", "epoch", "loss", *METRICS} if "/" not in key)
-    panels = METRICS | {key: (Panel(key), "") for key in others}
+    panels = METRICS | {key: GPU_METRICS.get(key, (Panel(key), "")) for key in others}
     return [loss_panel(runs), *(metric_panel(runs, "metrics", key, *panel) for key, panel in panels.items())]
 
 

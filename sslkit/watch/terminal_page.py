@@ -14,8 +14,9 @@ from sslkit.watch.watched_run import DIAGNOSTICS, KNN, WatchedRun
 
 COLOURS = {"running": "green", "done": "green", "silent": "bold yellow", "stopped": "yellow", "killed": "bold red"}
 COLOURS |= {"ended": "bold red"}
-FIRST = ("loss", "accuracy", KNN, "lr", "grad_norm", "images_per_second", "data_wait", *DIAGNOSTICS)
-PERCENTAGES = (KNN, "accuracy", "data_wait")
+GPU = ("mfu", "device_busy", "peak_memory_gib")  # of runs on GPUs
+FIRST = ("loss", "accuracy", KNN, "lr", "grad_norm", "images_per_second", "data_wait", *GPU, *DIAGNOSTICS)
+PERCENTAGES = (KNN, "accuracy", "data_wait", "mfu", "device_busy")
 MAX_ALARMS, MAX_CURVE_WIDTH, RANGE_WIDTH = 4, 100, 72
 
 

@@ -5,7 +5,14 @@ import torch
 from conftest import small_recipe
 from torch import nn
 
-from sslkit.engine.optim import learning_rate, make_optimizer, set_learning_rate, set_weight_decay, weight_decay
+from sslkit.engine.optim import (
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+    set_weight_decay,
+    supports_found_inf,
+    weight_decay,
+)
 from sslkit.engine.setup import build_method
 from sslkit.methods import Multipliers, Progress
 from sslkit.methods.simclr import SimCLR
@@ -59,6 +66,35 @@ def test_optimizer_holds_no_teacher(name: str) -> None:
             param.grad = torch.ones_like(param)
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, teacher, strict=True))
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars", "lars_simclr", "larc", "adamw"])
+def test_an_update_that_the_device_skips_changes_no_bit(name: str) -> None:
+    """Weights and the optimizer's state, step counts included."""
+    recipe = small_recipe("moco_v3", "test_vit", optim={"name": name, "lr": 0.1, "weight_decay": 0.5})
+    methods = [build_method(recipe) for _ in range(2)]
+    methods[1].load_state_dict(methods[0].state_dict())
+    skipping, plain = (make_optimizer(recipe, method) for method in methods)
+    assert supports_found_inf(skipping)
+    for step, value in enumerate([0.01, float("nan"), -0.02]):
+        for method in methods:
+            for param in (each for each in method.parameters() if each.requires_grad):
+                param.grad = torch.full_like(param, value)
+        skipping.found_inf = torch.tensor(float(step == 1))
+        skipping.grad_scale = None
+        skipping.step()
+        if step != 1:
+            plain.step()
+    for mine, theirs in zip(methods[0].parameters(), methods[1].parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        assert skipping.state.get(mine, {}).keys() == plain.state.get(theirs, {}).keys()
+        for slot, value in skipping.state.get(mine, {}).items():
+            assert torch.equal(value, plain.state[theirs][slot]), slot
+
+
+def test_lamb_knows_no_found_inf() -> None:
+    recipe = small_recipe("moco_v3", "test_vit", optim={"name": "lamb", "lr": 0.1, "weight_decay": 0.5})
+    assert not supports_found_inf(make_optimizer(recipe, build_method(recipe)))
 
 
 def test_sgd_is_without_nesterov_and_matches_the_formula() -> None:

@@ -107,14 +107,16 @@ def averaged_instead_of_summed(method: type[base.Method]) -> Callable[[Patch], N
 
 
 def decay_on_biases(patch: Patch) -> None:
-    update = Lars.update
-    patch.setattr(
-        Lars,
-        "update",
-        lambda self, param, grad, group: update(
-            self, param, grad + group["weight_decay"] * param if param.ndim < 2 else grad, group
-        ),
-    )
+    adapted = Lars.adapted
+
+    def decaying(self: Lars, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        grads = [
+            grad + group["weight_decay"] * param if param.ndim < 2 else grad
+            for param, grad in zip(params, grads, strict=True)
+        ]
+        return adapted(self, params, grads, group)
+
+    patch.setattr(Lars, "adapted", decaying)
 
 
 def rate_outside_the_momentum(patch: Patch) -> None:
@@ -128,12 +130,17 @@ def rate_outside_the_momentum(patch: Patch) -> None:
 
 
 def larc_spares_vectors(patch: Patch) -> None:
-    update = Larc.update
+    adapted = Larc.adapted
 
-    def sparing(self: Larc, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        update(self, param, grad, {**group, "weight_decay": 0.0} if param.ndim < 2 else group)
+    def sparing(self: Larc, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        with_decay, without = (
+            adapted(self, params, grads, {**group, "weight_decay": decay}) for decay in (group["weight_decay"], 0.0)
+        )
+        return [
+            each if param.ndim > 1 else other for param, each, other in zip(params, with_decay, without, strict=True)
+        ]
 
-    patch.setattr(Larc, "update", sparing)
+    patch.setattr(Larc, "adapted", sparing)
 
 
 def shuffle_not_undone(patch: Patch) -> None:

@@ -70,11 +70,11 @@ def test_eight_groups_move_the_mean_by_a_tenth_of_the_way() -> None:
     torch.manual_seed(0)
     norm = nn.BatchNorm1d(4).double()
     rows = 5 + torch.randn(16, 4, dtype=torch.float64)
-    statistics = GroupStatistics([norm])
+    statistics = GroupStatistics([norm], 8)
     for part in rows.chunk(8):
-        statistics.start_group()
+        statistics.start_slice()
         norm(part)
-        statistics.end_group()
+        statistics.end_slice()
     statistics.finish()
     torch.testing.assert_close(norm.running_mean, 0.1 * rows.mean(dim=0), rtol=1e-12, atol=1e-12)
     within = torch.stack([part.var(dim=0, unbiased=True) for part in rows.chunk(8)]).mean(dim=0)
@@ -128,7 +128,9 @@ def test_frozen_statistics_stay() -> None:
 
 
 def test_one_group_is_left_to_batch_norm_itself() -> None:
-    assert build("moco_v2", method={"bn_groups": 1}).group_statistics(1, []) is None
+    method = build("moco_v2", method={"bn_groups": 1})
+    assert not method.group_statistics(1, method.backbones()).statistics
+    assert build("moco_v2", method={"bn_groups": 3}).group_statistics(3, method.backbones()).statistics
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.35, None])
@@ -149,11 +151,11 @@ def test_statistics_that_are_the_mean_over_all_batches_count_a_step_of_groups_on
     norm = nn.BatchNorm1d(4, momentum=None).double()
     groups = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for step in groups.chunk(2):
-        statistics = GroupStatistics([norm])
+        statistics = GroupStatistics([norm], 3)
         for part in step:
-            statistics.start_group()
+            statistics.start_slice()
             norm(part)
-            statistics.end_group()
+            statistics.end_slice()
         statistics.finish()
     assert norm.num_batches_tracked.item() == 2
     torch.testing.assert_close(norm.running_mean, groups.mean(dim=(0, 1)), rtol=1e-12, atol=1e-12)

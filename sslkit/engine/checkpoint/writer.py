@@ -79,6 +79,7 @@ class Saver:
         self.failure, self.saved_at = "", time.monotonic()
         self.config = encoder_config(recipe, LICENSE) if active else {}
         self.steps_on_disk = {step for step in saved_steps(self.checkpoints) if step <= start_step}
+        self.before_save: Callable[[], None] = lambda: None  # finishes what is written beside the checkpoints
         self.rewind_points = {step for step in self.steps_on_disk if step == back_to}
 
     def __enter__(self) -> "Saver":
@@ -95,6 +96,7 @@ class Saver:
 
         ``method`` and ``optimizer`` are unwrapped. ``state`` has more fields for ``state.json``, which must not change.
         """
+        self.before_save()
         self.saved_at = time.monotonic()
         tensors, scalars = flatten_optimizer(method, optimizer)
         if not self.active:

@@ -16,8 +16,8 @@ def progress_line(
 ) -> str:
     """Progress after a step, which this ends for ``meter``; ``metrics`` are the newest logged ones of the method."""
     rate = meter.end_step()
-    seconds_left = meter.seconds_left(state.last_step - state.step)
-    epoch = f"epoch {state.step / state.steps_per_epoch:.2f}/{state.recipe.train.epochs}"
+    seconds_left = meter.seconds_left(state.last_step - result.step - 1)
+    epoch = f"epoch {(result.step + 1) / state.steps_per_epoch:.2f}/{state.recipe.train.epochs}"
     others = [f"{name} {value:.3g}" for name, value in metrics.items() if math.isfinite(value)]
     skipped = ["step skipped"] if result.skipped else []
     parts = [f"{rate:.3g} img/s" if rate < 100 else f"{rate:.0f} img/s", epoch, f"loss {result.loss:.4g}"]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from sslkit.data.augment.cpu import ViewPipeline
 from sslkit.data.augment.views_config import NUM_GLOBAL_VIEWS
@@ -16,7 +15,6 @@ from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.data.tools.image_grid import make_image_grid
 from sslkit.evaluate.labelled_data import LabelledPair
-from sslkit.evaluate.probes.knn import nearest
 from sslkit.recipe.resolve import Recipe
 
 DrawImage = Callable[[], NDArray[np.uint8]]  # returns (H, W, 3)
@@ -50,17 +48,16 @@ def views_image(recipe: Recipe, source: ImageSource) -> NDArray[np.uint8]:
     return np.asarray(make_image_grid(tiles, min(recipe.views.size, SIDE), 1 + EPOCHS * NUM_GLOBAL_VIEWS))
 
 
-def neighbours_image(
-    pair: LabelledPair, bank: Tensor, kept: Tensor, queries: Tensor, asked: Tensor, seed: int
-) -> NDArray[np.uint8]:
+def neighbours_image(pair: LabelledPair, nearest_rows: Tensor, asked: Tensor, seed: int) -> NDArray[np.uint8]:
     """Random test images, one per row, each followed by the images of the bank nearest to it, (H, W, 3).
 
-    ``bank`` (N, D) and ``queries`` (Q, D) are features; ``kept`` and ``asked`` (bool) say which images can be read.
+    ``nearest_rows`` (Q, K) are these images for all test images, nearest first; ``asked`` (Q,) bool says which of the
+    test images can be read.
     """
-    bank_rows, query_rows = kept.nonzero()[:, 0], asked.nonzero()[:, 0]
+    query_rows = asked.nonzero()[:, 0]
     chosen = query_rows[np.random.default_rng(seed).permutation(len(query_rows))[:ROWS]]
-    found = nearest(queries[chosen], bank[bank_rows], min(NEIGHBOURS, len(bank_rows)), functional.normalize)[1]
+    found = nearest_rows[chosen, :NEIGHBOURS]
     tiles = []
-    for query, rows in zip(chosen.tolist(), bank_rows[found].tolist(), strict=True):
+    for query, rows in zip(chosen.tolist(), found.tolist(), strict=True):
         tiles += [pair.test.read(query), *(pair.train.read(row) for row in rows)]
     return np.asarray(make_image_grid(tiles, SIDE, 1 + found.shape[1]))

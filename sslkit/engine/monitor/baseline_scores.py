@@ -1,17 +1,28 @@
 """How the encoder of a run stands: the kNN of random weights, pixels and the start on the images of the monitor."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from sslkit.distributed.collectives import world_size
 from sslkit.distributed.consistency import all_or_none
 from sslkit.engine.monitor.knn_monitor import KnnMonitor, preprocessing_of
 from sslkit.errors import UserError
 from sslkit.evaluate.evaluation_result import RANDOM_DRAWS, Score, score_of, score_of_draws
 from sslkit.evaluate.features.encoder import RANDOM_INIT, Encoder
-from sslkit.evaluate.features.pixel_baselines import PixelTransform, pixel_baselines, raw_pixel_side
+from sslkit.evaluate.features.pixel_baselines import (
+    CHUNK,
+    COLOUR_HISTOGRAMS,
+    RAW_PIXELS,
+    PixelTransform,
+    are_coloured,
+    colour_histograms,
+    raw_pixel_side,
+)
 from sslkit.evaluate.features.transforms import Transform
+from sslkit.evaluate.probes.sharded_bank import Shard, in_order
 from sslkit.hub.untrusted import parse_encoder_config
 from sslkit.publish.encoder_folder import create_start, encoder_config
 from sslkit.recipe.resolve import Recipe
@@ -40,17 +51,19 @@ def score_baselines(knn: KnnMonitor, backbone: nn.Module, recipe: Recipe) -> lis
     if recipe.views.channels == 3:
         readable = knn.kept.nonzero()[:, 0].numpy()
         transform = PixelTransform(raw_pixel_side(knn.pair.train.subset(readable)))
-        for name, pixels in pixel_baselines(*_features(knn, nn.Identity(), transform)).items():
-            scores.append(score_of(name, knn.classify(*pixels, centre=True), own))  # centred as by `sslkit eval knn`
+        bank, queries = _features(knn, nn.Identity(), transform)
+        scores.append(score_of(RAW_PIXELS, knn.classify(bank, queries, centre=True), own))  # as by `sslkit eval knn`
+        first = bank.features[: -(-CHUNK // world_size())]
+        if are_coloured(in_order(first.to(knn.device), min(CHUNK, len(bank.readable)))):
+            histograms = (replace(each, features=colour_histograms(each.features)) for each in (bank, queries))
+            scores.append(score_of(COLOUR_HISTOGRAMS, knn.classify(*histograms, centre=True), own))
     return scores
 
 
-def _features(knn: KnnMonitor, module: nn.Module, transform: Transform | None = None) -> tuple[Tensor, Tensor]:
+def _features(knn: KnnMonitor, module: nn.Module, transform: Transform | None = None) -> tuple[Shard, Shard]:
     """Features of the bank and of the test images."""
-    (bank, kept), (queries, asked) = (
-        knn.features(module, source, transform) for source in (knn.pair.train, knn.pair.test)
-    )
-    if bool((knn.kept & ~kept).any() or (knn.asked & ~asked).any()):
+    bank, queries = (knn.features(module, source, transform) for source in (knn.pair.train, knn.pair.test))
+    if bool((knn.kept & ~bank.readable).any() or (knn.asked & ~queries.readable).any()):
         raise UserError("images that the encoder was measured on cannot be read any more")
     return bank, queries
 

@@ -5,8 +5,9 @@ of the step itself differ between methods. When kNN is measured, the images are 
 views, as LiDAR needs. Training is not affected: no random number is drawn, and no batch statistics change.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.distributed.collectives import broadcast_buffers, gather_rows, rank, world_size
 from sslkit.engine.monitor.alarms import Spike, SpikeDetector, collapse_alarm, spike_alarm
+from sslkit.evaluate.features.devices import Download
 from sslkit.evaluate.label_free.collapse_metrics import label_free_metrics
 from sslkit.files.jsonl_reader import number
 from sslkit.recipe.resolve import Recipe
@@ -66,12 +68,16 @@ class Diagnostics:
 
         They have their keys in diagnostics.jsonl. The mode of ``backbone`` is restored.
         """
+        return self.start_of_batch(backbone, views)()
+
+    def start_of_batch(self, backbone: nn.Module, views: Sequence[Tensor]) -> Callable[[], dict[str, Any]]:
+        """Encode the views; the function returned computes the numbers, in any thread, before the next start."""
         pairs = (view[: self.share].split(self.chunk) for view in views[:NUM_GLOBAL_VIEWS])
-        return self._line(backbone, zip(*pairs, strict=True))
+        return self._start(backbone, zip(*pairs, strict=True))
 
     def of_sample(self, backbone: nn.Module) -> dict[str, Any]:
         """The same, and LiDAR, from a fixed sample of the data in eight views."""
-        return self._line(backbone, self._cut_sample())
+        return self._start(backbone, self._cut_sample())()
 
     def _cut_sample(self) -> Iterator[list[Tensor]]:
         for start in range(0, self.share, self.chunk):
@@ -89,13 +95,16 @@ class Diagnostics:
             ]
             yield [torch.from_numpy(np.stack(view)) for view in cut]
 
-    def _line(self, backbone: nn.Module, chunks: Iterable[Sequence[Tensor]]) -> dict[str, Any]:
+    def _start(self, backbone: nn.Module, chunks: Iterable[Sequence[Tensor]]) -> Callable[[], dict[str, Any]]:
         spikes, self.spikes = self.spikes, []
         data_alarms, self.data_alarms = self.data_alarms, []
         features = self._encode(backbone, chunks)
         if not self.accelerator.is_main_process:
-            return {}
-        alarms = data_alarms + spike_alarm(spikes)
+            return dict
+        return partial(self._line, Download(features), data_alarms + spike_alarm(spikes))
+
+    def _line(self, download: Download, alarms: list[str]) -> dict[str, Any]:
+        features = download.wait()
         if not features.isfinite().all():
             return {"alarms": ["collapse: features are not finite; try a lower [optim] lr", *alarms]}
         numbers = label_free_metrics(features)
@@ -115,7 +124,7 @@ class Diagnostics:
             for chunk in chunks:
                 inputs = [self.normalise(view.to(device)) for view in chunk]
                 encoded.append(torch.stack([backbone(each).float() for each in inputs], dim=1))
-        return gather_rows(torch.cat(encoded)).cpu()
+        return gather_rows(torch.cat(encoded))
 
 
 @contextmanager

@@ -1,11 +1,14 @@
 """The evaluations of a run while it trains: kNN every few epochs, diagnostics every few steps, and their alarms."""
 
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, astuple
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sslkit.distributed.collectives import max_over_processes
 from sslkit.engine.logging.logger import RunLogger, kind_of
@@ -27,13 +30,35 @@ from sslkit.text import format_duration
 
 
 class RunMonitor:
-    """Evaluates the encoder of a run while it trains. All processes call it at the same steps."""
+    """Evaluates the encoder of a run while it trains. All processes call it at the same steps.
+
+    While a GPU trains, the CPU computes the numbers of diagnostics in a thread. `finish` waits for them; it is called
+    before anything is written that comes after them. As a context manager, a monitor finishes on exit.
+    """
 
     def __init__(self, state: TrainingState, logger: RunLogger, knn: KnnMonitor | None) -> None:
         self.state, self.logger, self.knn = state, logger, knn
+        self.in_background = state.accelerator.device.type == "cuda"  # on a CPU both would share the cores
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="diagnostics")
+        self.computing: tuple[int, Future[dict[str, Any]]] | None = None  # the step, and its line
         self.diagnostics: Diagnostics | None = None
         if state.recipe.monitor.diagnose_every:
             self.diagnostics = Diagnostics(state.recipe, state.source, state.accelerator)
+
+    def __enter__(self) -> "RunMonitor":
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        try:
+            self.finish()
+        finally:
+            self.thread.shutdown()
+
+    def finish(self) -> None:
+        """Log the diagnostics that are being computed, if any."""
+        if self.computing is not None:
+            (step, line), self.computing = self.computing, None
+            self._log_diagnostics(line.result(), step, knn_measured=False)
 
     def knn_is_due(self, step: int) -> bool:
         """Whether kNN is measured after ``step`` steps: every few epochs, and at the end."""
@@ -62,27 +87,59 @@ class RunMonitor:
         if max_over_processes(torch.tensor(float(missing), device=self.state.accelerator.device)) > 0:
             self._evaluate_sample()
 
-    def after_step(self, result: StepResult, *, stops: bool) -> bool:
-        """Record the gradients of the step just made, and evaluate if that is due; returns whether kNN was measured.
+    def is_due(self, step: int) -> bool:
+        """Whether kNN or diagnostics are computed after ``step`` steps."""
+        return self.knn_is_due(step) or self._diagnostics_are_due(step)
+
+    def observe(self, result: StepResult) -> None:
+        """Record the gradients of a step."""
+        if self.diagnostics is not None and not result.skipped:
+            self.diagnostics.observe(result.step + 1, result.grad_norm, result.layer_gradients)
+
+    def after_step(self, views: Sequence[Tensor], *, stops: bool) -> bool:
+        """Evaluate if that is due after the step of these views; returns whether kNN was measured.
 
         A run that ``stops`` before its end leaves kNN to its continuation.
         """
         step = self.state.step
-        if self.diagnostics is not None and not result.skipped:
-            self.diagnostics.observe(step, result.grad_norm, result.layer_gradients)
+        if self.is_due(step):
+            self.finish()
         if self.knn_is_due(step) and not stops:
             self._evaluate_sample()
             return True
-        if self.diagnostics is not None and (self.diagnostics.is_due(step) or step == self.state.last_step):
-            fields = self.diagnostics.of_batch(self.state.method.encoder, result.batch.views)
-            self._log_diagnostics(fields, knn_measured=False)
+        if self.diagnostics is not None and self._diagnostics_are_due(step):
+            compute = self.diagnostics.start_of_batch(self.state.method.encoder, views)
+            if self.in_background and self.logger.active:
+                self.computing = step, self.thread.submit(compute)
+            else:
+                self._log_diagnostics(compute(), step, knn_measured=False)
+        if self._must_finish(step):
+            self.finish()
         return False
+
+    def _must_finish(self, step: int) -> bool:
+        """Whether diagnostics are computed, or must be now: some trackers drop what is of an earlier step than the last.
+
+        The next line of metrics may be of the next step.
+        """
+        if self.computing is None or self.computing[1].done() or step == self.state.last_step:
+            return True
+        tracked = self.logger.trackers is not None and bool(self.logger.trackers.threads)
+        next_is_logged = (step + 1) % self.state.recipe.train.log_every == 0 or self._ends_epoch(step + 1)
+        return tracked and next_is_logged
+
+    def _ends_epoch(self, step: int) -> bool:
+        return step % self.state.steps_per_epoch == 0 or step == self.state.last_step
+
+    def _diagnostics_are_due(self, step: int) -> bool:
+        return self.diagnostics is not None and (self.diagnostics.is_due(step) or step == self.state.last_step)
 
     def _evaluate_sample(self) -> None:
         """Measure kNN, then diagnostics of a fixed sample of the data."""
         measured = self._measure_knn()
         if self.diagnostics is not None:
-            self._log_diagnostics(self.diagnostics.of_sample(self.state.method.encoder), knn_measured=measured)
+            fields = self.diagnostics.of_sample(self.state.method.encoder)
+            self._log_diagnostics(fields, self.state.step, knn_measured=measured)
 
     def _measure_knn(self) -> bool:
         """Measure and log the kNN accuracy; returns whether this process has written it to results.jsonl."""
@@ -133,17 +190,17 @@ class RunMonitor:
         self.logger.log_message(verdict := verdict_of(scores))
         return {"scores": list(map(asdict, scores)), "verdict": verdict}
 
-    def _log_diagnostics(self, fields: dict[str, object], *, knn_measured: bool) -> None:
+    def _log_diagnostics(self, fields: dict[str, Any], step: int, *, knn_measured: bool) -> None:
         """Write a line of diagnostics.jsonl, with the alarms of the kNN curve if a kNN of this step is in it."""
         if not self.logger.active:
             return
-        state, alarms = self.state, list(fields["alarms"])  # type: ignore[call-overload]
+        state, alarms = self.state, list(fields["alarms"])
         if knn_measured:
             alarms += self._curve_alarms(alarms)
         for teacher in list(state.method.teachers().values())[:1]:
             alarms += teacher_alarm(teacher.momentum_at(Progress(0, 1)))
-        epoch = round(state.step / state.steps_per_epoch, 6)
-        self.logger.log_diagnostics({"step": state.step, "epoch": epoch, **fields, "alarms": alarms})
+        epoch = round(step / state.steps_per_epoch, 6)
+        self.logger.log_diagnostics({"step": step, "epoch": epoch, **fields, "alarms": alarms})
 
     def _curve_alarms(self, raised: list[str]) -> list[str]:
         """Alarms of the kNN just measured, compared with those before it."""

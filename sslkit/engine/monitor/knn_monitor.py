@@ -1,4 +1,4 @@
-"""kNN accuracy on a labelled set while training, shared among the processes."""
+"""kNN accuracy on a labelled set while training. Each process keeps the features that it computes on its device."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.loading.shared_memory import fitting_workers
 from sslkit.data.sources.image_source import ImageSource
-from sslkit.distributed.collectives import broadcast_buffers, gather_rows, rank, world_size
-from sslkit.engine.logging.sample_images import DrawImage, neighbours_image
+from sslkit.distributed.collectives import broadcast_buffers
+from sslkit.engine.logging.sample_images import NEIGHBOURS, DrawImage, neighbours_image
 from sslkit.errors import UserError
 from sslkit.evaluate.features.extraction import batch_bytes, extract_features
 from sslkit.evaluate.features.readouts import Readout
 from sslkit.evaluate.features.transforms import Transform, evaluation_transform
 from sslkit.evaluate.labelled_data import LabelledPair, open_pair
-from sslkit.evaluate.probes.knn import KnnProtocol, count_classes, is_correct, predict, share_of
+from sslkit.evaluate.probes.knn import KnnProtocol, count_classes, is_correct, share_of
+from sslkit.evaluate.probes.sharded_bank import Shard, in_order, own_images, predict_by_shards
 from sslkit.evaluate.protocol import data_settings, preprocessing_settings
 from sslkit.recipe.resolve import Recipe
 
 BATCH = 256  # images at a time
-GATHERED = 4096  # rows at a time, which bounds the memory on the device
 
 
 class KnnMonitor:
@@ -56,36 +56,37 @@ class KnnMonitor:
         nearest neighbours. Raises a UserError if too few images can be read, or features are not finite.
         """
         broadcast_buffers(backbone)
-        bank, kept = self.features(backbone, self.pair.train)
-        queries, asked = self.features(backbone, self.pair.test)
+        bank, queries = (self.features(backbone, source) for source in (self.pair.train, self.pair.test))
+        self.kept, self.asked = kept, asked = bank.readable, queries.readable
         self.left_out, self.scored = int((~kept).sum() + (~asked).sum()), int(asked.sum())
         if kept.sum() < self.protocol.k or not asked.any():
             raise UserError(f"[monitor] data: {self.left_out} images of {self.pair.description} cannot be read")
-        self.kept, self.asked = kept, asked
-        self.correct = self.classify(bank, queries)
-        show(partial(neighbours_image, self.pair, bank, kept, queries, asked, self.seed))
+        self.correct, nearest_rows = self._search(bank, queries, self.protocol)
+        show(partial(neighbours_image, self.pair, nearest_rows, asked, self.seed))
         return share_of(self.correct)
 
-    def classify(self, bank: Tensor, queries: Tensor, *, centre: bool = False) -> Tensor:
+    def classify(self, bank: Shard, queries: Shard, *, centre: bool = False) -> Tensor:
         """Which of the test images that were readable are classified correctly, bool, by features of all images.
 
         ``centre`` subtracts the bank's mean. Raises a UserError if features are not finite.
         """
-        bank, queries = bank[self.kept], queries[self.asked]
-        if not (bank.isfinite().all() and queries.isfinite().all()):
-            raise UserError("the features are not finite")
-        labels, truth = self.pair.train_labels[self.kept], self.pair.test_labels[self.asked]
-        protocol = replace(self.protocol, centre=centre)
-        [predicted] = predict(queries, bank, labels, count_classes(labels, truth), [protocol])
-        return is_correct(predicted, truth)
+        return self._search(bank, queries, replace(self.protocol, centre=centre))[0]
 
-    def features(
-        self, backbone: nn.Module, source: ImageSource, transform: Transform | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Features (N, D), and which of the images can be read, (N,) bool. Default: the encoder's transform."""
-        # Each process encodes every world-size-th image. The last ones wrap around, so that all encode as many.
-        share = -(-len(source) // world_size())
-        own = (rank() + world_size() * np.arange(share)) % len(source)
+    def _search(self, bank: Shard, queries: Shard, protocol: KnnProtocol) -> tuple[Tensor, Tensor]:
+        """Which test images are classified correctly, and the rows of the images nearest to each."""
+        bank, queries = replace(bank, readable=self.kept), replace(queries, readable=self.asked)
+        if not (bank.is_finite() and queries.is_finite()):
+            raise UserError("the features are not finite")
+        truth = self.pair.test_labels[self.asked]
+        classes = count_classes(self.pair.train_labels[self.kept], truth)
+        predicted, nearest_rows = predict_by_shards(
+            queries, bank, self.pair.train_labels, classes, protocol, most=NEIGHBOURS
+        )
+        return is_correct(predicted[self.asked], truth), nearest_rows
+
+    def features(self, backbone: nn.Module, source: ImageSource, transform: Transform | None = None) -> Shard:
+        """Features of this process's images, where they were computed. Default: the encoder's transform."""
+        own = own_images(len(source))
         unreadable: list[int] = []
         features = extract_features(
             backbone,
@@ -96,12 +97,9 @@ class KnnMonitor:
             batch_size=BATCH,
             unreadable=unreadable,
         )
-        readable = torch.ones(share, 1)
+        readable = torch.ones(len(own))
         readable[unreadable] = 0.0
-        parts = torch.cat([features, readable], dim=1).split(GATHERED)
-        gathered = [gather_rows(part.to(self.device)).cpu().unflatten(0, (world_size(), -1)) for part in parts]
-        interleaved = torch.cat(gathered, dim=1).transpose(0, 1).flatten(0, 1)[: len(source)]
-        return interleaved[:, :-1], interleaved[:, -1] > 0
+        return Shard(features, in_order(readable.to(self.device), len(source)).cpu() > 0, self.device)
 
 
 def preprocessing_of(views: ViewsConfig) -> dict[str, Any]:

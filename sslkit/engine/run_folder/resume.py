@@ -13,6 +13,7 @@ from sslkit.engine.checkpoint.format import Checkpoint, newest_checkpoint, read_
 from sslkit.engine.checkpoint.retention import NAME, saved_steps
 from sslkit.engine.run_folder.dataset_identity import DATA, IMAGES, recorded_names_digest, restore_images
 from sslkit.engine.run_folder.lock import PROBE, refuse_unwritable
+from sslkit.engine.runtime.precision import chosen_precision
 from sslkit.errors import UserError, check_path
 from sslkit.files.atomic import refuse_links
 from sslkit.files.run_reader import LOCK
@@ -113,14 +114,16 @@ def _changed(before: dict[str, Any], recipe: Recipe) -> list[str]:
 def keep_earlier_defaults(folder: Path, recipe: Recipe) -> tuple[Recipe, list[str]]:
     """Let a run keep the defaults that it started with, unless the recipe states the keys; with messages.
 
-    ``[data] background`` was "keep", and ``[monitor] every_epochs`` was 0 even if there was ``data``.
+    ``[data] background`` was "keep", and ``[monitor] every_epochs`` was 0 even if there was ``data``. Where the recipe
+    says ``[train] precision = "auto"``, a run keeps the precision that was chosen at its start, on any device.
     """
     try:
         saved = folder / "recipe.toml"
         before = read_tables(saved) if saved.is_file() else {}
     except UserError:  # `check_folder` reports it
         return recipe, []
-    data, monitor, messages = before.get("data"), before.get("monitor"), []
+    data, monitor = before.get("data"), before.get("monitor")
+    recipe, messages = _keep_precision(folder, recipe, before.get("train"))
     # The key is in the saved recipe if the run was resumed before.
     old_background = isinstance(data, dict) and data.get("background", KEEP) == KEEP
     if old_background and "background" not in recipe.data.model_fields_set:
@@ -135,6 +138,21 @@ def keep_earlier_defaults(folder: Path, recipe: Recipe) -> tuple[Recipe, list[st
         recipe = replace(recipe, monitor=recipe.monitor.model_copy(update={"every_epochs": 0}), remarks=remarks)
         messages.append(f"{folder}: this run started with [monitor] every_epochs = 0, without kNN, and keeps it")
     return recipe, messages
+
+
+def _keep_precision(folder: Path, recipe: Recipe, saved: Any) -> tuple[Recipe, list[str]]:
+    """In place of ``auto`` the precision in the saved ``[train]`` table, with a message if it is another one here."""
+    before = saved.get("precision") if isinstance(saved, dict) else None
+    here = chosen_precision(recipe)
+    if recipe.train.precision != "auto" or before not in ("no", "bf16", "fp16"):
+        return recipe, []
+    kept = replace(recipe, train=recipe.train.model_copy(update={"precision": before}))
+    if before == here:
+        return kept, []
+    return kept, [
+        f'{folder}: this run started with [train] precision = "{before}" and keeps it; on this device "auto" is '
+        f'"{here}", for a new run'
+    ]
 
 
 def _list_changes(lines: list[str]) -> str:

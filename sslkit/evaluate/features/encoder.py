@@ -119,10 +119,14 @@ def build_backbone(architecture: str, model_args: dict[str, Any], small_stem: bo
 
 def fingerprint(module: nn.Module) -> str:
     """SHA-256 of the names and values of all parameters and buffers; for sharded tensors, of the local shard."""
+    tensors = {name: local_shard(tensor.detach()) for name, tensor in module.state_dict().items()}
+    values = [tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors.values()]
+    if any(each.is_cuda for each in values):  # one download instead of one for each
+        values = list(torch.cat(values).cpu().split([len(each) for each in values]))
     digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
+    for name, each in zip(tensors, values, strict=True):
         digest.update(name.encode())
-        digest.update(local_shard(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(each.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -46,18 +46,23 @@ def colour_histograms(pixels: Tensor) -> Tensor:
 
     The inner product of two is their Bhattacharyya coefficient.
     """
-    histograms = torch.zeros(len(pixels), BINS**3)
+    histograms = pixels.new_zeros(len(pixels), BINS**3)
     for rows, chunk in zip(histograms.split(CHUNK), pixels.split(CHUNK), strict=True):
         red, green, blue = (chunk.unflatten(1, (-1, 3)) * BINS).long().clamp_(max=BINS - 1).unbind(dim=2)
         colours = (red * BINS + green) * BINS + blue
-        rows.scatter_add_(1, colours, torch.ones(colours.shape) / colours.shape[1])
+        rows.scatter_add_(1, colours, pixels.new_ones(colours.shape) / colours.shape[1])
     return histograms.sqrt_()
 
 
 def pixel_baselines(train: Tensor, test: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Features of training and test images by name, from their `raw_pixels`: these, and histograms if not grey."""
     found = {RAW_PIXELS: (train, test)}
-    triples = train[:CHUNK].unflatten(1, (-1, 3))
-    if float((triples.amax(dim=2) - triples.amin(dim=2)).mean()) > GREY:
+    if are_coloured(train):
         found[COLOUR_HISTOGRAMS] = colour_histograms(train), colour_histograms(test)
     return found
+
+
+def are_coloured(pixels: Tensor) -> bool:
+    """Whether the first images of `raw_pixels` have colours."""
+    triples = pixels[:CHUNK].unflatten(1, (-1, 3))
+    return float((triples.amax(dim=2) - triples.amin(dim=2)).mean()) > GREY

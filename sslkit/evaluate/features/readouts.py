@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sslkit.data.sources.image_identity import source_fingerprint
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.errors import UserError, first_line, near_miss
+from sslkit.evaluate.features.devices import evaluation_device, feature_dtype
 from sslkit.evaluate.features.encoder import Encoder, fingerprint
 from sslkit.evaluate.features.extraction import extract_features
 from sslkit.evaluate.features.store import FeatureStore
@@ -196,14 +197,14 @@ def extract_readouts(
     Readouts in the store are loaded from it; the others are extracted and stored, unless ``seed`` makes the transform
     random. They may differ only in layers and pooling. Raises `UserError` if features are not finite.
     """
-    first, device = readouts[0], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    first, device = readouts[0], evaluation_device()
     if not all(readout.shares_pass_with(first) for readout in readouts):
         raise ValueError("readouts of one pass may differ only in layer, last_blocks and patch_mean")
 
     def extract(wanted: Sequence[Readout], images: ImageSource) -> list[Tensor]:
         module = ReadoutModule(encoder, wanted) if any(each.reads_blocks for each in wanted) else encoder.module
         options: Any = {"batch_size": encoder.batch_size(first.batch_size), "workers": first.workers, "seed": seed}
-        features = extract_features(module, images, transform, device=device, **options)
+        features = extract_features(module, images, transform, device=device, **options).cpu()
         check_finite(features, encoder.description)
         return list(features.split(module.widths, dim=1)) if isinstance(module, ReadoutModule) else [features]
 
@@ -222,7 +223,9 @@ def extract_readouts(
 
 
 def features_key(encoder: Encoder, source: ImageSource, transform: str, readout: str) -> str:
-    """Key of stored features: a hash of the weights, the images, the transform, the readout and the versions."""
+    """Key of stored features: a hash of the weights, the images, the transform, the readout, precision and versions."""
     parts = [fingerprint(encoder.module), encoder.architecture, repr(sorted(encoder.model_args.items())), readout]
     parts += [transform, source_fingerprint(source), timm.__version__, torch.__version__, DECODER_VERSION]
+    dtype = feature_dtype(evaluation_device())
+    parts += [str(dtype)] if dtype is not torch.float32 else []  # keys from before there was a choice are float32
     return hashlib.sha256("\0".join([*parts, source.background]).encode()).hexdigest()[:32]

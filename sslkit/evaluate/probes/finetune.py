@@ -1,9 +1,10 @@
 """Fine-tuning of the whole encoder on labelled images: semi-supervised learning, and transfer to other data."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import math
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from sslkit.data.sources.image_source import ImageSource
+from sslkit.distributed.collectives import upload
 from sslkit.errors import UserError
+from sslkit.evaluate.features.devices import evaluation_device, feature_precision
 from sslkit.evaluate.features.encoder import Encoder
 from sslkit.evaluate.features.extraction import TransformedImages, image_loader, keep_random_state, seed_from
 from sslkit.evaluate.features.transforms import training_transform
@@ -133,38 +136,62 @@ def finetune(
     """
     source = source.without_labels()
     batch_size = _even_batch_size(protocol, len(source))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = evaluation_device()
     with keep_random_state(cuda=True):
         torch.manual_seed(protocol.seed)
         model, head = make_classifier(encoder, num_classes, protocol.drop_path, neck, protocol.head_std)
         model.to(device).train()
         optimizer = _make_optimizer(model, head, protocol, protocol.peak_lr(batch_size))
-        transform = _training_transform(encoder, protocol)
         mixup, loss_function = _mixup_and_loss(protocol, num_classes)
         steps = len(source) // batch_size
+        images_of_epoch = _EpochImages(source, _training_transform(encoder, protocol), protocol)
+        # One loader for all epochs, so that its workers start once.
+        batches = images_of_epoch.batches(batch_size)
+        loader, _ = image_loader(
+            images_of_epoch, batch_size, workers, batch_sampler=batches, pin_memory=device.type == "cuda"
+        )
+        loaded = iter(loader)
         for epoch in range(protocol.epochs):
-            key = (protocol.seed, epoch)
-            order = torch.Generator().manual_seed(seed_from(*key))
-            shuffled: dict[str, Any] = {"shuffle": True, "generator": order, "drop_last": True}
-            loader, _ = image_loader(TransformedImages(source, transform, key), batch_size, workers, **shuffled)
-            total = 0.0
-            shown = track(loader, f"epoch {epoch + 1} of {protocol.epochs}", "step")
+            total = torch.zeros((), dtype=torch.float64, device=device)  # read once, as reading waits for the device
+            shown = track(islice(loaded, steps), f"epoch {epoch + 1} of {protocol.epochs}", "step", total=steps)
             for step, (images, positions) in enumerate(shown):
                 _set_lr(optimizer, protocol, epoch + step / steps, batch_size)
-                _seed_all(*key, step)
-                images, targets = images.to(device), labels[positions].to(device)
+                _seed_all(protocol.seed, epoch, step)
+                images = images.to(device, non_blocking=True)
+                targets = upload(labels[positions], device)
                 if mixup:
                     images, targets = mixup(images, targets)
-                with torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else nullcontext():
+                with feature_precision(device):
                     loss = loss_function(model(images).float(), targets)
-                if not bool(loss.isfinite()):
-                    raise UserError(f"finetune: the loss is not finite in epoch {epoch + 1}; use a lower --lr")
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                total += float(loss.detach())
-            log_message(f"epoch {epoch + 1}/{protocol.epochs}: loss {total / steps:.3f}")
+                total += loss.detach()
+            if not math.isfinite(mean := float(total) / steps):
+                raise UserError(f"finetune: the loss is not finite in epoch {epoch + 1}; use a lower --lr")
+            log_message(f"epoch {epoch + 1}/{protocol.epochs}: loss {mean:.3f}")
     return model.eval()
+
+
+class _EpochImages(TransformedImages):
+    """Transformed images, indexed by epoch and position; the transform depends on both."""
+
+    def __init__(self, source: ImageSource, transform: Any, protocol: FinetuneProtocol) -> None:
+        super().__init__(source, transform)
+        self.seed, self.epochs = protocol.seed, protocol.epochs
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:  # type: ignore[override]
+        epoch, position = key
+        return self.make(position, (self.seed, epoch))
+
+    def batches(self, batch_size: int) -> Iterator[list[tuple[int, int]]]:
+        """Keys of the whole batches of all epochs, each epoch in an order of its own."""
+        for epoch in range(self.epochs):
+            generator = torch.Generator().manual_seed(seed_from(self.seed, epoch))
+            torch.empty((), dtype=torch.int64).random_(generator=generator)  # what a DataLoader draws before the order
+            order = torch.randperm(len(self), generator=generator)
+            for batch in order[: len(order) // batch_size * batch_size].split(batch_size):
+                yield [(epoch, position) for position in batch.tolist()]
 
 
 def _even_batch_size(protocol: FinetuneProtocol, num_images: int) -> int:

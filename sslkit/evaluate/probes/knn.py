@@ -1,26 +1,20 @@
-"""Weighted k-nearest-neighbour classification of frozen features: exact, in chunks of bounded memory."""
+"""Weighted k-nearest-neighbour classification of frozen features."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
 from sslkit.errors import UserError
 from sslkit.evaluate.input_checks import check_finite, choose_protocol
-from sslkit.progress import stage
+from sslkit.evaluate.probes.exact_search import nearest
 
-QUERY_CHUNK, BANK_CHUNK = 512, 65536  # rows; 1024 and 16384 take 10 % longer
-MAX_CHUNK_ELEMENTS = 2**26  # of a chunk of the bank
 MAX_VOTE_ELEMENTS = 2**24  # queries x classes at a time
 EPSILON = 1e-12  # minimum norm, so that a row of zeros stays zero
-GROUP = 64  # columns whose maximum is compared first; see `largest`
-
-Prepare = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,59 +55,6 @@ class KnnProtocol:
             raise UserError(f"knn: temperature must be a positive number, not {self.temperature:g}")
 
 
-@torch.no_grad()
-def nearest(queries: Tensor, bank: Tensor, k: int, prepare: Prepare = lambda rows: rows) -> tuple[Tensor, Tensor]:
-    """Find the k rows of the bank (N, D) with the largest inner products with each query (Q, D), largest first.
-
-    The bank is read once, in chunks, so it may be memory-mapped and larger than memory. ``prepare``, such as a
-    normalisation, is applied to chunks of rows of both. Returns similarities (Q, k) and row numbers (Q, k), on the
-    queries' device.
-    """
-    parts = [prepare(chunk) for chunk in queries.split(QUERY_CHUNK)]
-    best = [part.new_empty((len(part), 0)) for part in parts]
-    rows = [torch.empty((len(part), 0), dtype=torch.long, device=part.device) for part in parts]
-    # One buffer for all products: a new one of this size costs a page fault for each of its pages.
-    size = max(min(len(bank), BANK_CHUNK, MAX_CHUNK_ELEMENTS // max(bank.shape[1], 1)), 1)
-    products = parts[0].new_empty(len(parts[0]) * size)
-    with stage("neighbours", len(parts) * -(-len(bank) // size), "chunk") as advance:
-        for start in range(0, len(bank), size):
-            chunk = prepare(bank[start : start + size].to(queries.device))
-            for index, part in enumerate(parts):
-                similarity = products[: len(part) * len(chunk)].view(len(part), len(chunk))
-                values, columns = largest(_product(part, chunk, similarity), k)
-                values, columns = torch.cat([best[index], values], 1), torch.cat([rows[index], columns + start], 1)
-                best[index], order = values.topk(min(k, values.shape[1]), dim=1)
-                rows[index] = columns.gather(1, order)
-                advance(1)
-    return torch.cat(best), torch.cat(rows)
-
-
-def _product(queries: Tensor, chunk: Tensor, out: Tensor) -> Tensor:
-    """``queries @ chunk.T`` in ``out``. On CPUs by NumPy, whose BLAS is faster on many (docs/log.md)."""
-    if out.device.type != "cpu" or out.dtype != torch.float32:
-        return torch.mm(queries, chunk.T, out=out)
-    np.matmul(queries.numpy(), chunk.numpy().T, out=out.numpy())
-    return out
-
-
-def largest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values of each row (Q, N), or all if there are fewer, and their columns, largest first.
-
-    They are in the k groups of columns with the largest maxima. Maxima take one pass at memory speed, while topk over
-    all columns takes as long as the matrix product.
-    """
-    groups = similarity.shape[1] // GROUP
-    if groups <= 2 * k:
-        return similarity.topk(min(k, similarity.shape[1]), dim=1)
-    grouped = similarity[:, : groups * GROUP].unflatten(1, (groups, GROUP))
-    best = grouped.amax(dim=2).topk(k, dim=1).indices
-    columns = (best[:, :, None] * GROUP + torch.arange(GROUP, device=best.device)).flatten(1)
-    rest = torch.arange(groups * GROUP, similarity.shape[1], device=best.device).expand(len(similarity), -1)
-    columns = torch.cat([columns, rest], dim=1)
-    values, positions = similarity.gather(1, columns).topk(k, dim=1)
-    return values, columns.gather(1, positions)
-
-
 def check_neighbours(protocols: Sequence[KnnProtocol], bank_size: int) -> None:
     """Raise `UserError` if a protocol's k is larger than the bank."""
     for protocol in protocols:
@@ -136,9 +77,9 @@ def predict(
     for centre in {protocol.centre for protocol in protocols}:
         group = [protocol for protocol in protocols if protocol.centre == centre]
         mean = bank.mean(dim=0, dtype=torch.float32).to(queries.device) if centre else 0.0
-        similarity, rows = nearest(queries, bank, max(each.k for each in group), partial(_normalise, mean))
+        similarity, rows = nearest(queries, bank, max(each.k for each in group), partial(unit_rows, mean))
         for protocol in group:
-            predicted[protocol] = _vote(similarity, labels.to(queries.device)[rows], num_classes, protocol)
+            predicted[protocol] = vote(similarity, labels.to(queries.device)[rows], num_classes, protocol)
     return [predicted[protocol] for protocol in protocols]
 
 
@@ -165,13 +106,14 @@ def predict_by_others(
     of_queries, of_bank = copies
     most = int(torch.unique(of_bank, return_counts=True)[1].max())
     mean = bank.mean(dim=0, dtype=torch.float32) if protocol.centre else 0.0
-    similarity, rows = nearest(queries, bank, min(protocol.k + most, len(bank)), partial(_normalise, mean))
+    similarity, rows = nearest(queries, bank, min(protocol.k + most, len(bank)), partial(unit_rows, mean))
     similarity = similarity.masked_fill(of_bank[rows] == of_queries[:, None], -torch.inf)
     similarity, order = similarity.topk(min(protocol.k, similarity.shape[1]), dim=1)
-    return _vote(similarity, labels[rows.gather(1, order)], num_classes, protocol)
+    return vote(similarity, labels[rows.gather(1, order)], num_classes, protocol)
 
 
-def _normalise(mean: Tensor | float, rows: Tensor) -> Tensor:
+def unit_rows(mean: Tensor | float, rows: Tensor) -> Tensor:
+    """Rows (N, D) minus the mean, of unit length, float32. Rows of zeros stay zero."""
     rows = rows.float() - mean  # a copy, so the next lines may work in place
     # Scaling by powers of two is exact, and the squares of the results neither overflow nor underflow.
     _, exponents = vector_norm(rows, torch.inf, dim=1, keepdim=True).frexp()
@@ -179,7 +121,7 @@ def _normalise(mean: Tensor | float, rows: Tensor) -> Tensor:
     return rows.div_(vector_norm(rows, dim=1, keepdim=True).clamp_min(EPSILON))
 
 
-def _vote(similarity: Tensor, neighbours: Tensor, num_classes: int, protocol: KnnProtocol) -> Tensor:
+def vote(similarity: Tensor, neighbours: Tensor, num_classes: int, protocol: KnnProtocol) -> Tensor:
     """Class of every query from similarities and classes of its neighbours, (Q, at least k), most similar first."""
     # Subtracting the largest similarity does not change the winner and keeps the exponential finite.
     weights = ((similarity[:, : protocol.k] - similarity[:, :1]).double() / protocol.temperature).exp()

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sslkit.errors import UserError
+from sslkit.evaluate.features.devices import evaluation_device, fits_on, move_if_it_fits
 from sslkit.evaluate.input_checks import as_features, check_seed, choose_protocol
 from sslkit.evaluate.probes.knn import count_classes, is_correct, share_of
 from sslkit.progress import track
 
 C_GRID = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 HELD_OUT = 0.1
+COPIES = 3  # of the features that logistic regression needs room for
 # Part of the protocol hash.
 SELECTED_ON_HELD_OUT = "by a tenth of the training images, held out by the seed"
 
@@ -111,21 +113,22 @@ class LinearScore:
 def linear_accuracy(
     train: Tensor | EpochFeatures, labels: Tensor, test: Tensor, truth: Tensor, protocol: LinearProtocol | None = None
 ) -> LinearScore:
-    """Train a linear classifier on frozen features (N, D) and test it on (Q, D). Computes in float32.
+    """Train a linear classifier on frozen features (N, D) and test it on (Q, D), on a GPU if there is one, in float32.
 
     For the SGD protocols, ``train`` may be a function from the epoch to the features of that epoch's augmented images.
     The default protocol is ``logistic``. Raises `UserError` if features are not finite, or there are fewer than two
     training images.
     """
-    protocol = protocol or LinearProtocol()
+    protocol, device = protocol or LinearProtocol(), evaluation_device()
     if len(labels) < 2:
         raise UserError(f"linear: needs at least 2 training images, not {len(labels)}")
     test = as_features(test, "linear, test")
     if not callable(train):
         train = as_features(train, "linear, train")
         if protocol.name == "logistic":
-            return _logistic(train, labels, test, truth, protocol)
-    return _sgd(train, labels, test, truth, protocol)
+            place = device if fits_on(device, COPIES * (train.nbytes + test.nbytes)) else torch.device("cpu")
+            return _logistic(*(each.to(place) for each in (train, labels, test, truth)), protocol)
+    return _sgd(train, labels, test, truth, protocol, device)
 
 
 def hold_out(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -166,7 +169,7 @@ def _logistic(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, protoc
     num_classes = count_classes(labels, truth)
     mean, scale = train.mean(dim=0), train.std(dim=0).clamp_min(1e-6)
     train, test = (train - mean) / scale, (test - mean) / scale
-    held_out, fit = hold_out(len(train), protocol.seed)
+    held_out, fit = (rows.to(train.device) for rows in hold_out(len(train), protocol.seed))
     best_c, best_loss = 0.0, math.inf
     best: nn.Linear | None = None
     for c in track(C_GRID, "logistic regression, penalties", "fit"):
@@ -181,10 +184,19 @@ def _logistic(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, protoc
 
 
 def _sgd(
-    train: Tensor | EpochFeatures, labels: Tensor, test: Tensor, truth: Tensor, protocol: LinearProtocol
+    train: Tensor | EpochFeatures,
+    labels: Tensor,
+    test: Tensor,
+    truth: Tensor,
+    protocol: LinearProtocol,
+    device: torch.device,
 ) -> LinearScore:
+    """Train on the device. Features that it has no room for stay on the CPU, and batches are moved."""
     generator = torch.Generator().manual_seed(protocol.seed)
-    classifier = _initial_classifier(test.shape[1], count_classes(labels, truth), protocol, generator)
+    classifier = _initial_classifier(test.shape[1], count_classes(labels, truth), protocol, generator).to(device)
+    test = test.to(device)
+    if not callable(train):
+        train = move_if_it_fits(train, device)
     batch_size = min(protocol.batch_size, len(labels))
     images = len(labels) - (len(labels) % batch_size if protocol.drop_last else 0)
     steps = -(-images // batch_size)
@@ -197,15 +209,19 @@ def _sgd(
     )
     best, best_epoch, correct = torch.zeros(len(truth), dtype=torch.bool), 0, torch.zeros(0, dtype=torch.bool)
     for epoch in track(range(protocol.epochs), "linear classifier", "epoch"):
-        features = as_features(train(epoch), f"linear, epoch {epoch + 1}") if callable(train) else train
-        for step, batch in enumerate(torch.randperm(len(features), generator=generator)[:images].split(batch_size)):
+        features = train
+        if callable(train):
+            features = move_if_it_fits(as_features(train(epoch), f"linear, epoch {epoch + 1}"), device)
+        labels = labels.to(features.device)
+        order = torch.randperm(len(features), generator=generator)[:images].to(features.device)
+        for step, batch in enumerate(order.split(batch_size)):
             for group in optimizer.param_groups:
                 group["lr"] = protocol.lr * _decay(protocol, epoch + (step / steps if protocol.per == "step" else 0.0))
-            loss = cross_entropy(classifier(features[batch]), labels[batch])
+            loss = cross_entropy(classifier(features[batch].to(device)), labels[batch].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        if not all(bool(param.isfinite().all()) for param in classifier.parameters()):
+        if not torch.stack([param.isfinite().all() for param in classifier.parameters()]).all():
             raise UserError(
                 f"linear, {protocol.name}: the classifier's weights are not finite after epoch {epoch + 1}; features "
                 f"up to {float(test.abs().max()):.2g} are too large for a learning rate of {protocol.lr:g}; use "

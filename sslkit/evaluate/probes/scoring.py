@@ -17,6 +17,7 @@ from sslkit.data.sources.image_source import DataConfig, ImageSource
 from sslkit.errors import UserError
 from sslkit.evaluate.evaluation_result import RANDOM_DRAWS, EvaluationResult, Score, score_of, score_of_draws
 from sslkit.evaluate.features.compared_encoders import TransferOptions, frozen_encoders, in_turn, trained_encoders
+from sslkit.evaluate.features.devices import evaluation_device
 from sslkit.evaluate.features.encoder import RANDOM_INIT, Encoder
 from sslkit.evaluate.features.extraction import extract_features
 from sslkit.evaluate.features.pixel_baselines import pixel_baselines, raw_pixel_side, raw_pixels
@@ -70,13 +71,14 @@ def evaluate_knn_grid(
     pair = _open_splits(data, splits)
     check_neighbours(protocols, len(pair.train))
     rows: list[list[Row]] = [[] for _ in protocols]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = evaluation_device()
     own, encoders = frozen_encoders(model, baselines, readout, RANDOM_DRAWS)
     for encoder, features in _compared(encoders, pair, [readout]):
         # Pixels are always centred: the mean brightness hides the differences between images.
         is_pixels = isinstance(encoder, str)
         used = [replace(protocol, centre=True) if is_pixels else protocol for protocol in protocols]
         bank, queries = (features(source)[0] for source in (pair.train, pair.test))
+        # The bank stays on disk, or in memory, and passes through the device once, in blocks.
         predictions = predict(queries.to(device), bank, pair.train_labels, len(pair.classes), used)
         for found, predicted in zip(rows, predictions, strict=True):
             found.append((encoder, is_correct(predicted, pair.test_labels), ""))

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import batch_norm
 
+from sslkit.distributed.collectives import upload
 from sslkit.errors import UserError
+from sslkit.evaluate.features.devices import evaluation_device, fits_on
 from sslkit.evaluate.input_checks import as_features, check_rates, check_seed
 from sslkit.evaluate.probes.knn import count_classes, share_of
 from sslkit.evaluate.probes.linear import hold_out
@@ -152,8 +154,8 @@ def sweep(
 ) -> SweepScore:
     """Train all heads of the grid on features (N, D) of each readout, select one on held-out images, and test it.
 
-    Trains on a GPU if there is one. Only the current batch of features is moved to it. Raises `UserError` if the grid
-    is empty, features are not finite, or there are fewer than three training images.
+    Trains on a GPU if there is one. Features are moved to it once, or, if it has no room for them, in batches. Raises
+    `UserError` if the grid is empty, features are not finite, or there are fewer than three training images.
     """
     if not (protocol.lrs and protocol.weight_decays and protocol.norms and train):
         raise UserError("linear sweep: the grid is empty; give at least one learning rate, weight decay and layer")
@@ -167,16 +169,18 @@ def sweep(
     held_out, fit = hold_out(len(labels), protocol.seed)
     scale = protocol.batch_size / 256
     settings = [(lr * scale, decay) for lr, decay in itertools.product(protocol.lrs, protocol.weight_decays)]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = evaluation_device()
     heads = {
         (readout, norm): _Heads(features.shape[1], classes, settings, norm, protocol.seed, device)
         for readout, features in train.items()
         for norm in protocol.norms
     }
+    if fits_on(device, sum(features.nbytes for features in train.values())):
+        train = {readout: features.to(device) for readout, features in train.items()}
     _train(heads, train, labels, fit, protocol)
     ranked: list[tuple[tuple[float, float], Head, int]] = []
     for (readout, norm), group in heads.items():
-        for index, score in enumerate(group.scores(train[readout][held_out], labels[held_out])):
+        for index, score in enumerate(group.scores(train[readout][held_out.to(train[readout].device)], labels[held_out])):
             lr, decay = settings[index]
             ranked.append((score, Head(readout, lr / scale, decay, norm, score[0]), index))
     ranked.sort(key=lambda item: item[0], reverse=True)
@@ -201,7 +205,10 @@ def _train(
             step += 1
             if len(rows) == 1:  # BatchNorm needs two
                 continue
-            truth = labels[rows].to(device)
-            batches = {name: features[rows].to(device) for name, features in train.items()}
+            truth = upload(labels[rows], device)
+            on_device = upload(rows, device)
+            batches = {
+                name: features[on_device if features.is_cuda else rows].to(device) for name, features in train.items()
+            }
             for (readout, _), group in heads.items():
                 group.update(batches[readout], truth, factor)

@@ -94,7 +94,7 @@ def extract(encoder: Encoder, images: GalleryImages) -> tuple[Tensor, Tensor]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = encoder.batch_size(256)
     bank, queries = (
-        extract_features(encoder.module, source, encoder.transform(), device=device, batch_size=size)
+        extract_features(encoder.module, source, encoder.transform(), device=device, batch_size=size).cpu()
         for source in (images.bank, images.queries)
     )
     return torch.nn.functional.normalize(bank, dim=1), torch.nn.functional.normalize(queries, dim=1)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from plotly.colors import qualitative
 from torch import Tensor
 
-from sslkit.evaluate.probes.knn import nearest
+from sslkit.evaluate.probes.exact_search import nearest
 from sslkit.report.figures import escape_html, to_json
 from sslkit.report.gallery.gallery_images import SEED, GalleryImages
 from sslkit.report.gallery.thumbnails import Sprite, data_uri, make_sprite

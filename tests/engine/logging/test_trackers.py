@@ -28,6 +28,8 @@ from sslkit.engine.logging import trackers as track
 from sslkit.engine.logging.sample_images import neighbours_image, views_image
 from sslkit.errors import UserError
 from sslkit.evaluate.labelled_data import open_pair
+from sslkit.evaluate.probes.knn import KnnProtocol
+from sslkit.evaluate.probes.sharded_bank import Shard, predict_by_shards
 from sslkit.recipe.resolve import Recipe
 
 # trackio reads it once, when it is imported.
@@ -251,9 +253,11 @@ def test_neighbours_are_the_nearest_that_can_be_read() -> None:
     bank = torch.randn(40, 8, generator=generator) * torch.rand(40, 1, generator=generator)
     queries = torch.randn(20, 8, generator=generator)
     kept, asked = torch.rand(40, generator=generator) > 0.3, torch.rand(20, generator=generator) > 0.3
-    sheet = neighbours_image(pair, bank, kept, queries, asked, seed=1)
     cosine = (queries.double() @ bank.double().T) / bank.double().norm(dim=1)
     cosine[:, ~kept] = -torch.inf
+    shards = Shard(queries, asked, queries.device), Shard(bank, kept, bank.device)
+    _, nearest_rows = predict_by_shards(*shards, torch.arange(40), 40, KnnProtocol(k=3), most=6)
+    sheet = neighbours_image(pair, nearest_rows, asked, seed=1)
     tiles = sheet.reshape(8, 96, 7, 96, 3).transpose(0, 2, 1, 3, 4)
     images = {index: enlarge(pair.test.read(index)) for index in range(20) if asked[index]}
     for row in tiles:

@@ -1,6 +1,8 @@
 """Diagnostics while training: there for every method, right, harmless, resumed without a line twice."""
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from torch import Tensor
 import sslkit
 from sslkit.data.augment.cpu import ViewPipeline, normalise
 from sslkit.data.sources.image_source import open_source
+from sslkit.engine.checkpoint.writer import Saver
 from sslkit.engine.monitor.diagnostics import Diagnostics
+from sslkit.engine.monitor.evaluations import RunMonitor
 from sslkit.engine.setup import build_method
-from sslkit.evaluate.label_free.collapse_metrics import label_free_metrics
+from sslkit.evaluate.label_free.collapse_metrics import LabelFreeMetrics, label_free_metrics
 from sslkit.methods import METHODS
 from sslkit.methods.moco_v1 import MoCoV1
 from sslkit.recipe.resolve import Recipe
@@ -227,3 +231,90 @@ def test_features_that_are_no_numbers_are_an_alarm_and_no_crash() -> None:
         backbone.norm.weight.fill_(float("nan"))
     line = Diagnostics(recipe, source, Accelerator(cpu=True)).of_sample(backbone)
     assert line == {"alarms": ["collapse: features are not finite; try a lower [optim] lr"]}
+
+
+class Slow:
+    """Computes as `label_free_metrics` does, but for longer than a step takes."""
+
+    def __init__(self) -> None:
+        self.threads = set[str]()
+
+    def __call__(self, features: torch.Tensor) -> LabelFreeMetrics:
+        self.threads.add(threading.current_thread().name.split("_")[0])
+        time.sleep(0.2)
+        return label_free_metrics(features)
+
+
+def in_background(monkeypatch: pytest.MonkeyPatch) -> Slow:
+    """As on a GPU."""
+    make, slow = RunMonitor.__init__, Slow()
+
+    def background(self: RunMonitor, *arguments: Any) -> None:
+        make(self, *arguments)
+        self.in_background = True
+
+    monkeypatch.setattr(RunMonitor, "__init__", background)
+    monkeypatch.setattr("sslkit.engine.monitor.diagnostics.label_free_metrics", slow)
+    return slow
+
+
+def watched_recipe(**train: Any) -> Recipe:
+    return small_recipe(
+        "moco_v2",
+        "test_resnet",
+        train={"max_steps": 6, **train},
+        checkpoint={"every_steps": 3},
+        monitor={"diagnose_every": 2},
+    )
+
+
+def test_lines_are_the_same_when_they_are_computed_while_training_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sslkit.train(watched_recipe(), tmp_path / "in place")
+    slow = in_background(monkeypatch)
+    written = {}
+    save = Saver.save
+
+    def note(self: Saver, step: int, *arguments: Any) -> None:
+        save(self, step, *arguments)
+        written[step] = [row["step"] for row in lines(tmp_path / "run")]
+
+    monkeypatch.setattr(Saver, "save", note)
+    sslkit.train(watched_recipe(), tmp_path / "run")
+    assert slow.threads == {"diagnostics"}
+    assert lines(tmp_path / "run") == lines(tmp_path / "in place")
+    assert [row["step"] for row in lines(tmp_path / "run")] == [1, 2, 4, 6]
+    assert written == {3: [1, 2], 6: [1, 2, 4, 6]}  # a checkpoint has all lines before it beside it
+
+
+def test_lines_in_the_background_survive_an_exception_and_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sslkit.train(watched_recipe(), tmp_path / "in place")
+    in_background(monkeypatch)
+    observe = RunMonitor.observe
+
+    def die(self: RunMonitor, result: Any) -> None:
+        if result.step + 1 == 5:
+            raise KeyError("a fault in step 5")
+        observe(self, result)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunMonitor, "observe", die)
+        with pytest.raises(KeyError, match="step 5"):
+            sslkit.train(watched_recipe(), tmp_path / "run")
+    assert [row["step"] for row in lines(tmp_path / "run")] == [1, 2, 4]
+    sslkit.train(watched_recipe(), tmp_path / "run")  # from step 3
+    assert lines(tmp_path / "run") == lines(tmp_path / "in place")
+
+
+def test_a_fault_in_the_background_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_background(monkeypatch)
+
+    def fail(_features: torch.Tensor) -> None:
+        raise ZeroDivisionError("in the numbers")
+
+    monkeypatch.setattr("sslkit.engine.monitor.diagnostics.label_free_metrics", fail)
+    with pytest.raises(ZeroDivisionError, match="in the numbers"):
+        sslkit.train(watched_recipe(), tmp_path / "run")

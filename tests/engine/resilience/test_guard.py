@@ -271,8 +271,8 @@ def test_a_refused_step_leaves_no_trace_in_synchronised_running_statistics() -> 
     layer = GlobalBatchNorm(torch.nn.BatchNorm1d(3))
     before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
     guard = Guard(GuardConfig(policy="skip"), RecoveryState(), layer)
-    guard.snapshot()
+    guard.snapshot(0)
     layer(torch.randn(4, 3))
     assert not torch.equal(layer.running_mean, before["running_mean"])
-    guard.restore()
+    guard.restore(0)
     assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())

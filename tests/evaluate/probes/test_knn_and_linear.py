@@ -9,9 +9,7 @@ import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from sslkit.cli import main
 from sslkit.data.sources.image_source import DataConfig, open_source
@@ -22,7 +20,7 @@ from sslkit.evaluate.features.encoder import fingerprint
 from sslkit.evaluate.features.extraction import extract_features
 from sslkit.evaluate.features.pixel_baselines import raw_pixel_side, raw_pixels
 from sslkit.evaluate.probes import knn as knn_module
-from sslkit.evaluate.probes.knn import largest, nearest, predict
+from sslkit.evaluate.probes.knn import predict
 from sslkit.evaluate.probes.linear import C_GRID, fit_logistic
 
 
@@ -60,27 +58,6 @@ def test_golden_predictions() -> None:
     assert predicted.tolist() == [3, 2, 2, 1, 3, 2, 2, 3]
 
 
-def test_chunks_do_not_change_neighbours_and_sklearn_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    bank, queries = normalize(blobs(500, 0)[0], dim=1), normalize(blobs(70, 1)[0], dim=1)
-    whole = nearest(queries, bank, 9)
-    monkeypatch.setattr(knn_module, "QUERY_CHUNK", 16)
-    monkeypatch.setattr(knn_module, "BANK_CHUNK", 7)
-    in_chunks = nearest(queries, bank, 9)
-    assert torch.equal(whole[1], in_chunks[1])
-    reference = NearestNeighbors(n_neighbors=9, algorithm="brute", metric="cosine").fit(bank.numpy())
-    assert np.array_equal(reference.kneighbors(queries.numpy(), return_distance=False), in_chunks[1].numpy())
-
-
-@pytest.mark.parametrize(("columns", "k"), [(1000, 3), (64 * 20, 5), (64 * 20 + 1, 9), (130, 1), (40, 50)])
-def test_largest_by_groups_is_a_whole_sort(columns: int, k: int) -> None:
-    numbers = torch.randn(7, columns, generator=torch.Generator().manual_seed(columns))
-    numbers[:, -1] += torch.arange(7) - 3.0  # the columns beyond the last whole group count too
-    values, places = largest(numbers, k)
-    order = numbers.numpy().argsort(axis=1)[:, ::-1][:, :k]
-    assert np.array_equal(places.numpy(), order)
-    assert torch.equal(values, numbers.gather(1, places))
-
-
 def test_votes_equal_a_naive_loop() -> None:
     (bank, labels), (queries, truth) = blobs(200, 0), blobs(60, 1)
     right = 0
@@ -99,11 +76,11 @@ def test_votes_are_counted_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) ->
     neighbours = torch.randint(21_000, (4000, 20), generator=torch.Generator().manual_seed(1))
     neighbours[:, 3:7] = neighbours[:, :1]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    predicted = knn_module._vote(similarity, neighbours, 21_000, KnnProtocol(20))
+    predicted = knn_module.vote(similarity, neighbours, 21_000, KnnProtocol(20))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB; at once it were 656 250
     assert torch.equal(predicted, neighbours[:, 0])
     monkeypatch.setattr(knn_module, "MAX_VOTE_ELEMENTS", 1)
-    assert torch.equal(knn_module._vote(similarity[:50], neighbours[:50], 21_000, KnnProtocol(20)), predicted[:50])
+    assert torch.equal(knn_module.vote(similarity[:50], neighbours[:50], 21_000, KnnProtocol(20)), predicted[:50])
 
 
 def test_one_neighbour_on_the_bank_itself_is_perfect_and_small_temperatures_are_finite() -> None:

@@ -1,0 +1,1 @@
+"""Settings of PyTorch and Python during a run: precision, garbage collection, compilation. Read `precision`."""
