@@ -110,7 +110,10 @@ def test_export_report_and_lists(capsys: pytest.CaptureFixture[str], trained: Pa
         (["pretrain", "quickstart", "--set", "views.crop_scale=0.2"], "must be a list, such as [0.2, 1.0]"),
         (["pretrain", "quickstart", "--set", "train.micro_batch=48"], "batch_size = 128; take 32 or 64"),
         (["pretrain", "quickstart", "--set", "train.epochs=2.5"], "[train] epochs: must be a whole number"),
-        (["pretrain", "quickstart", "--set", "train.compile=ja"], "[train] compile: must be true or false, not 'ja'"),
+        (
+            ["pretrain", "quickstart", "--set", "train.compile=ja"],
+            "compile: must be true, false or \"blocks\", not 'ja'",
+        ),
         (["pretrain", "quickstart", "--set", "optim.lr=-1"], "[optim] lr: must be 0 or more, not -1"),
         (["pretrain", "quickstart", "--set", "schedule.warmup_epochs=50"], "set warmup_epochs = 0.5"),
         (["eval", "knn", "/no/run", "--data", "builtin:fashion_mnist"], "/no/run: is not a run folder"),

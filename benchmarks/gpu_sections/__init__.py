@@ -1,0 +1,1 @@
+"""The sections of `gpu.py`. Each has a function ``run(plan)`` that returns rows of a table."""

@@ -1,0 +1,65 @@
+"""kNN, features and probes on the device and on the CPU."""
+
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from gpu_sections.common import Plan, Row, wait
+from sslkit.evaluate.probes.exact_search import nearest
+
+K = 20
+
+
+def run(plan: Plan) -> list[Row]:
+    """One row a computation."""
+    rows, queries, width = (2_000, 200, 32) if plan.toy else (200_000, 10_000, 768)
+    generator = torch.Generator().manual_seed(0)
+    bank = normalize(torch.randn(rows, width, generator=generator))
+    asked = normalize(torch.randn(queries, width, generator=generator))
+    what = f"kNN, {queries} queries of {rows} x {width}"
+    return [*search_rows(plan, what, bank, asked)]
+
+
+def search_rows(plan: Plan, what: str, bank: Tensor, asked: Tensor) -> list[Row]:
+    """kNN on the device, on the CPU for a tenth of the queries, and by faiss on the GPU where it is installed."""
+    few = asked[: max(len(asked) // 10, 1)]
+    expected, on_cpu = seconds(torch.device("cpu"), lambda: nearest(few, bank, K)[1])
+    on_cpu *= len(asked) / len(few)
+    rows: list[Row] = [{"what": what, "with": "sslkit, CPU", "seconds": on_cpu}]
+    if plan.device.type == "cuda":
+        there, asked_there = bank.to(plan.device), asked.to(plan.device)
+        nearest(asked_there, there, K)
+        found, spent = seconds(plan.device, lambda: nearest(asked_there, there, K)[1])
+        same = float((found[: len(few)].cpu() == expected).float().mean())
+        rows.append({"what": what, "with": "sslkit, GPU", "seconds": spent, "times faster": on_cpu / spent})
+        rows[-1] |= {"same neighbours": same, "right": same > 0.999}
+        if find_spec("faiss"):
+            rows += faiss_rows(what, bank, asked, on_cpu)
+    return rows
+
+
+def faiss_rows(what: str, bank: Tensor, asked: Tensor, on_cpu: float) -> list[Row]:
+    """faiss's flat index on the GPU, if it was built for GPUs."""
+    import faiss
+
+    if not hasattr(faiss, "StandardGpuResources"):
+        return []
+    index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), bank.shape[1])
+    index.add(bank.numpy())
+    index.search(asked[:10].numpy(), K)
+    _, spent = seconds(torch.device("cuda"), lambda: index.search(asked.numpy(), K))
+    return [{"what": what, "with": "faiss, GPU", "seconds": spent, "times faster": on_cpu / spent}]
+
+
+def seconds(device: torch.device, work: Callable[[], Any]) -> tuple[Any, float]:
+    """What a function returns, and its time."""
+    wait(device)
+    started = time.perf_counter()
+    found = work()
+    wait(device)
+    return found, time.perf_counter() - started
