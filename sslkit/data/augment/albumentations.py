@@ -1,45 +1,26 @@
 """All that sslkit uses of albumentations, by its public names.
 
-`ColourTransforms` are the colour steps of the view policies. `UserTransforms` runs a pipeline of the user's own.
+`UserTransforms` runs a pipeline of the user's own. `sz_lut` is the lookup of bytes that albumentations itself uses.
 """
 
 import json
 import random
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import albumentations as A  # noqa: N812  (the library's own convention)
 import cv2
 import numpy as np
+from albucore import sz_lut
 
 from sslkit.data.augment.user_pipeline import UserPipeline
 from sslkit.data.decode.rgb import Pixels
 from sslkit.errors import UserError, first_line, near_miss
 from sslkit.random_draws import DrawPurpose
 
-JITTER_STEPS = ("brightness", "contrast", "saturation")
+__all__ = ["UserTransforms", "sz_lut"]
 TRIALS = 4  # times that a new pipeline is run on noise
-
-
-class ColourTransforms:
-    """Colour steps on (H, W, 3) uint8 RGB with given numbers, as torchvision does them on Pillow images.
-
-    albumentations draws the numbers of a transform when the transform is called. Here they are given, so its `apply` is
-    called instead, which has had the same keywords since albumentations 1.4.
-    """
-
-    def __init__(self) -> None:
-        with warnings.catch_warnings(action="error"):  # albumentations only warns of unknown arguments
-            self._jitter: Callable[..., Pixels] = A.ColorJitter().apply
-            self.gray: Callable[[Pixels], Pixels] = A.ToGray(num_output_channels=3).apply
-            self.solarize: Callable[[Pixels], Pixels] = partial(A.Solarize().apply, threshold=0.5)
-
-    def jitter(self, pixels: Pixels, step: int, factor: float) -> Pixels:
-        """Change brightness, contrast or saturation (``step`` 0, 1 or 2) by a factor; 1 changes nothing."""
-        factors = dict.fromkeys(JITTER_STEPS, 1.0) | {JITTER_STEPS[step]: factor}
-        return self._jitter(pixels, **factors, hue=0.0, order=(step,))
 
 
 class UserTransforms:

@@ -1,5 +1,7 @@
 """Views made on the CPU: crops, resized as Pillow or TensorFlow does it, and the steps that follow."""
 
+from typing import Any
+
 import cv2
 import numpy as np
 import torch
@@ -7,16 +9,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from sslkit.data.augment.albumentations import ColourTransforms, UserTransforms
+from sslkit.data.augment.albumentations import UserTransforms, sz_lut
 from sslkit.data.augment.blur_kernels import CUTOFF, gaussian_kernel, small_kernel
 from sslkit.data.augment.multichannel import finish_channels, flip_rotate_erase, resize_channels
 from sslkit.data.augment.parameters import Box, ViewKey, ViewParams, draw_params
-from sslkit.data.augment.tensorflow import BRIGHTNESS, HUE, change_colours, resize_by_taps
+from sslkit.data.augment.tensorflow import CONTRAST, HUE, SATURATION, change_colours, resize_by_taps
 from sslkit.data.augment.views_config import PerChannel, ViewPolicy, ViewsConfig
 from sslkit.data.decode.channels import FULL_SCALE
 from sslkit.data.decode.rgb import Pixels, Size
 
 REDUCTIONS = (8, 4, 2)  # factors by which a JPEG can be decoded smaller, at a fraction of the time
+LEVELS = np.arange(256, dtype=np.float32)
+SOLARIZED = np.where(LEVELS >= 127.5, 255.0 - LEVELS, LEVELS)
 WHOLE_IMAGE = (768, 1024)  # size of the noise that a pipeline which crops is tried on
 MARGIN = 1.25  # times a view's side that a crop of a reduced image still has, so that views stay as sharp
 
@@ -133,11 +137,74 @@ def resize(pixels: Pixels, side: int, interpolation: str, kind: str = "antialias
     return np.asarray(cv2.cvtColor(resized[0].permute(1, 2, 0).numpy(), cv2.COLOR_RGBA2RGB), dtype=np.uint8)
 
 
+class ByteColours:
+    """Colour steps on (H, W, 3) uint8 RGB, which is left as it is: to the byte those of albumentations 2.
+
+    They are what torchvision does to Pillow images, and round down between the steps. A step that maps each byte by
+    itself waits in a table for the next one that does not, so that several take one pass.
+    """
+
+    def __init__(self, pixels: Pixels) -> None:
+        self._pixels: Any = pixels
+        self._owned = False  # whether the pixels may be overwritten
+        self._table: NDArray[np.uint8] | None = None
+
+    def pixels(self) -> Pixels:
+        """The pixels after all steps."""
+        if self._table is not None:
+            own = self._pixels if self._owned else self._pixels.copy()
+            self._replace(sz_lut(own, self._table, inplace=True))
+            self._table = None
+        return np.asarray(self._pixels, dtype=np.uint8)
+
+    def look_up(self, values: NDArray[np.float32]) -> None:
+        """Replace each byte by one of ``values`` (256,), bounded and rounded down."""
+        table = np.minimum(np.maximum(values, 0.0), 255.0).astype(np.uint8)  # `np.clip` takes three times as long
+        self._table = table if self._table is None else table[self._table]
+
+    def to_gray(self) -> None:
+        """Convert to grey: three equal channels."""
+        self._replace(cv2.cvtColor(self._gray(), cv2.COLOR_GRAY2RGB))
+
+    def scale_contrast(self, factor: float) -> None:
+        """Scale the distance of values from the mean of the grey image."""
+        if factor != 1.0:
+            gray = self._gray()
+            mean = cv2.sumElems(gray)[0] / gray.size
+            self.look_up(LEVELS * np.float32(factor) + np.float32(mean * (1.0 - factor)))
+
+    def scale_saturation(self, factor: float) -> None:
+        """Scale the distance of values from grey."""
+        if factor != 1.0:
+            gray = cv2.cvtColor(self._gray(), cv2.COLOR_GRAY2RGB)
+            self._replace(cv2.addWeighted(self._pixels, factor, gray, 1.0 - factor, 0.0, dst=gray))
+
+    def shift_hue(self, shift: float) -> None:
+        """Shift the hue by a share of the circle, in 256 steps, as torchvision does on Pillow images."""
+        if shift != 0.0:
+            hsv = cv2.cvtColor(self.pixels(), cv2.COLOR_RGB2HSV_FULL)
+            rows = hsv.reshape(len(hsv), -1)  # bytes wrap around as hues do
+            shifts = np.zeros(rows.shape[1], dtype=np.uint8)
+            shifts[::3] = int(shift * 255) % 256
+            rows += shifts
+            self._replace(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL, dst=hsv))
+
+    def blur(self, sigma: float) -> None:
+        """Blur by a Gaussian; see the function of this name."""
+        self._replace(blur(self.pixels(), sigma))
+
+    def _replace(self, pixels: Any) -> None:
+        self._pixels, self._owned = pixels, True
+
+    def _gray(self) -> Any:
+        return cv2.cvtColor(self.pixels(), cv2.COLOR_RGB2GRAY)
+
+
 class ViewTransforms:
     """All that follows the crop of an RGB view, in the paper's order, with the numbers of its `ViewParams`."""
 
     def __init__(self, policy: ViewPolicy) -> None:
-        self.policy, self.colours = policy, ColourTransforms()
+        self.policy = policy
 
     def __call__(self, pixels: Pixels, params: ViewParams) -> Pixels:
         """Transform (side, side, 3) uint8 pixels, which are left as they are."""
@@ -149,25 +216,31 @@ class ViewTransforms:
 
     def _change_colours(self, pixels: Pixels, params: ViewParams) -> Pixels:
         """Colours and blur as torchvision and Pillow do them."""
+        view = ByteColours(pixels)
         if params.gray and self.policy.gray_first:
-            pixels = self.colours.gray(pixels)
+            view.to_gray()
         if params.jitter is not None:
             for step in params.order:
-                pixels = self._jitter(pixels, step, params.jitter[step])
+                self._jitter(view, step, params.jitter[step])
         if params.gray and not self.policy.gray_first:
-            pixels = self.colours.gray(pixels)
+            view.to_gray()
         if params.sigma:
-            pixels = blur(pixels, params.sigma)
+            view.blur(params.sigma)
         if params.solarize:
-            pixels = self.colours.solarize(pixels)
-        return pixels
+            view.look_up(SOLARIZED)
+        return view.pixels()
 
-    def _jitter(self, pixels: Pixels, step: int, factor: float) -> Pixels:
+    def _jitter(self, view: ByteColours, step: int, factor: float) -> None:
         if step == HUE:
-            return shift_hue(pixels, factor)
-        if step == BRIGHTNESS and self.policy.brightness == "add":
-            return np.asarray(np.rint(np.clip(pixels + np.float32(255.0 * factor), 0.0, 255.0)), dtype=np.uint8)
-        return self.colours.jitter(pixels, step, factor)
+            view.shift_hue(factor)
+        elif step == CONTRAST:
+            view.scale_contrast(factor)
+        elif step == SATURATION:
+            view.scale_saturation(factor)
+        elif self.policy.brightness == "add":
+            view.look_up(np.rint(LEVELS + np.float32(255.0 * factor)))
+        elif factor != 1.0:
+            view.look_up(LEVELS * np.float32(factor))
 
 
 def blur(pixels: Pixels, sigma: float) -> Pixels:
@@ -184,16 +257,6 @@ def blur(pixels: Pixels, sigma: float) -> Pixels:
         for _ in range(3):
             pixels = np.asarray(cv2.filter2D(pixels, -1, weights, borderType=cv2.BORDER_REPLICATE), dtype=np.uint8)
     return pixels
-
-
-def shift_hue(pixels: Pixels, shift: float) -> Pixels:
-    """Shift the hue by a share of the circle, in 256 steps, as torchvision does on Pillow images."""
-    if shift == 0.0:
-        return pixels
-    hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
-    rows = hsv.reshape(len(hsv), -1)  # bytes wrap around as hues do
-    rows += np.tile(np.array([int(shift * 255) % 256, 0, 0], dtype=np.uint8), pixels.shape[1])
-    return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL), dtype=np.uint8)
 
 
 class Normaliser:

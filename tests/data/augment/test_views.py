@@ -21,7 +21,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation
 
-from sslkit.data.augment.cpu import ViewPipeline, ViewTransforms, resize, shift_hue
+from sslkit.data.augment.cpu import ViewPipeline, ViewTransforms, resize
 from sslkit.data.augment.device_plan import plan_views
 from sslkit.data.augment.gpu import finish_on, finish_view
 from sslkit.data.augment.multichannel import finish_channels
@@ -274,7 +274,9 @@ def written_out(pixels: NDArray[np.uint8], draw: ViewParams, *, gray_first: bool
     pixels = gray(image=pixels)["image"] if draw.gray and gray_first else pixels
     for number in draw.order if draw.jitter else ():
         if number == 3:
-            pixels = shift_hue(pixels, draw.jitter[3])
+            hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
+            hsv[..., 0] += np.uint8(int(draw.jitter[3] * 255) % 256)
+            pixels = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
         else:
             factors = dict.fromkeys(names, (1.0, 1.0)) | {names[number]: (draw.jitter[number],) * 2}
             pixels = A.ColorJitter(**factors, hue=(0.0, 0.0), p=1.0)(image=pixels)["image"]
