@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sslkit.distributed.collectives import upload
 from sslkit.evaluate.features.devices import exact_products, free_bytes
 from sslkit.progress import stage
 
@@ -51,7 +52,7 @@ def nearest_keys(queries: Tensor, bank: Tensor, rows: Tensor, k: int, prepare: P
     found = [kind(part, k) for part in parts]
     # One buffer for all products: a new one of this size costs a page fault for each of its pages.
     buffer = torch.empty(query_block * bank_block, device=device)
-    rows = rows.to(device)
+    rows = upload(rows, device)
     with stage("neighbours", len(parts) * -(-len(bank) // bank_block), "block") as advance, exact_products():
         for start in range(0, len(bank), bank_block):
             block = prepare(bank[start : start + bank_block].to(device, non_blocking=True)).float()

@@ -85,8 +85,7 @@ def test_parts_of_a_bank_are_merged_to_the_whole() -> None:
     bank, queries = integers(900, 0), integers(21, 1)
     whole = nearest_keys(queries, bank, torch.arange(900), 30, lambda rows: rows)
     parts = [
-        nearest_keys(queries, bank[first::3], torch.arange(first, 900, 3), 30, lambda rows: rows)
-        for first in (2, 0, 1)
+        nearest_keys(queries, bank[first::3], torch.arange(first, 900, 3), 30, lambda rows: rows) for first in (2, 0, 1)
     ]
     assert torch.equal(best_keys(torch.cat(parts, dim=1), 30), whole)
     assert torch.equal(rows_of_keys(whole), whole_sort(queries, bank, 30)[1])
