@@ -18,7 +18,7 @@ from sslkit.progress import stage
 QUERY_BLOCK, BANK_BLOCK, PRODUCT_BLOCK = 512, 16384, 1024  # rows, on CPUs; a product's last rows, which fit a cache
 DEVICE_QUERY_BLOCK, DEVICE_BLOCK_ELEMENTS = 2048, 2**27  # on GPUs: rows, and products of a block
 BYTES_PER_PRODUCT = 32  # at most, with maxima and keys
-GROUP = 64  # columns whose maximum is compared first
+GROUP, FINE_GROUP = 64, 8  # columns whose maximum is compared first
 PART_GROUPS = PRODUCT_BLOCK // GROUP
 ROW_BITS = 32
 LAST_ROW = 2**ROW_BITS - 1
@@ -110,6 +110,10 @@ class _Products:
                 part[:, -missing:] = -torch.inf
             torch.amax(part.unflatten(1, (-1, GROUP)), dim=2, out=maxima)
 
+    def fine_maxima(self) -> Tensor:
+        """Maxima of smaller groups, of which there are more."""
+        return torch.cat([part.unflatten(1, (-1, FINE_GROUP)).amax(dim=2) for part in self.parts], dim=1)
+
     def of_groups(self, queries: Tensor, groups: Tensor) -> Tensor:
         """Products (M, GROUP) of some queries with some groups, (M,) both."""
         count, total = self.maxima.shape
@@ -136,13 +140,11 @@ class _Collected:
     def add(self, block: Tensor, rows: Tensor, buffer: Tensor) -> None:
         """Look at a block (B, D) of the bank, whose rows have these numbers, above those before."""
         products = _Products(self.queries, block, buffer)
-        enough = self.k <= products.maxima.shape[1]
-        if enough and self.seen < self.k:
-            self._raise(products.maxima)
-        fits = (enough or self.seen >= self.k) and self._collect(products, rows)
-        if enough and not fits:
-            self._raise(products.maxima)
-            self._count(self.collected[:, :0])
+        fits = self.seen >= self.k and self._collect(products, rows)
+        if not fits and self.k <= len(block) // FINE_GROUP:
+            self._raise(products.maxima if self.k <= products.maxima.shape[1] else products.fine_maxima())
+            if self.seen >= self.k:
+                self._count(self.collected[:, :0])
             fits = self._collect(products, rows)
         if not fits:
             self._count(best_of_block(torch.cat(products.parts, dim=1)[:, : len(block)], rows, self.k))
@@ -200,7 +202,8 @@ def best_of_block(products: Tensor, rows: Tensor, k: int) -> Tensor:
 
 def best_keys(keys: Tensor, k: int) -> Tensor:
     """The k largest of each row of keys (Q, M), or all, largest first."""
-    return keys.topk(min(k, keys.shape[1]), dim=1).values
+    best: Tensor = keys.topk(min(k, keys.shape[1]), dim=1).values
+    return best
 
 
 def keys_of(similarities: Tensor, rows: Tensor) -> Tensor:
@@ -211,7 +214,8 @@ def keys_of(similarities: Tensor, rows: Tensor) -> Tensor:
 
 def similarities_of(keys: Tensor) -> Tensor:
     """The similarities in keys, float32."""
-    return _flip((keys >> ROW_BITS).int()).view(torch.float32)
+    similarities: Tensor = _flip((keys >> ROW_BITS).int()).view(torch.float32)
+    return similarities
 
 
 def rows_of_keys(keys: Tensor) -> Tensor:

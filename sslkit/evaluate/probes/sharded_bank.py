@@ -36,7 +36,7 @@ class Shard:
     device: torch.device
 
     def kept(self) -> tuple[Tensor, Tensor]:
-        """The features that count, (M, D), and their rows in the source, (M,) on the CPU; no row is on two processes."""
+        """The features that count, (M, D), and their rows in the source, (M,) on the CPU; each on one process only."""
         rows = rank() + world_size() * torch.arange(len(self.features))
         counts = rows < len(self.readable)
         counts[counts.clone()] = self.readable[rows[counts]]
@@ -58,7 +58,7 @@ def own_images(count: int) -> NDArray[np.int64]:
 
 
 def in_order(own: Tensor, count: int) -> Tensor:
-    """What all processes have of `own_images`, (S, ...) each on the device, in the order of the source: (count, ...)."""
+    """What all processes have of `own_images`, (S, ...) each, in the order of the source: (count, ...)."""
     return _dealt([gather_rows(own)], count)
 
 
