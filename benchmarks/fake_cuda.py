@@ -15,10 +15,10 @@ backward pass of CUDA tensors, so the graph is walked here, node by node.
 
 import argparse
 import traceback
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -27,12 +27,15 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from graph_walk import backward
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.nn.utils import clip_grad
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sslkit.data.augment.device_plan import plan_views
+from sslkit.data.augment.parameters import draw_params
 from sslkit.data.batch import Batch
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.engine.optim import make_optimizer
@@ -41,10 +44,12 @@ from sslkit.engine.runtime.precision import resolve_precision
 from sslkit.engine.setup import build_method, lag_of
 from sslkit.engine.state import RecoveryState, TrainingState
 from sslkit.engine.step import finish_step, guard_of, start_step
+from sslkit.methods import BatchInfo, Progress
 from sslkit.recipe.resolve import Recipe, load_recipe
 
 GPU = torch.device("cuda", 0)
 EPOCH_STEPS = 100
+IMAGE = (375, 500)  # height and width that crops are drawn for
 aten = torch.ops.aten
 # Operators that give memory a shape, or allocate it, and launch nothing.
 NO_LAUNCH = {
@@ -176,75 +181,6 @@ def site() -> str:
     return "elsewhere"
 
 
-def backward(outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Add the gradients of the leaves that ``outputs`` depend on: autograd's algorithm, in this thread."""
-    roots = [(output.grad_fn, output.output_nr, grad) for output, grad in zip(outputs, grads, strict=True)]
-    waiting = edges_into_nodes([node for node, _, _ in roots])
-    arrived: dict[Any, dict[int, Tensor]] = defaultdict(dict)
-    for root, index, grad in roots:
-        accumulate(root, arrived[root], index, grad)
-    ready: list[Any] = [node for node in dict.fromkeys(node for node, _, _ in roots) if not waiting[node]]
-    while ready:
-        node = ready.pop()
-        inputs = arrived.pop(node, {})
-        for (following, index), found in zip(node.next_functions, gradients(node, inputs), strict=False):
-            if following is None:
-                continue
-            if found is not None:
-                accumulate(following, arrived[following], index, found)
-            waiting[following] -= 1
-            if not waiting[following]:
-                ready.append(following)
-
-
-def edges_into_nodes(roots: Sequence[Any]) -> dict[Any, int]:
-    """For each node of the graph, how many gradients it waits for."""
-    waiting: dict[Any, int] = defaultdict(int)
-    seen, stack = set(), list(roots)
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            following = [each for each, _ in node.next_functions if each is not None]
-            stack.extend(following)
-            for each in following:
-                waiting[each] += 1
-    return waiting
-
-
-def gradients(node: Any, inputs: dict[int, Tensor]) -> Sequence[Tensor | None]:
-    """What a node passes on; a leaf keeps its gradient."""
-    if type(node).__name__ == "AccumulateGrad":
-        if 0 in inputs:
-            leaf = node.variable
-            leaf.grad = inputs[0] if leaf.grad is None else leaf.grad + inputs[0]
-        return ()
-    if not inputs:
-        return [None] * len(node.next_functions)
-    metadata = node._input_metadata
-    values = [inputs.get(index) for index in range(len(metadata))]
-    if hasattr(node, "_forward_cls"):  # a `torch.autograd.Function`; missing gradients are zeros
-        given = (zeros(each) if value is None else value for value, each in zip(values, metadata, strict=True))
-        found = node.apply(*given)
-    else:
-        found = node(*values)
-    return found if isinstance(found, (tuple, list)) else (found,)
-
-
-def zeros(metadata: Any) -> Tensor:
-    """A missing gradient."""
-    return torch.zeros(metadata.shape, dtype=metadata.dtype, device=metadata.device)
-
-
-def accumulate(node: Any, arrived: dict[int, Tensor], index: int, grad: Tensor) -> None:
-    """Add a gradient to what has arrived at an input of a node, in that input's shape and dtype."""
-    wanted = node._input_metadata[index]
-    if grad.shape != wanted.shape:
-        grad = grad.sum_to_size(wanted.shape)
-    grad = grad.to(wanted.dtype)
-    arrived[index] = arrived[index] + grad if index in arrived else grad
-
-
 class FakeGpuMode(FakeTensorMode):
     """Never asks for a driver, although `torch.cuda.is_available` is made to say that there is a GPU."""
 
@@ -320,10 +256,19 @@ def move_to_gpu(module: nn.Module, mode: FakeTensorMode, memory_format: torch.me
 
 
 def fake_batch(recipe: Recipe, batch_size: int) -> Batch:
-    """The views of a batch, in pinned memory."""
+    """The views of a batch, in pinned memory; if the GPU makes them, crops and a plan of parameters really drawn."""
     policies = recipe.views.view_policies()
     views = [torch.zeros(batch_size, each.size, each.size, 3, dtype=torch.uint8) for each in policies]
-    return Batch(views, torch.arange(batch_size))
+    batch = Batch(views, torch.arange(batch_size))
+    if recipe.views.device == "cpu":
+        return batch
+    params = [
+        np.stack([draw_params(each, (0, 0, sample, view), IMAGE).as_row() for sample in range(batch_size)])
+        for view, each in enumerate(policies)
+    ]
+    with unset_fake_temporarily():  # values decide about steps
+        plan = plan_views(params, policies, [each.size for each in policies])
+    return replace(batch, plan=replace(plan, packed=torch.zeros_like(plan.packed)))
 
 
 def count_step(recipe: Recipe, processes: int = 1) -> Counts:
@@ -355,6 +300,28 @@ def count_step(recipe: Recipe, processes: int = 1) -> Counts:
     return counting.counts
 
 
+def count_passes(recipe: Recipe, processes: int = 1) -> Counts:
+    """Count the bare passes of a step: forward and backward of the undivided batch, and nothing else."""
+    with fake_gpu(processes) as mode:
+        recipe = resolve_precision(recipe)
+        method = build_method(recipe, EPOCH_STEPS * recipe.train.batch_size).train()
+        method.bn_groups, method.shuffle_keys = 1, False
+        move_to_gpu(method, mode, torch.channels_last)
+        accelerator = make_accelerator(recipe)
+        with mode:
+            images = recipe.train.batch_size // processes
+            views = [torch.zeros(images, 3, each.size, each.size, device=GPU) for each in recipe.views.view_policies()]
+            info = BatchInfo(torch.arange(images, device=GPU))
+            for _ in range(2):
+                counting = Counting()
+                with counting:
+                    with accelerator.autocast():
+                        step = method(views, info, Progress(0, EPOCH_STEPS))
+                    step.loss.backward()
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return counting.counts
+
+
 def main() -> None:
     """Count and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -363,11 +330,13 @@ def main() -> None:
     parser.add_argument("--set", dest="stated", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--sites", action="store_true", help="where the host waits, and where collectives are called")
     words = parser.parse_args()
-    print("| recipe | waits | launches | uploads | collectives |\n| --- | --- | --- | --- | --- |")
+    print("| recipe | waits | launches | of the bare passes | uploads | collectives |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for name in words.recipes:
-        counts = count_step(load_recipe(name, ["data.path=builtin:fashion_mnist", *words.stated]), words.processes)
+        recipe = load_recipe(name, ["data.path=builtin:fashion_mnist", *words.stated])
+        counts, bare = count_step(recipe, words.processes), count_passes(recipe, words.processes)
         total = sum(counts.collectives.values())
-        print(f"| {name} | {counts.syncs} | {counts.launches} | {counts.uploads} | {total} |")
+        print(f"| {name} | {counts.syncs} | {counts.launches} | {bare.launches} | {counts.uploads} | {total} |")
         if words.sites:
             for each in (counts.waits, counts.collectives):
                 for where, times in each.most_common():

@@ -33,6 +33,20 @@ def near_miss(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+NO_MEMORY = (  # what libraries write into a RuntimeError
+    *("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory"),
+    *("CUDA out of memory", "CUDA error: out of memory", "MPS backend out of memory"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory of the machine or of a GPU ran out."""
+    of_torch = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    by_words = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    return isinstance(error, MemoryError) or of_torch or by_words
+
+
 def first_line(error: BaseException, limit: int = 200) -> str:
     """The first line of an error's message, at most ``limit`` characters; the error's type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:limit]

@@ -30,7 +30,7 @@ from sslkit.cli.output import print_data_messages
 from sslkit.cli.report_commands import report, views, watch
 from sslkit.cli.run_commands import pretrain, replay, submit
 from sslkit.command_line import running
-from sslkit.errors import RunError, UserError, check_path
+from sslkit.errors import RunError, UserError, check_path, first_line, is_out_of_memory
 from sslkit.exit_codes import BAD_INPUT, INTERRUPTED
 from sslkit.progress import show_stages
 from sslkit.terminal import error_messages, print_message, print_traceback, sanitize, sanitize_other_libraries
@@ -100,6 +100,8 @@ def _run_command(arguments: list[str]) -> None:
     except RunError as error:
         _fail(error_messages(error), code=1)
     except Exception as error:
+        if is_out_of_memory(error):
+            _fail([_memory_advice(arguments, error)], BAD_INPUT)
         # Usage errors are of click or of Typer's own copy of it, depending on its version.
         if not hasattr(error, "format_message"):
             leave_for_launcher(f"sslkit: {type(error).__name__}: {' '.join(error_messages(error))}")
@@ -110,6 +112,16 @@ def _run_command(arguments: list[str]) -> None:
         if code == INTERRUPTED:
             print_message("interrupted; the same command continues from the last checkpoint, if there is one")
         sys.exit(code or 0)
+
+
+def _memory_advice(arguments: list[str], error: BaseException) -> str:
+    """What to do about a lack of memory in a command that has no advice of its own, such as an evaluation."""
+    has_batches = {"finetune", "detect", "sweep"} & set(arguments[:2])
+    advice = "give a smaller --batch-size" if has_batches else "give fewer or smaller images"
+    if "CUDA" in str(error):
+        advice += ", end other programs on this GPU (nvidia-smi shows them), or run on the CPU: CUDA_VISIBLE_DEVICES= "
+        advice += " ".join(["sslkit", *arguments[:2], "..."])
+    return f"out of memory ({sanitize(first_line(error, 160))}); {advice}"
 
 
 def _usage_hint(problem: str) -> str:

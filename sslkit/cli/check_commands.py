@@ -1,6 +1,8 @@
 """``sslkit doctor`` and ``sslkit bench``: check a recipe before training, and measure the speed of its steps."""
 
 import dataclasses
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -77,17 +79,22 @@ def print_findings(report: "Report", as_json: bool, *, every: bool) -> None:
 def bench(
     recipe: RecipeOptions,
     seconds: Annotated[float, typer.Option(min=1.0, max=3600.0, help="Approximate duration in seconds.")] = 20.0,
+    trace: Annotated[str, "Also write a trace of three steps to this file, such as trace.json.gz, for Perfetto."] = "",
     as_json: AsJson = False,
 ) -> None:
     """Measure the time of each stage of a recipe's training step, and suggest the changes that help most.
 
-    For several processes, start it with torchrun or accelerate launch, like the run itself. Writes nothing to disk.
+    For several processes, start it with torchrun or accelerate launch, like the run itself. Writes nothing to disk but
+    the file of --trace, which https://ui.perfetto.dev opens.
     """
     with fast_imports():
-        from sslkit.profiling import changes_that_help, profile
+        from sslkit.profiling import changes_that_help, check_trace, profile, write_trace
 
     loaded = recipe.load()
-    measured = profile(loaded, seconds)
+    if trace:
+        check_trace(Path(trace))
+    tracing = partial(write_trace, file=Path(trace)) if trace else None
+    measured = profile(loaded, seconds, trace=tracing)
     changes = changes_that_help(measured, loaded)
     if measured.process:
         return
@@ -96,6 +103,8 @@ def bench(
         print_json({**fields, "changes": [dataclasses.asdict(each) for each in changes]})
         return
     _print_profile(measured, changes)
+    if trace:
+        print_line(f"trace of three steps: {trace}; open it at https://ui.perfetto.dev")
 
 
 def _print_profile(measured: "Profile", changes: "list[Change]") -> None:
@@ -120,6 +129,10 @@ def _print_profile(measured: "Profile", changes: "list[Change]") -> None:
     )
     if measured.peak_bytes is not None:
         print_line(f"peak device memory: {measured.peak_bytes / 2**30:.2f} GiB")
+    if measured.mfu is not None:
+        print_line(f"model FLOPs utilization (MFU): {measured.mfu:.1%} of the device's peak at this precision")
+    if measured.gpu_busy is not None:
+        print_line(f"kernels and copies run on the GPU in {measured.gpu_busy:.1%} of the time")
     for number, change in enumerate(changes):
         opening = "most effective change" if number == 0 else "also"
         print_line(f"{opening}: {change.what} ({change.gain:.2f} x as fast)")

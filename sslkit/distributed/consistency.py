@@ -51,9 +51,10 @@ def compare_weights(method: nn.Module, step: int, device: torch.device) -> None:
         if not (name.endswith(RUNNING_STATISTICS) or isinstance(tensor, DTensor))
     }
     sums = [_checksum(tensor).to(device) for tensor in named.values()]
-    table = gather_rows(torch.stack([torch.tensor(step, device=device), *sums])[None])
-    for name, column in zip(["number of steps", *named], table.T, strict=True):
-        if ranks := torch.nonzero(column != column[0]).flatten().tolist():
+    row = torch.stack([torch.full((), step, device=device), *sums])
+    columns = gather_rows(row[None]).T.tolist()  # the only wait for the device
+    for name, column in zip(["number of steps", *named], columns, strict=True):
+        if ranks := [rank for rank, value in enumerate(column) if value != column[0]]:
             raise RunError(
                 f"step {step}: the processes have diverged: {_processes(ranks)} a different {name} than process 0. "
                 "The last checkpoint may already differ; look for code that changes weights on one process only"

@@ -12,13 +12,13 @@ from sslkit.doctor.doctor_setup import DoctorSetup, StepRecord, load_batches, nu
 from sslkit.doctor.findings import LOADING, MEMORY, Check, Finding
 from sslkit.doctor.machine_checks import GIB, has_bf16, memory_of_device
 from sslkit.engine.accelerator import processes_here
+from sslkit.engine.optim import OPTIMIZER_COPIES
 from sslkit.engine.runtime.precision import chosen_precision, describe_precision, training_device
 from sslkit.recipe.resolve import Recipe
 from sslkit.text import format_duration, pluralize
 
 THREADS, PRECISION = map(Check, ("threads", "precision"))
 
-OPTIMIZER_COPIES = {"sgd": 1, "lars": 1, "lars_simclr": 1, "larc": 1, "adamw": 2, "lamb": 2}
 HALF_PRECISION = 0.6  # of float32's activations, as norms and losses stay in float32
 CUDA_CONTEXT = GIB
 REPEATS, GPU_COPIES = 2, 4

@@ -17,7 +17,7 @@ from sslkit.data.loading.loader import make_loader
 from sslkit.data.order.sampler import GlobalBatchSampler
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.doctor.findings import LogMessage
-from sslkit.engine.step_cost import saved_bytes
+from sslkit.engine.cost.step_cost import saved_bytes
 from sslkit.methods import BatchInfo, Method, Progress
 from sslkit.methods.base import Features, Permutation, Views
 from sslkit.parts.batch_slices import local_bn_groups

@@ -49,7 +49,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             InitProcessGroupKwargs(
                 init_method=rendezvous_url(),
-                timeout=group_timeout(recipe.guard.timeout_seconds, on_gpu=training_device().type != "cpu"),
+                timeout=group_timeout(recipe.guard.timeout_seconds, on_gpu=training_device().type == "cuda"),
             ),
         ],
     )

@@ -12,7 +12,7 @@ from sslkit.distributed.collectives import broadcast_buffers, max_over_processes
 from sslkit.distributed.consistency import compare_weights
 from sslkit.distributed.heartbeat import Heartbeat
 from sslkit.engine.checkpoint.writer import SaveError, Saver
-from sslkit.engine.logging.device_meter import make_device_meter
+from sslkit.engine.cost.device_meter import make_device_meter
 from sslkit.engine.logging.logger import RunLogger
 from sslkit.engine.logging.progress_line import progress_line
 from sslkit.engine.logging.throughput import ThroughputMeter

@@ -14,6 +14,8 @@ from sslkit.parts.layerwise_optimizers import Larc, Lars
 from sslkit.parts.schedules import Progress, cosine, per_epoch, warmup_then_cosine, warmup_then_steps
 from sslkit.recipe.resolve import Recipe
 
+OPTIMIZER_COPIES = {"sgd": 1, "lars": 1, "lars_simclr": 1, "larc": 1, "adamw": 2, "lamb": 2}  # of the trained weights
+
 
 def make_optimizer(recipe: Recipe, method: Method) -> Optimizer:
     """The recipe's optimizer over all parameters of ``method`` that require gradient; a teacher's do not."""

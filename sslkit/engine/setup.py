@@ -9,12 +9,14 @@ from torch.optim import Optimizer
 
 from sslkit.data.augment.cpu import ViewPipeline
 from sslkit.data.loading.loader import cores_of_a_process
+from sslkit.data.loading.upload import Uploader
 from sslkit.data.loading.worker_pool import TrainLoader
 from sslkit.data.sources.image_source import ImageSource
 from sslkit.distributed.sharding import shard
 from sslkit.engine.accelerator import processes_here, workers_of
 from sslkit.engine.checkpoint.format import Checkpoint, restore
 from sslkit.engine.optim import make_optimizer
+from sslkit.engine.runtime.compilation import compile_encoders
 from sslkit.engine.runtime.precision import chosen_precision
 from sslkit.engine.state import RecoveryState, TrainingState
 from sslkit.errors import UserError
@@ -69,9 +71,7 @@ def set_up_training(
     # FSDP2 takes contiguous parameters only.
     memory_format = torch.contiguous_format if recipe.train.shard else torch.channels_last
     method.to(accelerator.device, memory_format=memory_format)  # type: ignore[call-overload]
-    if recipe.train.compile:
-        for encoder in method.backbones():
-            encoder.compile()  # in place: modules and parameters keep their names
+    compile_encoders(method.backbones(), recipe.train.compile, recipe.backbone.name)
     if recipe.train.shard:
         low = torch.bfloat16 if chosen_precision(recipe) == "bf16" else None
         norms = batch_norms(method)
@@ -223,6 +223,7 @@ def _fitting_split(batch: int, groups: int, processes: int) -> str:
 def make_train_loader(state: TrainingState, total_steps: int | None = None) -> TrainLoader:
     """Load this process's batches from ``state.step`` to ``total_steps`` (None: to the end of the run)."""
     recipe, accelerator = state.recipe, state.accelerator
+    on_cuda = accelerator.device.type == "cuda"
     total_steps = state.last_step if total_steps is None else total_steps
     batches = state.batches(total_steps, rank=accelerator.process_index, world_size=accelerator.num_processes)
     return TrainLoader(
@@ -230,6 +231,7 @@ def make_train_loader(state: TrainingState, total_steps: int | None = None) -> T
         ViewPipeline(recipe.views, recipe.train.seed),
         batches,
         workers=workers_of(recipe, accelerator),
-        pin_memory=accelerator.device.type == "cuda",
+        pin_memory=on_cuda,
         timeout=recipe.data.worker_timeout,
+        upload=Uploader(accelerator.device) if on_cuda else None,
     )

@@ -41,6 +41,9 @@ def startup_messages(state: TrainingState, folder: Path, checkpoint: Checkpoint 
     ]
     if accelerator.is_main_process and source.channels is None:
         messages.append(describe_alpha(source))
+    if train.compile:
+        what = "each block of the backbones" if train.compile == "blocks" else "the backbones"
+        messages.append(f"compiling {what}: the first step takes a minute or more")
     if train.shard and accelerator.num_processes > 1:
         params = list(state.method.parameters())
         here, total = sum(local_shard(param).numel() for param in params), sum(param.numel() for param in params)

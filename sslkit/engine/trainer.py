@@ -28,6 +28,12 @@ from sslkit.engine.loop import RunServices, run_loop
 from sslkit.engine.monitor.evaluations import RunMonitor
 from sslkit.engine.monitor.knn_monitor import KnnMonitor, check_neighbours, make_knn_monitor
 from sslkit.engine.resilience.guard import BadStepError, RewindError
+from sslkit.engine.resilience.out_of_memory import (
+    OutOfMemoryError,
+    explain_evaluation,
+    explain_set_up,
+    explain_step,
+)
 from sslkit.engine.resilience.preemption import StopRequest, stop_with_launcher
 from sslkit.engine.resilience.rewind import recovery_state_of, reset_training, rewind_checkpoint
 from sslkit.engine.run_folder.dataset_identity import BadSamples
@@ -45,6 +51,7 @@ from sslkit.engine.runtime.precision import resolve_precision, restored_backends
 from sslkit.engine.setup import build_method, check_steps_left, make_train_loader, set_up_training, steps_per_epoch
 from sslkit.engine.startup_messages import startup_messages
 from sslkit.engine.state import RecoveryState, TrainingState
+from sslkit.errors import is_out_of_memory
 from sslkit.files.atomic import replace_text
 from sslkit.files.run_reader import STOP_MARKER
 from sslkit.methods import Method
@@ -115,7 +122,8 @@ def _prepare(
     if knn is not None and checkpoint is None:
         check_neighbours(knn, recipe.monitor.k)
     recovery = recovery_state_of(checkpoint, folder)
-    state = set_up_training(recipe, source, accelerator, checkpoint=checkpoint, recovery=recovery)
+    with explain_set_up(accelerator.device):
+        state = set_up_training(recipe, source, accelerator, checkpoint=checkpoint, recovery=recovery)
     make_train_loader(state)  # raises if shared memory is too small or read-only; starts no workers
     return state, knn
 
@@ -167,10 +175,19 @@ def _run_with_rewinds(state: TrainingState, run: RunServices) -> str:
             run.saver.wait()
             state.accelerator.wait_for_everyone()
             _rewind(state, run, str(error))
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise _explain_memory(state, run, error) from error
             if state.accelerator.num_processes > 1 and is_others_fault(error):
                 raise run.heartbeat.blame(error) from error
             raise
+
+
+def _explain_memory(state: TrainingState, run: RunServices, error: BaseException) -> OutOfMemoryError:
+    if run.heartbeat.doing != "evaluating":
+        return explain_step(state, error, run.folder)
+    knn = run.monitor.knn if run.monitor.knn_is_due(state.step) else None
+    return explain_evaluation(state, error, len(knn.pair.train) if knn is not None else None)
 
 
 def _rewind(state: TrainingState, run: RunServices, reason: str) -> None:

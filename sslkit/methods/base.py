@@ -282,13 +282,23 @@ class Method(nn.Module, ABC):
             permutation: (N,) int64, an order of the global batch, the same on every process; needed if `shuffle_keys`.
             prepare: Normalises a view.
         """
-        slices = 1 if all(map(can_divide, self.backbones())) else local_bn_groups(self.bn_groups)
+        slices = self.slices_of(len(batch.sample_ids))
         student_features = self.student_in_slices(views, slices, permutation, prepare)
         teacher_features = self.teacher_in_slices(views, slices, permutation, prepare)
         anchored = self.anchor_in_slices(views, slices, permutation, prepare)
         return self.anchored(
             self.objective(student_features, teacher_features, batch, progress), student_features, anchored
         )
+
+    def slices_of(self, rows: int, micro_batch: int = 0) -> int:
+        """Number of passes over ``rows`` rows: slices of ``micro_batch`` (0: all) that are whole BN groups.
+
+        On CPUs a slice has one group.
+        """
+        groups = local_bn_groups(self.bn_groups)
+        slices = rows // micro_batch if micro_batch else 1
+        in_one_pass = groups % slices == 0 and all(map(can_divide, self.backbones()))
+        return slices if in_one_pass else max(slices, groups)
 
     def student_in_slices(
         self,

@@ -90,9 +90,10 @@ def encode_each(views: Iterable[Tensor], *modules: nn.Module) -> list[Tensor]:
     """
     if shares_collectives(modules):
         views = list(views)
-        if len(views) > 1 and len({view.shape for view in views}) == 1:
-            for layer in device_norms(modules):
-                layer.view_rows = len(views[0])
+        one_size = len({view.shape for view in views}) == 1
+        for layer in device_norms(modules):
+            layer.view_rows = len(views[0]) if one_size else 0
+        if one_size and len(views) > 1:
             number, joined = len(views), torch.cat(views)
             del views
             return list(_through(modules, joined).chunk(number))

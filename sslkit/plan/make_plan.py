@@ -13,6 +13,7 @@ import torch
 from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.distributed.collectives import max_over_processes
 from sslkit.doctor.findings import LogMessage
+from sslkit.engine.resilience.out_of_memory import OutOfMemoryError
 from sslkit.engine.runtime.precision import training_device
 from sslkit.engine.setup import steps_per_epoch
 from sslkit.errors import UserError
@@ -109,7 +110,7 @@ def _seconds_per_step(draft: Draft, facts: Facts, log_message: LogMessage) -> fl
             recipe = _trial_recipe(draft, facts)
             measured = profile(recipe, MEASURED_SECONDS, leave=False, on_start=partial(log_message, message))
             break
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, OutOfMemoryError):
             old = draft.get("train.batch_size")
             size = old // 2 // facts.processes * facts.processes
             if "train.batch_size" in draft.stated or size < LEAST_BATCH:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,15 @@ from sslkit.data.sources.image_source import open_source
 from sslkit.distributed.collectives import max_over_processes
 from sslkit.distributed.failures import explain_nccl
 from sslkit.engine.accelerator import make_accelerator, processes_here, workers_of
+from sslkit.engine.cost.device_meter import make_device_meter
 from sslkit.engine.logging.throughput import ThroughputMeter
 from sslkit.engine.resilience.guard import Guard
+from sslkit.engine.resilience.out_of_memory import explain_set_up, explain_step
 from sslkit.engine.runtime.precision import resolve_precision, restored_backends
 from sslkit.engine.setup import make_train_loader, set_up_training, steps_per_epoch
 from sslkit.engine.state import TrainingState
 from sslkit.engine.step import train_step
+from sslkit.errors import is_out_of_memory
 from sslkit.profiling.image_cost import ImageCosts, image_costs
 from sslkit.profiling.stage_timer import BACKWARD, COLLECTIVES, REST, STAGES, StageTimer, synchronize, timed
 from sslkit.recipe.resolve import Recipe
@@ -49,6 +52,8 @@ class Profile:
     images: ImageCosts  # time that a data worker needs for an image
     bf16: float | None  # time of the student's passes relative to float32; None if it was not measured
     peak_bytes: int | None  # memory of the device; None on CPUs
+    mfu: float | None = None  # share of the device's peak FLOP/s; None on CPUs and unknown devices
+    gpu_busy: float | None = None  # share of the time in which kernels or copies run; None on CPUs and without a trace
 
     @property
     def images_per_second(self) -> float:
@@ -64,23 +69,36 @@ class Profile:
 @restored_backends()
 @explain_nccl()
 def profile(
-    recipe: Recipe, seconds: float = 20.0, *, leave: bool = True, on_start: Callable[[], None] = lambda: None
+    recipe: Recipe,
+    seconds: float = 20.0,
+    *,
+    leave: bool = True,
+    on_start: Callable[[], None] = lambda: None,
+    trace: Callable[[TrainingState], float | None] | None = None,
 ) -> Profile:
     """Set up a run and measure its steps for about ``seconds``; nothing is written to disk.
 
     With several processes, ``leave`` says whether they leave their process group after it; if not, a run may follow.
-    ``on_start`` is called once everything is set up.
+    ``on_start`` is called once everything is set up. ``trace`` is called after the measurement, and returns
+    `Profile.gpu_busy`.
     """
     recipe = resolve_precision(recipe)
     source = open_source(recipe.data).without_labels()
     steps_per_epoch(recipe, source)
     accelerator = make_accelerator(recipe)
     try:
-        training = set_up_training(recipe, source, accelerator)
+        with explain_set_up(accelerator.device):
+            training = set_up_training(recipe, source, accelerator)
         on_start()
         with one_thread():
             images = image_costs(source, ViewPipeline(recipe.views, recipe.train.seed), seconds / 5)
-        return measure(training, images, seconds)
+        try:
+            measured = measure(training, images, seconds)
+            return measured if trace is None else replace(measured, gpu_busy=trace(training))
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise explain_step(training, error) from error
+            raise
     finally:
         if leave:
             accelerator.end_training()
@@ -138,6 +156,7 @@ def measure(training: TrainingState, images: ImageCosts, seconds: float) -> Prof
         images=images,
         bf16=_bf16(training, next(batches)) if on_gpu else None,
         peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
+        mfu=make_device_meter(training).mfu(1 / step_seconds),
     )
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from sslkit.data.augment.views_config import ViewsConfig
 from sslkit.data.sources.image_source import DataConfig
@@ -14,6 +14,7 @@ MAX_RECIPE_BYTES = 1_000_000
 MAX_DEPTH = 8  # of nested tables and lists
 EVALUATIONS = 10  # by kNN in a run, unless the recipe states how many
 MAX_INTEGER = 2**63  # the bound of TOML, which tomllib does not check
+SWITCH = TypeAdapter(bool)
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -109,6 +110,7 @@ class TrainConfig(_Table):
         tf32: Compute float32 matrix products and convolutions in TF32 on Ampere and later GPUs: faster, inputs have 10
             bits of mantissa. False: in float32, the convolutions too.
         compile: Compile the backbones with ``torch.compile``: slower start, faster steps, equal within rounding.
+            ``true`` compiles each as a whole, ``"blocks"`` each block, which takes less time at the start.
         activation_checkpointing: Recompute activations of the student's backbone in the backward pass to save memory:
             about a third more computation, same results.
         shard: Shard weights, gradients and optimizer state over the processes (FSDP2). Results are equal within
@@ -126,7 +128,7 @@ class TrainConfig(_Table):
     micro_batch: int = Field(strict=True, default=0, ge=0)
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     tf32: bool = False
-    compile: bool = False
+    compile: bool | Literal["blocks"] = False
     activation_checkpointing: bool = False
     shard: bool = False
     seed: int = Field(strict=True, default=0, ge=0, lt=2**63)
@@ -135,6 +137,16 @@ class TrainConfig(_Table):
     processes: int = Field(strict=True, default=0, ge=0)
     log_every: int = Field(strict=True, default=10, ge=1)
     max_hours: float = Field(default=0.0, ge=0.0)
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _is_switch_or_blocks(cls, value: Any) -> Any:
+        if value == "blocks":
+            return value
+        try:
+            return SWITCH.validate_python(value)
+        except ValidationError:
+            raise ValueError('must be true, false or "blocks"') from None
 
 
 class MonitorConfig(_Table):

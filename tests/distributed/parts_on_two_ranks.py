@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
+import device_operators  # noqa: F401
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -29,10 +30,12 @@ from sslkit.evaluate.features.encoder import fingerprint
 from sslkit.methods import BatchInfo, Method, Progress, base, end_to_end, moco_v1, moco_v3, simclr
 from sslkit.parts import losses
 from sslkit.parts import memory_bank as bank
-from sslkit.parts.batchnorm import synchronise_batch_norm, synchronise_in_groups
+from sslkit.parts.batch_slices import encode_each, encode_in_slices
+from sslkit.parts.batchnorm import GroupStatistics, synchronise_batch_norm, synchronise_in_groups
 from sslkit.parts.losses import info_nce_in_batch
 
 CPU = torch.device("cpu")
+GPU = torch.device("cuda")  # chooses the layers; their operators are those of `device_operators`
 N, SAMPLES = 16, 40
 HALF = N // 2
 
@@ -108,6 +111,45 @@ def running_statistics() -> float:
     return max(difference(ours.running_mean, plain.running_mean), difference(ours.running_var, plain.running_var))
 
 
+def norms_of_gpus(views: int, groups: int, momentum: float | None) -> float:
+    """The layers of GPUs, of groups with rows on both processes: outputs, gradients and buffers after three steps."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), BatchNormAct2d(4, momentum=momentum), nn.Conv2d(4, 2, 1)),
+        *(nn.BatchNorm2d(2, track_running_stats=False), nn.Flatten(2), nn.BatchNorm1d(2, momentum=momentum)),
+        *(nn.Flatten(), nn.BatchNorm1d(18, affine=False, momentum=momentum)),
+    ).double()
+    ours = synchronise_batch_norm(copy.deepcopy(plain), GPU)
+    worst = 0.0
+    for step in range(3):
+        batches = [whole(N, 3, 5, 5, seed=10 * step + view).requires_grad_() for view in range(views)]
+        parts = [mine(batch.detach()).requires_grad_() for batch in batches]
+        # The rows of a group are contiguous on each process.
+        order = torch.arange(N).view(2, groups, -1).transpose(0, 1).flatten()
+        with alone():
+            expected = encode_in_slices(
+                lambda part: encode_each(part, plain),
+                [batch[order] for batch in batches],
+                groups,
+                statistics=GroupStatistics([plain], groups),
+            )
+        statistics = GroupStatistics([ours], 1, groups=groups, average=False)
+        found = encode_in_slices(lambda part: encode_each(part, ours), parts, 1, statistics=statistics)
+        expected = [each[order.argsort()] for each in expected]
+        targets = [whole(*each.shape, seed=5 + view) for view, each in enumerate(expected)]
+        sum((each * target).sum() for each, target in zip(expected, targets, strict=True)).backward()
+        sum((each * mine(target)).sum() for each, target in zip(found, targets, strict=True)).backward()
+        worst = max(worst, *(difference(a, mine(b)) for a, b in zip(found, expected, strict=True)))
+        worst = max(worst, *(difference(a.grad, mine(b.grad)) for a, b in zip(parts, batches, strict=True)))
+    for buffer, other in zip(ours.buffers(), plain.buffers(), strict=True):
+        worst = max(worst, difference(buffer.double(), other.double()))
+    for param, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        dist.all_reduce(param.grad)
+        worst = max(worst, difference(param.grad, other.grad))
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    return worst
+
+
 def in_batch_loss() -> float:
     """Mean of local losses, and averaged gradients, equal one process on the whole batch."""
     query, key = whole(N, 6, seed=1), whole(N, 6, seed=2)
@@ -135,11 +177,19 @@ def views_of(method: Method, step: int) -> list[Tensor]:
     return [whole(N, 3, size, size, seed=10 * step + view) for view, size in enumerate(sizes)]
 
 
-def train_five_steps(method: Method, part: Callable[[Tensor], Tensor], *, wrap: bool, micro: int) -> list[Tensor]:
-    """Losses of the global batch, final parameters and running statistics, of whole batches or a rank's part."""
+def train_five_steps(
+    method: Method, part: Callable[[Tensor], Tensor], *, device: torch.device | None, micro: int
+) -> list[Tensor]:
+    """Losses of the global batch, final parameters and running statistics, of whole batches or a rank's part.
+
+    ``device`` chooses the BatchNorm layers; None is one process.
+    """
     torch.manual_seed(0)
-    if wrap:
-        synchronise_in_groups(method, CPU, method.batch_norm_groups(), across_processes=method.groups_across_processes)
+    wrap = device is not None
+    if device is not None:
+        synchronise_in_groups(
+            method, device, method.batch_norm_groups(), across_processes=method.groups_across_processes
+        )
     wrapped: nn.Module = DistributedDataParallel(method, broadcast_buffers=False) if wrap else method
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
     losses = []
@@ -187,13 +237,15 @@ TRAININGS: dict[str, tuple[str, str, dict[str, object], int]] = {
 }
 
 
-def method_trains_alike(name: str, model: str, options: dict[str, object], micro: int) -> float:
+def method_trains_alike(
+    name: str, model: str, options: dict[str, object], micro: int, device: torch.device = CPU
+) -> float:
     torch.manual_seed(0)
     method = build_method(small_recipe(name, model, method=options), num_samples=SAMPLES).double()
     # One process first, without the group that the collectives would find.
     with alone():
-        expected = train_five_steps(copy.deepcopy(method), lambda rows: rows, wrap=False, micro=0)
-    found = train_five_steps(method, mine, wrap=True, micro=micro)
+        expected = train_five_steps(copy.deepcopy(method), lambda rows: rows, device=None, micro=0)
+    found = train_five_steps(method, mine, device=device, micro=micro)
     return max(difference(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -203,9 +255,9 @@ def mistake(module: object, name: str, wrong: object, training: str) -> float:
     method_name, model, options, _ = TRAININGS[training]
     method = build_method(small_recipe(method_name, model, method=options), num_samples=SAMPLES).double()
     with alone():
-        expected = train_five_steps(copy.deepcopy(method), lambda rows: rows, wrap=False, micro=0)
+        expected = train_five_steps(copy.deepcopy(method), lambda rows: rows, device=None, micro=0)
     with patch.object(module, name, wrong):
-        found = train_five_steps(method, mine, wrap=True, micro=0)
+        found = train_five_steps(method, mine, device=CPU, micro=0)
     return max(difference(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -232,6 +284,11 @@ def encoder_in_parts() -> float:
     return difference(found, expected)
 
 
+# Views, groups, momentum.
+NORMS = ((1, 1, 0.1), (1, 1, None), (2, 1, 0.1), (3, 1, None), (1, 2, 0.35), (2, 4, 0.1), (1, 2, None))
+ON_GPUS = ("v2_resnet", "v3_resnet", "simclr_resnet", "swav_of_four_groups", "v2_in_slices")
+
+
 MISTAKES: dict[str, tuple[object, str, object, str]] = {
     "gather without gradient": (simclr, "gather_rows_with_gradient", gather_rows, "simclr_vit"),
     "keys gathered without gradient": (end_to_end, "gather_rows_with_gradient", gather_rows, "end_to_end_vit"),
@@ -256,6 +313,12 @@ def main() -> None:
     parts = (gathering, exchanging, summing, batch_norm, running_statistics, in_batch_loss, encoder_in_parts)
     checks: dict[str, Callable[[], float]] = {part.__name__: part for part in parts}
     checks |= {name: functools.partial(method_trains_alike, *training) for name, training in TRAININGS.items()}
+    on_gpus = {f"{name} on GPUs": functools.partial(method_trains_alike, *TRAININGS[name], GPU) for name in ON_GPUS}
+    checks |= {
+        f"norms of {views} {groups} {m}": functools.partial(norms_of_gpus, views, groups, m)
+        for views, groups, m in NORMS
+    }
+    checks |= on_gpus
     checks |= {f"mistake: {name}": functools.partial(mistake, *made) for name, made in MISTAKES.items()}
     found = {}
     for name, check in checks.items():

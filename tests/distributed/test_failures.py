@@ -3,15 +3,22 @@
 import json
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+from conftest import small_recipe
+from torch.distributed import HashStore
 
+from sslkit.cli import main
+from sslkit.distributed import failures
 from sslkit.distributed import heartbeat as heartbeat_module
 from sslkit.distributed.failures import describe_failure, explain_nccl, find_problem, group_timeout, is_others_fault
 from sslkit.distributed.heartbeat import Heartbeat
+from sslkit.engine import loop, trainer
 from sslkit.errors import RunError, UserError
+from sslkit.recipe.resolve import Recipe
 
 TRAINING, LOADING, WAITING = "in forward and backward", "waiting for data", "in the collective gather_rows"
 DIST_BACKEND = (
@@ -94,6 +101,29 @@ def test_errors_of_nccl_are_one_sentence(text: str, words: str) -> None:
         raise error
 
 
+def test_a_run_that_nccl_ends_says_so_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(_recipe: Recipe) -> None:
+        raise dist.DistBackendError(f"{DIST_BACKEND}unhandled system error (run with NCCL_DEBUG=INFO for details)")
+
+    monkeypatch.setattr(trainer, "make_accelerator", fails)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(small_recipe().to_toml())
+    with pytest.raises(SystemExit) as left:
+        main(["pretrain", str(recipe), "--output", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert left.value.code == 1
+    assert said.startswith("sslkit: the processes cannot exchange data. NCCL: a system call of NCCL failed: ")
+    assert said.count("\n") == 1
+
+
+def test_the_loop_uses_the_activities_that_are_compared() -> None:
+    text = Path(loop.__file__).read_text()
+    for activity, name in ((failures.TRAINING, "TRAINING"), (failures.LOADING, "LOADING")):
+        assert f'"{activity}"' in text or name in text
+
+
 def test_errors_of_the_watchdog_are_known() -> None:
     error = RuntimeError(
         "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=8, OpType=ALLREDUCE, NumelIn=1, "
@@ -120,7 +150,7 @@ def test_nccl_waits_longer_than_the_heartbeat() -> None:
     assert group_timeout(600.0, on_gpu=True) > timedelta(seconds=600 + 5 + 2.5)
 
 
-def heartbeat_of(store: dist.HashStore, monkeypatch: pytest.MonkeyPatch, timeout: float = 60.0) -> Heartbeat:
+def heartbeat_of(store: HashStore, monkeypatch: pytest.MonkeyPatch, timeout: float = 60.0) -> Heartbeat:
     """That of process 0 of two, with a store in this process, as under NCCL."""
     monkeypatch.setattr(heartbeat_module, "world_size", lambda: 2)
     monkeypatch.setattr(heartbeat_module, "INTERVAL", 0.02)
@@ -131,12 +161,12 @@ def heartbeat_of(store: dist.HashStore, monkeypatch: pytest.MonkeyPatch, timeout
 
 
 def test_a_process_that_hangs_on_the_device_ends_once_another_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = dist.HashStore()
+    store = HashStore()
     heartbeat = heartbeat_of(store, monkeypatch)
     heartbeat.at(7, TRAINING)
     heartbeat._send(TRAINING)
     assert not heartbeat._must_end()
-    store.set("beat/1", json.dumps(beat(3, 5, "stopped by OutOfMemory: out of GPU memory")))
+    store.set("beat/1", json.dumps(beat(3, 5, "stopped by OutOfMemoryError: out of GPU memory")))
     store.set("one has stopped", "")
     heartbeat._send(TRAINING)
     assert not heartbeat._must_end()  # gloo's error may come yet
@@ -145,11 +175,11 @@ def test_a_process_that_hangs_on_the_device_ends_once_another_has_stopped(monkey
     heartbeat.at(7, "saving")
     assert not heartbeat._must_end()  # what is being saved is saved
     blamed = str(heartbeat.blame())
-    assert "process 1 stopped by OutOfMemory: out of GPU memory at step 5" in blamed
+    assert "process 1 stopped by OutOfMemoryError: out of GPU memory at step 5" in blamed
 
 
 def test_equal_steps_under_nccl_blame_the_device_or_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = dist.HashStore()
+    store = HashStore()
     heartbeat = heartbeat_of(store, monkeypatch)
     heartbeat.at(7, "in bookkeeping")
     numbers = iter(range(100))
@@ -161,7 +191,7 @@ def test_equal_steps_under_nccl_blame_the_device_or_the_network(monkeypatch: pyt
 
 
 def test_a_failure_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = dist.HashStore()
+    store = HashStore()
     heartbeat = heartbeat_of(store, monkeypatch)
     heartbeat.thread.start()
     heartbeat.__exit__(ValueError, ValueError("out of luck"), None)

@@ -1,5 +1,7 @@
 """Forecasts, threads, precision, slices, and what the machine says of itself. No timing is asserted."""
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +13,8 @@ from sslkit.doctor import cost_forecast as cost
 from sslkit.doctor import machine_checks as machine
 from sslkit.doctor.doctor_setup import DoctorSetup, StepRecord, set_up_checks
 from sslkit.doctor.recipe_advice import _slices
+from sslkit.engine.cost.step_cost import saved_bytes
 from sslkit.engine.setup import build_method
-from sslkit.engine.step_cost import saved_bytes
 from sslkit.recipe.resolve import Recipe
 
 
@@ -86,6 +88,36 @@ def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cost, "has_bf16", lambda _, native=native: native)
         assert cost.check_precision(small_recipe(train={"precision": precision})).verdict == verdict
     assert cost.check_precision(small_recipe(train={"precision": "fp16"})).verdict == "warning"
+
+
+def test_auto_precision_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = cost.check_precision(small_recipe())
+    assert (found.verdict, found.sentence) == ("ok", "float32 (auto; cpu)")
+    of_machine = {finding.check: finding for finding in machine.check_machine()}["precision"]
+    assert of_machine.sentence.startswith('"auto" is float32; fp16 needs a GPU; bf16 is ')
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    properties = SimpleNamespace(major=9, total_memory=80 << 30, name="NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _index: properties)
+    assert cost.check_precision(small_recipe()).sentence == "bf16 (auto; NVIDIA H100)"
+    of_machine = {finding.check: finding for finding in machine.check_machine()}["precision"]
+    assert of_machine.sentence == '"auto" is bf16; fp16 is there too'
+
+
+def test_the_memory_forecast_is_of_the_chosen_precision(source: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU with bf16 a recipe that does not state the precision needs what a recipe of bf16 needs."""
+    monkeypatch.setattr(cost, "memory_of_device", lambda _device: 80 << 30)
+    setup, record = first_step(small_recipe("moco_v3", "test_vit"), source)
+
+    def forecast(**train: str) -> str:
+        recipe = small_recipe("moco_v3", "test_vit", train={"batch_size": 512, **train})
+        return cost.forecast_memory(replace(setup, recipe=recipe), record).sentence
+
+    assert forecast() == forecast(precision="no") != forecast(precision="bf16")
+    monkeypatch.setattr(cost, "chosen_precision", lambda _recipe: "bf16")
+    assert forecast() == forecast(precision="bf16")
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@
 
     python saboteur.py WHAT CALL RANK RECIPE OUTPUT [option ...]
 
-At the CALL-th objective of process RANK: ``nan`` makes its loss not a number, ``raise`` raises, ``sleep`` hangs in
-Python, ``freeze`` and ``kill`` send this process the signal, ``mismatch`` calls a collective that nobody else does;
-``drift`` moves one weight after the update.
+At the CALL-th objective of process RANK: ``nan`` makes its loss not a number, ``raise`` raises, ``memory`` runs out of
+memory, ``sleep`` hangs in Python, ``freeze`` and ``kill`` send this process the signal, ``mismatch`` calls a collective
+that nobody else does; ``drift`` moves one weight after the update.
 """
 
 import os
@@ -58,6 +58,8 @@ def break_step(what: str, step: Step) -> None:
         step.loss = step.loss * float("nan")
     elif what == "raise":
         raise ValueError("out of luck")
+    elif what == "memory":
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4294967296 bytes")
     elif what == "sleep":
         time.sleep(1000)
     elif what == "freeze":

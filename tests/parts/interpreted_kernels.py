@@ -68,7 +68,7 @@ def main() -> None:
         "views": ((12, 4, 3, 3), 6, 2, True),
     }
     results = {
-        f"{name} {dtype}": compare(shape, chunks, dtype, views=views, affine=affine)
+        f"{name} {str(dtype).removeprefix('torch.')}": compare(shape, chunks, dtype, views=views, affine=affine)
         for (name, (shape, chunks, views, affine)), dtype in itertools.product(
             cases.items(), (torch.float64, torch.float32, torch.bfloat16)
         )

@@ -128,7 +128,9 @@ def test_frozen_statistics_stay() -> None:
 
 
 def test_one_group_is_left_to_batch_norm_itself() -> None:
-    assert build("moco_v2", method={"bn_groups": 1}).group_statistics(1, []) is None
+    method = build("moco_v2", method={"bn_groups": 1})
+    assert not method.group_statistics(1, method.backbones()).statistics
+    assert build("moco_v2", method={"bn_groups": 3}).group_statistics(3, method.backbones()).statistics
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.35, None])

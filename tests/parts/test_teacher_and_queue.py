@@ -10,8 +10,10 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from sslkit.methods import MomentumOptions, Progress
-from sslkit.parts.momentum_teacher import MomentumTeacher
+from sslkit.parts import momentum_teacher
+from sslkit.parts.momentum_teacher import MomentumTeacher, move_where
 from sslkit.parts.queue import KeyQueue
+from sslkit.parts.update_gate import gated
 
 
 def small_net() -> nn.Sequential:
@@ -68,6 +70,66 @@ def test_teacher_takes_no_gradient_and_keeps_its_own_statistics() -> None:
     assert torch.equal(student[1].running_mean, torch.zeros(8))
     teacher.update(student, 0.5)
     torch.testing.assert_close(teacher.module[1].running_mean, expected)
+
+
+def uneven_net(seed: int) -> nn.Module:
+    """Parameters of several chunks, of less than one, of all memory formats."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(301, 333), nn.Conv2d(70, 80, 3), nn.Conv2d(64, 513, 1), nn.LayerNorm(5))
+    net.to(memory_format=torch.channels_last)
+    net.turned = nn.Parameter(torch.randn(300, 200).T)
+    net.gaps = nn.Parameter(torch.randn(200, 400)[:, ::2])
+    return net
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_change_a_bit_of_the_move(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    student, start = uneven_net(0), uneven_net(1)
+    start.turned = nn.Parameter(start.turned.detach().contiguous())  # strides that differ from the student's
+    for weight in (0.004, 0.3, 0.7, 0.0, 1.0):
+        teacher = MomentumTeacher(start)
+        teacher.update(student, 1.0 - weight)
+        for own, old, theirs in zip(teacher.parameters(), start.parameters(), student.parameters(), strict=True):
+            assert torch.equal(own, old.detach().lerp(theirs.detach(), 1.0 - (1.0 - weight)))
+            assert own._version > 0
+    assert all(not param.requires_grad for param in teacher.parameters())
+
+
+def test_a_move_in_threads_shows_its_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    own = [torch.zeros(40_000), torch.zeros(40_000)]
+    with pytest.raises(RuntimeError, match="dtype"):
+        momentum_teacher.move(own, [torch.zeros(40_000), torch.zeros(40_000, dtype=torch.float64)], 0.5)
+
+
+def test_a_gate_keeps_every_bit_or_moves_as_without_it() -> None:
+    student = uneven_net(0)
+    held, moved, plain = (MomentumTeacher(uneven_net(1)) for _ in range(3))
+    before = copy.deepcopy(held.state_dict())
+    with gated(torch.zeros(())):
+        held.update(student, 0.9)
+    with gated(torch.ones(())):
+        moved.update(student, 0.9)
+    plain.update(student, 0.9)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(held.state_dict()[name], before[name])
+        assert torch.equal(moved.state_dict()[name], value)
+
+
+def test_the_gate_of_a_gpu_holds_back_a_student_that_is_not_finite() -> None:
+    """The same operators on a CPU: -0.0 keeps its sign, NaN does not come through, a move is right to rounding."""
+    torch.manual_seed(0)
+    own = [torch.randn(33, 7), torch.tensor([-0.0, 0.0, 1e-40])]
+    theirs = [torch.full((33, 7), float("nan")), torch.tensor([float("inf"), -1.0, 2.0])]
+    before = [tensor.clone() for tensor in own]
+    move_where(torch.zeros(()), own, theirs, 0.01)
+    assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(own, before, strict=True))
+    theirs = [torch.randn_like(tensor) for tensor in own]
+    for weight in (0.01, 0.6, 0.0, 1.0):
+        expected = [a.double().lerp(b.double(), weight).float() for a, b in zip(own, theirs, strict=True)]
+        move_where(torch.ones(()), own, theirs, weight)
+        torch.testing.assert_close(own, expected, rtol=2e-7, atol=2e-7)
 
 
 @pytest.mark.parametrize("batches", [[4, 4, 4, 4], [3, 3, 3, 3, 3], [7, 1, 9], [25, 2], [10, 10]])

@@ -1,5 +1,6 @@
 """``sslkit bench`` makes the steps of a run, counts each part once, and advises by numbers checked by hand."""
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +21,16 @@ from sslkit.engine.resilience.guard import Guard
 from sslkit.engine.setup import make_train_loader, set_up_training
 from sslkit.engine.state import TrainingState
 from sslkit.errors import UserError
-from sslkit.profiling import Profile, changes_that_help, profile
+from sslkit.profiling import Profile, changes_that_help, check_trace, profile
 from sslkit.profiling import stage_timer as timer_module
 from sslkit.profiling.image_cost import ImageCosts
 from sslkit.profiling.stage_timer import BACKWARD, COLLECTIVES, OPTIMIZER, STAGES, STUDENT, TEACHER, StageTimer, timed
 from sslkit.profiling.step_profile import CPU, compare_precisions, step
+from sslkit.profiling.step_trace import busy_share
 from sslkit.recipe.resolve import Recipe
 
 STEPS = 3
+MARKS = ("waiting for data", STUDENT, TEACHER, BACKWARD, OPTIMIZER)
 VIEWS = {"size": 224, "crop_scale": (0.2, 1.0)}
 SMALL = ImageCosts(images=10, read=0.001, decode=0.004, views=0.005, crops=0.002, pixels=500 * 375)
 
@@ -141,6 +144,38 @@ def test_the_command_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[s
     printed = json.loads(capsys.readouterr().out)
     assert printed["images_per_second"] == pytest.approx(32 / printed["step"])
     assert {"what", "gain"} >= {key for change in printed["changes"] for key in change}
+
+
+def test_a_trace_has_the_stages_of_three_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, file = tmp_path / "recipe.toml", tmp_path / "trace.json.gz"
+    recipe.write_text(small_recipe("moco_v2", "test_resnet").to_toml())
+    with pytest.raises(SystemExit) as exited:
+        main(["bench", str(recipe), "--seconds", "1", "--trace", str(file)])
+    assert exited.value.code == 0
+    assert f"trace of three steps: {file}" in capsys.readouterr().out.replace("\n", " ")
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    marks = [each for each in events if each.get("cat") == "user_annotation"]
+    spans = {name: [(e["ts"], e["ts"] + e["dur"]) for e in marks if e["name"] == name] for name in {"step", *MARKS}}
+    assert len(spans["step"]) == 3
+    for name in MARKS:
+        inside = [any(start <= a and b <= end for start, end in spans["step"]) for a, b in spans[name]]
+        assert all(inside)
+        assert len(inside) >= 3
+    assert any(each["name"] == "aten::convolution_backward" for each in events)
+    assert not [each for each in tmp_path.iterdir() if each not in (recipe, file)]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("trace.gz", r"\.json\.gz or \.json"), ("none/t.json", "a folder that exists")]
+)
+def test_a_trace_that_cannot_be_written_is_refused_at_once(name: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        check_trace(tmp_path / name)
+
+
+def test_the_busy_share_counts_overlapping_kernels_once() -> None:
+    assert busy_share([(1.0, 3.0), (2.0, 4.0), (2.5, 3.5), (6.0, 10.0)], begin=0.0) == pytest.approx(7 / 10)
+    assert busy_share([(-2.0, 1.0), (3.0, 4.0)], begin=0.0) == pytest.approx(2 / 4)  # launched before
 
 
 @pytest.mark.full

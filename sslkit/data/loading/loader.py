@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from sslkit.data.augment.cpu import ViewPipeline
+from sslkit.data.augment.device_plan import plan_views
 from sslkit.data.batch import BadSample, Batch
 from sslkit.data.loading.replacement import read_or_replace
 from sslkit.data.loading.shared_memory import PREFETCH
@@ -80,7 +81,7 @@ def make_loader(
         ViewDataset(source, pipeline, status),
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, pipeline=pipeline),
         pin_memory=pin_memory,
         worker_init_fn=start_worker,
         prefetch_factor=prefetch if workers else None,
@@ -108,11 +109,12 @@ def cores_of_a_process(processes_here: int) -> int:
     return max(cores // processes_here, 1)
 
 
-def _collate(items: list[Item]) -> Batch:
+def _collate(items: list[Item], pipeline: ViewPipeline) -> Batch:
     views = [torch.from_numpy(np.stack(view)) for view in zip(*(item.views for item in items), strict=True)]
-    params = tuple(torch.from_numpy(np.stack(rows)) for rows in zip(*(item.view_params for item in items), strict=True))
     bad = tuple(sample for item in items for sample in item.bad)
-    return Batch(views, torch.tensor([item.shown for item in items]), bad, params)
+    params = [np.stack(rows) for rows in zip(*(item.view_params for item in items), strict=True)]
+    plan = plan_views(params, pipeline.policies, pipeline.sides) if params else None
+    return Batch(views, torch.tensor([item.shown for item in items]), bad, plan)
 
 
 def start_worker(_worker: int) -> None:

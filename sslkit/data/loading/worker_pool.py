@@ -30,6 +30,7 @@ class TrainLoader:
 
     Args:
         timeout: Seconds that a batch may take before its worker counts as hung; 0 waits forever.
+        upload: Copies each batch to the device, such as an `Uploader`; None leaves batches in host memory.
         log_message: Called with one sentence after each restart. For the other arguments, see `make_loader`.
     """
 
@@ -42,16 +43,20 @@ class TrainLoader:
         workers: int,
         pin_memory: bool,
         timeout: float,
+        upload: Callable[[Batch], Batch] | None = None,
         log_message: Callable[[str], None] = print_message,
     ) -> None:
         self.source, self.batches, self.workers = source, batches, workers
-        self.timeout, self.log_message = timeout, log_message
+        self.timeout, self.upload, self.log_message = timeout, upload, log_message
         self.make_loader = partial(make_loader, source, pipeline, workers=workers, pin_memory=pin_memory)
         local = batches.batch_size // batches.world_size
         self.batch_bytes = local * sum(pipeline.pixel_bytes * side * side for side in pipeline.sides)
         self.prefetch = prefetch_of(self.batch_bytes, workers) or 0
 
     def __iter__(self) -> Iterator[Batch]:
+        return self._load() if self.upload is None else map(self.upload, self._load())
+
+    def _load(self) -> Iterator[Batch]:
         if not self.workers:
             yield from self.make_loader(self.batches)
             return

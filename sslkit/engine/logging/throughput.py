@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from sslkit.data.batch import Batch
-from sslkit.engine.logging.device_meter import DeviceMeter
+from sslkit.engine.cost.device_meter import DeviceMeter
 
 RECENT = 50  # steps
 
@@ -27,10 +27,10 @@ class ThroughputMeter:
         self.started = self.step_started = time.monotonic()
         self.waited, self.steps = 0.0, 0
 
-    def restart(self) -> None:
-        """Start a new window, so that evaluation and saving do not count."""
+    def restart(self, *, once: bool = False) -> None:
+        """Start a new window, so that evaluation and saving do not count; ``once`` what will not happen again."""
         self.started, self.waited, self.steps = time.monotonic(), 0.0, 0
-        self.paused += self.started - self.step_started
+        self.paused += 0.0 if once else self.started - self.step_started
         self.step_started = self.started
         self.device.restart()
 

@@ -1,6 +1,5 @@
 """The precision of a run: what ``[train] precision = "auto"`` is on this device, and float32 with or without TF32."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -11,8 +10,6 @@ from accelerate.utils import parse_flag_from_env
 from torch.backends import cuda, cudnn
 
 from sslkit.recipe.resolve import Recipe
-
-AMPERE = 8  # the major compute capability of the first NVIDIA GPUs that compute in bf16 and TF32
 
 
 def training_device() -> torch.device:
@@ -25,8 +22,8 @@ def training_device() -> torch.device:
 
 
 def gpu_has_bf16() -> bool:
-    """Whether this process's GPU computes in bf16 natively, not emulated: NVIDIA's from Ampere on, and AMD's."""
-    return torch.version.hip is not None or torch.cuda.get_device_properties(_gpu()).major >= AMPERE
+    """Whether the GPU computes in bf16 natively, not emulated: NVIDIA's from Ampere on, and AMD's."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def chosen_precision(recipe: Recipe) -> str:
@@ -52,13 +49,8 @@ def describe_precision(recipe: Recipe) -> str:
     if recipe.train.precision != "auto":
         return words
     device = training_device().type
-    name = torch.cuda.get_device_name(_gpu()) if device == "cuda" else device
+    name = torch.cuda.get_device_name() if device == "cuda" else device
     return f"{words} (auto; {name}{' has no bf16' if device == 'cuda' and chosen == 'no' else ''})"
-
-
-def _gpu() -> int:
-    """Index of this process's GPU, as Accelerate assigns it."""
-    return min(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count() - 1)
 
 
 def set_backends(tf32: bool, device: str) -> None:

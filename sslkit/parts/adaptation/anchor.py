@@ -43,7 +43,7 @@ class Anchor(MomentumTeacher):
         """Features (B, D) of a view (B, C, H, W)."""
         if self.size and view.shape[-1] != self.size:
             view = interpolate(view, (self.size, self.size), mode="bicubic", align_corners=False)
-        features: Tensor = self.module(view)
+        features: Tensor = super().forward(view)
         return features
 
     def distance(self, features: Sequence[Tensor], anchored: Sequence[Tensor]) -> Tensor:

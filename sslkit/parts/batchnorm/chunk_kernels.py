@@ -31,7 +31,8 @@ except ImportError:  # a build of PyTorch for CPUs, or Windows
 
 TILE = 4096  # elements that a program works on at once
 PROGRAMS = 1024  # enough for every GPU; constant, so that sums are in the same order on all of them
-MOST_SPLITS = 64
+MOST_SPLITS = 256
+LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}  # fused multiply-add, as PyTorch's kernels
 
 
 def available() -> bool:
@@ -213,7 +214,7 @@ def chunk_moments(x: Tensor, chunks: int, per: int) -> Tensor:
     """Moments (S, 2, k, C) of the S parts of ``per`` rows (the last may have fewer) of each chunk."""
     parts = _empty_parts(x, chunks, per)
     grid, tile = _grid_of_parts(parts)
-    _moments_kernel[grid]((x, parts), (*sizes_of(x, chunks), per), *tile, num_warps=8)
+    _moments_kernel[grid]((x, parts), (*sizes_of(x, chunks), per), *tile, **LAUNCH)
     return parts
 
 
@@ -237,7 +238,7 @@ def combine_moments(
     block = max(min(TILE // padded, 32), 4)
     tensors = (parts, moments, running_mean, running_var)
     sizes = (number, chunks, channels, count, per)
-    _combine_kernel[(triton.cdiv(channels, block),)](tensors, sizes, views, momentum, padded, block, num_warps=4)
+    _combine_kernel[(triton.cdiv(channels, block),)](tensors, sizes, views, momentum, padded, block, **LAUNCH)
     return moments
 
 
@@ -247,7 +248,7 @@ def normalise_chunks(
     """The output of BatchNorm, like ``x``, with the moments of ``count`` rows."""
     out, sizes = torch.empty_like(x), sizes_of(x, moments.shape[1])
     grid, tile = _grid_of_rows(*sizes)
-    _normalise_kernel[grid]((x, moments, weight, bias, out), (*sizes, count), eps, *tile, num_warps=8)
+    _normalise_kernel[grid]((x, moments, weight, bias, out), (*sizes, count), eps, *tile, **LAUNCH)
     return out
 
 
@@ -257,7 +258,7 @@ def chunk_gradient_sums(grad: Tensor, x: Tensor, moments: Tensor, count: int, ep
     parts = _empty_parts(x, chunks, per)
     grid, tile = _grid_of_parts(parts)
     sizes = (*sizes_of(x, chunks), count, per)
-    _gradient_sums_kernel[grid]((grad, x, moments, parts), sizes, eps, *tile, num_warps=8)
+    _gradient_sums_kernel[grid]((grad, x, moments, parts), sizes, eps, *tile, **LAUNCH)
     return parts
 
 
@@ -267,7 +268,7 @@ def chunk_gradients(
     """The gradient of the input, like ``x``. ``sums`` (2, k, C) are over the ``count`` rows of each chunk."""
     out, sizes = torch.empty_like(x), sizes_of(x, moments.shape[1])
     grid, tile = _grid_of_rows(*sizes)
-    _gradient_kernel[grid]((grad, x, moments, weight, sums, out), (*sizes, count), eps, *tile, num_warps=8)
+    _gradient_kernel[grid]((grad, x, moments, weight, sums, out), (*sizes, count), eps, *tile, **LAUNCH)
     return out
 
 

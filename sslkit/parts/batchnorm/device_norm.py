@@ -116,9 +116,8 @@ def add_batches(layers: Iterable[DeviceBatchNorm]) -> None:
 
 def can_divide(module: nn.Module) -> bool:
     """Whether BatchNorm in ``module`` takes several groups of rows in one pass: on GPUs."""
-    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.training]
-    known = all(isinstance(layer, DeviceBatchNorm) for layer in layers)
-    return bool(layers) and known and chunk_kernels.available()
+    kinds = {isinstance(layer, DeviceBatchNorm) for layer in module.modules() if isinstance(layer, _BatchNorm)}
+    return kinds == {True} and chunk_kernels.available()
 
 
 def shares_collectives(modules: Iterable[nn.Module]) -> bool:

@@ -7,8 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sslkit.distributed.collectives import tracked
-from sslkit.parts.batchnorm.chunk_kernels import operators, rows_of_a_split, sizes_of
+from sslkit.parts.batchnorm.chunk_kernels import available, operators, rows_of_a_split, sizes_of
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,14 @@ def batch_norm(
 
     ``how`` asks for several chunks, or several processes, or both.
     """
-    function = _ChunkedBatchNorm if how.chunks > 1 else _SynchronisedBatchNorm
+    # `torch.compile` knows no shapes of PyTorch's kernels.
+    by_chunk = how.chunks > 1 or (torch.compiler.is_compiling() and available())
+    function = _ChunkedBatchNorm if by_chunk else _SynchronisedBatchNorm
+    x = _channels_innermost(x) if by_chunk else _dense(x)
     out: Tensor = function.apply(x, weight, bias, running_mean, running_var, how)
     return out
 
 
-@tracked
 def gather_statistics(values: Tensor, how: Normalisation) -> Tensor:
     """Collect a tensor of each process, (processes, ...)."""
     gathered = values.new_empty((how.processes, *values.shape))
@@ -57,7 +58,6 @@ def gather_statistics(values: Tensor, how: Normalisation) -> Tensor:
     return gathered
 
 
-@tracked
 def sum_of_gradients(sums: Tensor, how: Normalisation) -> Tensor:
     """Sum a tensor over processes."""
     total = sums.clone()
@@ -82,7 +82,6 @@ class _SynchronisedBatchNorm(torch.autograd.Function):
         running_var: Tensor | None,
         how: Normalisation,
     ) -> Tensor:
-        x = _dense(x)
         mean, invstd = torch.batch_norm_stats(x, how.eps)
         gathered = gather_statistics(torch.stack([mean, invstd]), how)
         dtype = mean.dtype if running_mean is None else running_mean.dtype
@@ -131,7 +130,6 @@ class _ChunkedBatchNorm(torch.autograd.Function):
         running_var: Tensor | None,
         how: Normalisation,
     ) -> Tensor:
-        x = _channels_innermost(x)
         chunks, local, channels = sizes_of(x, how.chunks)
         count, per = local * how.processes, rows_of_a_split(chunks, local, channels)
         parts = operators.chunk_moments(x, chunks, per)
@@ -168,4 +166,5 @@ def _dense(x: Tensor) -> Tensor:
 
 def _channels_innermost(x: Tensor) -> Tensor:
     """(B, C, ...) with the channels innermost in memory; channels-last is not copied."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    moved = x.movedim(1, -1)
+    return x if moved.is_contiguous() else moved.contiguous().movedim(-1, 1)

@@ -14,9 +14,10 @@ from golden.tensorflow_views import VALUES
 from numpy.typing import NDArray
 from sklearn.datasets import load_sample_images
 
-from sslkit.data.augment import gpu as device_views
 from sslkit.data.augment import tensorflow as tensorflow_views
 from sslkit.data.augment.cpu import ViewPipeline, resize
+from sslkit.data.augment.device_plan import plan_views
+from sslkit.data.augment.gpu import finish_view
 from sslkit.data.augment.multichannel import resize_channels
 from sslkit.data.augment.parameters import ViewParams, draw_params
 from sslkit.data.augment.views_config import ViewsConfig
@@ -34,8 +35,8 @@ def policy(name: str, **changes: object) -> ViewsConfig:
 
 
 def finish_on_device(pixels: NDArray[np.uint8], draw: ViewParams, config: ViewsConfig) -> NDArray[np.uint8]:
-    rows = torch.from_numpy(draw.as_row())[None]
-    return device_views.finish_views(torch.from_numpy(pixels)[None], rows, config)[0].numpy()
+    plan = plan_views([draw.as_row()[None]], [config], [len(pixels)])
+    return finish_view(torch.from_numpy(pixels)[None], plan.packed, plan.views[0], config)[0].numpy()
 
 
 def one_step(name: str, factor: float) -> ViewParams:

@@ -22,7 +22,8 @@ from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation
 
 from sslkit.data.augment.cpu import ViewPipeline, ViewTransforms, resize, shift_hue
-from sslkit.data.augment.gpu import finish_on, finish_views
+from sslkit.data.augment.device_plan import plan_views
+from sslkit.data.augment.gpu import finish_on, finish_view
 from sslkit.data.augment.multichannel import finish_channels
 from sslkit.data.augment.parameters import ViewParams, draw_params
 from sslkit.data.augment.view_layers import ROLES
@@ -177,10 +178,14 @@ def test_an_accelerator_makes_the_views_that_the_cpu_makes(name: str) -> None:
     batch = Batch(
         [torch.from_numpy(np.stack(views)) for views in zip(*(crops for crops, _ in items), strict=True)],
         torch.arange(48),
-        view_params=tuple(torch.from_numpy(np.stack(rows)) for rows in zip(*(rows for _, rows in items), strict=True)),
+        plan=plan_views(
+            [np.stack(rows) for rows in zip(*(rows for _, rows in items), strict=True)],
+            config.view_policies(),
+            pipeline.sides,
+        ),
     )
     finished = finish_on(torch.device("cpu"), batch, config)
-    assert finished.view_params == ()
+    assert finished.plan is None
     for view, cpu in zip(finished.views, zip(*expected, strict=True), strict=True):
         assert view.shape == (48, 64, 64, 3)
         assert view.dtype == torch.uint8
@@ -201,8 +206,8 @@ def test_small_blurs_are_pillows(sigma: float) -> None:
     image, config = photograph(), policy("moco_v2")
     draw = ViewParams((0, 0, 8, 8), None, (0, 1, 2, 3), False, sigma, False, False, 0.0, None)
     expected = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma)))
-    rows = torch.from_numpy(draw.as_row())[None]
-    device = finish_views(torch.from_numpy(image)[None], rows, config)[0].numpy()
+    plan = plan_views([draw.as_row()[None]], [config], [len(image)])
+    device = finish_view(torch.from_numpy(image)[None], plan.packed, plan.views[0], config)[0].numpy()
     for found in (ViewTransforms(config)(image, draw), device):
         assert np.abs(found.astype(int) - expected).max() <= 1
         assert (found != expected).mean() < 1e-4

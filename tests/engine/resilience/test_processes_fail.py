@@ -19,6 +19,7 @@ GUARD = {"timeout_seconds": 6.0, "compare_every": 2}
         ("freeze", r"process 1 is dead or frozen; its last heartbeat was at step [0-3], "),
         ("sleep", r"process 1 is alive at step 3, in forward and backward"),
         ("raise", r"process 1 stopped by ValueError: out of luck"),
+        ("memory", r"process 1 stopped by OutOfMemoryError: out of memory at step 3, .*; set train\.micro_batch=8 "),
         ("mismatch", r"process 1 "),
     ],
 )

@@ -24,9 +24,10 @@ COMMON: dict[str, Any] = {"data": {"workers": 0}, "checkpoint": {"every_steps": 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, name: str, major: int) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _index: name)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _index: SimpleNamespace(major=major))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
 
 
 @pytest.mark.parametrize(

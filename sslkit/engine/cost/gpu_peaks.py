@@ -47,7 +47,7 @@ OTHERS = r"MIG|Laptop|Max-Q|Mobile|\bTi\b|\bD\b|SUPER"  # a part of a card, or a
 
 
 def peak_flops(card: str, precision: str, *, tf32: bool) -> float | None:
-    """FLOP/s of a card at a precision of Accelerate's (``no``: float32, with ``tf32`` TF32); None if it is not known.
+    """FLOP/s of a card at the precision of a run (``no``: float32, with ``tf32`` TF32); None if it is not known.
 
     Args:
         card: What `torch.cuda.get_device_name` returns.

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from sslkit.engine.logging.gpu_peaks import peak_flops
+from sslkit.engine.cost.gpu_peaks import peak_flops
+from sslkit.engine.cost.step_cost import count_step
+from sslkit.engine.runtime.precision import chosen_precision
 from sslkit.engine.state import TrainingState
-from sslkit.engine.step_cost import count_step
 
 GIB = 1 << 30
 CUDA_EVENT = partial(torch.cuda.Event, enable_timing=True)
@@ -67,11 +68,15 @@ class DeviceMeter:
         if not self.active:
             return {}
         fields = {} if (busy := self._busy_share()) is None else {"device_busy": busy}
-        if self.flops and self.peak:
-            fields["mfu"] = self.flops * steps_per_second / self.peak
+        if (mfu := self.mfu(steps_per_second)) is not None:
+            fields["mfu"] = mfu
         fields["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / GIB
         torch.cuda.reset_peak_memory_stats(self.device)
         return fields
+
+    def mfu(self, steps_per_second: float) -> float | None:
+        """Model FLOPs utilization: the share of the peak that the model's FLOPs are; None if either is not known."""
+        return self.flops * steps_per_second / self.peak if self.flops and self.peak else None
 
     def _mark(self) -> Any:
         event = self.make_event()
@@ -99,7 +104,7 @@ def make_device_meter(state: TrainingState) -> DeviceMeter:
     if device.type != "cuda" or not accelerator.is_main_process:
         return DeviceMeter(torch.device("cpu"))
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    peak = peak_flops(torch.cuda.get_device_name(device), accelerator.mixed_precision, tf32=tf32)
+    peak = peak_flops(torch.cuda.get_device_name(device), chosen_precision(state.recipe), tf32=tf32)
     return DeviceMeter(device, flops_of_step(state) if peak else 0, peak)
 
 

@@ -11,11 +11,11 @@ import torch
 from conftest import small_recipe
 
 from sslkit.data.augment.cpu import normalise
-from sslkit.engine.logging.device_meter import DeviceMeter
-from sslkit.engine.logging.gpu_peaks import CARDS, peak_flops
+from sslkit.engine.cost.device_meter import DeviceMeter
+from sslkit.engine.cost.gpu_peaks import CARDS, peak_flops
+from sslkit.engine.cost.step_cost import count_step, saved_bytes
 from sslkit.engine.logging.throughput import ThroughputMeter
 from sslkit.engine.setup import build_method
-from sslkit.engine.step_cost import count_step, saved_bytes
 from sslkit.methods import BatchInfo, Progress
 
 GPU = torch.device("cuda", 0)
