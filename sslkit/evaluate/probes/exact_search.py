@@ -209,20 +209,22 @@ def best_keys(keys: Tensor, k: int) -> Tensor:
 def keys_of(similarities: Tensor, rows: Tensor) -> Tensor:
     """The keys of float32 similarities and the numbers of rows, below 2 ** 32; shapes are broadcast."""
     bits = (similarities + 0.0).view(torch.int32)  # -0.0 becomes 0.0, which it equals
-    return (_flip(bits).long() << ROW_BITS) + (LAST_ROW - rows)
+    keys: Tensor = (_flip(bits).long() << ROW_BITS) + (LAST_ROW - rows)
+    return keys
 
 
 def similarities_of(keys: Tensor) -> Tensor:
     """The similarities in keys, float32."""
-    similarities: Tensor = _flip((keys >> ROW_BITS).int()).view(torch.float32)
-    return similarities
+    return _flip((keys >> ROW_BITS).int()).view(torch.float32)
 
 
 def rows_of_keys(keys: Tensor) -> Tensor:
     """The numbers of rows in keys."""
-    return LAST_ROW - (keys & LAST_ROW)
+    rows: Tensor = LAST_ROW - (keys & LAST_ROW)
+    return rows
 
 
 def _flip(bits: Tensor) -> Tensor:
     """Between the bits of float32 numbers and integers of the same order."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    flipped: Tensor = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return flipped
