@@ -34,7 +34,9 @@ def load_fake_cuda() -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(file.parent))  # for the modules beside it
+        spec.loader.exec_module(module)
     return module
 
 
