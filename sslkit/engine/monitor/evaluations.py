@@ -118,10 +118,7 @@ class RunMonitor:
         return False
 
     def _must_finish(self, step: int) -> bool:
-        """Whether diagnostics are computed, or must be now: some trackers drop what is of an earlier step than the last.
-
-        The next line of metrics may be of the next step.
-        """
+        """Whether they are computed, or must be now, as some trackers take no earlier step than the last."""
         if self.computing is None or self.computing[1].done() or step == self.state.last_step:
             return True
         tracked = self.logger.trackers is not None and bool(self.logger.trackers.threads)

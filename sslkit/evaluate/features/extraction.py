@@ -27,7 +27,8 @@ PREFETCH = 2  # batches per worker, if shared memory allows
 class TransformedImages(Dataset[tuple[Tensor, int]]):
     """Transformed images of a source with their positions.
 
-    ``key`` is combined with the position to the seed of a random transform; None for a deterministic one. An unreadable image is an error, or, unless ``refuse``, a black image with its position minus the length of the source.
+    ``key`` is combined with the position to the seed of a random transform; None for a deterministic one. An
+    unreadable image is an error, or, unless ``refuse``, a black image with its position minus the length of the source.
     """
 
     def __init__(

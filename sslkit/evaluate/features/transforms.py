@@ -85,7 +85,7 @@ class ChannelTransform:
 
 
 class _Normalise:
-    """The last steps of timm's transforms, ToTensor and Normalize, for bytes (B, C, H, W) on a device: the same bits."""
+    """The last steps of timm's transforms, ToTensor and Normalize, for bytes (B, C, H, W); the same bits."""
 
     def __init__(self, mean: Tensor, std: Tensor, device: torch.device) -> None:
         self.mean, self.std = (upload(each.float().view(-1, 1, 1), device) for each in (mean, std))

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sslkit.distributed.collectives import upload
 from sslkit.evaluate.features.devices import exact_products, free_bytes
 from sslkit.progress import stage
 
 QUERY_BLOCK, BANK_BLOCK, PRODUCT_BLOCK = 512, 16384, 1024  # rows, on CPUs; a product's last rows, which fit a cache
 DEVICE_QUERY_BLOCK, DEVICE_BLOCK_ELEMENTS = 2048, 2**27  # on GPUs: rows, and products of a block
 BYTES_PER_PRODUCT = 32  # at most, with maxima and keys
-GROUP = 64  # columns whose maximum is compared first
+GROUP, FINE_GROUP = 64, 8  # columns whose maximum is compared first
 PART_GROUPS = PRODUCT_BLOCK // GROUP
 ROW_BITS = 32
 LAST_ROW = 2**ROW_BITS - 1
@@ -51,7 +52,7 @@ def nearest_keys(queries: Tensor, bank: Tensor, rows: Tensor, k: int, prepare: P
     found = [kind(part, k) for part in parts]
     # One buffer for all products: a new one of this size costs a page fault for each of its pages.
     buffer = torch.empty(query_block * bank_block, device=device)
-    rows = rows.to(device)
+    rows = upload(rows, device)
     with stage("neighbours", len(parts) * -(-len(bank) // bank_block), "block") as advance, exact_products():
         for start in range(0, len(bank), bank_block):
             block = prepare(bank[start : start + bank_block].to(device, non_blocking=True)).float()
@@ -109,6 +110,10 @@ class _Products:
                 part[:, -missing:] = -torch.inf
             torch.amax(part.unflatten(1, (-1, GROUP)), dim=2, out=maxima)
 
+    def fine_maxima(self) -> Tensor:
+        """Maxima of smaller groups, of which there are more."""
+        return torch.cat([part.unflatten(1, (-1, FINE_GROUP)).amax(dim=2) for part in self.parts], dim=1)
+
     def of_groups(self, queries: Tensor, groups: Tensor) -> Tensor:
         """Products (M, GROUP) of some queries with some groups, (M,) both."""
         count, total = self.maxima.shape
@@ -135,13 +140,11 @@ class _Collected:
     def add(self, block: Tensor, rows: Tensor, buffer: Tensor) -> None:
         """Look at a block (B, D) of the bank, whose rows have these numbers, above those before."""
         products = _Products(self.queries, block, buffer)
-        enough = self.k <= products.maxima.shape[1]
-        if enough and self.seen < self.k:
-            self._raise(products.maxima)
-        fits = (enough or self.seen >= self.k) and self._collect(products, rows)
-        if enough and not fits:
-            self._raise(products.maxima)
-            self._count(self.collected[:, :0])
+        fits = self.seen >= self.k and self._collect(products, rows)
+        if not fits and self.k <= len(block) // FINE_GROUP:
+            self._raise(products.maxima if self.k <= products.maxima.shape[1] else products.fine_maxima())
+            if self.seen >= self.k:
+                self._count(self.collected[:, :0])
             fits = self._collect(products, rows)
         if not fits:
             self._count(best_of_block(torch.cat(products.parts, dim=1)[:, : len(block)], rows, self.k))
@@ -199,13 +202,15 @@ def best_of_block(products: Tensor, rows: Tensor, k: int) -> Tensor:
 
 def best_keys(keys: Tensor, k: int) -> Tensor:
     """The k largest of each row of keys (Q, M), or all, largest first."""
-    return keys.topk(min(k, keys.shape[1]), dim=1).values
+    best: Tensor = keys.topk(min(k, keys.shape[1]), dim=1).values
+    return best
 
 
 def keys_of(similarities: Tensor, rows: Tensor) -> Tensor:
     """The keys of float32 similarities and the numbers of rows, below 2 ** 32; shapes are broadcast."""
     bits = (similarities + 0.0).view(torch.int32)  # -0.0 becomes 0.0, which it equals
-    return (_flip(bits).long() << ROW_BITS) + (LAST_ROW - rows)
+    keys: Tensor = (_flip(bits).long() << ROW_BITS) + (LAST_ROW - rows)
+    return keys
 
 
 def similarities_of(keys: Tensor) -> Tensor:
@@ -215,9 +220,11 @@ def similarities_of(keys: Tensor) -> Tensor:
 
 def rows_of_keys(keys: Tensor) -> Tensor:
     """The numbers of rows in keys."""
-    return LAST_ROW - (keys & LAST_ROW)
+    rows: Tensor = LAST_ROW - (keys & LAST_ROW)
+    return rows
 
 
 def _flip(bits: Tensor) -> Tensor:
     """Between the bits of float32 numbers and integers of the same order."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    flipped: Tensor = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return flipped

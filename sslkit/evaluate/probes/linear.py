@@ -127,7 +127,7 @@ def linear_accuracy(
         train = as_features(train, "linear, train")
         if protocol.name == "logistic":
             place = device if fits_on(device, COPIES * (train.nbytes + test.nbytes)) else torch.device("cpu")
-            return _logistic(*(each.to(place) for each in (train, labels, test, truth)), protocol)
+            return _logistic(train.to(place), labels.to(place), test.to(place), truth.to(place), protocol)
     return _sgd(train, labels, test, truth, protocol, device)
 
 
@@ -195,8 +195,7 @@ def _sgd(
     generator = torch.Generator().manual_seed(protocol.seed)
     classifier = _initial_classifier(test.shape[1], count_classes(labels, truth), protocol, generator).to(device)
     test = test.to(device)
-    if not callable(train):
-        train = move_if_it_fits(train, device)
+    train = train if callable(train) else move_if_it_fits(train, device)
     batch_size = min(protocol.batch_size, len(labels))
     images = len(labels) - (len(labels) % batch_size if protocol.drop_last else 0)
     steps = -(-images // batch_size)
@@ -209,9 +208,9 @@ def _sgd(
     )
     best, best_epoch, correct = torch.zeros(len(truth), dtype=torch.bool), 0, torch.zeros(0, dtype=torch.bool)
     for epoch in track(range(protocol.epochs), "linear classifier", "epoch"):
-        features = train
+        features = as_features(train(epoch), f"linear, epoch {epoch + 1}") if callable(train) else train
         if callable(train):
-            features = move_if_it_fits(as_features(train(epoch), f"linear, epoch {epoch + 1}"), device)
+            features = move_if_it_fits(features, device)
         labels = labels.to(features.device)
         order = torch.randperm(len(features), generator=generator)[:images].to(features.device)
         for step, batch in enumerate(order.split(batch_size)):

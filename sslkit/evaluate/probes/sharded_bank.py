@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sslkit.distributed.collectives import gather_rows, max_over_processes, rank, sum_over_processes, world_size
+from sslkit.distributed.collectives import gather_rows, max_over_processes, rank, sum_over_processes, upload, world_size
 from sslkit.evaluate.probes.exact_search import NO_KEY, best_keys, nearest_keys, rows_of_keys, similarities_of
 from sslkit.evaluate.probes.knn import KnnProtocol, unit_rows, vote
 
@@ -36,7 +36,7 @@ class Shard:
     device: torch.device
 
     def kept(self) -> tuple[Tensor, Tensor]:
-        """The features that count, (M, D), and their rows in the source, (M,) on the CPU; no row is on two processes."""
+        """The features that count, (M, D), and their rows in the source, (M,) on the CPU; each on one process only."""
         rows = rank() + world_size() * torch.arange(len(self.features))
         counts = rows < len(self.readable)
         counts[counts.clone()] = self.readable[rows[counts]]
@@ -58,7 +58,7 @@ def own_images(count: int) -> NDArray[np.int64]:
 
 
 def in_order(own: Tensor, count: int) -> Tensor:
-    """What all processes have of `own_images`, (S, ...) each on the device, in the order of the source: (count, ...)."""
+    """What all processes have of `own_images`, (S, ...) each, in the order of the source: (count, ...)."""
     return _dealt([gather_rows(own)], count)
 
 
@@ -70,10 +70,10 @@ def predict_by_shards(
     The bank has k or more rows that can be read. ``labels`` are of its whole source, (N,). Also returns the rows of the
     nearest images, (Q, k), or as many as ``most`` if that is more, the nearest first. Both are on the CPU.
     """
-    k = min(max(protocol.k, most), int(bank.readable.sum()))
+    k = min(max(protocol.k, most), count_of(bank.readable))
     features, rows = bank.kept()
     mean = _mean(features, bank).to(bank.device) if protocol.centre else 0.0
-    labels = labels.to(bank.device)
+    labels = upload(labels, bank.device)
     predicted, nearest_rows = [], []
     size = len(queries.features)
     if world_size() > 1:
@@ -84,7 +84,7 @@ def predict_by_shards(
         keys = pad(keys, (0, k - keys.shape[1]), value=NO_KEY)
         of_shards = gather_rows(keys).unflatten(0, (world_size(), -1))
         best = best_keys(of_shards.transpose(0, 1).flatten(1), k)
-        found = rows_of_keys(best)
+        found = rows_of_keys(best).clamp_(max=len(labels) - 1)  # beyond for features that are NaN
         predicted.append(vote(similarities_of(best), labels[found], num_classes, protocol))
         nearest_rows.append(found)
     return tuple(_dealt(blocks, len(queries.readable)).cpu() for blocks in (predicted, nearest_rows))  # type: ignore[return-value]
@@ -101,4 +101,9 @@ def _mean(features: Tensor, bank: Shard) -> Tensor:
     total = features.new_zeros(features.shape[1], dtype=torch.float64)
     for block in features.split(MEAN_ROWS):
         total += block.sum(dim=0, dtype=torch.float64)
-    return (sum_over_processes(total.to(bank.device)) / int(bank.readable.sum())).float()
+    return (sum_over_processes(total.to(bank.device)) / count_of(bank.readable)).float()
+
+
+def count_of(readable: Tensor) -> int:
+    """How many images can be read."""
+    return int(readable.sum())

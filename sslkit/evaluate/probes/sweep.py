@@ -180,7 +180,8 @@ def sweep(
     _train(heads, train, labels, fit, protocol)
     ranked: list[tuple[tuple[float, float], Head, int]] = []
     for (readout, norm), group in heads.items():
-        for index, score in enumerate(group.scores(train[readout][held_out.to(train[readout].device)], labels[held_out])):
+        features = train[readout]
+        for index, score in enumerate(group.scores(features[held_out.to(features.device)], labels[held_out])):
             lr, decay = settings[index]
             ranked.append((score, Head(readout, lr / scale, decay, norm, score[0]), index))
     ranked.sort(key=lambda item: item[0], reverse=True)

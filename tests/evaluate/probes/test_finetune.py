@@ -20,9 +20,10 @@ from sslkit.data.sources.image_source import DataConfig, ImageSource, open_sourc
 from sslkit.engine.projector import first_projector_layers
 from sslkit.errors import UserError
 from sslkit.evaluate.features.encoder import Encoder, fingerprint
-from sslkit.evaluate.features.extraction import extract_features
+from sslkit.evaluate.features.extraction import extract_features, seed_from
 from sslkit.evaluate.probes.finetune import (
     FinetuneProtocol,
+    _EpochImages,
     _make_optimizer,
     _set_lr,
     _training_transform,
@@ -234,3 +235,27 @@ def test_judged_beside_the_same_training_from_scratch(simclr_run: Path, class_fo
     assert result.protocol["labelled_images"] == len(set(open_source(data).labels()))
     assert result.protocol["neck"] is True
     assert json.dumps(result.protocol)
+
+
+def test_the_order_of_each_epoch_is_that_of_a_shuffled_loader(two_classes: tuple[ImageSource, torch.Tensor]) -> None:
+    """A DataLoader for each epoch, with a generator of the seed and the epoch, as earlier versions had."""
+    source, _ = two_classes
+    protocol = replace(QUICK, seed=3)
+    images = _EpochImages(source, nn.Identity(), protocol)
+    found = list(images.batches(32))
+    for epoch in range(protocol.epochs):
+        generator = torch.Generator().manual_seed(seed_from(3, epoch))
+        loader = torch.utils.data.DataLoader(range(192), 32, shuffle=True, generator=generator, drop_last=True)  # type: ignore[arg-type, var-annotated]
+        own = found[6 * epoch : 6 * epoch + 6]
+        assert [[position for _, position in batch] for batch in own] == [batch.tolist() for batch in loader]
+        assert {of for batch in own for of, _ in batch} == {epoch}
+    assert len(found) == 6 * protocol.epochs
+
+
+def test_workers_start_once(two_classes: tuple[ImageSource, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    source, labels = two_classes
+    iterations = []
+    start = torch.utils.data.DataLoader.__iter__
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", lambda self: iterations.append(self) or start(self))
+    finetune(encoder_of("test_resnet"), source.subset(np.arange(32)), labels[:32], 2, QUICK)
+    assert len(iterations) == 1
