@@ -1,5 +1,6 @@
 """From JPEG files to trained steps: the loader alone, and end to end, with views of the CPU and of the device."""
 
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -21,11 +22,16 @@ def run(plan: Plan) -> list[Row]:
         make_images(Path(name), 64 if plan.toy else 2000)
         rows = []
         for views in ("cpu", "accelerator"):
-            stated = [f"data.path={name}", "data.split=", f"views.device={views}"]
-            stated += ["data.workers=1"] if plan.toy else ["data.workers=-1"]
+            stated = [f"views.device={views}"]
+            stated += [f"data.workers={1 if plan.toy else cores()}"]
             for recipe in ("mocov2_r50",) if plan.toy else ("mocov2_r50", "mocov3_vitb"):
-                rows.append({"recipe": recipe, "views": views, **measure(plan, recipe, stated)})
+                rows.append({"recipe": recipe, "views": views, **measure(plan, recipe, Path(name), stated)})
     return rows
+
+
+def cores() -> int:
+    """Number of cores of this process."""
+    return len(os.sched_getaffinity(0))
 
 
 def make_images(folder: Path, count: int) -> None:
@@ -39,9 +45,9 @@ def make_images(folder: Path, count: int) -> None:
         cv2.imwrite(str(folder / f"{index:05d}.jpg"), pixels, [cv2.IMWRITE_JPEG_QUALITY, 90])
 
 
-def measure(plan: Plan, name: str, stated: list[str]) -> Row:
+def measure(plan: Plan, name: str, folder: Path, stated: list[str]) -> Row:
     """Images a second of the loader, of steps on resident data, and of both together."""
-    recipe = paper_recipe(plan, name, 256, *stated, "train.epochs=40")
+    recipe = paper_recipe(plan, name, 256, *stated, "train.epochs=40", folder=folder)
     with training(recipe) as (state, guard):
         batch_size = recipe.train.batch_size
         alone = rate(plan, state, None, batch_size)

@@ -3,7 +3,8 @@
 import copy
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -114,10 +115,19 @@ def trained(folder: Path, **tables: dict[str, Any]) -> dict[str, Tensor]:
     return load_file(newest / "model.safetensors") | load_file(newest / "optimizer.safetensors")
 
 
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Let cuDNN take algorithms that give the same bits each time."""
+    before, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
+
+
 def resumed() -> Row:
     """A run that was stopped and resumed against an undisturbed one, bit for bit."""
-    exact = mock.patch.object(torch.backends.cudnn, "deterministic", new=True)
-    with tempfile.TemporaryDirectory() as name, exact:
+    with tempfile.TemporaryDirectory() as name, deterministic():
         whole = trained(Path(name) / "whole")
         trained(Path(name) / "parts", train={"max_steps": 3})
         parts = trained(Path(name) / "parts")
@@ -150,8 +160,7 @@ def poisoned(bad: set[int]) -> Any:
 
 def skipped() -> Row:
     """A skipped last step leaves every tensor as it was."""
-    exact = mock.patch.object(torch.backends.cudnn, "deterministic", new=True)
-    with tempfile.TemporaryDirectory() as name, exact:
+    with tempfile.TemporaryDirectory() as name, deterministic():
         short = trained(Path(name) / "short", train={"max_steps": 4}, guard={"policy": "skip"})
         with poisoned({4, 5}):
             whole = trained(Path(name) / "whole", guard={"policy": "skip"})

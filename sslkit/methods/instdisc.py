@@ -18,10 +18,10 @@ from sslkit.methods.method_options import Fitted, MethodOptions, negatives_below
 from sslkit.parts.backbone import Family
 from sslkit.parts.batchnorm import has_batch_norm
 from sslkit.parts.chance_loss import ChanceLoss, softmax_chance_loss
-from sslkit.parts.updates.host_value import HostValue
 from sslkit.parts.losses import inner_products, nce_against_noise, unit_rows
 from sslkit.parts.memory_bank import MemoryBank
 from sslkit.parts.schedules import Progress
+from sslkit.parts.updates.host_value import HostValue
 
 
 class InstDiscOptions(MethodOptions):

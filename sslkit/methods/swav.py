@@ -20,11 +20,11 @@ from sslkit.parts.batch_slices import encode_in_slices, encode_together, local_b
 from sslkit.parts.batchnorm import GroupStatistics, can_divide, has_batch_norm
 from sslkit.parts.chance_loss import ChanceLoss, softmax_chance_loss
 from sslkit.parts.heads import swav_head
-from sslkit.parts.updates.host_value import HostValue
 from sslkit.parts.losses import inner_products, sinkhorn_codes, swapped_prediction, unit_rows
 from sslkit.parts.multicrop import encode_by_size
 from sslkit.parts.queue import KeyQueue
 from sslkit.parts.schedules import Progress
+from sslkit.parts.updates.host_value import HostValue
 
 ASSIGNMENT_CROPS = 2
 
