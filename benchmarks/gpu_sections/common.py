@@ -1,9 +1,11 @@
 """What the sections share: the plan, recipes, and a training state on the device."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,13 +76,9 @@ def small_recipe(name: str, **tables: dict[str, Any]) -> Recipe:
     return build_recipe(base, name="small recipe")
 
 
-def paper_recipe(plan: Plan, name: str, batch: int, *stated: str) -> Recipe:
-    """A shipped recipe with another batch; at toy size a tiny backbone."""
-    words = [
-        f"data.path={DATA['path']}",
-        f"data.split={DATA['split']}",
-        f"train.batch_size={16 if plan.toy else batch}",
-    ]
+def paper_recipe(plan: Plan, name: str, batch: int, *stated: str, folder: Path | None = None) -> Recipe:
+    """A shipped recipe with another batch, on a folder's images or the bundled ones; at toy size a tiny backbone."""
+    words = [f"data.path={folder or DATA['path']}", f"train.batch_size={16 if plan.toy else batch}"]
     words += ["data.workers=0", "monitor.diagnose_every=0", *stated]
     if plan.toy:
         tiny = "test_vit" if "vit" in name else "test_resnet"
@@ -129,6 +127,12 @@ def largest_difference(one: Tensor, other: Tensor) -> float:
     """The largest difference relative to the largest value."""
     one, other = one.detach().double().cpu(), other.detach().double().cpu()
     return float((one - other).abs().max() / one.abs().max().clamp_min(1e-12))
+
+
+def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Norm of the difference of all tensors over the norm of all."""
+    squares = [(each.double().cpu() - other[name].double().cpu()).square().sum().item() for name, each in one.items()]
+    return math.sqrt(sum(squares) / sum(each.double().square().sum().item() for each in one.values()))
 
 
 def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> Sequence[str]:

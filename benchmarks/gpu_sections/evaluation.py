@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -45,8 +46,7 @@ def search_rows(plan: Plan, what: str, bank: Tensor, asked: Tensor) -> list[Row]
 
 def faiss_rows(what: str, bank: Tensor, asked: Tensor, on_cpu: float) -> list[Row]:
     """faiss's flat index on the GPU, if it was built for GPUs."""
-    import faiss
-
+    faiss = import_module("faiss")
     if not hasattr(faiss, "StandardGpuResources"):
         return []
     index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), bank.shape[1])

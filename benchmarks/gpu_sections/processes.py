@@ -16,7 +16,7 @@ import sys
 sys.path.insert(0, {benchmarks!r})
 import sslkit
 from gpu_sections.common import small_recipe
-tables = {{"train": {{"max_steps": 3}}, "backbone": {{"name": "test_vit"}}, "views": {{"policy": "small_gray", "size": 32}}}}
+tables = {{"train": {{"max_steps": 3}}, "backbone": {{"name": "test_vit"}}}}
 sslkit.train(small_recipe("moco_v2", **tables), {folder!r})
 """
 

@@ -67,7 +67,7 @@ def measure(plan: Plan, state: Any, guard: Any) -> Row:
 
 
 def bare_passes(state: Any, views: list[Tensor]) -> Callable[[], None]:
-    """Forward and backward of student and heads, and forward of the teacher, without BN groups: what must be paid."""
+    """Forward and backward of the student's backbone and forward of the teacher's, without BN groups."""
     method, accelerator = copy.deepcopy(state.method), state.accelerator
     method.bn_groups = 1
     student_views = len(method.student([view[:2] for view in views]))

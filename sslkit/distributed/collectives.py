@@ -4,7 +4,7 @@ Every process holds the same number of rows B. The global batch is the N = B * w
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -154,9 +154,7 @@ def broadcast_buffers(module: nn.Module) -> None:
     """Copy the first process's buffers to all: the running statistics that evaluation and export use."""
     if world_size() == 1:
         return
-    buffers = list(module.buffers())
-    for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
-        alike = [buffer for buffer in buffers if buffer.dtype == dtype]
+    for alike in tensors_by_dtype(module.buffers()):
         flat = torch.cat([buffer.flatten() for buffer in alike])
         dist.broadcast(flat, src=0)
         _scatter(flat, alike)
@@ -183,6 +181,14 @@ def average_tensors(tensors: list[Tensor]) -> None:
     _scatter(flat, tensors)
 
 
+def tensors_by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Lists of tensors of one dtype each, which PyTorch handles in one operator."""
+    found: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.dtype, []).append(tensor)
+    return list(found.values())
+
+
 def _scatter(flat: Tensor, tensors: list[Tensor]) -> None:
     """Copy the parts of ``flat`` to the tensors that it was put together from."""
     parts = flat.split([tensor.numel() for tensor in tensors])
@@ -191,9 +197,8 @@ def _scatter(flat: Tensor, tensors: list[Tensor]) -> None:
 
 def average_gradients(module: nn.Module) -> None:
     """Average the gradients of ``module`` over processes, in one all-reduce for each dtype."""
-    grads = [param.grad for param in module.parameters() if param.grad is not None]
-    for dtype in dict.fromkeys(grad.dtype for grad in grads):
-        average_tensors([grad for grad in grads if grad.dtype == dtype])
+    for grads in tensors_by_dtype(param.grad for param in module.parameters() if param.grad is not None):
+        average_tensors(grads)
 
 
 def _all_reduced(

@@ -19,11 +19,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sslkit.distributed.collectives import average_gradients, exchange_rows
+from sslkit.distributed.collectives import average_gradients, exchange_rows, tensors_by_dtype
 from sslkit.methods import BatchInfo, Method, Progress, Step, Views
 from sslkit.methods.base import Permutation, Prepare
 from sslkit.parts.backbone import recomputes
-from sslkit.parts.batch_slices import local_bn_groups, shuffle_views, slice_views
+from sslkit.parts.batch_slices import shuffle_views, slice_views
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,11 @@ def whole_batch_step(accelerator: Accelerator, wrapped: nn.Module, batch: Global
 @contextmanager
 def restored_buffers(module: nn.Module) -> Iterator[None]:
     """Restore running statistics afterwards: they have seen this batch once already."""
-    before = [buffer.clone() for buffer in module.buffers()]
+    kept = tensors_by_dtype(module.buffers())
+    before = [[buffer.clone() for buffer in alike] for alike in kept]
     yield
-    for buffer, value in zip(module.buffers(), before, strict=True):
-        buffer.copy_(value)
+    for buffers, values in zip(kept, before, strict=True):
+        torch._foreach_copy_(buffers, values)
 
 
 def sliced_step(
@@ -63,7 +64,7 @@ def sliced_step(
     ``method`` is not wrapped: its gradients are averaged once, at the end. ``seed_slice`` seeds the random draws of a
     slice; it is called twice for each.
     """
-    slices = max(len(batch.info.sample_ids) // micro_batch, local_bn_groups(method.bn_groups))
+    slices = method.slices_of(len(batch.info.sample_ids), micro_batch)
     views, permutation, prepare = batch.views, batch.permutation, batch.prepare
     with torch.no_grad(), accelerator.autocast():
         encoded = method.student_in_slices(views, slices, permutation, prepare, seed_slice)

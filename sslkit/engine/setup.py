@@ -15,7 +15,7 @@ from sslkit.data.sources.image_source import ImageSource
 from sslkit.distributed.sharding import shard
 from sslkit.engine.accelerator import processes_here, workers_of
 from sslkit.engine.checkpoint.format import Checkpoint, restore
-from sslkit.engine.optim import make_optimizer
+from sslkit.engine.optim import make_optimizer, supports_found_inf
 from sslkit.engine.runtime.compilation import compile_encoders
 from sslkit.engine.runtime.precision import chosen_precision
 from sslkit.engine.state import RecoveryState, TrainingState
@@ -93,8 +93,8 @@ def lag_of(recipe: Recipe, device: torch.device, optimizer: Optimizer) -> int:
 
     Sharded parameters are updated on the host's word.
     """
-    gated = getattr(optimizer, "_step_supports_amp_scaling", False)  # as PyTorch's fused optimizers say
-    return LAG if device.type == "cuda" and gated and not recipe.train.shard else 0
+    gated = supports_found_inf(optimizer) and not recipe.train.shard
+    return LAG if device.type == "cuda" and gated else 0
 
 
 def build_method(recipe: Recipe, num_samples: int = 0) -> Method:

@@ -121,8 +121,7 @@ def finish_step(state: TrainingState, guard: Guard, started: StepInFlight) -> St
         guard.accept(loss)
         if not state.lag:
             state.optimizer.step()
-            skipped = scaler is not None and state.optimizer.step_was_skipped
-            started.updated = {} if skipped else state.method.after_update(state.progress)
+            started.updated = {} if overflow else state.method.after_update(state.progress)
     return StepResult(
         started.step,
         started.batch,

@@ -6,12 +6,12 @@ itself, so that nobody waits for its numbers; the host comes to the same decisio
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from sslkit.distributed.collectives import upload
+from sslkit.distributed.collectives import tensors_by_dtype, upload
 from sslkit.engine.state import LOSS_WINDOW, RecoveryState
 from sslkit.errors import RunError
 from sslkit.parts.memory_bank import MemoryBank
@@ -46,7 +46,7 @@ class Guard:
         self.config, self.recovery = config, recovery
         # A run that stops at a bad step need not restore anything.
         restores = config.policy == "skip" or (lag and scaled)
-        self.statistics = _by_dtype(_small_buffers(module)) if restores else []
+        self.statistics = tensors_by_dtype(_small_buffers(module)) if restores else []
         self._before: list[list[list[Tensor]]] = [[] for _ in range(lag + 1)]  # of the latest steps
         self._verdicts: DeviceVerdicts | None = None
 
@@ -165,10 +165,3 @@ def _small_buffers(module: nn.Module) -> Iterator[Tensor]:
         for name, buffer in child.named_buffers(recurse=False):
             if not (isinstance(child, KeyQueue | MemoryBank) and name in ("keys", "rows")):
                 yield buffer
-
-
-def _by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    found: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        found.setdefault(tensor.dtype, []).append(tensor)
-    return list(found.values())
