@@ -84,6 +84,7 @@ class Counts:
     waits: Counter[str] = field(default_factory=Counter)
     uploads: int = 0
     collectives: Counter[str] = field(default_factory=Counter)
+    sent: float = 0.0  # bytes that this process sends in the collectives
 
     @property
     def syncs(self) -> int:
@@ -103,6 +104,7 @@ class Counting(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.namespace == "c10d" or func.namespace == "_c10d_functional":
             self.counts.collectives[f"{name} at {site()}"] += 1
+            self.counts.sent += bytes_sent(name, args)
         on_gpu = any(each.is_cuda for each in tensors_in((args, kwargs)))
         if name == "_local_scalar_dense" and on_gpu:
             self.counts.waits[f"{name} at {site()}"] += 1
@@ -158,6 +160,16 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(each)
     elif isinstance(value, dict):
         yield from tensors_in(list(value.values()))
+
+
+def bytes_sent(name: str, args: Any) -> float:
+    """Bytes that a process sends in a collective: an all-reduce and an all-gather as rings, an exchange directly."""
+    world = dist.get_world_size()
+    given = args[0] if name.startswith(("allreduce", "broadcast")) else args[1]
+    size = sum(each.numel() * each.element_size() for each in tensors_in(given))
+    if name.startswith("allreduce"):
+        return 2 * (world - 1) / world * size
+    return float((world - 1) * size) if "gather" in name else (world - 1) / world * size
 
 
 def is_view(func: Any, name: str) -> bool:

@@ -19,6 +19,7 @@ from sslkit.command_line import free_folder, same_command
 from sslkit.data.sources.image_source import DataConfig, open_source
 from sslkit.distributed.collectives import processes_started
 from sslkit.doctor.image_checks import ImageSummary
+from sslkit.engine.run_folder.resume import keep_earlier_defaults
 from sslkit.engine.setup import build_method
 from sslkit.engine.trainer import train
 from sslkit.errors import UserError
@@ -154,7 +155,7 @@ def _saved_recipe(folder: Path, make: Callable[[int, Wishes], Recipe], wishes: W
         return None
     saved = load_saved(file)
     size, epochs = wishes.size or saved.views.size, wishes.epochs or saved.train.epochs
-    asked = make(size, replace(wishes, epochs=epochs))
+    asked, _ = keep_earlier_defaults(file.parent, make(size, replace(wishes, epochs=epochs)))
     if changed := changes(saved.as_tables(), asked.as_tables()):
         raise UserError(
             f"--output {folder}: holds an adaptation with other settings ({'; '.join(changed[:MAX_LISTED])}); "

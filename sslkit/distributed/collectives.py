@@ -195,6 +195,26 @@ def _scatter(flat: Tensor, tensors: list[Tensor]) -> None:
     torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
+_DUE: list[Tensor] = []
+
+
+def average_later(tensors: list[Tensor]) -> None:
+    """Let the next `mean_with_due` average these tensors in place, which saves a collective."""
+    _DUE.extend(tensors)
+
+
+@torch.no_grad()
+def mean_with_due(values: Tensor) -> Tensor:
+    """Mean of a tensor (n,) over processes, in one all-reduce with what `average_later` was given."""
+    due = [values, *_DUE]
+    _DUE.clear()
+    flat = torch.cat([each.detach().flatten() for each in due])
+    total = sum_over_processes(flat) / world_size()
+    if len(due) > 1:
+        _scatter(total[len(values) :], due[1:])
+    return total[: len(values)]
+
+
 def average_gradients(module: nn.Module) -> None:
     """Average the gradients of ``module`` over processes, in one all-reduce for each dtype."""
     for grads in tensors_by_dtype(param.grad for param in module.parameters() if param.grad is not None):

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from sslkit.data.augment.gpu import finish_on
 from sslkit.data.batch import Batch
-from sslkit.distributed.collectives import mean_over_processes, upload
+from sslkit.distributed.collectives import mean_with_due, upload
 from sslkit.distributed.sharding import full_tensor
 from sslkit.engine.gradient_cache import GlobalBatch, sliced_step, whole_batch_step
-from sslkit.engine.logging.step_numbers import StepNumbers
 from sslkit.engine.optim import learning_rate, set_learning_rate, set_weight_decay, weight_decay
 from sslkit.engine.resilience.guard import Guard
+from sslkit.engine.runtime.step_numbers import StepNumbers
 from sslkit.engine.state import TrainingState
 from sslkit.methods import BatchInfo, Step
 from sslkit.parts.updates.update_gate import gated
@@ -190,7 +190,7 @@ def average_numbers(loss: Tensor, metrics: Mapping[str, Tensor], flags: Sequence
     raised = upload(torch.tensor([float(flag) for flag in flags], dtype=loss.dtype), loss.device)
     values = torch.cat([torch.stack([loss.detach(), *(each.detach().to(loss) for each in metrics.values())]), raised])
     names = ["loss", *(f"metric {name}" for name in metrics), *(f"flag {index}" for index in range(len(flags)))]
-    return dict(zip(names, mean_over_processes(values).unbind(), strict=True))
+    return dict(zip(names, mean_with_due(values).unbind(), strict=True))
 
 
 def loss_scale(state: TrainingState) -> dict[str, Tensor]:

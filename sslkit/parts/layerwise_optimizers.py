@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from sslkit.distributed.collectives import sum_over_processes
+from sslkit.distributed.collectives import sum_over_processes, upload
 from sslkit.distributed.sharding import local_shard
 
 ROW = 1024  # elements in a row of packed gradients; the last row of a layer is padded
@@ -84,7 +84,7 @@ class _LayerwiseOptimizer(Optimizer):
         counts = tuple(-(-grad.numel() // ROW) for grad in grads)
         key = (grads[0].device, counts)
         if key not in self._layers_of_rows:
-            self._layers_of_rows[key] = torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(key[0])
+            self._layers_of_rows[key] = upload(torch.from_numpy(np.repeat(np.arange(len(counts)), counts)), key[0])
         matrix = grads[0].new_empty((sum(counts), ROW))
         starts = accumulate(counts[:-1], initial=0)
         buffers = [self._momentum_buffer(param) for param in params]

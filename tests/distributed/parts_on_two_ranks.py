@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sslkit.distributed import collectives
-from sslkit.distributed.collectives import exchange_rows, gather_rows, mean_over_processes, rank, sum_with_gradient
+from sslkit.distributed.collectives import (
+    average_later,
+    exchange_rows,
+    gather_rows,
+    mean_over_processes,
+    mean_with_due,
+    rank,
+    sum_with_gradient,
+)
 from sslkit.distributed.sharding import shard
 from sslkit.engine.gradient_cache import GlobalBatch, sliced_step, whole_batch_step
 from sslkit.engine.setup import build_method
@@ -77,6 +85,17 @@ def summing() -> float:
     assert values.grad is not None
     assert expected.grad is not None
     return difference(values.grad, 2 * mine(expected.grad))
+
+
+def averaging() -> float:
+    """What waits for the next mean is averaged with it, once."""
+    values, waiting = whole(N, 3, seed=4), [whole(N, 2, 5, seed=5), whole(N, seed=6)]
+    own = [mine(each).sum(dim=0) for each in waiting]
+    average_later(own)
+    means = [mean_with_due(mine(values).sum(dim=0)), *own]
+    expected = [each.sum(dim=0) / 2 for each in (values, *waiting)]
+    again = [mean_with_due(mine(values).sum(dim=0)), *own]
+    return max(difference(mean, each) for found in (means, again) for mean, each in zip(found, expected, strict=True))
 
 
 def batch_norm() -> float:
@@ -310,7 +329,7 @@ def alone() -> Iterator[None]:
 def main() -> None:
     dist.init_process_group("gloo")
     accelerator()
-    parts = (gathering, exchanging, summing, batch_norm, running_statistics, in_batch_loss, encoder_in_parts)
+    parts = (gathering, exchanging, summing, averaging, batch_norm, running_statistics, in_batch_loss, encoder_in_parts)
     checks: dict[str, Callable[[], float]] = {part.__name__: part for part in parts}
     checks |= {name: functools.partial(method_trains_alike, *training) for name, training in TRAININGS.items()}
     on_gpus = {f"{name} on GPUs": functools.partial(method_trains_alike, *TRAININGS[name], GPU) for name in ON_GPUS}

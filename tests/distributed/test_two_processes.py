@@ -16,7 +16,16 @@ from sslkit.files.jsonl_reader import read_lines
 
 HERE = Path(__file__).parent
 CHECKS = (
-    *("gathering", "exchanging", "summing", "batch_norm", "running_statistics", "in_batch_loss", "encoder_in_parts"),
+    *(
+        "gathering",
+        "exchanging",
+        "summing",
+        "averaging",
+        "batch_norm",
+        "running_statistics",
+        "in_batch_loss",
+        "encoder_in_parts",
+    ),
     *("v1_resnet", "v2_resnet", "v2_vit", "v2_symmetric", "v3_resnet", "v3_vit"),
     *("simclr_resnet", "simclr_vit", "byol_resnet", "swav_resnet", "instdisc_vit", "softmax_vit"),
     *("v2_of_four_groups", "swav_of_four_groups"),

@@ -64,7 +64,8 @@ def test_launches_stay_near_those_of_the_bare_passes(fake: Any, name: str) -> No
     """Whole, without views of the device's own, in bf16, with as many BN groups as the papers have GPUs."""
     recipe = recipe_of(name, 0, "cpu", "bf16")
     step, bare = fake.count_step(recipe), fake.count_passes(recipe)
-    assert bare.launches < step.launches <= 1.5 * bare.launches + LOOP
+    assert bare.launches > 100
+    assert step.launches <= 1.5 * bare.launches + LOOP
 
 
 @pytest.mark.full

@@ -21,11 +21,12 @@ def collected_between_steps() -> Iterator[None]:
     was_on, frozen = gc.isenabled(), gc.get_freeze_count()
     gc.collect()
     gc.disable()
-    gc.freeze()
+    if not frozen:  # the command line freezes what it imports
+        gc.freeze()
     try:
         yield
     finally:
-        if not frozen:  # the command line freezes what it imports
+        if not frozen:
             gc.unfreeze()
         if was_on:
             gc.enable()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sslkit.distributed.collectives import average_tensors, world_size
+from sslkit.distributed.collectives import average_later, average_tensors, world_size
 from sslkit.parts.batchnorm.device_norm import add_batches, device_norms
 from sslkit.parts.batchnorm.global_norm import GlobalBatchNorm
 
@@ -85,7 +85,9 @@ class GroupStatistics:
             torch._foreach_div_(self.sums, self.slices)
             torch._foreach_copy_(self.statistics, self.sums)
         if self.average:
-            average_tensors(self.statistics)
+            # On a GPU the average travels with the step's loss; on a CPU it keeps the order of its sums.
+            on_cpu = self.statistics[0].device.type == "cpu"
+            (average_tensors if on_cpu else average_later)(self.statistics)
 
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:
