@@ -1,4 +1,4 @@
-"""Cost of a training step relative to the bare backbone passes, and in other implementations.
+"""Cost of a step of the training loop relative to the bare backbone passes, and in other implementations.
 
     python benchmarks/training_step.py [--methods moco_v2 moco_v3] [--backbone resnet18] [--size 64] [--batch 64]
     python benchmarks/training_step.py --all        # every method compared with the bare passes
@@ -14,22 +14,24 @@ import argparse
 import copy
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import timm
 import torch
-from accelerate import Accelerator
 from side_by_side import in_turn, machine, ratios, table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from sslkit.engine.gradient_cache import GlobalBatch, sliced_step, whole_batch_step
-from sslkit.engine.optim import make_optimizer
-from sslkit.engine.setup import build_method
-from sslkit.engine.step import shuffle_order
-from sslkit.methods import METHODS, BatchInfo, Progress
+from sslkit.data.batch import Batch
+from sslkit.data.sources.image_source import open_source
+from sslkit.engine.accelerator import make_accelerator
+from sslkit.engine.setup import build_method, set_up_training
+from sslkit.engine.step import guard_of
+from sslkit.engine.steps_in_flight import StepsInFlight
+from sslkit.methods import METHODS
 from sslkit.profiling.stage_timer import synchronize
 from sslkit.recipe.resolve import Recipe, build_recipe
 
@@ -41,38 +43,36 @@ SLICES = 4
 Step = Callable[[], object]
 
 
-def recipe_of(method: str, backbone: str, size: int, batch: int) -> Recipe:
+def recipe_of(method: str, backbone: str, size: int, batch: int, *, bf16: bool = False) -> Recipe:
     """The paper's recipe at this size, with one BatchNorm group, so that all implementations make the same calls."""
     options = {"bn_groups": 1} if "bn_groups" in METHODS[method].Options.model_fields else {}
     return build_recipe(
         {
             "method": {"name": method, **options},
             "backbone": {"name": backbone},
-            "data": {"path": "builtin:fashion_mnist"},
+            "data": {"path": "builtin:fashion_mnist", "workers": 0},  # as many threads as the others have
             "views": {"size": size, "small_crops": 0},
-            "train": {"batch_size": batch},
+            "train": {"batch_size": batch, "precision": "bf16" if bf16 else "no"},
         }
     )
 
 
 def sslkit_step(recipe: Recipe, views: list[Tensor], slices: int = 1) -> Step:
-    """One training step of the engine, without data loading; exact, also in slices."""
-    accelerator = Accelerator(cpu=views[0].device.type == "cpu")
-    torch.manual_seed(0)
-    method = build_method(recipe, NUM_SAMPLES).to(views[0].device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(recipe, method)
-    ids = torch.arange(len(views[0]), device=views[0].device)
+    """A step of the training loop on pixels: it normalises, reduces loss and flags, and judges the gradient's norm."""
+    device = views[0].device
+    if slices > 1:
+        recipe = replace(recipe, train=recipe.train.model_copy(update={"micro_batch": len(views[0]) // slices}))
+    accelerator = make_accelerator(recipe)
+    state = set_up_training(recipe, open_source(recipe.data).without_labels(), accelerator)
+    state.method.train()
+    shape = (len(views[0]), *views[0].shape[2:], 3)
+    pixels = [torch.randint(256, shape, dtype=torch.uint8, device=device) for _ in views]
+    batch = Batch(pixels, torch.arange(len(views[0]), device=device))
+    steps = StepsInFlight(state, guard_of(state), lambda _batch: (False, False, False), lambda _result: None)
 
     def step() -> None:
-        permutation = shuffle_order(recipe, 0) if method.shuffle_keys else None
-        batch = GlobalBatch(views, BatchInfo(ids), Progress(0, 1), permutation, lambda view: view)
-        if slices == 1:
-            whole_batch_step(accelerator, method, batch)
-        else:
-            sliced_step(accelerator, method, batch, len(ids) // slices, lambda _index: None)
-        optimizer.step()
-        optimizer.zero_grad()
-        method.after_update(Progress(1, 10))
+        steps.start(batch)
+        steps.finish(all_steps=False)
 
     return step
 
@@ -251,7 +251,9 @@ def main() -> None:
     rows = []
     for method in METHODS if words.all else words.methods:
         backbone, size, batch = SIZES.get(method, ("resnet18", 64, 64))
-        recipe = recipe_of(method, words.backbone or backbone, words.size or size, words.batch or batch)
+        recipe = recipe_of(
+            method, words.backbone or backbone, words.size or size, words.batch or batch, bf16=words.bf16
+        )
         rows += measure(method, recipe, words)
     print(table(["what", "step of", "times the bare passes", "lower quartile", "upper quartile"], rows))
 
