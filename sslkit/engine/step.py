@@ -114,8 +114,9 @@ def finish_step(state: TrainingState, guard: Guard, started: StepInFlight) -> St
     problem = guard.problem(loss, grad_norm if scaler is None else None)  # a scaler expects some overflows
     overflow = scaler is not None and not math.isfinite(grad_norm)
     skipped = bool(problem) or overflow
-    if problem or (overflow and state.lag):
+    if skipped:
         guard.restore(started.step)
+    if problem or (overflow and state.lag):  # else the optimizer deals with the overflow
         restore_loss_scale(state, numbers.own.get("scale"), overflow=overflow)
     if not problem:
         guard.accept(loss)

@@ -3,9 +3,12 @@
 GPUs are read late. Here a CPU is made to behave like one: PyTorch's fused optimizers heed ``found_inf`` on CPUs too.
 """
 
+import json
 import math
 import random
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,14 @@ from launching import tensors
 from safetensors.torch import load_file
 
 import sslkit
-from sslkit.engine import setup
+from sslkit.engine import setup, trainer
 from sslkit.engine.replay import replay_step
 from sslkit.engine.resilience.guard import BadStepError, DeviceVerdicts, Guard
 from sslkit.engine.state import LOSS_WINDOW, RecoveryState
 from sslkit.methods import METHODS, BatchInfo, Progress
 from sslkit.methods.base import Step
 from sslkit.parts.updates.update_gate import gated
+from sslkit.recipe.resolve import Recipe
 from sslkit.recipe.schema import GuardConfig
 
 SPEED = ("images_per_second", "data_wait")
@@ -30,7 +34,13 @@ SGD = {"name": "sgd", "lr": 0.05, "lr_rule": "none", "weight_decay": 1e-4}
 
 
 def run_with(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, lag: int, bad: frozenset[int] = frozenset(), **tables: Any
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    name: str,
+    lag: int,
+    bad: frozenset[int] = frozenset(),
+    factor: float = math.nan,
+    **tables: Any,
 ) -> Any:
     """Train for 7 steps, of which those in ``bad`` (from 0) have a loss that is not a number."""
     build = setup.build_method
@@ -41,7 +51,7 @@ def run_with(
 
         def poisoned(student: Any, teacher: Any, batch: BatchInfo, progress: Progress) -> Step:
             step: Step = objective(student, teacher, batch, progress)
-            step.loss = step.loss * (math.nan if progress.updates in bad else 1.0)
+            step.loss = step.loss * (factor if progress.updates in bad else 1.0)
             return step
 
         def after_update(progress: Progress) -> dict[str, float]:
@@ -128,6 +138,35 @@ def test_a_late_loop_goes_back_after_too_many_bad_steps(tmp_path: Path, monkeypa
         with pytest.raises(BadStepError, match=r"step 5: the loss is nan; consecutive bad steps: 2.*rewound 1 time"):
             run_with(monkeypatch, tmp_path / str(lag), "simclr", lag, frozenset({4, 5}), **tables)
     assert_equal_runs(tmp_path / "0", tmp_path / "2", step=4)
+
+
+def scaled(make: Callable[[Recipe], Any], recipe: Recipe) -> Any:
+    """An accelerator with the gradient scaler of fp16, which Accelerate has on GPUs only."""
+    accelerator = make(recipe)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(accelerator._optimizers[-1].optimizer)
+    return accelerator
+
+
+def test_an_overflow_under_a_scaler_is_skipped_late_as_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step 3 overflows: nothing is updated, the scale halves, and the logged norm is that of the unscaled gradient."""
+    monkeypatch.setattr(trainer, "make_accelerator", partial(scaled, trainer.make_accelerator))
+    runs = [
+        run_with(monkeypatch, tmp_path / str(lag), "simclr", lag, frozenset({3}), factor=1e37, guard={"policy": "skip"})
+        for lag in (0, 2)
+    ]
+    assert_equal_runs(tmp_path / "0", tmp_path / "2")
+    rows = [run.metrics() for run in runs]
+    assert [row["step"] for row in rows[1] if "skipped" in row] == [4]
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+    saved = [json.loads((tmp_path / f"{lag}/checkpoints/step-00000007/state.json").read_text()) for lag in (0, 2)]
+    assert saved[1]["scaler"] == saved[0]["scaler"]
+    assert saved[1]["scaler"]["scale"] == 2048.0  # doubled after three steps, halved, doubled after three more
+
+    monkeypatch.undo()
+    plain = run_with(monkeypatch, tmp_path / "plain", "simclr", 0)
+    norms = [[row["grad_norm"] for row in rows[1][:3]], [row["grad_norm"] for row in plain.metrics()[:3]]]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 def test_device_and_host_decide_alike() -> None:

@@ -44,8 +44,8 @@ class Guard:
         self, config: GuardConfig, recovery: RecoveryState, module: nn.Module, *, lag: int = 0, scaled: bool = False
     ) -> None:
         self.config, self.recovery = config, recovery
-        # A run that stops at a bad step need not restore anything.
-        restores = config.policy == "skip" or (lag and scaled)
+        # A run that stops at a bad step need not restore anything; one with a scaler goes on after an overflow.
+        restores = config.policy == "skip" or scaled
         self.statistics = tensors_by_dtype(_small_buffers(module)) if restores else []
         self._before: list[list[list[Tensor]]] = [[] for _ in range(lag + 1)]  # of the latest steps
         self._verdicts: DeviceVerdicts | None = None
