@@ -2,16 +2,21 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from gpu_sections.common import Plan, Row, wait
+from gpu_sections.common import Plan, Row, largest_difference, wait
+from sslkit.evaluate.features.devices import feature_precision
 from sslkit.evaluate.probes.exact_search import nearest
+from sslkit.evaluate.probes.linear import fit_logistic
 
 K = 20
 
@@ -23,7 +28,7 @@ def run(plan: Plan) -> list[Row]:
     bank = normalize(torch.randn(rows, width, generator=generator))
     asked = normalize(torch.randn(queries, width, generator=generator))
     what = f"kNN, {queries} queries of {rows} x {width}"
-    return [*search_rows(plan, what, bank, asked)]
+    return [*search_rows(plan, what, bank, asked), *feature_rows(plan), *logistic_rows(plan, bank, generator)]
 
 
 def search_rows(plan: Plan, what: str, bank: Tensor, asked: Tensor) -> list[Row]:
@@ -41,6 +46,37 @@ def search_rows(plan: Plan, what: str, bank: Tensor, asked: Tensor) -> list[Row]
         rows[-1] |= {"same neighbours": same, "right": same > 0.999}
         if find_spec("faiss"):
             rows += faiss_rows(what, bank, asked, on_cpu)
+    return rows
+
+
+def feature_rows(plan: Plan) -> list[Row]:
+    """Features of pixels that are on the device, in float32 and as an evaluation extracts them."""
+    count, batch, name = (64, 32, "test_resnet") if plan.toy else (4096, 256, "resnet50")
+    module = timm.create_model(name, num_classes=0).eval().to(plan.device, memory_format=torch.channels_last)
+    pixels = torch.rand(batch, 3, 224, 224, device=plan.device).to(memory_format=torch.channels_last)
+    rows: list[Row] = []
+    found = {}
+    for kind, precision in (("float32", nullcontext()), ("as in an evaluation", feature_precision(plan.device))):
+        with torch.no_grad(), precision:
+            module(pixels)
+            found[kind], spent = seconds(plan.device, lambda: [module(pixels) for _ in range(count // batch)][-1])
+        rows.append({"what": f"{name}, features of {count} images", "with": kind, "seconds": spent})
+    rows[1]["times faster"] = rows[0]["seconds"] / rows[1]["seconds"]
+    rows[1]["right"] = largest_difference(*found.values()) < 0.05
+    return rows
+
+
+def logistic_rows(plan: Plan, bank: Tensor, generator: torch.Generator) -> list[Row]:
+    """A logistic regression on a part of the bank, with classes that are the nearest of random directions."""
+    features = bank[: len(bank) // 20]
+    directions = torch.randn(features.shape[1], 10 if plan.toy else 100, generator=generator)
+    labels = (features @ directions).argmax(dim=1)
+    rows: list[Row] = []
+    for device in dict.fromkeys((torch.device("cpu"), plan.device)):
+        there = features.to(device), labels.to(device)
+        _, spent = seconds(device, partial(fit_logistic, *there, directions.shape[1], 1.0))
+        rows.append({"what": f"logistic regression, {len(features)} rows", "with": device.type, "seconds": spent})
+        rows[-1]["times faster"] = rows[0]["seconds"] / spent
     return rows
 
 
