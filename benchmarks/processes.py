@@ -25,8 +25,8 @@ from side_by_side import machine, table
 from sslkit.data.sources.image_source import open_source
 from sslkit.distributed.collectives import world_size
 from sslkit.engine.accelerator import make_accelerator
-from sslkit.engine.resilience.guard import Guard
 from sslkit.engine.setup import make_train_loader, set_up_training
+from sslkit.engine.steps_in_flight import steps_to_measure
 from sslkit.profiling.stage_timer import StageTimer
 from sslkit.profiling.step_profile import CPU, step
 from sslkit.recipe.resolve import Recipe, build_recipe
@@ -89,14 +89,14 @@ def work(words: argparse.Namespace) -> None:
     accelerator = make_accelerator(recipe)
     training = set_up_training(recipe, open_source(recipe.data), accelerator)
     method = training.method.train()
-    guard = Guard(recipe.guard, training.recovery, method)
+    steps = steps_to_measure(training)
     batches, timer = iter(make_train_loader(training, WARM_UP + STEPS)), StageTimer(CPU)
     for _ in range(WARM_UP):
-        step(training, next(batches), guard, timer)
+        step(training, next(batches), steps, timer)
     accelerator.wait_for_everyone()
     before, started = sent_by_loopback(), time.perf_counter()
     for _ in range(STEPS):
-        step(training, next(batches), guard, timer)
+        step(training, next(batches), steps, timer)
     accelerator.wait_for_everyone()
     seconds = time.perf_counter() - started
     found = {

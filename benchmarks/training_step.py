@@ -29,8 +29,7 @@ from sslkit.data.batch import Batch
 from sslkit.data.sources.image_source import open_source
 from sslkit.engine.accelerator import make_accelerator
 from sslkit.engine.setup import build_method, set_up_training
-from sslkit.engine.step import guard_of
-from sslkit.engine.steps_in_flight import StepsInFlight
+from sslkit.engine.steps_in_flight import steps_to_measure
 from sslkit.methods import METHODS
 from sslkit.profiling.stage_timer import synchronize
 from sslkit.recipe.resolve import Recipe, build_recipe
@@ -68,7 +67,7 @@ def sslkit_step(recipe: Recipe, views: list[Tensor], slices: int = 1) -> Step:
     shape = (len(views[0]), *views[0].shape[2:], 3)
     pixels = [torch.randint(256, shape, dtype=torch.uint8, device=device) for _ in views]
     batch = Batch(pixels, torch.arange(len(views[0]), device=device))
-    steps = StepsInFlight(state, guard_of(state), lambda _batch: (False, False, False), lambda _result: None)
+    steps = steps_to_measure(state)
 
     def step() -> None:
         steps.start(batch)

@@ -20,7 +20,6 @@ from sslkit.engine.runtime.precision import restored_backends
 from sslkit.engine.setup import set_up_training
 from sslkit.engine.state import TrainingState
 from sslkit.engine.step import guard_of
-from sslkit.engine.steps_in_flight import StepsInFlight
 from sslkit.methods import METHODS
 from sslkit.recipe.resolve import Recipe, build_recipe, load_recipe
 
@@ -110,11 +109,6 @@ def random_batch(state: TrainingState, seed: int = 0) -> Batch:
     ]
     device = state.accelerator.device
     return Batch([view.to(device) for view in views], torch.arange(size, device=device))
-
-
-def steps_of(state: TrainingState, guard: Guard) -> StepsInFlight:
-    """The loop's steps, without a run folder."""
-    return StepsInFlight(state, guard, lambda _batch: (False, False, False), lambda _result: None)
 
 
 def wait(device: torch.device) -> None:

@@ -10,8 +10,9 @@ import cv2
 import numpy as np
 import torch
 
-from gpu_sections.common import Plan, Row, paper_recipe, random_batch, steps_of, training, wait
+from gpu_sections.common import Plan, Row, paper_recipe, random_batch, training, wait
 from sslkit.engine.setup import make_train_loader
+from sslkit.engine.steps_in_flight import steps_to_measure
 
 HEIGHT, WIDTH = 375, 500
 
@@ -48,10 +49,10 @@ def make_images(folder: Path, count: int) -> None:
 def measure(plan: Plan, name: str, folder: Path, stated: list[str]) -> Row:
     """Images a second of the loader, of steps on resident data, and of both together."""
     recipe = paper_recipe(plan, name, 256, *stated, "train.epochs=40", folder=folder)
-    with training(recipe) as (state, guard):
+    with training(recipe) as (state, _):
         batch_size = recipe.train.batch_size
         alone = rate(plan, state, None, batch_size)
-        steps = steps_of(state, guard)
+        steps = steps_to_measure(state)
         resident = random_batch(state)
         for _ in range(5):
             steps.start(resident)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_sections.common import Plan, Row, paper_recipe, random_batch, steps_of, training, wait
+from gpu_sections.common import Plan, Row, paper_recipe, random_batch, training, wait
 from sslkit.engine.cost.gpu_peaks import peak_flops
 from sslkit.engine.cost.step_cost import count_step
 from sslkit.engine.runtime.precision import chosen_precision
+from sslkit.engine.steps_in_flight import steps_to_measure
 
 CASES: tuple[tuple[str, int, list[str]], ...] = (
     ("mocov2_r50", 256, ["train.precision=bf16"]),
@@ -33,15 +34,15 @@ def run(plan: Plan) -> list[Row]:
     rows = []
     for name, batch, stated in cases:
         if plan.seconds_left() > 20:
-            with training(paper_recipe(plan, name, batch, *stated)) as (state, guard):
-                rows.append({"recipe": name, "with": ", ".join(stated), **measure(plan, state, guard)})
+            with training(paper_recipe(plan, name, batch, *stated)) as (state, _):
+                rows.append({"recipe": name, "with": ", ".join(stated), **measure(plan, state)})
     return rows
 
 
-def measure(plan: Plan, state: Any, guard: Any) -> Row:
+def measure(plan: Plan, state: Any) -> Row:
     """Images a second, the time over that of the bare passes, MFU and peak memory."""
     recipe, device = state.recipe, plan.device
-    steps, batch = steps_of(state, guard), random_batch(state)
+    steps, batch = steps_to_measure(state), random_batch(state)
 
     def step() -> None:
         steps.start(batch)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from gpu_sections.common import Plan, Row, paper_recipe, random_batch, steps_of, training, wait
+from gpu_sections.common import Plan, Row, paper_recipe, random_batch, training, wait
+from sslkit.engine.steps_in_flight import steps_to_measure
 
 RECIPES = {"mocov2_r50": 256, "simclr_r50": 256, "mocov3_vitb": 256, "swav_r50": 64, "instdisc_r50": 256}
 STEPS = 4
@@ -20,14 +21,14 @@ def run(plan: Plan) -> list[Row]:
     for name, batch in RECIPES.items():
         if plan.toy and name not in ("mocov2_r50", "mocov3_vitb"):
             continue
-        with training(paper_recipe(plan, name, batch)) as (state, guard):
-            rows += measure(plan, name, state, guard)
+        with training(paper_recipe(plan, name, batch)) as (state, _):
+            rows += measure(plan, name, state)
     return rows
 
 
-def measure(plan: Plan, name: str, state: Any, guard: Any) -> list[Row]:
+def measure(plan: Plan, name: str, state: Any) -> list[Row]:
     """Run steps with PyTorch's warnings about waits on; then under the profiler."""
-    steps, batch = steps_of(state, guard), random_batch(state)
+    steps, batch = steps_to_measure(state), random_batch(state)
     for _ in range(STEPS):
         steps.start(batch)
         steps.finish(all_steps=False)

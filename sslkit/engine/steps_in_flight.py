@@ -15,7 +15,7 @@ from torch import Tensor
 from sslkit.data.batch import Batch
 from sslkit.engine.resilience.guard import Guard
 from sslkit.engine.state import TrainingState
-from sslkit.engine.step import StepInFlight, StepResult, finish_step, start_step
+from sslkit.engine.step import StepInFlight, StepResult, finish_step, guard_of, start_step
 
 
 class StepsInFlight:
@@ -58,3 +58,8 @@ class StepsInFlight:
             self.report(result)
             for batch in later:
                 self.start(batch)
+
+
+def steps_to_measure(state: TrainingState) -> StepsInFlight:
+    """The steps of a run without a run folder: nothing is reported, and no process asks for anything."""
+    return StepsInFlight(state, guard_of(state), lambda _batch: (False, False, False), lambda _result: None)

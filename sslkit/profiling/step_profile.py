@@ -18,12 +18,11 @@ from sslkit.distributed.failures import explain_nccl
 from sslkit.engine.accelerator import make_accelerator, processes_here, workers_of
 from sslkit.engine.cost.device_meter import make_device_meter
 from sslkit.engine.logging.throughput import ThroughputMeter
-from sslkit.engine.resilience.guard import Guard
 from sslkit.engine.resilience.out_of_memory import explain_set_up, explain_step
 from sslkit.engine.runtime.precision import resolve_precision, restored_backends
 from sslkit.engine.setup import make_train_loader, set_up_training, steps_per_epoch
 from sslkit.engine.state import TrainingState
-from sslkit.engine.step import train_step
+from sslkit.engine.steps_in_flight import StepsInFlight, steps_to_measure
 from sslkit.errors import is_out_of_memory
 from sslkit.profiling.image_cost import ImageCosts, image_costs
 from sslkit.profiling.stage_timer import BACKWARD, COLLECTIVES, REST, STAGES, StageTimer, synchronize, timed
@@ -111,14 +110,14 @@ def measure(training: TrainingState, images: ImageCosts, seconds: float) -> Prof
     accelerator, device = training.accelerator, training.accelerator.device
     batch, processes = training.recipe.train.batch_size, accelerator.num_processes
     training.method.train()
-    guard = Guard(training.recipe.guard, training.recovery, training.method)
+    in_flight = steps_to_measure(training)
     meter = ThroughputMeter(batch)
     batches = iter(meter.timed(make_train_loader(training, ENDLESS)))
 
     def steps(count: int, timer: StageTimer) -> float:
         started = time.perf_counter()
         for _ in range(count):
-            step(training, next(batches), guard, timer)
+            step(training, next(batches), in_flight, timer)
         synchronize(device)
         return (time.perf_counter() - started) / count
 
@@ -160,11 +159,12 @@ def measure(training: TrainingState, images: ImageCosts, seconds: float) -> Prof
     )
 
 
-def step(training: TrainingState, batch: Batch, guard: Guard, timer: StageTimer) -> None:
+def step(training: TrainingState, batch: Batch, steps: StepsInFlight, timer: StageTimer) -> None:
     """Make a training step; the schedule starts again after its last step."""
     training.step %= training.recipe.train.epochs * training.steps_per_epoch
     with timer.stage(REST):
-        train_step(training, batch, guard, poll=lambda: (False,))
+        steps.start(batch)
+        steps.finish(all_steps=False)
 
 
 def compare_precisions(backbone: nn.Module, views: Tensor, seconds: float = 2.0) -> float:

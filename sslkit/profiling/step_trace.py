@@ -9,9 +9,9 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as record
 
-from sslkit.engine.resilience.guard import Guard
 from sslkit.engine.setup import make_train_loader
 from sslkit.engine.state import TrainingState
+from sslkit.engine.steps_in_flight import steps_to_measure
 from sslkit.errors import UserError, check_path
 from sslkit.files.atomic import replace_file
 from sslkit.profiling.stage_timer import STAGES, StageTimer, synchronize, timed
@@ -49,10 +49,10 @@ def write_trace(training: TrainingState, file: Path) -> float | None:
         The share of the time in which kernels or copies ran on the GPU; None on CPUs, and on all processes but the
         first.
     """
-    device, guard = training.accelerator.device, Guard(training.recipe.guard, training.recovery, training.method)
+    device, in_flight = training.accelerator.device, steps_to_measure(training)
     batches = iter(make_train_loader(training, ENDLESS))
     for _ in range(UNRECORDED):
-        step(training, next(batches), guard, StageTimer(CPU))
+        step(training, next(batches), in_flight, StageTimer(CPU))
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     synchronize(device)
@@ -61,7 +61,7 @@ def write_trace(training: TrainingState, file: Path) -> float | None:
             with record_function(STEP):
                 with record_function(WAITING):
                     batch = next(batches)
-                step(training, batch, guard, marks)
+                step(training, batch, in_flight, marks)
         synchronize(device)
     if not training.accelerator.is_main_process:
         return None

@@ -17,9 +17,9 @@ import sslkit
 from sslkit.cli import main
 from sslkit.data.sources.image_source import open_source
 from sslkit.engine.accelerator import make_accelerator
-from sslkit.engine.resilience.guard import Guard
 from sslkit.engine.setup import make_train_loader, set_up_training
 from sslkit.engine.state import TrainingState
+from sslkit.engine.steps_in_flight import steps_to_measure
 from sslkit.errors import UserError
 from sslkit.profiling import Profile, changes_that_help, check_trace, profile
 from sslkit.profiling import stage_timer as timer_module
@@ -50,9 +50,9 @@ def test_its_steps_are_those_of_a_run(name: str, model: str, micro_batch: int, t
     saved = load_file(run.folder / f"checkpoints/step-{STEPS:08d}/model.safetensors")
     training = training_of(recipe)
     with timed(training, StageTimer(CPU)):
-        guard = Guard(recipe.guard, training.recovery, training.method)
+        steps = steps_to_measure(training)
         for batch in make_train_loader(training, STEPS):
-            step(training, batch, guard, StageTimer(CPU))
+            step(training, batch, steps, StageTimer(CPU))
     own = training.method.state_dict()
     assert saved.keys() == own.keys()
     assert all(torch.equal(saved[key], own[key]) for key in saved)
